@@ -1,0 +1,30 @@
+"""The exceptions of opdtheory: each is also the built-in that a caller would catch."""
+
+from __future__ import annotations
+
+__all__ = ["BudgetExceededError", "InvalidArgumentError", "LossError", "OpdTheoryError"]
+
+
+class OpdTheoryError(Exception):
+    """Base class of every error that opdtheory raises on purpose."""
+
+
+class InvalidArgumentError(OpdTheoryError, ValueError):
+    """An argument has a wrong shape, dtype, range or name; the message names the argument."""
+
+    def __init__(self, argument: str, problem: str) -> None:
+        super().__init__(f"{argument}: {problem}")
+        self.argument = argument
+
+
+class BudgetExceededError(OpdTheoryError, ValueError):
+    """An exact enumeration would be larger than the budget; `count` and `budget` say by how much."""
+
+    def __init__(self, what: str, count: int, budget: int, advice: str) -> None:
+        super().__init__(f"{what} needs {count:,}, over the budget of {budget:,}; {advice}")
+        self.count = count
+        self.budget = budget
+
+
+class LossError(OpdTheoryError, ValueError):
+    """A loss under audit is not a deterministic, differentiable scalar; the message names the cause."""
