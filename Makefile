@@ -1,0 +1,61 @@
+# Every target sets up what it needs in .venv; `make verify` or `make test` can be the first command on a fresh clone.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
+INPUTS := pyproject.toml constraints.txt
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help verify test test-slow lint format typecheck-runtime docs wheel clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: '$(PYTHON)' is no Python 3.11 or newer, which the versions in constraints.txt need." >&2; \
+	  echo "       Name another one:  make $(firstword $(MAKECMDGOALS)) PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# The development environment holds all that `verify` needs, so either may come first.
+$(VENV)/.installed-verify: $(INPUTS) | $(VENV)/.created
+	$(PIP) -e ".[cli,plots]"
+	@touch $@
+
+$(VENV)/.installed-dev: $(INPUTS) | $(VENV)/.created
+	$(PIP) -e ".[dev]"
+	@touch $(VENV)/.installed-verify $@
+
+verify: $(VENV)/.installed-verify ## check every identity and refute every false twin; writes reports/verify.html
+	$(BIN)/opdtheory verify
+
+lint: $(VENV)/.installed-dev ## ruff, mypy and the import layers
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: lint ## lint, then the tests and doctests
+	$(BIN)/python -m pytest -n auto --maxprocesses 8
+
+test-slow: $(VENV)/.installed-dev ## the tests that take minutes
+	$(BIN)/python -m pytest -m slow
+
+typecheck-runtime: $(VENV)/.installed-dev ## the tests with every annotation and shape checked at run time
+	OPDTHEORY_TYPECHECK=1 $(BIN)/python -m pytest -n auto --maxprocesses 8
+
+format: $(VENV)/.installed-dev ## let ruff rewrite the sources
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+docs: $(VENV)/.installed-dev ## the documentation, into site/
+	$(BIN)/mkdocs build --strict
+
+wheel: $(VENV)/.installed-dev ## a wheel, into dist/
+	$(BIN)/python -m build --wheel
+
+clean: ## remove .venv and everything built
+	rm -rf $(VENV) build dist site reports .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,70 @@
+"""The package as installed: metadata, what an import costs, public names, the oldest Python's syntax."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import opdtheory
+
+ROOT = Path(opdtheory.__file__).parent
+HEAVY = ("sympy", "scipy", "matplotlib", "rich", "hypothesis", "transformers")
+PUBLIC = tuple(getattr(opdtheory, "__all__", ()))
+
+
+def _in_a_fresh_interpreter(code: str) -> str:
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_installed_version_is_the_packages_own() -> None:
+    installed = metadata.version("opdtheory")
+    assert installed == opdtheory.__version__, "stale installation; delete .venv/.installed-* and run make again"
+
+
+def test_metadata_names_every_supported_python() -> None:
+    info = metadata.metadata("opdtheory")
+    assert info["Requires-Python"] == ">=3.10"
+    classifiers = info.get_all("Classifier")
+    assert {f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 14)} <= set(classifiers)
+    assert "Typing :: Typed" in classifiers
+    assert (ROOT / "py.typed").is_file()
+
+
+def test_import_leaves_heavy_libraries_unloaded() -> None:
+    # torch itself loads some of them (sympy, in some versions), so only what opdtheory adds counts.
+    added = _in_a_fresh_interpreter(
+        "import sys, torch; before = set(sys.modules); import opdtheory, json;"
+        f"print(json.dumps([name for name in {HEAVY!r} if name in sys.modules and name not in before]))"
+    )
+    assert json.loads(added) == []
+
+
+def test_import_adds_under_a_quarter_second_to_torch() -> None:
+    code = "import time, torch; t = time.perf_counter(); import opdtheory; print(time.perf_counter() - t)"
+    seconds = sorted(float(_in_a_fresh_interpreter(code)) for _ in range(3))
+    assert seconds[1] < 0.25
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_name_resolves_and_is_documented(name: str) -> None:
+    value = getattr(opdtheory, name)
+    if callable(value) or isinstance(value, type(ast)):
+        assert (value.__doc__ or "").strip(), f"opdtheory.{name} has no docstring"
+
+
+def test_public_names_are_listed_once_and_seen_by_dir() -> None:
+    assert len(PUBLIC) == len(set(PUBLIC))
+    assert set(PUBLIC) <= set(dir(opdtheory))
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_syntax_is_that_of_python_3_10(path: Path) -> None:
+    ast.parse(path.read_text(encoding="utf-8"), filename=str(path), feature_version=(3, 10))
