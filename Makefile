@@ -14,7 +14,7 @@ help: ## list the targets
 
 $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	  echo "error: '$(PYTHON)' is no Python 3.11 or newer, which the versions in constraints.txt need." >&2; \
+	  echo "error: '$(PYTHON)' is no Python 3.11 or newer, which the development tools and TRL need." >&2; \
 	  echo "       Name another one:  make $(firstword $(MAKECMDGOALS)) PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
