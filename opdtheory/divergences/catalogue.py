@@ -1,0 +1,672 @@
+r"""The catalogue of f-divergences: one entry each, $D_f(q\|p) = E_p[f(u)]$ with $u = q/p$, teacher over student.
+
+In the forms below $t = \log u$. Parameters are read as the decimal that they print as: `alpha(0.3)` is exactly 3/10,
+in the symbolic generator and in the numbers alike.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+import math
+from collections.abc import Callable
+from decimal import Decimal, localcontext
+from fractions import Fraction
+from numbers import Real
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from opdtheory.divergences.divergence import Divergence, Form, Parameters
+from opdtheory.divergences.logspace import (
+    TwoFloat,
+    box_cox,
+    exp_product,
+    exp_remainder,
+    expm1_product,
+    log_mixture,
+    mixture_ratio,
+    mul_exp,
+    polynomial,
+    xlogx_remainder,
+)
+from opdtheory.divergences.transform import symbol
+from opdtheory.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    import sympy
+
+__all__ = [
+    "alpha",
+    "chi2",
+    "divergence",
+    "forward_kl",
+    "hellinger",
+    "jeffreys",
+    "jsd",
+    "le_cam",
+    "names",
+    "neyman_chi2",
+    "reverse_kl",
+    "skew_forward_kl",
+    "skew_jsd",
+    "skew_reverse_kl",
+    "total_variation",
+]
+
+_INF = math.inf
+_LOG2 = math.log(2.0)
+
+
+def _entry(
+    name: str,
+    expr: Callable[[], sympy.Expr],
+    *,
+    generator: Form,
+    log_slope: Form,
+    weight: Form,
+    curvature: Form,
+    curvature_slope: Callable[[Tensor], Tensor],
+    slope_at_infinity: float,
+    reference: str,
+    parameters: dict[str, float] | None = None,
+) -> Divergence:
+    forms = {
+        "generator": generator,
+        "log_slope": log_slope,
+        "weight": weight,
+        "curvature": curvature,
+        # A curvature that levels off has no slope left; one that diverges does so exponentially.
+        "curvature_slope": Form(
+            curvature_slope,
+            -_INF if math.isinf(curvature.at_zero) else 0.0,
+            _INF if math.isinf(curvature.at_infinity) else 0.0,
+        ),
+    }
+    return Divergence(
+        name=name,
+        parameters=Parameters(parameters),
+        reference=reference,
+        _forms=forms,
+        _slope_at_infinity=slope_at_infinity,
+        _make_expr=functools.cache(expr),
+    )
+
+
+def _constant(value: float) -> Callable[[Tensor], Tensor]:
+    return lambda t: torch.full_like(t, value)
+
+
+def _log_u() -> sympy.Expr:
+    import sympy
+
+    return sympy.log(symbol())
+
+
+def _jsd_expr() -> sympy.Expr:
+    import sympy
+
+    u = symbol()
+    return (u * sympy.log(u) - (u + 1) * sympy.log((u + 1) / 2)) / 2
+
+
+def _jsd_generator(t: Tensor) -> Tensor:
+    # Near u = 1 with s = t/2: e^s (s sinh s - cosh s log cosh s), a difference of squares in the ratio 2 : 1.
+    s = t.clamp(-2.0, 2.0) / 2
+    log_cosh = torch.log1p(2 * torch.sinh(s / 2) ** 2)
+    near = torch.exp(s) * (s * torch.sinh(s) - torch.cosh(s) * log_cosh)
+    far = mul_exp(-log_mixture(-t, 0.5, 0.5) / 2, t) - log_mixture(t, 0.5, 0.5) / 2
+    return torch.where(t.abs() < 2.0, near, far)
+
+
+reverse_kl = _entry(
+    "reverse_kl",
+    lambda: -_log_u(),
+    generator=Form(lambda t: -t, _INF, -_INF),
+    log_slope=Form(_constant(-1.0), -1.0, -1.0),
+    weight=Form(lambda t: t - 1, -_INF, _INF),
+    curvature=Form(_constant(1.0), 1.0, 1.0),
+    curvature_slope=torch.zeros_like,
+    slope_at_infinity=0.0,
+    reference="Kullback & Leibler (1951), doi:10.1214/aoms/1177729694; in distillation arXiv 2306.08543",
+)
+r"""Reverse KL, $D = KL(p\|q)$: $f = -\log u$. Range $[0, \infty]$, not symmetric; mode-seeking.
+
+Reference: Kullback & Leibler (1951); in distillation MiniLLM, arXiv 2306.08543.
+"""
+
+forward_kl = _entry(
+    "forward_kl",
+    lambda: symbol() * _log_u(),
+    generator=Form(lambda t: mul_exp(t, t), 0.0, _INF),
+    log_slope=Form(lambda t: mul_exp(t + 1, t), 0.0, _INF),
+    weight=Form(torch.exp, 0.0, _INF),
+    curvature=Form(torch.exp, 0.0, _INF),
+    curvature_slope=torch.exp,
+    slope_at_infinity=_INF,
+    reference="Kullback & Leibler (1951), doi:10.1214/aoms/1177729694",
+)
+r"""Forward KL, $D = KL(q\|p)$: $f = u \log u$. Range $[0, \infty]$, not symmetric; mass-covering.
+
+Reference: Kullback & Leibler (1951).
+"""
+
+jsd = _entry(
+    "jsd",
+    _jsd_expr,
+    generator=Form(_jsd_generator, _LOG2 / 2, _INF),
+    log_slope=Form(lambda t: mul_exp(-log_mixture(-t, 0.5, 0.5) / 2, t), 0.0, _INF),
+    weight=Form(lambda t: log_mixture(t, 0.5, 0.5) / 2, -_LOG2 / 2, _INF),
+    curvature=Form(lambda t: torch.sigmoid(t) / 2, 0.0, 0.5),
+    curvature_slope=lambda t: torch.sigmoid(t) * torch.sigmoid(-t) / 2,
+    slope_at_infinity=_LOG2 / 2,
+    reference="Lin (1991), doi:10.1109/18.61115",
+)
+r"""Jensen-Shannon, $D = \frac12 KL(q\|m) + \frac12 KL(p\|m)$, $m = \frac12(p + q)$.
+
+$f = \frac12 [u \log u - (u+1) \log\frac{u+1}2]$. Range $[0, \log 2]$, symmetric.
+Reference: Lin (1991), doi:10.1109/18.61115.
+"""
+
+chi2 = _entry(
+    "chi2",
+    lambda: (symbol() - 1) ** 2,
+    generator=Form(lambda t: torch.expm1(t) ** 2, 1.0, _INF),
+    log_slope=Form(lambda t: mul_exp(2 * torch.expm1(t), t), 0.0, _INF),
+    weight=Form(lambda t: torch.expm1(2 * t), -1.0, _INF),
+    curvature=Form(lambda t: 2 * torch.exp(2 * t), 0.0, _INF),
+    curvature_slope=lambda t: 4 * torch.exp(2 * t),
+    slope_at_infinity=_INF,
+    reference="Pearson (1900), doi:10.1080/14786440009463897",
+)
+r"""Pearson $\chi^2$, $D = \sum (q - p)^2 / p$: $f = (u - 1)^2$. Range $[0, \infty]$, not symmetric.
+
+Reference: Pearson (1900).
+"""
+
+neyman_chi2 = _entry(
+    "neyman_chi2",
+    lambda: (symbol() - 1) ** 2 / symbol(),
+    generator=Form(lambda t: (2 * torch.sinh(t / 2)) ** 2, _INF, _INF),
+    log_slope=Form(lambda t: 2 * torch.sinh(t), -_INF, _INF),
+    weight=Form(lambda t: -2 * torch.expm1(-t), -_INF, 2.0),
+    curvature=Form(lambda t: 2 * torch.exp(-t), _INF, 0.0),
+    curvature_slope=lambda t: -2 * torch.exp(-t),
+    slope_at_infinity=1.0,
+    reference="Neyman (1949), Proc. Berkeley Symp. Math. Stat. Prob. 1, 239-273",
+)
+r"""Neyman $\chi^2$, $D = \sum (q - p)^2 / q$: $f = (u - 1)^2 / u$. Range $[0, \infty]$, not symmetric.
+
+Reference: Neyman (1949), first Berkeley Symposium, 239-273.
+"""
+
+
+def _hellinger_expr() -> sympy.Expr:
+    import sympy
+
+    return (sympy.sqrt(symbol()) - 1) ** 2
+
+
+hellinger = _entry(
+    "hellinger",
+    _hellinger_expr,
+    generator=Form(lambda t: torch.expm1(t / 2) ** 2, 1.0, _INF),
+    log_slope=Form(lambda t: torch.exp(t / 2) * torch.expm1(t / 2), 0.0, _INF),
+    weight=Form(lambda t: torch.expm1(t / 2), -1.0, _INF),
+    curvature=Form(lambda t: torch.exp(t / 2) / 2, 0.0, _INF),
+    curvature_slope=lambda t: torch.exp(t / 2) / 4,
+    slope_at_infinity=1.0,
+    reference="Hellinger (1909), doi:10.1515/crll.1909.136.210",
+)
+r"""Squared Hellinger, $D = \sum (\sqrt q - \sqrt p)^2$: $f = (\sqrt u - 1)^2$. Range $[0, 2]$, symmetric.
+
+Reference: Hellinger (1909), doi:10.1515/crll.1909.136.210.
+"""
+
+
+def _total_variation_expr() -> sympy.Expr:
+    import sympy
+
+    return sympy.Abs(symbol() - 1) / 2
+
+
+def _total_variation_generator(t: Tensor) -> Tensor:
+    return torch.where(t > 700.0, mul_exp(0.5, t), torch.expm1(t).abs() / 2)
+
+
+total_variation = _entry(
+    "total_variation",
+    _total_variation_expr,
+    generator=Form(_total_variation_generator, 0.5, _INF),
+    log_slope=Form(lambda t: mul_exp(torch.sign(t) / 2, t), 0.0, _INF),
+    weight=Form(lambda t: torch.sign(t) / 2, -0.5, 0.5),
+    curvature=Form(torch.zeros_like, 0.0, 0.0),
+    curvature_slope=torch.zeros_like,
+    slope_at_infinity=0.5,
+    reference="Csiszar (1967), Studia Sci. Math. Hungar. 2, 299-318",
+)
+r"""Total variation, $D = \frac12 \sum |q - p|$: $f = \frac12 |u - 1|$. Range $[0, 1]$, symmetric.
+
+At the kink $u = 1$ slope and weight are 0, the middle of the subdifferential, and `curvature`, a delta function
+there, is taken to be 0 everywhere. Reference: Csiszar (1967), Studia Sci. Math. Hungar. 2, 299-318.
+"""
+
+le_cam = _entry(
+    "le_cam",
+    lambda: (symbol() - 1) ** 2 / (symbol() + 1),
+    generator=Form(lambda t: torch.expm1(t) * torch.tanh(t / 2), 1.0, _INF),
+    log_slope=Form(lambda t: torch.tanh(t / 2) * torch.sigmoid(t) * (torch.exp(t) + 3), 0.0, _INF),
+    weight=Form(lambda t: torch.tanh(t / 2) * (1 + 2 * torch.sigmoid(t)), -1.0, 3.0),
+    curvature=Form(lambda t: 8 * torch.sigmoid(t) ** 2 * torch.sigmoid(-t), 0.0, 0.0),
+    curvature_slope=lambda t: (
+        8 * torch.sigmoid(t) ** 2 * torch.sigmoid(-t) * (2 * torch.sigmoid(-t) - torch.sigmoid(t))
+    ),
+    slope_at_infinity=1.0,
+    reference="Le Cam (1986), Asymptotic Methods in Statistical Decision Theory; Vincze (1981)",
+)
+r"""Le Cam (triangular discrimination), $D = \sum (q - p)^2 / (q + p)$: $f = (u - 1)^2 / (u + 1)$.
+
+Range $[0, 2]$, symmetric. Reference: Le Cam (1986), Asymptotic Methods in Statistical Decision Theory.
+"""
+
+jeffreys = _entry(
+    "jeffreys",
+    lambda: (symbol() - 1) * _log_u(),
+    generator=Form(lambda t: t * torch.expm1(t), _INF, _INF),
+    log_slope=Form(lambda t: mul_exp(t, t) + torch.expm1(t), -1.0, _INF),
+    weight=Form(lambda t: torch.expm1(t) + t, -_INF, _INF),
+    curvature=Form(lambda t: torch.exp(t) + 1, 1.0, _INF),
+    curvature_slope=torch.exp,
+    slope_at_infinity=_INF,
+    reference="Jeffreys (1946), doi:10.1098/rspa.1946.0056",
+)
+r"""Jeffreys, $D = KL(p\|q) + KL(q\|p)$: $f = (u - 1) \log u$. Range $[0, \infty]$, symmetric.
+
+Reference: Jeffreys (1946), doi:10.1098/rspa.1946.0056.
+"""
+
+
+def skew_jsd(beta: float) -> Divergence:
+    r"""Skew Jensen-Shannon, $D = \beta KL(q\|m) + (1-\beta) KL(p\|m)$, $m = \beta q + (1-\beta) p$.
+
+    $$f = \beta u \log u - M \log M, \qquad M = \beta u + 1 - \beta$$
+
+    The generalised JSD of GKD and TRL; `jsd` at one half. Range $[0, -\beta \log \beta - (1-\beta) \log(1-\beta)]$;
+    exchanging p and q exchanges $\beta$ and $1-\beta$. At $\beta = 0$ and $1$ it is identically zero (T12).
+
+    Args:
+        beta: the mixture weight of the teacher, in [0, 1].
+
+    Raises:
+        InvalidArgumentError: `beta` is not a real number in [0, 1].
+
+    References: arXiv 2306.13649; Lin (1991), doi:10.1109/18.61115.
+    """
+    exact = _parameter("beta", beta, lambda x: 0 <= x <= 1, "in [0, 1]")
+    b, c = float(exact), float(1 - exact)
+    variance = float(exact * (1 - exact))
+
+    def expr() -> sympy.Expr:
+        import sympy
+
+        u, weight = symbol(), _rational(exact)
+        mixture = weight * u + (1 - weight)
+        return weight * u * sympy.log(u) - mixture * sympy.log(mixture)
+
+    def generator(t: Tensor) -> Tensor:
+        # The perspective f_b(u) = u f_{1-b}(1/u) keeps the weight in the near form at most one half.
+        small = t.clamp(-1.5, 1.5)
+        if exact <= Fraction(1, 2):
+            near = _skew_jsd_near(small, b)
+        else:
+            near = mul_exp(_skew_jsd_near(-small, c), small)
+        far = mul_exp(-b * log_mixture(-t, c, b), t) - c * log_mixture(t, b, c)
+        return torch.where(t.abs() < 1.5, near, far)
+
+    if variance == 0.0:
+        nothing = Form(torch.zeros_like, 0.0, 0.0)
+        forms = dict.fromkeys(("generator", "log_slope", "weight", "curvature"), nothing)
+    else:
+        forms = {
+            "generator": Form(generator, -c * math.log1p(-b) if b < 0.5 else -c * math.log(c), _INF),
+            "log_slope": Form(lambda t: mul_exp(-b * log_mixture(-t, c, b), t), 0.0, _INF),
+            "weight": Form(
+                lambda t: c * log_mixture(t, b, c), c * math.log1p(-b) if b < 0.5 else c * math.log(c), _INF
+            ),
+            "curvature": Form(lambda t: variance * mixture_ratio(t, b, c), 0.0, c),
+        }
+    return _entry(
+        "skew_jsd",
+        expr,
+        **forms,
+        curvature_slope=lambda t: variance * c * mixture_ratio(t, b, c) * _inverse_mixture(t, b, c),
+        slope_at_infinity=0.0 if variance == 0.0 else (-b * math.log1p(-c) if c < 0.5 else -b * math.log(b)),
+        reference="arXiv 2306.13649; Lin (1991), doi:10.1109/18.61115",
+        parameters={"beta": float(beta)},
+    )
+
+
+def _skew_jsd_near(t: Tensor, b: float) -> Tensor:
+    excess = b * torch.expm1(t)
+    return b * xlogx_remainder(t) - xlogx_remainder(torch.log1p(excess))
+
+
+def alpha(alpha: float) -> Divergence:
+    r"""Cressie-Read power divergence, $D = \frac{1}{\alpha(\alpha-1)} \left(\sum q^\alpha p^{1-\alpha} - 1\right)$.
+
+    $$f = \frac{u^\alpha - 1 - \alpha (u - 1)}{\alpha (\alpha - 1)}, \qquad f'(1) = 0, \quad f''(1) = 1$$
+
+    with the limits $u - 1 - \log u$ at 0 (reverse KL) and $u \log u - u + 1$ at 1 (forward KL); twice the squared
+    Hellinger distance at one half, half of Pearson's at 2 and of Neyman's at -1. Its weight is the Box-Cox transform
+    $(u^\alpha - 1)/\alpha$. Exchanging p and q exchanges $\alpha$ and $1 - \alpha$. Range $[0, \infty]$, bounded by
+    $1/(\alpha(1-\alpha))$ for $0 < \alpha < 1$.
+
+    Args:
+        alpha: any finite real number.
+
+    Raises:
+        InvalidArgumentError: `alpha` is not a finite real number.
+
+    References: Cressie & Read (1984), doi:10.1111/j.2517-6161.1984.tb01318.x; Box & Cox (1964).
+    """
+    exact = _parameter("alpha", alpha, lambda x: True, "finite")
+    power, below = TwoFloat.of(exact), TwoFloat.of(exact - 1)
+    a = power.hi
+
+    def expr() -> sympy.Expr:
+        import sympy
+
+        u, order = symbol(), _rational(exact)
+        if exact == 0:
+            return u - 1 - sympy.log(u)
+        if exact == 1:
+            return u * sympy.log(u) - u + 1
+        return (u**order - 1 - order * (u - 1)) / (order * (order - 1))
+
+    def weight_limit(at_infinity: bool) -> float:
+        if exact == 0:
+            return _INF if at_infinity else -_INF
+        if (exact > 0) == at_infinity:
+            return _INF if at_infinity else -_INF
+        return float(-1 / exact)
+
+    curvature_limits = (1.0, 1.0) if exact == 0 else ((0.0, _INF) if exact > 0 else (_INF, 0.0))
+    return _entry(
+        "alpha",
+        expr,
+        generator=Form(_alpha_generator(exact), float(1 / exact) if exact > 0 else _INF, _INF),
+        log_slope=Form(
+            lambda t: _alpha_log_slope(t, power, below, _headroom(t, a), True),
+            0.0 if exact > 0 else (-1.0 if exact == 0 else -_INF),
+            _INF,
+        ),
+        weight=Form(lambda t: box_cox(t, power), weight_limit(False), weight_limit(True)),
+        curvature=Form(lambda t: exp_product(t, power), *curvature_limits),
+        curvature_slope=lambda t: exp_product(t, power, a),
+        slope_at_infinity=float(1 / (1 - exact)) if exact < 1 else _INF,
+        reference="Cressie & Read (1984), doi:10.1111/j.2517-6161.1984.tb01318.x",
+        parameters={"alpha": float(alpha)},
+    )
+
+
+_SCALE = 2.0**-16  # room for terms that overflow although their difference does not
+
+
+def _headroom(t: Tensor, a: float) -> Tensor:
+    return torch.where((t > 0) | (a * t > 0), _SCALE, 1.0).to(t.dtype)
+
+
+def _alpha_log_slope(t: Tensor, power: TwoFloat, below: TwoFloat, scale: Tensor, unscale: bool) -> Tensor:
+    """The slope `u (u**(a-1) - 1) / (a - 1)`, times `scale` unless that is undone."""
+    near = mul_exp(scale * box_cox(t.clamp(-1e3, 1e3), below), t)
+    if below.hi == 0.0:
+        slope = mul_exp(scale * t, t)
+    else:
+        inverse = 1.0 / below.hi
+        far = scale * 0.0
+        half = torch.where(scale == 1.0, exp_product(t, power, inverse), exp_product(t, power, inverse * _SCALE))
+        far = half - mul_exp(scale * inverse, t)
+        slope = torch.where((below.hi * t).abs() < 1.0, near, far)
+    return slope / scale if unscale else slope
+
+
+def _alpha_generator(exact: Fraction) -> Callable[[Tensor], Tensor]:
+    power, below = TwoFloat.of(exact), TwoFloat.of(exact - 1)
+    reach = max(Fraction(1), abs(exact))
+    # f = t^2 sum_n c_n (r t)^(n-2), c_n = (1 + a + ... + a^(n-2)) / (n! r^(n-2)), r = max(1, |a|)
+    series, geometric = [], Fraction(0)
+    for n in range(2, 24):
+        geometric = geometric * exact + 1
+        series.append(float(geometric / (reach ** (n - 2) * math.factorial(n))))
+    coefficients, radius = tuple(series), float(reach)
+    central = -1 <= exact <= 2
+    product = 0.0 if central else float(1 / (exact * (exact - 1)))
+    inverse = 0.0 if central else float(1 / (exact - 1))
+
+    def generator(t: Tensor) -> Tensor:
+        small = t.clamp(-1.0 / radius, 1.0 / radius)
+        near = small * small * polynomial(radius * small, coefficients)
+        scale = _headroom(t, power.hi)
+        if central:
+            lifted = torch.where(scale == 1.0, box_cox(t, power), _scaled_box_cox(t, power))
+            far = _alpha_log_slope(t, power, below, scale, False) - lifted
+        else:
+            first = torch.where(
+                scale == 1.0, expm1_product(t, power, product), expm1_product(t, power, product * _SCALE)
+            )
+            far = first - torch.where(
+                t > 1.0, mul_exp(scale * inverse, t) - scale * inverse, scale * inverse * torch.expm1(t.clamp(max=1.0))
+            )
+        return torch.where((radius * t).abs() < 1.0, near, far / scale)
+
+    return generator
+
+
+def _scaled_box_cox(t: Tensor, power: TwoFloat) -> Tensor:
+    """The transform times `_SCALE`, without overflowing before that product does."""
+    if power.hi == 0.0 or math.isinf(1.0 / power.hi):
+        return t * _SCALE
+    tiny = (power.hi * t).abs() < 2.0**-60
+    return torch.where(tiny, t * _SCALE, expm1_product(t, power, _SCALE / power.hi))
+
+
+def skew_forward_kl(lam: float) -> Divergence:
+    r"""Skew forward KL, $D = KL(q \,\|\, \lambda q + (1-\lambda) p)$.
+
+    $$f = u \log \frac{u}{\lambda u + 1 - \lambda}$$
+
+    The forward KL at $\lambda = 0$. Range $[0, -\log\lambda]$, not symmetric.
+
+    Args:
+        lam: the teacher's share of the mixture, in [0, 1).
+
+    Raises:
+        InvalidArgumentError: `lam` is not a real number in [0, 1).
+
+    References: DistiLLM, arXiv 2402.03898.
+    """
+    exact = _parameter("lam", lam, lambda x: 0 <= x < 1, "in [0, 1)")
+    b, c = float(exact), float(1 - exact)
+    per_ratio = _SkewSlope(exact)
+
+    def expr() -> sympy.Expr:
+        import sympy
+
+        u, share = symbol(), _rational(exact)
+        return u * sympy.log(u / (share * u + (1 - share)))
+
+    def curvature(t: Tensor) -> Tensor:
+        return (c * mixture_ratio(t, b, c)) * (c * _inverse_mixture(t, b, c))
+
+    return _entry(
+        "skew_forward_kl",
+        expr,
+        generator=Form(lambda t: mul_exp(-log_mixture(-t, c, b), t), 0.0, _INF),
+        log_slope=Form(lambda t: mul_exp(per_ratio(t), t), 0.0, _INF),
+        weight=Form(lambda t: c * mixture_ratio(t, b, c), 0.0, float((1 - exact) / exact) if exact else _INF),
+        curvature=Form(curvature, 0.0, 0.0 if exact else _INF),
+        curvature_slope=lambda t: curvature(t) * (c * _inverse_mixture(t, b, c) - b * mixture_ratio(t, b, c)),
+        slope_at_infinity=-math.log(b) if exact else _INF,
+        reference="arXiv 2402.03898",
+        parameters={"lam": float(lam)},
+    )
+
+
+def skew_reverse_kl(lam: float) -> Divergence:
+    r"""Skew reverse KL, $D = KL(p \,\|\, \lambda p + (1-\lambda) q)$.
+
+    $$f = -\log(\lambda + (1-\lambda) u)$$
+
+    The reverse KL at $\lambda = 0$. Range $[0, -\log\lambda]$, not symmetric.
+
+    Args:
+        lam: the student's share of the mixture, in [0, 1).
+
+    Raises:
+        InvalidArgumentError: `lam` is not a real number in [0, 1).
+
+    References: DistiLLM, arXiv 2402.03898.
+    """
+    exact = _parameter("lam", lam, lambda x: 0 <= x < 1, "in [0, 1)")
+    b, c = float(exact), float(1 - exact)
+    per_ratio = _SkewSlope(exact)
+
+    def expr() -> sympy.Expr:
+        import sympy
+
+        u, share = symbol(), _rational(exact)
+        return -sympy.log(share + (1 - share) * u)
+
+    def curvature(t: Tensor) -> Tensor:
+        return (c * mixture_ratio(t, c, b)) ** 2
+
+    return _entry(
+        "skew_reverse_kl",
+        expr,
+        generator=Form(lambda t: -log_mixture(t, c, b), -math.log(b) if exact else _INF, -_INF),
+        log_slope=Form(lambda t: -c * mixture_ratio(t, c, b), 0.0 if exact else -1.0, -1.0),
+        weight=Form(lambda t: -per_ratio(-t), math.log(b) if exact else -_INF, _INF),
+        curvature=Form(curvature, 0.0 if exact else 1.0, 1.0),
+        curvature_slope=lambda t: 2 * b * curvature(t) * _inverse_mixture(t, c, b),
+        slope_at_infinity=0.0,
+        reference="arXiv 2402.03898",
+        parameters={"lam": float(lam)},
+    )
+
+
+def _inverse_mixture(t: Tensor, a: float, b: float) -> Tensor:
+    """The reciprocal `1 / (a e^t + b)`."""
+    return mixture_ratio(-t, b, a)
+
+
+class _SkewSlope:
+    r"""The slope $f'(u) = 1 - \lambda/v - \log v$ of the skew forward KL, $v = \lambda + (1-\lambda)/u$.
+
+    It has an irrational root $v_*$. With $\kappa = 1 - \lambda/v_*$ and $\tau = \log(v/v_*)$ it equals
+    $\kappa (e^{-\tau} - 1) - (e^{-\tau} - 1 + \tau)$, which is free of cancellation for $u \le 1$.
+    """
+
+    def __init__(self, lam: Fraction) -> None:
+        self._lam = lam
+        self._b, self._c = float(lam), float(1 - lam)
+
+    def __call__(self, t: Tensor) -> Tensor:
+        root, kappa, rest = _skew_root(self._lam)
+        below = t.clamp(max=0.0)
+        log_v = log_mixture((root.hi - below) + root.lo, kappa, rest)
+        near = kappa * torch.expm1(-log_v) - exp_remainder(-log_v)
+        far = self._c * mixture_ratio(-t, self._c, self._b) - log_mixture(-t, self._c, self._b)
+        return torch.where(t <= 0, near, far)
+
+
+@functools.lru_cache(maxsize=256)
+def _skew_root(lam: Fraction) -> tuple[TwoFloat, float, float]:
+    """The root as `log u` in two floats, kappa, and 1 - kappa."""
+    with localcontext() as context:
+        context.prec = 90
+        share = Decimal(lam.numerator) / Decimal(lam.denominator)
+        low, high = Decimal(1), Decimal(3)
+        # The slope falls in v on (lam, inf), is 1 - lam > 0 at v = 1 and negative at v = 3.
+        for _ in range(280):
+            middle = (low + high) / 2
+            if 1 - share / middle - middle.ln() > 0:
+                low = middle
+            else:
+                high = middle
+        root = -((low - share) / (1 - share)).ln()
+        ratio = share / low
+        return TwoFloat.of(Fraction(root)), float(1 - ratio), float(ratio)
+
+
+def _rational(value: Fraction) -> sympy.Expr:
+    import sympy
+
+    return sympy.Rational(value.numerator, value.denominator)
+
+
+def _parameter(name: str, value: object, valid: Callable[[float], bool], wanted: str) -> Fraction:
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or not valid(float(value)):
+        raise InvalidArgumentError(name, f"got {value!r}; a real number {wanted} is needed")
+    return Fraction(repr(float(value)))
+
+
+_ENTRIES: dict[str, Divergence | Callable[[float], Divergence]] = {
+    "reverse_kl": reverse_kl,
+    "forward_kl": forward_kl,
+    "jsd": jsd,
+    "skew_jsd": skew_jsd,
+    "chi2": chi2,
+    "neyman_chi2": neyman_chi2,
+    "hellinger": hellinger,
+    "total_variation": total_variation,
+    "le_cam": le_cam,
+    "jeffreys": jeffreys,
+    "alpha": alpha,
+    "skew_forward_kl": skew_forward_kl,
+    "skew_reverse_kl": skew_reverse_kl,
+}
+
+
+def names() -> tuple[str, ...]:
+    """The catalogue's names, parameterised families included."""
+    return tuple(_ENTRIES)
+
+
+def divergence(name: str | Divergence, **parameters: float) -> Divergence:
+    """A divergence of the catalogue by name; a `Divergence` passes through unchanged.
+
+    Args:
+        name: one of `names()`, or a `Divergence`.
+        parameters: those of the family: `beta` of `skew_jsd`, `alpha` of `alpha`, `lam` of the skew KLs.
+
+    Raises:
+        InvalidArgumentError: an unknown name, or a parameter that is missing, unexpected or out of range.
+
+    Example:
+        >>> divergence("skew_jsd", beta=0.1)
+        skew_jsd(beta=0.1)
+    """
+    if isinstance(name, Divergence):
+        if parameters:
+            raise InvalidArgumentError(next(iter(parameters)), f"{name.label} is an object and takes no parameters")
+        return name
+    if not isinstance(name, str) or name not in _ENTRIES:
+        raise InvalidArgumentError("divergence", _unknown(name))
+    entry = _ENTRIES[name]
+    wanted = () if isinstance(entry, Divergence) else tuple(inspect.signature(entry).parameters)
+    for key in parameters:
+        if key not in wanted:
+            takes = f"takes {', '.join(wanted)}" if wanted else "takes no parameters"
+            raise InvalidArgumentError(key, f"is not a parameter of {name}, which {takes}")
+    for key in wanted:
+        if key not in parameters:
+            raise InvalidArgumentError(key, f'is missing; write divergence("{name}", {key}=...)')
+    return entry if isinstance(entry, Divergence) else entry(**parameters)
+
+
+def _unknown(name: object) -> str:
+    close = difflib.get_close_matches(str(name), _ENTRIES, n=1)
+    hint = f"did you mean {close[0]!r}? Known" if close else "known"
+    return f"got {name!r}; {hint} names: {', '.join(_ENTRIES)}"

@@ -1,0 +1,281 @@
+r"""One f-divergence: its symbolic generator, and functions of $\log u$ with exact derivatives and limits."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from opdtheory.divergences import transform
+from opdtheory.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    import sympy
+
+__all__ = ["Divergence", "Form", "Parameters"]
+
+# The derivative in log u of each form, as a sum of forms: of w it is u^2 f'', of u f' it is u f' + u^2 f''.
+_DERIVATIVES: dict[str, tuple[str, ...]] = {
+    "generator": ("log_slope",),
+    "log_slope": ("log_slope", "curvature"),
+    "weight": ("curvature",),
+    "curvature": ("curvature_slope",),
+}
+
+
+@dataclass(frozen=True)
+class Form:
+    r"""A function of $\log u$ on float64 tensors, with its limits at $\log u = \mp\infty$.
+
+    Attributes:
+        function: elementwise, float64 in and out; its values at infinite arguments are not used.
+        at_zero: the limit for $u \to 0^+$.
+        at_infinity: the limit for $u \to \infty$.
+    """
+
+    function: Callable[[Tensor], Tensor]
+    at_zero: float
+    at_infinity: float
+
+    def __call__(self, log_u: Tensor) -> Tensor:
+        """The values at a float64 tensor without NaN."""
+        values = self.function(log_u)
+        values = torch.where(log_u == -math.inf, torch.full_like(values, self.at_zero), values)
+        return torch.where(log_u == math.inf, torch.full_like(values, self.at_infinity), values)
+
+
+class Parameters(Mapping[str, float]):
+    """A small immutable, hashable mapping that prints as a dictionary."""
+
+    __slots__ = ("_items",)
+
+    def __init__(self, items: Mapping[str, float] | None = None) -> None:
+        self._items: dict[str, float] = dict(items or {})
+
+    def __getitem__(self, key: str) -> float:
+        return self._items[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._items.items()))
+
+    def __repr__(self) -> str:
+        return repr(self._items)
+
+
+@dataclass(frozen=True, repr=False)
+class Divergence:
+    r"""An f-divergence $D_f(q\|p) = E_p[f(u)]$ of the ratio $u = q/p$, teacher over student, with $f(1) = 0$.
+
+    Take one from the catalogue (`divergence("jsd")`, `alpha(0.5)`) or make one by `Divergence.from_expr`.
+    The numeric methods take $\log u$ in nats: any floating dtype, any shape, $\pm\infty$ allowed. float64 is
+    evaluated as it is; narrower dtypes are evaluated in float64 and rounded once to the dtype of the input.
+    Autograd, `torch.func` transforms and forward mode give the exact derivatives: of `generator` it is
+    `log_slope`, of `weight` it is `curvature`, of `log_slope` it is `log_slope + curvature`.
+
+    Attributes:
+        name: the catalogue's name, or the one given to `from_expr`.
+        parameters: the numbers that select a member of a family; empty for most.
+        reference: where the divergence comes from.
+
+    Example:
+        >>> import torch
+        >>> from opdtheory.divergences import divergence
+        >>> forward = divergence("forward_kl")
+        >>> forward.weight(torch.tensor([0.0, 1.0, -torch.inf]))
+        tensor([1.0000, 2.7183, 0.0000])
+        >>> forward.expr, forward.at_zero, forward.slope_at_infinity
+        (u*log(u), 0.0, inf)
+    """
+
+    name: str
+    parameters: Mapping[str, float]
+    reference: str = field(compare=False)
+    _forms: Mapping[str, Form] = field(compare=False)
+    _slope_at_infinity: float = field(compare=False)
+    _make_expr: Callable[[], sympy.Expr] = field(compare=False)
+    _own_expr: Any = None  # the generator of `from_expr`, which a name does not identify
+
+    @classmethod
+    def from_expr(cls, expr: sympy.Expr, name: str = "custom") -> Divergence:
+        r"""The divergence of a generator given as a sympy expression in `u`.
+
+        $$f(1) = 0, \qquad f'' \ge 0 \text{ on } (0, \infty)$$
+
+        are checked; the second by sympy where it can decide, else on a grid of $\log u \in [-60, 60]$. The
+        numeric forms evaluate $f$, $u f'$, $u f' - f$ and $u^2 f''$ as sympy writes them after $u = e^t$. So near
+        $u = 1$ they are as accurate as the expression as written (`(u - 1)**2` keeps full relative accuracy only
+        away from 1); where an intermediate overflows or underflows the point is evaluated by mpmath instead.
+
+        Args:
+            expr: an expression whose only free symbol is called `u`, whatever its assumptions.
+            name: what messages and tables call it.
+
+        Raises:
+            InvalidArgumentError: a `ValueError` that names the condition which `expr` violates.
+        """
+        if not isinstance(name, str) or not name:
+            raise InvalidArgumentError("name", f"got {name!r}; a non-empty string is needed")
+        generator = transform.check_generator(expr)
+        return _from_checked(generator, name)
+
+    @property
+    def expr(self) -> sympy.Expr:
+        """The generator $f$ as a sympy expression in `u`; parameters stand in it as exact decimal fractions."""
+        return self._make_expr()
+
+    @property
+    def label(self) -> str:
+        """The name with its parameters, such as `jsd` or `skew_jsd(beta=0.1)`."""
+        if not self.parameters:
+            return self.name
+        return f"{self.name}({', '.join(f'{key}={value!r}' for key, value in self.parameters.items())})"
+
+    @property
+    def at_zero(self) -> float:
+        r"""The limit $f(0^+)$, maybe infinite: the cost per student mass where the teacher has none (T10)."""
+        return self._forms["generator"].at_zero
+
+    @property
+    def slope_at_infinity(self) -> float:
+        r"""The limit $f'(\infty) = \lim f(u)/u$, maybe infinite: the cost per teacher mass the student never samples."""
+        return self._slope_at_infinity
+
+    def generator(self, log_u: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        r"""The generator $f(u)$ at $u = e^{\log u}$.
+
+        Args:
+            log_u: teacher minus student log-probability in nats, any shape and floating dtype.
+
+        Raises:
+            InvalidArgumentError: `log_u` is not a floating tensor, or holds a NaN.
+        """
+        return self._evaluate("generator", log_u)
+
+    def log_slope(self, log_u: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        r"""The slope in log-ratio, $u f'(u) = \mathrm{d}f/\mathrm{d}\log u$.
+
+        Args:
+            log_u: teacher minus student log-probability in nats, any shape and floating dtype.
+
+        Raises:
+            InvalidArgumentError: `log_u` is not a floating tensor, or holds a NaN.
+        """
+        return self._evaluate("log_slope", log_u)
+
+    def weight(self, log_u: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        r"""The exact policy-gradient weight $w_f(u) = u f'(u) - f(u)$ (T1): $\nabla D_f = -E_p[w_f(u)\, s]$.
+
+        An estimator ascends log-probability with it. Only differences matter: a constant is a baseline.
+
+        Args:
+            log_u: teacher minus student log-probability in nats, any shape and floating dtype.
+
+        Raises:
+            InvalidArgumentError: `log_u` is not a floating tensor, or holds a NaN.
+        """
+        return self._evaluate("weight", log_u)
+
+    def curvature(self, log_u: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        r"""The curvature $u^2 f''(u) = \mathrm{d}w_f/\mathrm{d}\log u \ge 0$; at $u = 1$ the pull of the teacher (T5).
+
+        At a kink of the generator it is taken to be zero.
+
+        Args:
+            log_u: teacher minus student log-probability in nats, any shape and floating dtype.
+
+        Raises:
+            InvalidArgumentError: `log_u` is not a floating tensor, or holds a NaN.
+        """
+        return self._evaluate("curvature", log_u)
+
+    def _evaluate(self, kind: str, log_u: Tensor) -> Tensor:
+        if not isinstance(log_u, Tensor):
+            raise InvalidArgumentError("log_u", f"got {type(log_u).__name__}; a floating tensor is needed")
+        if not log_u.is_floating_point():
+            raise InvalidArgumentError("log_u", f"has dtype {log_u.dtype}; a floating dtype is needed")
+        return _Evaluate.apply(log_u, self, kind)
+
+    def __repr__(self) -> str:
+        return self.label
+
+    def __reduce__(self) -> tuple[Callable[..., Divergence], tuple[Any, ...]]:
+        if self._own_expr is not None:
+            return _from_checked, (self._own_expr, self.name)
+        return _from_catalogue, (self.name, dict(self.parameters))
+
+
+class _Evaluate(torch.autograd.Function):
+    """A form of a divergence at a tensor; derivatives are forms again, to any order that is defined."""
+
+    @staticmethod
+    def forward(log_u: Tensor, divergence: Divergence, kind: str) -> Tensor:
+        values = log_u.to(torch.float64)
+        # Here rather than in the caller, since under vmap only this function sees an ordinary tensor.
+        if bool(torch.isnan(values).any()):
+            count = int(torch.isnan(values).sum())
+            raise InvalidArgumentError("log_u", f"holds {count} NaN among its {log_u.numel()} entries")
+        return divergence._forms[kind](values).to(log_u.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Divergence, str], output: Tensor) -> None:
+        log_u, ctx.divergence, ctx.kind = inputs
+        ctx.save_for_backward(log_u)
+        ctx.save_for_forward(log_u)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        slope = _derivative(ctx)
+        # A masked entry sends a zero back, and 0 * inf would turn it into NaN.
+        slope = torch.where((grad == 0) & torch.isinf(slope), torch.zeros_like(slope), slope)
+        return grad * slope, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return tangent * _derivative(ctx)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], log_u: Tensor, divergence: Divergence, kind: str) -> Any:
+        return _Evaluate.apply(log_u, divergence, kind), in_dims[0]
+
+
+def _derivative(ctx: Any) -> Tensor:
+    if ctx.kind not in _DERIVATIVES:
+        raise NotImplementedError(f"{ctx.divergence.label}: derivatives end at the first one of `curvature`")
+    (log_u,) = ctx.saved_tensors
+    parts = [_Evaluate.apply(log_u, ctx.divergence, kind) for kind in _DERIVATIVES[ctx.kind]]
+    return functools.reduce(torch.add, parts)
+
+
+def _from_catalogue(name: str, parameters: dict[str, float]) -> Divergence:
+    from opdtheory.divergences.catalogue import divergence
+
+    return divergence(name, **parameters)
+
+
+def _from_checked(generator: sympy.Expr, name: str) -> Divergence:
+    limits, slope_at_infinity = transform.limits(generator)
+    forms = {
+        kind: Form(transform.numeric(expression), *limits.get(kind, (math.nan, math.nan)))
+        for kind, expression in transform.forms(generator).items()
+    }
+    return Divergence(
+        name=name,
+        parameters=Parameters(),
+        reference="",
+        _forms=forms,
+        _slope_at_infinity=slope_at_infinity,
+        _make_expr=lambda: generator,
+        _own_expr=generator,
+    )

@@ -1,0 +1,586 @@
+r"""The calculus between generators and weights, in sympy: $w_f = u f' - f$, its inverse $V[w]$, gauge, scale, convexity.
+
+Expressions are in one symbol called `u`, whatever its assumptions; results are in `symbol()`, which is positive.
+sympy and mpmath are imported when a function is called, not with this module.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from opdtheory.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    import sympy
+
+__all__ = [
+    "check_generator",
+    "forms",
+    "implied_generator",
+    "is_convex",
+    "limits",
+    "numeric",
+    "same_divergence",
+    "same_up_to_scale",
+    "symbol",
+    "weight_of",
+]
+
+_GRID_LIMIT = 60  # convexity that sympy cannot decide is checked for |log u| up to this
+_DIGITS = 50
+
+
+@functools.cache
+def symbol() -> sympy.Symbol:
+    """The ratio $u = q/p$, teacher over student, as a positive sympy symbol."""
+    import sympy
+
+    return sympy.Symbol("u", positive=True)
+
+
+def weight_of(expr: sympy.Expr) -> sympy.Expr:
+    r"""The weight of a generator, $w_f(u) = u f'(u) - f(u)$ (T1), simplified.
+
+    Raises:
+        InvalidArgumentError: `expr` is no sympy expression.
+
+    Example:
+        >>> import sympy
+        >>> u = sympy.Symbol("u")
+        >>> weight_of(u * sympy.log(u))
+        u
+    """
+    import sympy
+
+    u = symbol()
+    f = _in_u("expr", expr)
+    return sympy.simplify(u * _differentiate(f) - f)
+
+
+def implied_generator(weight_expr: sympy.Expr) -> sympy.Expr:
+    r"""The generator whose exact weight is the given one up to a constant (T4), in the gauge $f(1) = f'(1) = 0$.
+
+    $$V[w](u) = u \int_1^u \frac{w(t) - w(1)}{t^2}\, \mathrm{d}t$$
+
+    It is convex, hence an f-divergence is minimised, if and only if the weight is non-decreasing. Kinks and steps
+    (`Abs`, `sign`, `Min`, `Max`, `Piecewise`) are integrated piece by piece.
+
+    Args:
+        weight_expr: the local weight, an expression in `u`; other symbols are carried along where it is smooth.
+
+    Raises:
+        InvalidArgumentError: `weight_expr` is no expression in `u`, is infinite at 1, or has no integral that sympy finds.
+
+    Example:
+        >>> import sympy
+        >>> u = sympy.Symbol("u", positive=True)
+        >>> implied_generator(sympy.log(u))
+        u - log(u) - 1
+    """
+    import sympy
+
+    u = symbol()
+    weight = _in_u("weight_expr", weight_expr)
+    pieces = _pieces("weight_expr", weight)
+    at_one = weight.subs(u, 1)
+    if at_one.is_finite is False or at_one is sympy.nan:
+        raise InvalidArgumentError(
+            "weight_expr", f"is {at_one} at u = 1, where the gauge f'(1) = 0 needs a finite value"
+        )
+    primitives = [_primitive(sympy.expand(piece - at_one) / u**2) for _, _, piece in pieces]
+    constants = _join_primitives(pieces, primitives)
+    results = [
+        sympy.simplify(sympy.expand(u * (primitive - constant)))
+        for primitive, constant in zip(primitives, constants, strict=True)
+    ]
+    if len(results) == 1:
+        return results[0]
+    branches = [(result, u < high) for result, (_, high, _) in zip(results[:-1], pieces[:-1], strict=True)]
+    return sympy.Piecewise(*branches, (results[-1], True))
+
+
+def same_divergence(expr_a: sympy.Expr, expr_b: sympy.Expr) -> bool:
+    r"""Whether two generators differ by a gauge $c(u - 1)$ only, so that $D_f$ is the same (T3).
+
+    Raises:
+        InvalidArgumentError: an argument is no sympy expression in `u`.
+    """
+    import sympy
+
+    u = symbol()
+    difference = _in_u("expr_a", expr_a) - _in_u("expr_b", expr_b)
+    pieces = [piece for _, _, piece in _pieces("expr_a - expr_b", difference)]
+    # The gauge is read off at a point of the last piece; it must then hold identically on every piece.
+    gauge = sympy.simplify(pieces[-1].diff(u))
+    if u in gauge.free_symbols:
+        gauge = gauge.subs(u, sympy.Integer(10) ** 6)
+    return all(_is_zero(piece - gauge * (u - 1)) for piece in pieces)
+
+
+def same_up_to_scale(expr_a: sympy.Expr, expr_b: sympy.Expr) -> sympy.Expr | None:
+    r"""The scale $k > 0$ with $f_a = k f_b$ up to gauge, or `None` if there is none.
+
+    Raises:
+        InvalidArgumentError: an argument is no sympy expression in `u`.
+    """
+    import sympy
+
+    u = symbol()
+    a, b = _in_u("expr_a", expr_a), _in_u("expr_b", expr_b)
+    for low, high in ((sympy.Rational(1, 2), sympy.Integer(2)), (sympy.Rational(1, 7), sympy.Integer(5))):
+        # f(high)/(high - 1) - f(low)/(low - 1) does not see the gauge.
+        chord_a, chord_b = (sympy.simplify(f.subs(u, high) / (high - 1) - f.subs(u, low) / (low - 1)) for f in (a, b))
+        if _is_zero(chord_b) or _is_zero(chord_a):
+            continue
+        scale = sympy.simplify(chord_a / chord_b)
+        if scale.is_positive and same_divergence(a, scale * b):
+            return scale
+        return None
+    return sympy.Integer(1) if same_divergence(a, b) else None
+
+
+def is_convex(expr: sympy.Expr) -> bool:
+    r"""Whether $f'' \ge 0$ on $(0, \infty)$: by sympy where it decides, else on a grid of $\log u \in [-60, 60]$.
+
+    Raises:
+        InvalidArgumentError: `expr` is no sympy expression in `u` alone, or is not real and finite on the grid.
+    """
+    return _convexity_violation(_only_u(expr)) is None
+
+
+def check_generator(expr: sympy.Expr) -> sympy.Expr:
+    """The expression in `symbol()`, if it is a convex generator with a zero at one.
+
+    Raises:
+        InvalidArgumentError: the message names the violated condition, with numbers.
+    """
+    f = _only_u(expr)
+    at_one = f.subs(symbol(), 1)
+    if not _is_zero(at_one):
+        raise InvalidArgumentError("expr", f"violates f(1) = 0: f(1) = {at_one}; subtract that constant")
+    violation = _convexity_violation(f)
+    if violation is not None:
+        raise InvalidArgumentError("expr", f"violates convexity on (0, oo): {violation}")
+    return f
+
+
+def forms(generator: sympy.Expr) -> dict[str, sympy.Expr]:
+    r"""The numeric forms of a generator as expressions in `t` $= \log u$, kinks counted as smooth."""
+    import sympy
+
+    u = symbol()
+    t = _log_symbol()
+    slope = u * _differentiate(generator)
+    curvature = u**2 * _differentiate(_differentiate(generator))
+    expressions = {
+        "generator": generator,
+        "log_slope": slope,
+        "weight": slope - generator,
+        "curvature": curvature,
+        "curvature_slope": u * _differentiate(curvature),
+    }
+    return {
+        kind: sympy.powsimp(sympy.expand_log(_tidy(expression).subs(u, sympy.exp(t))))
+        if kind == "generator"
+        else sympy.powsimp(_tidy(expression).subs(u, sympy.exp(t)))
+        for kind, expression in expressions.items()
+    }
+
+
+def limits(generator: sympy.Expr) -> tuple[dict[str, tuple[float, float]], float]:
+    r"""The limits of the numeric forms at $u = 0$ and $\infty$, and $f'(\infty)$."""
+    u = symbol()
+    slope = u * _differentiate(generator)
+    curvature = u**2 * _differentiate(_differentiate(generator))
+    expressions = {
+        "generator": generator,
+        "log_slope": slope,
+        "weight": slope - generator,
+        "curvature": curvature,
+        "curvature_slope": u * _differentiate(curvature),
+    }
+    return {kind: (_limit(e, False), _limit(e, True)) for kind, e in expressions.items()}, _limit(
+        _differentiate(generator), True
+    )
+
+
+def numeric(expression: sympy.Expr) -> Callable[[Tensor], Tensor]:
+    """An expression in `t` as a function of float64 tensors.
+
+    Points at which some intermediate overflows or underflows are evaluated by mpmath instead.
+    """
+
+    def function(t: Tensor) -> Tensor:
+        suspect = torch.zeros_like(t, dtype=torch.bool)
+        evaluator = _TorchEvaluator(t, suspect)
+        try:
+            values = evaluator(expression)
+        except _UnknownFunctionError:
+            values, suspect = torch.zeros_like(t), torch.ones_like(suspect)
+        else:
+            suspect = evaluator.suspect
+        suspect = suspect & torch.isfinite(t)
+        if bool(suspect.any()):
+            exact = _mpmath_function(expression)
+            points = [exact(point) for point in t[suspect].tolist()]
+            values = values.clone()
+            values[suspect] = torch.tensor(points, dtype=t.dtype, device=t.device)
+        return values
+
+    return function
+
+
+class _UnknownFunctionError(Exception):
+    pass
+
+
+class _TorchEvaluator:
+    """Evaluates an expression tree by torch, noting the points at which an intermediate leaves the normal range."""
+
+    def __init__(self, t: Tensor, suspect: Tensor) -> None:
+        self.t, self.suspect = t, suspect
+
+    def __call__(self, node: sympy.Expr) -> Tensor:
+        import sympy
+
+        if node == _log_symbol():
+            return self.t
+        if not node.free_symbols:
+            return torch.full_like(self.t, _float(node))
+        if isinstance(node, sympy.Piecewise):
+            # Branches that are not taken may well be infinite: only the chosen value counts.
+            return self._piecewise(node)
+        arguments = [self(argument) for argument in node.args]
+        value = self._apply(node, arguments)
+        self.suspect = self.suspect | ~torch.isfinite(value)
+        if isinstance(node, sympy.exp):
+            self.suspect = self.suspect | (value < torch.finfo(value.dtype).tiny)
+        return value
+
+    def _apply(self, node: sympy.Expr, arguments: list[Tensor]) -> Tensor:
+        import sympy
+
+        if isinstance(node, sympy.Add):
+            return functools.reduce(torch.add, arguments)
+        if isinstance(node, sympy.Mul):
+            return functools.reduce(torch.mul, arguments)
+        if isinstance(node, sympy.Pow):
+            return torch.pow(*arguments)
+        if isinstance(node, sympy.Max):
+            return functools.reduce(torch.maximum, arguments)
+        if isinstance(node, sympy.Min):
+            return functools.reduce(torch.minimum, arguments)
+        if isinstance(node, sympy.Heaviside):
+            return torch.heaviside(arguments[0], torch.full_like(arguments[0], 0.5))
+        name = _TORCH_FUNCTIONS.get(type(node).__name__)
+        if name is None:
+            raise _UnknownFunctionError
+        return getattr(torch, name)(*arguments)
+
+    def _piecewise(self, node: sympy.Piecewise) -> Tensor:
+        import sympy
+
+        outer = self.suspect
+        result = torch.full_like(self.t, math.nan)
+        open_points = torch.ones_like(self.t, dtype=torch.bool)
+        suspect = outer
+        for expression, condition in node.args:
+            if condition == sympy.true:
+                holds = torch.ones_like(open_points)
+            elif isinstance(condition, sympy.core.relational.Relational):
+                gap = self(condition.lhs - condition.rhs)
+                holds = _RELATIONS[condition.rel_op](gap)
+            else:
+                raise _UnknownFunctionError
+            chosen = open_points & holds
+            self.suspect = torch.zeros_like(outer)
+            result = torch.where(chosen, self(expression), result)
+            suspect = suspect | (chosen & self.suspect)
+            open_points = open_points & ~holds
+        self.suspect = suspect
+        return result
+
+
+_RELATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "<": lambda gap: gap < 0,
+    "<=": lambda gap: gap <= 0,
+    ">": lambda gap: gap > 0,
+    ">=": lambda gap: gap >= 0,
+    "==": lambda gap: gap == 0,
+    "!=": lambda gap: gap != 0,
+}
+
+_TORCH_FUNCTIONS = {
+    "exp": "exp",
+    "log": "log",
+    "Abs": "abs",
+    "sign": "sign",
+    "sinh": "sinh",
+    "cosh": "cosh",
+    "tanh": "tanh",
+    "sin": "sin",
+    "cos": "cos",
+    "tan": "tan",
+    "atan": "atan",
+    "asinh": "asinh",
+    "erf": "erf",
+    "erfc": "erfc",
+}
+
+
+def _mpmath_function(expression: sympy.Expr) -> Callable[[float], float]:
+    import mpmath
+    import sympy
+
+    function = sympy.lambdify(_log_symbol(), expression, modules="mpmath")
+
+    def evaluate(t: float) -> float:
+        with mpmath.workdps(_DIGITS):
+            try:
+                value = function(mpmath.mpf(t))
+            except (ZeroDivisionError, OverflowError, ValueError):
+                return math.nan
+            return _to_float(value)
+
+    return evaluate
+
+
+def _to_float(value: Any) -> float:
+    import mpmath
+
+    if isinstance(value, mpmath.mpc):
+        if value.imag != 0:
+            return math.nan
+        value = value.real
+    try:
+        return float(value)
+    except OverflowError:
+        return math.copysign(math.inf, value)
+
+
+def _float(constant: sympy.Expr) -> float:
+    import sympy
+
+    if constant.is_infinite or constant in (sympy.oo, -sympy.oo):
+        return math.inf if constant.is_extended_positive else -math.inf
+    return _to_float(sympy.N(constant, 30))
+
+
+@functools.cache
+def _log_symbol() -> sympy.Symbol:
+    import sympy
+
+    return sympy.Symbol("t", real=True)
+
+
+def _in_u(argument: str, expr: sympy.Expr) -> sympy.Expr:
+    """The expression with every symbol that is called `u` replaced by the positive one."""
+    import sympy
+
+    try:
+        expression = sympy.sympify(expr, strict=True)
+    except (sympy.SympifyError, TypeError):
+        raise InvalidArgumentError(argument, f"got {type(expr).__name__}; a sympy expression in u is needed") from None
+    if not isinstance(expression, sympy.Expr):
+        raise InvalidArgumentError(argument, f"got {type(expr).__name__}; a sympy expression in u is needed")
+    return expression.xreplace({s: symbol() for s in expression.free_symbols if s.name == "u" and s != symbol()})
+
+
+def _only_u(expr: sympy.Expr) -> sympy.Expr:
+    expression = _in_u("expr", expr)
+    others = sorted(str(s) for s in expression.free_symbols - {symbol()})
+    if others:
+        raise InvalidArgumentError("expr", f"has the free symbols {', '.join(others)}; only u may be free")
+    return expression
+
+
+def _differentiate(expression: sympy.Expr) -> sympy.Expr:
+    """The derivative away from kinks: the delta functions that sympy puts there are dropped."""
+    import sympy
+
+    derivative = sympy.diff(expression, symbol())
+    return derivative.replace(sympy.DiracDelta, lambda *_: sympy.Integer(0))
+
+
+def _tidy(expression: sympy.Expr) -> sympy.Expr:
+    import sympy
+
+    if expression.has(sympy.Piecewise, sympy.Abs, sympy.sign, sympy.Heaviside, sympy.Max, sympy.Min):
+        return expression
+    return expression
+
+
+def _limit(expression: sympy.Expr, at_infinity: bool) -> float:
+    import sympy
+
+    u = symbol()
+    pieces = _pieces("expr", expression)
+    piece = pieces[-1][2] if at_infinity else pieces[0][2]
+    try:
+        value = sympy.limit(piece, u, sympy.oo if at_infinity else 0, "-" if at_infinity else "+")
+    except (NotImplementedError, ValueError):
+        return math.nan
+    return _float(value) if not value.free_symbols and not value.has(sympy.Limit) else math.nan
+
+
+def _is_zero(expression: sympy.Expr) -> bool:
+    import sympy
+
+    if expression == 0 or sympy.simplify(expression) == 0:
+        return True
+    return bool(expression.equals(0))
+
+
+def _primitive(expression: sympy.Expr) -> sympy.Expr:
+    import sympy
+
+    result = sympy.integrate(sympy.expand(expression), symbol())
+    if result.has(sympy.Integral):
+        raise InvalidArgumentError("weight_expr", f"sympy finds no integral of {expression}")
+    return result
+
+
+def _join_primitives(pieces: list[Any], primitives: list[sympy.Expr]) -> list[sympy.Expr]:
+    """The constants that make the primitives continuous, and zero at one."""
+    u = symbol()
+    constants = [primitives[0] * 0]
+    for (_, edge, _), left, right in zip(pieces[:-1], primitives[:-1], primitives[1:], strict=True):
+        constants.append(constants[-1] + right.subs(u, edge) - left.subs(u, edge))
+    home = next(i for i, (_, high, _) in enumerate(pieces) if bool(high >= 1))
+    shift = primitives[home].subs(u, 1) - constants[home]
+    return [constant + shift for constant in constants]
+
+
+def _pieces(argument: str, expression: sympy.Expr) -> list[tuple[sympy.Expr, sympy.Expr, sympy.Expr]]:
+    """The smooth pieces of an expression as `(low, high, piece)`, from zero to infinity."""
+    import sympy
+
+    u = symbol()
+    if not expression.has(sympy.Piecewise, sympy.Abs, sympy.sign, sympy.Heaviside, sympy.Max, sympy.Min):
+        return [(sympy.Integer(0), sympy.oo, expression)]
+    if expression.free_symbols - {u}:
+        raise InvalidArgumentError(argument, "has kinks and symbols other than u; put in numbers for these")
+    edges = _edges(expression)
+    bounds = [sympy.Integer(0), *edges, sympy.oo]
+    return [
+        (low, high, _select(expression, _inside(low, high))) for low, high in zip(bounds[:-1], bounds[1:], strict=True)
+    ]
+
+
+def _edges(expression: sympy.Expr) -> list[sympy.Expr]:
+    import sympy
+
+    u = symbol()
+    switches: set[sympy.Expr] = set()
+    for node in sympy.preorder_traversal(expression):
+        if isinstance(node, (sympy.Abs, sympy.sign, sympy.Heaviside)):
+            switches.add(node.args[0])
+        elif isinstance(node, (sympy.Max, sympy.Min)):
+            switches.update(a - b for i, a in enumerate(node.args) for b in node.args[:i])
+        elif isinstance(node, sympy.core.relational.Relational):
+            switches.add(node.lhs - node.rhs)
+    roots: set[sympy.Expr] = set()
+    for switch in switches:
+        if u not in switch.free_symbols:
+            continue
+        for _, _, smooth in (
+            [(0, 0, switch)] if not switch.has(sympy.Abs, sympy.Max, sympy.Min) else _pieces("expr", switch)
+        ):
+            try:
+                found = sympy.solve(smooth, u)
+            except NotImplementedError:
+                raise InvalidArgumentError("expr", f"sympy cannot solve {smooth} = 0 for its kinks") from None
+            roots.update(root for root in found if root.is_positive)
+    return sorted(roots, key=lambda root: float(root))
+
+
+def _inside(low: sympy.Expr, high: sympy.Expr) -> sympy.Expr:
+    import sympy
+
+    return (low + high) / 2 if high != sympy.oo else low + 1
+
+
+def _select(expression: sympy.Expr, point: sympy.Expr) -> sympy.Expr:
+    """The smooth branch of an expression that is in force at a point."""
+    import sympy
+
+    u = symbol()
+
+    def value(node: sympy.Expr) -> float:
+        return _float(node.subs(u, point))
+
+    def step(node: sympy.Expr) -> sympy.Expr:
+        if not node.args:
+            return node
+        if isinstance(node, sympy.Piecewise):
+            return next(step(e) for e, condition in node.args if bool(condition.subs(u, point)))
+        arguments = [step(argument) for argument in node.args]
+        if isinstance(node, sympy.Abs):
+            return arguments[0] * (1 if value(arguments[0]) >= 0 else -1)
+        if isinstance(node, sympy.sign):
+            return sympy.Integer(1 if value(arguments[0]) > 0 else -1)
+        if isinstance(node, sympy.Heaviside):
+            return sympy.Integer(1 if value(arguments[0]) > 0 else 0)
+        if isinstance(node, sympy.Max):
+            return max(arguments, key=value)
+        if isinstance(node, sympy.Min):
+            return min(arguments, key=value)
+        return node.func(*arguments)
+
+    return step(expression)
+
+
+def _convexity_violation(f: sympy.Expr) -> str | None:
+    """A sentence on where convexity fails, or None."""
+    import mpmath
+    import sympy
+
+    u = symbol()
+    smooth = not f.has(sympy.Piecewise, sympy.Abs, sympy.sign, sympy.Heaviside, sympy.Max, sympy.Min)
+    if smooth:
+        second = sympy.factor(sympy.simplify(sympy.diff(f, u, 2)))
+        if second.is_nonnegative:
+            return None
+    first_derivative = _differentiate(f)
+    second_derivative = _differentiate(first_derivative)
+    value_at = sympy.lambdify(u, f, modules="mpmath")
+    slope_at = sympy.lambdify(u, first_derivative, modules="mpmath")
+    curvature_at = sympy.lambdify(u, second_derivative, modules="mpmath")
+    with mpmath.workdps(_DIGITS):
+        previous = None
+        for t in _grid():
+            point = mpmath.exp(t)
+            try:
+                value, slope, curvature = (mpmath.mpmathify(g(point)) for g in (value_at, slope_at, curvature_at))
+            except (ZeroDivisionError, ValueError, OverflowError):
+                return f"f is not finite at u = {mpmath.nstr(point, 6)}"
+            if any(isinstance(x, mpmath.mpc) and x.imag != 0 for x in (value, slope, curvature)):
+                return f"f is not real at u = {mpmath.nstr(point, 6)}"
+            slope, curvature = mpmath.re(slope), mpmath.re(curvature)
+            if not all(mpmath.isfinite(x) for x in (mpmath.re(value), slope, curvature)):
+                return f"f is not finite at u = {mpmath.nstr(point, 6)}"
+            tolerance = mpmath.mpf(10) ** (10 - _DIGITS)
+            if curvature < -tolerance * (1 + abs(slope) / point):
+                return f"f''({mpmath.nstr(point, 6)}) = {mpmath.nstr(curvature, 6)} < 0"
+            if previous is not None and slope < previous[1] - tolerance * (1 + abs(slope)):
+                low, drop = previous[0], previous[1] - slope
+                return (
+                    f"f' falls by {mpmath.nstr(drop, 6)} between u = {mpmath.nstr(low, 6)} and {mpmath.nstr(point, 6)}"
+                )
+            previous = (point, slope)
+    return None
+
+
+def _grid() -> list[Any]:
+    import mpmath
+
+    coarse = [mpmath.mpf(k) / 8 for k in range(-8 * _GRID_LIMIT, 8 * _GRID_LIMIT + 1)]
+    # Around u = 1, and off the lattice, so that a kink at a round number does not hide on a grid point.
+    fine = [s * mpmath.mpf(2) ** -k * mpmath.mpf("1.01") for k in range(1, 30) for s in (-1, 1)]
+    return sorted([x + mpmath.mpf("0.0123") for x in coarse] + fine)
