@@ -1,0 +1,131 @@
+"""What every estimator is made of: the claim it carries, its reduction, and the loss of each token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from opdtheory.divergences import Divergence
+from opdtheory.rollouts import Rollouts
+
+__all__ = [
+    "BATCH_OF_TWO",
+    "FIXED_LENGTH",
+    "ON_POLICY",
+    "ON_POLICY_OR_ONE_STEP",
+    "SEVERAL_STEPS",
+    "Claim",
+    "Estimator",
+    "Granularity",
+    "Reduction",
+    "TokenLoss",
+    "Verdict",
+    "unmasked",
+]
+
+Granularity = Literal["token_local", "token_return", "sequence"]
+Verdict = Literal["exact", "exact_up_to_scale", "other_objective", "zero", "biased"]
+Reduction = Literal["token_sum", "token_mean", "sequence_mean"]
+TokenLoss = Callable[[Rollouts], Tensor]
+
+ON_POLICY = "on-policy"
+ON_POLICY_OR_ONE_STEP = "on-policy or one step"
+FIXED_LENGTH = "fixed length"
+SEVERAL_STEPS = "more than one step"
+BATCH_OF_TWO = "batch of at least 2"
+
+
+@dataclass(frozen=True)
+class Claim:
+    r"""What an estimator says of its expected gradient, for an audit to confirm or refute.
+
+    The statement: if every assumption holds, the expected gradient stands in the relation `verdict` to the exact
+    gradient of the objective (`divergence`, `granularity`, `gamma`). A declared bias is part of the claim: an audit
+    that finds none under the assumptions refutes it too.
+
+    Attributes:
+        divergence: what the loss is nominally for.
+        granularity: `token_local`, `token_return` or `sequence`, as in `exact_gradient(objective=...)`.
+        verdict: `exact`, `exact_up_to_scale`, `other_objective`, `zero` or `biased`.
+        theorem: the statements of the theory that say so.
+        descends: what the loss descends instead, in words or as a catalogue name; None where nothing is known.
+        gamma: the discount of `token_return`.
+        assumptions: under which the verdict holds, such as "on-policy" or "fixed length".
+    """
+
+    divergence: Divergence
+    granularity: Granularity
+    verdict: Verdict
+    theorem: str
+    descends: str | None = None
+    gamma: float = 1.0
+    assumptions: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, object]:
+        """The claim as plain JSON values, the divergence as its label."""
+        return {
+            "divergence": self.divergence.label,
+            "granularity": self.granularity,
+            "verdict": self.verdict,
+            "theorem": self.theorem,
+            "descends": self.descends,
+            "gamma": self.gamma,
+            "assumptions": list(self.assumptions),
+        }
+
+    def __str__(self) -> str:
+        discount = f" (gamma={self.gamma:g})" if self.granularity == "token_return" else ""
+        text = f"{self.verdict} for the {self.granularity} objective{discount} of {self.divergence.label}"
+        if self.descends is not None:
+            text += f"; descends {self.descends}"
+        if self.assumptions:
+            text += f"; given: {', '.join(self.assumptions)}"
+        return f"{text} [{self.theorem}]"
+
+
+@dataclass(frozen=True)
+class Estimator:
+    r"""A loss with a claim: `estimator(rollouts)` is a 0-d tensor to minimise, $\mathrm{reduce}_{b,n}\, \ell_{bn}$.
+
+    Only the gradient of a sampled-token loss means something: its value is $-\sum_n A_n \log p(y_n|h_n)$, a surrogate.
+    Made by `opdtheory.estimators.estimator`.
+
+    Attributes:
+        name: as given to `estimator`.
+        claim: what the expected gradient is, see `Claim`.
+        token_loss: maps rollouts to the loss of each token, `(B, T)`, before the reduction.
+        reduction: `token_sum` (sum over tokens, mean over rollouts), `token_mean` or `sequence_mean`.
+        options: the options given, in the order of the signature.
+    """
+
+    name: str
+    claim: Claim
+    token_loss: TokenLoss = field(repr=False)
+    reduction: Reduction = "token_sum"
+    options: tuple[tuple[str, object], ...] = ()
+
+    def __call__(self, rollouts: Rollouts) -> Float[Tensor, ""]:
+        """The loss of a batch, a 0-d tensor in nats or in the unit of the advantage."""
+        values = self.token_loss(rollouts)
+        if self.reduction == "token_sum":
+            return rollouts.token_sum(values)
+        return rollouts.token_mean(values) if self.reduction == "token_mean" else rollouts.sequence_mean(values)
+
+    def __repr__(self) -> str:
+        arguments = [repr(self.name)]
+        arguments += [repr(value) if key == "divergence" else f"{key}={value!r}" for key, value in self.options]
+        return f"estimator({', '.join(arguments)})"
+
+
+def unmasked(rollouts: Rollouts, values: Tensor, fill: float = 0.0) -> Tensor:
+    """The values with `fill` at masked positions, whose gradient is then exactly zero; any trailing axes.
+
+    Masked values are cleaned before anything is computed from them: an overflow there would come back as 0 * inf.
+    """
+    mask = rollouts.mask.reshape(*rollouts.mask.shape, *(1 for _ in range(values.ndim - rollouts.mask.ndim)))
+    return torch.where(mask > 0, values, torch.full_like(values, fill))

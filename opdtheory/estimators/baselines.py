@@ -1,0 +1,70 @@
+r"""Baselines and the z-score: what is taken from an advantage before it multiplies the score (T7)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from opdtheory.estimators.base import unmasked
+from opdtheory.rollouts import Rollouts
+
+__all__ = ["group_mean", "leave_one_out", "vocabulary_mean", "z_score"]
+
+
+def group_mean(advantages: Float[Tensor, "B T"], rollouts: Rollouts) -> Float[Tensor, "1 T"]:
+    r"""Mean over the rollouts that are unmasked at this position, each itself included.
+
+    $$b_n = \frac{\sum_b m_{bn} A_{bn}}{\sum_b m_{bn}}$$
+
+    The own term scales the expected gradient by $(G-1)/G$ when all $G$ rollouts have one length (T7e).
+    """
+    alive = rollouts.mask.sum(0, keepdim=True).clamp_min(1)
+    return unmasked(rollouts, advantages).sum(0, keepdim=True) / alive
+
+
+def leave_one_out(advantages: Float[Tensor, "B T"], rollouts: Rollouts) -> Float[Tensor, "B T"]:
+    r"""Mean over the *other* rollouts that are unmasked at this position, zero where there is none.
+
+    $$b_{in} = \frac{\sum_{j \ne i} m_{jn} A_{jn}}{\sum_{j \ne i} m_{jn}}$$
+
+    It does not depend on rollout $i$, hence never biases (T7e; RLOO, 2402.14740).
+    """
+    own = unmasked(rollouts, advantages)
+    others = rollouts.mask.sum(0, keepdim=True) - rollouts.mask
+    total = own.sum(0, keepdim=True) - own
+    return torch.where(others > 0, total / others.clamp_min(1), torch.zeros_like(own))
+
+
+def vocabulary_mean(advantage_at: Callable[[Tensor, Tensor], Tensor], rollouts: Rollouts) -> Float[Tensor, "B T"]:
+    r"""The expected advantage given the history, $b_n = \sum_a p(a|h_n)\, A(p_a, q_a)$, from the logits (T7b, vOPD).
+
+    Tokens of (nearly) zero probability, or whose advantage is not finite, are left out of the sum: whatever depends
+    on the history alone is an unbiased baseline.
+
+    Args:
+        advantage_at: maps `log p` and `log q`, both `(B, T, V)`, to the advantage of each token.
+        rollouts: the batch.
+    """
+    with torch.no_grad():
+        log_p = torch.log_softmax(unmasked(rollouts, rollouts.student_logits), dim=-1)
+        log_q = torch.log_softmax(unmasked(rollouts, rollouts.teacher_logits), dim=-1)
+        zero = torch.zeros_like(log_p)
+        usable = log_p > math.log(torch.finfo(log_p.dtype).tiny)
+        advantages = advantage_at(torch.where(usable, log_p, zero), torch.where(usable, log_q, zero))
+        usable = usable & torch.isfinite(advantages)
+        return torch.where(usable, log_p.exp() * advantages, zero).sum(-1)
+
+
+def z_score(advantages: Float[Tensor, "B T"], rollouts: Rollouts, eps: float) -> Float[Tensor, "B T"]:
+    r"""Centred and scaled within the group at each position (GRPO, 2402.03300): biased in direction (T7e).
+
+    $$\frac{A_{bn} - \bar A_n}{\sigma_n + \epsilon},\qquad
+      \sigma_n^2 = \frac{\sum_b m_{bn}(A_{bn} - \bar A_n)^2}{\max(1, \sum_b m_{bn} - 1)}$$
+    """
+    centred = unmasked(rollouts, advantages - group_mean(advantages, rollouts))
+    degrees = (rollouts.mask.sum(0, keepdim=True) - 1).clamp_min(1)
+    return centred / ((centred.square().sum(0, keepdim=True) / degrees).sqrt() + eps)

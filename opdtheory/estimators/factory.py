@@ -1,0 +1,345 @@
+r"""The one door: `estimator(name, divergence, **options)` composes a loss from its parts and states its claim."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from numbers import Real
+from typing import Literal
+
+import torch
+
+from opdtheory.divergences import Divergence
+from opdtheory.divergences import divergence as divergence_of
+from opdtheory.errors import InvalidArgumentError
+from opdtheory.estimators.base import Estimator, Reduction, TokenLoss
+from opdtheory.estimators.claims import claim_of
+from opdtheory.estimators.offpolicy import Importance
+from opdtheory.estimators.sampled import (
+    Baseline,
+    BoxCox,
+    CentredWeight,
+    Differentiated,
+    PowerAdvantage,
+    RatioAdvantage,
+    ReturnToGo,
+    ScoreFunction,
+    SequenceWeight,
+    StopGradientReward,
+    k1,
+    k1_reward,
+    k2,
+    k2_reward,
+    k3,
+    k3_reward,
+)
+from opdtheory.estimators.vocabulary import Support, TopK, TopKReward, VocabularyLoss
+
+__all__ = ["estimator", "estimator_names"]
+
+_Build = Callable[[Divergence, dict[str, object]], TokenLoss]
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """How one named estimator is built, which options it takes and what the theory says of its unmodified form."""
+
+    build: _Build
+    options: frozenset[str]
+    theorem: str
+    nominal: str | None = None  # None: the caller names the divergence
+    required: tuple[str, ...] = ()
+    descends: str | None = None
+    importance: tuple[str, ...] = ("token", "prefix", "sequence", "ppo")
+    baseline: tuple[str, ...] = ("constant", "group_mean", "leave_one_out", "vocabulary")
+
+
+_SCORE = frozenset({"baseline", "baseline_value", "zscore", "eps", "importance", "clip_range", "clip_weight"})
+_RATIO = _SCORE | {"clip_log_ratio"}
+_LOSS = frozenset({"importance", "clip_log_ratio"})
+_TOP = frozenset({"importance", "k", "support"})
+_GROUP_BASELINES = ("constant", "group_mean", "leave_one_out")
+_MODIFIERS = ("clip_weight", "baseline", "baseline_value", "zscore", "eps", "importance", "clip_range")
+
+
+def _score(advantage: Callable[..., object], o: dict[str, object]) -> ScoreFunction:
+    return ScoreFunction(advantage, **{key: o[key] for key in _MODIFIERS if key in o})
+
+
+def _ratio(function: Callable[[Divergence, dict[str, object]], Callable[..., object]]) -> _Build:
+    return lambda d, o: _score(RatioAdvantage(function(d, o), o.get("clip_log_ratio")), o)
+
+
+def _differentiated(function: Callable[..., object]) -> _Build:
+    return lambda d, o: Differentiated(function, o.get("clip_log_ratio"), o.get("importance"))
+
+
+def _top(form: Literal["truncated", "renormalised", "tail"]) -> _Build:
+    return lambda d, o: VocabularyLoss(d, _top_k(form, o), o.get("importance"))
+
+
+def _top_k(form: Literal["truncated", "renormalised", "tail"], o: dict[str, object]) -> TopK:
+    return TopK(o["k"], form, o.get("support", "teacher"))
+
+
+_SAMPLED_LOSS = ("token", "prefix", "sequence")
+_WHOLE_ROLLOUT = ("sequence", "ppo")
+_ENTRIES: dict[str, _Entry] = {
+    "opd": _Entry(_ratio(lambda d, o: StopGradientReward(d)), _RATIO, "T2"),
+    "opd_plus": _Entry(_ratio(lambda d, o: d.weight), _RATIO, "T1"),
+    "opd_plus_centred": _Entry(_ratio(lambda d, o: CentredWeight(d)), _RATIO, "T1, T7a"),
+    "k1_loss": _Entry(_differentiated(k1), _LOSS, "T4", "reverse_kl", importance=_SAMPLED_LOSS),
+    "k2_loss": _Entry(_differentiated(k2), _LOSS, "T4", "reverse_kl", importance=_SAMPLED_LOSS),
+    "k3_loss": _Entry(_differentiated(k3), _LOSS, "T4", "reverse_kl", descends="forward_kl", importance=_SAMPLED_LOSS),
+    "k1_reward": _Entry(_ratio(lambda d, o: k1_reward), _RATIO, "T4", "reverse_kl"),
+    "k2_reward": _Entry(_ratio(lambda d, o: k2_reward), _RATIO, "T4", "reverse_kl"),
+    "k3_reward": _Entry(
+        _ratio(lambda d, o: k3_reward), _RATIO, "T4", "reverse_kl", descends="the reverse KL minus the forward KL"
+    ),
+    "box_cox": _Entry(_ratio(lambda d, o: BoxCox(o["alpha"])), _RATIO | {"alpha"}, "T4", "alpha", ("alpha",)),
+    "power": _Entry(
+        lambda d, o: _score(PowerAdvantage(o["alpha"]), o),
+        _SCORE | {"alpha"},
+        "T4",
+        "reverse_kl",
+        ("alpha",),
+        descends="a density-power (Bregman) divergence",
+    ),
+    # No clip_log_ratio: it cannot change a sign.
+    "sign": _Entry(_ratio(lambda d, o: torch.sign), _SCORE, "T4", "total_variation"),
+    "return_to_go": _Entry(
+        lambda d, o: _score(ReturnToGo(d, o["gamma"], o.get("discounted", False), o.get("clip_log_ratio")), o),
+        _RATIO | {"gamma", "discounted"},
+        "T6",
+        required=("gamma",),
+        importance=_WHOLE_ROLLOUT,
+        baseline=_GROUP_BASELINES,
+    ),
+    "sequence_opd_plus": _Entry(
+        lambda d, o: _score(SequenceWeight(d, o.get("clip_log_ratio")), o),
+        _RATIO,
+        "T6",
+        importance=_WHOLE_ROLLOUT,
+        baseline=_GROUP_BASELINES,
+    ),
+    "full_vocab": _Entry(
+        lambda d, o: VocabularyLoss(d, None, o.get("importance")),
+        frozenset({"importance"}),
+        "T12",
+        importance=("prefix",),
+    ),
+    "topk_truncated": _Entry(_top("truncated"), _TOP, "T9", required=("k",), importance=("prefix",)),
+    "topk_renormalised": _Entry(_top("renormalised"), _TOP, "T9c", required=("k",), importance=("prefix",)),
+    "topk_tail": _Entry(_top("tail"), _TOP, "T9d", required=("k",), importance=("prefix",)),
+    "topk_reward": _Entry(
+        lambda d, o: _score(TopKReward(d, _top_k("truncated", o)), o),
+        _SCORE | {"k", "support"},
+        "T9e",
+        required=("k",),
+        baseline=_GROUP_BASELINES,
+    ),
+}
+
+
+def estimator_names() -> tuple[str, ...]:
+    """The names that `estimator` knows."""
+    return tuple(_ENTRIES)
+
+
+def estimator(
+    name: str,
+    divergence: str | Divergence | None = None,
+    *,
+    reduction: Reduction = "token_sum",
+    baseline: Baseline | None = None,
+    baseline_value: float | None = None,
+    zscore: bool = False,
+    eps: float | None = None,
+    importance: Importance | None = None,
+    clip_range: float | None = None,
+    clip_log_ratio: float | None = None,
+    clip_weight: tuple[float, float] | None = None,
+    gamma: float | None = None,
+    discounted: bool = False,
+    alpha: float | None = None,
+    k: int | None = None,
+    support: Support | None = None,
+    **unknown: object,
+) -> Estimator:
+    r"""An estimator of the distillation gradient by name: a callable `loss(rollouts)` that carries a claim.
+
+    Every sampled-token form descends $-\sum_n A_n s_n$ with $s_n = \nabla\log p(y_n|h_n)$ and
+    $u_n = q(y_n|h_n)/p(y_n|h_n)$:
+
+    | name | advantage $A_n$, or loss | divergence |
+    |---|---|---|
+    | `opd` | $-f(u_n)$ | any |
+    | `opd_plus` | $w_f(u_n) = u_n f'(u_n) - f(u_n)$ | any |
+    | `opd_plus_centred` | $w_f(u_n) - w_f(1)$ | any |
+    | `sequence_opd_plus` | $w_f(\prod_m u_m)$ | any |
+    | `return_to_go` | $w_f(u_n) - \sum_{m>n} \gamma^{m-n} f(u_m)$; `discounted`: times $\gamma^{n-1}$ | any |
+    | `k1_reward` `k2_reward` `k3_reward` | $-k_i(u_n)$, detached | reverse KL |
+    | `k1_loss` `k2_loss` `k3_loss` | loss $k_i(u_n)$, differentiated | reverse KL |
+    | `box_cox` | $(u_n^\alpha - 1)/\alpha$ | alpha |
+    | `power` | $q^\alpha - p^\alpha$ | reverse KL |
+    | `sign` | $\mathrm{sign}(\log u_n)$ | total variation |
+    | `full_vocab` | loss $\sum_a p_a f(q_a/p_a)$ | any |
+    | `topk_truncated` `topk_renormalised` `topk_tail` | the same on `k` tokens | any |
+    | `topk_reward` | $-\sum_{S} p f(q/p)$, detached | any |
+
+    Args:
+        name: one of `estimator_names()`.
+        divergence: a catalogue name or a `Divergence`, where the table says "any".
+        reduction: `token_sum` (the objectives of the theory), `token_mean` or `sequence_mean` (T11).
+        baseline: `constant` (with `baseline_value`), `group_mean`, `leave_one_out` or `vocabulary` (T7).
+        baseline_value: the constant, in the unit of the advantage.
+        zscore: centre and scale by the group's standard deviation plus `eps`, in place of a baseline.
+        eps: added to the standard deviation; 1e-6 by default.
+        importance: weight by $\rho = p/\mu$ of this `token`, of the `prefix` up to it or of the whole `sequence`, or
+            `ppo` for the clipped surrogate (T8). Exact only if $\mu$ gives probability to all that $p$ does.
+        clip_range: of `ppo`; 0.2 by default.
+        clip_log_ratio: clamp $\log u$ to $[-C, C]$ nats first.
+        clip_weight: clamp the advantage to $[a, b]$, before the baseline.
+        gamma: the discount of `return_to_go`, in [0, 1].
+        discounted: `return_to_go` with the outer $\gamma^{n-1}$ that makes it exact.
+        alpha: the order of `box_cox`; the power, positive, of `power`.
+        k: how many tokens.
+        support: whose `k` likeliest tokens, `teacher` (default) or `student`.
+        **unknown: refused by name.
+
+    Raises:
+        InvalidArgumentError: a `ValueError` naming an unknown name or option, an option that does not apply to this
+            estimator, one that is missing, or a value out of range.
+
+    References:
+        OPD+ 2606.01039; GRPO 2402.03300; PPO 1707.06347; PowerOPD 2606.17199; Schulman, *Approximating KL divergence*.
+
+    Example:
+        >>> loss = estimator("opd", "forward_kl", baseline="leave_one_out")
+        >>> loss
+        estimator('opd', 'forward_kl', baseline='leave_one_out')
+        >>> loss.claim.verdict
+        'biased'
+    """
+    entry = _ENTRIES[_choice("name", name, _ENTRIES)]
+    given = {
+        "baseline": baseline,
+        "baseline_value": baseline_value,
+        "zscore": None if zscore is False else zscore,
+        "eps": eps,
+        "importance": importance,
+        "clip_range": clip_range,
+        "clip_log_ratio": clip_log_ratio,
+        "clip_weight": clip_weight,
+        "gamma": gamma,
+        "discounted": None if discounted is False else discounted,
+        "alpha": alpha,
+        "k": k,
+        "support": support,
+    }
+    for option in unknown:
+        raise InvalidArgumentError(option, f"is no option of estimator(){_nearest(option, ('reduction', *given))}")
+    _choice("reduction", reduction, ("token_sum", "token_mean", "sequence_mean"))
+    options = {key: value for key, value in given.items() if value is not None}
+    _check_applicable(name, entry, options)
+    options = {key: _checked(name, key, value) for key, value in options.items()}
+    nominal = _nominal(name, entry, divergence, options)
+    loss = entry.build(nominal, options)
+    shown = {"divergence": nominal.label} if entry.nominal is None else {}
+    shown |= {} if reduction == "token_sum" else {"reduction": reduction}
+    return Estimator(
+        name=name,
+        claim=claim_of(loss, nominal, reduction, entry.theorem, entry.descends),
+        token_loss=loss,
+        reduction=reduction,
+        options=tuple({**shown, **options}.items()),
+    )
+
+
+def _nominal(name: str, entry: _Entry, divergence: str | Divergence | None, options: dict[str, object]) -> Divergence:
+    if entry.nominal is None:
+        if divergence is None:
+            raise InvalidArgumentError("divergence", f"estimator {name!r} needs one, such as 'reverse_kl'")
+        return divergence_of(divergence)
+    if divergence is not None:
+        raise InvalidArgumentError("divergence", f"does not apply to estimator {name!r}, which is for {entry.nominal}")
+    return divergence_of("alpha", alpha=options["alpha"]) if entry.nominal == "alpha" else divergence_of(entry.nominal)
+
+
+def _check_applicable(name: str, entry: _Entry, options: dict[str, object]) -> None:
+    for option in options:
+        if option not in entry.options:
+            takes = ", ".join(sorted(entry.options | {"reduction"}))
+            raise InvalidArgumentError(option, f"does not apply to estimator {name!r}, which takes {takes}")
+    for option in entry.required:
+        if option not in options:
+            raise InvalidArgumentError(option, f"estimator {name!r} needs it")
+    for option, allowed in (("importance", entry.importance), ("baseline", entry.baseline)):
+        if option in options:
+            _choice(option, options[option], allowed, f" for estimator {name!r}")
+    _check_together(options, "baseline_value", "baseline", "constant")
+    _check_together(options, "clip_range", "importance", "ppo")
+    if options.get("baseline") == "constant" and "baseline_value" not in options:
+        raise InvalidArgumentError("baseline_value", "baseline='constant' needs it")
+    if "eps" in options and "zscore" not in options:
+        raise InvalidArgumentError("eps", "applies to zscore=True only")
+    if "zscore" in options and "baseline" in options:
+        raise InvalidArgumentError("zscore", f"centres by the group mean itself; drop baseline={options['baseline']!r}")
+
+
+def _check_together(options: dict[str, object], option: str, other: str, value: str) -> None:
+    if option in options and options.get(other) != value:
+        raise InvalidArgumentError(option, f"applies to {other}={value!r} only, got {other}={options.get(other)!r}")
+
+
+def _checked(name: str, option: str, value: object) -> object:
+    if option in ("zscore", "discounted"):
+        if not isinstance(value, bool):
+            raise InvalidArgumentError(option, f"got {value!r}; True or False is needed")
+        return value
+    if option == "support":
+        return _choice(option, value, ("teacher", "student"))
+    if option == "k":
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise InvalidArgumentError("k", f"got {value!r}; a positive whole number of tokens is needed")
+        return value
+    if option == "clip_weight":
+        return _interval(option, value)
+    if option in ("baseline_value", "alpha", "gamma", "eps", "clip_range", "clip_log_ratio"):
+        number = _finite(option, value)
+        if option == "gamma" and not 0 <= number <= 1:
+            raise InvalidArgumentError(option, f"got {number:g}; a discount in [0, 1] is needed")
+        if (option in ("eps", "clip_range", "clip_log_ratio") or (option, name) == ("alpha", "power")) and number <= 0:
+            raise InvalidArgumentError(option, f"got {number:g}; a positive number is needed")
+        return number
+    return value
+
+
+def _finite(option: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        raise InvalidArgumentError(option, f"got {value!r}; a finite number is needed")
+    return float(value)
+
+
+def _interval(option: str, value: object) -> tuple[float, float]:
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise InvalidArgumentError(option, f"got {value!r}; a pair (low, high) is needed")
+    low, high = _finite(option, value[0]), _finite(option, value[1])
+    if low >= high:
+        raise InvalidArgumentError(option, f"got ({low:g}, {high:g}); low must be below high")
+    return low, high
+
+
+def _choice(argument: str, value: object, allowed: Iterable[str], where: str = "") -> str:
+    allowed = tuple(allowed)
+    if not isinstance(value, str) or value not in allowed:
+        known = ", ".join(allowed)
+        raise InvalidArgumentError(argument, f"got {value!r}{_nearest(value, allowed)}; known{where}: {known}")
+    return value
+
+
+def _nearest(value: object, known: Iterable[str]) -> str:
+    found = difflib.get_close_matches(str(value), list(known), n=1)
+    return f", did you mean {found[0]!r}?" if found else ""

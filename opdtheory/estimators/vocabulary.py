@@ -1,0 +1,138 @@
+r"""Losses of the whole next-token law, and of its k likeliest tokens (T9, T10, T12)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from opdtheory.divergences import Divergence
+from opdtheory.errors import InvalidArgumentError
+from opdtheory.estimators import offpolicy
+from opdtheory.estimators.base import unmasked
+from opdtheory.rollouts import Rollouts
+
+__all__ = ["Support", "TopK", "TopKReward", "VocabularyLoss", "perspective"]
+
+Support = Literal["teacher", "student"]
+_FARTHEST_LOG_U = 300.0
+
+
+def perspective(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> Tensor:
+    r"""The term $p f(q/p)$ of each token, differentiable in `log_p`, with T10's conventions at zero probability.
+
+    $p = 0 < q$ gives $f'(\infty)\, q$ and $p > 0 = q$ gives $p f(0)$; both zero give 0. A term that is infinite has the
+    value inf and no gradient. Where $u$ is so large that $p$ may underflow, the term is $q \cdot f(u)/u$ in float64.
+
+    Args:
+        divergence: the generator $f$.
+        log_p: the student's log-probabilities, any shape, `-inf` allowed.
+        log_q: the teacher's, of the same shape.
+    """
+    in_p, in_q = log_p > -torch.inf, log_q > -torch.inf
+    both = in_p & in_q
+    zero = torch.zeros_like(log_p)
+    log_u = torch.where(both, log_q, zero) - torch.where(both, log_p, zero)
+    far = log_u > _far(log_p.dtype)
+    terms = torch.where(both, log_p, zero).exp() * divergence.generator(torch.where(far, zero, log_u))
+    if bool(far.any()):
+        scaled = _generator_over_u(divergence, log_u[far]) * log_q[far].double().exp()
+        terms = terms.masked_scatter(far, scaled.to(terms.dtype))
+    terms = torch.where(both, terms, zero)
+    terms = terms + _boundary(in_p & ~in_q, log_p, divergence.at_zero)
+    return terms + _boundary(in_q & ~in_p, log_q, divergence.slope_at_infinity)
+
+
+@dataclass(frozen=True)
+class TopK:
+    r"""The divergence on the `k` likeliest tokens $S$ of the teacher or the student, with $S$ held fixed (T9).
+
+    `truncated`: $\sum_S p f(q/p)$; `renormalised`: $D_f$ of the two laws conditioned on $S$; `tail`: $D_f$ of the laws
+    on $S$ and one bucket for the rest. `k` at least the vocabulary's size gives the whole divergence.
+    """
+
+    k: int
+    form: Literal["truncated", "renormalised", "tail"]
+    support: Support = "teacher"
+
+    def coarse(self, log_p: Float[Tensor, "B T V"], log_q: Float[Tensor, "B T V"]) -> tuple[Tensor, Tensor]:
+        """The log-probabilities that the divergence is taken of, each `(B, T, K)`."""
+        if self.k >= log_p.shape[-1]:
+            return log_p, log_q
+        chosen = (log_q if self.support == "teacher" else log_p.detach()).topk(self.k, dim=-1).indices
+        return self._on(chosen, log_p, "student"), self._on(chosen, log_q, "teacher")
+
+    def _on(self, chosen: Tensor, log_p: Tensor, whose: str) -> Tensor:
+        kept = log_p.gather(-1, chosen)
+        if self.form == "truncated":
+            return kept
+        if self.form == "tail":
+            rest = log_p.scatter(-1, chosen, -torch.inf)
+            return torch.cat([kept, _log_sum_exp(rest)], dim=-1)
+        if bool((kept == -torch.inf).all(-1).any()):
+            raise InvalidArgumentError("support", f"the {whose} gives all {self.k} chosen tokens probability zero")
+        return torch.log_softmax(kept, dim=-1)
+
+
+@dataclass(frozen=True)
+class VocabularyLoss:
+    r"""The loss $\ell_n = \sum_a p(a|h_n) f(q(a|h_n)/p(a|h_n))$ of each history, by autograd (T12).
+
+    The value means something: it is $D_f$ at the sampled history, in nats. With `importance="prefix"` it is weighted by
+    $\prod_{m<n} p/\mu$, which makes the sum over histories exact off-policy. If the true value is infinite, so is this
+    one (see `perspective`).
+    """
+
+    divergence: Divergence
+    top: TopK | None = None
+    importance: Literal["prefix"] | None = None
+
+    def __call__(self, rollouts: Rollouts) -> Float[Tensor, "B T"]:
+        """The divergence at each history; its gradient at masked positions is exactly zero."""
+        log_p = torch.log_softmax(unmasked(rollouts, rollouts.student_logits), dim=-1)
+        log_q = torch.log_softmax(unmasked(rollouts, rollouts.teacher_logits.detach()), dim=-1)
+        if self.top is not None:
+            log_p, log_q = self.top.coarse(log_p, log_q)
+        values = perspective(self.divergence, log_p, log_q).sum(-1)
+        return values if self.importance is None else offpolicy.weighted(values, offpolicy.prefix_weight(rollouts))
+
+
+@dataclass(frozen=True)
+class TopKReward:
+    r"""The advantage $A_n = -D_{\mathrm{top}\,k}(h_n)$, the same for every token: zero expected gradient (T9e)."""
+
+    divergence: Divergence
+    top: TopK
+
+    def __call__(self, rollouts: Rollouts) -> Float[Tensor, "B T"]:
+        """The advantage of each sampled token."""
+        return -VocabularyLoss(self.divergence, self.top)(rollouts)
+
+
+def _far(dtype: torch.dtype) -> float:
+    return _FARTHEST_LOG_U if dtype == torch.float64 else 30.0
+
+
+def _generator_over_u(divergence: Divergence, log_u: Tensor) -> Tensor:
+    """f(u)/u in float64, continued linearly in log u where f itself would overflow (exact for the forward KL)."""
+    log_u = log_u.double()
+    near = log_u.clamp(max=_FARTHEST_LOG_U)
+    slope = (divergence.weight(near) * torch.exp(-near)).detach()
+    return divergence.generator(near) * torch.exp(-near) + slope * (log_u - near)
+
+
+def _boundary(where: Tensor, log_mass: Tensor, limit: float) -> Tensor:
+    mass = torch.where(where, log_mass, torch.full_like(log_mass, -torch.inf)).exp()
+    # 0 * inf must be 0, and an infinite term can have no gradient.
+    return mass * limit if math.isfinite(limit) else torch.zeros_like(mass).masked_fill(where, limit)
+
+
+def _log_sum_exp(log_p: Tensor) -> Tensor:
+    """Over the last axis, kept; -inf with zero gradient, not NaN, where every entry is -inf."""
+    empty = (log_p == -torch.inf).all(-1, keepdim=True)
+    total = torch.logsumexp(torch.where(empty, torch.zeros_like(log_p), log_p), dim=-1, keepdim=True)
+    return total.masked_fill(empty, -torch.inf)
