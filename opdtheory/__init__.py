@@ -1,3 +1,78 @@
-"""opdtheory: what an on-policy-distillation loss really does."""
+"""opdtheory: what an on-policy-distillation loss really does.
+
+Exact expected gradients of any loss on enumerated policies, the objective it follows, and the
+f-divergence estimators of on-policy distillation with the claims they keep.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# Where each public name lives; modules load at the first use of one of their names (PEP 562).
+_HOMES = {
+    "Audit": "opdtheory.auditing",
+    "Claim": "opdtheory.estimators",
+    "Divergence": "opdtheory.divergences",
+    "Estimator": "opdtheory.estimators",
+    "MarkovPolicy": "opdtheory.exact",
+    "ModulePolicy": "opdtheory.exact",
+    "Rollouts": "opdtheory.rollouts",
+    "TabularPolicy": "opdtheory.exact",
+    "audit": "opdtheory.auditing",
+    "bind": "opdtheory.adapters",
+    "divergence": "opdtheory.divergences",
+    "estimator": "opdtheory.estimators",
+    "estimator_names": "opdtheory.estimators",
+    "exact_gradient": "opdtheory.exact",
+    "exact_value": "opdtheory.exact",
+    "expected_gradient": "opdtheory.exact",
+    "implied_generator": "opdtheory.divergences",
+    "random_pair": "opdtheory.exact",
+    "u": "opdtheory.divergences",
+}
+_MODULES = ("divergences", "testing")
+
+__all__ = [*_HOMES, *_MODULES, "__version__"]
+
+if TYPE_CHECKING:
+    from opdtheory import divergences as divergences
+    from opdtheory import testing as testing
+    from opdtheory.adapters import bind as bind
+    from opdtheory.auditing import Audit as Audit
+    from opdtheory.auditing import audit as audit
+    from opdtheory.divergences import Divergence as Divergence
+    from opdtheory.divergences import divergence as divergence
+    from opdtheory.divergences import implied_generator as implied_generator
+    from opdtheory.divergences import u as u
+    from opdtheory.estimators import Claim as Claim
+    from opdtheory.estimators import Estimator as Estimator
+    from opdtheory.estimators import estimator as estimator
+    from opdtheory.estimators import estimator_names as estimator_names
+    from opdtheory.exact import MarkovPolicy as MarkovPolicy
+    from opdtheory.exact import ModulePolicy as ModulePolicy
+    from opdtheory.exact import TabularPolicy as TabularPolicy
+    from opdtheory.exact import exact_gradient as exact_gradient
+    from opdtheory.exact import exact_value as exact_value
+    from opdtheory.exact import expected_gradient as expected_gradient
+    from opdtheory.exact import random_pair as random_pair
+    from opdtheory.rollouts import Rollouts as Rollouts
+
+
+def __getattr__(name: str) -> Any:
+    import importlib
+
+    if name in _HOMES:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+    elif name in _MODULES:
+        value = importlib.import_module(f"opdtheory.{name}")
+    else:
+        raise AttributeError(f"module 'opdtheory' has no attribute {name!r}")
+    # Kept, so that the next look-up finds it without coming here.
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

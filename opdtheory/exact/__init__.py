@@ -1,0 +1,23 @@
+"""Exact expectations on policies small enough to enumerate, in float64."""
+
+from opdtheory.exact.enumeration import Enumeration, enumerated_value
+from opdtheory.exact.expectation import GradientMoments, Loss, expected_gradient, gradient_moments
+from opdtheory.exact.oracle import OBJECTIVES, exact_gradient, exact_value
+from opdtheory.exact.policies import MarkovPolicy, ModulePolicy, Policy, TabularPolicy, random_pair
+
+__all__ = [
+    "OBJECTIVES",
+    "Enumeration",
+    "GradientMoments",
+    "Loss",
+    "MarkovPolicy",
+    "ModulePolicy",
+    "Policy",
+    "TabularPolicy",
+    "enumerated_value",
+    "exact_gradient",
+    "exact_value",
+    "expected_gradient",
+    "gradient_moments",
+    "random_pair",
+]

@@ -1,0 +1,223 @@
+"""What a black-box loss follows: its weight as a function of the ratio, and the catalogue entry that matches."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from opdtheory import divergences
+from opdtheory.auditing.panel import Case, bandits, log_u_grid
+from opdtheory.divergences import Divergence
+from opdtheory.errors import InvalidArgumentError
+from opdtheory.exact import OBJECTIVES, Loss, exact_gradient, gradient_moments
+
+__all__ = ["Fit", "Match", "RecoveredWeight", "best_match", "fit_scale", "recover_weight"]
+
+# A weight recovered from an exact gradient carries its rounding, amplified by 1/p of the rarest token.
+_RATIO_ONLY = 1e-8
+
+# Parameterised families and the interval in which their parameter is sought.
+_FAMILIES = {
+    "skew_jsd": ("beta", 1e-3, 1.0 - 1e-3),
+    "alpha": ("alpha", -4.0, 4.0),
+    "skew_forward_kl": ("lam", 0.0, 1.0 - 1e-3),
+    "skew_reverse_kl": ("lam", 0.0, 1.0 - 1e-3),
+}
+_STARTS = 41
+
+
+@dataclass(frozen=True)
+class RecoveredWeight:
+    r"""The local weight $w(u)$ that a loss puts on a token, up to a constant: $w(1) = 0$.
+
+    Attributes:
+        log_u: grid of log-ratios.
+        weight: the weight on the grid, averaged over the bandits.
+        residual: largest disagreement between bandits that differ in `p` alone, relative to the
+            weight's range.
+        depends_on_ratio_only: whether that disagreement is rounding.
+        non_decreasing: whether the weight rises or stays everywhere on the grid: then a genuine
+            f-divergence is minimised (T4).
+        slope_at_teacher: $dw/d\log u$ at $u = 1$ by central difference; positive means that the
+            teacher attracts (T5).
+    """
+
+    log_u: Float[Tensor, " points"]
+    weight: Float[Tensor, " points"]
+    residual: float
+    depends_on_ratio_only: bool
+    non_decreasing: bool
+    slope_at_teacher: float
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How well one list of gradients is a positive multiple of another, pair by pair.
+
+    Attributes:
+        scale: the best common multiple over all pairs, each pair counting alike.
+        relative_bias: `|actual - exact| / |exact|` per pair.
+        scaled_error: `|actual - scale * exact| / |scale * exact|` per pair; inf if the scale is 0.
+        cosine: of the angle, per pair; 0 for a zero gradient.
+    """
+
+    scale: float
+    relative_bias: list[float]
+    scaled_error: list[float]
+    cosine: list[float]
+
+    @property
+    def worst_error(self) -> float:
+        """The largest scaled error; inf unless the scale is positive."""
+        return max(self.scaled_error) if self.scale > 0 else float("inf")
+
+
+@dataclass(frozen=True)
+class Match:
+    """A catalogue objective with its distance from the loss's expected gradient.
+
+    Attributes:
+        divergence: the catalogue entry.
+        granularity: which of the three objectives.
+        fit: the comparison on the panel.
+    """
+
+    divergence: Divergence
+    granularity: str
+    fit: Fit
+
+
+def recover_weight(loss: Loss, batch_size: int, off_policy: float, seed: int) -> RecoveredWeight:
+    r"""Recover $w(u_a) = -G_a / p_a + \text{const}$ from the expected gradient $G$ on one-step bandits.
+
+    Raises:
+        LossError: as `gradient_moments`.
+    """
+    log_u = log_u_grid(batch_size)
+    middle = len(log_u) // 2
+    curves = []
+    for case in bandits(log_u, off_policy, seed):
+        gradient = gradient_moments(loss, case.student, case.teacher, batch_size, case.behavior).mean[0][0]
+        advantage = -gradient / torch.softmax(case.student.logits[0][0], -1)
+        curves.append(advantage - advantage[middle])
+    curve = torch.stack(curves).mean(0)
+    spread = float((torch.stack(curves) - curve).abs().max())
+    span = float(curve.max() - curve.min())
+    # Of a loss whose weight is constant only rounding is left, which depends on nothing.
+    residual = spread / span if span > 1e-9 else 0.0
+    steps = curve.diff()
+    return RecoveredWeight(
+        log_u=log_u,
+        weight=curve,
+        residual=residual,
+        depends_on_ratio_only=residual < _RATIO_ONLY,
+        non_decreasing=bool((steps >= -_RATIO_ONLY * max(span, 1e-9)).all()),
+        slope_at_teacher=float((curve[middle + 1] - curve[middle - 1]) / (log_u[middle + 1] - log_u[middle - 1])),
+    )
+
+
+def fit_scale(actual: list[Tensor], exact: list[Tensor]) -> Fit:
+    """Compare two lists of flat gradients, one per pair, up to one common positive scale."""
+    norms = [float(g.norm()) for g in exact]
+    dots = [float(a @ g) for a, g in zip(actual, exact, strict=True)]
+    scale = sum(d / n**2 for d, n in zip(dots, norms, strict=True)) / len(norms)
+    relative_bias, scaled_error, cosine = [], [], []
+    for a, g, n, d in zip(actual, exact, norms, dots, strict=True):
+        relative_bias.append(float((a - g).norm()) / n)
+        scaled_error.append(float((a - scale * g).norm()) / (abs(scale) * n) if scale else float("inf"))
+        size = float(a.norm())
+        cosine.append(d / (size * n) if size else 0.0)
+    return Fit(scale, relative_bias, scaled_error, cosine)
+
+
+def best_match(
+    gradients: list[Tensor], cases: list[Case], weight: RecoveredWeight, prefer: str, tolerance: float
+) -> Match | None:
+    """The catalogue objective whose exact gradients are nearest to a positive multiple of the given ones.
+
+    Parameter-free entries come first; a family with a fitted parameter is named only if it is
+    better and none of those matches within the tolerance.
+
+    Args:
+        gradients: the loss's expected gradient on each pair, flat.
+        cases: the pairs.
+        weight: the recovered weight, to which the parameters are fitted.
+        prefer: the granularity that is named when several coincide.
+        tolerance: scaled error up to which an entry matches.
+    """
+    order = sorted(OBJECTIVES, key=lambda granularity: granularity != prefer)
+    plain = [divergences.divergence(name) for name in divergences.names() if name not in _FAMILIES]
+    best = _nearest(gradients, cases, itertools.product(plain, order), tolerance)
+    if (best is None or best.fit.worst_error > tolerance) and weight.depends_on_ratio_only:
+        fitted = [entry for name in _FAMILIES if (entry := _fit_family(name, weight)) is not None]
+        other = _nearest(gradients, cases, itertools.product(fitted, order), tolerance)
+        if other is not None and (best is None or other.fit.worst_error < best.fit.worst_error):
+            best = other
+    return best
+
+
+def _nearest(
+    gradients: list[Tensor], cases: list[Case], candidates: Iterable[tuple[Divergence, str]], tolerance: float
+) -> Match | None:
+    best: Match | None = None
+    for divergence, granularity in candidates:
+        exact = [flat_gradient(case, divergence, granularity) for case in cases]
+        if any(float(g.norm()) == 0.0 for g in exact):
+            continue
+        match = Match(divergence, granularity, fit_scale(gradients, exact))
+        if match.fit.worst_error <= tolerance:
+            return match
+        if match.fit.scale > 0 and (best is None or match.fit.worst_error < best.fit.worst_error):
+            best = match
+    return best
+
+
+def flat_gradient(case: Case, divergence: Divergence, granularity: str, gamma: float = 1.0) -> Tensor:
+    """The exact gradient on one pair as one vector."""
+    levels = exact_gradient(case.student, case.teacher, divergence, granularity, gamma=gamma)
+    return torch.cat([level.flatten() for level in levels])
+
+
+def _fit_family(name: str, recovered: RecoveredWeight) -> Divergence | None:
+    """The member of a family whose weight is nearest to a positive multiple of the recovered one."""
+    from scipy.optimize import least_squares
+
+    parameter, low, high = _FAMILIES[name]
+    middle = len(recovered.log_u) // 2
+    size = float(recovered.weight.norm())
+    if size == 0.0:
+        return None
+
+    def residual(value: float) -> Tensor:
+        curve = divergences.divergence(name, **{parameter: float(value)}).weight(recovered.log_u)
+        curve = curve - curve[middle]
+        return recovered.weight / size - (recovered.weight @ curve) / (curve @ curve) * curve / size
+
+    def error(value: float) -> float:
+        return float(residual(value).norm())
+
+    starts = torch.linspace(low, high, _STARTS, dtype=torch.float64).tolist()
+    start = min(starts, key=error)
+    solution = least_squares(
+        lambda x: residual(x[0]).numpy(), [start], bounds=([low], [high]), xtol=1e-15, ftol=1e-15, gtol=1e-15
+    )
+    value = _simplest(float(solution.x[0]), error)
+    try:
+        return divergences.divergence(name, **{parameter: value})
+    except InvalidArgumentError:
+        return None
+
+
+def _simplest(value: float, error: Callable[[float], float]) -> float:
+    """The shortest decimal near a fitted value that fits as well as it does."""
+    limit = 10.0 * error(value) + 1e-13
+    for digits in range(1, 8):
+        short = round(value, digits)
+        if abs(short - value) < 1e-6 and error(short) <= limit:
+            return short
+    return value

@@ -1,0 +1,98 @@
+"""The enumerated student-teacher pairs that an audit looks at."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from opdtheory.errors import BudgetExceededError
+from opdtheory.exact import TabularPolicy, random_pair
+
+__all__ = ["Case", "bandits", "log_u_grid", "panel"]
+
+# (sharpness of the student, distance of the teacher): from nearly equal to far apart.
+_PAIRS = ((1.0, 0.03), (1.0, 0.5), (0.3, 1.0), (1.0, 1.5), (2.5, 1.0), (0.5, 2.5))
+
+# Vocabulary and horizon of a pair, largest first; batches that couple are enumerated on smaller ones.
+_SIZES = ((4, 3), (3, 3), (3, 2), (2, 2))
+
+# Evaluations of a coupled loss that one pair may cost.
+_EVALUATIONS = 700
+
+_GRID_POINTS = 33
+_GRID_LIMIT = 4.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """One pair of the panel.
+
+    Attributes:
+        student: the policy that is trained.
+        teacher: the policy that scores.
+        behavior: the policy that samples, or None for the student.
+        label: what distinguishes the pair, for tables.
+    """
+
+    student: TabularPolicy
+    teacher: TabularPolicy
+    behavior: TabularPolicy | None
+    label: str
+
+
+def panel(batch_size: int = 1, eos: int | None = None, off_policy: float = 0.0, seed: int = 0) -> list[Case]:
+    """Six pairs of one size, from nearly equal to far apart, small enough for the batch size.
+
+    Raises:
+        BudgetExceededError: batches of this size cannot be enumerated even on the smallest pair.
+    """
+    vocab_size, horizon = next(
+        (size for size in _SIZES if _batches(size[0] ** size[1], batch_size) <= _EVALUATIONS), _SIZES[-1]
+    )
+    count = _batches(vocab_size**horizon, batch_size)
+    if count > 10 * _EVALUATIONS:
+        raise BudgetExceededError(
+            f"auditing batches of {batch_size} rollouts", count, 10 * _EVALUATIONS, "audit a smaller batch_size"
+        )
+    cases = []
+    for i, (scale, distance) in enumerate(_PAIRS):
+        student, teacher = random_pair(
+            vocab_size, horizon, eos=eos, scale=scale, distance=distance, seed=1000 * seed + i
+        )
+        behavior = student.perturbed(off_policy, seed=1000 * seed + 500 + i) if off_policy else None
+        cases.append(Case(student, teacher, behavior, f"sharpness {scale:g}, distance {distance:g}"))
+    return cases
+
+
+def log_u_grid(batch_size: int = 1) -> Float[Tensor, " points"]:
+    """Log-ratios at which the weight is recovered: symmetric, with 0 in the middle."""
+    points = _GRID_POINTS
+    while points > 3 and _batches(points, batch_size) > _EVALUATIONS:
+        points -= 2
+    return torch.linspace(-_GRID_LIMIT, _GRID_LIMIT, points, dtype=torch.float64)
+
+
+def bandits(log_u: Float[Tensor, " points"], off_policy: float, seed: int) -> list[Case]:
+    r"""One-step pairs with one token per grid point, whose log-ratios are the grid exactly.
+
+    With $p_a \propto r_a e^{-t_a/2}$, $q_a \propto r_a e^{t_a/2}$ and both $t$ and $r$ symmetric about the
+    middle, the normalisers agree and $\log u_a = t_a$. Different $r$ sweep $p$ apart from $u$.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    cases = []
+    for spread in (0.0, 0.7, 1.4):
+        noise = spread * torch.randn(log_u.shape, generator=generator, dtype=torch.float64)
+        log_r = (noise + noise.flip(0)) / 2
+        student = TabularPolicy([(log_r - log_u / 2).unsqueeze(0)])
+        teacher = TabularPolicy([(log_r + log_u / 2).unsqueeze(0)])
+        behavior = student.perturbed(off_policy, seed=seed + 1) if off_policy else None
+        cases.append(Case(student, teacher, behavior, f"bandit, spread {spread:g}"))
+    return cases
+
+
+def _batches(sequences: int, batch_size: int) -> int:
+    return math.comb(sequences + batch_size - 1, batch_size)

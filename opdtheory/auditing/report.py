@@ -1,0 +1,244 @@
+"""The result of an audit: a verdict, the numbers behind it, and a way to read them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from opdtheory.auditing.identify import RecoveredWeight
+
+__all__ = ["VERDICTS", "Audit", "PairResult"]
+
+SCHEMA_VERSION = 1
+
+VERDICTS = {
+    "exact": "its expected gradient is the exact one",
+    "exact_up_to_scale": "its expected gradient is the exact one times a constant",
+    "other_objective": "it descends another objective than the one claimed",
+    "zero": "its expected gradient is zero",
+    "biased": "its expected gradient is biased",
+}
+
+
+@dataclass(frozen=True)
+class PairResult:
+    """One row of an audit's table.
+
+    Attributes:
+        label: which student-teacher pair.
+        relative_bias: `|E g - exact| / |exact|`.
+        cosine: between the expected and the exact gradient.
+        variance: trace of the covariance of the gradient of one batch.
+        full_vocabulary_variance: the same for the whole-vocabulary estimator of the claimed
+            divergence, whose only randomness is the prefix.
+    """
+
+    label: str
+    relative_bias: float
+    cosine: float
+    variance: float
+    full_vocabulary_variance: float
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What a loss really does, by exact expectation over a panel of enumerated policies.
+
+    Attributes:
+        name: of the loss.
+        objective: the claimed divergence.
+        granularity: the claimed one of `token_local`, `token_return` and `sequence`.
+        verdict: a key of `VERDICTS`.
+        relative_bias: worst over the panel, against the claimed objective at scale one.
+        cosine: worst over the panel.
+        scale: best common multiple of the claimed gradient.
+        tolerance: relative error that counts as rounding.
+        identified: the catalogue objective that matches best over all granularities, with
+            `objective`, `granularity`, `parameters`, `scale` and `error` (relative, at that scale),
+            or None if no objective points the same way.
+        weight: the recovered local weight: `log_u`, `weight`, `depends_on_ratio_only`,
+            `non_decreasing`, `residual` and `slope_at_teacher` (see `RecoveredWeight`).
+        pairs: one row per pair of the panel.
+        variable_lengths: verdict and worst relative bias, against the objective that the loss
+            follows at fixed length, when rollouts may end early; None if not looked at.
+        settings: batch size, eos, off_policy, gamma, seed.
+        evaluations: how often the loss was called.
+        seconds: how long the audit took.
+    """
+
+    name: str
+    objective: str
+    granularity: str
+    verdict: str
+    relative_bias: float
+    cosine: float
+    scale: float
+    tolerance: float
+    identified: dict[str, Any] | None
+    weight: dict[str, Any]
+    pairs: list[PairResult]
+    variable_lengths: dict[str, Any] | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    evaluations: int = 0
+    seconds: float = 0.0
+
+    @property
+    def faithful(self) -> bool:
+        """Whether the loss does what it claims, up to a constant factor."""
+        return self.verdict in ("exact", "exact_up_to_scale")
+
+    @property
+    def descends(self) -> str | None:
+        """The catalogue objective whose exact gradient the loss follows, or None if there is none."""
+        if self.identified is None or self.identified["error"] > self.tolerance or self.verdict == "zero":
+            return None
+        return _label(self.identified)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain Python values that `json.dumps` takes; infinite numbers become null."""
+        record = {
+            "schema_version": SCHEMA_VERSION,
+            "name": self.name,
+            "objective": self.objective,
+            "granularity": self.granularity,
+            "verdict": self.verdict,
+            "faithful": self.faithful,
+            "descends": self.descends,
+            "relative_bias": self.relative_bias,
+            "cosine": self.cosine,
+            "scale": self.scale,
+            "tolerance": self.tolerance,
+            "identified": self.identified,
+            "weight": {k: v.tolist() if hasattr(v, "tolist") else v for k, v in self.weight.items()},
+            "pairs": [vars(pair) for pair in self.pairs],
+            "variable_lengths": self.variable_lengths,
+            "settings": self.settings,
+            "evaluations": self.evaluations,
+            "seconds": self.seconds,
+        }
+        plain = _plain(record)
+        assert isinstance(plain, dict)
+        return plain
+
+    def summary(self) -> str:
+        """The findings in a few sentences."""
+        return " ".join(
+            sentence
+            for sentence in (self._claim(), self._follows(), self._shape(), self._lengths(), self._noise())
+            if sentence
+        )
+
+    def __str__(self) -> str:
+        rule = f"{self.name}: {self.verdict.replace('_', ' ').upper()}"
+        header = ("pair", "relative bias", "cosine", "variance", "full vocabulary")
+        rows = [
+            (p.label, f"{p.relative_bias:.2e}", f"{p.cosine:+.6f}", f"{p.variance:.3e}", f"{p.full_vocabulary_variance:.3e}")
+            for p in self.pairs
+        ]
+        widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+        lines = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))) for row in (header, *rows)]
+        return "\n".join([rule, "", _wrap(self.summary()), "", *lines])
+
+    def _claim(self) -> str:
+        claim = f"{self.objective} ({self.granularity})"
+        if self.verdict == "exact":
+            return f"The expected gradient is exactly that of {claim}."
+        if self.verdict == "exact_up_to_scale":
+            return f"The expected gradient is exactly that of {claim}, times {self.scale:.6g}."
+        if self.verdict == "zero":
+            return f"The expected gradient is zero: in expectation this loss does not train at all, let alone {claim}."
+        if self.verdict == "other_objective":
+            return f"The loss does not descend {claim}."
+        turn = " and points the wrong way" if self.cosine < 0 else ""
+        return (
+            f"The expected gradient is not that of {claim}: it is off by up to {_percent(self.relative_bias)} "
+            f"of the exact gradient's length, cosine down to {self.cosine:.4f}{turn}."
+        )
+
+    def _follows(self) -> str:
+        if self.identified is None or self.verdict in ("zero", "exact", "exact_up_to_scale"):
+            return ""
+        where = f"{_label(self.identified)} ({self.identified['granularity']})"
+        if self.identified["error"] > self.tolerance:
+            return f"The nearest catalogue objective is {where}, off by {_percent(self.identified['error'])} at best scale."
+        factor = self.identified["scale"]
+        times = "" if abs(factor - 1.0) <= self.tolerance else f" times {factor:.6g}"
+        return f"Its expected gradient is that of {where}{times}, to {self.identified['error']:.0e}."
+
+    def _shape(self) -> str:
+        if self.verdict == "zero":
+            return ""
+        if not self.weight["depends_on_ratio_only"]:
+            return "The weight on a token is no function of the ratio u = teacher/student alone."
+        sentences = []
+        if not self.weight["non_decreasing"]:
+            sentences.append(
+                f"The weight falls {_intervals(self.weight)}, so no f-divergence is minimised (T4)."
+            )
+        elif self.descends is None:
+            sentences.append("The weight never falls as u grows, so some f-divergence is minimised (T4).")
+        slope, span = self.weight["slope_at_teacher"], float(self.weight["weight"].abs().max())
+        if slope < -1e-9 * span:
+            sentences.append("The teacher is a repelling fixed point (T5).")
+        elif slope <= 1e-9 * span:
+            sentences.append("The teacher does not attract to first order (T5).")
+        return " ".join(sentences)
+
+    def _lengths(self) -> str:
+        if self.variable_lengths is None:
+            return ""
+        if self.variable_lengths["verdict"] in ("exact", "exact_up_to_scale"):
+            return ""
+        return (
+            "That holds at fixed length only: when rollouts may end early, it is off by up to "
+            f"{_percent(self.variable_lengths['relative_bias'])} at best scale (T11)."
+        )
+
+    def _noise(self) -> str:
+        ratios = [
+            p.variance / p.full_vocabulary_variance for p in self.pairs if p.full_vocabulary_variance > 0 and p.variance > 0
+        ]
+        if not ratios or self.verdict == "zero":
+            return ""
+        middle = math.exp(sum(map(math.log, ratios)) / len(ratios))
+        return f"Its variance is {middle:.3g} times that of the whole-vocabulary estimator (geometric mean)."
+
+
+def weight_record(weight: RecoveredWeight) -> dict[str, Any]:
+    """A recovered weight as the dictionary that `Audit.weight` holds."""
+    return dict(vars(weight))
+
+
+def _label(identified: dict[str, Any]) -> str:
+    parameters = ", ".join(f"{k}={v:.6g}" for k, v in identified["parameters"].items())
+    return f"{identified['objective']}({parameters})" if parameters else str(identified["objective"])
+
+
+def _percent(ratio: float) -> str:
+    return f"{100 * ratio:.3g}%" if math.isfinite(ratio) else "any amount"
+
+
+def _intervals(weight: dict[str, Any]) -> str:
+    """Where the weight falls, as words."""
+    log_u, falls = weight["log_u"], (weight["weight"].diff() < 0).tolist()
+    starts = [i for i, f in enumerate(falls) if f and (i == 0 or not falls[i - 1])]
+    ends = [i + 1 for i, f in enumerate(falls) if f and (i + 1 == len(falls) or not falls[i + 1])]
+    spans = [f"[{float(log_u[a]):.3g}, {float(log_u[b]):.3g}]" for a, b in zip(starts, ends, strict=True)]
+    return "for log u in " + " and ".join(spans)
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _wrap(text: str) -> str:
+    import textwrap
+
+    return textwrap.fill(text, width=96)

@@ -1,0 +1,264 @@
+"""The exact expected gradient of an arbitrary loss under the law that samples its rollouts."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from opdtheory.errors import BudgetExceededError, InvalidArgumentError, LossError
+from opdtheory.exact.enumeration import SEQUENCE_BUDGET, Enumeration
+from opdtheory.exact.policies import Policy
+from opdtheory.rollouts import Rollouts
+
+__all__ = ["BATCH_BUDGET", "GradientMoments", "Loss", "expected_gradient", "gradient_moments"]
+
+Loss = Callable[[Rollouts], Tensor]
+
+# Evaluations of a loss that one expectation may take: about half a minute at 0.5 ms each.
+BATCH_BUDGET = 60_000
+
+# Sequences whose own gradient is compared with their share of a larger batch's.
+_SEPARABILITY_SAMPLE = 64
+
+# Two evaluations of one separable loss differ by rounding only.
+_SAME = 1e-10
+
+
+@dataclass(frozen=True)
+class GradientMoments:
+    """First two moments of a stochastic gradient, exactly.
+
+    Attributes:
+        mean: the expected gradient by level of the student's table.
+        variance: trace of the covariance of one batch's gradient.
+        second_moment: `E |g|^2` of one batch's gradient.
+        separable: whether the loss of a batch is the mean of its rollouts' own losses.
+        evaluations: how often the loss was called.
+    """
+
+    mean: list[Tensor]
+    variance: float
+    second_moment: float
+    separable: bool
+    evaluations: int
+
+
+def expected_gradient(
+    loss: Loss,
+    student: Policy,
+    teacher: Policy,
+    batch_size: int = 1,
+    behavior: Policy | None = None,
+    budget: int = BATCH_BUDGET,
+) -> list[Tensor]:
+    r"""The exact expectation $E_{y_1,\dots,y_B\sim\mu}[\nabla_\theta\,\mathrm{loss}]$ of a loss's gradient.
+
+    Whatever the loss is, every batch of `batch_size` rollouts that the behaviour policy $\mu$ can
+    sample is accounted for: one by one up to symmetry if the loss couples its rollouts, and from
+    single rollouts if it is seen not to.
+
+    Args:
+        loss: a function of `Rollouts` that returns a differentiable scalar.
+        student: the policy `p` whose parameters are differentiated.
+        teacher: the policy `q`.
+        batch_size: number of rollouts that the loss sees at once.
+        behavior: the policy that samples; by default the student itself.
+        budget: largest number of loss evaluations.
+
+    Returns:
+        A list like `student.parameters()` (for a `TabularPolicy`, like `student.logits`).
+
+    Raises:
+        InvalidArgumentError: the policies do not match, or `batch_size` is below one.
+        BudgetExceededError: more batches than `budget`; the message states the count.
+        LossError: the loss is no scalar, has no gradient, differs between identical calls, or gives NaN.
+    """
+    moments = gradient_moments(loss, student, teacher, batch_size, behavior, budget)
+    return student.pull_back(moments.mean)
+
+
+def gradient_moments(
+    loss: Loss,
+    student: Policy,
+    teacher: Policy,
+    batch_size: int = 1,
+    behavior: Policy | None = None,
+    budget: int = BATCH_BUDGET,
+) -> GradientMoments:
+    """Mean and variance of a loss's gradient in the student's table of logits; see `expected_gradient`.
+
+    Raises:
+        InvalidArgumentError: the policies do not match, or `batch_size` is below one.
+        BudgetExceededError: more batches than `budget`.
+        LossError: as `expected_gradient`.
+    """
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise InvalidArgumentError("batch_size", f"is {batch_size!r}; a positive integer is needed")
+    probe = _Probe(loss, Enumeration.build(student, teacher, behavior, min(budget, SEQUENCE_BUDGET)))
+    probe.check()
+    shares = _separable_shares(probe, batch_size)
+    if shares is not None:
+        return _from_singles(probe, shares, batch_size)
+    return _from_batches(probe, batch_size, budget)
+
+
+class _Probe:
+    """Evaluates a loss on batches of enumerated sequences and reads its sensitivity to every logit."""
+
+    def __init__(self, loss: Loss, everything: Enumeration) -> None:
+        self.loss = loss
+        self.everything = everything
+        self.logits = everything.gather_logits([t.detach() for t in everything.student_tables])
+        self.evaluations = 0
+
+    def check(self) -> None:
+        """Refuse a loss that differs between two identical calls."""
+        index = torch.arange(min(len(self.everything), 4))
+        first, second = self.value_and_sensitivity(index), self.value_and_sensitivity(index)
+        for name, a, b in zip(("value", "gradient"), first, second, strict=True):
+            if not torch.equal(a, b):
+                raise LossError(
+                    f"the loss is not deterministic: its {name} changed by {float((a - b).abs().max()):.3g} between "
+                    "two identical calls; seed or remove its randomness, and keep no state between calls"
+                )
+
+    def sensitivity(self, index: Tensor) -> Float[Tensor, "B T V"]:
+        """Gradient of the loss of a batch in each of its rollouts' logits."""
+        return self.value_and_sensitivity(index)[1]
+
+    def value_and_sensitivity(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of a batch and its gradient in each rollout's logits."""
+        self.evaluations += 1
+        leaf = self.logits[index].requires_grad_()
+        with torch.enable_grad():
+            value = self.loss(self.everything.rollouts(index, leaf))
+        _check_value(value)
+        (gradient,) = torch.autograd.grad(value, leaf, allow_unused=True)
+        if gradient is None:
+            raise LossError(
+                "the loss has no gradient: its value does not depend on student_logits or student_logprobs; "
+                "is everything detached?"
+            )
+        if not torch.isfinite(gradient).all():
+            raise LossError(
+                f"the loss's gradient holds {int((~torch.isfinite(gradient)).sum())} NaN or inf of {gradient.numel()} entries "
+                "although its value is finite; look for inf * 0 in its backward pass"
+            )
+        return value.detach(), gradient
+
+
+def _check_value(value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise LossError(f"the loss returned {type(value).__name__}; a 0-d tensor is needed")
+    if value.ndim != 0:
+        raise LossError(
+            f"the loss returned a tensor of shape {tuple(value.shape)}; reduce it to a scalar, "
+            "for example by rollouts.token_sum(values)"
+        )
+    if not value.dtype.is_floating_point:
+        raise LossError(f"the loss returned dtype {value.dtype}; a floating dtype is needed")
+    if not torch.isfinite(value):
+        raise LossError(f"the loss's value is {float(value)} on an enumerated batch; it must be finite")
+    if not value.requires_grad:
+        raise LossError("the loss has no gradient: its value does not require grad; is everything detached?")
+
+
+def _separable_shares(probe: _Probe, batch_size: int) -> Tensor | None:
+    """Each rollout's own gradient `(N, T, V)`, if a batch's loss is the mean of its rollouts' losses.
+
+    Moves the company that a rollout keeps and looks whether its sensitivity moves: the batch of all
+    sequences is compared with small batches of the size asked for, where coupling is strongest.
+    """
+    count = len(probe.everything)
+    if count < batch_size:
+        return None
+    everyone = count * probe.sensitivity(torch.arange(count))
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.linspace(0, count - 1, min(count, _SEPARABILITY_SAMPLE)).round().long()
+    for i in sample.tolist():
+        company = torch.randint(count, (batch_size - 1,), generator=generator)
+        batch = torch.cat([torch.tensor([i]), company])
+        alone = batch_size * probe.sensitivity(batch)
+        # A repeated rollout shares its sensitivity among its copies, each of which has the same.
+        scale = max(float(alone.abs().max()), float(everyone[batch].abs().max()), 1e-300)
+        if float((alone - everyone[batch]).abs().max()) > _SAME * scale:
+            return None
+    return everyone
+
+
+def _from_singles(probe: _Probe, shares: Tensor, batch_size: int) -> GradientMoments:
+    everything = probe.everything
+    weights = everything.probability.to(shares.dtype)
+    mean = _scatter(everything, torch.arange(len(everything)), weights.view(-1, 1, 1) * shares)
+    # Levels are disjoint sets of parameters, so one rollout's squared norm is a sum over positions.
+    single = float((weights * shares.square().sum((1, 2))).sum())
+    norm = sum(float(level.square().sum()) for level in mean)
+    variance = max(single - norm, 0.0) / batch_size
+    return GradientMoments(mean, variance, variance + norm, separable=True, evaluations=probe.evaluations)
+
+
+def _from_batches(probe: _Probe, batch_size: int, budget: int) -> GradientMoments:
+    everything, count = probe.everything, len(probe.everything)
+    ordered = batch_size > 1 and not _symmetric(probe, batch_size)
+    evaluations = count**batch_size if ordered else math.comb(count + batch_size - 1, batch_size)
+    if evaluations > budget:
+        raise BudgetExceededError(
+            f"the expectation over {'ordered ' if ordered else ''}batches of {batch_size} out of {count} sequences",
+            evaluations,
+            budget,
+            "lower the batch size, the vocabulary or the horizon, or raise budget",
+        )
+    mean = [torch.zeros_like(table) for table in everything.student_tables]
+    second_moment = 0.0
+    for batch, multiplicity in _batches(count, batch_size, ordered):
+        index = torch.tensor(batch)
+        weight = multiplicity * float(everything.probability[index].prod())
+        levels = _scatter(everything, index, probe.sensitivity(index))
+        for total, level in zip(mean, levels, strict=True):
+            total.add_(level, alpha=weight)
+        second_moment += weight * sum(float(level.square().sum()) for level in levels)
+    mean = [level.detach() for level in mean]
+    norm = sum(float(level.square().sum()) for level in mean)
+    return GradientMoments(mean, max(second_moment - norm, 0.0), second_moment, False, probe.evaluations)
+
+
+def _batches(count: int, batch_size: int, ordered: bool) -> Iterator[tuple[tuple[int, ...], int]]:
+    """Every batch with the number of orderings that it stands for."""
+    if ordered:
+        for batch in itertools.product(range(count), repeat=batch_size):
+            yield batch, 1
+        return
+    for batch in itertools.combinations_with_replacement(range(count), batch_size):
+        repeats = math.prod(math.factorial(k) for k in Counter(batch).values())
+        yield batch, math.factorial(batch_size) // repeats
+
+
+def _symmetric(probe: _Probe, batch_size: int) -> bool:
+    """Whether the loss treats the rollouts of a batch alike, seen on a few shuffled batches."""
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(4):
+        batch = torch.randint(len(probe.everything), (batch_size,), generator=generator)
+        order = torch.arange(batch_size).roll(1)
+        straight, shuffled = probe.sensitivity(batch)[order], probe.sensitivity(batch[order])
+        scale = max(float(straight.abs().max()), 1e-300)
+        if float((straight - shuffled).abs().max()) > _SAME * scale:
+            return False
+    return True
+
+
+def _scatter(everything: Enumeration, index: Tensor, sensitivity: Tensor) -> list[Tensor]:
+    """Sum of sensitivities by table row: the gradient in the student's tables."""
+    rows = everything.rows[index]
+    levels = []
+    for n, table in enumerate(everything.student_tables):
+        level = torch.zeros_like(table, requires_grad=False)
+        level.index_add_(0, rows[:, n], sensitivity[:, n].to(level.dtype))
+        levels.append(level)
+    return levels

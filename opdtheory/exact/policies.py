@@ -1,0 +1,371 @@
+"""Autoregressive policies small enough to know exactly: tables, Markov chains and wrapped modules."""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from opdtheory.errors import BudgetExceededError, InvalidArgumentError
+
+__all__ = ["MarkovPolicy", "ModulePolicy", "Policy", "TabularPolicy", "random_pair"]
+
+# Rows of logits that one policy may hold; 2**25 float64 rows of eight tokens are 2 GB.
+ROW_BUDGET = 2**25
+
+
+class Policy(abc.ABC):
+    r"""A distribution over sequences of at most `horizon` tokens, $p(y) = \prod_n p(y_n \mid h_n)$.
+
+    Attributes:
+        vocab_size: number of tokens `V`.
+        horizon: length cap `T`.
+        eos: the token that ends a sequence early, or None for sequences of exactly `T` tokens.
+    """
+
+    vocab_size: int
+    horizon: int
+    eos: int | None
+
+    @abc.abstractmethod
+    def parameters(self) -> list[Tensor]:
+        """The tensors that gradients are taken with respect to."""
+
+    @abc.abstractmethod
+    def tables(self) -> list[Float[Tensor, "prefixes V"]]:
+        """Next-token logits of every prefix, differentiable in `parameters()`.
+
+        Level `n` has shape `(V**n, V)`, float64; a row is the prefix read as a base-`V` number.
+        Rows whose prefix has already ended are present: padded positions read them.
+        """
+
+    @abc.abstractmethod
+    def pull_back(self, levels: list[Float[Tensor, "prefixes V"]]) -> list[Tensor]:
+        """Gradient in `parameters()`, from the gradient in `tables()`."""
+
+    def tabulate(self) -> TabularPolicy:
+        """The same policy as a detached `TabularPolicy`."""
+        return TabularPolicy([table.detach().clone() for table in self.tables()], eos=self.eos)
+
+
+class TabularPolicy(Policy):
+    r"""One softmax row per history: $p(a \mid h) = \mathrm{softmax}(z_h)_a$.
+
+    Args:
+        logits: float64 tensors; level `n` has shape `(V**n, V)`, its row being the prefix read as
+            base-`V` digits. `-inf` marks a token of zero probability.
+        eos: the token that ends a sequence, or None.
+
+    Raises:
+        InvalidArgumentError: a level has a wrong shape or dtype, or a row without a finite entry.
+
+    Example:
+        >>> policy = TabularPolicy.random(vocab_size=3, horizon=2, seed=0)
+        >>> [tuple(level.shape) for level in policy.logits]
+        [(1, 3), (3, 3)]
+    """
+
+    def __init__(self, logits: Sequence[Float[Tensor, "prefixes V"]], eos: int | None = None) -> None:
+        """See the class."""
+        if not logits:
+            raise InvalidArgumentError("logits", "is empty; one tensor per position is needed")
+        vocab_size = logits[0].shape[-1]
+        for n, level in enumerate(logits):
+            _check_logits(f"logits[{n}]", level, (vocab_size**n, vocab_size))
+        _check_eos(eos, vocab_size)
+        self.logits = list(logits)
+        self.vocab_size = vocab_size
+        self.horizon = len(logits)
+        self.eos = eos
+
+    @classmethod
+    def random(
+        cls,
+        vocab_size: int,
+        horizon: int,
+        eos: int | None = None,
+        scale: float = 1.0,
+        seed: int = 0,
+        zeros: int = 0,
+    ) -> TabularPolicy:
+        """Independent Gaussian logits of standard deviation `scale`: 0 is uniform, 30 nearly deterministic.
+
+        Args:
+            vocab_size: number of tokens.
+            horizon: length cap.
+            eos: the token that ends a sequence, or None.
+            scale: standard deviation of the logits.
+            seed: of the generator; equal seeds give equal policies.
+            zeros: number of tokens, the last ones, that get zero probability everywhere.
+
+        Raises:
+            InvalidArgumentError: a size is below one, `scale` is negative or not finite, or `zeros`
+                leaves no token.
+            BudgetExceededError: the tables would hold too many rows.
+        """
+        _check_sizes(vocab_size, horizon)
+        _check_row_count(vocab_size, horizon)
+        _check_scale("scale", scale)
+        if not 0 <= zeros <= vocab_size - 1:
+            raise InvalidArgumentError("zeros", f"is {zeros}; it must lie in [0, {vocab_size - 1}]")
+        generator = torch.Generator().manual_seed(seed)
+        logits = []
+        for n in range(horizon):
+            level = scale * torch.randn(vocab_size**n, vocab_size, generator=generator, dtype=torch.float64)
+            if zeros:
+                level[:, vocab_size - zeros :] = -torch.inf
+            logits.append(level)
+        return cls(logits, eos=eos)
+
+    def perturbed(self, distance: float, seed: int = 0) -> TabularPolicy:
+        """The same policy with Gaussian noise of standard deviation `distance` on each logit.
+
+        Zero probabilities stay zero.
+
+        Raises:
+            InvalidArgumentError: `distance` is negative or not finite.
+        """
+        _check_scale("distance", distance)
+        generator = torch.Generator().manual_seed(seed)
+        noisy = [z + distance * torch.randn(z.shape, generator=generator, dtype=z.dtype) for z in self.logits]
+        return TabularPolicy(noisy, eos=self.eos)
+
+    def parameters(self) -> list[Tensor]:
+        """The logits themselves."""
+        return self.logits
+
+    def tables(self) -> list[Float[Tensor, "prefixes V"]]:
+        """The logits themselves."""
+        return self.logits
+
+    def pull_back(self, levels: list[Float[Tensor, "prefixes V"]]) -> list[Tensor]:
+        """The levels themselves."""
+        return levels
+
+    def __repr__(self) -> str:
+        return f"TabularPolicy(vocab_size={self.vocab_size}, horizon={self.horizon}, eos={self.eos})"
+
+
+class MarkovPolicy(Policy):
+    r"""A chain whose row depends on the last token only: $p(y_n \mid h_n) = p(y_n \mid y_{n-1})$.
+
+    Args:
+        initial: logits of the first token, `(V,)`, float64.
+        transition: logits of the next token given the last one, `(V, V)`, float64.
+        horizon: length cap `T`.
+        eos: the token that ends a sequence, or None.
+
+    Raises:
+        InvalidArgumentError: a wrong shape or dtype, or a row without a finite entry.
+    """
+
+    def __init__(
+        self,
+        initial: Float[Tensor, " V"],
+        transition: Float[Tensor, "V V"],
+        horizon: int,
+        eos: int | None = None,
+    ) -> None:
+        """See the class."""
+        vocab_size = transition.shape[-1]
+        _check_sizes(vocab_size, horizon)
+        _check_logits("initial", initial, (vocab_size,))
+        _check_logits("transition", transition, (vocab_size, vocab_size))
+        _check_eos(eos, vocab_size)
+        self.initial = initial
+        self.transition = transition
+        self.vocab_size = vocab_size
+        self.horizon = horizon
+        self.eos = eos
+
+    @classmethod
+    def random(
+        cls, vocab_size: int, horizon: int, eos: int | None = None, scale: float = 1.0, seed: int = 0
+    ) -> MarkovPolicy:
+        """Independent Gaussian logits of standard deviation `scale`.
+
+        Raises:
+            InvalidArgumentError: a size is below one, or `scale` is negative or not finite.
+        """
+        _check_sizes(vocab_size, horizon)
+        _check_scale("scale", scale)
+        generator = torch.Generator().manual_seed(seed)
+        rows = scale * torch.randn(vocab_size + 1, vocab_size, generator=generator, dtype=torch.float64)
+        return cls(rows[0], rows[1:], horizon, eos=eos)
+
+    @property
+    def logits(self) -> list[Tensor]:
+        """`[initial, transition]`."""
+        return [self.initial, self.transition]
+
+    def parameters(self) -> list[Tensor]:
+        """`[initial, transition]`."""
+        return self.logits
+
+    def tables(self) -> list[Float[Tensor, "prefixes V"]]:
+        """The chain unrolled: the row of a prefix is the row of its last token."""
+        _check_row_count(self.vocab_size, self.horizon)
+        return [self.initial.unsqueeze(0)] + [
+            self.transition.repeat(self.vocab_size ** (n - 1), 1) for n in range(1, self.horizon)
+        ]
+
+    def pull_back(self, levels: list[Float[Tensor, "prefixes V"]]) -> list[Tensor]:
+        """The first row, and the sum over all rows that share a last token."""
+        shared = [level.view(-1, self.vocab_size, self.vocab_size).sum(0) for level in levels[1:]]
+        return [levels[0][0], torch.stack(shared).sum(0) if shared else torch.zeros_like(self.transition)]
+
+    def __repr__(self) -> str:
+        return f"MarkovPolicy(vocab_size={self.vocab_size}, horizon={self.horizon}, eos={self.eos})"
+
+
+class ModulePolicy(Policy):
+    r"""Any `nn.Module` that maps token prefixes to next-token logits.
+
+    The module is called with int64 prefixes `(N, len(prompt) + n)` and returns `(N, V)`, or
+    `(N, length, V)` of which the last position is read. Logits are cast to float64; identities hold
+    to 1e-12 only if the module itself computes in float64 (`module.double()`).
+
+    Args:
+        module: the model; its parameters that require gradients are `parameters()`.
+        vocab_size: number of tokens `V`.
+        horizon: length cap `T`.
+        eos: the token that ends a sequence, or None.
+        prompt: tokens put before every prefix; give at least one to a module that cannot read an
+            empty prefix.
+
+    Raises:
+        InvalidArgumentError: a size is below one, or the module returns logits of a wrong shape.
+        BudgetExceededError: when tabulated, if `V**(T-1)` prefixes are too many.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        vocab_size: int,
+        horizon: int,
+        eos: int | None = None,
+        prompt: Iterable[int] = (),
+    ) -> None:
+        """See the class."""
+        _check_sizes(vocab_size, horizon)
+        _check_eos(eos, vocab_size)
+        self.module = module
+        self.vocab_size = vocab_size
+        self.horizon = horizon
+        self.eos = eos
+        self.prompt = tuple(prompt)
+
+    def parameters(self) -> list[Tensor]:
+        """The module's parameters that require gradients, in the module's order."""
+        return [p for p in self.module.parameters() if p.requires_grad]
+
+    def tables(self) -> list[Float[Tensor, "prefixes V"]]:
+        """The module evaluated on every prefix of fewer than `horizon` tokens."""
+        _check_row_count(self.vocab_size, self.horizon)
+        device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
+        return [self._level(n, device) for n in range(self.horizon)]
+
+    def pull_back(self, levels: list[Float[Tensor, "prefixes V"]]) -> list[Tensor]:
+        """By automatic differentiation of the module.
+
+        Raises:
+            InvalidArgumentError: the module has no parameter that requires a gradient.
+        """
+        parameters = self.parameters()
+        if not parameters:
+            raise InvalidArgumentError("module", "has no parameter that requires a gradient")
+        with torch.enable_grad():
+            tables = self.tables()
+        return list(torch.autograd.grad(tables, parameters, levels, allow_unused=True, materialize_grads=True))
+
+    def _level(self, n: int, device: torch.device) -> Tensor:
+        tokens = prefixes(self.vocab_size, n).to(device)
+        prompt = torch.tensor(self.prompt, dtype=torch.int64, device=device).expand(tokens.shape[0], -1)
+        logits = self.module(torch.cat([prompt, tokens], dim=1))
+        if not isinstance(logits, Tensor):
+            raise InvalidArgumentError("module", f"returned {type(logits).__name__}; a tensor of logits is needed")
+        if logits.ndim == 3:
+            logits = logits[:, -1]
+        _check_logits("module(prefixes)", logits.double(), (tokens.shape[0], self.vocab_size))
+        return logits.double()
+
+    def __repr__(self) -> str:
+        return (
+            f"ModulePolicy({type(self.module).__name__}, vocab_size={self.vocab_size}, "
+            f"horizon={self.horizon}, eos={self.eos})"
+        )
+
+
+def random_pair(
+    vocab_size: int,
+    horizon: int,
+    eos: int | None = None,
+    scale: float = 1.0,
+    distance: float = 1.0,
+    zeros: int = 0,
+    seed: int = 0,
+) -> tuple[TabularPolicy, TabularPolicy]:
+    """A random student and a teacher at a chosen distance from it.
+
+    Args:
+        vocab_size: number of tokens.
+        horizon: length cap.
+        eos: the token that ends a sequence, or None.
+        scale: sharpness of the student (see `TabularPolicy.random`).
+        distance: standard deviation of the noise that makes the teacher; 1e-3 is a near-equal pair.
+        zeros: number of tokens to which both give zero probability.
+        seed: of both generators.
+
+    Returns:
+        `(student, teacher)`.
+
+    Raises:
+        InvalidArgumentError: as `TabularPolicy.random` and `TabularPolicy.perturbed`.
+    """
+    student = TabularPolicy.random(vocab_size, horizon, eos=eos, scale=scale, seed=2 * seed, zeros=zeros)
+    return student, student.perturbed(distance, seed=2 * seed + 1)
+
+
+def prefixes(vocab_size: int, length: int) -> Int64[Tensor, "prefixes length"]:
+    """All prefixes of a length, in the order of the rows: base-`V` digits, most significant first."""
+    index = torch.arange(vocab_size**length)
+    powers = vocab_size ** torch.arange(length - 1, -1, -1)
+    return (index.unsqueeze(1) // powers) % vocab_size
+
+
+def _check_logits(name: str, logits: Tensor, shape: tuple[int, ...]) -> None:
+    if not isinstance(logits, Tensor) or tuple(logits.shape) != shape:
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise InvalidArgumentError(name, f"got {got}; a tensor of shape {shape} is needed")
+    if logits.dtype != torch.float64:
+        raise InvalidArgumentError(name, f"has dtype {logits.dtype}; exact policies are float64, call .double()")
+    if not torch.isfinite(logits.detach().amax(-1)).all():
+        raise InvalidArgumentError(name, "has a row with NaN, +inf or only -inf")
+
+
+def _check_sizes(vocab_size: int, horizon: int) -> None:
+    for name, value in (("vocab_size", vocab_size), ("horizon", horizon)):
+        if not isinstance(value, int) or value < 1:
+            raise InvalidArgumentError(name, f"is {value!r}; a positive integer is needed")
+
+
+def _check_row_count(vocab_size: int, horizon: int) -> None:
+    rows = vocab_size ** (horizon - 1)
+    if rows > ROW_BUDGET:
+        raise BudgetExceededError(
+            f"tabulating V={vocab_size}, T={horizon} row by row", rows, ROW_BUDGET, "lower the horizon or the vocabulary"
+        )
+
+
+def _check_scale(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value >= 0):
+        raise InvalidArgumentError(name, f"is {value!r}; a finite number of at least 0 is needed")
+
+
+def _check_eos(eos: int | None, vocab_size: int) -> None:
+    if eos is not None and not 0 <= eos < vocab_size:
+        raise InvalidArgumentError("eos", f"is {eos}; it must be None or lie in [0, {vocab_size})")

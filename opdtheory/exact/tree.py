@@ -1,0 +1,129 @@
+"""The prefix tree of a pair of policies, level by level, and the recursions that run over it.
+
+Level `n` holds the `V**n` prefixes of length `n` in the order of the tables' rows, so that the
+children of prefix `h` are the rows `h * V + a` of the next level. All work is done on whole levels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from opdtheory.divergences import Divergence
+from opdtheory.errors import BudgetExceededError, InvalidArgumentError
+from opdtheory.exact.policies import Policy
+
+__all__ = ["LEAF_BUDGET", "Tree", "check_pair", "pointwise", "row_gradient"]
+
+# Sequences that one tree may hold: about 1 GB of float64 for the handful of arrays per level.
+LEAF_BUDGET = 2**24
+
+
+def check_pair(student: Policy, teacher: Policy) -> None:
+    """Refuse a pair of policies that do not range over the same sequences.
+
+    Raises:
+        InvalidArgumentError: vocabulary, horizon or end-of-sequence token differ.
+    """
+    for name, policy in (("student", student), ("teacher", teacher)):
+        if not isinstance(policy, Policy):
+            raise InvalidArgumentError(name, f"is a {type(policy).__name__}; a Policy is needed")
+    for field in ("vocab_size", "horizon", "eos"):
+        ours, theirs = getattr(student, field), getattr(teacher, field)
+        if ours != theirs:
+            raise InvalidArgumentError("teacher", f"has {field}={theirs}, the student has {field}={ours}")
+
+
+def pointwise(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> Tensor:
+    r"""The terms $p\,f(q/p)$ of $D_f(q\|p)$, with $q f'(\infty)$ where $p = 0 < q$ and 0 where both vanish (T10)."""
+    both_zero = torch.isneginf(log_p) & torch.isneginf(log_q)
+    only_q = torch.isneginf(log_p) & ~torch.isneginf(log_q)
+    log_u = torch.where(both_zero | only_q, 0.0, log_q - log_p)
+    terms = log_p.exp() * divergence.generator(log_u)
+    if only_q.any():
+        terms = torch.where(only_q, log_q.exp() * divergence.slope_at_infinity, terms)
+    return torch.where(both_zero, 0.0, terms)
+
+
+def row_gradient(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> Tensor:
+    r"""Gradient of $D_f(q\|p)$ in the logits of each row: $-p_a (w(u_a) - E_p w)$ (T1)."""
+    absent = torch.isneginf(log_p)
+    weight = divergence.weight(torch.where(absent, 0.0, log_q - log_p))
+    p = log_p.exp()
+    return -p * (weight - (p * weight).sum(-1, keepdim=True))
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Both policies' conditional log-probabilities and the log-probability of each prefix.
+
+    Attributes:
+        eos: the token that ends a sequence, or None.
+        log_p: student, level `n` of shape `(V**n, V)`.
+        log_q: teacher, likewise.
+        prefix_log_p: student's log-probability of each live prefix, `-inf` where it has ended,
+            level `n` of shape `(V**n,)`, with one more level for the complete sequences.
+        prefix_log_q: teacher's, likewise.
+        live: whether a prefix can still be extended, level `n` of shape `(V**n,)`.
+    """
+
+    eos: int | None
+    log_p: list[Tensor]
+    log_q: list[Tensor]
+    prefix_log_p: list[Tensor]
+    prefix_log_q: list[Tensor]
+    live: list[Tensor]
+
+    @classmethod
+    def build(cls, student: Policy, teacher: Policy, budget: int = LEAF_BUDGET) -> Tree:
+        """The tree of a pair.
+
+        Raises:
+            InvalidArgumentError: the policies do not match.
+            BudgetExceededError: more than `budget` sequences.
+        """
+        check_pair(student, teacher)
+        leaves = student.vocab_size**student.horizon
+        if leaves > budget:
+            raise BudgetExceededError(
+                f"the prefix tree of V={student.vocab_size}, T={student.horizon}",
+                leaves,
+                budget,
+                "lower the horizon, use MarkovPolicy, or raise budget",
+            )
+        log_p = [torch.log_softmax(z, dim=-1) for z in student.tables()]
+        log_q = [torch.log_softmax(z, dim=-1) for z in teacher.tables()]
+        live = [torch.ones(1, dtype=torch.bool)]
+        prefix_log_p, prefix_log_q = [torch.zeros(1, dtype=torch.float64)], [torch.zeros(1, dtype=torch.float64)]
+        for p, q in zip(log_p, log_q, strict=True):
+            prefix_log_p.append((prefix_log_p[-1].unsqueeze(-1) + p).flatten())
+            prefix_log_q.append((prefix_log_q[-1].unsqueeze(-1) + q).flatten())
+            children = live[-1].unsqueeze(-1).expand_as(p).clone()
+            if student.eos is not None:
+                children[:, student.eos] = False
+            live.append(children.flatten())
+        return cls(student.eos, log_p, log_q, prefix_log_p, prefix_log_q, live)
+
+    @property
+    def horizon(self) -> int:
+        """Number of levels with rows."""
+        return len(self.log_p)
+
+    def reach(self, level: int) -> Tensor:
+        """Probability that the student visits each prefix of a level and must choose a token there."""
+        return torch.where(self.live[level], self.prefix_log_p[level].exp(), 0.0)
+
+    def ends(self, level: int) -> Tensor:
+        """Whether the child of a level's prefix completes a sequence, `(V**level, V)`."""
+        shape = self.log_p[level].shape
+        live = self.live[level].unsqueeze(-1)
+        if level + 1 == self.horizon:
+            return live.expand(shape)
+        return live & ~self.live[level + 1].view(shape)
+
+    def rows_divergence(self, divergence: Divergence, level: int) -> Tensor:
+        """$D_f$ of each row of a level, zero for prefixes that the student cannot reach."""
+        values = pointwise(divergence, self.log_p[level], self.log_q[level]).sum(-1)
+        return torch.where(self.reach(level) > 0, values, 0.0)
