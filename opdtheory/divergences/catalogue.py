@@ -30,6 +30,7 @@ from opdtheory.divergences.logspace import (
     mixture_ratio,
     mul_exp,
     polynomial,
+    sigmoid,
     xlogx_remainder,
 )
 from opdtheory.divergences.transform import symbol
@@ -159,8 +160,8 @@ jsd = _entry(
     generator=Form(_jsd_generator, _LOG2 / 2, _INF),
     log_slope=Form(lambda t: mul_exp(-log_mixture(-t, 0.5, 0.5) / 2, t), 0.0, _INF),
     weight=Form(lambda t: log_mixture(t, 0.5, 0.5) / 2, -_LOG2 / 2, _INF),
-    curvature=Form(lambda t: torch.sigmoid(t) / 2, 0.0, 0.5),
-    curvature_slope=lambda t: torch.sigmoid(t) * torch.sigmoid(-t) / 2,
+    curvature=Form(lambda t: sigmoid(t) / 2, 0.0, 0.5),
+    curvature_slope=lambda t: sigmoid(t) * sigmoid(-t) / 2,
     slope_at_infinity=_LOG2 / 2,
     reference="Lin (1991), doi:10.1109/18.61115",
 )
@@ -257,12 +258,10 @@ le_cam = _entry(
     "le_cam",
     lambda: (symbol() - 1) ** 2 / (symbol() + 1),
     generator=Form(lambda t: torch.expm1(t) * torch.tanh(t / 2), 1.0, _INF),
-    log_slope=Form(lambda t: torch.tanh(t / 2) * torch.sigmoid(t) * (torch.exp(t) + 3), 0.0, _INF),
-    weight=Form(lambda t: torch.tanh(t / 2) * (1 + 2 * torch.sigmoid(t)), -1.0, 3.0),
-    curvature=Form(lambda t: 8 * torch.sigmoid(t) ** 2 * torch.sigmoid(-t), 0.0, 0.0),
-    curvature_slope=lambda t: (
-        8 * torch.sigmoid(t) ** 2 * torch.sigmoid(-t) * (2 * torch.sigmoid(-t) - torch.sigmoid(t))
-    ),
+    log_slope=Form(lambda t: torch.tanh(t / 2) * sigmoid(t) * (torch.exp(t) + 3), 0.0, _INF),
+    weight=Form(lambda t: torch.tanh(t / 2) * (1 + 2 * sigmoid(t)), -1.0, 3.0),
+    curvature=Form(lambda t: 8 * sigmoid(t) ** 2 * sigmoid(-t), 0.0, 0.0),
+    curvature_slope=lambda t: 8 * sigmoid(t) ** 2 * sigmoid(-t) * (2 * sigmoid(-t) - sigmoid(t)),
     slope_at_infinity=1.0,
     reference="Le Cam (1986), Asymptotic Methods in Statistical Decision Theory; Vincze (1981)",
 )
@@ -390,22 +389,22 @@ def alpha(alpha: float) -> Divergence:
             return _INF if at_infinity else -_INF
         if (exact > 0) == at_infinity:
             return _INF if at_infinity else -_INF
-        return float(-1 / exact)
+        return _float(-1 / exact)
 
     curvature_limits = (1.0, 1.0) if exact == 0 else ((0.0, _INF) if exact > 0 else (_INF, 0.0))
     return _entry(
         "alpha",
         expr,
-        generator=Form(_alpha_generator(exact), float(1 / exact) if exact > 0 else _INF, _INF),
+        generator=Form(_alpha_generator(exact), _float(1 / exact) if exact > 0 else _INF, _INF),
         log_slope=Form(
-            lambda t: _alpha_log_slope(t, power, below, _headroom(t, a), True),
+            lambda t: _alpha_log_slope(t, power, below, _headroom(t, a)) / _headroom(t, a),
             0.0 if exact > 0 else (-1.0 if exact == 0 else -_INF),
             _INF,
         ),
         weight=Form(lambda t: box_cox(t, power), weight_limit(False), weight_limit(True)),
         curvature=Form(lambda t: exp_product(t, power), *curvature_limits),
         curvature_slope=lambda t: exp_product(t, power, a),
-        slope_at_infinity=float(1 / (1 - exact)) if exact < 1 else _INF,
+        slope_at_infinity=_float(1 / (1 - exact)) if exact < 1 else _INF,
         reference="Cressie & Read (1984), doi:10.1111/j.2517-6161.1984.tb01318.x",
         parameters={"alpha": float(alpha)},
     )
@@ -418,18 +417,16 @@ def _headroom(t: Tensor, a: float) -> Tensor:
     return torch.where((t > 0) | (a * t > 0), _SCALE, 1.0).to(t.dtype)
 
 
-def _alpha_log_slope(t: Tensor, power: TwoFloat, below: TwoFloat, scale: Tensor, unscale: bool) -> Tensor:
-    """The slope `u (u**(a-1) - 1) / (a - 1)`, times `scale` unless that is undone."""
-    near = mul_exp(scale * box_cox(t.clamp(-1e3, 1e3), below), t)
+def _alpha_log_slope(t: Tensor, power: TwoFloat, below: TwoFloat, scale: Tensor) -> Tensor:
+    """The slope `u (u**(a-1) - 1) / (a - 1)`, times `scale`."""
     if below.hi == 0.0:
-        slope = mul_exp(scale * t, t)
-    else:
-        inverse = 1.0 / below.hi
-        far = scale * 0.0
-        half = torch.where(scale == 1.0, exp_product(t, power, inverse), exp_product(t, power, inverse * _SCALE))
-        far = half - mul_exp(scale * inverse, t)
-        slope = torch.where((below.hi * t).abs() < 1.0, near, far)
-    return slope / scale if unscale else slope
+        return mul_exp(scale * t, t)
+    inverse = 1.0 / below.hi
+    lifted = torch.where(scale == 1.0, exp_product(t, power, inverse), exp_product(t, power, inverse * _SCALE))
+    far = lifted - mul_exp(scale * inverse, t)
+    near = mul_exp(scale * box_cox(t, below), t)
+    # Two terms overflow together only for u > 1, where the slope is positive.
+    return torch.where((below.hi * t).abs() < 1.0, near, torch.where(torch.isnan(far), _INF, far))
 
 
 def _alpha_generator(exact: Fraction) -> Callable[[Tensor], Tensor]:
@@ -451,7 +448,7 @@ def _alpha_generator(exact: Fraction) -> Callable[[Tensor], Tensor]:
         scale = _headroom(t, power.hi)
         if central:
             lifted = torch.where(scale == 1.0, box_cox(t, power), _scaled_box_cox(t, power))
-            far = _alpha_log_slope(t, power, below, scale, False) - lifted
+            far = _alpha_log_slope(t, power, below, scale) - lifted
         else:
             first = torch.where(
                 scale == 1.0, expm1_product(t, power, product), expm1_product(t, power, product * _SCALE)
@@ -459,7 +456,9 @@ def _alpha_generator(exact: Fraction) -> Callable[[Tensor], Tensor]:
             far = first - torch.where(
                 t > 1.0, mul_exp(scale * inverse, t) - scale * inverse, scale * inverse * torch.expm1(t.clamp(max=1.0))
             )
-        return torch.where((radius * t).abs() < 1.0, near, far / scale)
+        # Two terms that both overflow have an infinite difference: f is not negative.
+        far = torch.where(torch.isnan(far), _INF, far / scale)
+        return torch.where((radius * t).abs() < 1.0, near, far)
 
     return generator
 
@@ -498,14 +497,17 @@ def skew_forward_kl(lam: float) -> Divergence:
         return u * sympy.log(u / (share * u + (1 - share)))
 
     def curvature(t: Tensor) -> Tensor:
-        return (c * mixture_ratio(t, b, c)) * (c * _inverse_mixture(t, b, c))
+        if not exact:
+            return torch.exp(t)
+        mixture = b * torch.exp(t.clamp(max=0.0)) + c * torch.exp(-t.clamp(min=0.0))
+        return (c * torch.exp(-t.abs() / 2) / mixture) ** 2
 
     return _entry(
         "skew_forward_kl",
         expr,
         generator=Form(lambda t: mul_exp(-log_mixture(-t, c, b), t), 0.0, _INF),
         log_slope=Form(lambda t: mul_exp(per_ratio(t), t), 0.0, _INF),
-        weight=Form(lambda t: c * mixture_ratio(t, b, c), 0.0, float((1 - exact) / exact) if exact else _INF),
+        weight=Form(lambda t: c * mixture_ratio(t, b, c), 0.0, _float((1 - exact) / exact) if exact else _INF),
         curvature=Form(curvature, 0.0, 0.0 if exact else _INF),
         curvature_slope=lambda t: curvature(t) * (c * _inverse_mixture(t, b, c) - b * mixture_ratio(t, b, c)),
         slope_at_infinity=-math.log(b) if exact else _INF,
@@ -597,7 +599,16 @@ def _skew_root(lam: Fraction) -> tuple[TwoFloat, float, float]:
                 high = middle
         root = -((low - share) / (1 - share)).ln()
         ratio = share / low
-        return TwoFloat.of(Fraction(root)), float(1 - ratio), float(ratio)
+        # The bisection leaves about 83 digits; fewer are kept, so that a rational root comes out exact.
+        context.prec = 70
+        return TwoFloat.of(Fraction(+root)), float(1 - ratio), float(ratio)
+
+
+def _float(value: Fraction) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return _INF if value > 0 else -_INF
 
 
 def _rational(value: Fraction) -> sympy.Expr:

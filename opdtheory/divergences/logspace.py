@@ -23,6 +23,7 @@ __all__ = [
     "mixture_ratio",
     "mul_exp",
     "polynomial",
+    "sigmoid",
     "xlogx_remainder",
 ]
 
@@ -90,8 +91,18 @@ def log_mixture(t: Tensor, a: float, b: float) -> Tensor:
 
 def mixture_ratio(t: Tensor, a: float, b: float) -> Tensor:
     r"""The ratio $e^t / (a e^t + b)$, $a, b \ge 0$, $a + b = 1$: a logistic curve from 0 to $1/a$."""
-    numerator = torch.exp(t.clamp(max=0.0))
-    return numerator / (a * numerator + b * torch.exp(-t.clamp(min=0.0)))
+    if a == 0.0:
+        return torch.exp(t)
+    if b == 0.0:
+        return torch.full_like(t, 1.0 / a)
+    half = torch.exp(t.clamp(max=0.0) / 2)
+    # Half of the exponent waits outside, as e^t may be subnormal where its ratio to a small b is not.
+    return half / (a * half * half + b * torch.exp(-t.clamp(min=0.0))) * half
+
+
+def sigmoid(t: Tensor) -> Tensor:
+    r"""The logistic function $e^t / (1 + e^t)$, accurate down to the smallest normal number."""
+    return mixture_ratio(t, 0.5, 0.5) / 2
 
 
 def exp_product(t: Tensor, a: TwoFloat, scale: float = 1.0) -> Tensor:

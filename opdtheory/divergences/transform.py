@@ -1,4 +1,4 @@
-r"""The calculus between generators and weights, in sympy: $w_f = u f' - f$, its inverse $V[w]$, gauge, scale, convexity.
+r"""The calculus of generators and weights, in sympy: $w_f = u f' - f$, its inverse $V[w]$, gauge, scale, convexity.
 
 Expressions are in one symbol called `u`, whatever its assumptions; results are in `symbol()`, which is positive.
 sympy and mpmath are imported when a function is called, not with this module.
@@ -28,12 +28,14 @@ __all__ = [
     "numeric",
     "same_divergence",
     "same_up_to_scale",
+    "slope_at_infinity",
     "symbol",
     "weight_of",
 ]
 
 _GRID_LIMIT = 60  # convexity that sympy cannot decide is checked for |log u| up to this
 _DIGITS = 50
+_CANCELLATION = 2.0**-16
 
 
 @functools.cache
@@ -75,7 +77,7 @@ def implied_generator(weight_expr: sympy.Expr) -> sympy.Expr:
         weight_expr: the local weight, an expression in `u`; other symbols are carried along where it is smooth.
 
     Raises:
-        InvalidArgumentError: `weight_expr` is no expression in `u`, is infinite at 1, or has no integral that sympy finds.
+        InvalidArgumentError: `weight_expr` is no expression in `u`, is infinite at 1, or sympy finds no integral.
 
     Example:
         >>> import sympy
@@ -171,66 +173,53 @@ def check_generator(expr: sympy.Expr) -> sympy.Expr:
 
 
 def forms(generator: sympy.Expr) -> dict[str, sympy.Expr]:
-    r"""The numeric forms of a generator as expressions in `t` $= \log u$, kinks counted as smooth."""
+    r"""The generator, $u f'$, $u f' - f$, $u^2 f''$ and its slope in $\log u$, away from kinks."""
     import sympy
 
     u = symbol()
-    t = _log_symbol()
-    slope = u * _differentiate(generator)
-    curvature = u**2 * _differentiate(_differentiate(generator))
-    expressions = {
-        "generator": generator,
-        "log_slope": slope,
-        "weight": slope - generator,
-        "curvature": curvature,
-        "curvature_slope": u * _differentiate(curvature),
-    }
+    first = _differentiate(generator)
+    curvature = u**2 * _differentiate(first)
     return {
-        kind: sympy.powsimp(sympy.expand_log(_tidy(expression).subs(u, sympy.exp(t))))
-        if kind == "generator"
-        else sympy.powsimp(_tidy(expression).subs(u, sympy.exp(t)))
-        for kind, expression in expressions.items()
-    }
-
-
-def limits(generator: sympy.Expr) -> tuple[dict[str, tuple[float, float]], float]:
-    r"""The limits of the numeric forms at $u = 0$ and $\infty$, and $f'(\infty)$."""
-    u = symbol()
-    slope = u * _differentiate(generator)
-    curvature = u**2 * _differentiate(_differentiate(generator))
-    expressions = {
         "generator": generator,
-        "log_slope": slope,
-        "weight": slope - generator,
-        "curvature": curvature,
+        "log_slope": u * _shortest(first),
+        # The terms in u that slope and generator share must cancel in symbols, as in numbers they leave nothing.
+        "weight": _by_pieces(u * first - generator),
+        "curvature": curvature if _has_kinks(curvature) else sympy.factor(curvature),
         "curvature_slope": u * _differentiate(curvature),
     }
-    return {kind: (_limit(e, False), _limit(e, True)) for kind, e in expressions.items()}, _limit(
-        _differentiate(generator), True
-    )
+
+
+def limits(form: sympy.Expr) -> tuple[float, float]:
+    r"""The limits of an expression in `u` at $0^+$ and $\infty$; NaN where sympy finds none."""
+    return _limit(form, False), _limit(form, True)
+
+
+def slope_at_infinity(generator: sympy.Expr) -> float:
+    r"""The limit $f'(\infty)$."""
+    return _limit(_differentiate(generator), True)
 
 
 def numeric(expression: sympy.Expr) -> Callable[[Tensor], Tensor]:
-    """An expression in `t` as a function of float64 tensors.
+    """An expression in `u` as a function of float64 tensors of `log u`.
 
-    Points at which some intermediate overflows or underflows are evaluated by mpmath instead.
+    Points at which an intermediate overflows, underflows or cancels by more than 16 bits are evaluated by mpmath.
     """
+    import sympy
+
+    in_log = expression.subs(symbol(), sympy.exp(_log_symbol()))
+    exact = functools.cache(lambda: _mpmath_function(in_log))
 
     def function(t: Tensor) -> Tensor:
-        suspect = torch.zeros_like(t, dtype=torch.bool)
-        evaluator = _TorchEvaluator(t, suspect)
+        evaluator = _TorchEvaluator(t)
         try:
-            values = evaluator(expression)
+            values, suspect = evaluator(in_log), evaluator.suspect
         except _UnknownFunctionError:
-            values, suspect = torch.zeros_like(t), torch.ones_like(suspect)
-        else:
-            suspect = evaluator.suspect
+            values, suspect = torch.zeros_like(t), torch.ones_like(t, dtype=torch.bool)
         suspect = suspect & torch.isfinite(t)
         if bool(suspect.any()):
-            exact = _mpmath_function(expression)
-            points = [exact(point) for point in t[suspect].tolist()]
-            values = values.clone()
-            values[suspect] = torch.tensor(points, dtype=t.dtype, device=t.device)
+            distinct, place = torch.unique(t[suspect], return_inverse=True)
+            points = torch.tensor([exact()(point) for point in distinct.tolist()], dtype=t.dtype, device=t.device)
+            values = values.masked_scatter(suspect, points[place])
         return values
 
     return function
@@ -241,10 +230,11 @@ class _UnknownFunctionError(Exception):
 
 
 class _TorchEvaluator:
-    """Evaluates an expression tree by torch, noting the points at which an intermediate leaves the normal range."""
+    """Evaluates an expression tree by torch, noting the points at which an intermediate loses its digits."""
 
-    def __init__(self, t: Tensor, suspect: Tensor) -> None:
-        self.t, self.suspect = t, suspect
+    def __init__(self, t: Tensor) -> None:
+        self.t = t
+        self.suspect = torch.zeros_like(t, dtype=torch.bool)
 
     def __call__(self, node: sympy.Expr) -> Tensor:
         import sympy
@@ -256,18 +246,38 @@ class _TorchEvaluator:
         if isinstance(node, sympy.Piecewise):
             # Branches that are not taken may well be infinite: only the chosen value counts.
             return self._piecewise(node)
-        arguments = [self(argument) for argument in node.args]
-        value = self._apply(node, arguments)
+        value = self._excess(node) if isinstance(node, sympy.Add) else None
+        if value is None:
+            value = self._apply(node, [self(argument) for argument in node.args])
         self.suspect = self.suspect | ~torch.isfinite(value)
-        if isinstance(node, sympy.exp):
-            self.suspect = self.suspect | (value < torch.finfo(value.dtype).tiny)
+        if isinstance(node, (sympy.exp, sympy.Pow)):
+            self.suspect = self.suspect | (value.abs() < torch.finfo(value.dtype).tiny)
+        if isinstance(node, sympy.log):
+            # The argument is near one, and its distance from one is what counts.
+            self.suspect = self.suspect | (value.abs() < _CANCELLATION)
         return value
+
+    def _excess(self, node: sympy.Add) -> Tensor | None:
+        """The sum with `k exp(x) - k` in it taken as `k expm1(x)`, or None if there is no such pair."""
+        import sympy
+
+        constant, rest = node.as_coeff_Add()
+        for term in sympy.Add.make_args(rest):
+            factor, power = term.as_coeff_Mul()
+            if constant != 0 and factor == -constant and isinstance(power, sympy.exp):
+                pair = _float(factor) * torch.expm1(self(power.args[0]))
+                others = rest - term
+                return pair if others == 0 else self._apply(node, [pair, self(others)])
+        return None
 
     def _apply(self, node: sympy.Expr, arguments: list[Tensor]) -> Tensor:
         import sympy
 
         if isinstance(node, sympy.Add):
-            return functools.reduce(torch.add, arguments)
+            total = functools.reduce(torch.add, arguments)
+            largest = functools.reduce(torch.maximum, [argument.abs() for argument in arguments])
+            self.suspect = self.suspect | (total.abs() < _CANCELLATION * largest)
+            return total
         if isinstance(node, sympy.Mul):
             return functools.reduce(torch.mul, arguments)
         if isinstance(node, sympy.Pow):
@@ -336,19 +346,35 @@ _TORCH_FUNCTIONS = {
 
 def _mpmath_function(expression: sympy.Expr) -> Callable[[float], float]:
     import mpmath
-    import sympy
 
-    function = sympy.lambdify(_log_symbol(), expression, modules="mpmath")
+    function = _lambdify(_log_symbol(), expression)
 
     def evaluate(t: float) -> float:
-        with mpmath.workdps(_DIGITS):
-            try:
-                value = function(mpmath.mpf(t))
-            except (ZeroDivisionError, OverflowError, ValueError):
-                return math.nan
-            return _to_float(value)
+        # The precision doubles until the value stands; what shrinks with it is an exact zero.
+        value, previous = mpmath.mpf(0), None
+        for digits in (50, 100, 200, 400, 800):
+            with mpmath.workdps(digits):
+                try:
+                    value = function(mpmath.mpf(t))
+                except (ZeroDivisionError, OverflowError, ValueError):
+                    previous = None
+                    continue
+                if previous is not None and abs(value - previous) <= abs(value) * mpmath.mpf("1e-18"):
+                    return _to_float(value)
+                previous = value
+        return math.nan if previous is None else _to_float(value)
 
     return evaluate
+
+
+def _lambdify(variable: sympy.Symbol, expression: sympy.Expr) -> Callable[[Any], Any]:
+    import mpmath
+    import sympy
+
+    def heaviside(x: Any, at_zero: Any = None) -> Any:
+        return mpmath.mpf(1 if x > 0 else 0) if x != 0 else mpmath.mpf("0.5") if at_zero is None else at_zero
+
+    return sympy.lambdify(variable, expression, modules=[{"Heaviside": heaviside}, "mpmath"])
 
 
 def _to_float(value: Any) -> float:
@@ -408,12 +434,34 @@ def _differentiate(expression: sympy.Expr) -> sympy.Expr:
     return derivative.replace(sympy.DiracDelta, lambda *_: sympy.Integer(0))
 
 
-def _tidy(expression: sympy.Expr) -> sympy.Expr:
+def _shortest(expression: sympy.Expr) -> sympy.Expr:
+    """The shortest of a few rewritings, none with a power such as `u**u`, which overflows."""
     import sympy
 
-    if expression.has(sympy.Piecewise, sympy.Abs, sympy.sign, sympy.Heaviside, sympy.Max, sympy.Min):
+    if _has_kinks(expression):
         return expression
-    return expression
+    expanded = sympy.expand(expression)
+    candidates = [expression, expanded, sympy.expand_log(sympy.simplify(expanded), force=True)]
+    sound = [e for e in candidates if not any(p.exp.has(symbol()) for p in e.atoms(sympy.Pow))]
+    return min(sound or [expression], key=sympy.count_ops)
+
+
+def _by_pieces(expression: sympy.Expr) -> sympy.Expr:
+    """The expression with each smooth piece written out short; at a kink the mean of its two sides."""
+    import sympy
+
+    u = symbol()
+    pieces = [(low, _shortest(piece)) for low, _, piece in _pieces("expr", expression)]
+    branches: list[tuple[sympy.Expr, Any]] = []
+    for (_, left), (edge, right) in zip(pieces[:-1], pieces[1:], strict=True):
+        branches += [(left, u < edge), ((left + right).subs(u, edge) / 2, sympy.Eq(u, edge))]
+    return sympy.Piecewise(*branches, (pieces[-1][1], True)) if branches else pieces[0][1]
+
+
+def _has_kinks(expression: sympy.Expr) -> bool:
+    import sympy
+
+    return expression.has(sympy.Piecewise, sympy.Abs, sympy.sign, sympy.Heaviside, sympy.Max, sympy.Min)
 
 
 def _limit(expression: sympy.Expr, at_infinity: bool) -> float:
@@ -426,7 +474,7 @@ def _limit(expression: sympy.Expr, at_infinity: bool) -> float:
         value = sympy.limit(piece, u, sympy.oo if at_infinity else 0, "-" if at_infinity else "+")
     except (NotImplementedError, ValueError):
         return math.nan
-    return _float(value) if not value.free_symbols and not value.has(sympy.Limit) else math.nan
+    return _float(value) if value.is_extended_real else math.nan
 
 
 def _is_zero(expression: sympy.Expr) -> bool:
@@ -462,7 +510,7 @@ def _pieces(argument: str, expression: sympy.Expr) -> list[tuple[sympy.Expr, sym
     import sympy
 
     u = symbol()
-    if not expression.has(sympy.Piecewise, sympy.Abs, sympy.sign, sympy.Heaviside, sympy.Max, sympy.Min):
+    if not _has_kinks(expression):
         return [(sympy.Integer(0), sympy.oo, expression)]
     if expression.free_symbols - {u}:
         raise InvalidArgumentError(argument, "has kinks and symbols other than u; put in numbers for these")
@@ -542,16 +590,13 @@ def _convexity_violation(f: sympy.Expr) -> str | None:
     import sympy
 
     u = symbol()
-    smooth = not f.has(sympy.Piecewise, sympy.Abs, sympy.sign, sympy.Heaviside, sympy.Max, sympy.Min)
-    if smooth:
+    if not _has_kinks(f):
         second = sympy.factor(sympy.simplify(sympy.diff(f, u, 2)))
         if second.is_nonnegative:
             return None
     first_derivative = _differentiate(f)
     second_derivative = _differentiate(first_derivative)
-    value_at = sympy.lambdify(u, f, modules="mpmath")
-    slope_at = sympy.lambdify(u, first_derivative, modules="mpmath")
-    curvature_at = sympy.lambdify(u, second_derivative, modules="mpmath")
+    value_at, slope_at, curvature_at = (_lambdify(u, g) for g in (f, first_derivative, second_derivative))
     with mpmath.workdps(_DIGITS):
         previous = None
         for t in _grid():
