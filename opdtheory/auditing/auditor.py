@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from opdtheory.divergences import divergence as as_divergence
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.exact import GradientMoments, Loss, gradient_moments
 from opdtheory.exact.oracle import check_objective, full_vocabulary_variance
+from opdtheory.exact.threads import one_thread
 from opdtheory.rollouts import Rollouts
 
 __all__ = ["audit"]
@@ -74,52 +76,76 @@ def audit(
         >>> audit(k3, "reverse_kl").descends
         'forward_kl'
     """
-    start = time.perf_counter()
     divergence = as_divergence(objective)
     check_objective(granularity, gamma)
     if not 0.0 <= off_policy < float("inf"):
         raise InvalidArgumentError("off_policy", f"is {off_policy!r}; a finite number of at least 0 is needed")
-    counted = _Counted(loss)
+    with one_thread():
+        settings = _Settings(batch_size, eos, off_policy, gamma, seed)
+        return _audit(_Counted(loss), divergence, granularity, settings, name or _name(loss))
 
-    cases = panel(batch_size, eos, off_policy, seed)
+
+@dataclass(frozen=True)
+class _Settings:
+    """How the panel is drawn; the arguments of `audit` of the same names."""
+
+    batch_size: int
+    eos: int | None
+    off_policy: float
+    gamma: float
+    seed: int
+
+
+def _audit(loss: _Counted, divergence: Divergence, granularity: str, settings: _Settings, name: str) -> Audit:
+    start = time.perf_counter()
+    batch_size, gamma = settings.batch_size, settings.gamma
+    cases = panel(batch_size, settings.eos, settings.off_policy, settings.seed)
     exact = [flat_gradient(case, divergence, granularity, gamma) for case in cases]
     if any(float(g.norm()) == 0.0 for g in exact):
         raise InvalidArgumentError("objective", f"{divergence.label} has a zero gradient everywhere; nothing to audit")
-    moments = _moments(counted, cases, batch_size)
+    moments = _moments(loss, cases, batch_size)
     gradients = [_flat(m.mean) for m in moments]
-    tolerance = _TOLERANCE.get(counted.dtype, _COARSE)
+    tolerance = _TOLERANCE.get(loss.dtype, _COARSE)
 
     fit = fit_scale(gradients, exact)
-    weight = recover_weight(counted, batch_size, off_policy, seed)
+    weight = recover_weight(loss, batch_size, settings.off_policy, settings.seed)
     zero = all(float(g.norm()) <= _ZERO * m.second_moment**0.5 for g, m in zip(gradients, moments, strict=True))
-    match = None if zero else best_match(gradients, cases, weight, granularity, tolerance)
     verdict = "zero" if zero else _verdict(fit, tolerance)
+    match: Match | None = None
     if verdict in ("exact", "exact_up_to_scale"):
         match = Match(divergence, granularity, fit)
-    elif verdict == "biased" and match is not None and match.fit.worst_error <= tolerance:
-        verdict = "other_objective"
+    elif verdict == "biased":
+        match = best_match(gradients, cases, weight, granularity, tolerance)
+        if match is not None and match.fit.worst_error <= tolerance:
+            verdict = "other_objective"
 
     lengths = None
-    if eos is None and batch_size == 1 and match is not None and match.fit.worst_error <= tolerance:
-        lengths = _with_lengths(counted, match, off_policy, gamma, seed, tolerance)
+    if settings.eos is None and batch_size == 1 and match is not None and match.fit.worst_error <= tolerance:
+        lengths = _with_lengths(loss, match, settings, tolerance)
     return Audit(
-        name=name or _name(loss),
+        name=name,
         objective=divergence.label,
         granularity=granularity,
         verdict=verdict,
         relative_bias=max(fit.relative_bias),
-        cosine=min(fit.cosine),
+        cosine=0.0 if zero else min(fit.cosine),
         scale=fit.scale,
         tolerance=tolerance,
-        identified=None if match is None else _record(match),
+        identified=None if match is None else _record(match, tolerance),
         weight=weight_record(weight),
         pairs=[
-            PairResult(case.label, bias, cosine, m.variance, full_vocabulary_variance(case.student, case.teacher, divergence) / batch_size)
+            PairResult(
+                label=case.label,
+                relative_bias=bias,
+                cosine=0.0 if zero else cosine,
+                variance=m.variance,
+                full_vocabulary_variance=full_vocabulary_variance(case.student, case.teacher, divergence) / batch_size,
+            )
             for case, bias, cosine, m in zip(cases, fit.relative_bias, fit.cosine, moments, strict=True)
         ],
         variable_lengths=lengths,
-        settings={"batch_size": batch_size, "eos": eos, "off_policy": off_policy, "gamma": gamma, "seed": seed},
-        evaluations=counted.calls,
+        settings=dict(vars(settings)),
+        evaluations=loss.calls,
         seconds=time.perf_counter() - start,
     )
 
@@ -150,24 +176,22 @@ def _verdict(fit: Fit, tolerance: float) -> str:
     return "exact_up_to_scale" if fit.worst_error <= tolerance else "biased"
 
 
-def _with_lengths(
-    loss: Loss, match: Match, off_policy: float, gamma: float, seed: int, tolerance: float
-) -> dict[str, Any]:
+def _with_lengths(loss: Loss, match: Match, settings: _Settings, tolerance: float) -> dict[str, Any]:
     """The verdict against the objective found, on two pairs whose rollouts may end early."""
-    cases = panel(1, 0, off_policy, seed)[1:4:2]
-    discount = gamma if match.granularity == "token_return" else 1.0
+    cases = panel(1, 0, settings.off_policy, settings.seed)[1:4:2]
+    discount = settings.gamma if match.granularity == "token_return" else 1.0
     exact = [flat_gradient(case, match.divergence, match.granularity, discount) for case in cases]
     fit = fit_scale([_flat(m.mean) for m in _moments(loss, cases, 1)], exact)
-    return {"verdict": _verdict(fit, tolerance), "relative_bias": max(fit.scaled_error)}
+    return {"verdict": _verdict(fit, tolerance), "relative_bias": max(fit.errors)}
 
 
-def _record(match: Match) -> dict[str, Any]:
+def _record(match: Match, tolerance: float) -> dict[str, Any]:
     return {
         "objective": match.divergence.name,
         "granularity": match.granularity,
         "parameters": dict(match.divergence.parameters),
         "scale": match.fit.scale,
-        "error": match.fit.worst_error,
+        "error": match.fit.worst_error if match.fit.worst_error <= tolerance else match.fit.typical_error,
     }
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from opdtheory import divergences
-from opdtheory.auditing.panel import Case, bandits, log_u_grid
+from opdtheory.auditing.panel import STEP, Case, bandits, log_u_grid
 from opdtheory.divergences import Divergence
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.exact import OBJECTIVES, Loss, exact_gradient, gradient_moments
@@ -43,8 +43,8 @@ class RecoveredWeight:
         depends_on_ratio_only: whether that disagreement is rounding.
         non_decreasing: whether the weight rises or stays everywhere on the grid: then a genuine
             f-divergence is minimised (T4).
-        slope_at_teacher: $dw/d\log u$ at $u = 1$ by central difference; positive means that the
-            teacher attracts (T5).
+        slope_at_teacher: $dw/d\log u$ at $u = 1$ by a five-point difference; positive means that
+            the teacher attracts (T5).
     """
 
     log_u: Float[Tensor, " points"]
@@ -57,24 +57,29 @@ class RecoveredWeight:
 
 @dataclass(frozen=True)
 class Fit:
-    """How well one list of gradients is a positive multiple of another, pair by pair.
+    """How well the gradients of a loss are a common positive multiple of an objective's, pair by pair.
 
     Attributes:
-        scale: the best common multiple over all pairs, each pair counting alike.
-        relative_bias: `|actual - exact| / |exact|` per pair.
-        scaled_error: `|actual - scale * exact| / |scale * exact|` per pair; inf if the scale is 0.
+        scale: the multiple that makes the errors smallest, each pair counting alike.
+        relative_bias: `|actual - exact| / |exact|` per pair, at scale one.
+        errors: `|actual - scale * exact| / |actual|` per pair.
         cosine: of the angle, per pair; 0 for a zero gradient.
     """
 
     scale: float
     relative_bias: list[float]
-    scaled_error: list[float]
+    errors: list[float]
     cosine: list[float]
 
     @property
     def worst_error(self) -> float:
-        """The largest scaled error; inf unless the scale is positive."""
-        return max(self.scaled_error) if self.scale > 0 else float("inf")
+        """The largest error at best scale; inf unless the scale is positive."""
+        return max(self.errors) if self.scale > 0 else float("inf")
+
+    @property
+    def typical_error(self) -> float:
+        """Root mean square of the errors at best scale, at most 1; inf unless the scale is positive."""
+        return (sum(e * e for e in self.errors) / len(self.errors)) ** 0.5 if self.scale > 0 else float("inf")
 
 
 @dataclass(frozen=True)
@@ -117,22 +122,31 @@ def recover_weight(loss: Loss, batch_size: int, off_policy: float, seed: int) ->
         residual=residual,
         depends_on_ratio_only=residual < _RATIO_ONLY,
         non_decreasing=bool((steps >= -_RATIO_ONLY * max(span, 1e-9)).all()),
-        slope_at_teacher=float((curve[middle + 1] - curve[middle - 1]) / (log_u[middle + 1] - log_u[middle - 1])),
+        slope_at_teacher=_central_slope(curve[middle - 2 : middle + 3].tolist()),
     )
+
+
+def _central_slope(values: list[float]) -> float:
+    """Slope in the middle of five points `STEP` apart, to fourth order."""
+    return (8.0 * (values[3] - values[1]) - (values[4] - values[0])) / (12.0 * STEP)
 
 
 def fit_scale(actual: list[Tensor], exact: list[Tensor]) -> Fit:
     """Compare two lists of flat gradients, one per pair, up to one common positive scale."""
-    norms = [float(g.norm()) for g in exact]
+    tiny = torch.finfo(torch.float64).tiny
+    sizes = [max(float(a.norm()), tiny) for a in actual]
+    norms = [max(float(g.norm()), tiny) for g in exact]
     dots = [float(a @ g) for a, g in zip(actual, exact, strict=True)]
-    scale = sum(d / n**2 for d, n in zip(dots, norms, strict=True)) / len(norms)
-    relative_bias, scaled_error, cosine = [], [], []
-    for a, g, n, d in zip(actual, exact, norms, dots, strict=True):
-        relative_bias.append(float((a - g).norm()) / n)
-        scaled_error.append(float((a - scale * g).norm()) / (abs(scale) * n) if scale else float("inf"))
-        size = float(a.norm())
-        cosine.append(d / (size * n) if size else 0.0)
-    return Fit(scale, relative_bias, scaled_error, cosine)
+    # Least squares over all pairs, each measured in units of the loss's own gradient.
+    scale = sum(d / s**2 for d, s in zip(dots, sizes, strict=True)) / sum(
+        (n / s) ** 2 for n, s in zip(norms, sizes, strict=True)
+    )
+    return Fit(
+        scale=scale,
+        relative_bias=[float((a - g).norm()) / n for a, g, n in zip(actual, exact, norms, strict=True)],
+        errors=[float((a - scale * g).norm()) / s for a, g, s in zip(actual, exact, sizes, strict=True)],
+        cosine=[d / (s * n) for d, s, n in zip(dots, sizes, norms, strict=True)],
+    )
 
 
 def best_match(
@@ -148,7 +162,7 @@ def best_match(
         cases: the pairs.
         weight: the recovered weight, to which the parameters are fitted.
         prefer: the granularity that is named when several coincide.
-        tolerance: scaled error up to which an entry matches.
+        tolerance: error up to which an entry matches.
     """
     order = sorted(OBJECTIVES, key=lambda granularity: granularity != prefer)
     plain = [divergences.divergence(name) for name in divergences.names() if name not in _FAMILIES]
@@ -156,7 +170,7 @@ def best_match(
     if (best is None or best.fit.worst_error > tolerance) and weight.depends_on_ratio_only:
         fitted = [entry for name in _FAMILIES if (entry := _fit_family(name, weight)) is not None]
         other = _nearest(gradients, cases, itertools.product(fitted, order), tolerance)
-        if other is not None and (best is None or other.fit.worst_error < best.fit.worst_error):
+        if other is not None and (best is None or other.fit.typical_error < best.fit.typical_error):
             best = other
     return best
 
@@ -172,7 +186,7 @@ def _nearest(
         match = Match(divergence, granularity, fit_scale(gradients, exact))
         if match.fit.worst_error <= tolerance:
             return match
-        if match.fit.scale > 0 and (best is None or match.fit.worst_error < best.fit.worst_error):
+        if match.fit.scale > 0 and (best is None or match.fit.typical_error < best.fit.typical_error):
             best = match
     return best
 

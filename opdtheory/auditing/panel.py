@@ -12,7 +12,7 @@ from torch import Tensor
 from opdtheory.errors import BudgetExceededError
 from opdtheory.exact import TabularPolicy, random_pair
 
-__all__ = ["Case", "bandits", "log_u_grid", "panel"]
+__all__ = ["STEP", "Case", "bandits", "log_u_grid", "panel"]
 
 # (sharpness of the student, distance of the teacher): from nearly equal to far apart.
 _PAIRS = ((1.0, 0.03), (1.0, 0.5), (0.3, 1.0), (1.0, 1.5), (2.5, 1.0), (0.5, 2.5))
@@ -23,8 +23,12 @@ _SIZES = ((4, 3), (3, 3), (3, 2), (2, 2))
 # Evaluations of a coupled loss that one pair may cost.
 _EVALUATIONS = 700
 
+# Points of the wide part of the grid, odd, and its end.
 _GRID_POINTS = 33
 _GRID_LIMIT = 4.0
+
+# Spacing of the four points around 0 from which the slope at the teacher is taken.
+STEP = 0.01
 
 
 @dataclass(frozen=True)
@@ -69,11 +73,13 @@ def panel(batch_size: int = 1, eos: int | None = None, off_policy: float = 0.0, 
 
 
 def log_u_grid(batch_size: int = 1) -> Float[Tensor, " points"]:
-    """Log-ratios at which the weight is recovered: symmetric, with 0 in the middle."""
-    points = _GRID_POINTS
-    while points > 3 and _batches(points, batch_size) > _EVALUATIONS:
-        points -= 2
-    return torch.linspace(-_GRID_LIMIT, _GRID_LIMIT, points, dtype=torch.float64)
+    """Log-ratios at which the weight is recovered: symmetric, 0 in the middle, `STEP` and `2 STEP` beside it."""
+    wide = _GRID_POINTS
+    while wide > 0 and _batches(wide + 5, batch_size) > _EVALUATIONS:
+        wide -= 2
+    middle = STEP * torch.arange(-2, 3, dtype=torch.float64)
+    outer = torch.linspace(-_GRID_LIMIT, _GRID_LIMIT, wide, dtype=torch.float64) if wide > 0 else middle[:0]
+    return torch.cat([middle, outer[outer != 0.0]]).sort().values
 
 
 def bandits(log_u: Float[Tensor, " points"], off_policy: float, seed: int) -> list[Case]:

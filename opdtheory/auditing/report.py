@@ -12,6 +12,9 @@ __all__ = ["VERDICTS", "Audit", "PairResult"]
 
 SCHEMA_VERSION = 1
 
+# A slope at the teacher this small against the weight's range is a finite difference's error.
+_FLAT = 1e-6
+
 VERDICTS = {
     "exact": "its expected gradient is the exact one",
     "exact_up_to_scale": "its expected gradient is the exact one times a constant",
@@ -55,8 +58,9 @@ class Audit:
         scale: best common multiple of the claimed gradient.
         tolerance: relative error that counts as rounding.
         identified: the catalogue objective that matches best over all granularities, with
-            `objective`, `granularity`, `parameters`, `scale` and `error` (relative, at that scale),
-            or None if no objective points the same way.
+            `objective`, `granularity`, `parameters`, `scale` and `error`, or None if no objective
+            points the same way. The error is relative to the loss's gradient, at that scale: the
+            worst over the panel for a match, the root mean square for the nearest miss.
         weight: the recovered local weight: `log_u`, `weight`, `depends_on_ratio_only`,
             `non_decreasing`, `residual` and `slope_at_teacher` (see `RecoveredWeight`).
         pairs: one row per pair of the panel.
@@ -133,11 +137,22 @@ class Audit:
         rule = f"{self.name}: {self.verdict.replace('_', ' ').upper()}"
         header = ("pair", "relative bias", "cosine", "variance", "full vocabulary")
         rows = [
-            (p.label, f"{p.relative_bias:.2e}", f"{p.cosine:+.6f}", f"{p.variance:.3e}", f"{p.full_vocabulary_variance:.3e}")
+            (
+                p.label,
+                f"{p.relative_bias:.2e}",
+                f"{p.cosine:+.6f}",
+                f"{p.variance:.3e}",
+                f"{p.full_vocabulary_variance:.3e}",
+            )
             for p in self.pairs
         ]
         widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-        lines = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))) for row in (header, *rows)]
+        lines = [
+            "  ".join(
+                cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in (header, *rows)
+        ]
         return "\n".join([rule, "", _wrap(self.summary()), "", *lines])
 
     def _claim(self) -> str:
@@ -150,10 +165,10 @@ class Audit:
             return f"The expected gradient is zero: in expectation this loss does not train at all, let alone {claim}."
         if self.verdict == "other_objective":
             return f"The loss does not descend {claim}."
-        turn = " and points the wrong way" if self.cosine < 0 else ""
+        turn = ", on some pairs uphill" if self.cosine < 0 else ""
         return (
             f"The expected gradient is not that of {claim}: it is off by up to {_percent(self.relative_bias)} "
-            f"of the exact gradient's length, cosine down to {self.cosine:.4f}{turn}."
+            f"of the exact gradient's length, with a cosine down to {self.cosine:.4f}{turn}."
         )
 
     def _follows(self) -> str:
@@ -161,7 +176,11 @@ class Audit:
             return ""
         where = f"{_label(self.identified)} ({self.identified['granularity']})"
         if self.identified["error"] > self.tolerance:
-            return f"The nearest catalogue objective is {where}, off by {_percent(self.identified['error'])} at best scale."
+            near = "" if self.identified["error"] < 0.5 else " and far from it"
+            return (
+                f"The nearest catalogue objective is {where}, off by {_percent(self.identified['error'])} "
+                f"at best scale{near}."
+            )
         factor = self.identified["scale"]
         times = "" if abs(factor - 1.0) <= self.tolerance else f" times {factor:.6g}"
         return f"Its expected gradient is that of {where}{times}, to {self.identified['error']:.0e}."
@@ -173,15 +192,13 @@ class Audit:
             return "The weight on a token is no function of the ratio u = teacher/student alone."
         sentences = []
         if not self.weight["non_decreasing"]:
-            sentences.append(
-                f"The weight falls {_intervals(self.weight)}, so no f-divergence is minimised (T4)."
-            )
+            sentences.append(f"The weight falls {_intervals(self.weight)}, so no f-divergence is minimised (T4).")
         elif self.descends is None:
             sentences.append("The weight never falls as u grows, so some f-divergence is minimised (T4).")
         slope, span = self.weight["slope_at_teacher"], float(self.weight["weight"].abs().max())
-        if slope < -1e-9 * span:
+        if slope < -_FLAT * span:
             sentences.append("The teacher is a repelling fixed point (T5).")
-        elif slope <= 1e-9 * span:
+        elif slope <= _FLAT * span:
             sentences.append("The teacher does not attract to first order (T5).")
         return " ".join(sentences)
 
@@ -191,18 +208,23 @@ class Audit:
         if self.variable_lengths["verdict"] in ("exact", "exact_up_to_scale"):
             return ""
         return (
-            "That holds at fixed length only: when rollouts may end early, it is off by up to "
-            f"{_percent(self.variable_lengths['relative_bias'])} at best scale (T11)."
+            "This holds at fixed length only: when rollouts may end early, it is off by up to "
+            f"{_percent(self.variable_lengths['relative_bias'])} even at the best scale (T11)."
         )
 
     def _noise(self) -> str:
+        """Variance at the claimed gradient's own scale, where the two estimate the same vector."""
         ratios = [
-            p.variance / p.full_vocabulary_variance for p in self.pairs if p.full_vocabulary_variance > 0 and p.variance > 0
+            p.variance / (self.scale**2 * p.full_vocabulary_variance)
+            for p in self.pairs
+            if p.full_vocabulary_variance > 0
         ]
-        if not ratios or self.verdict == "zero":
+        if not self.faithful or not ratios or self.granularity != "token_local" or min(ratios) <= 0:
             return ""
         middle = math.exp(sum(map(math.log, ratios)) / len(ratios))
-        return f"Its variance is {middle:.3g} times that of the whole-vocabulary estimator (geometric mean)."
+        if abs(middle - 1.0) < 1e-6:
+            return "Its variance is that of the whole-vocabulary estimator."
+        return f"At equal scale its variance is {middle:.3g} times that of the whole-vocabulary estimator."
 
 
 def weight_record(weight: RecoveredWeight) -> dict[str, Any]:

@@ -22,9 +22,7 @@ __all__ = ["gradient", "value"]
 _POWERS = {"chi2": (2.0, 2.0), "neyman_chi2": (-1.0, 2.0), "hellinger": (0.5, 0.5)}
 
 
-def value(
-    student: MarkovPolicy, teacher: MarkovPolicy, divergence: Divergence, objective: str, gamma: float
-) -> Tensor:
+def value(student: MarkovPolicy, teacher: MarkovPolicy, divergence: Divergence, objective: str, gamma: float) -> Tensor:
     """The objective's value; arguments as `exact_value`, which checks them."""
     log_p, log_q = _rows(student), _rows(teacher)
     if objective == "sequence":

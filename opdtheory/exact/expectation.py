@@ -15,6 +15,7 @@ from torch import Tensor
 from opdtheory.errors import BudgetExceededError, InvalidArgumentError, LossError
 from opdtheory.exact.enumeration import SEQUENCE_BUDGET, Enumeration
 from opdtheory.exact.policies import Policy
+from opdtheory.exact.threads import one_thread
 from opdtheory.rollouts import Rollouts
 
 __all__ = ["BATCH_BUDGET", "GradientMoments", "Loss", "expected_gradient", "gradient_moments"]
@@ -101,12 +102,13 @@ def gradient_moments(
     """
     if not isinstance(batch_size, int) or batch_size < 1:
         raise InvalidArgumentError("batch_size", f"is {batch_size!r}; a positive integer is needed")
-    probe = _Probe(loss, Enumeration.build(student, teacher, behavior, min(budget, SEQUENCE_BUDGET)))
-    probe.check()
-    shares = _separable_shares(probe, batch_size)
-    if shares is not None:
-        return _from_singles(probe, shares, batch_size)
-    return _from_batches(probe, batch_size, budget)
+    with one_thread():
+        probe = _Probe(loss, Enumeration.build(student, teacher, behavior, min(budget, SEQUENCE_BUDGET)))
+        probe.check()
+        shares = _separable_shares(probe, batch_size)
+        if shares is not None:
+            return _from_singles(probe, shares, batch_size)
+        return _from_batches(probe, batch_size, budget)
 
 
 class _Probe:
@@ -146,9 +148,10 @@ class _Probe:
                 "the loss has no gradient: its value does not depend on student_logits or student_logprobs; "
                 "is everything detached?"
             )
-        if not torch.isfinite(gradient).all():
+        bad = int((~torch.isfinite(gradient)).sum())
+        if bad:
             raise LossError(
-                f"the loss's gradient holds {int((~torch.isfinite(gradient)).sum())} NaN or inf of {gradient.numel()} entries "
+                f"the loss's gradient holds {bad} NaN or inf among {gradient.numel()} entries "
                 "although its value is finite; look for inf * 0 in its backward pass"
             )
         return value.detach(), gradient

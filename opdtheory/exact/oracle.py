@@ -139,19 +139,20 @@ def _tree_value(tree: Tree, divergence: Divergence, objective: str, gamma: float
 def _tree_gradient(tree: Tree, divergence: Divergence, objective: str, gamma: float) -> list[Tensor]:
     if objective == "sequence":
         return _sequence_gradient(tree, divergence)
-    # `token_local` neither discounts a row nor lets it answer for the rows that follow.
-    outer, inner = (gamma, gamma) if objective == "token_return" else (1.0, 0.0)
     gradient: list[Tensor] = []
     # Discounted sum of the divergences of the rows still to come, from each prefix of the level below.
     to_come = torch.zeros(tree.live[-1].shape, dtype=torch.float64)
     for n in reversed(range(tree.horizon)):
-        log_p, log_q = tree.log_p[n], tree.log_q[n]
-        p, reach = log_p.exp(), tree.reach(n).unsqueeze(-1)
-        later = inner * to_come.view(log_p.shape)
-        mean_later = (p * later).sum(-1, keepdim=True)
-        row = row_gradient(divergence, log_p, log_q) + p * (later - mean_later)
-        gradient.append(torch.where(reach > 0, outer**n * reach * row, 0.0))
-        to_come = torch.where(tree.live[n], tree.rows_divergence(divergence, n) + mean_later.squeeze(-1), 0.0)
+        log_p, reach = tree.log_p[n], tree.reach(n).unsqueeze(-1)
+        row = row_gradient(divergence, log_p, tree.log_q[n])
+        # `token_local` neither discounts a row nor lets a token answer for the rows that follow.
+        if objective == "token_return":
+            p, later = log_p.exp(), gamma * to_come.view(log_p.shape)
+            mean_later = (p * later).sum(-1, keepdim=True)
+            row = gamma**n * (row + p * (later - mean_later))
+            to_come = tree.rows_divergence(divergence, n) + mean_later.squeeze(-1)
+            to_come = torch.where(tree.live[n], to_come, 0.0)
+        gradient.append(torch.where(reach > 0, reach * row, 0.0))
     return gradient[::-1]
 
 

@@ -357,7 +357,10 @@ def _check_row_count(vocab_size: int, horizon: int) -> None:
     rows = vocab_size ** (horizon - 1)
     if rows > ROW_BUDGET:
         raise BudgetExceededError(
-            f"tabulating V={vocab_size}, T={horizon} row by row", rows, ROW_BUDGET, "lower the horizon or the vocabulary"
+            f"tabulating V={vocab_size}, T={horizon} row by row",
+            rows,
+            ROW_BUDGET,
+            "lower the horizon or the vocabulary",
         )
 
 
