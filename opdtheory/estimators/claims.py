@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from opdtheory.divergences import Divergence
+from opdtheory.divergences import Divergence, divergence, names
 from opdtheory.estimators.base import (
     BATCH_OF_TWO,
     FIXED_LENGTH,
@@ -35,6 +35,8 @@ from opdtheory.estimators.vocabulary import TopKReward, VocabularyLoss
 __all__ = ["claim_of", "local_weight", "relation"]
 
 _TOLERANCE = 1e-9
+BATCH_OF_FOUR = "batch of at least 4"
+_FAMILIES = ("skew_jsd", "alpha", "skew_forward_kl", "skew_reverse_kl")
 _NEAR = torch.linspace(-3, 3, 121, dtype=torch.float64)
 _WIDE = torch.linspace(-30, 30, 601, dtype=torch.float64)
 
@@ -81,6 +83,8 @@ def relation(weight: Tensor, nominal: Tensor) -> Verdict:
     size = nominal.abs().max()
     if weight.abs().max() <= _TOLERANCE * size.clamp_min(1):
         return "zero"
+    if size == 0:
+        return "biased"
     scale = (weight * nominal).sum() / nominal.square().sum()
     if scale <= 0 or (weight - scale * nominal).abs().max() > _TOLERANCE * weight.abs().max():
         return "biased"
@@ -89,9 +93,13 @@ def relation(weight: Tensor, nominal: Tensor) -> Verdict:
 
 def _of_advantage(advantage: object, nominal: Divergence, theorem: str, descends: str | None) -> Claim:
     if isinstance(advantage, RatioAdvantage):
-        verdict = relation(advantage.function(_NEAR), nominal.weight(_NEAR))
+        weight = advantage.function(_NEAR)
+        verdict = relation(weight, nominal.weight(_NEAR))
+        if verdict == "biased" and descends is None:
+            descends = _other_divergence(weight, nominal)
+            verdict = "biased" if descends is None else "other_objective"
         claim = Claim(nominal, "token_local", verdict, theorem, descends)
-        return _clipped_ratio(claim, advantage.clip_log_ratio, advantage.function, advantage.of_log_u)
+        return _clipped(claim, advantage.clip_log_ratio, advantage.function)
     if isinstance(advantage, PowerAdvantage):
         return Claim(nominal, "token_local", "biased", theorem, descends)
     if isinstance(advantage, TopKReward):
@@ -99,9 +107,21 @@ def _of_advantage(advantage: object, nominal: Divergence, theorem: str, descends
     if isinstance(advantage, ReturnToGo):
         return _of_return_to_go(advantage, nominal)
     if isinstance(advantage, SequenceWeight):
-        claim = Claim(nominal, "sequence", "exact", theorem)
-        return claim if advantage.clip_log_ratio is None else _clipped(claim, advantage.clip_log_ratio)
+        # Each token's ratio is clipped, and the sum of clipped log-ratios is no function of the sum: never harmless.
+        return _clipped(Claim(nominal, "sequence", "exact", theorem), advantage.clip_log_ratio)
     raise TypeError(f"no claim can be derived for the advantage {type(advantage).__name__}")
+
+
+def _other_divergence(weight: Tensor, nominal: Divergence) -> str | None:
+    """The label of the catalogue's divergence whose local weight this is, up to a positive scale."""
+    candidates = [divergence(name) for name in names() if name not in _FAMILIES]
+    if nominal.name == "skew_reverse_kl":
+        # V[-f] = skew_jsd(1 - lam) / lam: plain OPD with this generator descends the generalised JSD.
+        candidates.append(divergence("skew_jsd", beta=round(1 - nominal.parameters["lam"], 12)))
+    for candidate in candidates:
+        if relation(weight, candidate.weight(_NEAR)) in ("exact", "exact_up_to_scale"):
+            return candidate.label
+    return None
 
 
 def _of_return_to_go(advantage: ReturnToGo, nominal: Divergence) -> Claim:
@@ -117,10 +137,7 @@ def _of_return_to_go(advantage: ReturnToGo, nominal: Divergence) -> Claim:
             claim = replace(claim, descends="no objective: the outer gamma^(n-1) is left out")
             claim = _assuming(claim, SEVERAL_STEPS)
         functions = [nominal.weight, nominal.generator]
-    bound = advantage.clip_log_ratio
-    if bound is not None and any(_clip_matters(f, lambda x, f=f: f(x.clamp(-bound, bound)), bound) for f in functions):
-        return _clipped(claim, bound)
-    return claim
+    return _clipped(claim, advantage.clip_log_ratio, *functions)
 
 
 def _of_differentiated(loss: Differentiated, nominal: Divergence, theorem: str, descends: str | None) -> Claim:
@@ -128,13 +145,8 @@ def _of_differentiated(loss: Differentiated, nominal: Divergence, theorem: str, 
     if verdict == "biased" and descends is not None:
         verdict = "other_objective"
     claim = Claim(nominal, "token_local", verdict, theorem, descends)
-    bound = loss.clip_log_ratio
-    return _clipped_ratio(
-        claim,
-        bound,
-        lambda grid: local_weight(loss.function, grid),
-        lambda grid: local_weight(lambda x: loss.function(x if bound is None else x.clamp(-bound, bound)), grid),
-    )
+    # The clamp leaves no gradient outside, where each of these losses has one.
+    return _clipped(claim, loss.clip_log_ratio)
 
 
 def _of_vocabulary(loss: VocabularyLoss, nominal: Divergence, theorem: str) -> Claim:
@@ -153,39 +165,32 @@ def _of_vocabulary(loss: VocabularyLoss, nominal: Divergence, theorem: str) -> C
     return Claim(nominal, "token_local", "biased", theorem, what, assumptions=(f"vocabulary above {k}",))
 
 
-def _clipped_ratio(
-    claim: Claim,
-    bound: float | None,
-    plain: Callable[[Tensor], Tensor],
-    clipped: Callable[[Tensor], Tensor],
-) -> Claim:
-    if bound is None or not _clip_matters(plain, clipped, bound):
+def _clipped(claim: Claim, bound: float | None, *functions: Callable[[Tensor], Tensor]) -> Claim:
+    """The claim after the log-ratio is clamped to `bound`, unless all functions of it that enter are flat beyond."""
+    if bound is None or (functions and all(_is_flat_beyond(bound, function) for function in functions)):
         return claim
-    return _clipped(claim, bound)
-
-
-def _clip_matters(plain: Callable[[Tensor], Tensor], clipped: Callable[[Tensor], Tensor], bound: float) -> bool:
-    grid = torch.linspace(-bound - 2, bound + 2, 400, dtype=torch.float64)
-    change = clipped(grid) - plain(grid)
-    return bool(change.max() - change.min() > _TOLERANCE * plain(grid).abs().max().clamp_min(1))
-
-
-def _clipped(claim: Claim, bound: float) -> Claim:
     claim = replace(claim, verdict="biased", descends=None, theorem=_and(claim.theorem, "T4"))
     return _assuming(claim, f"log-ratios beyond {bound:g} occur")
 
 
+def _is_flat_beyond(bound: float, function: Callable[[Tensor], Tensor]) -> bool:
+    grid = torch.linspace(-bound - 2, bound + 2, 400, dtype=torch.float64)
+    values = function(grid)
+    change = function(grid.clamp(-bound, bound)) - values
+    return bool(change.abs().max() <= _TOLERANCE * values.abs().max().clamp_min(1))
+
+
 def _modified(claim: Claim, loss: ScoreFunction) -> Claim:
-    if loss.clip_weight is not None and claim.verdict != "zero" and _clamp_matters(loss):
-        low, high = loss.clip_weight
-        claim = replace(claim, verdict="biased", descends=None, theorem=_and(claim.theorem, "T4"))
-        claim = _assuming(claim, f"advantages outside [{low:g}, {high:g}] occur")
+    claim = _weight_clipped(claim, loss)
     if loss.zscore:
         if claim.verdict != "zero":
             claim = replace(claim, verdict="biased", descends=None)
-        few = BATCH_OF_TWO if not _two_valued(loss) else "batch of at least 3"
-        claim = _assuming(replace(claim, theorem=_and(claim.theorem, "T7e")), few)
-        return _assuming(claim, SEVERAL_STEPS) if _two_valued(loss) else claim
+        claim = replace(claim, theorem=_and(claim.theorem, "T7e"))
+        values = _as_function_of_ratio(loss)
+        if values is not None and _is_two_valued(values):
+            # In groups of 2 or 3 the spread of two values rescales the mean gradient by a constant, nothing more.
+            return _assuming(claim, BATCH_OF_FOUR, SEVERAL_STEPS)
+        return _assuming(claim, BATCH_OF_TWO)
     if loss.baseline == "group_mean":
         claim = _assuming(replace(claim, theorem=_and(claim.theorem, "T7e")), BATCH_OF_TWO)
         if claim.verdict in ("exact", "exact_up_to_scale"):
@@ -197,19 +202,38 @@ def _modified(claim: Claim, loss: ScoreFunction) -> Claim:
     return claim
 
 
-def _clamp_matters(loss: ScoreFunction) -> bool:
-    if not isinstance(loss.advantage, RatioAdvantage) or loss.clip_weight is None:
-        return True
-    values = loss.advantage.of_log_u(_WIDE)
-    return bool((values < loss.clip_weight[0]).any() or (values > loss.clip_weight[1]).any())
+def _weight_clipped(claim: Claim, loss: ScoreFunction) -> Claim:
+    if loss.clip_weight is None or claim.verdict == "zero":
+        return claim
+    low, high = loss.clip_weight
+    verdict: Verdict = "biased"
+    values = _as_function_of_ratio(loss)
+    if values is not None:
+        clipped = values.clamp(low, high)
+        if bool((clipped == values).all()):
+            return claim
+        if bool((clipped == clipped[0]).all()):
+            verdict = "zero"
+        elif _is_two_valued(values) and claim.verdict in ("exact", "exact_up_to_scale"):
+            verdict = "exact_up_to_scale"
+    claim = replace(claim, verdict=verdict, descends=None, theorem=_and(claim.theorem, "T4"))
+    return _assuming(claim, f"advantages outside [{low:g}, {high:g}] occur")
 
 
-def _two_valued(loss: ScoreFunction) -> bool:
-    """Whether the advantage takes one value for u > 1 and one for u < 1, so that scaling by the spread is milder."""
-    if not isinstance(loss.advantage, RatioAdvantage):
-        return False
-    values = loss.advantage.of_log_u(_NEAR)
-    return all(bool((part - part[0]).abs().max() <= _TOLERANCE) for part in (values[_NEAR > 0], values[_NEAR < 0]))
+def _as_function_of_ratio(loss: ScoreFunction) -> Tensor | None:
+    """The advantage before the clamp on a wide grid of the log-ratio, of one token or of the whole rollout."""
+    if isinstance(loss.advantage, RatioAdvantage):
+        return loss.advantage.of_log_u(_WIDE)
+    if isinstance(loss.advantage, SequenceWeight):
+        return loss.advantage.divergence.weight(_WIDE)
+    return None
+
+
+def _is_two_valued(values: Tensor) -> bool:
+    """Whether there is one value for u > 1 and one for u < 1: clamped or scaled, it stays so up to an affine map."""
+    return all(
+        bool((part - part[0]).abs().max() <= _TOLERANCE) for part in (values[_WIDE > 0.01], values[_WIDE < -0.01])
+    )
 
 
 def _law_of_rollouts(loss: object, claim: Claim) -> tuple[str, ...]:

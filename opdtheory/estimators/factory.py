@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from numbers import Real
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -39,7 +39,8 @@ from opdtheory.estimators.vocabulary import Support, TopK, TopKReward, Vocabular
 
 __all__ = ["estimator", "estimator_names"]
 
-_Build = Callable[[Divergence, dict[str, object]], TokenLoss]
+Options = dict[str, Any]
+_Build = Callable[[Divergence, Options], TokenLoss]
 
 
 @dataclass(frozen=True)
@@ -64,15 +65,15 @@ _GROUP_BASELINES = ("constant", "group_mean", "leave_one_out")
 _MODIFIERS = ("clip_weight", "baseline", "baseline_value", "zscore", "eps", "importance", "clip_range")
 
 
-def _score(advantage: Callable[..., object], o: dict[str, object]) -> ScoreFunction:
+def _score(advantage: Callable[..., Any], o: Options) -> ScoreFunction:
     return ScoreFunction(advantage, **{key: o[key] for key in _MODIFIERS if key in o})
 
 
-def _ratio(function: Callable[[Divergence, dict[str, object]], Callable[..., object]]) -> _Build:
+def _ratio(function: Callable[[Divergence, Options], Callable[..., Any]]) -> _Build:
     return lambda d, o: _score(RatioAdvantage(function(d, o), o.get("clip_log_ratio")), o)
 
 
-def _differentiated(function: Callable[..., object]) -> _Build:
+def _differentiated(function: Callable[..., Any]) -> _Build:
     return lambda d, o: Differentiated(function, o.get("clip_log_ratio"), o.get("importance"))
 
 
@@ -80,7 +81,7 @@ def _top(form: Literal["truncated", "renormalised", "tail"]) -> _Build:
     return lambda d, o: VocabularyLoss(d, _top_k(form, o), o.get("importance"))
 
 
-def _top_k(form: Literal["truncated", "renormalised", "tail"], o: dict[str, object]) -> TopK:
+def _top_k(form: Literal["truncated", "renormalised", "tail"], o: Options) -> TopK:
     return TopK(o["k"], form, o.get("support", "teacher"))
 
 
@@ -224,7 +225,7 @@ def estimator(
         'biased'
     """
     entry = _ENTRIES[_choice("name", name, _ENTRIES)]
-    given = {
+    given: Options = {
         "baseline": baseline,
         "baseline_value": baseline_value,
         "zscore": None if zscore is False else zscore,
@@ -258,7 +259,7 @@ def estimator(
     )
 
 
-def _nominal(name: str, entry: _Entry, divergence: str | Divergence | None, options: dict[str, object]) -> Divergence:
+def _nominal(name: str, entry: _Entry, divergence: str | Divergence | None, options: Options) -> Divergence:
     if entry.nominal is None:
         if divergence is None:
             raise InvalidArgumentError("divergence", f"estimator {name!r} needs one, such as 'reverse_kl'")
@@ -268,7 +269,7 @@ def _nominal(name: str, entry: _Entry, divergence: str | Divergence | None, opti
     return divergence_of("alpha", alpha=options["alpha"]) if entry.nominal == "alpha" else divergence_of(entry.nominal)
 
 
-def _check_applicable(name: str, entry: _Entry, options: dict[str, object]) -> None:
+def _check_applicable(name: str, entry: _Entry, options: Options) -> None:
     for option in options:
         if option not in entry.options:
             takes = ", ".join(sorted(entry.options | {"reduction"}))
@@ -289,7 +290,7 @@ def _check_applicable(name: str, entry: _Entry, options: dict[str, object]) -> N
         raise InvalidArgumentError("zscore", f"centres by the group mean itself; drop baseline={options['baseline']!r}")
 
 
-def _check_together(options: dict[str, object], option: str, other: str, value: str) -> None:
+def _check_together(options: Options, option: str, other: str, value: str) -> None:
     if option in options and options.get(other) != value:
         raise InvalidArgumentError(option, f"applies to {other}={value!r} only, got {other}={options.get(other)!r}")
 
