@@ -1,0 +1,208 @@
+"""Hypothesis strategies for divergences, policies and rollouts, which shrink to the reverse KL on uniform bandits."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from opdtheory.divergences import Divergence, divergence, names
+from opdtheory.errors import InvalidArgumentError
+from opdtheory.exact import TabularPolicy
+from opdtheory.rollouts import Rollouts
+
+try:
+    from hypothesis import strategies as st
+except ModuleNotFoundError as error:
+    if error.name != "hypothesis":
+        raise
+    raise ImportError(
+        "the strategies of opdtheory.testing need hypothesis: pip install 'opdtheory[testing]'"
+    ) from error
+
+__all__ = ["divergences", "policies", "policy_pairs", "rollouts"]
+
+Size: TypeAlias = int | tuple[int, int]
+
+# Parameters in hundredths, so that examples print short: lowest, highest, and where shrinking ends.
+_PARAMETERS = {
+    "skew_jsd": ("beta", 1, 99, 50),
+    "alpha": ("alpha", -300, 400, 0),
+    "skew_forward_kl": ("lam", 0, 95, 0),
+    "skew_reverse_kl": ("lam", 0, 95, 0),
+}
+
+# Logits are drawn one by one, which shrinks best, up to this many; beyond it, a seed is drawn.
+_DRAWN_LOGITS = 96
+
+# Logits this many nats apart leave the other tokens of a row a probability of about 1e-13.
+_SHARP = 30.0
+
+
+def divergences(*, families: bool = True, smooth: bool = False) -> st.SearchStrategy[Divergence]:
+    """Every entry of the catalogue, families with a drawn parameter; shrinks to `reverse_kl`.
+
+    Args:
+        families: whether to draw `skew_jsd`, `alpha` and the skew KLs too.
+        smooth: whether to leave out `total_variation`, whose generator has a kink.
+    """
+    kept = [n for n in names() if (families or n not in _PARAMETERS) and not (smooth and n == "total_variation")]
+    kept.sort(key=lambda name: name != "reverse_kl")
+    return st.sampled_from(kept).flatmap(_member)
+
+
+@st.composite
+def policies(
+    draw: st.DrawFn,
+    vocab_size: Size = (2, 4),
+    horizon: Size = (1, 3),
+    eos: int | Literal["any"] | None = "any",
+    zeros: Size = 0,
+    sharp: bool = False,
+) -> TabularPolicy:
+    r"""A policy with logits in $[-2, 2]$; shrinks to the uniform one over few, short sequences.
+
+    Args:
+        draw: given by hypothesis.
+        vocab_size: number of tokens, or the ends of an interval of them.
+        horizon: length cap, likewise.
+        eos: a token that ends a sequence, None for fixed lengths, or "any" for None or token 0.
+        zeros: number of tokens, the last ones, of zero probability everywhere; at most `vocab_size - 1`.
+        sharp: whether some rows may be nearly deterministic.
+
+    Raises:
+        InvalidArgumentError: a size is below one or an interval is empty.
+    """
+    size, length, end, absent = _dimensions(draw, vocab_size, horizon, eos, zeros)
+    return TabularPolicy(_tables(draw, size, length, absent, sharp), eos=end)
+
+
+@st.composite
+def policy_pairs(
+    draw: st.DrawFn,
+    vocab_size: Size = (2, 4),
+    horizon: Size = (1, 3),
+    eos: int | Literal["any"] | None = "any",
+    zeros: Size = 0,
+    sharp: bool = False,
+    distinct: bool = False,
+) -> tuple[TabularPolicy, TabularPolicy]:
+    r"""A student and a teacher over the same sequences; shrinks to two equal uniform bandits.
+
+    The teacher's logits are the student's plus noise in $[-2, 2]$ times one of 1, 1e-2 and 1e-5: far, near
+    or nearly equal. Tokens of zero probability are shared.
+
+    Args:
+        draw: given by hypothesis.
+        vocab_size: as in `policies`.
+        horizon: as in `policies`.
+        eos: as in `policies`.
+        zeros: as in `policies`.
+        sharp: as in `policies`.
+        distinct: whether to exclude pairs with a row in which the two agree.
+
+    Raises:
+        InvalidArgumentError: as `policies`; or `distinct` with fewer than two tokens of positive probability.
+    """
+    size, length, end, absent = _dimensions(draw, vocab_size, horizon, eos, zeros)
+    student = _tables(draw, size, length, absent, sharp)
+    distance = draw(st.sampled_from((1.0, 1e-2, 1e-5)), label="distance")
+    noise = _tables(draw, size, length, 0, False)
+    if distinct:
+        if size - absent < 2:
+            raise InvalidArgumentError("distinct", "one token of positive probability leaves no two distinct rows")
+        for level in noise:
+            # One token is moved away from its neighbour wherever the noise came out flat.
+            level[:, 0] += torch.where((level[:, 0] - level[:, 1]).abs() < 0.05, 0.5, 0.0)
+    teacher = [logits + distance * moved for logits, moved in zip(student, noise, strict=True)]
+    return TabularPolicy(student, eos=end), TabularPolicy(teacher, eos=end)
+
+
+@st.composite
+def rollouts(
+    draw: st.DrawFn,
+    vocab_size: Size = (2, 4),
+    horizon: Size = (1, 4),
+    batch_size: Size = (1, 3),
+    masked: bool = True,
+    off_policy: bool = False,
+    dtype: torch.dtype = torch.float64,
+) -> Rollouts:
+    """A valid batch whose `student_logits` require a gradient; shrinks to one uniform, unmasked token.
+
+    Args:
+        draw: given by hypothesis.
+        vocab_size: number of tokens, or the ends of an interval of them.
+        horizon: number of positions, likewise.
+        batch_size: number of rollouts, likewise.
+        masked: whether rollouts may end early and hold tokens that an environment wrote.
+        off_policy: whether another policy than the student may have sampled.
+        dtype: of everything but the tokens.
+
+    Raises:
+        InvalidArgumentError: a size is below one or an interval is empty.
+    """
+    size, length = _size(draw, "vocab_size", vocab_size), _size(draw, "horizon", horizon)
+    count = _size(draw, "batch_size", batch_size)
+    drawn = draw(st.lists(st.integers(0, size - 1), min_size=count * length, max_size=count * length), label="tokens")
+    tokens = torch.tensor(drawn).view(count, length)
+    mask = torch.ones(count, length, dtype=dtype)
+    if masked:
+        hidden = draw(st.lists(st.booleans(), min_size=count * length, max_size=count * length), label="masked")
+        mask -= torch.tensor(hidden).view(count, length).to(dtype)
+    student = _logits(draw, (count, length, size), "student").to(dtype).requires_grad_()
+    teacher = _logits(draw, (count, length, size), "teacher").to(dtype)
+    behavior_logprobs = None
+    if off_policy:
+        behavior = _logits(draw, (count, length, size), "behavior").to(dtype)
+        behavior_logprobs = torch.log_softmax(behavior, -1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    return Rollouts.from_logits(tokens, student, teacher, mask=mask, behavior_logprobs=behavior_logprobs)
+
+
+def _member(name: str) -> st.SearchStrategy[Divergence]:
+    if name not in _PARAMETERS:
+        return st.just(divergence(name))
+    parameter, low, high, origin = _PARAMETERS[name]
+    hundredths = st.integers(low - origin, high - origin)
+    return hundredths.map(lambda n: divergence(name, **{parameter: (origin + n) / 100}))
+
+
+def _dimensions(
+    draw: st.DrawFn, vocab_size: Size, horizon: Size, eos: int | Literal["any"] | None, zeros: Size
+) -> tuple[int, int, int | None, int]:
+    size, length = _size(draw, "vocab_size", vocab_size), _size(draw, "horizon", horizon)
+    absent = min(_size(draw, "zeros", zeros, lowest=0), size - 1)
+    end = draw(st.sampled_from((None, 0)), label="eos") if eos == "any" else eos
+    return size, length, end, absent
+
+
+def _size(draw: st.DrawFn, name: str, wanted: Size, lowest: int = 1) -> int:
+    low, high = (wanted, wanted) if isinstance(wanted, int) else wanted
+    if not lowest <= low <= high:
+        raise InvalidArgumentError(name, f"is {wanted!r}; an integer of at least {lowest}, or an interval, is needed")
+    return draw(st.integers(low, high), label=name)
+
+
+def _tables(draw: st.DrawFn, size: int, length: int, absent: int, sharp: bool) -> list[Tensor]:
+    flat = _logits(draw, (sum(size**n for n in range(length)), size), "logits")
+    if sharp:
+        rows = draw(st.sets(st.integers(0, len(flat) - 1), max_size=4), label="sharp rows")
+        for row in rows:
+            flat[row, row % (size - absent)] += _SHARP
+    if absent:
+        flat[:, size - absent :] = -torch.inf
+    return [level.clone() for level in flat.split([size**n for n in range(length)])]
+
+
+def _logits(draw: st.DrawFn, shape: tuple[int, ...], label: str) -> Tensor:
+    count = math.prod(shape)
+    if count <= _DRAWN_LOGITS:
+        tenths = draw(st.lists(st.integers(-20, 20), min_size=count, max_size=count), label=f"{label}, tenths")
+        return torch.tensor(tenths, dtype=torch.float64).view(shape) / 10
+    # A spread of zero, to which this shrinks, is the uniform policy whatever the seed.
+    spread = draw(st.integers(0, 20), label=f"{label}, spread in tenths") / 10
+    seed = draw(st.integers(0, 2**16), label=f"{label}, seed")
+    generator = torch.Generator().manual_seed(seed)
+    return spread * (2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1)
