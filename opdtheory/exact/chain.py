@@ -54,7 +54,7 @@ def _later_rows(
     student: MarkovPolicy, divergence: Divergence, log_p: Tensor, log_q: Tensor, occupancy: Tensor, gamma: float
 ) -> Tensor:
     """The part of `token_return`'s gradient by which a token answers for the rows that follow it."""
-    own = pointwise(divergence, log_p, log_q).sum(-1)[1:]
+    own = torch.where(occupancy.sum(0) > 0, pointwise(divergence, log_p, log_q).sum(-1), 0.0)[1:]
     p, horizon = log_p.exp(), student.horizon
     to_come = torch.zeros(horizon, student.vocab_size, dtype=torch.float64)
     for n in reversed(range(horizon - 1)):
@@ -95,9 +95,10 @@ def _sequence_parts(
 
 def _reverse(log_p: Tensor, log_q: Tensor, horizon: int, eos: int | None) -> tuple[Tensor, Tensor]:
     r"""$KL(P\|Q) = E_P \sum_n -\log u_n$ and its gradient, by the chain rule."""
-    p, cost = log_p.exp(), torch.where(torch.isneginf(log_p), 0.0, log_p - log_q)
-    rows = (p * cost).sum(-1)
     occupancy = _occupancy(log_p, horizon, eos)
+    unseen = torch.isneginf(log_p) | (occupancy.sum(0) == 0).unsqueeze(-1)
+    p, cost = log_p.exp(), torch.where(unseen, 0.0, log_p - log_q)
+    rows = (p * cost).sum(-1)
     to_come = torch.zeros(horizon, p.shape[-1], dtype=torch.float64)
     for n in reversed(range(horizon - 1)):
         to_come[n] = rows[1:] + p[1:] @ to_come[n + 1]
@@ -112,8 +113,8 @@ def _forward(log_p: Tensor, log_q: Tensor, horizon: int, eos: int | None) -> tup
     r"""$KL(Q\|P) = E_Q \sum_n \log u_n$ and its gradient: the rows weighted by the teacher's visits."""
     q = log_q.exp()
     visits = _occupancy(log_q, horizon, eos).sum(0).unsqueeze(-1)
-    terms = torch.where(torch.isneginf(log_q), 0.0, q * (log_q - log_p))
-    return (visits * terms).sum(), visits * (log_p.exp() - q)
+    terms = torch.where(torch.isneginf(log_q) | (visits == 0), 0.0, q * (log_q - log_p))
+    return (visits * terms).sum(), torch.where(torch.isinf(terms), torch.inf, visits * (log_p.exp() - q))
 
 
 def _power(log_p: Tensor, log_q: Tensor, horizon: int, eos: int | None, alpha: float) -> tuple[Tensor, Tensor]:
@@ -124,21 +125,26 @@ def _power(log_p: Tensor, log_q: Tensor, horizon: int, eos: int | None, alpha: f
     vocab_size = log_p.shape[-1]
     after = torch.zeros(horizon, vocab_size, dtype=torch.float64)  # log E[U^alpha of the rest | last token]
     for n in reversed(range(horizon - 1)):
-        after[n] = torch.logsumexp(log_k[1:] + after[n + 1], dim=-1)
+        after[n] = torch.logsumexp(_log_product(log_k[1:], after[n + 1]), dim=-1)
         if eos is not None:
             after[n, eos] = 0.0
     before = torch.full((horizon, vocab_size + 1), -torch.inf, dtype=torch.float64)
     before[0, 0] = 0.0
     for n in range(1, horizon):
-        before[n, 1:] = torch.logsumexp(before[n - 1].unsqueeze(-1) + log_k, dim=0)
+        before[n, 1:] = torch.logsumexp(_log_product(before[n - 1].unsqueeze(-1), log_k), dim=0)
         if eos is not None:
             before[n, 1 + eos] = -torch.inf
     # E_P[U^alpha; row s, token a], one position at a time in log space: the factors alone may overflow.
-    through = log_k + torch.logsumexp(before.unsqueeze(-1) + after.unsqueeze(1), dim=0)
-    mass = through.exp()
-    log_total = torch.logsumexp(log_k[0] + after[0], dim=-1)
+    through = torch.logsumexp(_log_product(before.unsqueeze(-1), after.unsqueeze(1)), dim=0)
+    mass = _log_product(log_k, through).exp()
+    log_total = torch.logsumexp(_log_product(log_k[0], after[0]), dim=-1)
     gradient = -(mass - log_p.exp() * mass.sum(-1, keepdim=True)) / alpha
     return torch.expm1(log_total) / (alpha * (alpha - 1.0)), gradient
+
+
+def _log_product(left: Tensor, right: Tensor) -> Tensor:
+    """Sum of two logarithms; a factor of zero wins over an infinite one, as what is never reached counts nothing."""
+    return torch.where(torch.isneginf(left) | torch.isneginf(right), -torch.inf, left + right)
 
 
 def _rows(policy: MarkovPolicy) -> Tensor:

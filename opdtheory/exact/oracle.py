@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -165,7 +167,10 @@ def _sequence_gradient(tree: Tree, divergence: Divergence) -> list[Tensor]:
         log_p, log_q = tree.prefix_log_p[n + 1], tree.prefix_log_q[n + 1]
         possible = ~torch.isneginf(log_p)
         weight = divergence.weight(torch.where(possible, log_q - log_p, 0.0))
-        complete = torch.where(possible, log_p.exp() * weight, 0.0).view(shape)
+        complete = torch.where(possible, log_p.exp() * weight, 0.0)
+        if math.isinf(divergence.slope_at_infinity):
+            complete = torch.where(~possible & ~torch.isneginf(log_q), torch.inf, complete)
+        complete = complete.view(shape)
         through = torch.where(tree.ends(n), complete, mass.view(shape))
         mass = through.sum(-1)
         gradient.append(-(through - tree.log_p[n].exp() * mass.unsqueeze(-1)))

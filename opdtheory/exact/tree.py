@@ -6,6 +6,7 @@ children of prefix `h` are the rows `h * V + a` of the next level. All work is d
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -48,11 +49,15 @@ def pointwise(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def row_gradient(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> Tensor:
-    r"""Gradient of $D_f(q\|p)$ in the logits of each row: $-p_a (w(u_a) - E_p w)$ (T1)."""
+    r"""Gradient of $D_f(q\|p)$ in the logits of each row: $-p_a (w(u_a) - E_p w)$ (T1); not finite where $D_f$ is not."""
     absent = torch.isneginf(log_p)
     weight = divergence.weight(torch.where(absent, 0.0, log_q - log_p))
     p = log_p.exp()
-    return -p * (weight - (p * weight).sum(-1, keepdim=True))
+    gradient = -p * (weight - (p * weight).sum(-1, keepdim=True))
+    if math.isinf(divergence.slope_at_infinity):
+        # The term q f'(inf) of an absent token is a constant in p, but an infinite one.
+        gradient = torch.where(absent & ~torch.isneginf(log_q), torch.inf, gradient)
+    return gradient
 
 
 @dataclass(frozen=True)

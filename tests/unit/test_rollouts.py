@@ -1,0 +1,233 @@
+"""Rollouts: what is refused and by which name, the three reductions, labels, and the adapter for unbound methods."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given
+
+from opdtheory import bind
+from opdtheory.errors import InvalidArgumentError, OpdTheoryError
+from opdtheory.rollouts import Rollouts
+from opdtheory.testing import gradient_gap, rollouts
+from tests.tolerances import ALGEBRA
+
+B, T, V = 2, 3, 4
+FIELDS = [field.name for field in dataclasses.fields(Rollouts)]
+
+
+def make(**changes) -> Rollouts:
+    """A valid batch of two rollouts, the second one shorter, with some fields replaced."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(B, T, V, generator=generator, dtype=torch.float64) for _ in range(2))
+    valid = Rollouts.from_logits(
+        torch.tensor([[0, 1, 2], [3, 0, 0]]),
+        student.requires_grad_(),
+        teacher,
+        mask=torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 0.0]], dtype=torch.float64),
+    )
+    fields = {name: getattr(valid, name) for name in FIELDS}
+    return Rollouts(**{**fields, **changes})
+
+
+def with_entry(tensor: torch.Tensor, value: float) -> torch.Tensor:
+    changed = tensor.detach().clone()
+    changed[(0,) * changed.ndim] = value
+    return changed
+
+
+def refused(argument: str, **changes) -> str:
+    with pytest.raises(ValueError) as caught:
+        make(**changes)
+    assert isinstance(caught.value, (InvalidArgumentError, OpdTheoryError))
+    assert caught.value.argument == argument
+    assert str(caught.value).startswith(f"{argument}: ")
+    return str(caught.value)
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("name", [name for name in FIELDS if name != "tokens"])
+def test_a_wrong_shape_is_refused_by_name(name):
+    short = getattr(make(), name)[:, :-1]
+    message = refused(name, **{name: short})
+    assert str(tuple(short.shape)) in message and str((B, T)).strip("()") in message
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("name", ["student_logits", "teacher_logits"])
+def test_logits_need_three_axes(name):
+    assert "(B, T, V)" in refused(name, **{name: torch.zeros(B, T, dtype=torch.float64)})
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("name", FIELDS)
+def test_what_is_no_tensor_is_refused(name):
+    assert "list" in refused(name, **{name: [[0.0]]})
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("name", [name for name in FIELDS if name != "tokens"])
+def test_an_integer_dtype_is_refused(name):
+    assert "torch.int64" in refused(name, **{name: getattr(make(), name).detach().long()})
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float64, torch.bool])
+def test_tokens_are_int64(dtype):
+    message = refused("tokens", tokens=make().tokens.to(dtype))
+    assert str(dtype) in message and "torch.int64" in message
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("tokens", [torch.zeros(3, dtype=torch.int64), torch.zeros(1, 2, 3, dtype=torch.int64)])
+def test_tokens_have_two_axes(tokens):
+    assert str(tuple(tokens.shape)) in refused("tokens", tokens=tokens)
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
+def test_an_empty_batch_is_refused(shape):
+    assert str(shape) in refused("tokens", tokens=torch.zeros(shape, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("token", [-1, V, -100])
+def test_tokens_out_of_range_are_refused_with_the_range(token):
+    tokens = make().tokens.clone()
+    tokens[1, 2] = token
+    message = refused("tokens", tokens=tokens)
+    assert str(token) in message and f"[0, {V})" in message
+    with pytest.raises(ValueError, match="tokens"):
+        Rollouts.from_logits(tokens, make().student_logits, make().teacher_logits)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["student_logits", "teacher_logits"])
+def test_unusable_logits_are_refused_with_the_count(name, value):
+    assert f"1 of {B * T} rows" in refused(name, **{name: with_entry(getattr(make(), name), value)})
+
+
+@pytest.mark.parametrize("name", ["student_logits", "teacher_logits"])
+def test_a_row_of_minus_infinities_is_refused(name):
+    logits = getattr(make(), name).detach().clone()
+    logits[1, 1] = -torch.inf
+    assert f"1 of {B * T} rows" in refused(name, **{name: logits})
+
+
+@pytest.mark.parametrize("name", ["student_logits", "teacher_logits"])
+def test_one_impossible_token_is_accepted(name):
+    logits = getattr(make(), name).detach().clone()
+    logits[..., -1] = -torch.inf
+    assert torch.isneginf(getattr(make(**{name: logits}), name)).any()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["student_logprobs", "teacher_logprobs", "behavior_logprobs"])
+def test_unusable_logprobs_are_refused(name, value):
+    refused(name, **{name: with_entry(getattr(make(), name), value)})
+
+
+@pytest.mark.parametrize("name", ["student_logprobs", "teacher_logprobs", "behavior_logprobs"])
+def test_a_positive_logprob_is_refused_with_its_value_unless_masked(name):
+    assert "0.25" in refused(name, **{name: with_entry(getattr(make(), name), 0.25)})
+    logprobs = getattr(make(), name).detach().clone()
+    logprobs[1, 2] = 0.25
+    make(**{name: logprobs})
+
+
+@pytest.mark.parametrize("value", [0.5, 2.0, -1.0, float("nan")])
+def test_mask_values_are_zero_or_one(value):
+    refused("mask", mask=with_entry(make().mask, value))
+
+
+@pytest.mark.bad_input
+def test_vocabularies_must_agree():
+    teacher = torch.zeros(B, T, V + 1, dtype=torch.float64)
+    message = refused("teacher_logits", teacher_logits=teacher)
+    assert str(V) in message and str(V + 1) in message
+    with pytest.raises(ValueError, match="teacher_logits.*vocabulary"):
+        Rollouts.from_logits(make().tokens, make().student_logits, teacher)
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("argument", ["student_logits", "teacher_logits"])
+def test_from_logits_refuses_by_the_same_names(argument):
+    good = {"student_logits": make().student_logits, "teacher_logits": make().teacher_logits}
+    for wrong in (good[argument][:1], good[argument].long(), good[argument][..., 0]):
+        with pytest.raises(InvalidArgumentError) as caught:
+            Rollouts.from_logits(make().tokens, **{**good, argument: wrong})
+        assert caught.value.argument == argument
+
+
+def test_rollouts_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        make().mask = torch.ones(B, T)
+
+
+@given(rollouts(off_policy=True))
+def test_logprobs_are_gathered_from_the_logits(r):
+    for b in range(r.tokens.shape[0]):
+        for n in range(r.tokens.shape[1]):
+            row = r.student_logits[b, n].detach().softmax(-1)
+            assert float(r.student_logprobs[b, n].detach().exp()) == pytest.approx(
+                float(row[r.tokens[b, n]]), rel=ALGEBRA
+            )
+    assert gradient_gap([r.log_u], [r.teacher_logprobs - r.student_logprobs]) == 0.0
+    assert r.log_u.requires_grad and not r.behavior_logprobs.requires_grad
+
+
+def test_defaults_are_an_unmasked_on_policy_batch():
+    valid = make()
+    r = Rollouts.from_logits(valid.tokens, valid.student_logits, valid.teacher_logits)
+    assert torch.equal(r.mask, torch.ones(B, T, dtype=torch.float64))
+    assert torch.equal(r.behavior_logprobs, r.student_logprobs.detach())
+    assert not r.behavior_logprobs.requires_grad
+
+
+@given(rollouts())
+def test_reductions_are_what_they_say(r):
+    values = torch.arange(1.0, 1.0 + r.tokens.numel(), dtype=torch.float64).view_as(r.mask)
+    kept = [[float(v) for v, m in zip(row, mask, strict=True) if m] for row, mask in zip(values, r.mask, strict=True)]
+    assert float(r.token_sum(values)) == pytest.approx(sum(map(sum, kept)) / len(kept), rel=ALGEBRA)
+    means = [sum(row) / len(row) if row else 0.0 for row in kept]
+    assert float(r.sequence_mean(values)) == pytest.approx(sum(means) / len(means), rel=ALGEBRA)
+    tokens = sum(map(len, kept))
+    assert float(r.token_mean(values)) == pytest.approx(sum(map(sum, kept)) / max(tokens, 1), rel=ALGEBRA)
+
+
+@pytest.mark.parametrize("reduction", ["token_sum", "sequence_mean", "token_mean"])
+def test_masked_values_never_leak(reduction):
+    r = make()
+    values = torch.where(r.mask > 0, 1.0, torch.nan).requires_grad_()
+    total = getattr(r, reduction)(values)
+    (gradient,) = torch.autograd.grad(total, values)
+    assert torch.isfinite(total)
+    assert torch.equal(gradient == 0, r.mask == 0)
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("reduction", ["token_sum", "sequence_mean", "token_mean"])
+def test_reductions_refuse_values_of_another_shape(reduction):
+    with pytest.raises(ValueError, match=r"values.*\(2, 4\).*\(2, 3\)"):
+        getattr(make(), reduction)(torch.zeros(2, 4))
+
+
+def test_labels_are_minus_hundred_where_masked():
+    assert make().labels.tolist() == [[0, 1, 2], [3, 0, -100]]
+
+
+def test_bind_calls_an_unbound_method_on_the_given_attributes():
+    class Trainer:
+        def __init__(self):
+            raise AssertionError("the trainer must not be built")
+
+        def scaled(self, x, shift=0.0):
+            return self.beta * x + shift
+
+        def forgetful(self, x):
+            return self.temperature * x
+
+    assert bind(Trainer.scaled, beta=0.5)(4.0, shift=1.0) == 3.0
+    with pytest.raises(AttributeError, match=r"self\.temperature.*temperature=\.\.\."):
+        bind(Trainer.forgetful, beta=0.5)(4.0)
