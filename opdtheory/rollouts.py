@@ -138,7 +138,9 @@ def _check_tokens(tokens: Tensor) -> None:
     if tokens.dtype != torch.int64:
         raise InvalidArgumentError("tokens", f"has dtype {tokens.dtype}; torch.int64 is needed")
     if tokens.numel() == 0:
-        raise InvalidArgumentError("tokens", f"has shape {tuple(tokens.shape)}; at least one rollout and token is needed")
+        raise InvalidArgumentError(
+            "tokens", f"has shape {tuple(tokens.shape)}; at least one rollout and token is needed"
+        )
 
 
 def _vocabulary(name: str, logits: Tensor) -> int:

@@ -1,6 +1,6 @@
 """From a loss function to the divergence it really minimises."""
 
-from opdtheory.auditing.auditor import audit
+from opdtheory.auditing.auditor import audit, quick_verdict
 from opdtheory.auditing.report import VERDICTS, Audit, PairResult
 
-__all__ = ["VERDICTS", "Audit", "PairResult", "audit"]
+__all__ = ["VERDICTS", "Audit", "PairResult", "audit", "quick_verdict"]

@@ -9,18 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opdtheory.auditing.identify import Fit, Match, best_match, fit_scale, flat_gradient, recover_weight
+from opdtheory.auditing.identify import Fit, Match, best_match, fit_scale, flat, recover_weight
 from opdtheory.auditing.panel import Case, panel
-from opdtheory.auditing.report import Audit, PairResult, weight_record
+from opdtheory.auditing.report import Audit, PairResult
 from opdtheory.divergences import Divergence
 from opdtheory.divergences import divergence as as_divergence
 from opdtheory.errors import InvalidArgumentError
-from opdtheory.exact import GradientMoments, Loss, gradient_moments
+from opdtheory.exact import GradientMoments, Loss, exact_gradient, gradient_moments
 from opdtheory.exact.oracle import check_objective, full_vocabulary_variance
 from opdtheory.exact.threads import one_thread
 from opdtheory.rollouts import Rollouts
 
-__all__ = ["audit"]
+__all__ = ["audit", "quick_verdict"]
 
 # Relative error that rounding can leave in an exact expectation, by the dtype the loss returns.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -85,6 +85,31 @@ def audit(
         return _audit(_Counted(loss), divergence, granularity, settings, name or _name(loss))
 
 
+def quick_verdict(
+    loss: Loss,
+    objective: str | Divergence,
+    granularity: str = "token_local",
+    *,
+    batch_size: int = 1,
+    eos: int | None = None,
+    off_policy: float = 0.0,
+    gamma: float = 1.0,
+    seed: int = 0,
+) -> str:
+    """The verdict of `audit` without looking for what else the loss might descend.
+
+    Returns:
+        `exact`, `exact_up_to_scale`, `zero` or `biased`; `other_objective` counts as `biased`.
+
+    Raises:
+        InvalidArgumentError: as `audit`.
+        LossError: as `audit`.
+    """
+    with one_thread():
+        settings = _Settings(batch_size, eos, off_policy, gamma, seed)
+        return _compare(_Counted(loss), as_divergence(objective), granularity, settings).verdict
+
+
 @dataclass(frozen=True)
 class _Settings:
     """How the panel is drawn; the arguments of `audit` of the same names."""
@@ -96,52 +121,71 @@ class _Settings:
     seed: int
 
 
-def _audit(loss: _Counted, divergence: Divergence, granularity: str, settings: _Settings, name: str) -> Audit:
-    start = time.perf_counter()
-    batch_size, gamma = settings.batch_size, settings.gamma
-    cases = panel(batch_size, settings.eos, settings.off_policy, settings.seed)
-    exact = [flat_gradient(case, divergence, granularity, gamma) for case in cases]
+@dataclass(frozen=True)
+class _Comparison:
+    """The loss's expected gradients on the panel beside the claimed objective's."""
+
+    cases: list[Case]
+    moments: list[GradientMoments]
+    gradients: list[Tensor]
+    fit: Fit
+    tolerance: float
+    verdict: str
+
+
+def _compare(loss: _Counted, divergence: Divergence, granularity: str, settings: _Settings) -> _Comparison:
+    cases = panel(settings.batch_size, settings.eos, settings.off_policy, settings.seed)
+    exact = [
+        flat(exact_gradient(case.student, case.teacher, divergence, granularity, gamma=settings.gamma))
+        for case in cases
+    ]
     if any(float(g.norm()) == 0.0 for g in exact):
         raise InvalidArgumentError("objective", f"{divergence.label} has a zero gradient everywhere; nothing to audit")
-    moments = _moments(loss, cases, batch_size)
-    gradients = [_flat(m.mean) for m in moments]
-    tolerance = _TOLERANCE.get(loss.dtype, _COARSE)
-
+    moments = _moments(loss, cases, settings.batch_size)
+    gradients = [flat(m.mean) for m in moments]
     fit = fit_scale(gradients, exact)
-    weight = recover_weight(loss, batch_size, settings.off_policy, settings.seed)
+    tolerance = _TOLERANCE.get(loss.dtype, _COARSE)
     zero = all(float(g.norm()) <= _ZERO * m.second_moment**0.5 for g, m in zip(gradients, moments, strict=True))
-    verdict = "zero" if zero else _verdict(fit, tolerance)
+    return _Comparison(cases, moments, gradients, fit, tolerance, "zero" if zero else _verdict(fit, tolerance))
+
+
+def _audit(loss: _Counted, divergence: Divergence, granularity: str, settings: _Settings, name: str) -> Audit:
+    start = time.perf_counter()
+    found = _compare(loss, divergence, granularity, settings)
+    batch_size, fit, tolerance, verdict = settings.batch_size, found.fit, found.tolerance, found.verdict
+    weight = recover_weight(loss, batch_size, settings.off_policy, settings.seed)
     match: Match | None = None
     if verdict in ("exact", "exact_up_to_scale"):
         match = Match(divergence, granularity, fit)
     elif verdict == "biased":
-        match = best_match(gradients, cases, weight, granularity, tolerance)
+        match = best_match(found.gradients, found.cases, weight, granularity, tolerance)
         if match is not None and match.fit.worst_error <= tolerance:
             verdict = "other_objective"
 
     lengths = None
     if settings.eos is None and batch_size == 1 and match is not None and match.fit.worst_error <= tolerance:
         lengths = _with_lengths(loss, match, settings, tolerance)
+    cosine = [0.0] * len(found.cases) if verdict == "zero" else fit.cosine
     return Audit(
         name=name,
         objective=divergence.label,
         granularity=granularity,
         verdict=verdict,
         relative_bias=max(fit.relative_bias),
-        cosine=0.0 if zero else min(fit.cosine),
+        cosine=min(cosine),
         scale=fit.scale,
         tolerance=tolerance,
         identified=None if match is None else _record(match, tolerance),
-        weight=weight_record(weight),
+        weight=dict(vars(weight)),
         pairs=[
             PairResult(
                 label=case.label,
                 relative_bias=bias,
-                cosine=0.0 if zero else cosine,
-                variance=m.variance,
+                cosine=cos,
+                variance=moments.variance,
                 full_vocabulary_variance=full_vocabulary_variance(case.student, case.teacher, divergence) / batch_size,
             )
-            for case, bias, cosine, m in zip(cases, fit.relative_bias, fit.cosine, moments, strict=True)
+            for case, bias, cos, moments in zip(found.cases, fit.relative_bias, cosine, found.moments, strict=True)
         ],
         variable_lengths=lengths,
         settings=dict(vars(settings)),
@@ -180,8 +224,11 @@ def _with_lengths(loss: Loss, match: Match, settings: _Settings, tolerance: floa
     """The verdict against the objective found, on two pairs whose rollouts may end early."""
     cases = panel(1, 0, settings.off_policy, settings.seed)[1:4:2]
     discount = settings.gamma if match.granularity == "token_return" else 1.0
-    exact = [flat_gradient(case, match.divergence, match.granularity, discount) for case in cases]
-    fit = fit_scale([_flat(m.mean) for m in _moments(loss, cases, 1)], exact)
+    exact = [
+        flat(exact_gradient(case.student, case.teacher, match.divergence, match.granularity, gamma=discount))
+        for case in cases
+    ]
+    fit = fit_scale([flat(m.mean) for m in _moments(loss, cases, 1)], exact)
     return {"verdict": _verdict(fit, tolerance), "relative_bias": max(fit.errors)}
 
 
@@ -193,10 +240,6 @@ def _record(match: Match, tolerance: float) -> dict[str, Any]:
         "scale": match.fit.scale,
         "error": match.fit.worst_error if match.fit.worst_error <= tolerance else match.fit.typical_error,
     }
-
-
-def _flat(levels: list[Tensor]) -> Tensor:
-    return torch.cat([level.flatten() for level in levels])
 
 
 def _name(loss: Loss) -> str:

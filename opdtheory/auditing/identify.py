@@ -14,9 +14,11 @@ from opdtheory import divergences
 from opdtheory.auditing.panel import STEP, Case, bandits, log_u_grid
 from opdtheory.divergences import Divergence
 from opdtheory.errors import InvalidArgumentError
-from opdtheory.exact import OBJECTIVES, Loss, exact_gradient, gradient_moments
+from opdtheory.exact import OBJECTIVES, Loss, gradient_moments
+from opdtheory.exact.oracle import tree_gradient
+from opdtheory.exact.tree import Tree
 
-__all__ = ["Fit", "Match", "RecoveredWeight", "best_match", "fit_scale", "recover_weight"]
+__all__ = ["Fit", "Match", "RecoveredWeight", "best_match", "fit_scale", "flat", "recover_weight"]
 
 # A weight recovered from an exact gradient carries its rounding, amplified by 1/p of the rarest token.
 _RATIO_ONLY = 1e-8
@@ -29,6 +31,8 @@ _FAMILIES = {
     "skew_reverse_kl": ("lam", 0.0, 1.0 - 1e-3),
 }
 _STARTS = 41
+
+_FLOOR = 1e-100
 
 
 @dataclass(frozen=True)
@@ -133,9 +137,9 @@ def _central_slope(values: list[float]) -> float:
 
 def fit_scale(actual: list[Tensor], exact: list[Tensor]) -> Fit:
     """Compare two lists of flat gradients, one per pair, up to one common positive scale."""
-    tiny = torch.finfo(torch.float64).tiny
-    sizes = [max(float(a.norm()), tiny) for a in actual]
-    norms = [max(float(g.norm()), tiny) for g in exact]
+    # The floor lets a gradient that is exactly zero come out as unlike any other, without dividing by it.
+    sizes = [max(float(a.norm()), _FLOOR) for a in actual]
+    norms = [max(float(g.norm()), _FLOOR) for g in exact]
     dots = [float(a @ g) for a, g in zip(actual, exact, strict=True)]
     # Least squares over all pairs, each measured in units of the loss's own gradient.
     scale = sum(d / s**2 for d, s in zip(dots, sizes, strict=True)) / sum(
@@ -165,22 +169,23 @@ def best_match(
         tolerance: error up to which an entry matches.
     """
     order = sorted(OBJECTIVES, key=lambda granularity: granularity != prefer)
+    trees = [Tree.build(case.student, case.teacher) for case in cases]
     plain = [divergences.divergence(name) for name in divergences.names() if name not in _FAMILIES]
-    best = _nearest(gradients, cases, itertools.product(plain, order), tolerance)
+    best = _nearest(gradients, trees, itertools.product(plain, order), tolerance)
     if (best is None or best.fit.worst_error > tolerance) and weight.depends_on_ratio_only:
         fitted = [entry for name in _FAMILIES if (entry := _fit_family(name, weight)) is not None]
-        other = _nearest(gradients, cases, itertools.product(fitted, order), tolerance)
+        other = _nearest(gradients, trees, itertools.product(fitted, order), tolerance)
         if other is not None and (best is None or other.fit.typical_error < best.fit.typical_error):
             best = other
     return best
 
 
 def _nearest(
-    gradients: list[Tensor], cases: list[Case], candidates: Iterable[tuple[Divergence, str]], tolerance: float
+    gradients: list[Tensor], trees: list[Tree], candidates: Iterable[tuple[Divergence, str]], tolerance: float
 ) -> Match | None:
     best: Match | None = None
     for divergence, granularity in candidates:
-        exact = [flat_gradient(case, divergence, granularity) for case in cases]
+        exact = [flat(tree_gradient(tree, divergence, granularity)) for tree in trees]
         if any(float(g.norm()) == 0.0 for g in exact):
             continue
         match = Match(divergence, granularity, fit_scale(gradients, exact))
@@ -191,9 +196,8 @@ def _nearest(
     return best
 
 
-def flat_gradient(case: Case, divergence: Divergence, granularity: str, gamma: float = 1.0) -> Tensor:
-    """The exact gradient on one pair as one vector."""
-    levels = exact_gradient(case.student, case.teacher, divergence, granularity, gamma=gamma)
+def flat(levels: list[Tensor]) -> Tensor:
+    """A gradient by level as one vector."""
     return torch.cat([level.flatten() for level in levels])
 
 

@@ -17,11 +17,14 @@ __all__ = ["STEP", "Case", "bandits", "log_u_grid", "panel"]
 # (sharpness of the student, distance of the teacher): from nearly equal to far apart.
 _PAIRS = ((1.0, 0.03), (1.0, 0.5), (0.3, 1.0), (1.0, 1.5), (2.5, 1.0), (0.5, 2.5))
 
-# Vocabulary and horizon of a pair, largest first; batches that couple are enumerated on smaller ones.
-_SIZES = ((4, 3), (3, 3), (3, 2), (2, 2))
+# Vocabulary and horizon of a pair: for single rollouts, and, largest first, for batches that are enumerated.
+_SINGLE = (4, 3)
+_BATCHED = ((3, 2), (2, 2))
 
-# Evaluations of a coupled loss that one pair may cost.
-_EVALUATIONS = 700
+# Evaluations of a coupled loss that one pair, or one bandit, should cost; and the most that one may.
+_PAIR_EVALUATIONS = 500
+_BANDIT_EVALUATIONS = 250
+_MOST_EVALUATIONS = 5_000
 
 # Points of the wide part of the grid, odd, and its end.
 _GRID_POINTS = 33
@@ -54,13 +57,15 @@ def panel(batch_size: int = 1, eos: int | None = None, off_policy: float = 0.0, 
     Raises:
         BudgetExceededError: batches of this size cannot be enumerated even on the smallest pair.
     """
-    vocab_size, horizon = next(
-        (size for size in _SIZES if _batches(size[0] ** size[1], batch_size) <= _EVALUATIONS), _SIZES[-1]
-    )
-    count = _batches(vocab_size**horizon, batch_size)
-    if count > 10 * _EVALUATIONS:
+    sizes = _BATCHED if batch_size > 1 else (_SINGLE,)
+    counts = {size: _batches(size[0] ** size[1], batch_size) for size in sizes}
+    vocab_size, horizon = next((size for size in sizes if counts[size] <= _PAIR_EVALUATIONS), sizes[-1])
+    if counts[vocab_size, horizon] > _MOST_EVALUATIONS:
         raise BudgetExceededError(
-            f"auditing batches of {batch_size} rollouts", count, 10 * _EVALUATIONS, "audit a smaller batch_size"
+            f"auditing batches of {batch_size} rollouts",
+            counts[vocab_size, horizon],
+            _MOST_EVALUATIONS,
+            "audit a smaller batch_size",
         )
     cases = []
     for i, (scale, distance) in enumerate(_PAIRS):
@@ -74,8 +79,8 @@ def panel(batch_size: int = 1, eos: int | None = None, off_policy: float = 0.0, 
 
 def log_u_grid(batch_size: int = 1) -> Float[Tensor, " points"]:
     """Log-ratios at which the weight is recovered: symmetric, 0 in the middle, `STEP` and `2 STEP` beside it."""
-    wide = _GRID_POINTS
-    while wide > 0 and _batches(wide + 5, batch_size) > _EVALUATIONS:
+    wide = _GRID_POINTS  # 0 is in both parts
+    while batch_size > 1 and wide > 0 and _batches(wide + 4, batch_size) > _BANDIT_EVALUATIONS:
         wide -= 2
     middle = STEP * torch.arange(-2, 3, dtype=torch.float64)
     outer = torch.linspace(-_GRID_LIMIT, _GRID_LIMIT, wide, dtype=torch.float64) if wide > 0 else middle[:0]

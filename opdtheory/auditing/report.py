@@ -6,8 +6,6 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from opdtheory.auditing.identify import RecoveredWeight
-
 __all__ = ["VERDICTS", "Audit", "PairResult"]
 
 SCHEMA_VERSION = 1
@@ -225,11 +223,6 @@ class Audit:
         if abs(middle - 1.0) < 1e-6:
             return "Its variance is that of the whole-vocabulary estimator."
         return f"At equal scale its variance is {middle:.3g} times that of the whole-vocabulary estimator."
-
-
-def weight_record(weight: RecoveredWeight) -> dict[str, Any]:
-    """A recovered weight as the dictionary that `Audit.weight` holds."""
-    return dict(vars(weight))
 
 
 def _label(identified: dict[str, Any]) -> str:

@@ -58,11 +58,8 @@ def weight_of(expr: sympy.Expr) -> sympy.Expr:
         >>> weight_of(u * sympy.log(u))
         u
     """
-    import sympy
-
-    u = symbol()
     f = _in_u("expr", expr)
-    return sympy.simplify(u * _differentiate(f) - f)
+    return _by_pieces(symbol() * _differentiate(f) - f)
 
 
 def implied_generator(weight_expr: sympy.Expr) -> sympy.Expr:
@@ -98,7 +95,7 @@ def implied_generator(weight_expr: sympy.Expr) -> sympy.Expr:
     primitives = [_primitive(sympy.expand(piece - at_one) / u**2) for _, _, piece in pieces]
     constants = _join_primitives(pieces, primitives)
     results = [
-        sympy.simplify(sympy.expand(u * (primitive - constant)))
+        _shortest(sympy.expand(u * (primitive - constant)))
         for primitive, constant in zip(primitives, constants, strict=True)
     ]
     if len(results) == 1:
@@ -137,7 +134,7 @@ def same_up_to_scale(expr_a: sympy.Expr, expr_b: sympy.Expr) -> sympy.Expr | Non
     a, b = _in_u("expr_a", expr_a), _in_u("expr_b", expr_b)
     for low, high in ((sympy.Rational(1, 2), sympy.Integer(2)), (sympy.Rational(1, 7), sympy.Integer(5))):
         # f(high)/(high - 1) - f(low)/(low - 1) does not see the gauge.
-        chord_a, chord_b = (sympy.simplify(f.subs(u, high) / (high - 1) - f.subs(u, low) / (low - 1)) for f in (a, b))
+        chord_a, chord_b = (f.subs(u, high) / (high - 1) - f.subs(u, low) / (low - 1) for f in (a, b))
         if _is_zero(chord_b) or _is_zero(chord_a):
             continue
         scale = sympy.simplify(chord_a / chord_b)
@@ -359,7 +356,7 @@ def _mpmath_function(expression: sympy.Expr) -> Callable[[float], float]:
                 except (ZeroDivisionError, OverflowError, ValueError):
                     previous = None
                     continue
-                if previous is not None and abs(value - previous) <= abs(value) * mpmath.mpf("1e-18"):
+                if previous is not None and value != 0 and abs(value - previous) <= abs(value) * mpmath.mpf("1e-18"):
                     return _to_float(value)
                 previous = value
         return math.nan if previous is None else _to_float(value)
@@ -435,15 +432,25 @@ def _differentiate(expression: sympy.Expr) -> sympy.Expr:
 
 
 def _shortest(expression: sympy.Expr) -> sympy.Expr:
-    """The shortest of a few rewritings, none with a power such as `u**u`, which overflows."""
+    """The shortest of a few rewritings, as rational functions in `u` and its logarithms."""
     import sympy
 
     if _has_kinks(expression):
         return expression
-    expanded = sympy.expand(expression)
-    candidates = [expression, expanded, sympy.expand_log(sympy.simplify(expanded), force=True)]
-    sound = [e for e in candidates if not any(p.exp.has(symbol()) for p in e.atoms(sympy.Pow))]
-    return min(sound or [expression], key=sympy.count_ops)
+    split = expression.replace(sympy.log, _split_log)
+    try:
+        cancelled = sympy.cancel(sympy.together(split))
+    except (NotImplementedError, sympy.PolynomialError):
+        cancelled = split
+    candidates = [expression, split, sympy.expand(split), cancelled, sympy.expand(cancelled)]
+    return min(candidates, key=sympy.count_ops)
+
+
+def _split_log(argument: sympy.Expr) -> sympy.Expr:
+    """The logarithm of a product of positive factors as a sum, so that equal logarithms look equal."""
+    import sympy
+
+    return sympy.expand_log(sympy.log(sympy.factor(argument)))
 
 
 def _by_pieces(expression: sympy.Expr) -> sympy.Expr:
@@ -478,17 +485,27 @@ def _limit(expression: sympy.Expr, at_infinity: bool) -> float:
 
 
 def _is_zero(expression: sympy.Expr) -> bool:
+    """Whether an expression vanishes identically: by expansion, else by its values at 60 digits."""
     import sympy
 
-    if expression == 0 or sympy.simplify(expression) == 0:
+    if _shortest(expression) == 0:
         return True
-    return bool(expression.equals(0))
+    names = sorted(expression.free_symbols, key=str)
+    for k in (2, 3, 5, 7, 11):
+        point = {name: sympy.sqrt(k) / (i + 2) + i for i, name in enumerate(names)}
+        value = expression.subs(point)
+        scale = sum(abs(sympy.N(term.subs(point), 60)) for term in sympy.Add.make_args(expression))
+        if abs(sympy.N(value, 60, maxn=400)) > sympy.Float(10) ** -50 * (1 + scale):
+            return False
+    return True
 
 
 def _primitive(expression: sympy.Expr) -> sympy.Expr:
     import sympy
 
     result = sympy.integrate(sympy.expand(expression), symbol())
+    if result.has(sympy.Piecewise):  # cases of another symbol, such as an exponent
+        result = sympy.simplify(result)
     if result.has(sympy.Integral):
         raise InvalidArgumentError("weight_expr", f"sympy finds no integral of {expression}")
     return result
@@ -585,7 +602,7 @@ def _select(expression: sympy.Expr, point: sympy.Expr) -> sympy.Expr:
 
 
 def _convexity_violation(f: sympy.Expr) -> str | None:
-    """A sentence on where convexity fails, or None."""
+    """A sentence on the violation of convexity nearest to u = 1, or None."""
     import mpmath
     import sympy
 
@@ -597,6 +614,7 @@ def _convexity_violation(f: sympy.Expr) -> str | None:
     first_derivative = _differentiate(f)
     second_derivative = _differentiate(first_derivative)
     value_at, slope_at, curvature_at = (_lambdify(u, g) for g in (f, first_derivative, second_derivative))
+    found: list[tuple[Any, str]] = []
     with mpmath.workdps(_DIGITS):
         previous = None
         for t in _grid():
@@ -612,14 +630,12 @@ def _convexity_violation(f: sympy.Expr) -> str | None:
                 return f"f is not finite at u = {mpmath.nstr(point, 6)}"
             tolerance = mpmath.mpf(10) ** (10 - _DIGITS)
             if curvature < -tolerance * (1 + abs(slope) / point):
-                return f"f''({mpmath.nstr(point, 6)}) = {mpmath.nstr(curvature, 6)} < 0"
-            if previous is not None and slope < previous[1] - tolerance * (1 + abs(slope)):
-                low, drop = previous[0], previous[1] - slope
-                return (
-                    f"f' falls by {mpmath.nstr(drop, 6)} between u = {mpmath.nstr(low, 6)} and {mpmath.nstr(point, 6)}"
-                )
+                found.append((abs(t), f"f''({mpmath.nstr(point, 6)}) = {mpmath.nstr(curvature, 6)} < 0"))
+            elif previous is not None and slope < previous[1] - tolerance * (1 + abs(slope)):
+                span = f"between u = {mpmath.nstr(previous[0], 10)} and {mpmath.nstr(point, 10)}"
+                found.append((abs(t), f"f' falls by {mpmath.nstr(previous[1] - slope, 6)} {span}"))
             previous = (point, slope)
-    return None
+    return min(found)[1] if found else None
 
 
 def _grid() -> list[Any]:

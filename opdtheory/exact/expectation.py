@@ -25,8 +25,8 @@ Loss = Callable[[Rollouts], Tensor]
 # Evaluations of a loss that one expectation may take: about half a minute at 0.5 ms each.
 BATCH_BUDGET = 60_000
 
-# Sequences whose own gradient is compared with their share of a larger batch's.
-_SEPARABILITY_SAMPLE = 64
+# Batches of the size asked for whose sensitivities are compared with those in larger batches.
+_SEPARABILITY_SAMPLE = 16
 
 # Two evaluations of one separable loss differ by rounding only.
 _SAME = 1e-10
@@ -168,7 +168,7 @@ def _check_value(value: object) -> None:
     if not value.dtype.is_floating_point:
         raise LossError(f"the loss returned dtype {value.dtype}; a floating dtype is needed")
     if not torch.isfinite(value):
-        raise LossError(f"the loss's value is {float(value)} on an enumerated batch; it must be finite")
+        raise LossError(f"the loss's value is {float(value.detach())} on an enumerated batch; it must be finite")
     if not value.requires_grad:
         raise LossError("the loss has no gradient: its value does not require grad; is everything detached?")
 
@@ -176,8 +176,9 @@ def _check_value(value: object) -> None:
 def _separable_shares(probe: _Probe, batch_size: int) -> Tensor | None:
     """Each rollout's own gradient `(N, T, V)`, if a batch's loss is the mean of its rollouts' losses.
 
-    Moves the company that a rollout keeps and looks whether its sensitivity moves: the batch of all
-    sequences is compared with small batches of the size asked for, where coupling is strongest.
+    Changes the company that a rollout keeps and looks whether its sensitivity moves: every rollout is
+    seen in the batch of all, of a random half and of a random third, and some in batches of the
+    size asked for, where coupling is strongest.
     """
     count = len(probe.everything)
     if count < batch_size:
@@ -185,13 +186,15 @@ def _separable_shares(probe: _Probe, batch_size: int) -> Tensor | None:
     everyone = count * probe.sensitivity(torch.arange(count))
     generator = torch.Generator().manual_seed(0)
     sample = torch.linspace(0, count - 1, min(count, _SEPARABILITY_SAMPLE)).round().long()
-    for i in sample.tolist():
-        company = torch.randint(count, (batch_size - 1,), generator=generator)
-        batch = torch.cat([torch.tensor([i]), company])
-        alone = batch_size * probe.sensitivity(batch)
+    companies = [torch.cat([i.view(1), torch.randint(count, (batch_size - 1,), generator=generator)]) for i in sample]
+    for parts in (2, 3):
+        if count // parts >= batch_size:
+            companies.extend(torch.randperm(count, generator=generator).tensor_split(parts))
+    for batch in companies:
         # A repeated rollout shares its sensitivity among its copies, each of which has the same.
-        scale = max(float(alone.abs().max()), float(everyone[batch].abs().max()), 1e-300)
-        if float((alone - everyone[batch]).abs().max()) > _SAME * scale:
+        together, apart = len(batch) * probe.sensitivity(batch), everyone[batch]
+        scale = max(float(together.abs().max()), float(apart.abs().max()), 1e-300)
+        if float((together - apart).abs().max()) > _SAME * scale:
             return None
     return everyone
 
@@ -246,13 +249,18 @@ def _batches(count: int, batch_size: int, ordered: bool) -> Iterator[tuple[tuple
 def _symmetric(probe: _Probe, batch_size: int) -> bool:
     """Whether the loss treats the rollouts of a batch alike, seen on a few shuffled batches."""
     generator = torch.Generator().manual_seed(1)
+    # A rotation and an exchange of two generate every order; a loss may survive either one alone.
+    rotated = torch.arange(batch_size).roll(1)
+    exchanged = torch.arange(batch_size)
+    exchanged[:2] = exchanged[:2].flip(0)
+    orders = (rotated, exchanged) if batch_size > 2 else (rotated,)
     for _ in range(4):
         batch = torch.randint(len(probe.everything), (batch_size,), generator=generator)
-        order = torch.arange(batch_size).roll(1)
-        straight, shuffled = probe.sensitivity(batch)[order], probe.sensitivity(batch[order])
+        straight = probe.sensitivity(batch)
         scale = max(float(straight.abs().max()), 1e-300)
-        if float((straight - shuffled).abs().max()) > _SAME * scale:
-            return False
+        for order in orders:
+            if float((straight[order] - probe.sensitivity(batch[order])).abs().max()) > _SAME * scale:
+                return False
     return True
 
 

@@ -15,7 +15,14 @@ from opdtheory.exact import chain
 from opdtheory.exact.policies import MarkovPolicy, Policy
 from opdtheory.exact.tree import LEAF_BUDGET, Tree, check_pair, pointwise, row_gradient
 
-__all__ = ["OBJECTIVES", "check_objective", "exact_gradient", "exact_value", "full_vocabulary_variance"]
+__all__ = [
+    "OBJECTIVES",
+    "check_objective",
+    "exact_gradient",
+    "exact_value",
+    "full_vocabulary_variance",
+    "tree_gradient",
+]
 
 OBJECTIVES = ("token_local", "token_return", "sequence")
 
@@ -112,7 +119,7 @@ def exact_gradient(
             gradient = chain.gradient(student, teacher, divergence, objective, gamma)
     else:
         with torch.no_grad():
-            levels = _tree_gradient(Tree.build(student, teacher, budget), divergence, objective, gamma)
+            levels = tree_gradient(Tree.build(student, teacher, budget), divergence, objective, gamma)
         gradient = student.pull_back(levels)
     if not all(torch.isfinite(g).all() for g in gradient):
         raise InvalidArgumentError(
@@ -138,7 +145,8 @@ def _tree_value(tree: Tree, divergence: Divergence, objective: str, gamma: float
     return total
 
 
-def _tree_gradient(tree: Tree, divergence: Divergence, objective: str, gamma: float) -> list[Tensor]:
+def tree_gradient(tree: Tree, divergence: Divergence, objective: str, gamma: float = 1.0) -> list[Tensor]:
+    """`exact_gradient` in the table of logits, on a tree that is already built and with checked arguments."""
     if objective == "sequence":
         return _sequence_gradient(tree, divergence)
     gradient: list[Tensor] = []

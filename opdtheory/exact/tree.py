@@ -49,7 +49,7 @@ def pointwise(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def row_gradient(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> Tensor:
-    r"""Gradient of $D_f(q\|p)$ in the logits of each row: $-p_a (w(u_a) - E_p w)$ (T1); not finite where $D_f$ is not."""
+    r"""Gradient of $D_f(q\|p)$ in the logits of each row: $-p_a (w(u_a) - E_p w)$ (T1); infinite where $D_f$ is."""
     absent = torch.isneginf(log_p)
     weight = divergence.weight(torch.where(absent, 0.0, log_q - log_p))
     p = log_p.exp()

@@ -1,0 +1,264 @@
+"""The command line: `opdtheory verify` and `opdtheory audit`.
+
+Exit status: 0 if what was asked holds, 1 if it does not, 2 for a usage error. Nothing beyond the core
+is needed; with rich installed the tables are coloured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from opdtheory.rollouts import Rollouts
+    from opdtheory.verification import Verification
+
+__all__ = ["main"]
+
+HOLDS, FAILS, USAGE = 0, 1, 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.command is None:
+        parser.print_help()
+        return USAGE
+    status: int = options.run(options)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    from opdtheory import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="opdtheory", description="What an on-policy-distillation loss really does, by exact expectation."
+    )
+    parser.add_argument("--version", action="version", version=f"opdtheory {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    verify = commands.add_parser("verify", help="check every identity and refute every false twin")
+    verify.add_argument("--json", action="store_true", help="print the results as JSON")
+    verify.add_argument(
+        "--report", type=Path, default=Path("reports/verify.html"), metavar="FILE", help="page to write (%(default)s)"
+    )
+    verify.add_argument("--no-report", action="store_true", help="write no page")
+    verify.set_defaults(run=_verify)
+
+    audit = commands.add_parser(
+        "audit",
+        help="find out what a loss really minimises",
+        description="Audit loss(rollouts) -> scalar, named as PATH.py:FUNCTION or package.module:FUNCTION.",
+    )
+    audit.add_argument("loss", metavar="LOSS", help="PATH.py:FUNCTION or package.module:FUNCTION")
+    audit.add_argument("--objective", help="claimed divergence, such as jsd or 'skew_jsd(beta=0.1)'")
+    audit.add_argument("--granularity", choices=("token_local", "token_return", "sequence"))
+    audit.add_argument("--gamma", type=float, help="discount of token_return (1)")
+    audit.add_argument("--batch-size", type=int, default=1, metavar="B", help="rollouts the loss sees at once (1)")
+    audit.add_argument("--eos", type=int, metavar="TOKEN", help="token that ends a rollout early (fixed length)")
+    audit.add_argument("--off-policy", type=float, default=0.0, metavar="S", help="logit noise of the sampler (0)")
+    audit.add_argument("--seed", type=int, default=0, help="of the panel of policies (0)")
+    audit.add_argument("--json", action="store_true", help="print the audit as JSON")
+    audit.set_defaults(run=_audit)
+    return parser
+
+
+def _audit(options: argparse.Namespace) -> int:
+    from opdtheory.auditing import audit
+    from opdtheory.errors import OpdTheoryError
+
+    try:
+        loss = load_loss(options.loss)
+        report = audit(loss, name=options.loss, **_claim(options, loss))
+    except (OpdTheoryError, LookupError) as error:
+        print(f"opdtheory audit: {error}", file=sys.stderr)
+        return USAGE
+    print(json.dumps(report.to_dict(), indent=2) if options.json else report)
+    return HOLDS if report.faithful else FAILS
+
+
+def _claim(options: argparse.Namespace, loss: object) -> dict[str, Any]:
+    """The settings of the audit: what the command line says, else what the loss claims, else the defaults."""
+    claim = getattr(loss, "claim", None)
+    objective, granularity, gamma = ("reverse_kl", "token_local", 1.0)
+    if claim is not None:
+        objective, granularity, gamma = claim.divergence, claim.granularity, claim.gamma
+    return {
+        "objective": options.objective if options.objective is not None else objective,
+        "granularity": options.granularity or granularity,
+        "gamma": options.gamma if options.gamma is not None else gamma,
+        "batch_size": options.batch_size,
+        "eos": options.eos,
+        "off_policy": options.off_policy,
+        "seed": options.seed,
+    }
+
+
+def load_loss(target: str) -> Callable[[Rollouts], Any]:
+    """Import the function that `PATH.py:FUNCTION` or `package.module:FUNCTION` names.
+
+    Raises:
+        LookupError: no such file, module or function; the message says which.
+    """
+    where, colon, name = target.rpartition(":")
+    if not colon or not where or not name:
+        raise LookupError(f"{target!r} names no loss; write PATH.py:FUNCTION or package.module:FUNCTION")
+    module = _load_file(Path(where)) if where.endswith(".py") else _load_module(where)
+    try:
+        found = module
+        for part in name.split("."):
+            found = getattr(found, part)
+    except AttributeError:
+        functions = sorted(n for n, value in vars(module).items() if callable(value) and not n.startswith("_"))
+        raise LookupError(f"{where} has no {name!r}; it has {', '.join(functions) or 'no function'}") from None
+    if not callable(found):
+        raise LookupError(f"{target} is a {type(found).__name__}; a function of rollouts is needed")
+    loss: Callable[[Rollouts], Any] = found
+    return loss
+
+
+def _load_file(path: Path) -> Any:
+    if not path.is_file():
+        raise LookupError(f"there is no file {path}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise LookupError(f"{path} cannot be imported as Python")
+    module = importlib.util.module_from_spec(spec)
+    # Registered under its name, so that dataclasses and pickles in the file work; beside it, its own imports.
+    sys.modules[path.stem] = module
+    sys.path.insert(0, str(path.parent))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(path.parent))
+    return module
+
+
+def _load_module(name: str) -> Any:
+    # A module beside the caller is found as `python -m` would find it.
+    sys.path.insert(0, "")
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise LookupError(f"module {name!r} cannot be imported: {error}") from None
+    finally:
+        sys.path.remove("")
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from opdtheory.verification import verify
+
+    console = None if options.json else _console()
+    if console is not None and console.is_terminal:
+        with console.status("verifying") as status:
+            result = verify(lambda item: status.update(f"verifying: {item}"))
+    else:
+        result = verify()
+    if options.json:
+        print(json.dumps(result.to_dict(), indent=2))
+    elif console is not None:
+        _print_rich(console, result)
+    else:
+        _print_plain(result)
+    if not options.no_report:
+        from opdtheory.verification_page import write_page
+
+        path = write_page(result, options.report)
+        print(f"wrote {path}", file=sys.stderr if options.json else sys.stdout)
+    return HOLDS if result.passed else FAILS
+
+
+def _console() -> Any:
+    try:
+        from rich.console import Console
+    except ImportError:
+        return None
+    return Console()
+
+
+_IDENTITY_HEADER = ("", "theorem", "identity", "error", "cases", "false twins", "s")
+_ESTIMATOR_HEADER = ("", "estimator", "claimed for", "audit's verdict", "false twin")
+
+
+def _identity_rows(result: Verification) -> list[tuple[str, ...]]:
+    return [
+        (
+            _mark(r.passed),
+            r.theorem,
+            r.name,
+            f"{r.error:.1e}",
+            str(r.cases),
+            f"{len(r.twins) - len(r.survivors)} of {len(r.twins)} refuted",
+            f"{r.seconds:.1f}",
+        )
+        for r in result.identities
+    ]
+
+
+def _estimator_rows(result: Verification) -> list[tuple[str, ...]]:
+    return [
+        (
+            _mark(r.passed),
+            r.short_name,
+            r.claim.divergence.label + ("" if r.claim.granularity == "token_local" else f", {r.claim.granularity}"),
+            r.audit.verdict.replace("_", " ")
+            + (f": {r.audit.descends}" if r.audit.verdict == "other_objective" else ""),
+            "refuted" if r.twin_refuted else "SURVIVES",
+        )
+        for r in result.estimators
+    ]
+
+
+def _mark(passed: bool) -> str:
+    return "ok" if passed else "FAILED"
+
+
+def _summary(result: Verification) -> str:
+    identities = sum(r.passed for r in result.identities)
+    estimators = sum(r.passed for r in result.estimators)
+    twins = sum(len(r.twins) - len(r.survivors) for r in result.identities) + sum(
+        r.twin_refuted for r in result.estimators
+    )
+    return (
+        f"{identities} of {len(result.identities)} identities hold, {estimators} of {len(result.estimators)} "
+        f"estimators keep their claim, {twins} false twins refuted, in {result.seconds:.0f} s"
+    )
+
+
+def _print_rich(console: Any, result: Verification) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    for title, header, rows in (
+        ("Identities", _IDENTITY_HEADER, _identity_rows(result)),
+        ("Estimators", _ESTIMATOR_HEADER, _estimator_rows(result)),
+    ):
+        table = Table(*header, title=title, title_justify="left")
+        for row in rows:
+            mark = Text(row[0], style="green" if row[0] == "ok" else "bold red")
+            table.add_row(mark, *(Text(cell) for cell in row[1:]))
+        console.print(table)
+    console.print(Text(_summary(result), style="bold green" if result.passed else "bold red"))
+
+
+def _print_plain(result: Verification) -> None:
+    for header, rows in (
+        (_IDENTITY_HEADER, _identity_rows(result)),
+        (_ESTIMATOR_HEADER, _estimator_rows(result)),
+    ):
+        widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+        for row in (header, *rows):
+            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        print()
+    print(_summary(result))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
