@@ -284,7 +284,7 @@ def found(audit: opd.Audit) -> str:
         return "**zero gradient**"
     if audit.descends is None or audit.identified is None:
         wrong_way = " (the wrong way)" if audit.cosine < 0 else ""
-        return f"no catalogue objective; cosine down to {audit.cosine:.2f}{wrong_way}"
+        return f"no catalogue objective; cosine down to {audit.cosine:.3f}{wrong_way}"
     what = _objective(audit.identified["objective"], audit.identified["parameters"])
     times = _times(audit.identified["scale"], max(audit.tolerance, _FRACTION))
     return f"{what}{times}" if audit.faithful else f"**{what}**{times}"
