@@ -18,9 +18,7 @@ try:
 except ModuleNotFoundError as error:
     if error.name != "hypothesis":
         raise
-    raise ImportError(
-        "the strategies of opdtheory.testing need hypothesis: pip install 'opdtheory[testing]'"
-    ) from error
+    raise ImportError("the strategies of opdtheory.testing need hypothesis: pip install opdtheory[testing]") from error
 
 __all__ = ["divergences", "policies", "policy_pairs", "rollouts"]
 
