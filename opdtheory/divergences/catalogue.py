@@ -329,11 +329,9 @@ def skew_jsd(beta: float) -> Divergence:
         forms = dict.fromkeys(("generator", "log_slope", "weight", "curvature"), nothing)
     else:
         forms = {
-            "generator": Form(generator, -c * math.log1p(-b) if b < 0.5 else -c * math.log(c), _INF),
+            "generator": Form(generator, -c * _log(1 - exact), _INF),
             "log_slope": Form(lambda t: mul_exp(-b * log_mixture(-t, c, b), t), 0.0, _INF),
-            "weight": Form(
-                lambda t: c * log_mixture(t, b, c), c * math.log1p(-b) if b < 0.5 else c * math.log(c), _INF
-            ),
+            "weight": Form(lambda t: c * log_mixture(t, b, c), c * _log(1 - exact), _INF),
             "curvature": Form(lambda t: variance * mixture_ratio(t, b, c), 0.0, c),
         }
     return _entry(
@@ -341,7 +339,7 @@ def skew_jsd(beta: float) -> Divergence:
         expr,
         **forms,
         curvature_slope=lambda t: variance * c * mixture_ratio(t, b, c) * _inverse_mixture(t, b, c),
-        slope_at_infinity=0.0 if variance == 0.0 else (-b * math.log1p(-c) if c < 0.5 else -b * math.log(b)),
+        slope_at_infinity=0.0 if variance == 0.0 else -b * _log(exact),
         reference="arXiv 2306.13649; Lin (1991), doi:10.1109/18.61115",
         parameters={"beta": float(beta)},
     )
@@ -510,7 +508,7 @@ def skew_forward_kl(lam: float) -> Divergence:
         weight=Form(lambda t: c * mixture_ratio(t, b, c), 0.0, _float((1 - exact) / exact) if exact else _INF),
         curvature=Form(curvature, 0.0, 0.0 if exact else _INF),
         curvature_slope=lambda t: curvature(t) * (c * _inverse_mixture(t, b, c) - b * mixture_ratio(t, b, c)),
-        slope_at_infinity=-math.log(b) if exact else _INF,
+        slope_at_infinity=-_log(exact) if exact else _INF,
         reference="arXiv 2402.03898",
         parameters={"lam": float(lam)},
     )
@@ -547,9 +545,9 @@ def skew_reverse_kl(lam: float) -> Divergence:
     return _entry(
         "skew_reverse_kl",
         expr,
-        generator=Form(lambda t: -log_mixture(t, c, b), -math.log(b) if exact else _INF, -_INF),
+        generator=Form(lambda t: -log_mixture(t, c, b), -_log(exact) if exact else _INF, -_INF),
         log_slope=Form(lambda t: -c * mixture_ratio(t, c, b), 0.0 if exact else -1.0, -1.0),
-        weight=Form(lambda t: -per_ratio(-t), math.log(b) if exact else -_INF, _INF),
+        weight=Form(lambda t: -per_ratio(-t), _log(exact) if exact else -_INF, _INF),
         curvature=Form(curvature, 0.0 if exact else 1.0, 1.0),
         curvature_slope=lambda t: 2 * b * curvature(t) * _inverse_mixture(t, c, b),
         slope_at_infinity=0.0,
@@ -609,6 +607,11 @@ def _float(value: Fraction) -> float:
         return float(value)
     except OverflowError:
         return _INF if value > 0 else -_INF
+
+
+def _log(value: Fraction) -> float:
+    """The logarithm of an exact positive value; a float near one would have lost the digits that count."""
+    return math.log1p(float(value - 1)) if value > Fraction(1, 2) else math.log(float(value))
 
 
 def _rational(value: Fraction) -> sympy.Expr:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from opdtheory.divergences.logspace import polynomial
 from opdtheory.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -35,7 +36,8 @@ __all__ = [
 
 _GRID_LIMIT = 60  # convexity that sympy cannot decide is checked for |log u| up to this
 _DIGITS = 50
-_CANCELLATION = 2.0**-16
+_CANCELLATION = 2.0**-10  # a sum this much smaller than its terms has lost too many digits
+_SERIES_RADIUS, _SERIES_ORDER = 1 / 16, 18
 
 
 @functools.cache
@@ -199,12 +201,14 @@ def slope_at_infinity(generator: sympy.Expr) -> float:
 def numeric(expression: sympy.Expr) -> Callable[[Tensor], Tensor]:
     """An expression in `u` as a function of float64 tensors of `log u`.
 
-    Points at which an intermediate overflows, underflows or cancels by more than 16 bits are evaluated by mpmath.
+    Near `u = 1` a smooth expression is evaluated by its power series in `log u`. Elsewhere, points at which an
+    intermediate overflows, underflows or cancels by more than 10 bits are evaluated by mpmath.
     """
     import sympy
 
     in_log = expression.subs(symbol(), sympy.exp(_log_symbol()))
     exact = functools.cache(lambda: _mpmath_function(in_log))
+    series = functools.cache(lambda: _series(in_log))
 
     def function(t: Tensor) -> Tensor:
         evaluator = _TorchEvaluator(t)
@@ -213,6 +217,11 @@ def numeric(expression: sympy.Expr) -> Callable[[Tensor], Tensor]:
         except _UnknownFunctionError:
             values, suspect = torch.zeros_like(t), torch.ones_like(t, dtype=torch.bool)
         suspect = suspect & torch.isfinite(t)
+        coefficients = series()
+        if coefficients is not None:
+            near = t.abs() < _SERIES_RADIUS
+            values = torch.where(near, polynomial(t, coefficients), values)
+            suspect = suspect & ~near
         if bool(suspect.any()):
             distinct, place = torch.unique(t[suspect], return_inverse=True)
             points = torch.tensor([exact()(point) for point in distinct.tolist()], dtype=t.dtype, device=t.device)
@@ -362,6 +371,28 @@ def _mpmath_function(expression: sympy.Expr) -> Callable[[float], float]:
         return math.nan if previous is None else _to_float(value)
 
     return evaluate
+
+
+def _series(expression: sympy.Expr) -> tuple[float, ...] | None:
+    """The Taylor coefficients at `t = 0`, or None where they do not reproduce the function on both sides."""
+    import mpmath
+
+    function = _lambdify(_log_symbol(), expression)
+    with mpmath.workdps(60):
+        try:
+            # Differences of high order take digits: mpmath adds what they need.
+            found = mpmath.taylor(function, 0, _SERIES_ORDER)
+            coefficients = [mpmath.re(c) if abs(c) > mpmath.mpf("1e-40") else mpmath.mpf(0) for c in found]
+            for t in (mpmath.mpf(k) * _SERIES_RADIUS / 8 for k in (-8, -5, -1, 1, 5, 8)):
+                terms = [c * t**k for k, c in enumerate(coefficients)]
+                expected = function(t)
+                if abs(sum(terms) - expected) > abs(expected) * mpmath.mpf("1e-17"):
+                    return None
+                if abs(expected) < max(abs(term) for term in terms) / 2:  # a root nearby, where the series cancels
+                    return None
+        except (ArithmeticError, ValueError, TypeError):
+            return None
+        return tuple(_to_float(c) for c in coefficients)
 
 
 def _lambdify(variable: sympy.Symbol, expression: sympy.Expr) -> Callable[[Any], Any]:
