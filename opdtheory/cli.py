@@ -240,7 +240,9 @@ def _print_rich(console: Any, result: Verification) -> None:
         ("Identities", _IDENTITY_HEADER, _identity_rows(result)),
         ("Estimators", _ESTIMATOR_HEADER, _estimator_rows(result)),
     ):
-        table = Table(*header, title=title, title_justify="left")
+        table = Table(title=title, title_justify="left")
+        for column in header:
+            table.add_column(column, overflow="fold")
         for row in rows:
             mark = Text(row[0], style="green" if row[0] == "ok" else "bold red")
             table.add_row(mark, *(Text(cell) for cell in row[1:]))

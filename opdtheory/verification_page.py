@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -150,8 +151,11 @@ def _recovered_figure(figure: Any, results: list[EstimatorResult]) -> Any:
         weight = r.audit.weight
         style = "-" if weight["depends_on_ratio_only"] else "--"
         axis.plot(weight["log_u"], weight["weight"], style, color="tab:blue" if r.audit.faithful else "tab:red")
-        _decorate(axis, f"{r.short_name}\n{r.audit.verdict.replace('_', ' ')}")
+        title = textwrap.fill(r.short_name, width=32)
+        _decorate(axis, f"{title}\n{r.audit.verdict.replace('_', ' ')}")
         axis.title.set_fontsize(7)
+        if float(weight["weight"].abs().max()) < 1e-9:
+            axis.set_ylim(-1.0, 1.0)  # rounding, not a weight
     for axis in axes[len(results) :]:
         axis.set_visible(False)
     return sheet

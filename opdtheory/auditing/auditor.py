@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opdtheory.auditing.identify import Fit, Match, best_match, fit_scale, flat, recover_weight
+from opdtheory.auditing.identify import Fit, Match, best_match, explains_panel, fit_scale, flat, recover_weight
 from opdtheory.auditing.panel import Case, panel
 from opdtheory.auditing.report import Audit, PairResult
 from opdtheory.divergences import Divergence
@@ -153,7 +153,7 @@ def _audit(loss: _Counted, divergence: Divergence, granularity: str, settings: _
     start = time.perf_counter()
     found = _compare(loss, divergence, granularity, settings)
     batch_size, fit, tolerance, verdict = settings.batch_size, found.fit, found.tolerance, found.verdict
-    weight = recover_weight(loss, batch_size, settings.off_policy, settings.seed)
+    weight = recover_weight(loss, batch_size, settings.off_policy, settings.seed, tolerance)
     match: Match | None = None
     if verdict in ("exact", "exact_up_to_scale"):
         match = Match(divergence, granularity, fit)
@@ -176,7 +176,7 @@ def _audit(loss: _Counted, divergence: Divergence, granularity: str, settings: _
         scale=fit.scale,
         tolerance=tolerance,
         identified=None if match is None else _record(match, tolerance),
-        weight=dict(vars(weight)),
+        weight={**vars(weight), "explains_panel": explains_panel(weight, found.gradients, found.cases)},
         pairs=[
             PairResult(
                 label=case.label,

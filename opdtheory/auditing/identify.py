@@ -18,10 +18,13 @@ from opdtheory.exact import OBJECTIVES, Loss, gradient_moments
 from opdtheory.exact.oracle import tree_gradient
 from opdtheory.exact.tree import Tree
 
-__all__ = ["Fit", "Match", "RecoveredWeight", "best_match", "fit_scale", "flat", "recover_weight"]
+__all__ = ["Fit", "Match", "RecoveredWeight", "best_match", "explains_panel", "fit_scale", "flat", "recover_weight"]
 
-# A weight recovered from an exact gradient carries its rounding, amplified by 1/p of the rarest token.
-_RATIO_ONLY = 1e-8
+# A weight recovered from a gradient carries its rounding, amplified by 1/p of the rarest token.
+_AMPLIFIED = 10.0
+
+# Interpolating a recovered weight between grid points costs less than this, relative to the gradient.
+_INTERPOLATION = 0.02
 
 # Parameterised families and the interval in which their parameter is sought.
 _FAMILIES = {
@@ -101,8 +104,15 @@ class Match:
     fit: Fit
 
 
-def recover_weight(loss: Loss, batch_size: int, off_policy: float, seed: int) -> RecoveredWeight:
+def recover_weight(loss: Loss, batch_size: int, off_policy: float, seed: int, tolerance: float) -> RecoveredWeight:
     r"""Recover $w(u_a) = -G_a / p_a + \text{const}$ from the expected gradient $G$ on one-step bandits.
+
+    Args:
+        loss: the black box.
+        batch_size: rollouts it sees at once.
+        off_policy: noise of the sampling policy's logits.
+        seed: of the bandits.
+        tolerance: relative error of the loss's gradient that is rounding.
 
     Raises:
         LossError: as `gradient_moments`.
@@ -124,10 +134,34 @@ def recover_weight(loss: Loss, batch_size: int, off_policy: float, seed: int) ->
         log_u=log_u,
         weight=curve,
         residual=residual,
-        depends_on_ratio_only=residual < _RATIO_ONLY,
-        non_decreasing=bool((steps >= -_RATIO_ONLY * max(span, 1e-9)).all()),
+        depends_on_ratio_only=residual < _AMPLIFIED * tolerance,
+        non_decreasing=bool((steps >= -_AMPLIFIED * tolerance * max(span, 1e-9)).all()),
         slope_at_teacher=_central_slope(curve[middle - 2 : middle + 3].tolist()),
     )
+
+
+def explains_panel(weight: RecoveredWeight, gradients: list[Tensor], cases: list[Case]) -> bool:
+    """Whether the recovered weight of each token's own ratio gives the loss's gradients, up to one scale.
+
+    The weight was found on one-step policies. Over several tokens a loss may weigh a token by its
+    position, or by the ratios of others.
+    """
+    from scipy.interpolate import PchipInterpolator
+
+    curve = PchipInterpolator(weight.log_u.numpy(), weight.weight.numpy(), extrapolate=False)
+    actual, predicted = [], []
+    for case, gradient in zip(cases, gradients, strict=True):
+        tree = Tree.build(case.student, case.teacher)
+        log_u = [q - p for p, q in zip(tree.log_p, tree.log_q, strict=True)]
+        if max(float(level.abs().max()) for level in log_u) > float(weight.log_u[-1]):
+            continue
+        levels = []
+        for n, level in enumerate(log_u):
+            p, advantage = tree.log_p[n].exp(), torch.from_numpy(curve(level.numpy()))
+            levels.append(-tree.reach(n).unsqueeze(-1) * p * (advantage - (p * advantage).sum(-1, keepdim=True)))
+        actual.append(gradient)
+        predicted.append(flat(levels))
+    return bool(actual) and fit_scale(actual, predicted).worst_error < _INTERPOLATION
 
 
 def _central_slope(values: list[float]) -> float:
@@ -175,7 +209,8 @@ def best_match(
     if (best is None or best.fit.worst_error > tolerance) and weight.depends_on_ratio_only:
         fitted = [entry for name in _FAMILIES if (entry := _fit_family(name, weight)) is not None]
         other = _nearest(gradients, trees, itertools.product(fitted, order), tolerance)
-        if other is not None and (best is None or other.fit.typical_error < best.fit.typical_error):
+        # A member that is an entry in another name does not displace it.
+        if other is not None and (best is None or other.fit.typical_error < (1 - 1e-6) * best.fit.typical_error):
             best = other
     return best
 

@@ -59,8 +59,9 @@ class Audit:
             `objective`, `granularity`, `parameters`, `scale` and `error`, or None if no objective
             points the same way. The error is relative to the loss's gradient, at that scale: the
             worst over the panel for a match, the root mean square for the nearest miss.
-        weight: the recovered local weight: `log_u`, `weight`, `depends_on_ratio_only`,
-            `non_decreasing`, `residual` and `slope_at_teacher` (see `RecoveredWeight`).
+        weight: the recovered local weight: `log_u`, `weight`, `depends_on_ratio_only`, `non_decreasing`,
+            `residual`, `slope_at_teacher` (see `RecoveredWeight`) and `explains_panel`: whether that weight
+            of each token's own ratio gives the gradient over several tokens too.
         pairs: one row per pair of the panel.
         variable_lengths: verdict and worst relative bias, against the objective that the loss
             follows at fixed length, when rollouts may end early; None if not looked at.
@@ -188,6 +189,11 @@ class Audit:
             return ""
         if not self.weight["depends_on_ratio_only"]:
             return "The weight on a token is no function of the ratio u = teacher/student alone."
+        if self.descends is None and not self.weight["explains_panel"]:
+            return (
+                "On one-step policies the weight on a token is a function of the ratio u = teacher/student; over "
+                "several tokens it depends on more than this token's."
+            )
         sentences = []
         if not self.weight["non_decreasing"]:
             sentences.append(f"The weight falls {_intervals(self.weight)}, so no f-divergence is minimised (T4).")
@@ -212,12 +218,14 @@ class Audit:
 
     def _noise(self) -> str:
         """Variance at the claimed gradient's own scale, where the two estimate the same vector."""
+        if not self.faithful or self.granularity != "token_local":
+            return ""
         ratios = [
             p.variance / (self.scale**2 * p.full_vocabulary_variance)
             for p in self.pairs
             if p.full_vocabulary_variance > 0
         ]
-        if not self.faithful or not ratios or self.granularity != "token_local" or min(ratios) <= 0:
+        if not ratios or min(ratios) <= 0:
             return ""
         middle = math.exp(sum(map(math.log, ratios)) / len(ratios))
         if abs(middle - 1.0) < 1e-6:

@@ -36,7 +36,7 @@ class Policy(abc.ABC):
         """The tensors that gradients are taken with respect to."""
 
     @abc.abstractmethod
-    def tables(self) -> list[Float[Tensor, "prefixes V"]]:
+    def tables(self) -> list[Float[Tensor, "_ V"]]:
         """Next-token logits of every prefix, differentiable in `parameters()`.
 
         Level `n` has shape `(V**n, V)`, float64; a row is the prefix read as a base-`V` number.
@@ -44,7 +44,7 @@ class Policy(abc.ABC):
         """
 
     @abc.abstractmethod
-    def pull_back(self, levels: list[Float[Tensor, "prefixes V"]]) -> list[Tensor]:
+    def pull_back(self, levels: list[Float[Tensor, "_ V"]]) -> list[Tensor]:
         """Gradient in `parameters()`, from the gradient in `tables()`."""
 
     def tabulate(self) -> TabularPolicy:
@@ -69,7 +69,7 @@ class TabularPolicy(Policy):
         [(1, 3), (3, 3)]
     """
 
-    def __init__(self, logits: Sequence[Float[Tensor, "prefixes V"]], eos: int | None = None) -> None:
+    def __init__(self, logits: Sequence[Float[Tensor, "_ V"]], eos: int | None = None) -> None:
         """See the class."""
         if not logits:
             raise InvalidArgumentError("logits", "is empty; one tensor per position is needed")
@@ -138,11 +138,11 @@ class TabularPolicy(Policy):
         """The logits themselves."""
         return self.logits
 
-    def tables(self) -> list[Float[Tensor, "prefixes V"]]:
+    def tables(self) -> list[Float[Tensor, "_ V"]]:
         """The logits themselves."""
         return self.logits
 
-    def pull_back(self, levels: list[Float[Tensor, "prefixes V"]]) -> list[Tensor]:
+    def pull_back(self, levels: list[Float[Tensor, "_ V"]]) -> list[Tensor]:
         """The levels themselves."""
         return levels
 
@@ -206,14 +206,14 @@ class MarkovPolicy(Policy):
         """`[initial, transition]`."""
         return self.logits
 
-    def tables(self) -> list[Float[Tensor, "prefixes V"]]:
+    def tables(self) -> list[Float[Tensor, "_ V"]]:
         """The chain unrolled: the row of a prefix is the row of its last token."""
         _check_row_count(self.vocab_size, self.horizon)
         return [self.initial.unsqueeze(0)] + [
             self.transition.repeat(self.vocab_size ** (n - 1), 1) for n in range(1, self.horizon)
         ]
 
-    def pull_back(self, levels: list[Float[Tensor, "prefixes V"]]) -> list[Tensor]:
+    def pull_back(self, levels: list[Float[Tensor, "_ V"]]) -> list[Tensor]:
         """The first row, and the sum over all rows that share a last token."""
         shared = [level.view(-1, self.vocab_size, self.vocab_size).sum(0) for level in levels[1:]]
         return [levels[0][0], torch.stack(shared).sum(0) if shared else torch.zeros_like(self.transition)]
@@ -263,13 +263,13 @@ class ModulePolicy(Policy):
         """The module's parameters that require gradients, in the module's order."""
         return [p for p in self.module.parameters() if p.requires_grad]
 
-    def tables(self) -> list[Float[Tensor, "prefixes V"]]:
+    def tables(self) -> list[Float[Tensor, "_ V"]]:
         """The module evaluated on every prefix of fewer than `horizon` tokens."""
         _check_row_count(self.vocab_size, self.horizon)
         device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
         return [self._level(n, device) for n in range(self.horizon)]
 
-    def pull_back(self, levels: list[Float[Tensor, "prefixes V"]]) -> list[Tensor]:
+    def pull_back(self, levels: list[Float[Tensor, "_ V"]]) -> list[Tensor]:
         """By automatic differentiation of the module.
 
         Raises:

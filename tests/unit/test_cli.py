@@ -1,0 +1,166 @@
+"""The command line: targets, exit statuses, JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from opdtheory import cli
+from opdtheory.theorems import IdentityResult
+from opdtheory.verification import Verification, verify
+from opdtheory.verification_page import render_page
+
+SOURCE = """
+import opdtheory as opd
+
+def k3(r):
+    return r.token_sum(r.log_u.expm1() - r.log_u)
+
+def k2(r):
+    return r.token_sum(r.log_u.square() / 2)
+
+class Losses:
+    @staticmethod
+    def right(r):
+        return k2(r)
+
+claimed = opd.estimator("return_to_go", "jsd", gamma=1.0)
+number = 3
+"""
+
+
+@pytest.fixture
+def losses(tmp_path: Path) -> str:
+    path = tmp_path / "my_losses.py"
+    path.write_text(SOURCE)
+    return str(path)
+
+
+def test_audit_of_a_file(losses: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["audit", f"{losses}:k3"]) == 1
+    assert "forward_kl" in capsys.readouterr().out
+    assert cli.main(["audit", f"{losses}:k3", "--objective", "forward_kl"]) == 0
+    assert cli.main(["audit", f"{losses}:Losses.right"]) == 0
+
+
+def test_audit_of_a_module(losses: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.syspath_prepend(str(Path(losses).parent))
+    assert cli.main(["audit", "my_losses:k2"]) == 0
+    capsys.readouterr()
+
+
+def test_audit_as_json(losses: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["audit", f"{losses}:k3", "--json", "--seed", "1"]) == 1
+    record = json.loads(capsys.readouterr().out)
+    assert record["descends"] == "forward_kl"
+    assert record["settings"]["seed"] == 1
+
+
+def test_audit_takes_the_claim_of_an_estimator(losses: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["audit", f"{losses}:claimed"]) == 0
+    assert "jsd (token_return)" in capsys.readouterr().out
+    assert cli.main(["audit", f"{losses}:claimed", "--granularity", "token_local"]) == 1
+
+
+def test_audit_of_a_parameterised_divergence(losses: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["audit", f"{losses}:k3", "--objective", "alpha(alpha=1)"]) == 0
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("nothing", "PATH.py:FUNCTION"),
+        ("nowhere.py:loss", "no file"),
+        ("no_such_module_at_all:loss", "cannot be imported"),
+        ("{losses}:k4", "it has k2, k3"),
+        ("{losses}:number", "int"),
+    ],
+)
+def test_wrong_targets_are_usage_errors(
+    losses: str, target: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = target.replace("{losses}", losses)
+    assert cli.main(["audit", target]) == 2
+    if "k4" in target:
+        message = "has no 'k4'"
+    assert message in capsys.readouterr().err
+
+
+def test_wrong_names_are_usage_errors(losses: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["audit", f"{losses}:k3", "--objective", "nonsense"]) == 2
+    assert "nonsense" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["audit", f"{losses}:k3", "--granularity", "nonsense"])
+    assert exit_.value.code == 2
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["nonsense"])
+    assert exit_.value.code == 2
+    assert cli.main([]) == 2
+
+
+@pytest.fixture(scope="module")
+def verification() -> Verification:
+    return verify()
+
+
+def test_everything_verifies(verification: Verification) -> None:
+    failed = [f"{r.theorem} {r.name}: {r.error:.1e}, {r.survivors}" for r in verification.identities if not r.passed]
+    failed += [f"{r.name}: {r.claim.verdict}, audit {r.audit.verdict}" for r in verification.estimators if not r.passed]
+    assert verification.passed, failed
+    assert {r.theorem for r in verification.identities} >= {"T1", "T2", "T3", "T4"}
+
+
+def test_every_named_estimator_is_verified(verification: Verification) -> None:
+    import opdtheory as opd
+
+    assert {r.audit.name.split("'")[1] for r in verification.estimators} == set(opd.estimator_names())
+
+
+def test_verification_as_json(verification: Verification) -> None:
+    record = json.loads(json.dumps(verification.to_dict(), allow_nan=False))
+    assert record["passed"] is True
+    assert len(record["identities"]) == len(verification.identities)
+
+
+def test_a_surviving_twin_or_a_large_error_fails() -> None:
+    right = IdentityResult("T0", "name", "x", 1e-16, 1e-12, 3, {"twin": 1.0}, 0.1)
+    survivor = IdentityResult("T0", "name", "x", 1e-16, 1e-12, 3, {"twin": 1e-13}, 0.1)
+    wrong = IdentityResult("T0", "name", "x", 1e-3, 1e-12, 3, {"twin": 1.0}, 0.1)
+    empty = IdentityResult("T0", "name", "x", 0.0, 1e-12, 0, {"twin": 1.0}, 0.1)
+    untested = IdentityResult("T0", "name", "x", 0.0, 1e-12, 3, {}, 0.1)
+    assert Verification([right], [], 1.0).passed
+    for result in (survivor, wrong, empty, untested):
+        assert not Verification([right, result], [], 1.0).passed
+    assert survivor.survivors == ["twin"]
+
+
+def test_page_is_self_contained_and_escapes(verification: Verification) -> None:
+    page = render_page(verification)
+    assert page.count("<svg") == 2
+    assert "src=" not in page and "@import" not in page and "<script" not in page
+    hostile = IdentityResult("T<b>", "<script>alert(1)</script>", "x", 0.0, 1e-12, 1, {"<i>": 1.0}, 0.1)
+    page = render_page(Verification([hostile], verification.estimators[:1], 1.0))
+    assert "<script" not in page and "<i>" not in page
+    assert "&lt;script&gt;" in page
+
+
+def test_verify_prints_and_writes(
+    verification: Verification, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("opdtheory.verification.verify", lambda *_: verification)
+    page = tmp_path / "deep" / "verify.html"
+    assert cli.main(["verify", "--report", str(page)]) == 0
+    out = capsys.readouterr().out
+    assert "OPD+ identity" in out and "identities hold" in out
+    assert page.read_text().startswith("<!doctype html>")
+    assert cli.main(["verify", "--json", "--no-report"]) == 0
+    assert json.loads(capsys.readouterr().out)["passed"] is True
+    monkeypatch.setattr(cli, "_console", lambda: None)
+    assert cli.main(["verify", "--no-report"]) == 0
+    assert "identities hold" in capsys.readouterr().out
+    failing = Verification([IdentityResult("T0", "n", "x", 1.0, 1e-12, 1, {"twin": 1.0}, 0.1)], [], 1.0)
+    monkeypatch.setattr("opdtheory.verification.verify", lambda *_: failing)
+    assert cli.main(["verify", "--no-report"]) == 1
