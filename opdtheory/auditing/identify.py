@@ -24,7 +24,8 @@ __all__ = ["Fit", "Match", "RecoveredWeight", "best_match", "explains_panel", "f
 _AMPLIFIED = 10.0
 
 # Interpolating a recovered weight between grid points costs less than this, relative to the gradient.
-_INTERPOLATION = 0.02
+_INTERPOLATION = 0.05
+_FINE_GRID = 0.5
 
 # Parameterised families and the interval in which their parameter is sought.
 _FAMILIES = {
@@ -140,12 +141,15 @@ def recover_weight(loss: Loss, batch_size: int, off_policy: float, seed: int, to
     )
 
 
-def explains_panel(weight: RecoveredWeight, gradients: list[Tensor], cases: list[Case]) -> bool:
+def explains_panel(weight: RecoveredWeight, gradients: list[Tensor], cases: list[Case]) -> bool | None:
     """Whether the recovered weight of each token's own ratio gives the loss's gradients, up to one scale.
 
     The weight was found on one-step policies. Over several tokens a loss may weigh a token by its
-    position, or by the ratios of others.
+    position, or by the ratios of others. None if the grid is too coarse to tell.
     """
+    spacing, limit = float(weight.log_u[-1] - weight.log_u[-2]), float(weight.log_u[-1])
+    if spacing > _FINE_GRID or limit < 1.0:
+        return None
     from scipy.interpolate import PchipInterpolator
 
     curve = PchipInterpolator(weight.log_u.numpy(), weight.weight.numpy(), extrapolate=False)
@@ -153,7 +157,7 @@ def explains_panel(weight: RecoveredWeight, gradients: list[Tensor], cases: list
     for case, gradient in zip(cases, gradients, strict=True):
         tree = Tree.build(case.student, case.teacher)
         log_u = [q - p for p, q in zip(tree.log_p, tree.log_q, strict=True)]
-        if max(float(level.abs().max()) for level in log_u) > float(weight.log_u[-1]):
+        if not spacing < max(float(level.abs().max()) for level in log_u) <= limit:
             continue
         levels = []
         for n, level in enumerate(log_u):
@@ -161,7 +165,7 @@ def explains_panel(weight: RecoveredWeight, gradients: list[Tensor], cases: list
             levels.append(-tree.reach(n).unsqueeze(-1) * p * (advantage - (p * advantage).sum(-1, keepdim=True)))
         actual.append(gradient)
         predicted.append(flat(levels))
-    return bool(actual) and fit_scale(actual, predicted).worst_error < _INTERPOLATION
+    return fit_scale(actual, predicted).worst_error < _INTERPOLATION if actual else None
 
 
 def _central_slope(values: list[float]) -> float:

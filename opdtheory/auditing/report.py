@@ -61,7 +61,7 @@ class Audit:
             worst over the panel for a match, the root mean square for the nearest miss.
         weight: the recovered local weight: `log_u`, `weight`, `depends_on_ratio_only`, `non_decreasing`,
             `residual`, `slope_at_teacher` (see `RecoveredWeight`) and `explains_panel`: whether that weight
-            of each token's own ratio gives the gradient over several tokens too.
+            of each token's own ratio gives the gradient over several tokens too (None: cannot tell).
         pairs: one row per pair of the panel.
         variable_lengths: verdict and worst relative bias, against the objective that the loss
             follows at fixed length, when rollouts may end early; None if not looked at.
@@ -189,7 +189,7 @@ class Audit:
             return ""
         if not self.weight["depends_on_ratio_only"]:
             return "The weight on a token is no function of the ratio u = teacher/student alone."
-        if self.descends is None and not self.weight["explains_panel"]:
+        if self.descends is None and self.weight["explains_panel"] is False:
             return (
                 "On one-step policies the weight on a token is a function of the ratio u = teacher/student; over "
                 "several tokens it depends on more than this token's."
