@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, TypeAlias
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ except ModuleNotFoundError as error:
 __all__ = ["divergences", "policies", "policy_pairs", "rollouts"]
 
 Size: TypeAlias = int | tuple[int, int]
+Draw: TypeAlias = Callable[..., Any]  # hypothesis' own protocol cannot be checked at run time
 
 # Parameters in hundredths, so that examples print short: lowest, highest, and where shrinking ends.
 _PARAMETERS = {
@@ -53,7 +55,7 @@ def divergences(*, families: bool = True, smooth: bool = False) -> st.SearchStra
 
 @st.composite
 def policies(
-    draw: st.DrawFn,
+    draw: Draw,
     vocab_size: Size = (2, 4),
     horizon: Size = (1, 3),
     eos: int | Literal["any"] | None = "any",
@@ -79,7 +81,7 @@ def policies(
 
 @st.composite
 def policy_pairs(
-    draw: st.DrawFn,
+    draw: Draw,
     vocab_size: Size = (2, 4),
     horizon: Size = (1, 3),
     eos: int | Literal["any"] | None = "any",
@@ -120,7 +122,7 @@ def policy_pairs(
 
 @st.composite
 def rollouts(
-    draw: st.DrawFn,
+    draw: Draw,
     vocab_size: Size = (2, 4),
     horizon: Size = (1, 4),
     batch_size: Size = (1, 3),
@@ -168,7 +170,7 @@ def _member(name: str) -> st.SearchStrategy[Divergence]:
 
 
 def _dimensions(
-    draw: st.DrawFn, vocab_size: Size, horizon: Size, eos: int | Literal["any"] | None, zeros: Size
+    draw: Draw, vocab_size: Size, horizon: Size, eos: int | Literal["any"] | None, zeros: Size
 ) -> tuple[int, int, int | None, int]:
     size, length = _size(draw, "vocab_size", vocab_size), _size(draw, "horizon", horizon)
     absent = min(_size(draw, "zeros", zeros, lowest=0), size - 1)
@@ -176,14 +178,14 @@ def _dimensions(
     return size, length, end, absent
 
 
-def _size(draw: st.DrawFn, name: str, wanted: Size, lowest: int = 1) -> int:
+def _size(draw: Draw, name: str, wanted: Size, lowest: int = 1) -> int:
     low, high = (wanted, wanted) if isinstance(wanted, int) else wanted
     if not lowest <= low <= high:
         raise InvalidArgumentError(name, f"is {wanted!r}; an integer of at least {lowest}, or an interval, is needed")
-    return draw(st.integers(low, high), label=name)
+    return int(draw(st.integers(low, high), label=name))
 
 
-def _tables(draw: st.DrawFn, size: int, length: int, absent: int, sharp: bool) -> list[Tensor]:
+def _tables(draw: Draw, size: int, length: int, absent: int, sharp: bool) -> list[Tensor]:
     flat = _logits(draw, (sum(size**n for n in range(length)), size), "logits")
     if sharp:
         rows = draw(st.sets(st.integers(0, len(flat) - 1), max_size=4), label="sharp rows")
@@ -194,7 +196,7 @@ def _tables(draw: st.DrawFn, size: int, length: int, absent: int, sharp: bool) -
     return [level.clone() for level in flat.split([size**n for n in range(length)])]
 
 
-def _logits(draw: st.DrawFn, shape: tuple[int, ...], label: str) -> Tensor:
+def _logits(draw: Draw, shape: tuple[int, ...], label: str) -> Tensor:
     count = math.prod(shape)
     if count <= _DRAWN_LOGITS:
         tenths = draw(st.lists(st.integers(-20, 20), min_size=count, max_size=count), label=f"{label}, tenths")
