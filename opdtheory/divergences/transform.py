@@ -459,7 +459,10 @@ def _differentiate(expression: sympy.Expr) -> sympy.Expr:
     import sympy
 
     derivative = sympy.diff(expression, symbol())
-    return derivative.replace(sympy.DiracDelta, lambda *_: sympy.Integer(0))
+    derivative = derivative.replace(sympy.DiracDelta, lambda *_: sympy.Integer(0))
+    return derivative.replace(
+        lambda e: isinstance(e, sympy.polylog) and e.args[0] == 1, lambda e: -sympy.log(1 - e.args[1])
+    )
 
 
 def _shortest(expression: sympy.Expr) -> sympy.Expr:
@@ -534,12 +537,31 @@ def _is_zero(expression: sympy.Expr) -> bool:
 def _primitive(expression: sympy.Expr) -> sympy.Expr:
     import sympy
 
-    result = sympy.integrate(sympy.expand(expression), symbol())
+    u = symbol()
+    terms = sympy.Add.make_args(sympy.expand(expression.replace(sympy.log, _split_log)))
+    dilogarithms = [_dilogarithm(term) for term in terms]
+    plain = sympy.Add(*(term for term, found in zip(terms, dilogarithms, strict=True) if found is None))
+    result = sympy.integrate(plain, u) + sympy.Add(*(found for found in dilogarithms if found is not None))
     if result.has(sympy.Piecewise):  # cases of another symbol, such as an exponent
         result = sympy.simplify(result)
     if result.has(sympy.Integral):
         raise InvalidArgumentError("weight_expr", f"sympy finds no integral of {expression}")
     return result
+
+
+def _dilogarithm(term: sympy.Expr) -> sympy.Expr | None:
+    """The integral of `k log(a u + b) / u`, on which sympy is slow and divides into cases; None for other terms."""
+    import sympy
+
+    u = symbol()
+    factor, rest = (term * u).as_independent(u)
+    if not isinstance(rest, sympy.log):
+        return None
+    argument = sympy.expand(rest.args[0])
+    slope, constant = argument.coeff(u, 1), argument.coeff(u, 0)
+    if argument != slope * u + constant or not (slope.is_positive and constant.is_positive):
+        return None
+    return factor * (sympy.log(constant) * sympy.log(u) - sympy.polylog(2, -slope * u / constant))
 
 
 def _join_primitives(pieces: list[Any], primitives: list[sympy.Expr]) -> list[sympy.Expr]:
@@ -639,7 +661,7 @@ def _convexity_violation(f: sympy.Expr) -> str | None:
 
     u = symbol()
     if not _has_kinks(f):
-        second = sympy.factor(sympy.simplify(sympy.diff(f, u, 2)))
+        second = sympy.factor(sympy.simplify(_differentiate(_differentiate(f))))
         if second.is_nonnegative:
             return None
     first_derivative = _differentiate(f)
