@@ -71,7 +71,8 @@ class Rollouts:
     ) -> Rollouts:
         r"""Rollouts whose log-probabilities are gathered from the logits, $\log\mathrm{softmax}(z)_{y}$.
 
-        Without `mask` every token counts; without `behavior_logprobs` the student itself sampled.
+        Without `mask` every token counts; without `behavior_logprobs` the student itself sampled. At a masked
+        position a log-probability of `-inf` becomes 0.
 
         Raises:
             InvalidArgumentError: as `Rollouts`.
@@ -81,14 +82,18 @@ class Rollouts:
             _check_floating(name, logits, (*tokens.shape, _vocabulary(name, logits)))
         _check_same_vocabulary(student_logits, teacher_logits)
         _check_range(tokens, student_logits.shape[-1])
-        student_logprobs = _gather_logprobs(student_logits, tokens)
+        if mask is None:
+            mask = torch.ones(tokens.shape, dtype=student_logits.dtype, device=student_logits.device)
+        else:
+            _check_floating("mask", mask, tuple(tokens.shape))
+        student_logprobs = _gather_logprobs(student_logits, tokens, mask)
         return cls(
             tokens=tokens,
-            mask=torch.ones_like(student_logprobs) if mask is None else mask,
+            mask=mask,
             student_logits=student_logits,
             teacher_logits=teacher_logits,
             student_logprobs=student_logprobs,
-            teacher_logprobs=_gather_logprobs(teacher_logits, tokens),
+            teacher_logprobs=_gather_logprobs(teacher_logits, tokens, mask),
             behavior_logprobs=student_logprobs.detach() if behavior_logprobs is None else behavior_logprobs,
         )
 
@@ -127,8 +132,9 @@ class Rollouts:
         return torch.where(self.mask > 0, values, torch.zeros_like(values))
 
 
-def _gather_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
-    return torch.log_softmax(logits, dim=-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+def _gather_logprobs(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+    logprobs = torch.log_softmax(logits, dim=-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    return torch.where((mask == 0) & torch.isneginf(logprobs), 0.0, logprobs)
 
 
 def _check_tokens(tokens: Tensor) -> None:

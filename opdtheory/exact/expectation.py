@@ -181,9 +181,9 @@ def _separable_shares(probe: _Probe, batch_size: int) -> Tensor | None:
     size asked for, where coupling is strongest.
     """
     count = len(probe.everything)
-    if count < batch_size:
-        return None
-    everyone = count * probe.sensitivity(torch.arange(count))
+    # Fewer sequences than a batch holds: the batch of all repeats some.
+    everyone = torch.arange(max(count, batch_size)) % count
+    shares = len(everyone) * probe.sensitivity(everyone)[:count]
     generator = torch.Generator().manual_seed(0)
     sample = torch.linspace(0, count - 1, min(count, _SEPARABILITY_SAMPLE)).round().long()
     companies = [torch.cat([i.view(1), torch.randint(count, (batch_size - 1,), generator=generator)]) for i in sample]
@@ -192,11 +192,11 @@ def _separable_shares(probe: _Probe, batch_size: int) -> Tensor | None:
             companies.extend(torch.randperm(count, generator=generator).tensor_split(parts))
     for batch in companies:
         # A repeated rollout shares its sensitivity among its copies, each of which has the same.
-        together, apart = len(batch) * probe.sensitivity(batch), everyone[batch]
+        together, apart = len(batch) * probe.sensitivity(batch), shares[batch]
         scale = max(float(together.abs().max()), float(apart.abs().max()), 1e-300)
         if float((together - apart).abs().max()) > _SAME * scale:
             return None
-    return everyone
+    return shares
 
 
 def _from_singles(probe: _Probe, shares: Tensor, batch_size: int) -> GradientMoments:

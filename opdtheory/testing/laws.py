@@ -169,11 +169,8 @@ def _largest_log_ratio(student: TabularPolicy, teacher: TabularPolicy) -> float:
 
 def _catalogue_entry(label: str | None) -> Divergence | None:
     """The divergence of a label such as `skew_jsd(beta=0.1)`; None for words."""
-    found = re.fullmatch(r"(\w+)(?:\((\w+)=(\S+)\))?", label or "")
-    if found is None:
-        return None
     try:
-        return as_divergence(found[1], **({found[2]: float(found[3])} if found[2] else {}))
+        return None if label is None else as_divergence(label)
     except ValueError:
         return None
 
