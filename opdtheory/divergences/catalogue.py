@@ -433,7 +433,7 @@ def _alpha_generator(exact: Fraction) -> Callable[[Tensor], Tensor]:
     reach = max(Fraction(1), abs(exact))
     # f = t^2 sum_n c_n (r t)^(n-2), c_n = (1 + a + ... + a^(n-2)) / (n! r^(n-2)), r = max(1, |a|)
     series, geometric = [], Fraction(0)
-    for n in range(2, 24):
+    for n in range(2, 34):
         geometric = geometric * exact + 1
         series.append(float(geometric / (reach ** (n - 2) * math.factorial(n))))
     coefficients, radius = tuple(series), float(reach)
@@ -442,7 +442,7 @@ def _alpha_generator(exact: Fraction) -> Callable[[Tensor], Tensor]:
     inverse = 0.0 if central else float(1 / (exact - 1))
 
     def generator(t: Tensor) -> Tensor:
-        small = t.clamp(-1.0 / radius, 1.0 / radius)
+        small = t.clamp(-1.0 / radius, 2.0 / radius)
         near = small * small * polynomial(radius * small, coefficients)
         scale = _headroom(t, power.hi)
         if central:
@@ -457,7 +457,8 @@ def _alpha_generator(exact: Fraction) -> Callable[[Tensor], Tensor]:
             )
         # Two terms that both overflow have an infinite difference: f is not negative.
         far = torch.where(torch.isnan(far), _INF, far / scale)
-        return torch.where((radius * t).abs() < 1.0, near, far)
+        # The series alternates for u < 1, so that it serves less far on that side.
+        return torch.where((radius * t > -1.0) & (radius * t < 2.0), near, far)
 
     return generator
 
@@ -628,7 +629,7 @@ def _parameter(name: str, value: object, valid: Callable[[float], bool], wanted:
     return Fraction(repr(float(value)))
 
 
-_ENTRIES: dict[str, Divergence | Callable[[float], Divergence]] = {
+_ENTRIES: dict[str, Divergence | Callable[..., Divergence]] = {
     "reverse_kl": reverse_kl,
     "forward_kl": forward_kl,
     "jsd": jsd,
