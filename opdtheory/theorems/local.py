@@ -137,6 +137,20 @@ def _check_non_decreasing(sign: float) -> Tally:
     return tally
 
 
+def _check_conjugate(weight: Weight) -> Tally:
+    r"""$f^*(f'(u)) = \sup_x [x f'(u) - f(x)]$: the supremum is the weight, attained at $x = u$ and nowhere exceeded."""
+    tally = Tally()
+    grid = torch.linspace(-4, 4, 81, dtype=torch.float64)
+    for divergence in catalogue():
+        slope = divergence.log_slope(grid) * (-grid).exp()
+        critic = grid.exp().unsqueeze(-1) * slope - divergence.generator(grid).unsqueeze(-1)
+        supremum, claimed = critic.amax(0), weight(divergence, grid)
+        # At the kink of the total variation any value of the subdifferential serves.
+        smooth = grid.abs() > 1e-9
+        tally.compare(claimed[smooth], supremum[smooth])
+    return tally
+
+
 # T2: the bias of stop-gradient.
 
 
@@ -280,6 +294,50 @@ def _check_round_trip(gauge: Callable[[sympy.Symbol], sympy.Expr]) -> Tally:
     return tally
 
 
+def _check_convexity(genuine: Callable[[sympy.Expr, sympy.Symbol], bool]) -> Tally:
+    r"""$V[w]'' = w'/u$, so that $V[w]$ is convex exactly if $w$ never falls."""
+    import sympy
+
+    tally = Tally()
+    u = divergences.symbol()
+    for weight in corollary_weights(u).values():
+        implied = divergences.implied_generator(weight)
+        tally.require(sympy.simplify(sympy.diff(implied, u, 2) - sympy.diff(weight, u) / u) == 0)
+        tally.require(divergences.is_convex(implied) == genuine(weight, u))
+    return tally
+
+
+def _never_falls(weight: sympy.Expr, u: sympy.Symbol) -> bool:
+    import sympy
+
+    slope = sympy.lambdify(u, sympy.diff(weight, u), "math")
+    return all(slope(10.0 ** (k / 8)) >= -1e-12 for k in range(-40, 41))
+
+
+def _check_bregman(advantage: Callable[[Tensor, Tensor, float], Tensor]) -> Tally:
+    r"""A weight $A(p, q)$ of both probabilities follows $\sum_a H(p_a, q_a)$ with $\partial H/\partial p = -A$.
+
+    For $A = q^\alpha - p^\alpha$ that is the density-power divergence,
+    $H = p^{1+\alpha}/(1+\alpha) - q^\alpha p$ and a term of $q$ alone.
+    """
+    tally = Tally()
+    for alpha in (0.25, 0.5, 1.0, 2.0):
+        loss = estimator("power", alpha=alpha)
+        for seed in range(3):
+            pair = random_pair(5, 1, seed=seed)
+
+            def bregman(student: TabularPolicy, pair: Pair = pair, alpha: float = alpha) -> Tensor:
+                p, q = (torch.softmax(policy.logits[0], -1) for policy in (student, pair[1]))
+                return (p ** (1 + alpha) / (1 + alpha) - q**alpha * p).sum()
+
+            by_autograd = autograd_gradient(pair, bregman)
+            tally.compare(expected_gradient(loss, *pair), by_autograd)
+            p, q = (torch.softmax(policy.logits[0], -1) for policy in pair)
+            weight = advantage(p, q, alpha)
+            tally.compare(-p * (weight - (p * weight).sum(-1, keepdim=True)), by_autograd[0])
+    return tally
+
+
 def _check_table(table: Callable[[sympy.Symbol], dict[str, sympy.Expr]]) -> Tally:
     """Each estimator of the corollary table follows the exact gradient of its implied divergence."""
     import sympy
@@ -389,6 +447,14 @@ def identities() -> list[Identity]:
             {"sign flipped": -1.0},
         ),
         Identity(
+            "T1b",
+            "weights are conjugates",
+            r"w_f(u) = f^*(f'(u)) = \sup_x\,[x f'(u) - f(x)]",
+            _check_conjugate,
+            lambda d, log_u: d.weight(log_u),
+            {"-f (stop-gradient)": lambda d, log_u: -d.generator(log_u), "u f'": lambda d, log_u: d.log_slope(log_u)},
+        ),
+        Identity(
             "T2",
             "bias of stop-gradient",
             r"g_{sg} = \nabla D_f + E_p[u f'(u)\,s]",
@@ -467,6 +533,25 @@ def identities() -> list[Identity]:
             _check_round_trip,
             lambda u: u - 1,
             {"no gauge term": lambda u: sympy.Integer(0)},
+        ),
+        Identity(
+            "T4",
+            "genuine exactly if monotone",
+            r"V[w]'' = w'/u,\quad V[w]\ \text{convex} \iff w\ \text{non-decreasing}",
+            _check_convexity,
+            _never_falls,
+            {"always genuine": lambda weight, u: True, "never genuine": lambda weight, u: False},
+        ),
+        Identity(
+            "T4",
+            "beyond the ratio",
+            r"A = q^\alpha - p^\alpha:\quad \nabla\textstyle\sum_a H(p_a, q_a) = -E_p[A\,s],\ \partial_p H = -A",
+            _check_bregman,
+            lambda p, q, alpha: q**alpha - p**alpha,
+            {
+                "sign flipped": lambda p, q, alpha: p**alpha - q**alpha,
+                "of the ratio alone": lambda p, q, alpha: (q / p) ** alpha - 1,
+            },
         ),
         Identity(
             "T4",
