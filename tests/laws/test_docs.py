@@ -4,11 +4,11 @@ Each page is run from top to bottom, in one namespace and in an empty working di
 
 - a `python` block is executed, and must print what the `text` block right below it says, or nothing;
 - with `title="name.py"` it is saved under that name as well; of a `test_*.py` every test is called;
-- in a `console` block `$ opdtheory audit ...` and `$ echo $?` are run and must print what follows; other commands are
-  for the reader, and no output of theirs is shown.
+- in a `console` block that shows output `$ opdtheory audit ...` and `$ echo $?` are run and must print what follows;
+  other commands are for the reader.
 
 Numbers may differ in their last printed digit, and below 1e-9 freely. `python tests/laws/test_docs.py --write` puts
-today's outputs into the pages.
+today's outputs into the pages, or into those named after it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
-PAGES = sorted(DOCS.rglob("*.md"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "examples").rglob("*.md")), *sorted(DOCS.rglob("*.md"))]
 
 _BLOCK = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _TITLE = re.compile(r'title="([^"]+)"')
@@ -88,7 +88,7 @@ def run_page(path: Path) -> list[Output]:
                     shown = None
                 start, end = (shown.start(3), shown.end(3)) if shown else (block.end(), block.end())
                 outputs.append(Output(line, start, end, shown is not None, page[start:end], printed))
-            elif block[1] == "console":
+            elif block[1] == "console" and any(not line.startswith("$ ") for line in block[3].splitlines()):
                 outputs.append(Output(line, block.start(3), block.end(3), True, block[3], _run_console(block[3])))
     return outputs
 
@@ -157,7 +157,7 @@ def write(path: Path) -> int:
     return changed
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(DOCS)))
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_pages_print_what_they_say(path):
     for output in run_page(path):
         assert output.agrees, (
@@ -237,7 +237,7 @@ def test_site_builds(tmp_path):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] != ["--write"]:
-        sys.exit("usage: python tests/laws/test_docs.py --write")
-    for each in PAGES:
-        print(f"{each.relative_to(ROOT)}: {write(each)} outputs changed")
+    if sys.argv[1:2] != ["--write"]:
+        sys.exit("usage: python tests/laws/test_docs.py --write [PAGE ...]")
+    for each in [Path(name).resolve() for name in sys.argv[2:]] or PAGES:
+        print(f"{each}: {write(each)} outputs changed")
