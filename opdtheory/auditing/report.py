@@ -134,7 +134,7 @@ class Audit:
 
     def __str__(self) -> str:
         rule = f"{self.name}: {self.verdict.replace('_', ' ').upper()}"
-        header = ("pair", "relative bias", "cosine", "variance", "full vocabulary")
+        header = ("pair", "relative bias", "cosine", "variance", "full-vocab variance")
         rows = [
             (
                 p.label,

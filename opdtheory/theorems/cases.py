@@ -1,0 +1,170 @@
+"""The instances that the checks run on: divergences, policies, rational laws and interval evaluation."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from opdtheory import divergences
+from opdtheory.divergences import Divergence
+from opdtheory.estimators import estimator
+from opdtheory.exact import TabularPolicy, expected_gradient, random_pair
+from opdtheory.exact.tree import Tree
+
+if TYPE_CHECKING:
+    import sympy
+
+__all__ = [
+    "RATIONAL",
+    "Law",
+    "Pair",
+    "Weight",
+    "autograd_gradient",
+    "catalogue",
+    "descent",
+    "enclose",
+    "every_case",
+    "interval",
+    "pairs",
+    "rational_laws",
+    "sampled_gradient",
+    "two_atoms",
+    "values_of",
+]
+
+Weight = Callable[[Divergence, Tensor], Tensor]
+Pair = tuple[TabularPolicy, TabularPolicy]
+Law = tuple[Fraction, ...]
+
+# Entries whose generator and weight take rational numbers to rational numbers.
+RATIONAL = ("chi2", "neyman_chi2", "le_cam", "total_variation")
+
+_PARAMETERISED = {
+    "skew_jsd": ("beta", (0.1, 0.9)),
+    "alpha": ("alpha", (-1.5, 0.0, 0.3, 1.0, 2.5)),
+    "skew_forward_kl": ("lam", (0.0, 0.3)),
+    "skew_reverse_kl": ("lam", (0.0, 0.3)),
+}
+
+
+def catalogue() -> list[Divergence]:
+    """Every catalogue entry, the parameterised ones at several values."""
+    d = divergences
+    plain = [d.divergence(name) for name in d.names() if name not in _PARAMETERISED]
+    return plain + [
+        d.divergence(name, **{key: value}) for name, (key, values) in _PARAMETERISED.items() for value in values
+    ]
+
+
+@functools.cache
+def pairs() -> tuple[Pair, ...]:
+    """Pairs with and without an end-of-sequence token, from nearly equal to far apart."""
+    return (
+        random_pair(4, 2, scale=1.0, distance=0.05, seed=1),
+        random_pair(3, 3, scale=1.0, distance=1.0, seed=2),
+        random_pair(3, 3, eos=0, scale=0.5, distance=1.5, seed=3),
+        random_pair(2, 4, eos=1, scale=2.0, distance=1.0, seed=4),
+    )
+
+
+@functools.cache
+def two_atoms() -> tuple[Pair, ...]:
+    """One-step pairs on two tokens, so that `u_1 < 1 < u_2`."""
+    return tuple(random_pair(2, 1, scale=1.0, distance=1.0, seed=seed) for seed in range(8))
+
+
+@functools.cache
+def sampled_gradient(name: str, divergence: Divergence, pair: Pair) -> list[Tensor]:
+    """Expected gradient of a sampled estimator run as a black box; kept, as every twin needs it again."""
+    return expected_gradient(estimator(name, divergence), *pair)
+
+
+def every_case() -> Iterator[tuple[Divergence, Pair]]:
+    """Every divergence on every pair."""
+    for divergence in catalogue():
+        for pair in pairs():
+            yield divergence, pair
+
+
+def descent(pair: Pair, weight: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    r"""$-E_p[\sum_n A(u_n) s_n]$ in the logits, row by row: $-P(h)\,p_a (A(u_a) - E_p A)$."""
+    tree = Tree.build(*pair)
+    levels = []
+    for n in range(tree.horizon):
+        p, advantage = tree.log_p[n].exp(), weight(tree.log_q[n] - tree.log_p[n])
+        centred = advantage - (p * advantage).sum(-1, keepdim=True)
+        levels.append(-tree.reach(n).unsqueeze(-1) * p * centred)
+    return levels
+
+
+def autograd_gradient(pair: Pair, value: Callable[[TabularPolicy], Tensor]) -> list[Tensor]:
+    """Gradient of a function of the student by automatic differentiation."""
+    student = TabularPolicy([z.clone().requires_grad_() for z in pair[0].logits], eos=pair[0].eos)
+    return list(torch.autograd.grad(value(student), student.logits, allow_unused=True, materialize_grads=True))
+
+
+@functools.cache
+def rational_laws() -> tuple[tuple[Law, Law], ...]:
+    """Pairs `(p, q)` of laws on two to four atoms with rational probabilities, none of them zero."""
+
+    def law(*parts: int) -> Law:
+        return tuple(Fraction(part, sum(parts)) for part in parts)
+
+    return (
+        (law(1, 2), law(2, 1)),
+        (law(1, 3), law(2, 5)),
+        (law(1, 2, 3), law(3, 2, 1)),
+        (law(5, 1, 1), law(1, 4, 2)),
+        (law(1, 2, 3, 4), law(7, 1, 1, 2)),
+        (law(9, 1, 5, 3), law(2, 2, 3, 11)),
+    )
+
+
+def values_of(expr: sympy.Expr, values: dict[sympy.Symbol, Fraction]) -> Fraction:
+    """A rational function at rational arguments, without rounding."""
+    import sympy
+
+    exact = expr.subs({symbol: sympy.Rational(v.numerator, v.denominator) for symbol, v in values.items()}).doit()
+    return Fraction(int(exact.p), int(exact.q))
+
+
+def interval(value: Fraction | int) -> Any:
+    """An `mpmath.iv` interval that encloses a rational number."""
+    from mpmath import iv
+
+    iv.dps = 60
+    exact = Fraction(value)
+    return iv.mpf(exact.numerator) / iv.mpf(exact.denominator)
+
+
+def enclose(expr: sympy.Expr, values: dict[sympy.Symbol, Any]) -> Any:
+    """An interval that encloses a sympy expression, given intervals for its symbols.
+
+    Raises:
+        TypeError: the expression holds something else than sums, products, powers, `log`, `exp` and `Abs`.
+    """
+    import sympy
+    from mpmath import iv
+
+    if expr.is_Rational:
+        return interval(Fraction(int(expr.p), int(expr.q)))
+    if expr.is_Symbol:
+        return values[expr]
+    parts = [enclose(argument, values) for argument in expr.args]
+    if expr.is_Add:
+        return functools.reduce(lambda a, b: a + b, parts)
+    if expr.is_Mul:
+        return functools.reduce(lambda a, b: a * b, parts)
+    if expr.is_Pow and expr.exp.is_Integer:
+        return parts[0] ** int(expr.exp)
+    if expr.is_Pow:
+        return iv.exp(parts[1] * iv.log(parts[0]))
+    functions = {sympy.log: iv.log, sympy.exp: iv.exp, sympy.Abs: abs}
+    if expr.func not in functions:
+        raise TypeError(f"no interval rule for {expr.func}")
+    return functions[expr.func](parts[0])
