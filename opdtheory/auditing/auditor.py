@@ -55,8 +55,8 @@ def audit(
         batch_size: number of rollouts the loss sees at once; 2 or more for losses that compare
             rollouts.
         eos: the token, below the panel's vocabulary, that ends a rollout early; None for fixed length.
-            At None an extra pair of policies with an end-of-sequence token tells whether the
-            verdict survives variable lengths.
+            At None two extra pairs with an end-of-sequence token tell whether what was found
+            survives variable lengths.
         off_policy: standard deviation of the noise on the logits of the policy that samples.
         gamma: discount, for `token_return`.
         seed: of the panel.

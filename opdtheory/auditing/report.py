@@ -164,7 +164,8 @@ class Audit:
             return f"The expected gradient is zero: in expectation this loss does not train at all, let alone {claim}."
         if self.verdict == "other_objective":
             return f"The loss does not descend {claim}."
-        turn = ", on some pairs uphill" if self.cosine < 0 else ""
+        uphill = sum(pair.cosine < 0 for pair in self.pairs)
+        turn = f", uphill on {uphill} of {len(self.pairs)} pairs" if uphill else ""
         return (
             f"The expected gradient is not that of {claim}: it is off by up to {_percent(self.relative_bias)} "
             f"of the exact gradient's length, with a cosine down to {self.cosine:.4f}{turn}."

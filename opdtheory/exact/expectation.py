@@ -71,7 +71,7 @@ def expected_gradient(
         teacher: the policy `q`.
         batch_size: number of rollouts that the loss sees at once.
         behavior: the policy that samples; by default the student itself.
-        budget: largest number of loss evaluations.
+        budget: largest number of loss evaluations, and of sequences, of which at most 2**18 are taken.
 
     Returns:
         A list like `student.parameters()` (for a `TabularPolicy`, like `student.logits`).
