@@ -22,6 +22,7 @@ from opdtheory.divergences.catalogue import (
     total_variation,
 )
 from opdtheory.divergences.divergence import Divergence
+from opdtheory.divergences.quadrature import implied_generator_values
 from opdtheory.divergences.transform import (
     implied_generator,
     is_convex,
@@ -39,6 +40,7 @@ __all__ = [
     "forward_kl",
     "hellinger",
     "implied_generator",
+    "implied_generator_values",
     "is_convex",
     "jeffreys",
     "jsd",
