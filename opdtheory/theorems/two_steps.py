@@ -1,0 +1,78 @@
+"""Two steps of two tokens in symbols: the generator and, as functions of a parameter, the laws are undefined."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import sympy
+
+__all__ = ["TwoSteps", "two_steps"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TwoSteps:
+    """Probability, ratio and score of each token of each sequence, and the symbols in them."""
+
+    sequences: list[tuple[list[sympy.Expr], list[sympy.Expr]]]
+    theta: sympy.Symbol
+    f: Any
+
+    def w(self, at: sympy.Expr) -> sympy.Expr:
+        """The weight."""
+        import sympy
+
+        u = sympy.Symbol("u", positive=True)
+        return at * sympy.diff(self.f(u), u).subs(u, at) - self.f(at)
+
+    def score(self, p: sympy.Expr) -> sympy.Expr:
+        """The derivative of a log-probability."""
+        import sympy
+
+        return sympy.diff(sympy.log(p), self.theta)
+
+    def expect(self, what: Callable[[list[sympy.Expr], list[sympy.Expr]], sympy.Expr]) -> sympy.Expr:
+        """The mean of a function of probabilities and ratios."""
+        import sympy
+
+        return sum(sympy.Mul(*p) * what(p, u) for p, u in self.sequences)
+
+    def zero(self, expr: sympy.Expr) -> bool:
+        """Whether it is zero, coefficient by coefficient of the values of `f` and `f'`."""
+        import sympy
+        from sympy.core.function import AppliedUndef
+
+        done = sympy.expand(expr.doit())
+        found = [x for x in done.atoms(AppliedUndef, sympy.Subs) if isinstance(x, sympy.Subs) or x.func == self.f]
+        named = {x: sympy.Dummy() for x in found}
+        linear = sympy.Poly(done.subs(named), *named.values())
+        return all(sympy.simplify(c) == 0 for c in linear.coeffs())
+
+
+def two_steps(ends: bool = False, environment: bool = False) -> TwoSteps:
+    """With `ends`, the first token 0 ends the sequence; with `environment`, the second of three is not its own."""
+    import sympy
+
+    theta = sympy.Symbol("theta", real=True)
+    names = ("a", "b0", "b1", "b2", "b3")
+    probabilities = [sympy.Function(name, positive=True)(theta) for name in names]
+    teacher = sympy.symbols("q_a q_0 q_1 q_2 q_3", positive=True)
+    world = sympy.symbols("k_0 k_1", positive=True)
+
+    def both(i: int) -> list[tuple[sympy.Expr, sympy.Expr]]:
+        p, q = probabilities[i], teacher[i]
+        return [(p, q / p), (1 - p, (1 - q) / (1 - p))]
+
+    sequences = []
+    for i, (p, u) in enumerate(both(0)):
+        if ends and i == 0:
+            sequences.append(([p], [u]))
+            continue
+        written = [(0, world[i]), (1, 1 - world[i])] if environment else [(0, sympy.S.One)]
+        for k, w in written:
+            row = 1 + 2 * i + k if environment else 1 + i
+            middle: list[list[sympy.Expr]] = [[w], [sympy.S.One]] if environment else [[], []]
+            sequences += [([p, *middle[0], p2], [u, *middle[1], u2]) for p2, u2 in both(row)]
+    return TwoSteps(sequences, theta, sympy.Function("f"))
