@@ -48,7 +48,7 @@ def implied_generator_values(
     Example:
         >>> import torch
         >>> implied_generator_values(torch.tanh, torch.tensor([-1.0, 0.0, 1.0]))
-        tensor([0.2142, 0.0000, 0.3989])
+        tensor([0.3136, 0.0000, 0.6351])
     """
     if not isinstance(log_u, Tensor) or not log_u.is_floating_point():
         found = log_u.dtype if isinstance(log_u, Tensor) else type(log_u).__name__

@@ -169,7 +169,9 @@ GRID = torch.linspace(-4.0, 4.0, 17, dtype=torch.float64)
 
 
 def closed_form(expr: sympy.Expr) -> torch.Tensor:
-    return torch.tensor([float(expr.subs(u, exp(sympy.Float(t, 40))).evalf(30)) for t in GRID.tolist()]).double()
+    return torch.tensor(
+        [float(expr.subs(u, exp(sympy.Float(t, 40))).evalf(30)) for t in GRID.tolist()], dtype=GRID.dtype
+    )
 
 
 @pytest.mark.parametrize("d", [divergence(name) for name in ("forward_kl", "jsd", "chi2", "hellinger")], ids=repr)
