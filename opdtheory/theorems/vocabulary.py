@@ -1,0 +1,428 @@
+r"""T12: losses of the whole next-token law, and the generalised JSD with its two ends."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from opdtheory import divergences
+from opdtheory.divergences import Divergence
+from opdtheory.estimators import estimator
+from opdtheory.exact import exact_gradient, exact_value, expected_gradient
+from opdtheory.rollouts import Rollouts
+from opdtheory.theorems.cases import RATIONAL, catalogue, interval, pairs, rational_laws, values_of
+from opdtheory.theorems.kept_tokens import in_logits
+from opdtheory.theorems.theorem import Identity, Step, Tally, Theorem
+
+if TYPE_CHECKING:
+    import sympy
+
+__all__ = ["theorems"]
+
+Detached = Literal["nothing", "outer p", "ratio"]
+End = Literal[0, 1]
+Claims = Callable[["sympy.Expr"], "sympy.Expr"]
+
+
+# Backpropagation over the vocabulary.
+
+
+def _summed(divergence: Divergence, detached: Detached) -> Callable[[Rollouts], Tensor]:
+    """The loss as a trainer would write it, with one factor detached or none."""
+    if detached == "nothing":
+        return estimator("full_vocab", divergence)
+
+    def loss(rollouts: Rollouts) -> Tensor:
+        log_p = rollouts.student_logits.log_softmax(-1)
+        log_u = rollouts.teacher_logits.log_softmax(-1) - log_p
+        outer, inner = (log_p.detach(), log_u) if detached == "outer p" else (log_p, log_u.detach())
+        return rollouts.token_sum((outer.exp() * divergence.generator(inner)).sum(-1))
+
+    return loss
+
+
+def _check_vocabulary(detached: Detached) -> Tally:
+    tally = Tally()
+    for divergence in catalogue():
+        for pair in pairs()[2:3]:
+            tally.compare(expected_gradient(_summed(divergence, detached), *pair), exact_gradient(*pair, divergence))
+    return tally
+
+
+def _check_vocabulary_in_fractions(detached: Detached) -> Tally:
+    r"""Each factor of $p f(q/p)$ differentiated in turn, against $-p_a (w_a - E_p w)$."""
+    import sympy
+
+    tally = Tally()
+    u = divergences.symbol()
+    outer, inner, q = sympy.symbols("P p q", positive=True)
+    for name in RATIONAL:
+        f = divergences.divergence(name).expr
+        term, w = outer * f.subs(u, q / inner), u * sympy.diff(f, u) - f
+        parts = {"outer p": sympy.diff(term, inner), "ratio": sympy.diff(term, outer)}
+        slope = sum(part for factor, part in parts.items() if detached in ("nothing", factor))
+        for student, teacher in rational_laws():
+            at = [{outer: a, inner: a, q: b} for a, b in zip(student, teacher, strict=True)]
+            slopes = [values_of(slope, values) for values in at]
+            weights = [values_of(w, {u: b / a}) for a, b in zip(student, teacher, strict=True)]
+            tally.equal(in_logits(student, slopes), in_logits(student, [-weight for weight in weights]))
+    return tally
+
+
+# The generalised JSD.
+
+
+def _jsd_beta(u: sympy.Expr, beta: sympy.Expr) -> sympy.Expr:
+    import sympy
+
+    mixture = beta * u + 1 - beta
+    return beta * u * sympy.log(u) - mixture * sympy.log(mixture)
+
+
+def _check_generator(claim: Callable[[Any, Any], Any]) -> Tally:
+    r"""$p f_\beta(q/p)$ against $\beta q \log(q/m) + (1-\beta) p \log(p/m)$, and the catalogue's entry against both."""
+    import sympy
+
+    tally = Tally()
+    p, q, beta, u = sympy.symbols("p q beta u", positive=True)
+    mixture = beta * q + (1 - beta) * p
+    mixed = beta * q * sympy.log(q / mixture) + (1 - beta) * p * sympy.log(p / mixture)
+    gap = (p * claim(u, beta).subs(u, q / p) - mixed).subs({p: sympy.exp(sympy.Symbol("x", real=True)) * q})
+    tally.require(sympy.simplify(sympy.expand_log(gap, force=True)) == 0)
+    for value in ("0.1", "0.5", "0.9"):
+        entry = divergences.divergence("skew_jsd", beta=float(value))
+        rest = entry.expr - claim(divergences.symbol(), sympy.Rational(value))
+        tally.require(sympy.simplify(sympy.expand_log(rest, force=True)) == 0)
+    return tally
+
+
+def _check_ends(end: End, claim: Claims) -> Tally:
+    r"""The series of $f_\beta/\beta$ at 0, or of $f_\beta/(1-\beta)$ at 1, to first order; a gauge is no difference."""
+    import sympy
+
+    u, small, c = sympy.symbols("u epsilon c", positive=True)
+    beta = small if end == 0 else 1 - small
+    scaled = _jsd_beta(u, beta) / small
+    tally = Tally()
+    constant = sympy.limit(scaled, small, 0, "+")
+    first = sympy.limit((scaled - constant) / small, small, 0, "+")
+    claimed = claim(small)
+    for found, wanted in ((constant, claimed.coeff(small, 0)), (first, claimed.coeff(small, 1))):
+        rest = sympy.simplify(sympy.expand_log(found - wanted.subs(divergences.symbol(), u), force=True))
+        # What remains may be a multiple of u - 1: the gauge, which no divergence sees.
+        tally.require(sympy.simplify(sympy.diff(rest, u, 2)) == 0 and rest.subs(u, 1) == 0)
+    tally.require(sympy.limit(_jsd_beta(u, beta), small, 0, "+") == 0)
+    return tally
+
+
+def _kl(first: list[Any], second: list[Any]) -> Any:
+    from mpmath import iv
+
+    return sum(a * iv.log(a / b) for a, b in zip(first, second, strict=True))
+
+
+def _mixed(ps: list[Any], qs: list[Any], beta: Fraction) -> tuple[list[Any], Any]:
+    r"""The mixture $m$ and $D_\beta$, in intervals."""
+    b, c = interval(beta), interval(1 - beta)
+    mixture = [b * y + c * x for x, y in zip(ps, qs, strict=True)]
+    return mixture, b * _kl(qs, mixture) + c * _kl(ps, mixture)
+
+
+def _check_deficit(claim: Callable[[Any, Any, Any, Any], Any]) -> Tally:
+    r"""$\beta KL(q\|p) - D_\beta$, and at the other end $(1-\beta) KL(p\|q) - D_\beta$, in intervals."""
+    tally = Tally()
+    for student, teacher in rational_laws():
+        ps, qs = [interval(a) for a in student], [interval(b) for b in teacher]
+        for beta in (Fraction(1, 10), Fraction(1, 2), Fraction(9, 10)):
+            mixture, value = _mixed(ps, qs, beta)
+            tally.enclose(interval(beta) * _kl(qs, ps) - value, claim(ps, qs, mixture, 0))
+            tally.enclose(interval(1 - beta) * _kl(ps, qs) - value, claim(ps, qs, mixture, 1))
+    return tally
+
+
+def _check_jump(continuous: bool) -> Tally:
+    r"""At $\beta = 10^{-k}$ of either end $D_\beta < 10^{-k} KL$, so special-casing the end jumps by almost the KL."""
+    tally = Tally()
+    for student, teacher in rational_laws():
+        ps, qs = [interval(a) for a in student], [interval(b) for b in teacher]
+        for digits in (3, 6, 9):
+            small = Fraction(1, 10**digits)
+            for beta, at_end in ((small, _kl(qs, ps)), (1 - small, _kl(ps, qs))):
+                _, value = _mixed(ps, qs, beta)
+                left_out = interval(0) if continuous else at_end
+                jump = left_out - value
+                tally.require(jump.a > (0.99 * at_end).b and value.a > 0 and value.b < (interval(small) * at_end).b)
+    return tally
+
+
+def _check_rate(claim: tuple[float, str, str]) -> Tally:
+    r"""$|D_\beta/\beta - KL - c\,\beta\,\chi^2| < 3 \beta^2 \cdot$ size in float64, on both ends, by `exact_value`."""
+    coefficient, forward_term, reverse_term = claim
+    tally = Tally()
+    for pair in pairs()[:3]:
+        for small in (1e-2, 1e-3, 1e-4):
+            for beta, kl, chi2 in ((small, "forward_kl", forward_term), (1 - small, "reverse_kl", reverse_term)):
+                entry = divergences.divergence("skew_jsd", beta=beta)
+                limit, slope = exact_value(*pair, kl), exact_value(*pair, chi2)
+                gap = float(exact_value(*pair, entry)) / small - float(limit) - coefficient * small * float(slope)
+                # The next term is a sixth of the third moment of u - 1 under the law that vanishes.
+                third = max(_third_moment(pair, flip) for flip in (False, True))
+                tally.require(abs(gap) <= small**2 * third / 6 * 1.03 + 1e-10)
+    return tally
+
+
+def _third_moment(pair: Any, flip: bool) -> float:
+    r"""$E_p|u - 1|^3$, or $E_q|1/u - 1|^3$, summed over the student's histories."""
+    from opdtheory.exact.tree import Tree
+
+    tree = Tree.build(*pair)
+    total = 0.0
+    for n in range(tree.horizon):
+        first, second = (tree.log_q[n], tree.log_p[n]) if flip else (tree.log_p[n], tree.log_q[n])
+        moment = (first.exp() * torch.expm1(second - first).abs() ** 3).sum(-1)
+        total += float((tree.reach(n) * moment).sum())
+    return total
+
+
+def _check_gradient_jump(names: tuple[str, str]) -> Tally:
+    r"""Towards either end the gradient vanishes, and divided by the distance is that of a KL."""
+    tally = Tally()
+    for pair in pairs():
+        for small in (1e-5, 1e-6):
+            for beta, kl in ((small, names[0]), (1 - small, names[1])):
+                entry = divergences.divergence("skew_jsd", beta=beta)
+                third = max(_third_moment(pair, flip) for flip in (False, True))
+                for level, wanted in zip(exact_gradient(*pair, entry), exact_gradient(*pair, kl), strict=True):
+                    tally.require(float((level / small - wanted).abs().max()) < small * (10 + 10 * third))
+                    tally.require(float(level.abs().max()) <= 2 * small * (float(wanted.abs().max()) + small * third))
+        for beta in (0.0, 1.0):
+            ends = exact_gradient(*pair, divergences.divergence("skew_jsd", beta=beta))
+            tally.compare(ends, [torch.zeros_like(level) for level in ends])
+    return tally
+
+
+# The derivation.
+
+
+def _product_rule() -> bool:
+    """Detaching the outer p, or the ratio, leaves one half of the product rule; both halves are minus the weight."""
+    import sympy
+
+    outer, inner, q, u = sympy.symbols("P p q u", positive=True)
+    f = sympy.Function("f")
+    term = outer * f(q / inner)
+    w = (u * sympy.diff(f(u), u) - f(u)).subs(u, q / inner).doit()
+    both = (sympy.diff(term, outer) + sympy.diff(term, inner)).subs(outer, inner).doit()
+    stopped = sympy.diff(term, inner).subs(outer, inner).doit() + w + f(q / inner)
+    return sympy.simplify(both + w) == 0 and sympy.simplify(stopped) == 0
+
+
+def _perspective() -> bool:
+    import sympy
+
+    p, q, beta, u = sympy.symbols("p q beta u", positive=True)
+    mixture = beta * q + (1 - beta) * p
+    mixed = beta * q * sympy.log(q / mixture) + (1 - beta) * p * sympy.log(p / mixture)
+    gap = sympy.expand_log((mixed.subs(q, u * p) - p * _jsd_beta(u, beta)).subs(beta, sympy.Rational(1, 3)), force=True)
+    return (
+        sympy.simplify(gap) == 0
+        and sympy.simplify(sympy.diff(_jsd_beta(u, beta), u, 2) - beta * (1 - beta) / (u * (beta * u + 1 - beta))) == 0
+    )
+
+
+def _compensation() -> bool:
+    r"""Per atom $\beta q\log(q/p) - [\beta q\log(q/m) + (1-\beta) p\log(p/m)] = m \log(m/p)$, $m$ the mixture."""
+    import sympy
+
+    p, q, beta, m = sympy.symbols("p q beta m", positive=True)
+    left = beta * q * sympy.log(q / p) - beta * q * sympy.log(q / m) - (1 - beta) * p * sympy.log(p / m)
+    right = (beta * q + (1 - beta) * p) * sympy.log(m / p)
+    return sympy.simplify(sympy.expand_log(sympy.expand(left - right), force=True)) == 0
+
+
+def _series(end: End) -> bool:
+    import sympy
+
+    u = divergences.symbol()
+    one, other = (u * sympy.log(u), (u - 1) ** 2) if end == 0 else (-sympy.log(u), (u - 1) ** 2 / u)
+    return _check_ends(end, lambda small: one - small * other / 2).error == 0.0
+
+
+def theorems() -> list[Theorem]:
+    """T12 and T12b."""
+    import sympy
+
+    u = divergences.symbol()
+    forward, reverse, pearson, neyman = u * sympy.log(u), -sympy.log(u), (u - 1) ** 2, (u - 1) ** 2 / u
+    factors: dict[str, Detached] = {"outer p detached": "outer p", "ratio detached (stop-gradient)": "ratio"}
+    return [
+        Theorem(
+            number="T12",
+            name="whole-vocabulary losses",
+            statement=(
+                r"\nabla \sum_n \mathrm{sg}\big[E_{h_n}\big] \sum_a p_a f(q_a/p_a) = "
+                r"-E_p\Big[\sum_n w_f(u_n)\, s_n\Big]: \text{ token\_local}"
+            ),
+            hypotheses=("histories drawn from the student", "autograd differentiates the outer p and the ratio"),
+            source="derived here; GKD, arXiv 2306.13649",
+            advice="With both models' logits at hand sum p f(q/p) over the vocabulary; detach no student term.",
+            derivation=(
+                Step(
+                    r"\frac{\partial}{\partial P}[P f(q/p)] + \frac{\partial}{\partial p}[P f(q/p)] = -w_f(u) "
+                    r"\text{ at } P = p",
+                    "the product rule, f undefined; the second part alone is -u f', the first alone f",
+                    _product_rule,
+                ),
+            ),
+            identities=(
+                Identity(
+                    "T12",
+                    "factor by factor, in fractions",
+                    r"p_a(\partial_a - E_p \partial) = -p_a (w_a - E_p w)",
+                    _check_vocabulary_in_fractions,
+                    "nothing",
+                    factors,
+                    "exact",
+                    0.0,
+                ),
+                Identity(
+                    "T12",
+                    "backpropagation is token_local",
+                    r"E_p\Big[\nabla \sum_n \sum_a p_a f(q_a/p_a)\Big] = \nabla \text{token\_local}",
+                    _check_vocabulary,
+                    "nothing",
+                    factors,
+                ),
+            ),
+        ),
+        Theorem(
+            number="T12b",
+            name="generalised JSD",
+            statement=(
+                r"D_\beta = \beta KL(q\|m) + (1-\beta) KL(p\|m) = \beta KL(q\|p) - KL(m\|p), \quad "
+                r"D_\beta/\beta = KL(q\|p) - \tfrac{\beta}{2} \chi^2(q\|p) + O(\beta^2), \quad "
+                r"\tfrac{D_\beta}{1-\beta} = KL(p\|q) - \tfrac{1-\beta}{2} \chi^2(p\|q) + O((1-\beta)^2)"
+            ),
+            hypotheses=("m = beta q + (1-beta) p, 0 < beta < 1", "p and q positive on the same tokens"),
+            source="GKD, arXiv 2306.13649; the expansion derived here",
+            advice=(
+                "Near the ends scale the learning rate by 1/beta or 1/(1-beta); do not sweep beta up to a "
+                "special-cased 0 or 1, where the loss jumps from almost nothing to a KL."
+            ),
+            derivation=(
+                Step(
+                    r"f_\beta = \beta u \log u - M \log M,\ M = \beta u + 1 - \beta,\quad "
+                    r"f_\beta'' = \beta(1-\beta)/(u M) > 0",
+                    "the perspective of both KLs to the mixture (checked at beta = 1/3, and below for every beta)",
+                    _perspective,
+                ),
+                Step(
+                    r"\beta KL(q\|p) = D_\beta + KL(m\|p)",
+                    "per atom, with the mixture's mass written out (the compensation identity)",
+                    _compensation,
+                ),
+                Step(
+                    r"f_\beta/\beta = u\log u - (u-1) - \tfrac{\beta}{2}(u-1)^2 + O(\beta^2)",
+                    "sympy limits; u - 1 is a gauge",
+                    functools.partial(_series, 0),
+                ),
+                Step(
+                    r"f_\beta/(1-\beta) = -\log u + (u-1) - \tfrac{1-\beta}{2}\tfrac{(u-1)^2}{u} + O((1-\beta)^2)",
+                    "sympy limits; u - 1 is a gauge",
+                    functools.partial(_series, 1),
+                ),
+            ),
+            identities=(
+                Identity(
+                    "T12b",
+                    "generator",
+                    r"p f_\beta(q/p) = \beta q \log(q/m) + (1-\beta) p \log(p/m)",
+                    _check_generator,
+                    _jsd_beta,
+                    {
+                        "beta exchanged": lambda x, beta: _jsd_beta(x, 1 - beta),
+                        "mixture's term dropped": lambda x, beta: beta * x * sympy.log(x),
+                    },
+                    "symbolic",
+                    0.0,
+                ),
+                Identity(
+                    "T12b",
+                    "series at 0",
+                    r"f_\beta/\beta = u \log u - \tfrac{\beta}{2} (u-1)^2 + \dots \text{ up to gauge}",
+                    functools.partial(_check_ends, 0),
+                    lambda small: forward - small * pearson / 2,
+                    {
+                        "the reverse KL": lambda small: reverse - small * pearson / 2,
+                        "sign of the slope flipped": lambda small: forward + small * pearson / 2,
+                        "no slope": lambda small: forward + 0 * small,
+                    },
+                    "symbolic",
+                    0.0,
+                ),
+                Identity(
+                    "T12b",
+                    "series at 1",
+                    r"f_\beta/(1-\beta) = -\log u - \tfrac{1-\beta}{2} (u-1)^2/u + \dots \text{ up to gauge}",
+                    functools.partial(_check_ends, 1),
+                    lambda small: reverse - small * neyman / 2,
+                    {
+                        "the forward KL": lambda small: forward - small * neyman / 2,
+                        "Pearson's chi2": lambda small: reverse - small * pearson / 2,
+                    },
+                    "symbolic",
+                    0.0,
+                ),
+                Identity(
+                    "T12b",
+                    "what a KL exceeds it by",
+                    r"\beta KL(q\|p) - D_\beta = KL(m\|p), \quad (1-\beta) KL(p\|q) - D_\beta = KL(m\|q)",
+                    _check_deficit,
+                    lambda ps, qs, mixture, end: _kl(mixture, ps if end == 0 else qs),
+                    {
+                        "nothing": lambda ps, qs, mixture, end: interval(0),
+                        "arguments exchanged": lambda ps, qs, mixture, end: _kl(ps if end == 0 else qs, mixture),
+                    },
+                    "rigorous",
+                    1e-40,
+                ),
+                Identity(
+                    "T12b",
+                    "special-cased ends jump",
+                    r"0 < D_\beta < \beta KL(q\|p) \text{ and } KL(q\|p) - D_\beta > 0.99\, KL(q\|p): "
+                    r"\text{ certified, and so at the other end}",
+                    _check_jump,
+                    False,
+                    {"the loss is continuous at the ends": True},
+                    "rigorous",
+                    0.0,
+                ),
+                Identity(
+                    "T12b",
+                    "rate at the ends",
+                    r"\big|D_\beta/\beta - KL(q\|p) + \tfrac{\beta}{2}\chi^2\big| \le \tfrac{\beta^2}{6} E|u-1|^3",
+                    _check_rate,
+                    (-0.5, "chi2", "neyman_chi2"),
+                    {
+                        "sign flipped": (0.5, "chi2", "neyman_chi2"),
+                        "no slope": (0.0, "chi2", "neyman_chi2"),
+                        "chi2s exchanged": (-0.5, "neyman_chi2", "chi2"),
+                    },
+                ),
+                Identity(
+                    "T12b",
+                    "gradients at the ends",
+                    r"\nabla D_\beta \to 0, \quad \nabla D_\beta/\beta \to \nabla KL(q\|p), \quad "
+                    r"\nabla D_\beta/(1-\beta) \to \nabla KL(p\|q)",
+                    _check_gradient_jump,
+                    ("forward_kl", "reverse_kl"),
+                    {"KLs exchanged": ("reverse_kl", "forward_kl")},
+                ),
+            ),
+        ),
+    ]
