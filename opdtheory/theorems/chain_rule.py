@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from opdtheory import divergences
 from opdtheory.divergences import Divergence
-from opdtheory.theorems.cases import Law, catalogue, interval, rational_laws
+from opdtheory.exact import exact_gradient, exact_value
+from opdtheory.theorems.cases import Law, catalogue, interval, pairs, rational_laws
 from opdtheory.theorems.theorem import Identity, Step, Tally, Theorem
 from opdtheory.theorems.trees import Dual, History, Linear, RationalTree, gradient_of, trees
 
@@ -107,6 +108,20 @@ def _check_equation(claim: tuple[int, int]) -> Tally:
         for x, y in itertools.product(RATIOS, repeat=2):
             values = [Linear({(0, at): ONE}).enclosed(f) for at in (x * y, x, y)]
             tally.enclose(values[1] + values[2] + interval(sign * kappa * (x - 1) * (y - 1)), values[0])
+    return tally
+
+
+def _check_enumerated(claim: tuple[int, int]) -> Tally:
+    r"""Values and gradients of both objectives for $-c\,u^a\log u + \kappa(u-1)$, in float64."""
+    import sympy
+
+    power, sign = claim
+    tally, u = Tally(), divergences.symbol()
+    for c, kappa in ((1, 1), (3, -2)):
+        f = Divergence.from_expr(sign * c * u**power * sympy.log(u) + kappa * (u - 1), "f")
+        for pair in pairs():
+            tally.compare(exact_value(*pair, f, "token_return"), exact_value(*pair, f, "sequence"))
+            tally.compare(exact_gradient(*pair, f, "token_return"), exact_gradient(*pair, f, "sequence"))
     return tally
 
 
@@ -225,6 +240,14 @@ def _only_reverse() -> Theorem:
                 },
                 "rigorous",
                 1e-40,
+            ),
+            Identity(
+                "T6h",
+                "enumerated policies",
+                r"J_{\mathrm{return}} = J_{\mathrm{sequence}} \text{ for } f = -c\log u + \kappa(u-1)",
+                _check_enumerated,
+                (0, -1),
+                {"u log u in place of -log u": (1, 1)},
             ),
         ),
     )

@@ -49,6 +49,7 @@ __all__ = [
     "check_gap_sampled",
     "check_long_chains",
     "check_padding",
+    "check_prefix_loss",
     "check_prefix_value",
     "check_prefix_weight",
     "check_return_weight",
@@ -233,6 +234,20 @@ def check_prefix_value(power: int) -> Tally:
             row = functools.reduce(lambda a, b: a + b, terms)
             right += row.value.enclosed(forward) * interval(reach)
         tally.enclose(right, tree.value("sequence").value.enclosed(forward))
+    return tally
+
+
+def check_prefix_loss(power: int) -> Tally:
+    r"""A loss with weight $U_{<n}^k u_n$, as a black box, against autograd of the enumerated sequence objective."""
+    tally, forward = Tally(), divergences.divergence(FORWARD)
+    for pair in pairs():
+
+        def loss(r: Rollouts) -> Tensor:
+            log_u = r.mask * r.log_u.detach()
+            before = log_u.cumsum(-1) - log_u
+            return r.token_sum(-(power * before + log_u).exp() * r.student_logprobs)
+
+        tally.compare(expected_gradient(loss, *pair), _by_autograd(forward, pair, "sequence", 1.0))
     return tally
 
 

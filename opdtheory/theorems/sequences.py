@@ -312,6 +312,14 @@ def _forward() -> Theorem:
                 "rigorous",
                 1e-40,
             ),
+            Identity(
+                "T6d",
+                "weighted loss as a black box",
+                r"E[\hat g] = \nabla KL(Q\|P) \text{ for } A_n = U_{<n}u_n",
+                checks.check_prefix_loss,
+                1,
+                {"prefixes of the student (token_local)": 0, "U squared": 2},
+            ),
         ),
     )
 

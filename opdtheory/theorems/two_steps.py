@@ -46,6 +46,8 @@ class TwoSteps:
 
         done = sympy.expand(expr.doit())
         found = [x for x in done.atoms(AppliedUndef, sympy.Subs) if isinstance(x, sympy.Subs) or x.func == self.f]
+        if not found:
+            return sympy.simplify(done) == 0
         named = {x: sympy.Dummy() for x in found}
         linear = sympy.Poly(done.subs(named), *named.values())
         return all(sympy.simplify(c) == 0 for c in linear.coeffs())

@@ -1,0 +1,454 @@
+"""T11: what dividing by the number of tokens does to a gradient."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from opdtheory import divergences
+from opdtheory.divergences import Divergence
+from opdtheory.estimators import estimator
+from opdtheory.exact import Enumeration, TabularPolicy, exact_gradient, expected_gradient, random_pair
+from opdtheory.rollouts import Rollouts
+from opdtheory.theorems.batches import Atoms, Moments, Reduction, batch_mean, first_order, second_order
+from opdtheory.theorems.cases import Pair, autograd_gradient
+from opdtheory.theorems.theorem import Identity, Step, Tally, Theorem
+
+if TYPE_CHECKING:
+    import sympy
+
+__all__ = ["theorems"]
+
+Coefficient = Callable[[Moments], Fraction]
+
+
+def _atoms() -> tuple[Atoms, ...]:
+    F = Fraction
+    return (
+        Atoms((F(1), F(-2)), (1, 3), (F(1, 3), F(2, 3))),
+        Atoms((F(2), F(1), F(-1)), (2, 3, 5), (F(1, 2), F(1, 4), F(1, 4))),
+        Atoms((F(0), F(3), F(5)), (2, 3, 2), (F(1, 5), F(2, 5), F(2, 5))),
+    )
+
+
+# Exact enumerations of batches.
+
+
+def _check_sum(reduction: Reduction) -> Tally:
+    r"""$E[\mathrm{reduced}] = \bar N$ at every batch size."""
+    tally = Tally()
+    for atoms in _atoms():
+        for size in (1, 2, 3, 5):
+            tally.equal(batch_mean(atoms, size, reduction), Moments.of(atoms).n)
+    return tally
+
+
+def _check_covariance(sign: int) -> Tally:
+    r"""$E[R] = \bar N/\bar L - \mathrm{Cov}(R, L_B)/\bar L$ with $L_B$ the batch's mean length: no expansion."""
+    tally = Tally()
+    for atoms in _atoms():
+        m = Moments.of(atoms)
+        for size in (1, 2, 4, 8):
+            mean = batch_mean(atoms, size, "token_mean")
+            covariance = batch_mean(atoms, size, "token_mean", with_length=True) - mean * m.l
+            tally.equal(mean, m.n / m.l + sign * covariance / m.l)
+    return tally
+
+
+def _check_rate(claim: tuple[Coefficient, ...]) -> Tally:
+    """Twice the batch divides what the expansion leaves by `2^(terms + 1)`, on exact means."""
+    tally = Tally()
+    for atoms in _atoms():
+        m, left = Moments.of(atoms), []
+        for size in (16, 32, 64):
+            error = batch_mean(atoms, size, "token_mean") - m.n / m.l
+            left.append(error - sum((term(m) / size**k for k, term in enumerate(claim, 1)), Fraction(0)))
+        faster = 2 ** (len(claim) + 1)
+        for before, after in itertools.pairwise(left):
+            # The next order of the expansion moves the ratio from its limit by a multiple of 1/B.
+            tally.require(after != 0 and abs(before / after / faster - 1) < Fraction(1, 8))
+        tally.require(abs(left[1] / left[2] / faster - 1) < abs(left[0] / left[1] / faster - 1))
+    return tally
+
+
+def _check_unbiased_cases(constant: bool) -> Tally:
+    r"""No bias at any batch size if all lengths are equal, or if every numerator is the same multiple of its length."""
+    tally = Tally()
+    F = Fraction
+    chances = (F(1, 2), F(1, 3), F(1, 6))
+    equal = Atoms((F(1), F(-2), F(7)), (3, 3, 3) if constant else (3, 3, 4), chances)
+    proportional = Atoms(tuple(F(5, 2) * k for k in (1, 2, 5)), (1, 2, 5) if constant else (1, 3, 5), chances)
+    for atoms in (equal, proportional):
+        m = Moments.of(atoms)
+        for size in (1, 2, 5):
+            tally.equal(batch_mean(atoms, size, "token_mean"), m.n / m.l)
+    return tally
+
+
+def _check_sequence_mean(power: int) -> Tally:
+    r"""$E[\mathrm{reduced}] = \sum_\ell \ell^{-1} P(L=\ell) E[N | L=\ell]$ at every batch size."""
+    tally = Tally()
+    for atoms in _atoms():
+        for size in (1, 2, 4):
+            tally.equal(batch_mean(atoms, size, "sequence_mean"), atoms.mean(lambda n, k: n / Fraction(k) ** power))
+    return tally
+
+
+# Policies: the gradients themselves.
+
+
+@functools.cache
+def _pairs() -> tuple[Pair, ...]:
+    return (random_pair(2, 3, eos=0, scale=0.5, distance=1.0, seed=5), random_pair(3, 2, eos=1, distance=1.0, seed=6))
+
+
+def _check_reduced_gradient(claim: tuple[Reduction, bool]) -> Tally:
+    """The library's loss on batches of two, as a black box; `up_to_scale` divides by the best factor."""
+    reduction, up_to_scale = claim
+    tally = Tally()
+    for divergence in map(divergences.divergence, ("reverse_kl", "forward_kl", "jsd")):
+        loss = estimator("opd_plus", divergence, reduction=reduction)
+        for pair in _pairs():
+            found = expected_gradient(loss, *pair, batch_size=2)
+            truth = exact_gradient(*pair, divergence)
+            if up_to_scale:
+                a, b = (torch.cat([g.flatten() for g in each]) for each in (found, truth))
+                found = [g * float(a @ b / (a @ a)) for g in found]
+            tally.compare(found, truth)
+    return tally
+
+
+def _inverse_length(student: TabularPolicy, teacher: TabularPolicy, batch_size: int) -> Tensor:
+    r"""$E[1/\sum_b L_b]$ by enumeration, differentiable in the student."""
+    rollouts = Enumeration.build(student, teacher).rollouts()
+    chance = (rollouts.mask * rollouts.student_logprobs).sum(-1).exp()
+    total, lengths = chance, rollouts.mask.sum(-1)
+    for _ in range(batch_size - 1):
+        total = (total.unsqueeze(-1) * chance).flatten()
+        lengths = (lengths.unsqueeze(-1) + rollouts.mask.sum(-1)).flatten()
+    return (total / lengths).sum()
+
+
+def _check_constant_advantage(claim: tuple[Reduction, float]) -> Tally:
+    r"""A constant advantage `c` descends $-c\,E[1/L]$: with `token_mean` of the batch, with `sequence_mean` of each."""
+    reduction, factor = claim
+    tally = Tally()
+    for pair in _pairs():
+        for size in (1, 2, 3):
+
+            def loss(r: Rollouts) -> Tensor:
+                values = -0.7 * r.student_logprobs
+                return r.token_mean(values) if reduction == "token_mean" else r.sequence_mean(values)
+
+            count = size if reduction == "token_mean" else 1
+            slope = autograd_gradient(pair, lambda s, t=pair[1], n=count: factor * 0.7 * _inverse_length(s, t, n))  # type: ignore[misc]
+            tally.compare(expected_gradient(loss, *pair, batch_size=size), slope)
+    return tally
+
+
+def _check_weighted_sequence(power: int) -> Tally:
+    r"""`sequence_mean` of the whole sequence's weight descends $\sum_y L(y)^{-1} p(y) f(q(y)/p(y))$."""
+    tally = Tally()
+    for divergence in map(divergences.divergence, ("reverse_kl", "forward_kl", "chi2")):
+        loss = estimator("sequence_opd_plus", divergence, reduction="sequence_mean")
+        for pair in _pairs():
+
+            def value(student: TabularPolicy, teacher: TabularPolicy = pair[1], d: Divergence = divergence) -> Tensor:
+                r = Enumeration.build(student, teacher).rollouts()
+                chance = (r.mask * r.student_logprobs).sum(-1).exp()
+                return (chance * d.generator((r.mask * r.log_u).sum(-1)) / r.mask.sum(-1) ** power).sum()
+
+            tally.compare(expected_gradient(loss, *pair), autograd_gradient(pair, value))
+    return tally
+
+
+def _check_at_teacher(name: str) -> Tally:
+    """At the teacher a mean over tokens leaves the centred weight without gradient, for every generator."""
+    tally = Tally()
+    for divergence in map(divergences.divergence, ("reverse_kl", "forward_kl", "chi2", "jsd")):
+        for reduction in ("token_mean", "sequence_mean"):
+            loss = estimator(name, divergence, reduction=reduction)
+            for student, _ in _pairs():
+                found = expected_gradient(loss, student, student, batch_size=2)
+                tally.compare(found, [torch.zeros_like(g) for g in found])
+    return tally
+
+
+# The derivation.
+
+
+def _step_linear() -> bool:
+    """Means of sums: two rollouts of an undefined two-point law."""
+    import sympy
+
+    c, a, b = sympy.symbols("c a b")
+    mean = c * a + (1 - c) * b
+    pair = sum(x * y * (n + m) / 2 for x, n in ((c, a), (1 - c, b)) for y, m in ((c, a), (1 - c, b)))
+    return sympy.expand(pair - mean) == 0
+
+
+def _step_series() -> bool:
+    """The Taylor series of the ratio, with deviations of order ε."""
+    import sympy
+
+    eps, n, k = sympy.symbols("epsilon n l", real=True)
+    big_n, big_l = sympy.symbols("N L", positive=True)
+    series = sympy.series((big_n + eps * n) / (big_l + eps * k), eps, 0, 5).removeO()
+    claimed = (
+        big_n / big_l
+        + eps * (n / big_l - big_n * k / big_l**2)
+        + eps**2 * (-n * k / big_l**2 + big_n * k**2 / big_l**3)
+        + eps**3 * (n * k**2 / big_l**3 - big_n * k**3 / big_l**4)
+        + eps**4 * (-n * k**3 / big_l**4 + big_n * k**4 / big_l**5)
+    )
+    return sympy.simplify(series - claimed) == 0
+
+
+def _step_moments() -> bool:
+    r"""Moments of a mean over `B` centred rollouts: a product counts only if no rollout stands alone in it."""
+    import sympy
+
+    size = sympy.Symbol("B", positive=True)
+    n, k = sympy.symbols("n l")
+    moment = {key: sympy.Symbol(f"mu_{key[0]}{key[1]}") for key in ((1, 1), (0, 2), (1, 2), (0, 3), (1, 3), (0, 4))}
+
+    def of_mean(i: int, j: int) -> sympy.Expr:
+        factors = [n] * i + [k] * j
+        total = sympy.S.Zero
+        for blocks in sympy.utilities.iterables.multiset_partitions(list(range(i + j))):
+            if any(len(block) == 1 for block in blocks):
+                continue
+            keys = [(sum(factors[x] == n for x in block), sum(factors[x] == k for x in block)) for block in blocks]
+            total += sympy.ff(size, len(blocks)) * sympy.Mul(*(moment[key] for key in keys))
+        return total / size ** (i + j)
+
+    m, v = moment, {"N": sympy.Symbol("N"), "L": sympy.Symbol("L", positive=True)}
+    mean = (
+        -of_mean(1, 1) / v["L"] ** 2
+        + v["N"] * of_mean(0, 2) / v["L"] ** 3
+        + of_mean(1, 2) / v["L"] ** 3
+        - v["N"] * of_mean(0, 3) / v["L"] ** 4
+        - of_mean(1, 3) / v["L"] ** 4
+        + v["N"] * of_mean(0, 4) / v["L"] ** 5
+    )
+    held = Moments(v["N"], v["L"], m[1, 1], m[0, 2], m[1, 2], m[0, 3])
+    in_inverse = sympy.expand(mean.expand(func=True).subs(size, 1 / sympy.Symbol("h", positive=True)))
+    h = sympy.Symbol("h", positive=True)
+    return all(
+        sympy.simplify(sympy.expand(in_inverse).coeff(h, order) - claimed(held)) == 0
+        for order, claimed in ((1, first_order), (2, second_order))
+    )
+
+
+def _step_score_of_length() -> bool:
+    r"""$E[S/L] = \nabla E[1/L]$ for any function of the rollout that does not hold θ."""
+    import sympy
+
+    theta = sympy.Symbol("theta")
+    laws = [sympy.Function(f"p{i}", positive=True)(theta) for i in range(3)]
+    lengths = sympy.symbols("l0:3", positive=True)
+    left = sum(p * sympy.diff(sympy.log(p), theta) / k for p, k in zip(laws, lengths, strict=True))
+    return sympy.simplify(left - sympy.diff(sum(p / k for p, k in zip(laws, lengths, strict=True)), theta)) == 0
+
+
+def _step_per_atom() -> bool:
+    import sympy
+
+    p, q, u, k = sympy.symbols("p q u l", positive=True)
+    f = sympy.Function("f")
+    w = u * sympy.diff(f(u), u) - f(u)
+    return sympy.simplify(sympy.diff(p * f(q / p) / k, p).doit() + (w.subs(u, q / p) / k).doit()) == 0
+
+
+def _means() -> Theorem:
+    return Theorem(
+        number="T11",
+        name="sum over tokens and mean over tokens",
+        statement=r"E\Big[\tfrac1B\sum_b N_b\Big] = \bar N,\qquad E\Big[\frac{\sum_b N_b}{\sum_b L_b}\Big] = "
+        r"\frac{\bar N}{\bar L} + \frac1B\Big[-\frac{\mathrm{Cov}(N, L)}{\bar L^2} + "
+        r"\frac{\bar N\,\mathrm{Var}(L)}{\bar L^3}\Big] + O(B^{-2})",
+        hypotheses=(
+            "B independent rollouts; N_b is a rollout's gradient (or one entry of it), L_b ≥ 1 its number of tokens",
+            "lengths are bounded",
+        ),
+        source="ratio estimators: Cochran, Sampling Techniques; the rest derived here",
+        advice="Sum over tokens and divide by a number that does not depend on the rollouts, such as B times the cap; "
+        "with a mean over tokens, centre the weight and take a large batch.",
+        derivation=(
+            Step(r"E[\tfrac1B\textstyle\sum_b N_b] = \bar N", "the mean is linear", _step_linear),
+            Step(
+                r"\frac{\bar N + \varepsilon n}{\bar L + \varepsilon l} = \frac{\bar N}{\bar L} + "
+                r"\varepsilon\Big(\frac{n}{\bar L} - \frac{\bar N l}{\bar L^2}\Big) + "
+                r"\varepsilon^2\Big(-\frac{n l}{\bar L^2} + \frac{\bar N l^2}{\bar L^3}\Big) + \dots",
+                "Taylor's series of the batch's ratio in the deviations of its two means, to the fourth order",
+                _step_series,
+            ),
+            Step(
+                r"E[n l] = \mathrm{Cov}(N, L)/B,\quad E[l^2] = \mathrm{Var}(L)/B,\quad E[n l^2], E[l^3] = O(B^{-2})",
+                "in a product of B-means of independent centred terms only those count in which none stands alone; "
+                "lengths are bounded, so the remainder of the series is of the order of its first term",
+                _step_moments,
+                in_words=True,
+            ),
+            Step(
+                r"E[c\,S/L] = c\,\nabla E[1/L]",
+                "the score function: S is the gradient of the log-probability of the whole batch",
+                _step_score_of_length,
+            ),
+        ),
+        identities=(
+            Identity(
+                "T11",
+                "sum over tokens",
+                r"E[\tfrac1B\textstyle\sum_b N_b] = \bar N",
+                _check_sum,
+                "token_sum",
+                {"mean over tokens": "token_mean", "mean over each rollout": "sequence_mean"},
+                "exact",
+                0.0,
+            ),
+            Identity(
+                "T11",
+                "covariance with the length",
+                r"E[R] = (\bar N - \mathrm{Cov}(R, \bar L_B))/\bar L,\quad R = \textstyle\sum_b N_b/\sum_b L_b",
+                _check_covariance,
+                -1,
+                {"sign flipped": 1, "dropped": 0},
+                "exact",
+                0.0,
+            ),
+            Identity(
+                "T11",
+                "order 1/B",
+                r"\text{what the expansion leaves falls fourfold when } B \text{ doubles}",
+                _check_rate,
+                (first_order,),
+                {
+                    "variance dropped": (lambda m: -m.nl / m.l**2,),
+                    "covariance dropped": (lambda m: m.n * m.ll / m.l**3,),
+                    "signs flipped": (lambda m: -first_order(m),),
+                    "half of it": (lambda m: first_order(m) / 2,),
+                },
+                "exact",
+                0.0,
+            ),
+            Identity(
+                "T11",
+                "order 1/B squared",
+                r"\text{with the next term, eightfold}",
+                _check_rate,
+                (first_order, second_order),
+                {
+                    "third moments dropped": (
+                        first_order,
+                        lambda m: -3 * m.nl * m.ll / m.l**4 + 3 * m.n * m.ll**2 / m.l**5,
+                    ),
+                    "no next term": (first_order, lambda m: Fraction(0)),
+                },
+                "exact",
+                0.0,
+            ),
+            Identity(
+                "T11",
+                "no bias",
+                r"E[R] = \bar N/\bar L \text{ if } L \text{ is constant or } N/L \text{ is}",
+                _check_unbiased_cases,
+                True,
+                {"neither": False},
+                "exact",
+                0.0,
+            ),
+            Identity(
+                "T11",
+                "losses as black boxes",
+                r"E[\hat g] = \nabla J \text{ for batches of two rollouts of variable length}",
+                _check_reduced_gradient,
+                ("token_sum", False),
+                {
+                    "mean over tokens, up to scale": ("token_mean", True),
+                    "mean over each rollout, up to scale": ("sequence_mean", True),
+                },
+            ),
+            Identity(
+                "T11",
+                "a constant advantage is no baseline",
+                r"E\Big[-c\,\frac{\sum_b S_b}{\sum_b L_b}\Big] = -c\,\nabla E\Big[\frac{1}{\sum_b L_b}\Big]",
+                _check_constant_advantage,
+                ("token_mean", -1.0),
+                {"sign flipped": ("token_mean", 1.0), "nothing, as a baseline": ("token_mean", 0.0)},
+            ),
+            Identity(
+                "T11",
+                "centred weights at the teacher",
+                r"p = q,\ A = w_f(u) - w_f(1): \quad E[\hat g] = 0 \text{ under every reduction}",
+                _check_at_teacher,
+                "opd_plus_centred",
+                {"not centred": "opd_plus"},
+            ),
+        ),
+    )
+
+
+def _per_sequence() -> Theorem:
+    return Theorem(
+        number="T11b",
+        name="mean over each rollout",
+        statement=r"E\Big[\tfrac1B\sum_b N_b/L_b\Big] = \sum_\ell \tfrac1\ell P(L = \ell)\,E[N \mid L = \ell]: "
+        r"\text{ a rollout counts } 1/L; \text{ with } N = -w_f(U)S \text{ it is } "
+        r"\nabla\sum_y \frac{p(y)}{L(y)}f(U(y))",
+        hypotheses=("independent rollouts of at least one token", "lengths vary; otherwise it is a scale"),
+        source="derived here",
+        advice="Do not divide by each rollout's length unless short rollouts should count more; if you do, centre the "
+        "weight, or the teacher is no fixed point.",
+        derivation=(
+            Step(
+                r"\partial_p\,[p f(q/p)/L] = -w_f(u)/L",
+                "L(y) is a number attached to the sequence, T1 applies to each",
+                _step_per_atom,
+            ),
+            Step(
+                r"E[c\,S/L] = c\,\nabla E[1/L]",
+                "so neither a constant nor a gauge c(U-1) is free: it changes the objective by c(E_Q[1/L] - E_P[1/L])",
+                _step_score_of_length,
+            ),
+        ),
+        identities=(
+            Identity(
+                "T11b",
+                "weights 1/L",
+                r"E[\tfrac1B\textstyle\sum_b N_b/L_b] = E[N/L] \text{ at every } B",
+                _check_sequence_mean,
+                1,
+                {"no weights (sum over tokens)": 0, "1/L squared": 2},
+                "exact",
+                0.0,
+            ),
+            Identity(
+                "T11b",
+                "objective of the sequence weight",
+                r"E[-w_f(U)\,S/L] = \nabla\textstyle\sum_y p(y) f(U(y))/L(y)",
+                _check_weighted_sequence,
+                1,
+                {"the divergence itself": 0, "1/L squared": 2},
+            ),
+            Identity(
+                "T11b",
+                "a constant advantage is no baseline",
+                r"E[-c\,S/L] = -c\,\nabla E[1/L]",
+                _check_constant_advantage,
+                ("sequence_mean", -1.0),
+                {"sign flipped": ("sequence_mean", 1.0), "nothing, as a baseline": ("sequence_mean", 0.0)},
+            ),
+        ),
+    )
+
+
+def theorems() -> list[Theorem]:
+    """T11 and T11b."""
+    return [_means(), _per_sequence()]
