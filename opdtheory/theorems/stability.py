@@ -197,7 +197,7 @@ def _attraction() -> Theorem:
             "at w'(1) = 0 the first non-zero derivative at 1 decides: attracting iff it is positive and of odd order",
         ),
         source="derived here; linear stability of a gradient flow",
-        advice="Compute w'(1) before training: where it is not positive, no learning rate and no batch size helps.",
+        advice="Compute w'(1) before training: if negative, or zero as for the JSD, no learning rate helps.",
         derivation=(
             Step(
                 r"\dot z_a = p_a (w(u_a) - E_p w) = 0 \text{ at } p = q",
