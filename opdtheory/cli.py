@@ -1,4 +1,4 @@
-"""The command line: `opdtheory verify` and `opdtheory audit`.
+"""The command line: `opdtheory verify`, `opdtheory audit` and `opdtheory table`.
 
 Exit status: 0 if what was asked holds, 1 if it does not, 2 for a usage error. Nothing beyond the core
 is needed; with rich installed the tables are coloured.
@@ -7,9 +7,11 @@ is needed; with rich installed the tables are coloured.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 HOLDS, FAILS, USAGE = 0, 1, 2
+
+_PIPED_WIDTH = 120
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,12 +49,21 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
     verify = commands.add_parser("verify", help="check every identity and refute every false twin")
+    verify.add_argument(
+        "select", nargs="*", metavar="NAME", help="theorems (T4) and estimators (opd_plus); all if none"
+    )
+    verify.add_argument("--workers", type=int, metavar="N", help="processes to share the work among (one per core)")
     verify.add_argument("--json", action="store_true", help="print the results as JSON")
     verify.add_argument(
         "--report", type=Path, default=Path("reports/verify.html"), metavar="FILE", help="page to write (%(default)s)"
     )
     verify.add_argument("--no-report", action="store_true", help="write no page")
     verify.set_defaults(run=_verify)
+
+    table = commands.add_parser("table", help="what each local estimator follows, derived symbolically")
+    table.add_argument("--format", choices=("text", "markdown", "latex"), default="text", help="(%(default)s)")
+    table.add_argument("--json", action="store_true", help="print the table as JSON")
+    table.set_defaults(run=_table)
 
     audit = commands.add_parser(
         "audit",
@@ -82,6 +95,14 @@ def _audit(options: argparse.Namespace) -> int:
         return USAGE
     print(json.dumps(report.to_dict(), indent=2) if options.json else report)
     return HOLDS if report.faithful else FAILS
+
+
+def _table(options: argparse.Namespace) -> int:
+    from opdtheory.estimator_table import render, rows
+
+    table = rows()
+    print(json.dumps([row.to_dict() for row in table], indent=2) if options.json else render(table, options.format))
+    return HOLDS
 
 
 def _claim(options: argparse.Namespace, loss: object) -> dict[str, Any]:
@@ -153,14 +174,21 @@ def _load_module(name: str) -> Any:
 
 
 def _verify(options: argparse.Namespace) -> int:
+    from opdtheory.errors import OpdTheoryError
     from opdtheory.verification import verify
 
     console = None if options.json else _console()
-    if console is not None and console.is_terminal:
-        with console.status("verifying") as status:
-            result = verify(lambda item: status.update(f"verifying: {item}"))
-    else:
-        result = verify()
+    workers = options.workers if options.workers is not None else len(os.sched_getaffinity(0))
+    try:
+        if console is not None and console.is_terminal:
+            with console.status("verifying") as status:
+                done = functools.partial(_show_progress, status)
+                result = verify(options.select, workers=workers, progress=done)
+        else:
+            result = verify(options.select, workers=workers)
+    except OpdTheoryError as error:
+        print(f"opdtheory verify: {error}", file=sys.stderr)
+        return USAGE
     if options.json:
         print(json.dumps(result.to_dict(), indent=2))
     elif console is not None:
@@ -175,31 +203,37 @@ def _verify(options: argparse.Namespace) -> int:
     return HOLDS if result.passed else FAILS
 
 
+def _show_progress(status: Any, item: str) -> None:
+    status.update(f"verified {item}")
+
+
 def _console() -> Any:
     try:
         from rich.console import Console
     except ImportError:
         return None
-    return Console()
+    # What is piped into a file or a log has no width of its own.
+    return Console(width=None if sys.stdout.isatty() else _PIPED_WIDTH)
 
 
-_IDENTITY_HEADER = ("", "theorem", "identity", "error", "cases", "false twins", "s")
+_THEOREM_HEADER = ("", "theorem", "check", "how", "error", "cases", "false twins", "s")
 _ESTIMATOR_HEADER = ("", "estimator", "claimed for", "audit's verdict", "false twin")
 
 
-def _identity_rows(result: Verification) -> list[tuple[str, ...]]:
-    return [
-        (
-            _mark(r.passed),
-            r.theorem,
-            r.name,
-            f"{r.error:.1e}",
-            str(r.cases),
-            f"{len(r.twins) - len(r.survivors)} of {len(r.twins)} refuted",
-            f"{r.seconds:.1f}",
-        )
-        for r in result.identities
-    ]
+def _theorem_rows(result: Verification) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    for theorem in result.theorems:
+        steps = f"{sum(step.holds for step in theorem.steps)} of {len(theorem.steps)} steps"
+        seconds = f"{theorem.seconds:.1f}"
+        rows.append((_mark(theorem.passed), theorem.number, theorem.name, f"derived: {steps}", "", "", "", seconds))
+        for r in theorem.identities:
+            twins = f"{len(r.twins) - len(r.survivors)} of {len(r.twins)} refuted"
+            rows.append((_mark(r.passed), "", r.name, r.kind, _error(r.error), str(r.cases), twins, f"{r.seconds:.1f}"))
+    return rows
+
+
+def _error(value: float) -> str:
+    return "0" if value == 0.0 else f"{value:.1e}"
 
 
 def _estimator_rows(result: Verification) -> list[tuple[str, ...]]:
@@ -221,14 +255,13 @@ def _mark(passed: bool) -> str:
 
 
 def _summary(result: Verification) -> str:
-    identities = sum(r.passed for r in result.identities)
-    estimators = sum(r.passed for r in result.estimators)
-    twins = sum(len(r.twins) - len(r.survivors) for r in result.identities) + sum(
-        r.twin_refuted for r in result.estimators
-    )
+    steps = [step for theorem in result.theorems for step in theorem.steps]
     return (
-        f"{identities} of {len(result.identities)} identities hold, {estimators} of {len(result.estimators)} "
-        f"estimators keep their claim, {twins} false twins refuted, in {result.seconds:.0f} s"
+        f"{sum(r.passed for r in result.theorems)} of {len(result.theorems)} theorems hold "
+        f"({sum(step.holds for step in steps)} of {len(steps)} steps, "
+        f"{sum(r.passed for r in result.identities)} of {len(result.identities)} checks), "
+        f"{sum(r.passed for r in result.estimators)} of {len(result.estimators)} estimators keep their claim, "
+        f"{result.twins_refuted} false twins refuted, in {result.seconds:.0f} s"
     )
 
 
@@ -237,7 +270,7 @@ def _print_rich(console: Any, result: Verification) -> None:
     from rich.text import Text
 
     for title, header, rows in (
-        ("Identities", _IDENTITY_HEADER, _identity_rows(result)),
+        ("Theorems", _THEOREM_HEADER, _theorem_rows(result)),
         ("Estimators", _ESTIMATOR_HEADER, _estimator_rows(result)),
     ):
         table = Table(title=title, title_justify="left")
@@ -245,14 +278,17 @@ def _print_rich(console: Any, result: Verification) -> None:
             table.add_column(column, overflow="fold")
         for row in rows:
             mark = Text(row[0], style="green" if row[0] == "ok" else "bold red")
-            table.add_row(mark, *(Text(cell) for cell in row[1:]))
+            # A theorem's own row heads those of its checks.
+            table.add_row(
+                mark, *(Text(cell) for cell in row[1:]), style="bold" if row[1] and header[1] == "theorem" else ""
+            )
         console.print(table)
     console.print(Text(_summary(result), style="bold green" if result.passed else "bold red"))
 
 
 def _print_plain(result: Verification) -> None:
     for header, rows in (
-        (_IDENTITY_HEADER, _identity_rows(result)),
+        (_THEOREM_HEADER, _theorem_rows(result)),
         (_ESTIMATOR_HEADER, _estimator_rows(result)),
     ):
         widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]

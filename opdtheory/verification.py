@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +13,14 @@ from torch import Tensor
 
 from opdtheory import divergences
 from opdtheory.auditing import Audit, audit, quick_verdict
+from opdtheory.errors import InvalidArgumentError
 from opdtheory.estimators import Claim, Estimator, estimator
 from opdtheory.exact.threads import one_thread
 from opdtheory.rollouts import Rollouts
 from opdtheory.testing.laws import assert_claim, claim_settings
-from opdtheory.theorems import IdentityResult, identities
+from opdtheory.theorems import IdentityResult, TheoremResult, theorems
 
-__all__ = ["EstimatorResult", "Verification", "shipped_estimators", "verify"]
+__all__ = ["EstimatorResult", "Verification", "check_estimator", "shipped_estimators", "verify"]
 
 SCHEMA_VERSION = 1
 
@@ -64,19 +67,30 @@ class Verification:
     """All results of one run.
 
     Attributes:
-        identities: of the theorems.
+        theorems: each with its derivation and its checks.
         estimators: of the shipped estimators.
         seconds: how long the run took.
     """
 
-    identities: list[IdentityResult]
+    theorems: list[TheoremResult]
     estimators: list[EstimatorResult]
     seconds: float
 
     @property
+    def identities(self) -> list[IdentityResult]:
+        """The checks of all theorems, in order."""
+        return [result for theorem in self.theorems for result in theorem.identities]
+
+    @property
     def passed(self) -> bool:
-        """Whether every identity and claim holds and every false twin is refuted."""
-        return all(r.passed for r in self.identities) and all(r.passed for r in self.estimators)
+        """Whether every step, identity and claim holds and every false twin is refuted."""
+        return all(r.passed for r in self.theorems) and all(r.passed for r in self.estimators)
+
+    @property
+    def twins_refuted(self) -> int:
+        """How many false twins the checks refuted."""
+        of_identities = sum(len(r.twins) - len(r.survivors) for r in self.identities)
+        return of_identities + sum(r.twin_refuted for r in self.estimators)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain Python values that `json.dumps` takes."""
@@ -84,10 +98,20 @@ class Verification:
             "schema_version": SCHEMA_VERSION,
             "passed": self.passed,
             "seconds": self.seconds,
-            "identities": [
-                {**vars(r), "error": _finite(r.error), "twins": {k: _finite(v) for k, v in r.twins.items()}}
-                | {"holds": r.holds, "survivors": r.survivors, "passed": r.passed}
-                for r in self.identities
+            "theorems": [
+                {
+                    "number": theorem.number,
+                    "name": theorem.name,
+                    "passed": theorem.passed,
+                    "seconds": theorem.seconds,
+                    "derivation": [vars(step) for step in theorem.steps],
+                    "identities": [
+                        {**vars(r), "error": _finite(r.error), "twins": {k: _finite(v) for k, v in r.twins.items()}}
+                        | {"holds": r.holds, "survivors": r.survivors, "passed": r.passed}
+                        for r in theorem.identities
+                    ],
+                }
+                for theorem in self.theorems
             ],
             "estimators": [
                 {
@@ -106,23 +130,65 @@ class Verification:
         }
 
 
-def verify(progress: Callable[[str], None] = lambda _: None) -> Verification:
-    """Check every identity of the theorems and the claim of every shipped estimator.
+def verify(
+    select: Sequence[str] = (), *, workers: int = 1, progress: Callable[[str], None] = lambda _: None
+) -> Verification:
+    """Check every theorem and the claim of every shipped estimator.
 
     Args:
-        progress: called with the name of each item before it is checked.
+        select: numbers of theorems (`"T4"`) and names of estimators (`"opd_plus"`) to check; all if empty.
+        workers: processes to share the work among. More than one starts Python anew, so a script needs
+            the usual `if __name__ == "__main__"` guard.
+        progress: called with the name of each item when it is done.
+
+    Raises:
+        InvalidArgumentError: `select` names neither a theorem nor an estimator, or `workers` is below one.
     """
+    if workers < 1:
+        raise InvalidArgumentError("workers", f"is {workers}; at least one process is needed")
     start = time.perf_counter()
+    tasks = _tasks(select)
+    found: list[TheoremResult | EstimatorResult] = []
+    if workers == 1:
+        for task in tasks:
+            found.append(_run(task))
+            progress(_title(found[-1]))
+    else:
+        # A forked child could inherit a lock of torch's thread pool; a spawned one starts clean.
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            for result in pool.map(_run, tasks):
+                found.append(result)
+                progress(_title(result))
+    return Verification(
+        [result for result in found if isinstance(result, TheoremResult)],
+        [result for result in found if isinstance(result, EstimatorResult)],
+        time.perf_counter() - start,
+    )
+
+
+def _tasks(select: Sequence[str]) -> list[tuple[str, int]]:
+    """`("theorem", i)` and `("estimator", j)` for everything selected."""
+    numbers = [theorem.number for theorem in theorems()]
+    names = [estimator.name for estimator in shipped_estimators()]
+    for wanted in select:
+        if wanted not in numbers and wanted not in names:
+            known = f"{', '.join(numbers)}, {', '.join(dict.fromkeys(names))}"
+            raise InvalidArgumentError("select", f"{wanted!r} is no theorem and no estimator; known: {known}")
+    return [("theorem", i) for i, number in enumerate(numbers) if not select or number in select] + [
+        ("estimator", j) for j, name in enumerate(names) if not select or name in select
+    ]
+
+
+def _run(task: tuple[str, int]) -> TheoremResult | EstimatorResult:
+    kind, index = task
     with one_thread():
-        found = []
-        for identity in identities():
-            progress(f"{identity.theorem} {identity.name}")
-            found.append(identity.run())
-        audited = []
-        for loss in shipped_estimators():
-            progress(repr(loss))
-            audited.append(_check_estimator(loss))
-    return Verification(found, audited, time.perf_counter() - start)
+        if kind == "theorem":
+            return theorems()[index].run()
+        return check_estimator(list(shipped_estimators())[index])
+
+
+def _title(result: TheoremResult | EstimatorResult) -> str:
+    return result.short_name if isinstance(result, EstimatorResult) else f"{result.number} {result.name}"
 
 
 def shipped_estimators() -> Iterator[Estimator]:
@@ -161,7 +227,8 @@ def shipped_estimators() -> Iterator[Estimator]:
     yield estimator("opd_plus", "reverse_kl", zscore=True)
 
 
-def _check_estimator(loss: Estimator) -> EstimatorResult:
+def check_estimator(loss: Estimator) -> EstimatorResult:
+    """Audit an estimator against its own claim, and a false twin of it likewise."""
     claim = loss.claim
     settings = claim_settings(claim)
     try:

@@ -23,6 +23,7 @@ table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 th, td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .ok { color: var(--ok); } .bad { color: var(--bad); font-weight: bold; }
+tr.head td { font-weight: 600; border-top: 2px solid var(--line); } tr.head details { font-weight: 400; }
 code { font-size: .95em; } .scroll { overflow-x: auto; }
 figure { margin: 1.5rem 0; background: #fff; border: 1px solid var(--line); border-radius: 6px; padding: .5rem; }
 figure svg { width: 100%; height: auto; } figcaption { color: #333; font-size: .9rem; padding: .3rem .5rem; }
@@ -38,7 +39,7 @@ def write_page(result: Verification, path: Path) -> Path:
 
 def render_page(result: Verification) -> str:
     """The page as HTML; figures need matplotlib (extra `plots`) and are left out with a note without it."""
-    verdict = "All identities hold and every false twin is refuted." if result.passed else "Something failed."
+    verdict = "Every theorem holds and every false twin is refuted." if result.passed else "Something failed."
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -50,11 +51,11 @@ def render_page(result: Verification) -> str:
 <body>
 <h1>opdtheory {escape(__version__)}: verification</h1>
 <p class="{"ok" if result.passed else "bad"}">{verdict}</p>
-<p>{len(result.identities)} identities and {len(result.estimators)} estimators on enumerated policies in float64,
-torch {escape(torch.__version__)}, {result.seconds:.0f} s.
-Errors are relative to the larger of one and the numbers compared.</p>
-<h2>Identities</h2>
-<div class="scroll">{_identities(result)}</div>
+<p>{len(result.theorems)} theorems with {len(result.identities)} checks, and {len(result.estimators)} estimators on
+enumerated policies in float64; torch {escape(torch.__version__)}, {result.seconds:.0f} s. Numeric errors are relative
+to the larger of one and the numbers compared; exact checks compare fractions, rigorous ones enclose both sides.</p>
+<h2>Theorems</h2>
+<div class="scroll">{_theorems(result)}</div>
 <h2>Estimators</h2>
 <p>Each estimator is audited as a black box; its claim must be what the audit finds, and a false twin must not be.</p>
 <div class="scroll">{_estimators(result)}</div>
@@ -65,22 +66,33 @@ Errors are relative to the larger of one and the numbers compared.</p>
 """
 
 
-def _identities(result: Verification) -> str:
+def _theorems(result: Verification) -> str:
     rows = []
-    for r in result.identities:
-        twins = "<br>".join(
-            f"{escape(name)}: <span class='{'bad' if name in r.survivors else 'ok'}'>"
-            f"{'survives' if name in r.survivors else 'refuted'}</span> ({_number(error)})"
-            for name, error in r.twins.items()
+    for theorem in result.theorems:
+        steps = "".join(
+            f"<li>{_mark(step.holds)} <code>{escape(step.says)}</code><br><small>{escape(step.why)}"
+            f"{' (in words; the machine checked a lemma or an instance)' if step.in_words else ''}</small></li>"
+            for step in theorem.steps
         )
         rows.append(
-            f"<tr><td>{_mark(r.passed)}</td><td>{escape(r.theorem)}</td>"
-            f"<td>{escape(r.name)}<br><code>{escape(r.statement)}</code></td>"
-            f"<td class='number'>{_number(r.error)}</td><td class='number'>{r.cases}</td>"
-            f"<td>{twins}</td><td class='number'>{r.seconds:.1f}</td></tr>"
+            f"<tr class='head'><td>{_mark(theorem.passed)}</td><td>{escape(theorem.number)}</td>"
+            f"<td colspan='5'>{escape(theorem.name)}<details><summary>derivation, {len(theorem.steps)} steps"
+            f"</summary><ol>{steps}</ol></details></td><td class='number'>{theorem.seconds:.1f}</td></tr>"
         )
+        for r in theorem.identities:
+            twins = "<br>".join(
+                f"{escape(name)}: <span class='{'bad' if name in r.survivors else 'ok'}'>"
+                f"{'survives' if name in r.survivors else 'refuted'}</span> ({_number(error)})"
+                for name, error in r.twins.items()
+            )
+            rows.append(
+                f"<tr><td>{_mark(r.passed)}</td><td></td>"
+                f"<td>{escape(r.name)}<br><code>{escape(r.statement)}</code></td><td>{escape(r.kind)}</td>"
+                f"<td class='number'>{_number(r.error)}</td><td class='number'>{r.cases}</td>"
+                f"<td>{twins}</td><td class='number'>{r.seconds:.1f}</td></tr>"
+            )
     head = (
-        "<tr><th></th><th>theorem</th><th>identity</th><th>largest error</th><th>cases</th>"
+        "<tr><th></th><th>theorem</th><th>check</th><th>how</th><th>largest error</th><th>cases</th>"
         "<th>false twins</th><th>s</th></tr>"
     )
     return f"<table><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table>"
@@ -181,4 +193,6 @@ def _mark(passed: bool) -> str:
 
 
 def _number(value: float) -> str:
+    if value == 0.0:
+        return "0"
     return f"{value:.1e}" if value < float("inf") else "wrong"

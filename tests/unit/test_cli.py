@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from opdtheory import cli
-from opdtheory.theorems import IdentityResult
-from opdtheory.verification import Verification, verify
+from opdtheory.theorems import IdentityResult, StepResult, TheoremResult
+from opdtheory.verification import Verification, shipped_estimators, verify
 from opdtheory.verification_page import render_page
 
 SOURCE = """
@@ -103,26 +103,52 @@ def test_wrong_names_are_usage_errors(losses: str, capsys: pytest.CaptureFixture
 
 @pytest.fixture(scope="module")
 def verification() -> Verification:
-    return verify()
+    """Two quick theorems and a few estimators; tests/laws runs all of them."""
+    return verify(["T1b", "T3b", "k1_loss", "k3_loss", "opd_plus"])
 
 
-def test_everything_verifies(verification: Verification) -> None:
-    failed = [f"{r.theorem} {r.name}: {r.error:.1e}, {r.survivors}" for r in verification.identities if not r.passed]
+def test_what_is_selected_is_verified(verification: Verification) -> None:
+    failed = [f"{r.number} {r.name}" for r in verification.theorems if not r.passed]
     failed += [f"{r.name}: {r.claim.verdict}, audit {r.audit.verdict}" for r in verification.estimators if not r.passed]
     assert verification.passed, failed
-    assert {r.theorem for r in verification.identities} >= {"T1", "T2", "T3", "T4"}
+    assert [r.number for r in verification.theorems] == ["T1b", "T3b"]
+    assert {r.audit.name.split("'")[1] for r in verification.estimators} == {"k1_loss", "k3_loss", "opd_plus"}
+    assert verification.twins_refuted >= len(verification.identities) + len(verification.estimators)
 
 
-def test_every_named_estimator_is_verified(verification: Verification) -> None:
+def test_every_named_estimator_is_verified() -> None:
     import opdtheory as opd
 
-    assert {r.audit.name.split("'")[1] for r in verification.estimators} == set(opd.estimator_names())
+    assert {loss.name for loss in shipped_estimators()} == set(opd.estimator_names())
+
+
+def test_two_processes_find_what_one_finds(verification: Verification) -> None:
+    again = verify(["T1b", "k1_loss"], workers=2)
+    assert again.passed
+    first, second = verification.theorems[0], again.theorems[0]
+    assert [r.error for r in first.identities] == [r.error for r in second.identities]
+
+
+def test_unknown_selections_are_usage_errors(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="select"):
+        verify(["T99"])
+    with pytest.raises(ValueError, match="workers"):
+        verify(["T1b"], workers=0)
+    assert cli.main(["verify", "T99"]) == 2
+    assert "T99" in capsys.readouterr().err
 
 
 def test_verification_as_json(verification: Verification) -> None:
     record = json.loads(json.dumps(verification.to_dict(), allow_nan=False))
     assert record["passed"] is True
-    assert len(record["identities"]) == len(verification.identities)
+    assert [theorem["number"] for theorem in record["theorems"]] == ["T1b", "T3b"]
+    assert all(step["holds"] for theorem in record["theorems"] for step in theorem["derivation"])
+
+
+def of(*identities: IdentityResult, steps: bool = True) -> Verification:
+    """A run of one theorem that found these."""
+    step = StepResult("1 = 1", "arithmetic", steps, False)
+    return Verification([TheoremResult("T0", "name", [step], list(identities), 0.1)], [], 1.0)
 
 
 def test_a_surviving_twin_or_a_large_error_fails() -> None:
@@ -131,9 +157,10 @@ def test_a_surviving_twin_or_a_large_error_fails() -> None:
     wrong = IdentityResult("T0", "name", "x", 1e-3, 1e-12, 3, {"twin": 1.0}, 0.1)
     empty = IdentityResult("T0", "name", "x", 0.0, 1e-12, 0, {"twin": 1.0}, 0.1)
     untested = IdentityResult("T0", "name", "x", 0.0, 1e-12, 3, {}, 0.1)
-    assert Verification([right], [], 1.0).passed
+    assert of(right).passed
+    assert not of(right, steps=False).passed
     for result in (survivor, wrong, empty, untested):
-        assert not Verification([right, result], [], 1.0).passed
+        assert not of(right, result).passed
     assert survivor.survivors == ["twin"]
 
 
@@ -142,7 +169,7 @@ def test_page_is_self_contained_and_escapes(verification: Verification) -> None:
     assert page.count("<svg") == 2
     assert "src=" not in page and "@import" not in page and "<script" not in page
     hostile = IdentityResult("T<b>", "<script>alert(1)</script>", "x", 0.0, 1e-12, 1, {"<i>": 1.0}, 0.1)
-    page = render_page(Verification([hostile], verification.estimators[:1], 1.0))
+    page = render_page(Verification(of(hostile).theorems, verification.estimators[:1], 1.0))
     assert "<script" not in page and "<i>" not in page
     assert "&lt;script&gt;" in page
 
@@ -150,17 +177,17 @@ def test_page_is_self_contained_and_escapes(verification: Verification) -> None:
 def test_verify_prints_and_writes(
     verification: Verification, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("opdtheory.verification.verify", lambda *_: verification)
+    monkeypatch.setattr("opdtheory.verification.verify", lambda *_, **__: verification)
     page = tmp_path / "deep" / "verify.html"
     assert cli.main(["verify", "--report", str(page)]) == 0
     out = capsys.readouterr().out
-    assert "OPD+ identity" in out and "identities hold" in out
+    assert "variational reading" in out and "2 of 2 theorems hold" in out
     assert page.read_text().startswith("<!doctype html>")
     assert cli.main(["verify", "--json", "--no-report"]) == 0
     assert json.loads(capsys.readouterr().out)["passed"] is True
     monkeypatch.setattr(cli, "_console", lambda: None)
     assert cli.main(["verify", "--no-report"]) == 0
-    assert "identities hold" in capsys.readouterr().out
-    failing = Verification([IdentityResult("T0", "n", "x", 1.0, 1e-12, 1, {"twin": 1.0}, 0.1)], [], 1.0)
-    monkeypatch.setattr("opdtheory.verification.verify", lambda *_: failing)
+    assert "theorems hold" in capsys.readouterr().out
+    failing = of(IdentityResult("T0", "n", "x", 1.0, 1e-12, 1, {"twin": 1.0}, 0.1))
+    monkeypatch.setattr("opdtheory.verification.verify", lambda *_, **__: failing)
     assert cli.main(["verify", "--no-report"]) == 1

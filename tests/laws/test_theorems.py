@@ -1,0 +1,125 @@
+"""Every theorem derives itself, holds to its tolerance, refutes its false twins, and is what its page says."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from opdtheory.theorems import Identity, IdentityResult, Step, Theorem, TheoremResult, theorems
+from opdtheory.theorems.pages import index, page, slug
+from tests.laws.test_docs import same
+
+PAGES = Path(__file__).resolve().parents[2] / "docs" / "theory"
+NUMBERS = [theorem.number for theorem in theorems()]
+
+
+@functools.cache
+def theorem(number: str) -> Theorem:
+    return theorems()[NUMBERS.index(number)]
+
+
+@functools.cache
+def found(number: str) -> TheoremResult:
+    return theorem(number).run()
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_theorem_holds_and_its_twins_are_refuted(number):
+    result = found(number)
+    assert [step.says for step in result.steps if not step.holds] == []
+    for identity in result.identities:
+        assert identity.cases > 0, identity.name
+        assert identity.error <= identity.tolerance, f"{identity.name}: off by {identity.error:.3g}"
+        assert identity.twins, f"{identity.name} needs a false twin"
+        assert identity.survivors == [], identity.name
+    assert result.passed
+    # The page in docs/theory says what was found; regenerate it with docs/generate_theory.py.
+    written = (PAGES / f"{slug(theorem(number))}.md").read_text(encoding="utf-8")
+    assert same(written, page(theorem(number), result)), f"python docs/generate_theory.py {number}"
+
+
+def test_every_theorem_has_a_derivation_checks_and_words():
+    assert {re.match(r"T\d+", number)[0] for number in NUMBERS} == {f"T{n}" for n in range(1, 13)}
+    assert len(set(NUMBERS)) == len(NUMBERS)
+    for number in NUMBERS:
+        one = theorem(number)
+        assert one.derivation and one.identities, number
+        assert one.hypotheses and one.source and one.advice and one.statement, number
+        assert all(identity.theorem == number for identity in one.identities)
+        assert len({identity.name for identity in one.identities}) == len(one.identities), number
+
+
+def test_index_lists_every_theorem():
+    assert (PAGES / "index.md").read_text(encoding="utf-8") == index(theorems())
+    assert sorted(path.stem for path in PAGES.glob("t*.md")) == sorted(slug(one) for one in theorems())
+
+
+def test_numeric_tolerances_are_those_of_rounding():
+    from tests.tolerances import ALGEBRA
+
+    for one in theorems():
+        for identity in one.identities:
+            if identity.kind == "exact":
+                assert identity.tolerance == 0.0, identity.name
+            assert identity.tolerance <= ALGEBRA, f"{one.number} {identity.name}"
+
+
+def result(**changes) -> IdentityResult:
+    fields = {"error": 1e-15, "tolerance": 1e-12, "cases": 3, "twins": {"sign flipped": 0.5}, "seconds": 0.0}
+    return IdentityResult(theorem="T0", name="name", statement="x = x", **{**fields, **changes})
+
+
+def test_what_passes_and_what_does_not():
+    assert result().passed
+    for changes in (
+        {"error": 1e-11},
+        {"error": math.nan},
+        {"error": math.inf},
+        {"cases": 0},
+        {"twins": {}},
+        {"twins": {"sign flipped": 0.5, "term dropped": 1e-15}},
+        {"twins": {"sign flipped": 1e-10}},
+    ):
+        assert not result(**changes).passed, changes
+    assert result(twins={"kept": 1e-13, "refuted": 1.0}).survivors == ["kept"]
+    assert result(twins={"blew up": math.inf}).passed
+
+
+def test_a_false_step_or_check_fails_its_theorem():
+    def tally(value):
+        from opdtheory.theorems import Tally
+
+        out = Tally()
+        out.equal(value, 1)
+        return out
+
+    def statement(holds: bool, value: int) -> Theorem:
+        step = Step("1 = 1", "arithmetic", lambda: holds)
+        check = Identity("T0", "one", "x = 1", tally, value, {"two": 2}, "exact", 0.0)
+        return Theorem("T0", "one", "x = 1", ("none",), "here", "nothing", (step,), (check,))
+
+    assert statement(True, 1).run().passed
+    assert not statement(False, 1).run().passed
+    assert not statement(True, 3).run().passed
+
+
+def test_intervals_refute_only_what_they_part():
+    from mpmath import iv
+
+    from opdtheory.theorems import Tally
+
+    one = iv.mpf([1, 2])
+    overlapping, disjoint = Tally(), Tally()
+    overlapping.enclose(one, iv.mpf([1.5, 3]))
+    disjoint.enclose(one, iv.mpf([2.5, 3]))
+    assert math.isfinite(overlapping.error) and overlapping.error > 0
+    assert disjoint.error == math.inf
+
+
+def test_results_are_plain_numbers():
+    assert json.dumps(vars(result()))

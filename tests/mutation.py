@@ -1,0 +1,225 @@
+"""Mutation testing: break one operator or constant of the library at a time and see whether a check fails.
+
+    python tests/mutation.py                        # every mutant of the default modules
+    python tests/mutation.py --sample 200 --seed 0  # a random sample of them
+    python tests/mutation.py opdtheory/exact/oracle.py
+
+A mutant flips a sign, drops a term, swaps a factor for a divisor, turns a comparison round or adds one to a
+constant. It is killed when a test that covers its module fails. Those that survive are printed with their line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import copy
+import importlib.abc
+import importlib.util
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Which tests stand guard over a module, quickest first.
+GUARDS = {
+    "opdtheory/divergences": ["tests/unit/test_logspace.py", "tests/unit/test_divergences.py"],
+    "opdtheory/divergences/transform.py": ["tests/unit/test_transform.py", "tests/unit/test_divergences.py"],
+    "opdtheory/exact": ["tests/unit/test_oracle.py", "tests/unit/test_policies.py", "tests/unit/test_expectation.py"],
+    "opdtheory/theorems": ["tests/laws/test_theorems.py"],
+}
+DEFAULT = [
+    "opdtheory/divergences/catalogue.py",
+    "opdtheory/divergences/logspace.py",
+    "opdtheory/exact/oracle.py",
+    "opdtheory/exact/tree.py",
+    "opdtheory/exact/chain.py",
+    "opdtheory/exact/enumeration.py",
+    "opdtheory/exact/expectation.py",
+    "opdtheory/theorems/opd_plus.py",
+    "opdtheory/theorems/stop_gradient.py",
+    "opdtheory/theorems/gauge.py",
+]
+TIMEOUT = 300
+
+_SWAPS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult}
+_TURNS = {ast.Lt: ast.GtE, ast.LtE: ast.Gt, ast.Gt: ast.LtE, ast.GtE: ast.Lt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One change: which module, at which node, and what it becomes."""
+
+    path: Path
+    line: int
+    before: str
+    after: str
+    tree: ast.Module
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.line}: {self.before}  ->  {self.after}"
+
+
+def mutants(path: Path) -> Iterator[Mutant]:
+    """Every mutant of a module."""
+    source = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+    sites = [node for node in _code(source) if isinstance(node, (ast.BinOp, ast.UnaryOp, ast.Compare, ast.Constant))]
+    for number, node in enumerate(sites):
+        for variant in range(_variants(node)):
+            tree = copy.deepcopy(source)
+            twin = [n for n in _code(tree) if isinstance(n, (ast.BinOp, ast.UnaryOp, ast.Compare, ast.Constant))][
+                number
+            ]
+            changed = _changed(twin, variant)
+            before, after = ast.unparse(node), ast.unparse(changed)
+            _Replace(twin, changed).visit(tree)
+            yield Mutant(path, node.lineno, before, after, ast.fix_missing_locations(tree))
+
+
+def _code(node: ast.AST) -> Iterator[ast.AST]:
+    """The nodes that compute: no annotations, messages, docstrings, decorators or imports."""
+    for name, value in ast.iter_fields(node):
+        if name in ("annotation", "returns", "decorator_list") or isinstance(node, (ast.Raise, ast.JoinedStr)):
+            continue
+        for child in value if isinstance(value, list) else [value]:
+            if not isinstance(child, ast.AST) or isinstance(child, (ast.Raise, ast.JoinedStr, ast.Import)):
+                continue
+            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+                continue
+            yield child
+            yield from _code(child)
+
+
+def _variants(node: ast.AST) -> int:
+    if isinstance(node, ast.BinOp):
+        return 2 if isinstance(node.op, (ast.Add, ast.Sub)) else int(type(node.op) in _SWAPS)
+    if isinstance(node, ast.UnaryOp):
+        return int(isinstance(node.op, ast.USub))
+    if isinstance(node, ast.Compare):
+        return int(len(node.ops) == 1 and type(node.ops[0]) in _TURNS)
+    return int(isinstance(node, ast.Constant) and type(node.value) in (int, float))
+
+
+def _changed(node: ast.AST, variant: int) -> ast.expr:
+    changed = copy.deepcopy(node)
+    if isinstance(changed, ast.BinOp):
+        if variant == 1:
+            return changed.left  # the right-hand term dropped
+        changed.op = _SWAPS[type(changed.op)]()
+    elif isinstance(changed, ast.UnaryOp):
+        return changed.operand
+    elif isinstance(changed, ast.Compare):
+        changed.ops = [_TURNS[type(changed.ops[0])]()]
+    elif isinstance(changed, ast.Constant):
+        changed.value = changed.value + 1
+    assert isinstance(changed, ast.expr)
+    return changed
+
+
+class _Replace(ast.NodeTransformer):
+    def __init__(self, old: ast.AST, new: ast.AST) -> None:
+        self.old, self.new = old, new
+
+    def generic_visit(self, node: ast.AST) -> ast.AST:
+        return self.new if node is self.old else super().generic_visit(node)
+
+    visit_Constant = generic_visit
+
+
+class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Imports one module from a mutated syntax tree."""
+
+    def __init__(self, mutant: Mutant) -> None:
+        self.name = ".".join(mutant.path.with_suffix("").parts)
+        self.mutant = mutant
+
+    def find_spec(self, name, path=None, target=None):
+        if name != self.name:
+            return None
+        return importlib.util.spec_from_loader(name, self, origin=str(ROOT / self.mutant.path))
+
+    def exec_module(self, module):
+        module.__file__ = str(ROOT / self.mutant.path)
+        exec(compile(self.mutant.tree, module.__file__, "exec"), module.__dict__)
+
+
+def killed(mutant: Mutant) -> bool:
+    """In a fork: whether a guard fails on the mutant."""
+    import pytest
+
+    sys.meta_path.insert(0, _Finder(mutant))
+    guards = max((key for key in GUARDS if str(mutant.path).startswith(key)), key=len)
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:warnings", "--no-header"]
+    return pytest.main([*options, *GUARDS[guards]]) != 0
+
+
+def run(mutant: Mutant) -> int:
+    """Start a fork that exits with 0 if the mutant survives; returns its process number."""
+    pid = os.fork()
+    if pid:
+        return pid
+    silent = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silent, 1)
+    os.dup2(silent, 2)
+    signal.alarm(TIMEOUT)
+    os._exit(1 if killed(mutant) else 0)
+
+
+def main() -> int:
+    """Run the mutants, print the kill rate and the survivors; 0 if the rate is at least 95 %."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("modules", nargs="*", default=DEFAULT)
+    parser.add_argument("--sample", type=int, help="how many mutants to draw")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    options = parser.parse_args()
+
+    os.chdir(ROOT)
+    found = [mutant for module in options.modules for mutant in mutants(Path(module))]
+    if options.sample is not None and options.sample < len(found):
+        found = random.Random(options.seed).sample(found, options.sample)
+    # Imported once, before the forks; the library itself is imported by each.
+    import hypothesis  # noqa: F401
+    import mpmath  # noqa: F401
+    import pytest  # noqa: F401
+    import scipy.optimize  # noqa: F401
+    import sympy  # noqa: F401
+    import torch
+
+    torch.set_num_threads(1)
+    start, waiting, running, survivors, timeouts, done = time.time(), list(found), {}, [], 0, 0
+    per_module: dict[str, list[int]] = {}
+    while waiting or running:
+        while waiting and len(running) < options.workers:
+            mutant = waiting.pop()
+            running[run(mutant)] = mutant
+        pid, status = os.wait()
+        mutant = running.pop(pid)
+        counts = per_module.setdefault(str(mutant.path), [0, 0])
+        counts[1] += 1
+        done += 1
+        if status == 0:
+            survivors.append(mutant)
+            print(f"survives: {mutant}", flush=True)
+        else:
+            counts[0] += 1
+            timeouts += os.WIFSIGNALED(status)
+        if done % 50 == 0:
+            print(f"... {done} of {len(found)} in {time.time() - start:.0f} s", flush=True)
+    for module, (dead, total) in sorted(per_module.items()):
+        print(f"{module}: {dead} of {total} killed")
+    rate = 1.0 - len(survivors) / max(len(found), 1)
+    print(
+        f"{len(found) - len(survivors)} of {len(found)} mutants killed ({100 * rate:.1f} %), {timeouts} of them by "
+        f"time-out, in {time.time() - start:.0f} s"
+    )
+    return 0 if rate >= 0.95 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
