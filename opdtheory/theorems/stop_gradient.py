@@ -27,6 +27,7 @@ from opdtheory.theorems.cases import (
     values_of,
 )
 from opdtheory.theorems.theorem import Identity, Step, Tally, Theorem
+from opdtheory.theorems.up_to_scale import theorems as up_to_scale
 
 if TYPE_CHECKING:
     import sympy
@@ -246,7 +247,7 @@ def _value_to_second_order() -> bool:
 
 
 def theorems() -> list[Theorem]:
-    """T2."""
+    """T2 and T2b."""
     import sympy
 
     def log_slope(f: sympy.Expr, u: sympy.Symbol) -> sympy.Expr:
@@ -373,4 +374,5 @@ def theorems() -> list[Theorem]:
                 ),
             ),
         ),
+        *up_to_scale(),
     ]
