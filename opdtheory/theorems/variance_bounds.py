@@ -534,8 +534,9 @@ def _lower_bound() -> Theorem:
             "with the teacher's whole row a constant is unbiased: no bound holds",
         ),
         source="derived here; two teachers are compared as two parameters are by Hammersley, Chapman and Robbins",
-        advice="Where chi2 is large no baseline rescues a sampled forward KL: sum over the vocabulary, or take another "
-        "divergence. A vector baseline, (u-1)(s - kappa) with kappa the mean score under r, is the quietest.",
+        advice="Where chi2 is large a constant rescues no sampled forward KL: sum over the vocabulary, or take another "
+        "divergence. Of those that are at rest at the teacher, (u-1)(s - kappa) with kappa the mean score under r "
+        "is the quietest.",
         derivation=(
             Step(
                 r"\mathrm{Var}[-(u-1)s] = \chi^2(1+|p|^2) - 3|p-q|^2,\quad b^* - 1 = "
