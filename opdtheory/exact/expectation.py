@@ -28,6 +28,9 @@ BATCH_BUDGET = 60_000
 # Batches of the size asked for whose sensitivities are compared with those in larger batches.
 _SEPARABILITY_SAMPLE = 16
 
+# Up to this many batches all are looked at, since a sample of so few may be all alike.
+_EVERY_COMPANY = 16
+
 # Two evaluations of one separable loss differ by rounding only.
 _SAME = 1e-10
 
@@ -184,19 +187,28 @@ def _separable_shares(probe: _Probe, batch_size: int) -> Tensor | None:
     # Fewer sequences than a batch holds: the batch of all repeats some.
     everyone = torch.arange(max(count, batch_size)) % count
     shares = len(everyone) * probe.sensitivity(everyone)[:count]
-    generator = torch.Generator().manual_seed(0)
-    sample = torch.linspace(0, count - 1, min(count, _SEPARABILITY_SAMPLE)).round().long()
-    companies = [torch.cat([i.view(1), torch.randint(count, (batch_size - 1,), generator=generator)]) for i in sample]
-    for parts in (2, 3):
-        if count // parts >= batch_size:
-            companies.extend(torch.randperm(count, generator=generator).tensor_split(parts))
-    for batch in companies:
+    for batch in _companies(count, batch_size):
         # A repeated rollout shares its sensitivity among its copies, each of which has the same.
         together, apart = len(batch) * probe.sensitivity(batch), shares[batch]
         scale = max(float(together.abs().max()), float(apart.abs().max()), 1e-300)
         if float((together - apart).abs().max()) > _SAME * scale:
             return None
     return shares
+
+
+def _companies(count: int, batch_size: int) -> list[Tensor]:
+    """Batches in which to look at a rollout: all there are if they are few, else a sample and two partitions."""
+    if math.comb(count + batch_size - 1, batch_size) <= _EVERY_COMPANY:
+        return [torch.tensor(batch) for batch, _ in _batches(count, batch_size, ordered=False)]
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.linspace(0, count - 1, min(count, _SEPARABILITY_SAMPLE)).round().long()
+    companies = [
+        torch.cat([i.view(1), torch.randint(count, (batch_size - 1,), generator=generator)]) for i in sample
+    ]
+    for parts in (2, 3):
+        if count // parts >= batch_size:
+            companies.extend(torch.randperm(count, generator=generator).tensor_split(parts))
+    return companies
 
 
 def _from_singles(probe: _Probe, shares: Tensor, batch_size: int) -> GradientMoments:

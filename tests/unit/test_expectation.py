@@ -431,3 +431,15 @@ def test_a_batch_size_is_whole():
 def test_a_behaviour_policy_over_other_sequences_is_refused():
     with pytest.raises(InvalidArgumentError, match="horizon=3"):
         expected_gradient(k2, *random_pair(2, 2), behavior=TabularPolicy.random(2, 3))
+
+
+def test_few_batches_are_all_looked_at_for_coupling():
+    """Three sequences, two of them scored alike: a sample of batches may be blind to the group mean."""
+    student = TabularPolicy([torch.zeros(1, 3, dtype=torch.float64)])
+    teacher = TabularPolicy([torch.tensor([[0.0, 0.0, 0.1]], dtype=torch.float64)])
+    loss = estimator("opd_plus", "reverse_kl", baseline="group_mean")
+    exact = exact_gradient(student, teacher, "reverse_kl")
+    for batch_size in (2, 3, 4):
+        found = expected_gradient(loss, student, teacher, batch_size=batch_size)
+        share = (batch_size - 1) / batch_size
+        torch.testing.assert_close(found[0], share * exact[0], rtol=0, atol=1e-15)
