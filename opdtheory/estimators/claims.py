@@ -158,8 +158,10 @@ def _of_vocabulary(loss: VocabularyLoss, nominal: Divergence, theorem: str) -> C
     if form == "tail":
         what = f"the divergence of the laws on {k} tokens and one bucket"
         return Claim(nominal, "token_local", "biased", theorem, what, assumptions=(f"vocabulary above {k + 1}",))
+    # At the teacher the terms on S pull by -f'(1) q (1_S - q(S)): a matter of the gauge.
+    rests = abs(float(nominal.log_slope(torch.zeros((), dtype=torch.float64)))) < _TOLERANCE
     what = {
-        "truncated": f"the terms of {k} tokens: the teacher is no fixed point",
+        "truncated": f"the terms of {k} tokens" + ("" if rests else ": the teacher is no fixed point"),
         "renormalised": f"the divergence of the laws conditioned on {k} tokens",
     }[form]
     return Claim(nominal, "token_local", "biased", theorem, what, assumptions=(f"vocabulary above {k}",))

@@ -26,7 +26,7 @@ Loss = Callable[[Rollouts], Tensor]
 BATCH_BUDGET = 60_000
 
 # Batches of the size asked for whose sensitivities are compared with those in larger batches.
-_SEPARABILITY_SAMPLE = 16
+_SEPARABILITY_SAMPLE = 8
 
 # Up to this many batches all are looked at, since a sample of so few may be all alike.
 _EVERY_COMPANY = 16
@@ -202,9 +202,7 @@ def _companies(count: int, batch_size: int) -> list[Tensor]:
         return [torch.tensor(batch) for batch, _ in _batches(count, batch_size, ordered=False)]
     generator = torch.Generator().manual_seed(0)
     sample = torch.linspace(0, count - 1, min(count, _SEPARABILITY_SAMPLE)).round().long()
-    companies = [
-        torch.cat([i.view(1), torch.randint(count, (batch_size - 1,), generator=generator)]) for i in sample
-    ]
+    companies = [torch.cat([i.view(1), torch.randint(count, (batch_size - 1,), generator=generator)]) for i in sample]
     for parts in (2, 3):
         if count // parts >= batch_size:
             companies.extend(torch.randperm(count, generator=generator).tensor_split(parts))

@@ -75,7 +75,7 @@ def _displayed(formula: str) -> str:
 
 def _inline(formula: str) -> str:
     # A bar would end the cell of the table.
-    return f"${formula}$".replace("|", r"\vert ")
+    return f"${formula}$".replace(r"\|", r"\Vert ").replace("|", r"\vert ")
 
 
 def _number(value: float) -> str:

@@ -8,7 +8,7 @@ from opdtheory.estimators import Estimator
 from opdtheory.verification import check_estimator, shipped_estimators
 
 
-@pytest.mark.parametrize("loss", shipped_estimators(), ids=repr)
+@pytest.mark.parametrize("loss", list(shipped_estimators()), ids=repr)
 def test_claim_holds_and_its_twin_is_refuted(loss: Estimator) -> None:
     result = check_estimator(loss)
     assert result.agrees, f"claims {result.claim}\n\n{result.audit}"

@@ -6,6 +6,7 @@ and stores their outputs.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -31,7 +32,8 @@ def executed(path: Path) -> nbformat.NotebookNode:
     client = NotebookClient(
         notebook, timeout=SECONDS, kernel_name="python3", record_timing=False, coalesce_streams=True
     )
-    client.execute(cwd=str(ROOT))
+    # Kernels run beside other tests, and torch's threads waiting for a busy core cost more than they gain.
+    client.execute(cwd=str(ROOT), env={**os.environ, "OMP_NUM_THREADS": "1"})
     return notebook
 
 

@@ -18,15 +18,6 @@ from tests.tolerances import ALGEBRA, ENUMERATION
 THEOREMS = [*truncation.theorems(), *support.theorems(), *vocabulary.theorems()]
 
 
-QUICK = [(t, i) for t in THEOREMS for i in t.identities if i.kind in ("exact", "rigorous")]
-
-
-@pytest.mark.parametrize(("theorem", "identity"), QUICK, ids=lambda x: getattr(x, "number", getattr(x, "name", None)))
-def test_exact_and_rigorous_checks_hold_and_their_twins_are_refuted(theorem, identity):
-    result = identity.run()
-    assert result.passed, (result.error, result.survivors)
-
-
 def test_every_theorem_has_a_derivation_a_check_and_rounding_for_a_tolerance():
     for theorem in THEOREMS:
         assert theorem.derivation and theorem.identities

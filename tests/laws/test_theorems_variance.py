@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -16,15 +15,6 @@ from tests.tolerances import ENUMERATION
 
 THEOREMS = [*variance(), *off_policy()]
 constants = st.integers(-30, 30).map(lambda n: n / 10)
-
-
-@pytest.mark.parametrize("theorem", THEOREMS, ids=lambda theorem: theorem.number)
-def test_steps_and_checks_hold_and_twins_are_refuted(theorem):
-    result = theorem.run()
-    assert result.steps and result.identities
-    assert [step.says for step in result.steps if not step.holds] == []
-    assert [check.name for check in result.identities if not check.passed] == []
-    assert result.passed
 
 
 def test_numbers_are_those_of_the_theory():
