@@ -94,7 +94,12 @@ def _entry(
         _forms=forms,
         _slope_at_infinity=slope_at_infinity,
         _make_expr=functools.cache(expr),
+        _remake=(_from_names, (name, dict(parameters or {}))),
     )
+
+
+def _from_names(name: str, parameters: dict[str, float]) -> Divergence:
+    return divergence(name, **parameters)
 
 
 def _constant(value: float) -> Callable[[Tensor], Tensor]:

@@ -104,6 +104,7 @@ class Divergence:
     _forms: Mapping[str, Form] = field(compare=False)
     _slope_at_infinity: float = field(compare=False)
     _make_expr: Callable[[], sympy.Expr] = field(compare=False)
+    _remake: tuple[Callable[..., Divergence], tuple[Any, ...]] = field(compare=False)  # for pickling
     _own_expr: Any = None  # the generator of `from_expr`, which a name does not identify
 
     @classmethod
@@ -211,9 +212,7 @@ class Divergence:
         return self.label
 
     def __reduce__(self) -> tuple[Callable[..., Divergence], tuple[Any, ...]]:
-        if self._own_expr is not None:
-            return _from_checked, (self._own_expr, self.name)
-        return _from_catalogue, (self.name, dict(self.parameters))
+        return self._remake
 
 
 class _Evaluate(torch.autograd.Function):
@@ -262,12 +261,6 @@ def _derivative(ctx: Any) -> Tensor:
     return torch.where(torch.isnan(total), torch.full_like(total, math.inf), total)
 
 
-def _from_catalogue(name: str, parameters: dict[str, float]) -> Divergence:
-    from opdtheory.divergences.catalogue import divergence
-
-    return divergence(name, **parameters)
-
-
 def _from_checked(generator: sympy.Expr, name: str) -> Divergence:
     forms = {
         kind: Form(transform.numeric(expression), *transform.limits(expression))
@@ -280,5 +273,6 @@ def _from_checked(generator: sympy.Expr, name: str) -> Divergence:
         _forms=forms,
         _slope_at_infinity=transform.slope_at_infinity(generator),
         _make_expr=lambda: generator,
+        _remake=(_from_checked, (generator, name)),
         _own_expr=generator,
     )
