@@ -10,6 +10,7 @@ import argparse
 import functools
 import importlib
 import importlib.util
+import inspect
 import json
 import os
 import sys
@@ -71,6 +72,12 @@ def _parser() -> argparse.ArgumentParser:
         description="Audit loss(rollouts) -> scalar, named as PATH.py:FUNCTION or package.module:FUNCTION.",
     )
     audit.add_argument("loss", metavar="LOSS", help="PATH.py:FUNCTION or package.module:FUNCTION")
+    audit.add_argument(
+        "--call",
+        metavar="EXPR",
+        help="how to call another kind of function: an expression of f, the function, and r, the rollouts, such as "
+        "'r.token_sum(f(r.teacher_logprobs, r.student_logprobs))'",
+    )
     audit.add_argument("--objective", help="claimed divergence, such as jsd or 'skew_jsd(beta=0.1)'")
     audit.add_argument("--granularity", choices=("token_local", "token_return", "sequence"))
     audit.add_argument("--gamma", type=float, help="discount of token_return (1)")
@@ -88,7 +95,7 @@ def _audit(options: argparse.Namespace) -> int:
     from opdtheory.errors import OpdTheoryError
 
     try:
-        loss = load_loss(options.loss)
+        loss = _as_loss(load_loss(options.loss), options.call)
         report = audit(loss, name=options.loss, **_claim(options, loss))
     except (OpdTheoryError, LookupError) as error:
         print(f"opdtheory audit: {error}", file=sys.stderr)
@@ -120,6 +127,26 @@ def _claim(options: argparse.Namespace, loss: object) -> dict[str, Any]:
         "off_policy": options.off_policy,
         "seed": options.seed,
     }
+
+
+def _as_loss(function: Callable[..., Any], call: str | None) -> Callable[[Rollouts], Any]:
+    """The function itself if it takes rollouts alone, or the expression that calls it."""
+    if call is not None:
+        try:
+            code = compile(call, "--call", "eval")
+        except SyntaxError as error:
+            raise LookupError(f"--call {call!r} is no expression: {error.msg}") from None
+        return lambda rollouts: eval(code, {"f": function, "r": rollouts})
+    try:
+        inspect.signature(function).bind(None)
+    except TypeError:
+        raise LookupError(
+            f"{getattr(function, '__name__', function)}{inspect.signature(function)} does not take rollouts alone; say "
+            "how to call it, such as --call 'r.token_sum(f(r.teacher_logprobs, r.student_logprobs))'"
+        ) from None
+    except ValueError:
+        pass  # a builtin without a signature
+    return function
 
 
 def load_loss(target: str) -> Callable[[Rollouts], Any]:

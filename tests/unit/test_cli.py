@@ -21,6 +21,9 @@ def k3(r):
 def k2(r):
     return r.token_sum(r.log_u.square() / 2)
 
+def estimate(teacher, student):
+    return (teacher - student).expm1() - (teacher - student)
+
 class Losses:
     @staticmethod
     def right(r):
@@ -49,6 +52,16 @@ def test_audit_of_a_module(losses: str, monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.syspath_prepend(str(Path(losses).parent))
     assert cli.main(["audit", "my_losses:k2"]) == 0
     capsys.readouterr()
+
+
+def test_audit_of_another_kind_of_function(losses: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["audit", f"{losses}:estimate"]) == 2
+    assert "--call" in capsys.readouterr().err
+    call = "r.token_sum(f(r.teacher_logprobs, r.student_logprobs))"
+    assert cli.main(["audit", f"{losses}:estimate", "--call", call]) == 1
+    assert "forward_kl" in capsys.readouterr().out
+    assert cli.main(["audit", f"{losses}:estimate", "--call", "r.token_sum("]) == 2
+    assert "no expression" in capsys.readouterr().err
 
 
 def test_audit_as_json(losses: str, capsys: pytest.CaptureFixture[str]) -> None:
