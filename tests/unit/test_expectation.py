@@ -443,3 +443,14 @@ def test_few_batches_are_all_looked_at_for_coupling():
         found = expected_gradient(loss, student, teacher, batch_size=batch_size)
         share = (batch_size - 1) / batch_size
         torch.testing.assert_close(found[0], share * exact[0], rtol=0, atol=1e-15)
+
+
+def test_evaluations_count_the_calls():
+    calls = []
+
+    def loss(rollouts):
+        calls.append(1)
+        return rollouts.token_sum(rollouts.log_u)
+
+    student, teacher = random_pair(3, 2, seed=0)
+    assert gradient_moments(loss, student, teacher).evaluations == len(calls)
