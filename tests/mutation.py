@@ -2,7 +2,7 @@
 
     python tests/mutation.py                        # every mutant of the default modules
     python tests/mutation.py --sample 200 --seed 0  # a random sample of them
-    python tests/mutation.py opdtheory/exact/oracle.py
+    python tests/mutation.py --terms opdtheory/exact/oracle.py   # signs and dropped terms only
 
 A mutant flips a sign, drops a term, swaps a factor for a divisor, turns a comparison round or adds one to a
 constant. It is killed when a test that covers its module fails; a mutant of a theorem, when that theorem's own steps,
@@ -68,8 +68,8 @@ class Mutant:
         return f"{self.path}:{self.line}: {self.before}  ->  {self.after}"
 
 
-def mutants(path: Path) -> Iterator[Mutant]:
-    """Every mutant of a module."""
+def mutants(path: Path, terms: bool = False) -> Iterator[Mutant]:
+    """Every mutant of a module, or those that negate or drop a term."""
     source = ast.parse((ROOT / path).read_text(encoding="utf-8"))
     kinds: tuple[type, ...] = (ast.BinOp, ast.UnaryOp, ast.Compare)
     if "theorems" not in path.parts:
@@ -79,6 +79,8 @@ def mutants(path: Path) -> Iterator[Mutant]:
         return [node for node in _code(tree) if isinstance(node, kinds)]
 
     for number, node in enumerate(sites(source)):
+        if terms and not _is_term(node):
+            continue
         for variant in range(_variants(node)):
             tree = copy.deepcopy(source)
             twin = sites(tree)[number]
@@ -105,6 +107,12 @@ def _code(node: ast.AST) -> Iterator[ast.AST]:
                 continue
             yield child
             yield from _code(child)
+
+
+def _is_term(node: ast.AST) -> bool:
+    if isinstance(node, ast.UnaryOp):
+        return isinstance(node.op, ast.USub) and not isinstance(node.operand, ast.Constant)
+    return isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Sub))
 
 
 def _variants(node: ast.AST) -> int:
@@ -195,11 +203,12 @@ def main() -> int:
     parser.add_argument("modules", nargs="*", default=DEFAULT)
     parser.add_argument("--sample", type=int, help="how many mutants to draw")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--terms", action="store_true", help="negate or drop terms only")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
 
     os.chdir(ROOT)
-    found = [mutant for module in options.modules for mutant in mutants(Path(module))]
+    found = [mutant for module in options.modules for mutant in mutants(Path(module), options.terms)]
     if options.sample is not None and options.sample < len(found):
         found = random.Random(options.seed).sample(found, options.sample)
     # Imported once, before the forks; the library itself is imported by each.
