@@ -16,7 +16,6 @@ __all__ = [
     "Tally",
     "Theorem",
     "TheoremResult",
-    "identities",
     "theorems",
 ]
 
@@ -43,11 +42,6 @@ def theorems() -> tuple[Theorem, ...]:
     modules = [importlib.import_module(f"opdtheory.theorems.{name}") for name in _MODULES]
     found = [theorem for module in modules for theorem in module.theorems()]
     return tuple(sorted(found, key=_order))
-
-
-def identities() -> list[Identity]:
-    """Every check of every theorem."""
-    return [identity for theorem in theorems() for identity in theorem.identities]
 
 
 def _order(theorem: Theorem) -> tuple[int, str]:
