@@ -57,38 +57,41 @@ _TURNS = {ast.Lt: ast.GtE, ast.LtE: ast.Gt, ast.Gt: ast.LtE, ast.GtE: ast.Lt, as
 
 @dataclass(frozen=True)
 class Mutant:
-    """One change: which module, at which node, and what it becomes."""
+    """One change: in which module, at which of its sites, and what the site becomes."""
 
     path: Path
     line: int
     before: str
     after: str
-    tree: ast.Module
+    site: int
+    variant: int
 
     def __str__(self) -> str:
         return f"{self.path}:{self.line}: {self.before}  ->  {self.after}"
 
+    def tree(self) -> ast.Module:
+        """The module with the change made."""
+        tree = ast.parse((ROOT / self.path).read_text(encoding="utf-8"))
+        node = _sites(tree, self.path)[self.site]
+        _Replace(node, _changed(node, self.variant)).visit(tree)
+        return ast.fix_missing_locations(tree)
+
 
 def mutants(path: Path, terms: bool = False) -> Iterator[Mutant]:
     """Every mutant of a module, or those that negate or drop a term."""
-    source = ast.parse((ROOT / path).read_text(encoding="utf-8"))
-    kinds: tuple[type, ...] = (ast.BinOp, ast.UnaryOp, ast.Compare)
-    if "theorems" not in path.parts:
-        kinds += (ast.Constant,)
-
-    def sites(tree: ast.Module) -> list[ast.AST]:
-        return [node for node in _code(tree) if isinstance(node, kinds)]
-
-    for number, node in enumerate(sites(source)):
+    for site, node in enumerate(_sites(ast.parse((ROOT / path).read_text(encoding="utf-8")), path)):
         if terms and not _is_term(node):
             continue
         for variant in range(_variants(node)):
-            tree = copy.deepcopy(source)
-            twin = sites(tree)[number]
-            changed = _changed(twin, variant)
-            before, after = ast.unparse(node), ast.unparse(changed)
-            _Replace(twin, changed).visit(tree)
-            yield Mutant(path, node.lineno, before, after, ast.fix_missing_locations(tree))
+            after = ast.unparse(_changed(node, variant))
+            yield Mutant(path, node.lineno, ast.unparse(node), after, site, variant)
+
+
+def _sites(tree: ast.Module, path: Path) -> list[ast.expr]:
+    kinds: tuple[type[ast.expr], ...] = (ast.BinOp, ast.UnaryOp, ast.Compare)
+    if "theorems" not in path.parts:
+        kinds += (ast.Constant,)
+    return [node for node in _code(tree) if isinstance(node, kinds)]
 
 
 def _code(node: ast.AST) -> Iterator[ast.AST]:
@@ -166,7 +169,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def exec_module(self, module):
         module.__file__ = str(ROOT / self.mutant.path)
-        exec(compile(self.mutant.tree, module.__file__, "exec"), module.__dict__)
+        exec(compile(self.mutant.tree(), module.__file__, "exec"), module.__dict__)
 
 
 def killed(mutant: Mutant) -> bool:

@@ -161,7 +161,8 @@ def _bregman_weight() -> bool:
     p, q = _symbols()
     phi = sympy.Function("phi")
     h = phi(p) - phi(q) - sympy.diff(phi(q), q) * (p - q)
-    return sympy.simplify(sympy.diff(h, p) - (sympy.diff(phi(p), p) - sympy.diff(phi(q), q))) == 0
+    slope = sympy.diff(h, p) - (sympy.diff(phi(p), p) - sympy.diff(phi(q), q))
+    return sympy.simplify(slope) == 0 and sympy.simplify(h.subs(p, q).doit()) == 0
 
 
 def _density_power() -> bool:
