@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from opdtheory.auditing.dependence import Dependence
+    from opdtheory.auditing.numerics import DtypeResult
+    from opdtheory.auditing.remedies import Remedy
+    from opdtheory.auditing.soundness import Check
+    from opdtheory.auditing.weight_form import WeightForm
 
 __all__ = ["VERDICTS", "Audit", "PairResult"]
 
@@ -19,6 +26,7 @@ VERDICTS = {
     "other_objective": "it descends another objective than the one claimed",
     "zero": "its expected gradient is zero",
     "biased": "its expected gradient is biased",
+    "undecided": "the budget ended before its expected gradient could be told",
 }
 
 
@@ -65,6 +73,12 @@ class Audit:
         pairs: one row per pair of the panel.
         variable_lengths: verdict and worst relative bias, against the objective that the loss
             follows at fixed length, when rollouts may end early; None if not looked at.
+        form: the recovered weight as a formula, with the divergence it implies and its behaviour (T4, T5, T7d).
+        dependence: on what the weight of a token depends beside its own ratio.
+        checks: what else must hold of a loss that follows its claim, such as no gradient on padding.
+        numerics: the same loss in lower precision.
+        remedies: verified changes that would make the loss do what it claims.
+        monte_carlo: intervals and sample sizes where the expectation was estimated; None if it is exact.
         settings: batch size, eos, off_policy, gamma, seed.
         evaluations: how often the loss was called.
         seconds: how long the audit took.
@@ -82,6 +96,12 @@ class Audit:
     weight: dict[str, Any]
     pairs: list[PairResult]
     variable_lengths: dict[str, Any] | None = None
+    form: WeightForm | None = None
+    dependence: Dependence | None = None
+    checks: list[Check] = field(default_factory=list)
+    numerics: list[DtypeResult] = field(default_factory=list)
+    remedies: list[Remedy] = field(default_factory=list)
+    monte_carlo: dict[str, Any] | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     evaluations: int = 0
     seconds: float = 0.0
@@ -116,6 +136,12 @@ class Audit:
             "weight": {k: v.tolist() if hasattr(v, "tolist") else v for k, v in self.weight.items()},
             "pairs": [vars(pair) for pair in self.pairs],
             "variable_lengths": self.variable_lengths,
+            "form": None if self.form is None else asdict(self.form),
+            "dependence": None if self.dependence is None else asdict(self.dependence),
+            "checks": [asdict(check) for check in self.checks],
+            "numerics": [asdict(result) for result in self.numerics],
+            "remedies": [asdict(remedy) for remedy in self.remedies],
+            "monte_carlo": self.monte_carlo,
             "settings": self.settings,
             "evaluations": self.evaluations,
             "seconds": self.seconds,
