@@ -220,3 +220,30 @@ def test_tables_beyond_the_budget_are_refused_with_the_count(tabulate):
     with pytest.raises(BudgetExceededError, match=f"{ROW_BUDGET:,}") as caught:
         tabulate()
     assert caught.value.count == 64**999 and caught.value.budget == ROW_BUDGET
+
+
+def _spread(logits: list[torch.Tensor]) -> tuple[float, float]:
+    """The standard deviation of many logits, and its own standard error at the value one."""
+    values = torch.cat([level.flatten() for level in logits])
+    return float(values.std()), 1 / (2 * len(values)) ** 0.5
+
+
+def test_logits_are_as_spread_as_the_scale_says():
+    for policy in (TabularPolicy.random(4, 6), MarkovPolicy.random(60, 3), random_pair(4, 6)[0]):
+        spread, error = _spread(policy.tables() if isinstance(policy, TabularPolicy) else policy.parameters())
+        assert abs(spread - 1.0) < 4 * error
+    for scale in (0.5, 3.0):
+        spread, error = _spread(TabularPolicy.random(4, 6, scale=scale).logits)
+        assert abs(spread / scale - 1.0) < 4 * error
+
+
+def test_noise_is_as_large_as_the_distance():
+    student = TabularPolicy.random(4, 6)
+    for distance in (1e-3, 2.0):
+        noisy = student.perturbed(distance, seed=5)
+        spread, error = _spread([(a - b) / distance for a, b in zip(noisy.logits, student.logits, strict=True)])
+        assert abs(spread - 1.0) < 4 * error
+    student, teacher = random_pair(4, 6)
+    spread, error = _spread([a - b for a, b in zip(teacher.logits, student.logits, strict=True)])
+    assert abs(spread - 1.0) < 4 * error
+    assert not torch.isneginf(torch.cat([level.flatten() for level in student.logits])).any()
