@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
-__all__ = ["bind"]
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from opdtheory.errors import InvalidArgumentError
+from opdtheory.rollouts import Rollouts
+
+__all__ = ["bind", "from_advantage", "from_hidden", "from_logits", "from_logprobs", "from_top_k"]
 
 R = TypeVar("R")
+Loss = Callable[[Rollouts], Tensor]
+
+_REDUCTIONS = ("token_sum", "token_mean", "sequence_mean")
+_ADVANTAGES = ("logprobs", "log_u")
+
+# Singular values of the random output layer lie in [1/2, 2]: solving with it loses less than a digit.
+_LARGEST_SINGULAR_VALUE = 2.0
 
 
 class _Attributes(SimpleNamespace):
@@ -39,3 +53,282 @@ def bind(method: Callable[..., R], /, **attributes: Any) -> Callable[..., R]:
         2.0
     """
     return functools.partial(method, _Attributes(**attributes))
+
+
+def from_logprobs(
+    f: Callable[..., Tensor], *, reduction: str = "token_sum", names: Sequence[str] | None = None
+) -> Loss:
+    r"""A loss from a function of the sampled tokens' log-probabilities, `f(student_logprobs, teacher_logprobs)`.
+
+    Both arguments are `(B, T)`, in nats, with finite values of no meaning at masked positions. `f` returns one value
+    per token, which is masked and reduced here, or a scalar, which is taken as it is.
+
+    Args:
+        f: the function.
+        reduction: `token_sum` (over tokens, mean over rollouts), `token_mean` or `sequence_mean` (T11).
+        names: the keywords of `f` for the two, in that order; positional if None.
+
+    Raises:
+        InvalidArgumentError: an unknown reduction, or names that are not two; when called, for a result that is
+            neither a scalar nor one value per token.
+
+    Example:
+        >>> import opdtheory as opd
+        >>> def k3(student_logprobs, teacher_logprobs):
+        ...     log_u = teacher_logprobs - student_logprobs
+        ...     return log_u.expm1() - log_u
+        >>> opd.audit(from_logprobs(k3), "reverse_kl").descends
+        'forward_kl'
+    """
+    call = _caller(f, names, ("student_logprobs", "teacher_logprobs"))
+    reduce = _reducer(reduction)
+
+    def loss(rollouts: Rollouts) -> Tensor:
+        return reduce(rollouts, call(rollouts.student_logprobs, rollouts.teacher_logprobs))
+
+    return _named(loss, f)
+
+
+def from_logits(
+    f: Callable[..., Tensor],
+    *,
+    shifted: bool = False,
+    reduction: str = "token_sum",
+    names: Sequence[str | None] | None = None,
+) -> Loss:
+    """A loss from a function of whole-vocabulary logits, `f(student_logits, teacher_logits, labels)`.
+
+    The logits are `(B, T, V)`, the labels `(B, T)`: the tokens, and -100 where masked. `f` returns a scalar or one
+    value per token.
+
+    Args:
+        f: the function.
+        shifted: for trainers that drop the last row of logits and the first label themselves, since row n scores token
+            n + 1. They get `T + 1` positions: a masked first label, and a last row of logits (a repetition of the one
+            before, so that a loss which forgets to drop it is caught).
+        reduction: `token_sum`, `token_mean` or `sequence_mean`, of one value per token.
+        names: the keywords of `f` for the three, in that order, None for one that it does not take; positional if
+            the whole is None.
+
+    Raises:
+        InvalidArgumentError: an unknown reduction, or names that are not three; when called, for a result that is
+            neither a scalar nor one value per token.
+
+    Example:
+        >>> import opdtheory as opd
+        >>> def kl(student, teacher):
+        ...     log_p, log_q = student.log_softmax(-1), teacher.log_softmax(-1)
+        ...     return (log_p.exp() * (log_p - log_q)).sum(-1)
+        >>> opd.audit(from_logits(kl, names=("student", "teacher", None)), "reverse_kl").verdict
+        'exact'
+    """
+    call = _caller(f, names, ("student_logits", "teacher_logits", "labels"))
+    reduce = _reducer(reduction)
+
+    def loss(rollouts: Rollouts) -> Tensor:
+        student, teacher, labels = rollouts.student_logits, rollouts.teacher_logits, rollouts.labels
+        if shifted:
+            student, teacher = (torch.cat([logits, logits[:, -1:]], 1) for logits in (student, teacher))
+            labels = torch.cat([torch.full_like(labels[:, :1], -100), labels], 1)
+        return reduce(rollouts, call(student, teacher, labels))
+
+    return _named(loss, f)
+
+
+def from_advantage(
+    advantage: Callable[..., Tensor],
+    *,
+    detach: bool,
+    of: str = "logprobs",
+    importance_ratio: bool = False,
+    reduction: str = "token_sum",
+) -> Loss:
+    r"""A policy-gradient loss, $-A_n \log p(y_n|h_n)$ per token, from its advantage $A$.
+
+    Whether the advantage is detached decides what is minimised, so it must be said: `detach=True` leaves the score
+    times the weight, `-A s`; otherwise the derivative of `A` itself is added, `-A s - log p dA`.
+
+    Args:
+        advantage: `advantage(student_logprobs, teacher_logprobs)` or `advantage(log_u)`, `(B, T)` each.
+        detach: whether no gradient flows through the advantage.
+        of: `logprobs` or `log_u`: what the advantage takes.
+        importance_ratio: put the ratio p/mu to the policy that sampled in place of log p: `-A p/mu`.
+        reduction: `token_sum`, `token_mean` or `sequence_mean`.
+
+    Raises:
+        InvalidArgumentError: `of` or the reduction is unknown; when called, for an advantage that is not one value
+            per token.
+
+    Example:
+        >>> import opdtheory as opd
+        >>> opd.audit(from_advantage(lambda log_u: log_u, of="log_u", detach=True), "reverse_kl").verdict
+        'exact'
+    """
+    if of not in _ADVANTAGES:
+        raise InvalidArgumentError("of", f"is {of!r}; one of {', '.join(_ADVANTAGES)} is needed")
+    reduce = _reducer(reduction)
+
+    def loss(rollouts: Rollouts) -> Tensor:
+        log_p, log_q = rollouts.student_logprobs, rollouts.teacher_logprobs
+        values = advantage(rollouts.log_u) if of == "log_u" else advantage(log_p, log_q)
+        _check_result("advantage", values)
+        if values.shape != log_p.shape:
+            problem = f"returned shape {tuple(values.shape)}; one value per token, {tuple(log_p.shape)}, is needed"
+            raise InvalidArgumentError("advantage", problem)
+        score = (log_p - rollouts.behavior_logprobs).exp() if importance_ratio else log_p
+        return reduce(rollouts, -(values.detach() if detach else values) * score)
+
+    return _named(loss, advantage)
+
+
+def from_hidden(
+    f: Callable[..., Tensor],
+    *,
+    flat: bool = False,
+    seed: int = 0,
+    reduction: str = "token_sum",
+    names: Sequence[str | None] | None = None,
+) -> Loss:
+    """A loss from a fused one, `f(student_hidden, student_head, teacher_hidden, teacher_head, labels)`.
+
+    A fused loss takes hidden states `(B, T, H)` and the weights of an output layer `(V, H)` and never holds all logits
+    at once. Here `H = V`, the two heads are random invertible matrices with singular values between 1/2 and 2, and
+    `hidden @ head.T` gives back the logits. No head is symmetric: a transposed one, or one for the other, is caught.
+
+    Args:
+        f: the function.
+        flat: hand over rows, `(B T, H)` and `(B T,)`, instead of rollouts.
+        seed: of the heads.
+        reduction: `token_sum`, `token_mean` or `sequence_mean`, of one value per token.
+        names: the keywords of `f` for the five, in that order, None for one that it does not take; positional if
+            the whole is None.
+
+    Raises:
+        InvalidArgumentError: an unknown reduction, or names that are not five; when called, for logits of -inf, which
+            no hidden state gives, or a result that is neither a scalar nor one value per token.
+
+    Example:
+        >>> import opdtheory as opd
+        >>> def fused(student_hidden, student_head, teacher_hidden, teacher_head, labels):
+        ...     log_p = (student_hidden @ student_head.T).log_softmax(-1)
+        ...     log_q = (teacher_hidden @ teacher_head.T).log_softmax(-1)
+        ...     return (log_q.exp() * (log_q - log_p)).sum(-1)
+        >>> opd.audit(from_hidden(fused), "forward_kl").verdict
+        'exact'
+    """
+    call = _caller(f, names, ("student_hidden", "student_head", "teacher_hidden", "teacher_head", "labels"))
+    reduce = _reducer(reduction)
+
+    def loss(rollouts: Rollouts) -> Tensor:
+        student, student_head = _hidden("student_logits", rollouts.student_logits, 2 * seed)
+        teacher, teacher_head = _hidden("teacher_logits", rollouts.teacher_logits, 2 * seed + 1)
+        labels = rollouts.labels
+        if flat:
+            student, teacher, labels = student.flatten(0, 1), teacher.flatten(0, 1), labels.flatten()
+        value = call(student, student_head, teacher, teacher_head, labels)
+        if flat and isinstance(value, Tensor) and value.shape == labels.shape:
+            value = value.reshape(rollouts.labels.shape)
+        return reduce(rollouts, value)
+
+    return _named(loss, f)
+
+
+def from_top_k(
+    f: Callable[..., Tensor], k: int, *, reduction: str = "token_sum", names: Sequence[str | None] | None = None
+) -> Loss:
+    """A loss of which the teacher reports its `k` likeliest tokens only, `f(student_logits, ids, logprobs, labels)`.
+
+    `student_logits` are `(B, T, V)`, `ids` and the teacher's log-probabilities `(B, T, k)`, likeliest first, and the
+    labels `(B, T)`, -100 where masked.
+
+    Args:
+        f: the function.
+        k: how many tokens; all if the vocabulary is smaller.
+        reduction: `token_sum`, `token_mean` or `sequence_mean`, of one value per token.
+        names: the keywords of `f` for the four, in that order, None for one that it does not take; positional if
+            the whole is None.
+
+    Raises:
+        InvalidArgumentError: `k` below one, an unknown reduction, or names that are not four; when called, for a
+            result that is neither a scalar nor one value per token.
+
+    Example:
+        >>> import opdtheory as opd
+        >>> def forward_kl(student_logits, ids, logprobs, labels):
+        ...     log_p = student_logits.log_softmax(-1).gather(-1, ids)
+        ...     return (logprobs.exp() * (logprobs - log_p)).sum(-1)
+        >>> opd.audit(from_top_k(forward_kl, 4), "forward_kl").verdict  # the whole vocabulary of the audit
+        'exact'
+        >>> opd.audit(from_top_k(forward_kl, 2), "forward_kl").verdict
+        'biased'
+    """
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise InvalidArgumentError("k", f"is {k!r}; a positive integer is needed")
+    call = _caller(f, names, ("student_logits", "ids", "logprobs", "labels"))
+    reduce = _reducer(reduction)
+
+    def loss(rollouts: Rollouts) -> Tensor:
+        log_q = rollouts.teacher_logits.detach().log_softmax(-1)
+        logprobs, ids = log_q.topk(min(k, log_q.shape[-1]), -1)
+        return reduce(rollouts, call(rollouts.student_logits, ids, logprobs, rollouts.labels))
+
+    return _named(loss, f)
+
+
+def _caller(f: Callable[..., Tensor], names: Sequence[str | None] | None, given: tuple[str, ...]) -> Callable[..., Any]:
+    """`f` as a function of the given arguments in their order, by keyword where it has names of its own."""
+    if not callable(f):
+        raise InvalidArgumentError("f", f"is {f!r}; a function of {', '.join(given)} is needed")
+    if names is None:
+        return f
+    if isinstance(names, str) or len(names) != len(given):
+        raise InvalidArgumentError("names", f"is {names!r}; {len(given)} are needed, for {', '.join(given)}")
+    keywords = tuple(names)
+
+    def call(*arguments: Tensor) -> Any:
+        return f(**{name: value for name, value in zip(keywords, arguments, strict=True) if name is not None})
+
+    return call
+
+
+def _reducer(reduction: str) -> Callable[[Rollouts, Any], Tensor]:
+    if reduction not in _REDUCTIONS:
+        raise InvalidArgumentError("reduction", f"is {reduction!r}; one of {', '.join(_REDUCTIONS)} is needed")
+
+    def reduce(rollouts: Rollouts, value: Any) -> Tensor:
+        _check_result("f", value)
+        if value.ndim == 0:
+            return value
+        if value.shape != rollouts.mask.shape:
+            shape = tuple(rollouts.mask.shape)
+            problem = f"returned shape {tuple(value.shape)}; a scalar or one value per token, {shape}, is needed"
+            raise InvalidArgumentError("f", problem)
+        reduced: Tensor = getattr(rollouts, reduction)(value)
+        return reduced
+
+    return reduce
+
+
+def _check_result(argument: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise InvalidArgumentError(argument, f"returned {type(value).__name__}; a tensor is needed")
+
+
+def _hidden(name: str, logits: Float[Tensor, "B T V"], seed: int) -> tuple[Tensor, Tensor]:
+    """Hidden states and a random head `(V, V)` with `hidden @ head.T` equal to the logits."""
+    if torch.isinf(logits.detach()).any():
+        raise InvalidArgumentError(name, "holds -inf, which no hidden state gives; from_hidden needs finite logits")
+    size = logits.shape[-1]
+    generator = torch.Generator().manual_seed(seed)
+    left, right = torch.linalg.qr(torch.randn(2, size, size, generator=generator, dtype=torch.float64)).Q
+    ends = torch.tensor(_LARGEST_SINGULAR_VALUE, dtype=torch.float64).log()
+    values = torch.linspace(-float(ends), float(ends), size, dtype=torch.float64).exp()
+    head = left @ values.diag() @ right.T
+    hidden = logits @ torch.linalg.inv(head).T.to(logits)
+    return hidden, head.to(logits)
+
+
+def _named(loss: Loss, f: Callable[..., Tensor]) -> Loss:
+    """Under the name of the function, which is what reports show."""
+    loss.__name__ = getattr(f, "__name__", type(f).__name__)
+    return loss
