@@ -97,6 +97,13 @@ class Rollouts:
             behavior_logprobs=student_logprobs.detach() if behavior_logprobs is None else behavior_logprobs,
         )
 
+    @classmethod
+    def unchecked(cls, **fields: Tensor) -> Rollouts:
+        """Rollouts of tensors that are known to be valid, without looking at them: for loops over many batches."""
+        rollouts = object.__new__(cls)
+        rollouts.__dict__.update(fields)
+        return rollouts
+
     @property
     def log_u(self) -> Float[Tensor, "B T"]:
         r"""The log-ratio $\log u_n = \log q(y_n|h_n) - \log p(y_n|h_n)$, differentiable in the student."""
@@ -106,6 +113,43 @@ class Rollouts:
     def labels(self) -> Int64[Tensor, "B T"]:
         """The tokens, with -100 where masked, as trainers expect."""
         return torch.where(self.mask > 0, self.tokens, torch.full_like(self.tokens, _IGNORED_LABEL))
+
+    def teacher_top_k(self, k: int) -> tuple[Int64[Tensor, "B T k"], Float[Tensor, "B T k"]]:
+        r"""The teacher's `k` likeliest tokens and their log-probabilities, as a teacher server sends them.
+
+        In descending order of $\log q$, equal ones by ascending token; detached. Tokens of zero probability
+        come last, at `-inf`.
+
+        Args:
+            k: how many.
+
+        Returns:
+            `(ids, logprobs)`, both `(B, T, k)`; nats.
+
+        Raises:
+            InvalidArgumentError: `k` is no integer in `[1, V]`.
+        """
+        vocab_size = self.teacher_logits.shape[-1]
+        if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= vocab_size:
+            raise InvalidArgumentError("k", f"is {k!r}; an integer in [1, {vocab_size}] is needed")
+        logprobs = torch.log_softmax(self.teacher_logits.detach(), dim=-1)
+        values, ids = torch.sort(logprobs, dim=-1, descending=True, stable=True)
+        return ids[..., :k], values[..., :k]
+
+    def student_at(self, ids: Int64[Tensor, "B T k"]) -> Float[Tensor, "B T k"]:
+        r"""The student's $\log p(a|h_n)$ at given tokens, differentiable, as with `teacher_top_k`; nats.
+
+        At a masked position a log-probability of `-inf` becomes 0.
+
+        Args:
+            ids: tokens in `[0, V)`, int64, `(B, T, k)`.
+
+        Raises:
+            InvalidArgumentError: `ids` has a wrong shape or dtype, or holds what is no token.
+        """
+        _check_ids(ids, tuple(self.tokens.shape), self.student_logits.shape[-1])
+        values = torch.log_softmax(self.student_logits, dim=-1).gather(-1, ids)
+        return torch.where((self.mask == 0).unsqueeze(-1) & torch.isneginf(values), 0.0, values)
 
     def token_sum(self, values: Float[Tensor, "B T"]) -> Float[Tensor, ""]:
         r"""Sum over the unmasked tokens, mean over rollouts: $\frac1B\sum_{b,n} m_{bn} x_{bn}$ (T11: unbiased)."""
@@ -187,6 +231,19 @@ def _check_range(tokens: Tensor, vocabulary: int) -> None:
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= vocabulary:
         raise InvalidArgumentError("tokens", f"range over [{low}, {high}]; every token must lie in [0, {vocabulary})")
+
+
+def _check_ids(ids: Tensor, shape: tuple[int, ...], vocabulary: int) -> None:
+    if not isinstance(ids, Tensor) or ids.ndim != 3 or tuple(ids.shape[:2]) != shape:
+        got = tuple(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
+        raise InvalidArgumentError("ids", f"got {got}; a tensor of shape {(*shape, 'k')} is needed to match tokens")
+    if ids.dtype != torch.int64:
+        raise InvalidArgumentError("ids", f"has dtype {ids.dtype}; torch.int64 is needed")
+    if ids.numel() == 0:
+        raise InvalidArgumentError("ids", f"has shape {tuple(ids.shape)}; at least one token is needed")
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocabulary:
+        raise InvalidArgumentError("ids", f"range over [{low}, {high}]; every token must lie in [0, {vocabulary})")
 
 
 def _check_mask(mask: Tensor) -> None:

@@ -5,6 +5,7 @@ The second route of the oracle: nothing is summed by level, and gradients come f
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -19,9 +20,13 @@ from opdtheory.exact.policies import Policy
 from opdtheory.exact.tree import check_pair
 from opdtheory.rollouts import Rollouts
 
-__all__ = ["SEQUENCE_BUDGET", "Enumeration", "enumerated_value"]
+__all__ = ["SEQUENCE_BUDGET", "Enumeration", "enumerated_value", "shown_tables"]
 
 SEQUENCE_BUDGET = 2**18
+
+# Spread and seeds of what student and teacher think of tokens that they did not write.
+_OPINION = 1.0
+_STUDENT_OPINION, _TEACHER_OPINION = 11, 12
 
 
 @dataclass(frozen=True)
@@ -30,13 +35,16 @@ class Enumeration:
 
     Attributes:
         tokens: `(N, T)`; a sequence that has ended is padded with its end-of-sequence token.
-        mask: `(N, T)` float64, 1 up to and including the end-of-sequence token.
+        mask: `(N, T)` float64, 1 up to and including the end-of-sequence token, but for the tokens that an
+            environment wrote.
         rows: `(N, T)`, the table row that each position reads: its prefix in base `V`. Padded
             positions read the rows of prefixes that have ended, which no live position reads.
         probability: of each sequence under the sampling policy, `(N,)`.
-        student_tables: the student's logits by level, as `Policy.tables` gives them.
+        student_tables: the student's logits by level, as `Policy.tables` gives them, but for `shown_tables`.
         teacher_tables: the teacher's.
         behavior_tables: the sampling policy's.
+        world_logprobs: log-probability of the tokens that an environment wrote, 0 elsewhere, `(N, T)`.
+        environment: the positions that it writes.
     """
 
     tokens: Int64[Tensor, "N T"]
@@ -46,6 +54,8 @@ class Enumeration:
     student_tables: list[Tensor]
     teacher_tables: list[Tensor]
     behavior_tables: list[Tensor]
+    world_logprobs: Float[Tensor, "N T"]
+    environment: tuple[int, ...] = ()
 
     @classmethod
     def build(
@@ -59,8 +69,9 @@ class Enumeration:
         """
         check_pair(student, teacher)
         behavior = student if behavior is None else behavior
-        check_pair(student, behavior)
-        count = _count(student.vocab_size, student.horizon, student.eos)
+        check_pair(student, behavior, "behavior")
+        environment = student.environment
+        count = _count(student.vocab_size, student.horizon, student.eos, environment)
         if count > budget:
             raise BudgetExceededError(
                 f"enumerating V={student.vocab_size}, T={student.horizon}",
@@ -68,25 +79,51 @@ class Enumeration:
                 budget,
                 "lower the vocabulary or the horizon, or raise budget",
             )
-        tokens, mask = _sequences(student.vocab_size, student.horizon, student.eos)
+        tokens, alive = _sequences(student.vocab_size, student.horizon, student.eos, environment)
         rows = _prefix_rows(tokens, student.vocab_size)
-        student_tables, teacher_tables = student.tables(), teacher.tables()
-        behavior_tables = student_tables if behavior is student else behavior.tables()
-        log_mu = _gather([t.detach() for t in behavior_tables], rows, tokens)
-        probability = torch.where(mask > 0, log_mu, 0.0).sum(-1).exp()
+        log_mu = torch.where(alive > 0, _gather([t.detach() for t in behavior.tables()], rows, tokens), 0.0)
+        probability = log_mu.sum(-1).exp()
         possible = probability > 0
+        world = torch.zeros(student.horizon, dtype=torch.float64)
+        world[list(environment)] = 1.0
+        student_tables = shown_tables(student, _STUDENT_OPINION)
         return cls(
             tokens[possible],
-            mask[possible],
+            (alive * (1.0 - world))[possible],
             rows[possible],
             probability[possible],
             student_tables,
-            teacher_tables,
-            behavior_tables,
+            shown_tables(teacher, _TEACHER_OPINION),
+            student_tables if behavior is student else shown_tables(behavior, None),
+            torch.where(world > 0, log_mu, 0.0)[possible],
+            environment,
         )
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @property
+    def prompts(self) -> Int64[Tensor, " N"]:
+        """A number for the prompt of each sequence: what an environment wrote before the student's first token."""
+        first = next((n for n in range(self.rows.shape[1]) if n not in self.environment), self.rows.shape[1] - 1)
+        return self.rows[:, first]
+
+    @functools.cached_property
+    def teacher_logits(self) -> Float[Tensor, "N T V"]:
+        """The teacher's logits at every position of every sequence, detached."""
+        return self.gather_logits([t.detach() for t in self.teacher_tables])
+
+    @functools.cached_property
+    def teacher_logprobs(self) -> Float[Tensor, "N T"]:
+        """The teacher's log-probability of every token, finite where masked."""
+        return _logprobs(self.teacher_logits, self.tokens, self.mask)
+
+    @functools.cached_property
+    def behavior_logprobs(self) -> Float[Tensor, "N T"] | None:
+        """The sampling policy's log-probability of every token, finite where masked; None for the student's."""
+        if self.behavior_tables is self.student_tables:
+            return None
+        return _logprobs(self.gather_logits([t.detach() for t in self.behavior_tables]), self.tokens, self.mask)
 
     def gather_logits(self, tables: list[Tensor], index: Tensor | slice = slice(None)) -> Float[Tensor, "B T V"]:
         """The rows of a policy's tables that the selected sequences read."""
@@ -100,22 +137,47 @@ class Enumeration:
             index: which sequences, repetitions allowed.
             student_logits: a leaf `(B, T, V)` to differentiate, instead of the student's own rows.
         """
+        tokens, mask = self.tokens[index], self.mask[index]
         if student_logits is None:
             student_logits = self.gather_logits(self.student_tables, index)
-        behavior_logprobs = None
-        if self.behavior_tables is not self.student_tables:
-            behavior_logits = self.gather_logits(self.behavior_tables, index).detach()
-            behavior_logprobs = _finite_when_masked(
-                torch.log_softmax(behavior_logits, -1).gather(-1, self.tokens[index].unsqueeze(-1)).squeeze(-1),
-                self.mask[index],
+        elif student_logits.shape[:-1] != tokens.shape:
+            raise InvalidArgumentError(
+                "student_logits",
+                f"has shape {tuple(student_logits.shape)}; rows for tokens of shape {tuple(tokens.shape)} are needed",
             )
-        return Rollouts.from_logits(
-            self.tokens[index],
-            student_logits,
-            self.gather_logits(self.teacher_tables, index).detach(),
-            mask=self.mask[index],
-            behavior_logprobs=behavior_logprobs,
+        student_logprobs = _logprobs(student_logits, tokens, mask)
+        behavior = self.behavior_logprobs
+        # Everything here comes from checked policies; an audit makes thousands of these.
+        return Rollouts.unchecked(
+            tokens=tokens,
+            mask=mask,
+            student_logits=student_logits,
+            teacher_logits=self.teacher_logits[index],
+            student_logprobs=student_logprobs,
+            teacher_logprobs=self.teacher_logprobs[index],
+            behavior_logprobs=student_logprobs.detach() if behavior is None else behavior[index],
         )
+
+
+def shown_tables(policy: Policy, seed: int | None = None) -> list[Tensor]:
+    """A policy's tables as rollouts show them: with an opinion of its own on what an environment writes.
+
+    A model has logits at those positions too, finite and unlike the environment's law, and no gradient goes
+    there. With opinions that differ by policy, a loss that leaks over such positions gives itself away.
+
+    Args:
+        policy: whose tables.
+        seed: of the opinion; None for the environment's own law, with its zero probabilities filled.
+    """
+    tables = list(policy.tables())
+    for n in policy.environment:
+        table = tables[n].detach()
+        table = torch.where(torch.isneginf(table), 0.0, table)
+        if seed is not None:
+            generator = torch.Generator().manual_seed(1000 * seed + n)
+            table = table + _OPINION * torch.randn(table.shape, generator=generator, dtype=table.dtype)
+        tables[n] = table
+    return tables
 
 
 def enumerated_value(
@@ -129,7 +191,7 @@ def enumerated_value(
     """The objective by its definition, as a sum over spelled-out sequences, differentiable by autograd.
 
     Autograd of this value is the independent route to `exact_gradient`. It takes strictly positive
-    probabilities only.
+    probabilities only, but for an environment's.
 
     Raises:
         InvalidArgumentError: a wrong name, policies that do not match, or zero probabilities.
@@ -142,14 +204,15 @@ def enumerated_value(
         raise InvalidArgumentError("student", "or teacher has zero probabilities; enumerated_value takes positive ones")
     rollouts = everything.rollouts()
     mask, log_u = rollouts.mask, rollouts.log_u
-    log_p = (mask * rollouts.student_logprobs).sum(-1)
+    written = mask * rollouts.student_logprobs + everything.world_logprobs
+    log_p = written.sum(-1)
     if objective == "sequence":
         return (log_p.exp() * divergence.generator((mask * log_u).sum(-1))).sum()
     if objective == "token_return":
         discount = gamma ** torch.arange(mask.shape[1], dtype=mask.dtype)
         return (log_p.exp() * (mask * discount * divergence.generator(log_u)).sum(-1)).sum()
     # token_local: prefixes are drawn from the student but not differentiated; the token itself is.
-    before = (mask * rollouts.student_logprobs).cumsum(-1) - mask * rollouts.student_logprobs
+    before = written.cumsum(-1) - written
     all_log_p = torch.log_softmax(rollouts.student_logits, -1)
     all_log_q = torch.log_softmax(rollouts.teacher_logits, -1)
     per_row = (all_log_p.exp() * divergence.generator(all_log_q - all_log_p)).sum(-1)
@@ -158,19 +221,23 @@ def enumerated_value(
     return (mask * (before.detach() + rest).exp() * per_row).sum()
 
 
-def _count(vocab_size: int, horizon: int, eos: int | None) -> int:
-    if eos is None:
-        return vocab_size**horizon
-    live = vocab_size - 1
-    return sum(live**n for n in range(horizon)) + live**horizon
+def _count(vocab_size: int, horizon: int, eos: int | None, environment: tuple[int, ...]) -> int:
+    ended, live = 0, 1
+    for n in range(horizon):
+        ends = eos is not None and n not in environment
+        ended += live * ends
+        live *= vocab_size - ends
+    return ended + live
 
 
-def _sequences(vocab_size: int, horizon: int, eos: int | None) -> tuple[Tensor, Tensor]:
+def _sequences(vocab_size: int, horizon: int, eos: int | None, environment: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """All sequences, and 1 at every position up to and including the token that ends them."""
     tokens = torch.zeros(1, 0, dtype=torch.int64)
     live = torch.ones(1, dtype=torch.bool)
     mask = torch.zeros(1, 0, dtype=torch.float64)
     alphabet = torch.arange(vocab_size)
-    for _ in range(horizon):
+    for n in range(horizon):
+        final = -1 if eos is None or n in environment else eos
         extended = torch.cat(
             [tokens[live].repeat_interleave(vocab_size, 0), alphabet.repeat(int(live.sum())).unsqueeze(1)], 1
         )
@@ -181,7 +248,7 @@ def _sequences(vocab_size: int, horizon: int, eos: int | None) -> tuple[Tensor, 
         padding = torch.full((ended, 1), -1 if eos is None else eos)
         tokens = torch.cat([torch.cat([tokens[~live], padding], 1), extended])
         mask = torch.cat([torch.cat([mask[~live], torch.zeros(ended, 1, dtype=torch.float64)], 1), extended_mask])
-        live = torch.cat([torch.zeros(ended, dtype=torch.bool), extended[:, -1] != (-1 if eos is None else eos)])
+        live = torch.cat([torch.zeros(ended, dtype=torch.bool), extended[:, -1] != final])
     return tokens, mask
 
 
@@ -197,5 +264,7 @@ def _gather(tables: list[Tensor], rows: Tensor, tokens: Tensor) -> Tensor:
     return torch.stack(logits, dim=1)
 
 
-def _finite_when_masked(values: Tensor, mask: Tensor) -> Tensor:
+def _logprobs(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+    """Log-probabilities of the tokens, with 0 for `-inf` at masked positions."""
+    values = torch.log_softmax(logits, -1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     return torch.where((mask == 0) & torch.isneginf(values), 0.0, values)

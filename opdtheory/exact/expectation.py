@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from opdtheory.errors import BudgetExceededError, InvalidArgumentError, LossError
@@ -33,6 +31,9 @@ _EVERY_COMPANY = 16
 
 # Two evaluations of one separable loss differ by rounding only.
 _SAME = 1e-10
+
+# Logits of gradients that are held at once: 32 MiB.
+_HELD = 2**22
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ def expected_gradient(
     batch_size: int = 1,
     behavior: Policy | None = None,
     budget: int = BATCH_BUDGET,
+    shared_prompt: bool = False,
 ) -> list[Tensor]:
     r"""The exact expectation $E_{y_1,\dots,y_B\sim\mu}[\nabla_\theta\,\mathrm{loss}]$ of a loss's gradient.
 
@@ -75,6 +77,9 @@ def expected_gradient(
         batch_size: number of rollouts that the loss sees at once.
         behavior: the policy that samples; by default the student itself.
         budget: largest number of loss evaluations, and of sequences, of which at most 2**18 are taken.
+        shared_prompt: whether the rollouts of a batch answer one prompt, which is drawn once, and are independent
+            given it, as in a group of GRPO; otherwise each draws its own. The prompt is what an environment
+            writes before the student's first token.
 
     Returns:
         A list like `student.parameters()` (for a `TabularPolicy`, like `student.logits`).
@@ -84,7 +89,7 @@ def expected_gradient(
         BudgetExceededError: more batches than `budget`; the message states the count.
         LossError: the loss is no scalar, has no gradient, differs between identical calls, or gives NaN.
     """
-    moments = gradient_moments(loss, student, teacher, batch_size, behavior, budget)
+    moments = gradient_moments(loss, student, teacher, batch_size, behavior, budget, shared_prompt)
     return student.pull_back(moments.mean)
 
 
@@ -95,6 +100,7 @@ def gradient_moments(
     batch_size: int = 1,
     behavior: Policy | None = None,
     budget: int = BATCH_BUDGET,
+    shared_prompt: bool = False,
 ) -> GradientMoments:
     """Mean and variance of a loss's gradient in the student's table of logits; see `expected_gradient`.
 
@@ -106,12 +112,22 @@ def gradient_moments(
     if not isinstance(batch_size, int) or batch_size < 1:
         raise InvalidArgumentError("batch_size", f"is {batch_size!r}; a positive integer is needed")
     with one_thread():
-        probe = _Probe(loss, Enumeration.build(student, teacher, behavior, min(budget, SEQUENCE_BUDGET)))
-        probe.check()
-        shares = _separable_shares(probe, batch_size)
+        everything = Enumeration.build(student, teacher, behavior, min(budget, SEQUENCE_BUDGET))
+        groups = _groups(everything, shared_prompt)
+        probe = _Probe(loss, everything)
+        probe.check(groups[0])
+        shares = _separable_shares(probe, groups, batch_size)
         if shares is not None:
-            return _from_singles(probe, shares, batch_size)
-        return _from_batches(probe, batch_size, budget)
+            return _from_singles(probe, shares, groups, batch_size)
+        return _from_batches(probe, groups, batch_size, budget)
+
+
+def _groups(everything: Enumeration, shared_prompt: bool) -> list[Tensor]:
+    """The sequences that can meet in one batch: those of one prompt, or all."""
+    if not shared_prompt:
+        return [torch.arange(len(everything))]
+    prompts = everything.prompts
+    return [(prompts == prompt).nonzero().squeeze(-1) for prompt in prompts.unique()]
 
 
 class _Probe:
@@ -123,9 +139,9 @@ class _Probe:
         self.logits = everything.gather_logits([t.detach() for t in everything.student_tables])
         self.evaluations = 0
 
-    def check(self) -> None:
-        """Refuse a loss that differs between two identical calls."""
-        index = torch.arange(min(len(self.everything), 4))
+    def check(self, group: Tensor) -> None:
+        """Refuse a loss that differs between two identical calls on some sequences of a group."""
+        index = group[:4]
         first, second = self.value_and_sensitivity(index), self.value_and_sensitivity(index)
         for name, a, b in zip(("value", "gradient"), first, second, strict=True):
             if not torch.equal(a, b):
@@ -151,7 +167,8 @@ class _Probe:
                 "the loss has no gradient: its value does not depend on student_logits or student_logprobs; "
                 "is everything detached?"
             )
-        bad = int((~torch.isfinite(gradient)).sum())
+        # A sum is finite only if its terms are; it is looked at first because it is one operation.
+        bad = 0 if math.isfinite(gradient.sum()) else int((~torch.isfinite(gradient)).sum())
         if bad:
             raise LossError(
                 f"the loss's gradient holds {bad} NaN or inf among {gradient.numel()} entries "
@@ -170,36 +187,39 @@ def _check_value(value: object) -> None:
         )
     if not value.dtype.is_floating_point:
         raise LossError(f"the loss returned dtype {value.dtype}; a floating dtype is needed")
-    if not torch.isfinite(value):
+    if not math.isfinite(value.detach()):
         raise LossError(f"the loss's value is {float(value.detach())} on an enumerated batch; it must be finite")
     if not value.requires_grad:
         raise LossError("the loss has no gradient: its value does not require grad; is everything detached?")
 
 
-def _separable_shares(probe: _Probe, batch_size: int) -> Tensor | None:
+def _separable_shares(probe: _Probe, groups: list[Tensor], batch_size: int) -> Tensor | None:
     """Each rollout's own gradient `(N, T, V)`, if a batch's loss is the mean of its rollouts' losses.
 
     Changes the company that a rollout keeps and looks whether its sensitivity moves: every rollout is
-    seen in the batch of all, of a random half and of a random third, and some in batches of the
-    size asked for, where coupling is strongest.
+    seen in the batch of all of its group, of a random half and of a random third, and some in batches
+    of the size asked for, where coupling is strongest.
     """
-    count = len(probe.everything)
-    # Fewer sequences than a batch holds: the batch of all repeats some.
-    everyone = torch.arange(max(count, batch_size)) % count
-    shares = len(everyone) * probe.sensitivity(everyone)[:count]
-    for batch in _companies(count, batch_size):
-        # A repeated rollout shares its sensitivity among its copies, each of which has the same.
-        together, apart = len(batch) * probe.sensitivity(batch), shares[batch]
-        scale = max(float(together.abs().max()), float(apart.abs().max()), 1e-300)
-        if float((together - apart).abs().max()) > _SAME * scale:
-            return None
+    shares = torch.zeros_like(probe.logits)
+    for group in groups:
+        count = len(group)
+        # Fewer sequences than a batch holds: the batch of all repeats some.
+        everyone = torch.arange(max(count, batch_size)) % count
+        shares[group] = len(everyone) * probe.sensitivity(group[everyone])[:count]
+        for company in _companies(count, batch_size):
+            batch = group[company]
+            # A repeated rollout shares its sensitivity among its copies, each of which has the same.
+            together, apart = len(batch) * probe.sensitivity(batch), shares[batch]
+            scale = max(float(together.abs().max()), float(apart.abs().max()), 1e-300)
+            if float((together - apart).abs().max()) > _SAME * scale:
+                return None
     return shares
 
 
 def _companies(count: int, batch_size: int) -> list[Tensor]:
     """Batches in which to look at a rollout: all there are if they are few, else a sample and two partitions."""
     if math.comb(count + batch_size - 1, batch_size) <= _EVERY_COMPANY:
-        return [torch.tensor(batch) for batch, _ in _batches(count, batch_size, ordered=False)]
+        return list(_batches(count, batch_size, ordered=False)[0])
     generator = torch.Generator().manual_seed(0)
     sample = torch.linspace(0, count - 1, min(count, _SEPARABILITY_SAMPLE)).round().long()
     companies = [torch.cat([i.view(1), torch.randint(count, (batch_size - 1,), generator=generator)]) for i in sample]
@@ -209,54 +229,69 @@ def _companies(count: int, batch_size: int) -> list[Tensor]:
     return companies
 
 
-def _from_singles(probe: _Probe, shares: Tensor, batch_size: int) -> GradientMoments:
-    everything = probe.everything
-    weights = everything.probability.to(shares.dtype)
-    mean = _scatter(everything, torch.arange(len(everything)), weights.view(-1, 1, 1) * shares)
-    # Levels are disjoint sets of parameters, so one rollout's squared norm is a sum over positions.
-    single = float((weights * shares.square().sum((1, 2))).sum())
-    norm = sum(float(level.square().sum()) for level in mean)
-    variance = max(single - norm, 0.0) / batch_size
-    return GradientMoments(mean, variance, variance + norm, separable=True, evaluations=probe.evaluations)
+def _from_singles(probe: _Probe, shares: Tensor, groups: list[Tensor], batch_size: int) -> GradientMoments:
+    table, probability = _Table(probe.everything), probe.everything.probability
+    mean, within, between = table.zeros(), 0.0, 0.0
+    for group in groups:
+        total = float(probability[group].sum())
+        weights = (probability[group] / total).view(-1, 1, 1)
+        # Levels are disjoint sets of parameters, so one rollout's squared norm is a sum over positions.
+        single = float((weights * shares[group].square()).sum())
+        expected = table.gradients(group.view(1, -1), (weights * shares[group]).unsqueeze(0))[0]
+        norm = float(expected.square().sum())
+        mean += total * expected
+        within += total * max(single - norm, 0.0)
+        between += total * norm
+    norm = float(mean.square().sum())
+    # One group has no spread of means, not even by rounding.
+    variance = within / batch_size + (max(between - norm, 0.0) if len(groups) > 1 else 0.0)
+    return GradientMoments(table.levels(mean), variance, variance + norm, True, probe.evaluations)
 
 
-def _from_batches(probe: _Probe, batch_size: int, budget: int) -> GradientMoments:
-    everything, count = probe.everything, len(probe.everything)
-    ordered = batch_size > 1 and not _symmetric(probe, batch_size)
-    evaluations = count**batch_size if ordered else math.comb(count + batch_size - 1, batch_size)
+def _from_batches(probe: _Probe, groups: list[Tensor], batch_size: int, budget: int) -> GradientMoments:
+    ordered = batch_size > 1 and not all(_symmetric(probe, group, batch_size) for group in groups)
+    counts = [len(group) for group in groups]
+    evaluations = sum(n**batch_size if ordered else math.comb(n + batch_size - 1, batch_size) for n in counts)
     if evaluations > budget:
+        out_of = f"{max(counts)} sequences" + (f" for each of {len(groups)} prompts" if len(groups) > 1 else "")
         raise BudgetExceededError(
-            f"the expectation over {'ordered ' if ordered else ''}batches of {batch_size} out of {count} sequences",
+            f"the expectation over {'ordered ' if ordered else ''}batches of {batch_size} out of {out_of}",
             evaluations,
             budget,
             "lower the batch size, the vocabulary or the horizon, or raise budget",
         )
-    mean = [torch.zeros_like(table) for table in everything.student_tables]
-    second_moment = 0.0
-    for batch, multiplicity in _batches(count, batch_size, ordered):
-        index = torch.tensor(batch)
-        weight = multiplicity * float(everything.probability[index].prod())
-        levels = _scatter(everything, index, probe.sensitivity(index))
-        for total, level in zip(mean, levels, strict=True):
-            total.add_(level, alpha=weight)
-        second_moment += weight * sum(float(level.square().sum()) for level in levels)
-    mean = [level.detach() for level in mean]
-    norm = sum(float(level.square().sum()) for level in mean)
-    return GradientMoments(mean, max(second_moment - norm, 0.0), second_moment, False, probe.evaluations)
+    table, probability = _Table(probe.everything), probe.everything.probability
+    mean, second_moment = table.zeros(), 0.0
+    for group in groups:
+        batches, orderings = _batches(len(group), batch_size, ordered)
+        total = float(probability[group].sum())
+        weights = total * orderings * (probability[group] / total)[batches].prod(-1)
+        chunk = max(1, _HELD // mean.numel())
+        for some, weight in zip(group[batches].split(chunk), weights.split(chunk), strict=True):
+            gradients = table.gradients(some, torch.stack([probe.sensitivity(batch) for batch in some]))
+            mean += torch.einsum("m,mrv->rv", weight, gradients)
+            second_moment += float(weight @ gradients.square().sum((1, 2)))
+    norm = float(mean.square().sum())
+    return GradientMoments(table.levels(mean), max(second_moment - norm, 0.0), second_moment, False, probe.evaluations)
 
 
-def _batches(count: int, batch_size: int, ordered: bool) -> Iterator[tuple[tuple[int, ...], int]]:
-    """Every batch with the number of orderings that it stands for."""
+def _batches(count: int, batch_size: int, ordered: bool) -> tuple[Int64[Tensor, "M B"], Float[Tensor, " M"]]:
+    """Every batch, with the number of orderings that it stands for."""
+    choice = torch.arange(count)
     if ordered:
-        for batch in itertools.product(range(count), repeat=batch_size):
-            yield batch, 1
-        return
-    for batch in itertools.combinations_with_replacement(range(count), batch_size):
-        repeats = math.prod(math.factorial(k) for k in Counter(batch).values())
-        yield batch, math.factorial(batch_size) // repeats
+        batches = torch.cartesian_prod(*[choice] * batch_size).view(-1, batch_size)
+        return batches, torch.ones(len(batches), dtype=torch.float64)
+    batches = torch.combinations(choice, batch_size, with_replacement=True)
+    # Members ascend: the product of their numbers within each run of equal ones is the product of the runs' k!.
+    run = torch.ones(len(batches), dtype=torch.float64)
+    orderings = torch.full_like(run, math.factorial(batch_size))
+    for before, member in zip(batches.T, batches.T[1:], strict=False):
+        run = torch.where(before == member, run + 1.0, 1.0)
+        orderings /= run
+    return batches, orderings
 
 
-def _symmetric(probe: _Probe, batch_size: int) -> bool:
+def _symmetric(probe: _Probe, group: Tensor, batch_size: int) -> bool:
     """Whether the loss treats the rollouts of a batch alike, seen on a few shuffled batches."""
     generator = torch.Generator().manual_seed(1)
     # A rotation and an exchange of two generate every order; a loss may survive either one alone.
@@ -265,7 +300,7 @@ def _symmetric(probe: _Probe, batch_size: int) -> bool:
     exchanged[:2] = exchanged[:2].flip(0)
     orders = (rotated, exchanged) if batch_size > 2 else (rotated,)
     for _ in range(4):
-        batch = torch.randint(len(probe.everything), (batch_size,), generator=generator)
+        batch = group[torch.randint(len(group), (batch_size,), generator=generator)]
         straight = probe.sensitivity(batch)
         scale = max(float(straight.abs().max()), 1e-300)
         for order in orders:
@@ -274,12 +309,27 @@ def _symmetric(probe: _Probe, batch_size: int) -> bool:
     return True
 
 
-def _scatter(everything: Enumeration, index: Tensor, sensitivity: Tensor) -> list[Tensor]:
-    """Sum of sensitivities by table row: the gradient in the student's tables."""
-    rows = everything.rows[index]
-    levels = []
-    for n, table in enumerate(everything.student_tables):
-        level = torch.zeros_like(table, requires_grad=False)
-        level.index_add_(0, rows[:, n], sensitivity[:, n].to(level.dtype))
-        levels.append(level)
-    return levels
+class _Table:
+    """The student's table with its levels one below the other, `(R, V)`, for sums over many rollouts."""
+
+    def __init__(self, everything: Enumeration) -> None:
+        self.heights = [len(table) for table in everything.student_tables]
+        self.shape = (sum(self.heights), everything.student_tables[0].shape[-1])
+        above = torch.tensor([0, *self.heights[:-1]]).cumsum(0)
+        self.rows = everything.rows + above
+
+    def zeros(self) -> Tensor:
+        """A gradient of zero."""
+        return torch.zeros(self.shape, dtype=torch.float64)
+
+    def gradients(self, batches: Int64[Tensor, "M B"], sensitivity: Float[Tensor, "M B T V"]) -> Tensor:
+        """Sums of sensitivities by table row: the gradient of each batch, `(M, R, V)`."""
+        height, size = self.shape
+        rows = self.rows[batches] + height * torch.arange(len(batches)).view(-1, 1, 1)
+        sums = torch.zeros(len(batches) * height, size, dtype=torch.float64)
+        sums.index_add_(0, rows.flatten(), sensitivity.to(sums.dtype).reshape(-1, size))
+        return sums.view(-1, height, size)
+
+    def levels(self, gradient: Float[Tensor, "R V"]) -> list[Tensor]:
+        """A gradient by level."""
+        return [level.clone() for level in gradient.split(self.heights)]

@@ -54,8 +54,8 @@ def exact_value(
 
     $$\textstyle \sum_n E_{h_n\sim p} D_f(q\|p)(h_n), \quad E_p\sum_n\gamma^{n-1} f(u_n), \quad D_f(Q\|P)$$
 
-    for `token_local`, `token_return` and `sequence`. Two `MarkovPolicy` are handled by dynamic
-    programming, at any horizon.
+    for `token_local`, `token_return` and `sequence`. Tokens that an environment wrote add nothing and count as
+    positions of the discount (T6f). Two `MarkovPolicy` are handled by dynamic programming, at any horizon.
 
     Args:
         student: the policy `p`.
@@ -92,7 +92,7 @@ def exact_gradient(
     r"""The gradient to descend, in closed form: $-E_p[\sum_n A_n s_n]$ with the exact weight $A_n$.
 
     $A_n$ is $w_f(u_n)$ for `token_local` (T1), $\gamma^{n-1}[w_f(u_n) - \sum_{m>n}\gamma^{m-n}f(u_m)]$ for
-    `token_return` and $w_f(U)$ for `sequence` (T6).
+    `token_return` and $w_f(U)$ for `sequence` (T6). It is exactly zero where an environment writes.
 
     Args:
         student: the policy `p`.
@@ -181,7 +181,10 @@ def _sequence_gradient(tree: Tree, divergence: Divergence) -> list[Tensor]:
         complete = complete.view(shape)
         through = torch.where(tree.ends(n), complete, mass.view(shape))
         mass = through.sum(-1)
-        gradient.append(-(through - tree.log_p[n].exp() * mass.unsqueeze(-1)))
+        if n in tree.environment:
+            gradient.append(torch.zeros_like(through))
+        else:
+            gradient.append(-(through - tree.log_p[n].exp() * mass.unsqueeze(-1)))
     return gradient[::-1]
 
 

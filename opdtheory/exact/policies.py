@@ -25,11 +25,13 @@ class Policy(abc.ABC):
         vocab_size: number of tokens `V`.
         horizon: length cap `T`.
         eos: the token that ends a sequence early, or None for sequences of exactly `T` tokens.
+        environment: the positions, counted from 0, whose tokens an environment writes.
     """
 
     vocab_size: int
     horizon: int
     eos: int | None
+    environment: tuple[int, ...] = ()
 
     @abc.abstractmethod
     def parameters(self) -> list[Tensor]:
@@ -49,19 +51,26 @@ class Policy(abc.ABC):
 
     def tabulate(self) -> TabularPolicy:
         """The same policy as a detached `TabularPolicy`."""
-        return TabularPolicy([table.detach().clone() for table in self.tables()], eos=self.eos)
+        tables = [table.detach().clone() for table in self.tables()]
+        return TabularPolicy(tables, eos=self.eos, environment=self.environment)
 
 
 class TabularPolicy(Policy):
     r"""One softmax row per history: $p(a \mid h) = \mathrm{softmax}(z_h)_a$.
 
+    At the positions in `environment` the table is the law of an environment: a prompt, or a tool's result.
+    Those tokens are in the history; they carry no score, no divergence and no return, and one of them that
+    equals `eos` ends nothing (T6f). Policies that are compared must have the same environment.
+
     Args:
         logits: float64 tensors; level `n` has shape `(V**n, V)`, its row being the prefix read as
             base-`V` digits. `-inf` marks a token of zero probability.
         eos: the token that ends a sequence, or None.
+        environment: the positions, counted from 0, whose tokens an environment writes.
 
     Raises:
-        InvalidArgumentError: a level has a wrong shape or dtype, or a row without a finite entry.
+        InvalidArgumentError: a level has a wrong shape or dtype, or a row without a finite entry; or
+            `environment` holds what is no position.
 
     Example:
         >>> policy = TabularPolicy.random(vocab_size=3, horizon=2, seed=0)
@@ -69,7 +78,9 @@ class TabularPolicy(Policy):
         [(1, 3), (3, 3)]
     """
 
-    def __init__(self, logits: Sequence[Float[Tensor, "_ V"]], eos: int | None = None) -> None:
+    def __init__(
+        self, logits: Sequence[Float[Tensor, "_ V"]], eos: int | None = None, environment: Iterable[int] = ()
+    ) -> None:
         """See the class."""
         if not logits:
             raise InvalidArgumentError("logits", "is empty; one tensor per position is needed")
@@ -81,6 +92,7 @@ class TabularPolicy(Policy):
         self.vocab_size = vocab_size
         self.horizon = len(logits)
         self.eos = eos
+        self.environment = _positions(environment, self.horizon)
 
     @classmethod
     def random(
@@ -91,6 +103,7 @@ class TabularPolicy(Policy):
         scale: float = 1.0,
         seed: int = 0,
         zeros: int = 0,
+        environment: Iterable[int] = (),
     ) -> TabularPolicy:
         """Independent Gaussian logits of standard deviation `scale`: 0 is uniform, 30 nearly deterministic.
 
@@ -101,10 +114,11 @@ class TabularPolicy(Policy):
             scale: standard deviation of the logits.
             seed: of the generator; equal seeds give equal policies.
             zeros: number of tokens, the last ones, that get zero probability everywhere.
+            environment: the positions whose tokens an environment writes.
 
         Raises:
-            InvalidArgumentError: a size is below one, `scale` is negative or not finite, or `zeros`
-                leaves no token.
+            InvalidArgumentError: a size is below one, `scale` is negative or not finite, `zeros`
+                leaves no token, or `environment` holds what is no position.
             BudgetExceededError: the tables would hold too many rows.
         """
         _check_sizes(vocab_size, horizon)
@@ -119,12 +133,12 @@ class TabularPolicy(Policy):
             if zeros:
                 level[:, vocab_size - zeros :] = -torch.inf
             logits.append(level)
-        return cls(logits, eos=eos)
+        return cls(logits, eos=eos, environment=environment)
 
     def perturbed(self, distance: float, seed: int = 0) -> TabularPolicy:
         """The same policy with Gaussian noise of standard deviation `distance` on each logit.
 
-        Zero probabilities stay zero.
+        Zero probabilities stay zero, and what an environment writes stays as it is.
 
         Raises:
             InvalidArgumentError: `distance` is negative or not finite.
@@ -132,7 +146,9 @@ class TabularPolicy(Policy):
         _check_scale("distance", distance)
         generator = torch.Generator().manual_seed(seed)
         noisy = [z + distance * torch.randn(z.shape, generator=generator, dtype=z.dtype) for z in self.logits]
-        return TabularPolicy(noisy, eos=self.eos)
+        for n in self.environment:
+            noisy[n] = self.logits[n]
+        return TabularPolicy(noisy, eos=self.eos, environment=self.environment)
 
     def parameters(self) -> list[Tensor]:
         """The logits themselves."""
@@ -147,7 +163,8 @@ class TabularPolicy(Policy):
         return levels
 
     def __repr__(self) -> str:
-        return f"TabularPolicy(vocab_size={self.vocab_size}, horizon={self.horizon}, eos={self.eos})"
+        written = f", environment={self.environment}" if self.environment else ""
+        return f"TabularPolicy(vocab_size={self.vocab_size}, horizon={self.horizon}, eos={self.eos}{written})"
 
 
 class MarkovPolicy(Policy):
@@ -308,6 +325,7 @@ def random_pair(
     distance: float = 1.0,
     zeros: int = 0,
     seed: int = 0,
+    environment: Iterable[int] = (),
 ) -> tuple[TabularPolicy, TabularPolicy]:
     """A random student and a teacher at a chosen distance from it.
 
@@ -319,6 +337,7 @@ def random_pair(
         distance: standard deviation of the noise that makes the teacher; 1e-3 is a near-equal pair.
         zeros: number of tokens to which both give zero probability.
         seed: of both generators.
+        environment: the positions whose tokens an environment writes, by one law for both; `(0,)` is a prompt.
 
     Returns:
         `(student, teacher)`.
@@ -326,7 +345,9 @@ def random_pair(
     Raises:
         InvalidArgumentError: as `TabularPolicy.random` and `TabularPolicy.perturbed`.
     """
-    student = TabularPolicy.random(vocab_size, horizon, eos=eos, scale=scale, seed=2 * seed, zeros=zeros)
+    student = TabularPolicy.random(
+        vocab_size, horizon, eos=eos, scale=scale, seed=2 * seed, zeros=zeros, environment=environment
+    )
     return student, student.perturbed(distance, seed=2 * seed + 1)
 
 
@@ -367,6 +388,15 @@ def _check_row_count(vocab_size: int, horizon: int) -> None:
 def _check_scale(name: str, value: float) -> None:
     if not (math.isfinite(value) and value >= 0):
         raise InvalidArgumentError(name, f"is {value!r}; a finite number of at least 0 is needed")
+
+
+def _positions(environment: Iterable[int], horizon: int) -> tuple[int, ...]:
+    """The positions in ascending order, each once."""
+    given = tuple(environment)
+    for n in given:
+        if isinstance(n, bool) or not isinstance(n, int) or not 0 <= n < horizon:
+            raise InvalidArgumentError("environment", f"holds {n!r}; every position must be an int in [0, {horizon})")
+    return tuple(sorted(set(given)))
 
 
 def _check_eos(eos: int | None, vocab_size: int) -> None:

@@ -22,19 +22,42 @@ __all__ = ["LEAF_BUDGET", "Tree", "check_pair", "pointwise", "row_gradient"]
 LEAF_BUDGET = 2**24
 
 
-def check_pair(student: Policy, teacher: Policy) -> None:
-    """Refuse a pair of policies that do not range over the same sequences.
+# Two tables of one environment differ by rounding only.
+_SAME_LAW = 1e-12
+
+
+def check_pair(student: Policy, other: Policy, name: str = "teacher") -> None:
+    """Refuse a pair of policies that do not range over the same sequences in the same environment.
+
+    Args:
+        student: the policy that is trained.
+        other: the one that goes with it.
+        name: what the other one is called in the message.
 
     Raises:
-        InvalidArgumentError: vocabulary, horizon or end-of-sequence token differ.
+        InvalidArgumentError: vocabulary, horizon, end-of-sequence token, or what the environment writes differ.
     """
-    for name, policy in (("student", student), ("teacher", teacher)):
+    for argument, policy in (("student", student), (name, other)):
         if not isinstance(policy, Policy):
-            raise InvalidArgumentError(name, f"is a {type(policy).__name__}; a Policy is needed")
-    for field in ("vocab_size", "horizon", "eos"):
-        ours, theirs = getattr(student, field), getattr(teacher, field)
+            raise InvalidArgumentError(argument, f"is a {type(policy).__name__}; a Policy is needed")
+    for field in ("vocab_size", "horizon", "eos", "environment"):
+        ours, theirs = getattr(student, field), getattr(other, field)
         if ours != theirs:
-            raise InvalidArgumentError("teacher", f"has {field}={theirs}, the student has {field}={ours}")
+            raise InvalidArgumentError(name, f"has {field}={theirs}, the student has {field}={ours}")
+    if student.environment:
+        _check_environment(student, other, name)
+
+
+def _check_environment(student: Policy, other: Policy, name: str) -> None:
+    """Refuse two laws of one environment."""
+    ours, theirs = student.tables(), other.tables()
+    for n in student.environment:
+        gap = float((ours[n].detach().softmax(-1) - theirs[n].detach().softmax(-1)).abs().max())
+        if gap > _SAME_LAW:
+            raise InvalidArgumentError(
+                name,
+                f"has another law than the student at position {n}, which the environment writes: off by {gap:.3g}",
+            )
 
 
 def pointwise(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -72,6 +95,7 @@ class Tree:
             level `n` of shape `(V**n,)`, with one more level for the complete sequences.
         prefix_log_q: teacher's, likewise.
         live: whether a prefix can still be extended, level `n` of shape `(V**n,)`.
+        environment: levels whose tokens the environment writes, by the law in `log_p`, which `log_q` repeats.
     """
 
     eos: int | None
@@ -80,6 +104,7 @@ class Tree:
     prefix_log_p: list[Tensor]
     prefix_log_q: list[Tensor]
     live: list[Tensor]
+    environment: tuple[int, ...] = ()
 
     @classmethod
     def build(cls, student: Policy, teacher: Policy, budget: int = LEAF_BUDGET) -> Tree:
@@ -100,16 +125,19 @@ class Tree:
             )
         log_p = [torch.log_softmax(z, dim=-1) for z in student.tables()]
         log_q = [torch.log_softmax(z, dim=-1) for z in teacher.tables()]
+        for n in student.environment:
+            # One law for both, to the last bit, so that its ratio is exactly one.
+            log_p[n] = log_q[n] = log_p[n].detach()
         live = [torch.ones(1, dtype=torch.bool)]
         prefix_log_p, prefix_log_q = [torch.zeros(1, dtype=torch.float64)], [torch.zeros(1, dtype=torch.float64)]
-        for p, q in zip(log_p, log_q, strict=True):
+        for n, (p, q) in enumerate(zip(log_p, log_q, strict=True)):
             prefix_log_p.append((prefix_log_p[-1].unsqueeze(-1) + p).flatten())
             prefix_log_q.append((prefix_log_q[-1].unsqueeze(-1) + q).flatten())
             children = live[-1].unsqueeze(-1).expand_as(p).clone()
-            if student.eos is not None:
+            if student.eos is not None and n not in student.environment:
                 children[:, student.eos] = False
             live.append(children.flatten())
-        return cls(student.eos, log_p, log_q, prefix_log_p, prefix_log_q, live)
+        return cls(student.eos, log_p, log_q, prefix_log_p, prefix_log_q, live, student.environment)
 
     @property
     def horizon(self) -> int:
@@ -118,6 +146,8 @@ class Tree:
 
     def reach(self, level: int) -> Tensor:
         """Probability that the student visits each prefix of a level and must choose a token there."""
+        if level in self.environment:
+            return torch.zeros_like(self.prefix_log_p[level])
         return torch.where(self.live[level], self.prefix_log_p[level].exp(), 0.0)
 
     def ends(self, level: int) -> Tensor:

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 
 from opdtheory import bind
 from opdtheory.errors import InvalidArgumentError, OpdTheoryError
@@ -231,3 +232,88 @@ def test_bind_calls_an_unbound_method_on_the_given_attributes():
     assert bind(Trainer.scaled, beta=0.5)(4.0, shift=1.0) == 3.0
     with pytest.raises(AttributeError, match=r"self\.temperature.*temperature=\.\.\."):
         bind(Trainer.forgetful, beta=0.5)(4.0)
+
+
+# Top-k payloads.
+
+
+@given(rollouts(), st.integers(1, 4))
+def test_a_teacher_server_sends_its_likeliest_tokens_in_order(r, k):
+    k = min(k, r.teacher_logits.shape[-1])
+    ids, logprobs = r.teacher_top_k(k)
+    rows = torch.log_softmax(r.teacher_logits, -1).flatten(0, 1).tolist()
+    ranked = [sorted(range(len(row)), key=lambda a, row=row: (-row[a], a))[:k] for row in rows]
+    assert ids.flatten(0, 1).tolist() == ranked
+    assert logprobs.flatten(0, 1).tolist() == [[row[a] for a in kept] for row, kept in zip(rows, ranked, strict=True)]
+
+
+def test_equal_tokens_come_in_ascending_order():
+    tied = torch.tensor([0.0, 1.0, 0.0, 1.0], dtype=torch.float64).expand(B, T, V)
+    assert make(teacher_logits=tied).teacher_top_k(3)[0][0, 0].tolist() == [1, 3, 0]
+
+
+def test_what_a_server_sends_is_detached():
+    teacher = make().teacher_logits.clone().requires_grad_()
+    ids, logprobs = make(teacher_logits=teacher).teacher_top_k(2)
+    assert ids.dtype == torch.int64 and not logprobs.requires_grad
+
+
+def test_impossible_tokens_come_last():
+    logits = make().teacher_logits.clone()
+    logits[..., 0] = -torch.inf
+    ids, logprobs = make(teacher_logits=logits).teacher_top_k(V)
+    assert (ids[..., -1] == 0).all() and torch.isneginf(logprobs[..., -1]).all()
+    assert torch.isfinite(logprobs[..., :-1]).all()
+
+
+@pytest.mark.parametrize("k", [0, -1, V + 1, 1.0, True, None])
+def test_k_out_of_range_is_refused(k):
+    with pytest.raises(ValueError, match=rf"^k: is {k!r}.*\[1, {V}\]") as caught:
+        make().teacher_top_k(k)
+    assert caught.value.argument == "k"
+
+
+def test_the_student_is_differentiable_at_given_tokens():
+    r = make()
+    at = r.student_at(r.tokens.unsqueeze(-1))
+    assert torch.equal(at.squeeze(-1), r.student_logprobs)
+    ids, _ = r.teacher_top_k(2)
+    p = r.student_logits.detach().softmax(-1)
+    (gradient,) = torch.autograd.grad(r.student_at(ids).sum(), r.student_logits)
+    chosen = torch.nn.functional.one_hot(ids, V).sum(-2).double()
+    assert gradient_gap([gradient], [chosen - 2 * p]) <= ALGEBRA
+
+
+def test_the_student_at_impossible_tokens_is_finite_where_masked_only():
+    logits = make().student_logits.detach().clone()
+    logits[..., 3] = -torch.inf
+    logits.requires_grad_()
+    at = make(student_logits=logits).student_at(torch.full((B, T, 1), 3)).detach()
+    assert float(at[1, 2, 0]) == 0.0 and int(torch.isneginf(at).sum()) == B * T - 1
+
+
+@pytest.mark.parametrize(
+    ("ids", "words"),
+    [
+        ([[0]], "list"),
+        (torch.zeros(B, T, dtype=torch.int64), r"\(2, 3\)"),
+        (torch.zeros(B, T + 1, 1, dtype=torch.int64), r"\(2, 4, 1\)"),
+        (torch.zeros(B, T, 1), "torch.int64"),
+        (torch.zeros(B, T, 0, dtype=torch.int64), r"\(2, 3, 0\)"),
+        (torch.full((B, T, 1), V), rf"\[4, 4\].*\[0, {V}\)"),
+        (torch.full((B, T, 1), -1), r"\[-1, -1\]"),
+    ],
+)
+def test_ids_that_are_no_tokens_are_refused(ids, words):
+    with pytest.raises(ValueError, match=f"^ids: .*{words}") as caught:
+        make().student_at(ids)
+    assert caught.value.argument == "ids"
+
+
+def test_unchecked_rollouts_are_the_same_rollouts():
+    r = make()
+    again = Rollouts.unchecked(**{name: getattr(r, name) for name in FIELDS})
+    assert all(getattr(again, name) is getattr(r, name) for name in FIELDS)
+    assert torch.equal(again.log_u, r.log_u) and torch.equal(again.labels, r.labels)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        again.mask = r.mask
