@@ -1,0 +1,292 @@
+r"""The functions of $u$ from which a recovered weight is put together, each with its implied generator in closed form.
+
+A weight is linear in its atoms, and so is $V[w](u) = u\int_1^u (w(t) - w(1))/t^2\,\mathrm{d}t$ (T4): the generator of a
+fitted weight is the same combination of the atoms' generators, and nothing has to be integrated when a loss is audited.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from opdtheory import divergences
+from opdtheory.divergences import Divergence, symbol, weight_of
+
+if TYPE_CHECKING:
+    import sympy
+
+__all__ = ["FAMILIES", "PARAMETRIC", "Atom", "as_number", "catalogue_atom", "catalogue_atoms", "fixed_atoms"]
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+
+# Parameterised families of the catalogue and the interval in which their parameter is sought.
+FAMILIES = {
+    "skew_jsd": ("beta", 1e-3, 1.0 - 1e-3),
+    "alpha": ("alpha", -4.0, 4.0),
+    "skew_forward_kl": ("lam", 0.0, 1.0 - 1e-3),
+    "skew_reverse_kl": ("lam", 0.0, 1.0 - 1e-3),
+}
+
+
+@dataclass(frozen=True)
+class Atom:
+    r"""One function of the ratio.
+
+    Attributes:
+        label: for people, such as `u log u` or a catalogue name.
+        values: the function of $\log u$, elementwise on float64 arrays.
+        expr: makes the sympy expression in `u`, without an additive constant.
+        generator: makes the implied generator, in the gauge $f(1) = f'(1) = 0$.
+    """
+
+    label: str
+    values: Callable[[Array], Array]
+    expr: Callable[[], sympy.Expr]
+    generator: Callable[[], sympy.Expr]
+
+
+def as_number(value: float) -> sympy.Expr:
+    """A float as the fraction of small denominator that it is, or as itself."""
+    import sympy
+
+    fraction = sympy.Rational(value).limit_denominator(1000)
+    return fraction if abs(float(fraction) - value) <= 1e-15 * max(1.0, abs(value)) else sympy.Float(value)
+
+
+def catalogue_atom(divergence: Divergence) -> Atom:
+    """The exact weight $w_f$ of a divergence, whose implied generator is $f$ in the gauge $f'(1) = 0$."""
+
+    def values(log_u: Array) -> Array:
+        return divergence.weight(torch.from_numpy(np.ascontiguousarray(log_u))).numpy()
+
+    def expr() -> sympy.Expr:
+        import sympy
+
+        if divergence.name == "total_variation":
+            return sympy.sign(sympy.log(symbol())) / 2
+        return weight_of(divergence.expr).as_independent(symbol(), as_Add=True)[1]
+
+    def generator() -> sympy.Expr:
+        u, f = symbol(), divergence.expr
+        return f - f.diff(u).subs(u, 1) * (u - 1)
+
+    return Atom(divergence.label, values, expr, generator)
+
+
+@functools.cache
+def catalogue_atoms() -> tuple[Atom, ...]:
+    """The weights of the catalogue's entries that have no parameter."""
+    return tuple(catalogue_atom(divergences.divergence(name)) for name in divergences.names() if name not in FAMILIES)
+
+
+@functools.cache
+def fixed_atoms() -> tuple[Atom, ...]:
+    """The dictionary: powers, logarithms and their products, and what stop-gradient estimators are made of."""
+    half = np.log(2.0)
+    return (
+        _atom("log u", lambda t: t, lambda u, L: L, lambda u, L: u - 1 - L),
+        _atom("log^2 u", lambda t: t**2, lambda u, L: L**2, lambda u, L: 2 * u - L**2 - 2 * L - 2),
+        _atom("log^3 u", lambda t: t**3, lambda u, L: L**3, lambda u, L: 6 * u - L**3 - 3 * L**2 - 6 * L - 6),
+        _power("u", 1),
+        _atom("u log u", lambda t: t * np.exp(t), lambda u, L: u * L, lambda u, L: u * L**2 / 2),
+        _atom("u log^2 u", lambda t: t**2 * np.exp(t), lambda u, L: u * L**2, lambda u, L: u * L**3 / 3),
+        _power("u^2", 2),
+        _atom("u^2 log u", lambda t: t * np.exp(2 * t), lambda u, L: u**2 * L, lambda u, L: u * (u * L - u + 1)),
+        _power("1/u", -1),
+        _atom("log(u)/u", lambda t: t * np.exp(-t), lambda u, L: L / u, _over_u_generator),
+        _power("sqrt(u)", "1/2"),
+        _power("1/sqrt(u)", "-1/2"),
+        _atom("log(1 + u)", lambda t: np.logaddexp(0.0, t), _log_half, _log_half_generator),
+        _atom(
+            "u log((1 + u)/2)",
+            lambda t: np.exp(t) * (np.logaddexp(0.0, t) - half),
+            lambda u, L: u * _log_half(u, L),
+            _u_log_half_generator,
+        ),
+        _atom(
+            "(1 + u) log((1 + u)/2)",
+            lambda t: (1 + np.exp(t)) * (np.logaddexp(0.0, t) - half),
+            lambda u, L: (1 + u) * _log_half(u, L),
+            lambda u, L: _log_half_generator(u, L) + _u_log_half_generator(u, L),
+        ),
+        _atom("u/(1 + u)", lambda t: 1 / (1 + np.exp(-t)), lambda u, L: u / (1 + u), _sigmoid_generator),
+        _atom("1/(1 + u)^2", lambda t: (1 + np.exp(t)) ** -2.0, lambda u, L: (1 + u) ** -2, _square_generator),
+        _atom("sign(log u)", np.sign, _sign, lambda u, L: abs(u - 1)),
+        _atom("|log u|", np.abs, lambda u, L: abs(L), lambda u, L: _sign(u, L) * (u - 1 - L)),
+        _atom("|u - 1|", lambda t: np.abs(np.expm1(t)), lambda u, L: abs(u - 1), _distance_generator),
+    )
+
+
+def _power(label: str, exponent: float | str) -> Atom:
+    number = float(exponent) if not isinstance(exponent, str) else {"1/2": 0.5, "-1/2": -0.5}[exponent]
+
+    def power() -> sympy.Expr:
+        import sympy
+
+        return sympy.Rational(exponent) if isinstance(exponent, str) else as_number(number)
+
+    def generator(u: sympy.Expr, log_u: sympy.Expr) -> sympy.Expr:
+        a = power()
+        return u * log_u - u + 1 if a == 1 else (u**a - u) / (a - 1) + 1 - u
+
+    return _atom(label, lambda t: np.exp(number * t), lambda u, L: u ** power(), generator)
+
+
+def _mixture(label: str, beta: float, values: Callable[[Array], Array], parts: tuple[_Maker, _Maker]) -> Atom:
+    """An atom of `beta u + 1 - beta`; its makers take that as a third argument."""
+    expr, generator = parts
+
+    def of(maker: _Maker) -> Callable[[sympy.Expr, sympy.Expr], sympy.Expr]:
+        return lambda u, log_u: maker(u, log_u, as_number(beta))
+
+    return _atom(label, values, of(expr), of(generator))
+
+
+def _mixed(t: Array, beta: float) -> Array:
+    return beta * np.exp(t) + 1.0 - beta
+
+
+def _log_mixture(beta: float) -> Atom:
+    def values(t: Array) -> Array:
+        return np.logaddexp(np.log(beta) + t, np.log1p(-beta))
+
+    def expr(u: sympy.Expr, log_u: sympy.Expr, b: sympy.Expr) -> sympy.Expr:
+        import sympy
+
+        return sympy.log(b * u + 1 - b)
+
+    return _mixture(f"log({beta:.6g} u + {1 - beta:.6g})", beta, values, (expr, _log_mixture_generator))
+
+
+def _mixture_log_mixture(beta: float) -> Atom:
+    def values(t: Array) -> Array:
+        return _mixed(t, beta) * np.log(_mixed(t, beta))
+
+    def expr(u: sympy.Expr, log_u: sympy.Expr, b: sympy.Expr) -> sympy.Expr:
+        import sympy
+
+        return (b * u + 1 - b) * sympy.log(b * u + 1 - b)
+
+    def generator(u: sympy.Expr, log_u: sympy.Expr, b: sympy.Expr) -> sympy.Expr:
+        import sympy
+
+        c = 1 - b
+        times_u = u * (sympy.log(c) * log_u - sympy.polylog(2, -b * u / c) + sympy.polylog(2, -b / c))
+        return b * times_u + c * _log_mixture_generator(u, log_u, b)
+
+    name = f"{beta:.6g} u + {1 - beta:.6g}"
+    return _mixture(f"({name}) log({name})", beta, values, (expr, generator))
+
+
+def _ratio_mixture(beta: float) -> Atom:
+    def values(t: Array) -> Array:
+        return np.exp(t) / _mixed(t, beta)
+
+    def generator(u: sympy.Expr, log_u: sympy.Expr, b: sympy.Expr) -> sympy.Expr:
+        import sympy
+
+        return u * sympy.log(u / (b * u + 1 - b)) / (1 - b) + 1 - u
+
+    return _mixture(
+        f"u/({beta:.6g} u + {1 - beta:.6g})", beta, values, (lambda u, L, b: u / (b * u + 1 - b), generator)
+    )
+
+
+def _free_power(alpha: float) -> Atom:
+    return _power(f"u^{alpha:.6g}", alpha)
+
+
+def _tempered(scale: float) -> Atom:
+    """tanh(k log u): bounded, monotone; its generator is left to quadrature."""
+
+    def expr(u: sympy.Expr, log_u: sympy.Expr) -> sympy.Expr:
+        import sympy
+
+        return sympy.tanh(as_number(scale) * log_u)
+
+    return _atom(f"tanh({scale:.6g} log u)", lambda t: np.tanh(scale * t), expr, _no_closed_form)
+
+
+# Functions with one parameter, and the interval in which it is sought.
+PARAMETRIC: dict[str, tuple[Callable[[float], Atom], float, float]] = {
+    "power": (_free_power, -4.0, 4.0),
+    "log of a mixture": (_log_mixture, 1e-3, 1.0 - 1e-3),
+    "mixture log mixture": (_mixture_log_mixture, 1e-3, 1.0 - 1e-3),
+    "ratio to a mixture": (_ratio_mixture, 1e-3, 1.0 - 1e-3),
+    "tanh": (_tempered, 0.05, 4.0),
+}
+
+_Maker = Callable[..., Any]
+
+
+def _atom(label: str, values: Callable[[Array], Array], expr: _Maker, generator: _Maker) -> Atom:
+    def make(maker: _Maker) -> Callable[[], sympy.Expr]:
+        def expression() -> sympy.Expr:
+            import sympy
+
+            return maker(symbol(), sympy.log(symbol()))
+
+        return expression
+
+    return Atom(label, values, make(expr), make(generator))
+
+
+def _log_half(u: sympy.Expr, log_u: sympy.Expr) -> sympy.Expr:
+    import sympy
+
+    return sympy.log((1 + u) / 2)
+
+
+def _sign(u: sympy.Expr, log_u: sympy.Expr) -> sympy.Expr:
+    import sympy
+
+    return sympy.sign(log_u)
+
+
+def _log_half_generator(u: sympy.Expr, log_u: sympy.Expr) -> sympy.Expr:
+    import sympy
+
+    return u * sympy.log(2 * u / (1 + u)) - sympy.log((1 + u) / 2)
+
+
+def _u_log_half_generator(u: sympy.Expr, log_u: sympy.Expr) -> sympy.Expr:
+    import sympy
+
+    return u * (sympy.polylog(2, -1) - sympy.polylog(2, -u) - sympy.log(2) * log_u)
+
+
+def _sigmoid_generator(u: sympy.Expr, log_u: sympy.Expr) -> sympy.Expr:
+    import sympy
+
+    return u * sympy.log(2 * u / (1 + u)) + sympy.Rational(1, 2) - u / 2
+
+
+def _square_generator(u: sympy.Expr, log_u: sympy.Expr) -> sympy.Expr:
+    import sympy
+
+    inner = 2 * sympy.log((1 + u) / (2 * u)) - 1 / (1 + u) + sympy.Rational(5, 4)
+    return u * inner - sympy.Rational(3, 4)
+
+
+def _over_u_generator(u: sympy.Expr, log_u: sympy.Expr) -> sympy.Expr:
+    return u / 4 - (2 * log_u + 1) / (4 * u)
+
+
+def _distance_generator(u: sympy.Expr, log_u: sympy.Expr) -> sympy.Expr:
+    return _sign(u, log_u) * (u * log_u - u + 1)
+
+
+def _log_mixture_generator(u: sympy.Expr, log_u: sympy.Expr, b: sympy.Expr) -> sympy.Expr:
+    import sympy
+
+    c = 1 - b
+    return b / c * u * sympy.log(u / (b * u + c)) - sympy.log(b * u + c)
+
+
+def _no_closed_form(u: sympy.Expr, log_u: sympy.Expr) -> None:
+    return None

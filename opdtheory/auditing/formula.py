@@ -1,0 +1,301 @@
+r"""The search for a formula: terms of the catalogue or of a dictionary that fit a recovered weight, fewest first."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from opdtheory import divergences
+from opdtheory.auditing.atoms import FAMILIES, PARAMETRIC, Atom, as_number, catalogue_atom, catalogue_atoms, fixed_atoms
+from opdtheory.auditing.sparse import Curve, Subset, all_matter, best_subset, fit, fit_parameter, ratios, snap
+
+if TYPE_CHECKING:
+    import sympy
+
+__all__ = [
+    "Formula",
+    "columns_of",
+    "expressions",
+    "find_clamped",
+    "find_formula",
+    "find_window",
+    "label_of",
+    "most_terms",
+]
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+
+# Where rounding is coarser than this, two or three terms fit almost anything.
+_SHARP = 1e-6
+
+
+@dataclass(frozen=True)
+class Formula:
+    """Terms with coefficients, and the clamp of the log-ratio around them, if there is one."""
+
+    kind: str
+    atoms: tuple[Atom, ...]
+    coefficients: Array
+    error: float
+    clamp: tuple[float, float] | None = None
+
+    def values(self, log_u: Array) -> Array:
+        t = log_u if self.clamp is None else np.clip(log_u, *self.clamp)
+        return np.asarray(sum(c * atom.values(t) for c, atom in zip(self.coefficients, self.atoms, strict=True)))
+
+    def size(self, log_u: Array) -> Array:
+        """The sum of the terms' sizes, to which rounding is relative."""
+        t = log_u if self.clamp is None else np.clip(log_u, *self.clamp)
+        return np.asarray(sum(abs(c * atom.values(t)) for c, atom in zip(self.coefficients, self.atoms, strict=True)))
+
+
+def most_terms(curve: Curve, tolerance: float) -> int:
+    """How many terms the points can tell from chance: with a constant, at most half as many numbers as points."""
+    most = min(3, (len(curve.points) - 1) // 2 - 1)
+    return most if tolerance <= _SHARP else min(most, 2)
+
+
+def find_formula(curve: Curve, tolerance: float) -> Formula | None:
+    """The formula of fewest terms that fits to the tolerance."""
+    most = most_terms(curve, tolerance)
+    sharp = tolerance <= _SHARP
+    steps: list[tuple[int, Callable[[], Formula | None]]] = [
+        (1, lambda: _single(curve, tolerance)),
+        (1, lambda: _combined(curve, _independent(), "combination", 1, tolerance)),
+        (2, lambda: _family(curve, tolerance)),
+        (1, lambda: _combined(curve, fixed_atoms(), "expression", 1, tolerance)),
+        (2, lambda: _parametric(curve, PARAMETRIC, (), tolerance)),
+        (2, lambda: _combined(curve, _independent(), "combination", 2, tolerance)),
+    ]
+    if sharp:
+        steps += [
+            (2, lambda: _combined(curve, fixed_atoms(), "expression", 2, tolerance)),
+            (3, lambda: _combined(curve, _independent(), "combination", 3, tolerance)),
+            (3, lambda: _combined(curve, fixed_atoms(), "expression", 3, tolerance)),
+            (3, lambda: _parametric(curve, PARAMETRIC, fixed_atoms(), tolerance)),
+        ]
+    return next((found for terms, step in steps if terms <= most and (found := step()) is not None), None)
+
+
+def _independent() -> tuple[Atom, ...]:
+    """The catalogue without Jeffreys' divergence, the sum of the two KLs."""
+    return tuple(atom for atom in catalogue_atoms() if atom.label != "jeffreys")
+
+
+def columns_of(atoms: tuple[Atom, ...], points: Array) -> Array:
+    return np.column_stack([atom.values(points) for atom in atoms]) if atoms else np.empty((len(points), 0))
+
+
+def _single(curve: Curve, tolerance: float) -> Formula | None:
+    """One catalogue weight without a parameter, times a positive number."""
+    best: Formula | None = None
+    for atom in catalogue_atoms():
+        columns = columns_of((atom,), curve.points)
+        coefficients, constant, error = fit(curve, columns)
+        if coefficients[0] > 0 and error <= tolerance and (best is None or error < best.error):
+            subset = snap(curve, columns, Subset((0,), coefficients, constant, error), tolerance)
+            best = Formula("catalogue", (atom,), subset.coefficients, subset.error)
+    return best
+
+
+@functools.cache
+def _members() -> dict[str, tuple[Callable[[float], Atom], float, float]]:
+    """The catalogue's families as functions of their parameter."""
+
+    def maker(name: str, parameter: str) -> Callable[[float], Atom]:
+        def make(value: float) -> Atom:
+            return catalogue_atom(divergences.divergence(name, **{parameter: value}))
+
+        return make
+
+    return {name: (maker(name, parameter), low, high) for name, (parameter, low, high) in FAMILIES.items()}
+
+
+@functools.lru_cache(maxsize=4096)
+def _tabulated(make: Callable[[float], Atom], value: float, points: tuple[float, ...]) -> Array:
+    """Values of a family's member; the same starts on the same grid serve every audit."""
+    return make(value).values(np.array(points))
+
+
+def _family(curve: Curve, tolerance: float) -> Formula | None:
+    found = _parametric(curve, _members(), (), tolerance)
+    if found is None:
+        return None
+    return replace(found, kind="catalogue" if found.coefficients[0] > 0 else "combination")
+
+
+def _parametric(
+    curve: Curve,
+    makers: dict[str, tuple[Callable[[float], Atom], float, float]],
+    beside: tuple[Atom, ...],
+    tolerance: float,
+) -> Formula | None:
+    """A function with one fitted parameter, alone or beside one function of the dictionary."""
+    others, points = columns_of(beside, curve.points), tuple(curve.points.tolist())
+    for make, low, high in makers.values():
+        column = functools.partial(_tabulated, make, points=points)
+        fitted = fit_parameter(curve, column, low, high, others, tolerance)
+        if fitted is None:
+            continue
+        atoms = (make(fitted[0]),) if fitted[1] is None else (make(fitted[0]), beside[fitted[1]])
+        columns = columns_of(atoms, curve.points)
+        coefficients, constant, error = fit(curve, columns)
+        if error <= tolerance and all_matter(curve, columns, coefficients, tolerance):
+            subset = snap(curve, columns, Subset(tuple(range(len(atoms))), coefficients, constant, error), tolerance)
+            return Formula("expression", atoms, subset.coefficients, subset.error)
+    return None
+
+
+def _combined(curve: Curve, atoms: tuple[Atom, ...], kind: str, size: int, tolerance: float) -> Formula | None:
+    columns = columns_of(atoms, curve.points)
+    subset = best_subset(curve, columns, size)
+    if subset is None or subset.error > tolerance:
+        return None
+    if not all_matter(curve, columns[:, list(subset.indices)], subset.coefficients, tolerance):
+        return None
+    subset = snap(curve, columns, subset, tolerance)
+    return Formula(kind, tuple(atoms[i] for i in subset.indices), subset.coefficients, subset.error)
+
+
+def _plateaus(curve: Curve, tolerance: float) -> tuple[int, int]:
+    """How many points at each end hold one value, where more than one does."""
+    limit = tolerance * curve.scale
+    left = int(np.argmin(np.append(np.abs(curve.values - curve.values[0]) <= limit, False)))
+    right = int(np.argmin(np.append(np.abs(curve.values - curve.values[-1])[::-1] <= limit, False)))
+    return (left if left > 1 else 0), (right if right > 1 else 0)
+
+
+def find_clamped(curve: Curve, tolerance: float) -> Formula | None:
+    """A formula of the log-ratio clamped to an interval, whose ends are where the plateaus are met (T4)."""
+    left, right = _plateaus(curve, tolerance)
+    inner = slice(left, len(curve.points) - right)
+    if left + right == 0 or inner.stop - inner.start < 5:
+        return None
+    keep = np.arange(len(curve.points))[inner]
+    inside = find_formula(curve.part(keep), tolerance)
+    if inside is None:
+        return None
+    constant = fit(curve.part(keep), inside.values(curve.points[keep])[:, None])[1]
+    ends: list[float] = []
+    for count, index, step, beyond in ((left, keep[0], -1, -np.inf), (right, keep[-1], 1, np.inf)):
+        end = _meets(inside, constant, curve, index, step, tolerance) if count else beyond
+        if end is None:
+            return None
+        ends.append(end)
+    found = replace(inside, kind="expression", clamp=(ends[0], ends[1]))
+    error = fit(curve, found.values(curve.points)[:, None])[2]
+    return replace(found, error=error) if error <= 10.0 * tolerance else None
+
+
+def _meets(inside: Formula, constant: float, curve: Curve, index: int, step: int, tolerance: float) -> float | None:
+    """Where the formula reaches the value of the plateau, between the last free grid point and the next."""
+    from scipy.optimize import brentq
+
+    near, far, plateau = curve.points[index], curve.points[index + step], curve.values[index + step]
+
+    def gap(t: float) -> float:
+        return float(inside.values(np.array([t]))[0]) + constant - plateau
+
+    if abs(gap(near)) <= tolerance * curve.scale[index]:
+        return float(near)
+    if abs(gap(far)) <= tolerance * curve.scale[index + step]:
+        return float(far)
+    if gap(near) * gap(far) > 0:
+        return None
+    end = float(brentq(gap, near, far, xtol=1e-15))
+    # Bounds are given as log-ratios or as ratios; either may be the short number.
+    for short in (round(end, 6), float(np.log(round(float(np.exp(end)), 6)))):
+        if abs(short - end) < 1e-9:
+            return short
+    return end
+
+
+def find_window(curve: Curve, tolerance: float) -> str | None:
+    """A formula inside a window and a constant outside, with a jump: the ends are known to a grid cell only."""
+    left, right = _plateaus(curve, tolerance)
+    keep = np.arange(left, len(curve.points) - right)
+    if left + right == 0 or len(keep) < 5 or (inside := find_formula(curve.part(keep), tolerance)) is None:
+        return None
+    t = curve.points
+    low = f"{t[keep[0] - 1]:.3g}..{t[keep[0]]:.3g}" if left else "-inf"
+    high = f"{t[keep[-1]]:.3g}..{t[keep[-1] + 1]:.3g}" if right else "inf"
+    return f"{label_of(inside)} for log u between {low} and {high}, constant outside with a jump"
+
+
+def label_of(found: Formula) -> str:
+    """The terms with coefficients in their ratio, the positive ones first."""
+    if found.kind == "catalogue":
+        text = found.atoms[0].label
+    else:
+        simple = ratios(found.coefficients)
+        sizes = [float(c) for c in found.coefficients] if simple is None else [float(f) for f in simple]
+        order = sorted(range(len(sizes)), key=lambda i: sizes[i] < 0)
+        parts = [f"{'-' if sizes[i] < 0 else '+'} {_times(sizes[i])}{found.atoms[i].label}" for i in order]
+        text = " ".join(parts)
+        text = text.removeprefix("+ ") if text.startswith("+") else "-" + text.removeprefix("- ")
+    if found.clamp is None:
+        return text
+    return f"{text} of u with log u clamped to [{found.clamp[0]:.6g}, {found.clamp[1]:.6g}]"
+
+
+def _times(size: float) -> str:
+    return "" if abs(size) == 1.0 else f"{abs(size):.6g} * "
+
+
+def expressions(found: Formula) -> tuple[sympy.Expr, sympy.Expr | None]:
+    """The weight and its implied generator, term by term."""
+    import sympy
+
+    numbers = [as_number(float(c)) for c in found.coefficients]
+    weight = sympy.Add(*(c * atom.expr() for c, atom in zip(numbers, found.atoms, strict=True)))
+    parts = [atom.generator() for atom in found.atoms]
+    generator = (
+        None
+        if any(part is None for part in parts)
+        else sympy.Add(*(c * part for c, part in zip(numbers, parts, strict=True)))
+    )
+    if found.clamp is None:
+        return weight, generator
+    return _piecewise(weight, generator, found.clamp)
+
+
+def _piecewise(
+    weight: sympy.Expr, generator: sympy.Expr | None, clamp: tuple[float, float]
+) -> tuple[sympy.Expr, sympy.Expr | None]:
+    """Outside the clamp the weight is constant, so that the generator goes on along its tangent (T4)."""
+    import sympy
+
+    u = divergences.symbol()
+    low, high = (_edge(end) for end in clamp)
+    bounded = u if clamp[0] == -np.inf else sympy.Max(u, low)
+    bounded = bounded if clamp[1] == np.inf else sympy.Min(bounded, high)
+    clamped = weight.subs(u, bounded)
+    if generator is None:
+        return clamped, None
+    slope = generator.diff(u)
+
+    def tangent(at: sympy.Expr) -> sympy.Expr:
+        return sympy.expand(generator.subs(u, at) + slope.subs(u, at) * (u - at))
+
+    # Where 1 itself lies outside, the gauge f(1) = f'(1) = 0 takes the tangent there away.
+    gauge = tangent(low) if clamp[0] > 0 else tangent(high) if clamp[1] < 0 else sympy.Integer(0)
+    branches = [] if clamp[0] == -np.inf else [(tangent(low) - gauge, u < low)]
+    inside = generator - gauge
+    if clamp[1] == np.inf:
+        return clamped, sympy.Piecewise(*branches, (inside, True))
+    return clamped, sympy.Piecewise(*branches, (inside, u < high), (tangent(high) - gauge, True))
+
+
+def _edge(log_bound: float) -> sympy.Expr:
+    """The ratio at a bound, as the short number that it or its logarithm is."""
+    import sympy
+
+    if not np.isfinite(log_bound):
+        return sympy.Integer(1)
+    bound = float(np.exp(log_bound))
+    short = round(bound, 6)
+    return as_number(short) if abs(short - bound) <= 1e-12 * bound else sympy.exp(as_number(log_bound))

@@ -1,0 +1,258 @@
+r"""What follows from a weight's formula: monotony, other fixed points, limits, growth and the second moment."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+
+from opdtheory.divergences import implied_generator_values, symbol
+
+if TYPE_CHECKING:
+    import sympy
+
+__all__ = ["Growth", "Properties", "Shape", "shape_of"]
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+
+# Log-ratios over which a formula is checked to be monotone; float64 holds u^2 there without overflow.
+_WIDE = np.linspace(-30.0, 30.0, 2401)
+_FALLS = 1e-9
+
+# The first of the three log-ratios, each twice the last, between which growth is measured.
+_FAR = 100
+_EXAMPLES = 3
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is known of a weight before its formula: the grid, the values on it if it is a function of the ratio."""
+
+    log_u: Array
+    non_decreasing: bool
+    slope: float
+    flat: float
+    values: Array = field(default_factory=lambda: np.empty(0))
+
+
+class _Function(Protocol):
+    def values(self, log_u: Array) -> Array:
+        """The weight."""
+        ...
+
+    def size(self, log_u: Array) -> Array:
+        """What its rounding is relative to."""
+        ...
+
+
+@dataclass(frozen=True)
+class Growth:
+    r"""The behaviour $w \sim c\, u^a \log^b u$ at one end, or the limit where it is finite.
+
+    Attributes:
+        limit: of $w(u) - w(1)$; infinite or NaN where there is none or it is unknown.
+        power: $a$.
+        log_power: $b$.
+    """
+
+    limit: float
+    power: float = 0.0
+    log_power: float = 0.0
+
+    @property
+    def bounded(self) -> bool:
+        """Whether the limit is finite."""
+        return math.isfinite(self.limit)
+
+    @property
+    def text(self) -> str:
+        """The leading behaviour, such as `u log u`."""
+        parts = [
+            "" if self.power == 0 else "u" if self.power == 1 else f"u^{self.power:.6g}",
+            "" if self.log_power == 0 else "log u" if self.log_power == 1 else f"log^{self.log_power:.6g} u",
+        ]
+        return " ".join(part for part in parts if part)
+
+
+@dataclass(frozen=True)
+class Properties:
+    """The part of a `WeightForm` that follows from its formula."""
+
+    genuine: bool
+    fixed_points: list[str]
+    limits: dict[str, float]
+    growth: str
+    second_moment: str
+    generator_values: list[float]
+
+
+def shape_of(
+    shape: Shape, found: _Function | None, expr: sympy.Expr | None, generator: sympy.Expr | None
+) -> Properties:
+    """The properties of a weight, from its formula or, without one, from its values on the grid."""
+    if found is None or expr is None:
+        return _numeric(shape)
+    wide, size = found.values(_WIDE), found.size(_WIDE)
+    falls = bool((np.diff(wide) < -_FALLS * np.maximum(size[1:], size[:-1])).any())
+    ends = {key: _growth(expr, key) for key in ("0", "inf")}
+    return Properties(
+        genuine=shape.non_decreasing and not falls,
+        fixed_points=_fixed_points(lambda t: found.values(t), shape),
+        limits={key: growth.limit for key, growth in ends.items()},
+        growth=f"{_words('0', ends['0'])}; {_words('inf', ends['inf'])}",
+        second_moment=_second_moment(str(expr), ends),
+        generator_values=_generator_values(lambda t: found.values(t), shape, generator),
+    )
+
+
+def _numeric(shape: Shape) -> Properties:
+    known = len(shape.values) == len(shape.log_u)
+    if not known:
+        return Properties(
+            genuine=False,
+            fixed_points=[],
+            limits={"0": math.nan, "inf": math.nan},
+            growth="unknown: the weight is no function of the ratio alone",
+            second_moment="unknown: the weight is no function of the ratio alone",
+            generator_values=[],
+        )
+    from scipy.interpolate import PchipInterpolator
+
+    low, high = shape.log_u[0], shape.log_u[-1]
+    curve = PchipInterpolator(shape.log_u, shape.values) if len(shape.log_u) > 1 else None
+    ends = f"w - w(1) is {shape.values[0]:.4g} at log u = {low:.3g} and {shape.values[-1]:.4g} at {high:.3g}"
+    return Properties(
+        genuine=shape.non_decreasing,
+        fixed_points=[] if curve is None else _fixed_points(curve, shape),
+        limits={"0": math.nan, "inf": math.nan},
+        growth=f"known between log u = {low:.3g} and {high:.3g} only: {ends}",
+        second_moment=f"unknown beyond |log u| = {high:.3g}",
+        generator_values=[] if curve is None else _generator_values(curve, shape, None),
+    )
+
+
+def _generator_values(curve: Any, shape: Shape, generator: sympy.Expr | None) -> list[float]:
+    log_u = torch.from_numpy(shape.log_u)
+    if generator is not None and not generator.has(_polylogarithm()):
+        function = _mpmath(generator)
+        return [float(function(math.exp(t))) if t != 0.0 else 0.0 for t in shape.log_u.tolist()]
+    breaks = [] if generator is not None else shape.log_u.tolist()
+    return implied_generator_values(lambda t: torch.from_numpy(np.asarray(curve(t.numpy()))), log_u, breaks).tolist()
+
+
+def _polylogarithm() -> type:
+    import sympy
+
+    return sympy.polylog
+
+
+def _mpmath(expr: sympy.Expr) -> Any:
+    import sympy
+
+    return sympy.lambdify(symbol(), expr, "mpmath")
+
+
+def _growth(expr: sympy.Expr, end: str) -> Growth:
+    """The leading behaviour towards one end, from three points far out at as many digits as that takes."""
+    import mpmath
+
+    function, sign = _mpmath(expr), (1 if end == "inf" else -1)
+    with mpmath.workdps(600):
+        values = [mpmath.re(function(mpmath.exp(sign * k * _FAR))) for k in (1, 2, 4)]
+        if abs(values[2] - values[1]) <= mpmath.mpf(10) ** -12 * (1 + abs(values[2])):
+            limit = float(values[2] - mpmath.re(function(mpmath.mpf(1))))
+            return Growth(limit if abs(limit) > 1e-100 else 0.0)
+        first, second = (mpmath.log(abs(b / a)) for a, b in ((values[0], values[1]), (values[1], values[2])))
+        power = float((second - first) / _FAR) * sign
+        log_power = float((2 * first - second) / mpmath.log(2))
+    rounded = round(log_power)
+    # A slow correction to the leading term is no power of the logarithm.
+    limit = math.copysign(math.inf, float(mpmath.sign(values[2])))
+    return Growth(limit, _near_fraction(power), float(rounded))
+
+
+def _near_fraction(value: float) -> float:
+    short = round(value, 6)
+    return 0.0 if abs(short) < 1e-3 else round(short, 2) if abs(round(short, 2) - short) < 1e-3 else short
+
+
+def _words(end: str, growth: Growth) -> str:
+    where = "u -> 0" if end == "0" else "u -> inf"
+    if growth.bounded:
+        return f"w - w(1) tends to {growth.limit:.4g} as {where}"
+    who = (
+        "the student puts mass that the teacher does not"
+        if end == "0"
+        else ("the teacher puts mass that the student does not")
+    )
+    verb = "grows" if growth.limit > 0 else "falls"
+    return f"w {verb} without bound like {growth.text} as {where}, where {who}"
+
+
+def _second_moment(expr: str, ends: dict[str, Growth]) -> str:
+    """What is known of E_p[w^2]: under p any ratio near 0 may have mass, but E_p[u] = 1 bounds the large ones (T7d)."""
+    name = {"u": "E_p[w^2] = E_p[u^2] = 1 + chi2(q||p)", "log(u)": "E_p[w^2] = E_p[log^2 u]"}.get(
+        expr, f"E_p[w^2] with w = {expr}"
+    )
+    if ends["0"].bounded and ends["inf"].bounded:
+        return f"{name}: bounded for every pair"
+    causes = []
+    if not ends["0"].bounded:
+        causes.append("where the teacher's probability vanishes")
+    large = ends["inf"]
+    if not large.bounded and (large.power > 0.5 or (large.power == 0.5 and large.log_power > 0)):
+        causes.append("where the student's does")
+    if causes:
+        return f"{name}: can be infinite, {' and '.join(causes)}"
+    return f"{name}: finite for every pair, since E_p[u] <= 1"
+
+
+def _fixed_points(curve: Any, shape: Shape) -> list[str]:
+    """Pairs of ratios around 1 with one weight, and the two-token laws that have them (T5)."""
+    from scipy.optimize import brentq
+
+    limit = float(shape.log_u[-1])
+    t = np.linspace(-limit, limit, 801)
+    values = np.asarray(curve(t), dtype=np.float64)
+    close = 1e-10 * max(float(np.ptp(values)), 1e-300)
+    found: list[str] = []
+    for mine, others in _directions(t, limit):
+        if len(found) == _EXAMPLES:
+            break
+        level = float(np.asarray(curve(np.array([mine])))[0])
+        gaps = np.asarray(curve(others), dtype=np.float64) - level
+        crossing = np.flatnonzero((np.sign(gaps[:-1]) * np.sign(gaps[1:]) < 0) | (np.abs(gaps[1:]) <= close))
+        if not len(crossing):
+            continue
+        a, b = others[crossing[0]], others[crossing[0] + 1]
+        if abs(gaps[crossing[0] + 1]) <= close:
+            root = float(b)
+        else:
+            root = float(brentq(lambda s, w=level: float(np.asarray(curve(np.array([s])))[0]) - w, a, b, xtol=1e-14))
+            # A jump across the level is no solution.
+            if abs(float(np.asarray(curve(np.array([root])))[0]) - level) > 1e-6 * max(float(np.ptp(values)), 1e-300):
+                continue
+        law = _law(*sorted((mine, root)))
+        found += [law] if law not in found else []
+    return found
+
+
+def _directions(t: Array, limit: float) -> list[tuple[float, Array]]:
+    """A ratio on one side of 1, and the ratios on the other among which its equal is sought, nearest first."""
+    sides = []
+    for size in (math.log(2.0), math.log(1.2), math.log(5.0), 0.75 * limit):
+        if size < limit:
+            sides += [(size, t[t < -1e-9][::-1]), (-size, t[t > 1e-9])]
+    return sides
+
+
+def _law(low: float, high: float) -> str:
+    u1, u2 = math.exp(low), math.exp(high)
+    p = (u2 - 1) / (u2 - u1)
+    return (
+        f"p = ({p:.4g}, {1 - p:.4g}) for the teacher q = ({p * u1:.4g}, {(1 - p) * u2:.4g}): "
+        f"w is alike at u = {u1:.4g} and {u2:.4g}"
+    )

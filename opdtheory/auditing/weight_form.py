@@ -1,0 +1,213 @@
+r"""A recovered weight as a formula: in the catalogue, as a combination of it, or as an expression in $u$."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from opdtheory import divergences
+from opdtheory.auditing.atoms import FAMILIES, catalogue_atoms, fixed_atoms
+from opdtheory.auditing.formula import (
+    Formula,
+    columns_of,
+    expressions,
+    find_clamped,
+    find_formula,
+    find_window,
+    label_of,
+    most_terms,
+)
+from opdtheory.auditing.shape import Shape, shape_of
+from opdtheory.auditing.sparse import Curve, fit
+from opdtheory.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    import sympy
+
+    from opdtheory.auditing.identify import RecoveredWeight
+
+__all__ = ["WeightForm", "describe"]
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+
+# A weight whose range is below this is constant: what is left is rounding.
+_CONSTANT = 1e-9
+
+
+@dataclass(frozen=True)
+class WeightForm:
+    r"""What the recovered local weight $w(u)$ is, up to a constant, and what follows from it.
+
+    Attributes:
+        kind: `zero`, `catalogue`, `combination`, `expression`, or `numeric` where nothing was found to fit.
+        label: its name, up to a positive scale, such as `reverse_kl - forward_kl`.
+        terms: coefficient of each term by its label.
+        expr: $w(u)$ as sympy text in `u`, without the constant; None if numeric.
+        latex: the same in LaTeX.
+        error: the largest misfit on the grid, relative to $|w(u)| + E_p|w|$, the size of what is measured there.
+        generator: the implied generator $V[w]$ (T4) in the gauge $f(1) = f'(1) = 0$ as sympy text; None where no closed
+            form is at hand: `generator_values` then holds all that is known.
+        generator_latex: the same in LaTeX.
+        generator_values: $V[w]$ at the recovered grid of log-ratios, from the formula or, without one, by quadrature
+            of the interpolated weight; empty if the weight is no function of the ratio.
+        genuine: whether the weight never falls, so that an f-divergence is minimised (T4): on the grid, and where
+            there is a formula for $|\log u| \le 30$ too.
+        fixed_points: laws other than the teacher's at which the expected gradient vanishes too (T5), as text: two
+            tokens whose ratios lie on one level of a weight that is not monotone.
+        slope_at_teacher: $\mathrm{d}w/\mathrm{d}\log u$ at $u = 1$.
+        attracts: whether that slope is positive: the teacher is an attracting fixed point (T5).
+        limits: $w(u) - w(1)$ for $u \to 0$ and $u \to \infty$, keys `0` and `inf`; NaN where unknown.
+        growth: in words, how it behaves there.
+        second_moment: in words, $E_p[w^2]$ and whether it is finite for every pair (T7d).
+        stop_gradient_of: the catalogue generator $f$ with $w = -f(u) + c(u - 1)$ up to a scale, as plain OPD has it
+            (T2, T3), if there is one.
+    """
+
+    kind: str
+    label: str
+    terms: dict[str, float]
+    expr: str | None
+    latex: str | None
+    error: float
+    generator: str | None
+    generator_latex: str | None
+    genuine: bool
+    fixed_points: list[str]
+    slope_at_teacher: float
+    attracts: bool
+    limits: dict[str, float]
+    growth: str
+    second_moment: str
+    generator_values: list[float] = field(default_factory=list)
+    stop_gradient_of: str | None = None
+
+
+def describe(recovered: RecoveredWeight, tolerance: float = 1e-9) -> WeightForm:
+    r"""Name a recovered weight: by the fewest terms, the catalogue's before the dictionary's at equal number.
+
+    Tried are a positive multiple of a catalogue weight $w_f$ (families with a fitted parameter), signed combinations of
+    up to three, then functions such as $\log^2 u$, $u\log u$, $u^\alpha$, $\log(\beta u + 1 - \beta)$, alone and
+    up to three together, and all of these of a clamped log-ratio. Everything is up to an additive constant.
+
+    Args:
+        recovered: the weight on its grid, from `recover_weight`.
+        tolerance: relative misfit that is rounding.
+
+    Returns:
+        The formula, with its implied generator (T4), stability (T5), growth and second moment (T7d).
+
+    Raises:
+        InvalidArgumentError: `tolerance` is not positive.
+
+    Example:
+        >>> import opdtheory as opd
+        >>> from opdtheory.auditing.identify import recover_weight
+        >>> describe(recover_weight(opd.estimator("k3_reward"), 1, 0.0, 0, 1e-9)).label
+        'reverse_kl - forward_kl'
+    """
+    if not tolerance > 0:
+        raise InvalidArgumentError("tolerance", f"is {tolerance!r}; a positive number is needed")
+    curve = _curve(recovered)
+    shape = Shape(
+        log_u=curve.points,
+        non_decreasing=recovered.non_decreasing,
+        slope=recovered.slope_at_teacher,
+        # A finite difference turns rounding into slope.
+        flat=max(1e-6, 100.0 * tolerance) * max(float(np.ptp(curve.values)), _CONSTANT),
+    )
+    if not recovered.depends_on_ratio_only:
+        return _form(None, shape, error=recovered.residual, label="no function of the ratio alone")
+    if float(np.ptp(curve.values)) <= _CONSTANT:
+        return _zero(shape)
+    found = find_formula(curve, tolerance) or find_clamped(curve, tolerance)
+    if found is None:
+        label = find_window(curve, tolerance) or "no formula found"
+        return _form(None, replace(shape, values=curve.values), error=_nearest_error(curve), label=label)
+    form = _form(found, shape, error=found.error, label=label_of(found))
+    return form if found.kind == "catalogue" else replace(form, stop_gradient_of=_stop_gradient(curve, tolerance))
+
+
+def _curve(recovered: RecoveredWeight) -> Curve:
+    points, values = recovered.log_u.numpy(), recovered.weight.numpy()
+    # A gradient's rounding is relative to the weights that it was summed from, under the bandits' law.
+    p = np.exp(-points / 2)
+    scale = np.abs(values) + float((p * np.abs(values)).sum() / p.sum())
+    return Curve(points, values, np.where(scale > 0, scale, 1.0))
+
+
+def _nearest_error(curve: Curve) -> float:
+    """The misfit of the nearest single function, reported where no formula fits."""
+    atoms = (*catalogue_atoms(), *fixed_atoms())
+    return min(fit(curve, columns_of((atom,), curve.points))[2] for atom in atoms)
+
+
+def _stop_gradient(curve: Curve, tolerance: float) -> str | None:
+    """The generator `f` with `w = -f + c (u - 1)` up to a positive scale, in any gauge `c` (T3)."""
+    import torch
+
+    if most_terms(curve, tolerance) < 2:
+        return None
+    log_u, u = torch.from_numpy(curve.points), np.exp(curve.points)
+    for name in divergences.names():
+        if name in FAMILIES:
+            continue
+        columns = np.column_stack([-divergences.divergence(name).generator(log_u).numpy(), u])
+        coefficients, _, error = fit(curve, columns)
+        if coefficients[0] > 0 and error <= tolerance:
+            return name
+    return None
+
+
+def _zero(shape: Shape) -> WeightForm:
+    return WeightForm(
+        kind="zero",
+        label="zero",
+        terms={},
+        expr="0",
+        latex="0",
+        error=0.0,
+        generator="0",
+        generator_latex="0",
+        genuine=True,
+        fixed_points=["every student law: the expected gradient vanishes everywhere"],
+        slope_at_teacher=0.0,
+        attracts=False,
+        limits={"0": 0.0, "inf": 0.0},
+        growth="constant: bounded",
+        second_moment="E_p[w^2] is a constant for every pair",
+        generator_values=[0.0] * len(shape.log_u),
+    )
+
+
+def _form(found: Formula | None, shape: Shape, *, error: float, label: str) -> WeightForm:
+    expr, generator = (None, None) if found is None else expressions(found)
+    of = shape_of(shape, found, expr, generator)
+    terms = {} if found is None else dict(zip((a.label for a in found.atoms), found.coefficients.tolist(), strict=True))
+    text, latex = _written(expr)
+    generator_text, generator_latex = _written(generator)
+    return WeightForm(
+        kind="numeric" if found is None else found.kind,
+        label=label,
+        terms=terms,
+        expr=text,
+        latex=latex,
+        error=error,
+        generator=generator_text,
+        generator_latex=generator_latex,
+        genuine=of.genuine,
+        fixed_points=of.fixed_points,
+        slope_at_teacher=shape.slope,
+        attracts=shape.slope > shape.flat,
+        limits=of.limits,
+        growth=of.growth,
+        second_moment=of.second_moment,
+        generator_values=of.generator_values,
+    )
+
+
+def _written(expr: sympy.Expr | None) -> tuple[str | None, str | None]:
+    import sympy
+
+    return (None, None) if expr is None else (str(expr), sympy.latex(expr))
