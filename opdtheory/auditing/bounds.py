@@ -1,0 +1,104 @@
+r"""What intervals for a gradient's projections say of it: the scales they allow, the bias they prove or exclude."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Bounds", "Target", "certified", "relative_bias", "scale_range"]
+
+# A projection this small against the vector is the rounding of a zero.
+_NONE = 1e-12
+
+
+@dataclass(frozen=True)
+class Target:
+    """An exact gradient that a loss may follow.
+
+    Attributes:
+        vector: in the stacked table, flat.
+        along: its projections on the directions looked at, `(K,)`.
+        size: its length.
+    """
+
+    vector: Tensor
+    along: Tensor
+    size: float
+
+    @classmethod
+    def of(cls, vector: Tensor, basis: Tensor) -> Target:
+        """The target with its projections on the orthonormal rows of `basis`."""
+        return cls(vector, basis @ vector, float(vector.norm()))
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Where a loss's expected gradient lies on one pair.
+
+    Attributes:
+        low: of its projections, `(K,)`.
+        high: likewise.
+        known: a vector near it.
+        unseen: upper bound on its distance from `known`, in all dimensions.
+    """
+
+    low: Tensor
+    high: Tensor
+    known: Tensor
+    unseen: float
+
+    def largest(self) -> float:
+        """Upper bound on the size of every projection."""
+        return float(torch.maximum(self.low.abs(), self.high.abs()).max())
+
+    def cosine(self, target: Target) -> tuple[float, float]:
+        """Interval for the cosine with a target that lies along the first direction."""
+        low, high = float(self.low[0]), float(self.high[0])
+        if not math.isfinite(low):
+            return -1.0, 1.0
+        # No shorter than what the other directions show of it, and no longer than its neighbour plus the rest.
+        others = float(torch.maximum(self.low, -self.high)[1:].clamp_min(0.0).norm())
+        longest = float(self.known.norm()) + self.unseen
+        least = low / longest if low > 0.0 else _leg(low, others)
+        most = high / longest if high < 0.0 else _leg(high, others)
+        return max(-1.0, least), min(1.0, most)
+
+
+def _leg(along: float, across: float) -> float:
+    return along / math.hypot(along, across) if across > 0.0 else math.copysign(1.0, along)
+
+
+def scale_range(bounds: Sequence[Bounds], targets: Sequence[Target]) -> tuple[float, float] | None:
+    """The common multiples of the targets that no projection on any pair excludes, or None."""
+    low, high = -math.inf, math.inf
+    for bound, target in zip(bounds, targets, strict=True):
+        absent = target.along.abs() <= _NONE * target.size
+        if bool(((bound.low > 0.0) | (bound.high < 0.0))[absent].any()):
+            return None
+        if bool(absent.all()):
+            continue
+        ends = torch.stack([bound.low, bound.high])[:, ~absent] / target.along[~absent]
+        low = max(low, float(ends.amin(0).max()))
+        high = min(high, float(ends.amax(0).min()))
+    return (low, high) if low <= high else None
+
+
+def certified(bounds: Sequence[Bounds], targets: Sequence[Target], scale: float) -> float:
+    """Upper bound on the bias against `scale` times the targets in every direction, relative to that multiple."""
+    worst = 0.0
+    for bound, target in zip(bounds, targets, strict=True):
+        aim = scale * target.along
+        off = torch.maximum((bound.low - aim).abs(), (bound.high - aim).abs())
+        worst = max(worst, float(off.max()) / (abs(scale) * target.size))
+    return worst
+
+
+def relative_bias(bound: Bounds, target: Target) -> tuple[float, float]:
+    """Interval for the length of the bias at scale one, relative to the target's."""
+    beyond = torch.maximum(bound.low - target.along, target.along - bound.high).clamp_min(0.0)
+    longest = float((bound.known - target.vector).norm()) + bound.unseen
+    return float(beyond.norm()) / target.size, longest / target.size

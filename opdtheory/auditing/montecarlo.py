@@ -1,0 +1,349 @@
+"""The audit's comparison by sampling, where batches are too many to enumerate: a verdict as soon as it is certain."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opdtheory import divergences
+from opdtheory.auditing.bounds import Bounds, Target, certified, relative_bias, scale_range
+from opdtheory.auditing.confidence import asymptotic_interval, bounded_interval, tightest_rho
+from opdtheory.auditing.montecarlo_result import MonteCarloResult, worded
+from opdtheory.auditing.panel import Case
+from opdtheory.auditing.projections import (
+    TABLE_BUDGET,
+    Look,
+    Residuals,
+    controls,
+    directions,
+    fit_controls,
+    splits_into_batches,
+)
+from opdtheory.divergences import Divergence
+from opdtheory.divergences import divergence as as_divergence
+from opdtheory.errors import BudgetExceededError, InvalidArgumentError
+from opdtheory.exact import OBJECTIVES, Loss, exact_gradient
+from opdtheory.exact.oracle import check_objective
+from opdtheory.exact.sampling import Sample, Sampler
+from opdtheory.exact.threads import one_thread
+
+__all__ = ["MonteCarloResult", "monte_carlo_compare"]
+
+# Observations to which the controls are fitted, and observations before which the confidence sequences claim nothing.
+_PILOT = 16
+_START = 40
+
+# Where the confidence sequences are tightest.
+_TIGHT_AT = 300
+
+# Logits that one call of a loss gets if many batches can be had at once.
+_LOGITS_AT_ONCE = 2**15
+_ROLLOUTS_AT_ONCE = 256
+
+# Batches whose mean is one observation where each needs a call of its own: their means are nearer to normal.
+_BATCHES_APART = 8
+
+# Verdicts are looked for each time the number of batches has grown by this.
+_GROWTH = 1.1
+
+# A pair whose intervals are this much narrower than the margin waits for the others.
+_PRECISE = 0.2
+
+# How much further than the verdict needed to look for the objective's name.
+_NAMING = 2.0
+
+# Rounding of a loss, relative to its gradient, by the dtype of its value.
+_ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-4}
+_COARSE = 2e-2
+
+# Rows of tables up to which all objectives are tried for a name; beyond, the claimed granularity alone.
+_SMALL_TABLE = 2**14
+
+
+@dataclass
+class _Pair:
+    """One pair with its stream."""
+
+    stream: Residuals
+    basis: Tensor
+    claimed: Target
+    others: dict[tuple[str, str], Target]
+    rounding: float
+
+
+def monte_carlo_compare(
+    loss: Loss,
+    cases: Sequence[Case],
+    divergence: str | Divergence = "reverse_kl",
+    granularity: str = "token_local",
+    gamma: float = 1.0,
+    batch_size: int = 1,
+    seed: int = 0,
+    *,
+    margin: float = 0.05,
+    confidence: float = 0.99,
+    max_batches: int = 20_000,
+    seconds: float = 30.0,
+    naming: bool = True,
+) -> MonteCarloResult:
+    r"""Compare a loss's expected gradient with the exact one by sampling, until the verdict is certain.
+
+    Of each batch the gradient $g$ is projected on fixed directions after library estimators on the same rollouts, of
+    known expectation, are taken off. Each projection's mean gets an asymptotic confidence sequence; a union bound
+    makes all of them hold together at the level `confidence`, at all times, so that stopping early costs nothing.
+
+    Args:
+        loss: a function `loss(rollouts) -> scalar tensor`.
+        cases: the pairs; tables must fit, sequences need not be enumerable (`MarkovPolicy` at any length).
+        divergence: the claimed objective's.
+        granularity: `token_local`, `token_return` or `sequence`.
+        gamma: discount, for `token_return`.
+        batch_size: number of rollouts the loss sees at once.
+        seed: of everything drawn; equal seeds give equal results unless `seconds` ends the search.
+        margin: relative bias below which a loss may be called exact.
+        confidence: joint level of all intervals.
+        max_batches: calls of the loss over all pairs.
+        seconds: wall-clock budget.
+        naming: whether to look for the objective that a biased loss follows.
+
+    Raises:
+        InvalidArgumentError: a setting out of range, or a claimed objective without a usable gradient.
+        BudgetExceededError: tables too large.
+        LossError: the loss is no deterministic, differentiable, finite scalar.
+    """
+    start = time.perf_counter()
+    divergence = as_divergence(divergence)
+    check_objective(granularity, gamma)
+    _check_settings(cases, batch_size, margin, confidence, max_batches, seconds)
+    with one_thread(), torch.no_grad():
+        search = _Search(loss, cases, divergence, granularity, gamma, batch_size, seed, confidence)
+        verdict, name = "undecided", None
+        while search.batches < max_batches and time.perf_counter() - start < seconds:
+            search.advance(margin, max_batches)
+            verdict = search.verdict(margin)
+            if verdict != "undecided":
+                break
+        if verdict == "biased" and naming:
+            last = min(max_batches, int(_NAMING * search.batches))
+            while (name := search.follows(margin)) is None and search.nameable():
+                if search.batches >= last or time.perf_counter() - start >= seconds:
+                    break
+                search.advance(margin, last)
+        return search.result(verdict, name, margin, seed, time.perf_counter() - start)
+
+
+class _Search:
+    """The streams of all pairs and what they say so far."""
+
+    def __init__(
+        self,
+        loss: Loss,
+        cases: Sequence[Case],
+        divergence: Divergence,
+        granularity: str,
+        gamma: float,
+        batch_size: int,
+        seed: int,
+        confidence: float,
+    ) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        samplers = [Sampler.build(c.student, c.teacher, c.behavior, TABLE_BUDGET) for c in cases]
+        for sampler in samplers:
+            if sampler.student.numel() > TABLE_BUDGET:
+                raise BudgetExceededError(
+                    "a Monte Carlo audit's table", sampler.student.numel(), TABLE_BUDGET, "lower the vocabulary"
+                )
+        first = samplers[0].draw(batch_size, self.generator)
+        self.same = _ROUNDING.get(_value_dtype(loss, first), _COARSE)
+        self.separable = all(
+            splits_into_batches(loss, s, batch_size, self.generator, max(self.same, 1e-10)) for s in samplers
+        )
+        self.claim = (divergence, granularity, gamma)
+        looks = [_look(loss, s, batch_size, self.separable) for s in samplers]
+        self.pairs = [self._pair(case, look) for case, look in zip(cases, looks, strict=True)]
+        self.confidence = confidence
+        streams = sum(len(pair.basis) + 1 for pair in self.pairs)
+        self.alpha = (1.0 - confidence) / streams
+        self.rho = tightest_rho(_TIGHT_AT, self.alpha)
+        self.batches = self.rollouts = 0
+
+    def _pair(self, case: Case, look: Look) -> _Pair:
+        divergence, granularity, _ = self.claim
+        sampler = look.sampler
+        found = controls(case, sampler, *self.claim, look.batch_size)
+        exact = found[0].mean
+        if float(exact.norm()) == 0.0:
+            raise InvalidArgumentError("divergence", f"{divergence.label} has a zero gradient everywhere")
+        tables = _catalogue(case, sampler, granularity)
+        others = [t for (name, where), t in tables.items() if name == divergence.name or where == granularity]
+        basis = directions(sampler, exact, others, self.generator)
+        observed, known = [], []
+        means = torch.stack([c.mean for c in found])
+        for _ in range(_PILOT):
+            sample, gradient = look.draw(self.generator)
+            observed.append(basis @ sampler.scatter(sample.rows, gradient).flatten())
+            parts = torch.stack([sampler.scatter(sample.rows, c.gradient(sample)).flatten() for c in found])
+            known.append((parts - means) @ basis.T)
+        projections = torch.stack(observed)
+        size = float(projections.square().sum(-1).mean().sqrt())
+        factors = fit_controls(projections, torch.stack(known), self.same)
+        rounding = self.same * max(size, 1e-300)
+        return _Pair(
+            Residuals(look, basis, found, factors, rounding),
+            basis,
+            Target.of(exact, basis),
+            {key: Target.of(table, basis) for key, table in tables.items()},
+            rounding,
+        )
+
+    def advance(self, margin: float, limit: int) -> None:
+        """Draw until every pair that is not precise enough has grown by a tenth."""
+        precise = [self._precise(pair, margin) for pair in self.pairs]
+        for pair, skip in zip(self.pairs, precise, strict=True):
+            if skip and not all(precise):
+                continue
+            seen = pair.stream.projections.count
+            for _ in range(max(_START, math.ceil(_GROWTH * seen)) - seen):
+                if self.batches >= limit:
+                    return
+                pair.stream.observe(self.generator)
+                self.batches += pair.stream.look.calls
+                self.rollouts += pair.stream.look.rollouts
+
+    def _precise(self, pair: _Pair, margin: float) -> bool:
+        bounds = self.bounds(pair)
+        widest = float((bounds.high - bounds.low).max()) / 2.0
+        unit = abs(float(bounds.low[0] + bounds.high[0])) / 2.0 if math.isfinite(widest) else 0.0
+        return widest <= _PRECISE * margin * min(unit, pair.claimed.size)
+
+    def bounds(self, pair: _Pair) -> Bounds:
+        """What is certain of one pair's expected gradient."""
+        stream = pair.stream
+        low, high = asymptotic_interval(stream.projections, self.alpha, self.rho, _START)
+        at = pair.basis @ stream.known
+        _, squared = asymptotic_interval(stream.products, self.alpha, self.rho * math.sqrt(2.0), _START // 2)
+        unseen = math.sqrt(max(float(squared[0]), 0.0)) + pair.rounding
+        return Bounds(at + low - pair.rounding, at + high + pair.rounding, stream.known, unseen)
+
+    def verdict(self, margin: float) -> str:
+        """A verdict that is certain at the joint level, or `undecided`."""
+        bounds = [self.bounds(pair) for pair in self.pairs]
+        targets = [pair.claimed for pair in self.pairs]
+        allowed = scale_range(bounds, targets)
+        if allowed is None or allowed[1] < 0.0:
+            return "biased"
+        if all(b.largest() <= margin * t.size for b, t in zip(bounds, targets, strict=True)):
+            if allowed[0] <= 0.0:
+                return "zero"
+        if allowed[0] <= 1.0 <= allowed[1]:
+            return "exact" if certified(bounds, targets, 1.0) <= margin else "undecided"
+        if allowed[0] > 0.0 and certified(bounds, targets, sum(allowed) / 2.0) <= margin:
+            return "exact_up_to_scale"
+        return "undecided"
+
+    def follows(self, margin: float) -> dict[str, Any] | None:
+        """The catalogue objective that is certified to within the margin, the best if several are."""
+        bounds = [self.bounds(pair) for pair in self.pairs]
+        best: dict[str, Any] | None = None
+        for name, where in self.pairs[0].others:
+            targets = [pair.others[name, where] for pair in self.pairs]
+            allowed = scale_range(bounds, targets)
+            if allowed is None or allowed[0] <= 0.0 or not math.isfinite(allowed[1]):
+                continue
+            scale = 1.0 if allowed[0] <= 1.0 <= allowed[1] else sum(allowed) / 2.0
+            error = certified(bounds, targets, scale)
+            if error <= margin and (best is None or error < best["error"]):
+                best = {"objective": name, "granularity": where, "scale": scale, "error": error}
+        return best
+
+    def nameable(self) -> bool:
+        """Whether some catalogue objective is not excluded yet."""
+        bounds = [self.bounds(pair) for pair in self.pairs]
+        ranges = (scale_range(bounds, [p.others[key] for p in self.pairs]) for key in self.pairs[0].others)
+        return any(allowed is not None and allowed[1] > 0.0 for allowed in ranges)
+
+    def result(
+        self, verdict: str, follows: dict[str, Any] | None, margin: float, seed: int, seconds: float
+    ) -> MonteCarloResult:
+        """Everything found, with the words."""
+        bounds = [self.bounds(pair) for pair in self.pairs]
+        targets = [pair.claimed for pair in self.pairs]
+        biases = [relative_bias(b, t) for b, t in zip(bounds, targets, strict=True)]
+        cosines = [b.cosine(t) for b, t in zip(bounds, targets, strict=True)]
+        bias = (max(low for low, _ in biases), max(high for _, high in biases))
+        cosine = (min(low for low, _ in cosines), min(high for _, high in cosines))
+        scale = scale_range(bounds, targets)
+        different = sum(pair.stream.different for pair in self.pairs)
+        observations = sum(pair.stream.projections.count for pair in self.pairs)
+        hidden = bounded_interval(different, observations, 1.0 - self.confidence)[1]
+        looked = sum(len(pair.basis) for pair in self.pairs)
+        result = MonteCarloResult(
+            verdict=verdict,
+            relative_bias=bias,
+            cosine=cosine,
+            scale=scale,
+            follows=follows,
+            directions=looked,
+            identical=different == 0,
+            hidden=hidden,
+            batches=self.batches,
+            rollouts=self.rollouts,
+            separable=self.separable,
+            confidence=self.confidence,
+            margin=margin,
+            seed=seed,
+            seconds=seconds,
+            words="",
+        )
+        return worded(result, f"{self.claim[0].label} ({self.claim[1]})", len(self.pairs))
+
+
+def _catalogue(case: Case, sampler: Sampler, granularity: str) -> dict[tuple[str, str], Tensor]:
+    """Exact gradients of the entries without a parameter, flat; those that are infinite or intractable are left out."""
+    small = sampler.student.numel() <= _SMALL_TABLE
+    found = {}
+    for where in sorted(OBJECTIVES, key=lambda name: name != granularity):
+        if where != granularity and not small:
+            continue
+        for name in divergences.names():
+            try:
+                gradient = exact_gradient(case.student, case.teacher, divergences.divergence(name), where)
+            except InvalidArgumentError:
+                continue
+            found[name, where] = sampler.stack(gradient).flatten()
+    return {key: table for key, table in found.items() if float(table.norm()) > 0.0}
+
+
+def _look(loss: Loss, sampler: Sampler, batch_size: int, separable: bool) -> Look:
+    if not separable:
+        return Look(loss, sampler, batch_size, _BATCHES_APART, at_once=False)
+    most = min(_ROLLOUTS_AT_ONCE, _LOGITS_AT_ONCE // (sampler.horizon * sampler.student.shape[-1]))
+    return Look(loss, sampler, batch_size, max(1, most // batch_size), at_once=True)
+
+
+def _value_dtype(loss: Loss, sample: Sample) -> torch.dtype:
+    with torch.enable_grad():
+        value = loss(sample.rollouts)
+    return value.dtype if isinstance(value, Tensor) else torch.float64
+
+
+def _check_settings(
+    cases: Sequence[Case], batch_size: int, margin: float, confidence: float, max_batches: int, seconds: float
+) -> None:
+    if not cases:
+        raise InvalidArgumentError("cases", "is empty; at least one pair is needed")
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise InvalidArgumentError("batch_size", f"is {batch_size!r}; a positive integer is needed")
+    for name, value in (("margin", margin), ("confidence", confidence)):
+        if not 0.0 < value < 1.0:
+            raise InvalidArgumentError(name, f"is {value!r}; it must lie strictly between 0 and 1")
+    if not isinstance(max_batches, int) or max_batches < 1:
+        raise InvalidArgumentError("max_batches", f"is {max_batches!r}; a positive integer is needed")
+    if not seconds > 0.0:
+        raise InvalidArgumentError("seconds", f"is {seconds!r}; a positive number is needed")

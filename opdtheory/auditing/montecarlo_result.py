@@ -1,0 +1,102 @@
+"""What a Monte Carlo audit found, as numbers and in words."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+__all__ = ["MonteCarloResult", "worded"]
+
+
+@dataclass(frozen=True)
+class MonteCarloResult:
+    """What sampling says of a loss's expected gradient.
+
+    Attributes:
+        verdict: `exact`, `exact_up_to_scale`, `zero`, `biased` or `undecided`.
+        relative_bias: interval for `|E g - exact| / |exact|` at scale one, of the worst pair: the low end from the
+            directions looked at, the high end from the squared length of the whole vector.
+        cosine: interval for the smallest cosine over the pairs.
+        scale: interval of the common multiples of the claimed gradient that no direction excludes; None if all are.
+        follows: the catalogue objective certified to be followed instead: `objective`, `granularity`, `scale` and
+            `error` (an upper bound in the directions looked at, relative to it), or None.
+        directions: along how many directions the gradient was looked at, over all pairs.
+        identical: whether the loss's gradient was that of one combination of library estimators on all rollouts.
+        hidden: upper bound, nonasymptotic, on the probability that an observation (a call, or a few batches of a
+            loss that couples its rollouts) shows a difference from that combination, averaged over the pairs.
+        batches: calls of the loss, over all pairs; the pilot's not counted.
+        rollouts: drawn, likewise.
+        separable: whether the loss is the mean of its losses on batches, so that many were drawn at once.
+        confidence: joint over pairs, directions and all times.
+        margin: bias, relative to the exact gradient, below which a verdict counts as certain.
+        seed: of all draws.
+        seconds: wall-clock time.
+        words: the findings in sentences.
+    """
+
+    verdict: str
+    relative_bias: tuple[float, float]
+    cosine: tuple[float, float]
+    scale: tuple[float, float] | None
+    follows: dict[str, Any] | None
+    directions: int
+    identical: bool
+    hidden: float
+    batches: int
+    rollouts: int
+    separable: bool
+    confidence: float
+    margin: float
+    seed: int
+    seconds: float
+    words: str
+
+
+def worded(result: MonteCarloResult, claim: str, pairs: int) -> MonteCarloResult:
+    """The result with its findings in sentences, none of which says more than was certified.
+
+    Args:
+        result: without words.
+        claim: the claimed objective.
+        pairs: how many pairs were looked at.
+    """
+    sure, margin = f"{100 * result.confidence:g}%", f"{100 * result.margin:g}%"
+    low, high = result.relative_bias
+    where = f"{result.directions} directions on {pairs} pair{'s' if pairs > 1 else ''}"
+    looked = f"{result.rollouts:,} rollouts in {result.batches:,} calls"
+    sentences = []
+    if result.verdict == "exact":
+        sentences.append(f"No bias against {claim} was found: it is below {margin} of the exact gradient in {where}.")
+    elif result.verdict == "exact_up_to_scale" and result.scale is not None:
+        sentences.append(
+            f"Up to a factor between {result.scale[0]:.4g} and {result.scale[1]:.4g}, no bias against {claim} was "
+            f"found: it is below {margin} of that multiple in {where}."
+        )
+    elif result.verdict == "zero":
+        sentences.append(
+            f"The expected gradient is zero or nearly so: below {margin} of the length of {claim}'s in {where}."
+        )
+    elif result.verdict == "biased":
+        sentences.append(f"The expected gradient is that of {claim} at no scale: off by at least {100 * low:.3g}%.")
+        if result.follows is not None:
+            f = result.follows
+            sentences.append(
+                f"It follows {f['objective']} ({f['granularity']}) times {f['scale']:.4g}, to within "
+                f"{100 * f['error']:.2g}% in the same directions."
+            )
+    else:
+        found = f" It is off by at least {100 * low:.3g}% at scale one, perhaps by a factor only." if low > 0 else ""
+        sentences.append(f"The budget ended before a verdict on {claim} was certain.{found}")
+    if math.isfinite(high) and result.verdict in ("exact", "undecided"):
+        sentences.append(f"The bias as a whole vector is below {100 * high:.2g}% of the exact gradient.")
+    sentences.append(
+        f"Confidence {sure}, jointly over all intervals and at all times, by asymptotic confidence sequences "
+        f"on {looked}."
+    )
+    if result.identical:
+        sentences.append(
+            "On all of them the gradient was that of a fixed combination of estimators of known expectation; a "
+            f"difference that shows in fewer than {100 * result.hidden:.2g}% of observations may have gone unseen."
+        )
+    return replace(result, words=" ".join(sentences))

@@ -1,0 +1,193 @@
+r"""I.i.d. rollouts of policies whose sequences are too many to enumerate, with the table row that each position reads.
+
+What an enumeration spells out is drawn here instead, in the same form: padded positions read rows that no live
+position reads, so that a loss which leaks over padding puts a gradient where the exact one is zero.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from opdtheory.errors import BudgetExceededError, InvalidArgumentError
+from opdtheory.exact.policies import MarkovPolicy, Policy
+from opdtheory.exact.tree import LEAF_BUDGET, check_pair
+from opdtheory.rollouts import Rollouts
+
+__all__ = ["Sample", "Sampler", "sample_rollouts"]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Drawn rollouts and where in the student's stacked table their logits come from.
+
+    Attributes:
+        rollouts: whose `student_logits` is a leaf that requires grad.
+        rows: `(B, T)`, the row of the stacked table that each position reads, padded ones too.
+    """
+
+    rollouts: Rollouts
+    rows: Int64[Tensor, "B T"]
+
+
+@dataclass(frozen=True)
+class Sampler:
+    r"""Draws from the behaviour law of a triple of policies, level by level for all rollouts at once.
+
+    Tables are stacked into one, `(R, V)`. If all policies are `MarkovPolicy`, row 0 is the first token's and row
+    `1 + a` follows the token `a`, so that any horizon fits. Otherwise the levels of `Policy.tables` follow each other.
+
+    Attributes:
+        student: stacked logits of the policy that is trained, `(R, V)`, detached.
+        teacher: of the policy that scores.
+        behavior: of the policy that samples; the student's own object on-policy.
+        horizon: length cap `T`.
+        eos: the token that ends a rollout, or None.
+        environment: positions whose tokens an environment writes: masked, and ending nothing (T6f).
+        chain: whether rows are a Markov chain's.
+        sizes: rows of each tensor of the student's parameters (chain) or tables (otherwise).
+        cumulative: the behaviour policy's cumulative probabilities by row.
+    """
+
+    student: Float[Tensor, "R V"]
+    teacher: Float[Tensor, "R V"]
+    behavior: Float[Tensor, "R V"]
+    horizon: int
+    eos: int | None
+    environment: tuple[int, ...]
+    chain: bool
+    sizes: tuple[int, ...]
+    cumulative: Float[Tensor, "R V"]
+
+    @classmethod
+    def build(
+        cls, student: Policy, teacher: Policy, behavior: Policy | None = None, budget: int = LEAF_BUDGET
+    ) -> Sampler:
+        """Stack the tables of `student`, `teacher` and `behavior`, by default the student.
+
+        Raises:
+            InvalidArgumentError: the policies do not match.
+            BudgetExceededError: the table would hold more than `budget` logits.
+        """
+        check_pair(student, teacher)
+        behavior = student if behavior is None else behavior
+        check_pair(student, behavior)
+        chain = all(isinstance(policy, MarkovPolicy) for policy in (student, teacher, behavior))
+        if not chain and student.vocab_size**student.horizon > budget:
+            raise BudgetExceededError(
+                f"tabulating V={student.vocab_size}, T={student.horizon} row by row",
+                student.vocab_size**student.horizon,
+                budget,
+                "lower the horizon or the vocabulary, or take MarkovPolicy for all policies",
+            )
+        levels = _levels(student, chain)
+        stacked = torch.cat(levels)
+        behavior_logits = stacked if behavior is student else torch.cat(_levels(behavior, chain))
+        cumulative = torch.softmax(behavior_logits, -1).cumsum(-1)
+        return cls(
+            student=stacked,
+            teacher=torch.cat(_levels(teacher, chain)),
+            behavior=behavior_logits,
+            horizon=student.horizon,
+            eos=student.eos,
+            environment=tuple(student.environment),
+            chain=chain,
+            sizes=tuple(len(level) for level in levels),
+            # Exactly 1 from the last possible token on: a uniform number below 1 never falls beyond.
+            cumulative=cumulative / cumulative[:, -1:],
+        )
+
+    def draw(self, count: int, generator: torch.Generator) -> Sample:
+        """Draw `count` independent rollouts.
+
+        Raises:
+            InvalidArgumentError: `count` is below one.
+        """
+        if not isinstance(count, int) or count < 1:
+            raise InvalidArgumentError("count", f"is {count!r}; a positive integer is needed")
+        vocab_size = self.student.shape[-1]
+        row, live = torch.zeros(count, dtype=torch.int64), torch.ones(count, dtype=torch.bool)
+        uniform = torch.rand(self.horizon, count, 1, generator=generator, dtype=torch.float64)
+        tokens, rows, mask = [], [], []
+        first = 0
+        for n in range(self.horizon):
+            stacked_row = first + row
+            token = torch.searchsorted(self.cumulative[stacked_row], uniform[n], right=True).squeeze(-1)
+            if self.eos is not None:
+                token = torch.where(live, token, self.eos)
+            tokens.append(token)
+            rows.append(stacked_row)
+            written = n not in self.environment
+            mask.append(live if written else torch.zeros_like(live))
+            if self.eos is not None and written:
+                live = live & (token != self.eos)
+            if self.chain:
+                first, row = 1, token
+            else:
+                first, row = first + self.sizes[n], row * vocab_size + token
+        return self._sample(torch.stack(tokens, 1), torch.stack(rows, 1), torch.stack(mask, 1).to(self.student.dtype))
+
+    def scatter(self, rows: Int64[Tensor, "B T"], sensitivity: Float[Tensor, "B T V"]) -> Float[Tensor, "R V"]:
+        """Sum of the gradients in the drawn logits by row: the gradient in the stacked table."""
+        table = torch.zeros_like(self.student)
+        return table.index_add_(0, rows.flatten(), sensitivity.flatten(0, 1).to(table.dtype))
+
+    def stack(self, gradient: list[Tensor]) -> Float[Tensor, "R V"]:
+        """A gradient like `exact_gradient` of tabular or Markov policies gives it, as one table."""
+        return torch.cat([level.reshape(size, -1) for size, level in zip(self.sizes, gradient, strict=True)])
+
+    def unstack(self, table: Float[Tensor, "R V"]) -> list[Tensor]:
+        """The inverse of `stack`: a list like the parameters of a `TabularPolicy` or `MarkovPolicy`."""
+        levels = list(table.split(self.sizes))
+        return [levels[0][0], levels[1]] if self.chain else levels
+
+    def _sample(self, tokens: Tensor, rows: Tensor, mask: Tensor) -> Sample:
+        behavior_logprobs = None
+        if self.behavior is not self.student:
+            behavior_logprobs = torch.log_softmax(self.behavior[rows], -1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+            behavior_logprobs = torch.where((mask == 0) & torch.isneginf(behavior_logprobs), 0.0, behavior_logprobs)
+        leaf = self.student[rows].requires_grad_()
+        with torch.enable_grad():
+            rollouts = Rollouts.from_logits(
+                tokens, leaf, self.teacher[rows], mask=mask, behavior_logprobs=behavior_logprobs
+            )
+        return Sample(rollouts, rows)
+
+
+def sample_rollouts(
+    student: Policy,
+    teacher: Policy,
+    count: int,
+    behavior: Policy | None = None,
+    generator: torch.Generator | None = None,
+) -> Sample:
+    r"""Draw i.i.d. rollouts $y \sim \mu$, where every sequence cannot be spelled out; see `Sampler`.
+
+    Args:
+        student: the policy `p`, whose gathered logits become the leaf.
+        teacher: the policy `q`.
+        count: number of rollouts `B`.
+        behavior: the policy that samples; by default the student.
+        generator: of the random numbers; by default one seeded with 0.
+
+    Raises:
+        InvalidArgumentError: the policies do not match, or `count` is below one.
+        BudgetExceededError: the tables are too large.
+
+    Example:
+        >>> from opdtheory.exact import MarkovPolicy
+        >>> student, teacher = (MarkovPolicy.random(32, 16, seed=s) for s in (0, 1))
+        >>> sample_rollouts(student, teacher, 8).rollouts.student_logits.shape
+        torch.Size([8, 16, 32])
+    """
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    return Sampler.build(student, teacher, behavior).draw(count, generator)
+
+
+def _levels(policy: Policy, chain: bool) -> list[Tensor]:
+    if chain and isinstance(policy, MarkovPolicy):
+        return [policy.initial.detach().unsqueeze(0), policy.transition.detach()]
+    return [table.detach() for table in policy.tables()]
