@@ -24,9 +24,8 @@ __all__ = ["SEQUENCE_BUDGET", "Enumeration", "enumerated_value", "shown_tables"]
 
 SEQUENCE_BUDGET = 2**18
 
-# Spread and seeds of what student and teacher think of tokens that they did not write.
-_OPINION = 1.0
-_STUDENT_OPINION, _TEACHER_OPINION = 11, 12
+# Seeds of what the models think of tokens that they did not write; None: the environment's law.
+_OPINIONS = {"student": 11, "teacher": 12, "behavior": None}
 
 
 @dataclass(frozen=True)
@@ -86,15 +85,15 @@ class Enumeration:
         possible = probability > 0
         world = torch.zeros(student.horizon, dtype=torch.float64)
         world[list(environment)] = 1.0
-        student_tables = shown_tables(student, _STUDENT_OPINION)
+        student_tables = shown_tables(student, "student")
         return cls(
             tokens[possible],
             (alive * (1.0 - world))[possible],
             rows[possible],
             probability[possible],
             student_tables,
-            shown_tables(teacher, _TEACHER_OPINION),
-            student_tables if behavior is student else shown_tables(behavior, None),
+            shown_tables(teacher, "teacher"),
+            student_tables if behavior is student else shown_tables(behavior, "behavior"),
             torch.where(world > 0, log_mu, 0.0)[possible],
             environment,
         )
@@ -159,7 +158,7 @@ class Enumeration:
         )
 
 
-def shown_tables(policy: Policy, seed: int | None = None) -> list[Tensor]:
+def shown_tables(policy: Policy, role: str) -> list[Tensor]:
     """A policy's tables as rollouts show them: with an opinion of its own on what an environment writes.
 
     A model has logits at those positions too, finite and unlike the environment's law, and no gradient goes
@@ -167,15 +166,16 @@ def shown_tables(policy: Policy, seed: int | None = None) -> list[Tensor]:
 
     Args:
         policy: whose tables.
-        seed: of the opinion; None for the environment's own law, with its zero probabilities filled.
+        role: `student`, `teacher` or `behavior`; the last one's opinion is the environment's own law, with its
+            zero probabilities filled.
     """
-    tables = list(policy.tables())
+    tables, seed = list(policy.tables()), _OPINIONS[role]
     for n in policy.environment:
         table = tables[n].detach()
         table = torch.where(torch.isneginf(table), 0.0, table)
         if seed is not None:
             generator = torch.Generator().manual_seed(1000 * seed + n)
-            table = table + _OPINION * torch.randn(table.shape, generator=generator, dtype=table.dtype)
+            table = table + torch.randn(table.shape, generator=generator, dtype=table.dtype)
         tables[n] = table
     return tables
 

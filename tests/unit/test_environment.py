@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import random
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from opdtheory import MarkovPolicy, Rollouts, TabularPolicy, divergences, estimator, exact_gradient, exact_value
 from opdtheory.auditing.panel import panel
 from opdtheory.errors import BudgetExceededError, InvalidArgumentError, LossError
+from opdtheory.estimators import estimator_names
 from opdtheory.exact import Enumeration, enumerated_value, expected_gradient, gradient_moments, random_pair
 from opdtheory.exact.oracle import full_vocabulary_variance
 from opdtheory.testing import divergences as any_divergence
@@ -177,7 +179,38 @@ def test_a_prompt_is_a_mixture_of_policies():
             assert gradient_gap([found[1 + n]], [torch.cat(pieces)]) <= ENUMERATION
 
 
+@pytest.mark.parametrize("case", panel(eos=0, prompts=2, environment=(1,))[::2], ids=lambda case: case.label)
+def test_both_routes_agree_where_most_tokens_are_no_prompt(case):
+    for objective, gamma in OBJECTIVES:
+        _, gradient = by_autograd(case.student, case.teacher, "jsd", objective, gamma)
+        found = exact_gradient(case.student, case.teacher, "jsd", objective, gamma)
+        assert gradient_gap(found, gradient) <= ENUMERATION
+
+
 # Sampled losses.
+
+
+def some_form_of(name: str):
+    """An entry of the zoo, with a divergence and an option where it needs one."""
+    for divergence, options in itertools.product((None, "jsd"), ({}, {"k": 2}, {"alpha": 0.5}, {"gamma": 1.0})):
+        with contextlib.suppress(InvalidArgumentError):
+            return estimator(name, divergence, **options)
+    raise AssertionError(f"no form of {name} found")
+
+
+@pytest.mark.parametrize("loss", map(some_form_of, estimator_names()), ids=lambda loss: loss.name)
+def test_every_estimator_leaves_a_prompt_alone(loss):
+    """What it does after a mixture of prompts is the mixture of what it does after each."""
+    student, teacher = random_pair(3, 3, eos=0, seed=2, environment=(0,))
+    law = student.logits[0][0].softmax(-1)
+    found = expected_gradient(loss, student, teacher)
+    pieces = []
+    for x in range(3):
+        own = [TabularPolicy([z.view(3, -1, 3)[x] for z in each.logits[1:]], eos=0) for each in (student, teacher)]
+        pieces.append([law[x] * level for level in expected_gradient(loss, *own)])
+    truth = [torch.zeros(1, 3, dtype=torch.float64), *(torch.cat(level) for level in zip(*pieces, strict=True))]
+    assert gradient_gap(found, truth) <= ENUMERATION
+
 
 LOSSES = [
     ("opd_plus", "jsd", {}, "token_local", 1),
