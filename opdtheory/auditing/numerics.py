@@ -1,0 +1,310 @@
+"""Where a loss overflows, loses its gradient or turns it round in float32, bfloat16 and float16."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from opdtheory.errors import InvalidArgumentError
+from opdtheory.exact import Loss
+from opdtheory.exact.threads import one_thread
+from opdtheory.rollouts import Rollouts
+
+__all__ = ["DTYPES", "DtypeResult", "numerics", "realistic_logits"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Tokens and vocabulary of the realistic batch.
+_TOKENS, _VOCABULARY = 16, 2048
+
+# log p of the likelier of the two policies: ordinary, near one, and of a token that both find very rare; and the
+# log-ratios, of either sign, that are tried there.
+_ORDINARY, _NEAR_ONE, _RARE = math.log(0.5), math.log1p(-1e-3), math.log(1e-30)
+_LOG_RATIOS = {
+    _ORDINARY: (0.004, 0.3, 1.3, 10.0, 20.0, 40.0, 80.0, 90.0, 120.0),
+    _NEAR_ONE: (1.3, 10.0, 90.0),
+    _RARE: (1.3,),
+}
+_FEW = 4
+
+# Steps by which the start of an overflow is bisected, between two log-ratios of the list.
+_BISECTIONS = 7
+
+# Gradients this much smaller than that at |log u| about 1 (realistic: the median) do not matter.
+_NEGLIGIBLE = 1e-3
+
+_LOST = 0.01
+
+
+@dataclass(frozen=True)
+class DtypeResult:
+    """What a loss's gradient loses in one dtype, against float64 on the same rounded inputs.
+
+    Attributes:
+        dtype: `float32`, `bfloat16` or `float16`.
+        regime: `realistic` or `adversarial`.
+        overflow: the sampled token's log-ratios nearest to zero, at most one of either sign, at which the gradient is
+            NaN or inf though float64's is not; None if there is none.
+        lost_gradient: likewise, where it is below 1% of float64's; that one is not negligible.
+        sign_changed: likewise, where it points against float64's.
+        worst_error: largest relative error of a token's gradient where it is finite; NaN if nothing could be compared.
+        words: one sentence.
+    """
+
+    dtype: str
+    regime: str
+    overflow: list[float] | None
+    lost_gradient: list[float] | None
+    sign_changed: list[float] | None
+    worst_error: float
+    words: str
+
+
+@dataclass(frozen=True)
+class _Token:
+    """How one token's gradient in a dtype compares with float64's; a refusal has words alone."""
+
+    log_u: float
+    size: float
+    error: float
+    cosine: float
+    kept: float
+
+
+class _RefusalError(Exception):
+    """The loss raised; the message says what."""
+
+
+def numerics(
+    loss: Loss, dtypes: Sequence[str] = tuple(DTYPES), *, batch_size: int = 1, seed: int = 0
+) -> list[DtypeResult]:
+    r"""Call a loss with rollouts in narrow dtypes and compare each token's gradient with float64's.
+
+    A token's gradient is the vector of $\partial L/\partial \log p(y_n|h_n)$ and $\partial L/\partial z_n$, the inputs
+    being taken as independent. float64 gets the same numbers after their rounding, so only the loss's own arithmetic
+    is judged. Two regimes: `realistic` (see `realistic_logits`) and `adversarial`, one token at a time with
+    $|\log u|$ of 0.004 to 120, at ordinary probabilities, near one and near 1e-30.
+
+    Args:
+        loss: a function of rollouts that returns a scalar, deterministic and without state.
+        dtypes: names out of `DTYPES`.
+        batch_size: rollouts that the loss sees at once.
+        seed: of the realistic batch.
+
+    Returns:
+        Two results per dtype. A dtype in which the loss raises, or returns no gradient, is reported in words.
+
+    Raises:
+        InvalidArgumentError: an unknown dtype or a batch size below one.
+    """
+    for name in dtypes:
+        if name not in DTYPES:
+            raise InvalidArgumentError("dtypes", f"holds {name!r}; one of {', '.join(DTYPES)} is needed")
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise InvalidArgumentError("batch_size", f"is {batch_size!r}; a positive integer is needed")
+    with one_thread():
+        results = []
+        for name in dtypes:
+            results.append(_realistic(loss, name, batch_size, seed))
+            results.append(_adversarial(loss, name, batch_size))
+        return results
+
+
+@functools.lru_cache(maxsize=4)
+def realistic_logits(
+    tokens: int = _TOKENS, vocabulary: int = _VOCABULARY, seed: int = 0
+) -> tuple[Float[Tensor, "N V"], Float[Tensor, "N V"]]:
+    r"""Logits of a student and of a teacher like one small language model and another, by formula.
+
+    $$z_{na} = \beta_n(-1.1 \log \mathrm{rank}_{na} + \tfrac12 g_{na}),\qquad
+      z'_{na} = z_{na} + 0.5\, t_{na}$$
+
+    with the ranks a random order of the vocabulary per token (Zipf's law), $g$ standard normal, $t$ Student's t with
+    five degrees of freedom (most log-ratios are below one, a few exceed three) and $\log \beta_n$ uniform between
+    $\log 0.5$ and $\log 8$, so that the entropies range from a few nats to almost none.
+
+    Args:
+        tokens: number of rows.
+        vocabulary: length of a row.
+        seed: equal seeds give equal logits.
+
+    Returns:
+        `(student, teacher)`, both float64.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal() -> Tensor:
+        return torch.randn(tokens, vocabulary, generator=generator, dtype=torch.float64)
+
+    ranks = normal().argsort(-1).argsort(-1).double() + 1.0
+    sharpness = 0.5 * 16.0 ** torch.rand(tokens, 1, generator=generator, dtype=torch.float64)
+    student = sharpness * (-1.1 * ranks.log() + 0.5 * normal())
+    heavy = normal() / (torch.stack([normal().square() for _ in range(5)]).mean(0)).sqrt()
+    return student, student + 0.5 * heavy
+
+
+def _realistic(loss: Loss, dtype: str, batch_size: int, seed: int) -> DtypeResult:
+    student, teacher = realistic_logits(seed=seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    tokens = torch.multinomial(student.softmax(-1), 1, generator=generator).squeeze(-1)
+    rows = -(-_TOKENS // batch_size) * batch_size
+    index = (torch.arange(rows) % _TOKENS).view(batch_size, -1)
+    try:
+        found = _compare(loss, _rollouts(student[index], teacher[index], tokens[index], DTYPES[dtype]), None)
+    except _RefusalError as error:
+        return _refused(dtype, "realistic", str(error))
+    sizes = sorted(token.size for token in found)
+    return _result(dtype, "realistic", found, _NEGLIGIBLE * sizes[len(sizes) // 2])
+
+
+def _adversarial(loss: Loss, dtype: str, batch_size: int) -> DtypeResult:
+    found: list[_Token] = []
+    try:
+        for likely in _LOG_RATIOS:
+            for t in _LOG_RATIOS[likely]:
+                for sign in (1, -1):
+                    found += _one_token(loss, DTYPES[dtype], sign * t, likely, batch_size)
+        scale = max((token.size for token in found if 0.1 < abs(token.log_u) < 2.0), default=0.0)
+        found += _bisected(loss, DTYPES[dtype], found, batch_size)
+    except _RefusalError as error:
+        return _refused(dtype, "adversarial", str(error))
+    return _result(dtype, "adversarial", found, _NEGLIGIBLE * scale)
+
+
+def _bisected(loss: Loss, dtype: torch.dtype, found: list[_Token], batch_size: int) -> list[_Token]:
+    """Tokens that close in on the log-ratio where an overflow starts, on either side."""
+    more = []
+    for sign in (1, -1):
+        side = sorted((abs(t.log_u), math.isnan(t.error)) for t in found if sign * t.log_u > 0)
+        first = next((u for u, bad in side if bad), None)
+        if first is None:
+            continue
+        low, high = max((u for u, bad in side if not bad and u < first), default=0.0), first
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2
+            bad = [t for t in _one_token(loss, dtype, sign * middle, _ORDINARY, batch_size) if math.isnan(t.error)]
+            more += bad
+            low, high = (low, middle) if bad else (middle, high)
+    return more
+
+
+def _one_token(loss: Loss, dtype: torch.dtype, log_u: float, likely: float, batch_size: int) -> list[_Token]:
+    """A rollout of one token with this log-ratio; the other rollouts of the batch hold ordinary ones."""
+    log_p = [likely - max(log_u, 0.0)] + [math.log(0.25)] * (batch_size - 1)
+    others = [0.7 * (-1.0) ** i for i in range(batch_size - 1)]
+    log_q = [likely + min(log_u, 0.0)] + [math.log(0.25) + t for t in others]
+    student, teacher = (_row(torch.tensor(x, dtype=torch.float64)).unsqueeze(1) for x in (log_p, log_q))
+    tokens = torch.zeros(batch_size, 1, dtype=torch.int64)
+    return _compare(loss, _rollouts(student, teacher, tokens, dtype), 1)
+
+
+def _row(log_p: Float[Tensor, " B"]) -> Float[Tensor, "B V"]:
+    """Log-probabilities of a first token, and of the rest that share what it leaves."""
+    rest = torch.log(-torch.expm1(log_p)) - math.log(_FEW - 1)
+    return torch.cat([log_p.unsqueeze(-1), rest.unsqueeze(-1).expand(-1, _FEW - 1)], dim=-1)
+
+
+def _rollouts(student: Tensor, teacher: Tensor, tokens: Tensor, dtype: torch.dtype) -> Rollouts:
+    """A batch of detached numbers in a dtype; log-probabilities are taken in float64 and then rounded."""
+    return _cast(Rollouts.from_logits(tokens, student, teacher), dtype)
+
+
+def _cast(rollouts: Rollouts, dtype: torch.dtype) -> Rollouts:
+    return _with(rollouts, **{name: x.to(dtype) for name, x in vars(rollouts).items() if x.is_floating_point()})
+
+
+def _with(rollouts: Rollouts, **fields: Tensor) -> Rollouts:
+    # Looking at hundreds of one-token batches would cost more than the losses do.
+    return Rollouts.unchecked(**{**vars(rollouts), **fields})
+
+
+def _compare(loss: Loss, rollouts: Rollouts, first: int | None) -> list[_Token]:
+    """Each token's gradient beside float64's on the same numbers; of the first rollouts, or of all."""
+    narrow = _gradient(loss, rollouts)
+    wide = _cast(rollouts, torch.float64)
+    exact = _gradient(loss, wide)
+    log_u = wide.log_u[:first].flatten().tolist()
+    return [
+        token
+        for args in zip(log_u, narrow[:first].flatten(0, 1), exact[:first].flatten(0, 1), strict=True)
+        if (token := _token(*args)) is not None
+    ]
+
+
+def _gradient(loss: Loss, rollouts: Rollouts) -> Float[Tensor, "B T V+1"]:
+    """The gradient in each token's log-probability and logits, as float64."""
+    logprobs = rollouts.student_logprobs.detach().clone().requires_grad_()
+    logits = rollouts.student_logits.detach().clone().requires_grad_()
+    try:
+        with torch.enable_grad():
+            value = loss(_with(rollouts, student_logprobs=logprobs, student_logits=logits))
+        gradients = torch.autograd.grad(value, (logprobs, logits), allow_unused=True)
+    except Exception as error:  # whatever a stranger's loss raises is the finding
+        reason = str(error).strip().splitlines() or [""]
+        raise _RefusalError(f"{type(error).__name__}: {reason[0]}") from error
+    by_token, by_logit = (
+        torch.zeros_like(x) if g is None else g for g, x in zip(gradients, (logprobs, logits), strict=True)
+    )
+    return torch.cat([by_token.unsqueeze(-1), by_logit], dim=-1).double()
+
+
+def _token(log_u: float, narrow: Tensor, exact: Tensor) -> _Token | None:
+    """The comparison of one token; None where float64 itself is not finite."""
+    size = float(exact.norm())
+    if not math.isfinite(size):
+        return None
+    if not bool(torch.isfinite(narrow).all()):
+        return _Token(log_u, size, math.nan, math.nan, math.nan)
+    length = float(narrow.norm())
+    scale = max(size, 1e-300)
+    error = float((narrow - exact).norm()) / scale
+    cosine = float(narrow @ exact) / (size * length) if size * length > 0.0 else 0.0
+    return _Token(log_u, size, error, cosine, length / scale)
+
+
+def _result(dtype: str, regime: str, found: list[_Token], negligible: float) -> DtypeResult:
+    # What float64 finds negligible may get lost, but it may not overflow.
+    overflow = _nearest([t.log_u for t in found if math.isnan(t.error)])
+    telling = [t for t in found if not math.isnan(t.error) and t.size > negligible]
+    lost = _nearest([t.log_u for t in telling if t.kept < _LOST])
+    turned = _nearest([t.log_u for t in telling if t.kept >= _LOST and t.cosine < 0])
+    worst = max(telling, key=lambda t: t.error, default=None)
+    words = _words(overflow, lost, turned, worst)
+    error = math.nan if worst is None else worst.error
+    return DtypeResult(dtype, regime, overflow, lost, turned, error, f"In {dtype} the gradient {words}.")
+
+
+def _words(
+    overflow: list[float] | None, lost: list[float] | None, turned: list[float] | None, worst: _Token | None
+) -> str:
+    parts = [
+        f"{verb} log u = {' and '.join(f'{x:.3g}' for x in where)}"
+        for verb, where in (("overflows from", overflow), ("is lost at", lost), ("changes sign at", turned))
+        if where is not None
+    ]
+    if worst is not None:
+        off = f"is off by up to {_share(worst.error)} (at log u = {worst.log_u:.3g})" if worst.error else "is exact"
+        parts.append(f"where finite it {off}" if parts else off)
+    return ", ".join(parts) or "is negligible"
+
+
+def _share(error: float) -> str:
+    if error > 0.995:
+        return f"{error:.1g} times itself"
+    return f"{100.0 * error:.2g}%" if error > 1e-4 else f"{error:.1g} of itself"
+
+
+def _nearest(log_u: list[float]) -> list[float] | None:
+    """Of either sign the log-ratio nearest to zero, in ascending order."""
+    below, above = [x for x in log_u if x < 0], [x for x in log_u if x >= 0]
+    return ([max(below)] if below else []) + ([min(above)] if above else []) or None
+
+
+def _refused(dtype: str, regime: str, reason: str) -> DtypeResult:
+    return DtypeResult(dtype, regime, None, None, None, math.nan, f"In {dtype} the loss raises {reason}")

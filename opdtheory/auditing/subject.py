@@ -1,0 +1,155 @@
+"""What the checks of an audit work on: a loss, the panel it was run on, and batches on which to look closer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from opdtheory.auditing.identify import flat
+from opdtheory.auditing.panel import Case
+from opdtheory.divergences import Divergence
+from opdtheory.exact import Enumeration, GradientMoments, Loss, exact_gradient, random_pair
+
+__all__ = ["Check", "Subject", "norm", "ratio"]
+
+# Rollouts in the batches of the checks that need several, if the audit's own batches hold one.
+_SEVERAL = 6
+
+# Rounding of the arithmetic that a tolerance belongs to: float64, float32, or less.
+_ROUNDING = ((1e-8, 2.3e-16), (1e-3, 1.2e-7), (float("inf"), 7.9e-3))
+
+
+@dataclass(frozen=True)
+class Check:
+    """One property that a loss has or lacks.
+
+    Attributes:
+        name: one of `CHECKS`.
+        passed: whether it has it; None where the answer is information and no verdict, or could not be had.
+        value: what was measured, where there is a number.
+        limit: what the value is held to.
+        detail: one sentence.
+    """
+
+    name: str
+    passed: bool | None
+    value: float | None
+    limit: float | None
+    detail: str
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A loss under audit and its settings; see `soundness` for the fields."""
+
+    loss: Loss
+    cases: list[Case]
+    moments: list[GradientMoments]
+    objective: Divergence | None
+    granularity: str
+    batch_size: int
+    off_policy: float
+    gamma: float
+    seed: int
+    tolerance: float
+
+    @property
+    def middle(self) -> int:
+        """The number of the pair on which the checks look closer."""
+        return len(self.cases) // 2
+
+    @property
+    def case(self) -> Case:
+        """That pair."""
+        return self.cases[self.middle]
+
+    @cached_property
+    def live(self) -> Enumeration:
+        """Its sequences."""
+        return Enumeration.build(self.case.student, self.case.teacher, self.case.behavior)
+
+    @cached_property
+    def padded(self) -> Enumeration:
+        """The sequences of a pair of which many end early, by token 0."""
+        student, teacher = random_pair(
+            self.case.student.vocab_size, max(self.case.student.horizon, 2), eos=0, seed=1000 * self.seed + 900
+        )
+        behavior = student.perturbed(self.off_policy, seed=1000 * self.seed + 901) if self.off_policy else None
+        return Enumeration.build(student, teacher, behavior)
+
+    @cached_property
+    def base(self) -> tuple[Tensor, Tensor]:
+        """Value and gradient on all live sequences."""
+        return self.evaluate(self.live, self.everyone(self.live))
+
+    @cached_property
+    def padded_base(self) -> tuple[Tensor, Tensor]:
+        """Value and gradient on all sequences that may end early."""
+        return self.evaluate(self.padded, self.everyone(self.padded))
+
+    def everyone(self, everything: Enumeration) -> Tensor:
+        """All sequences, the first ones repeated until whole batches are full."""
+        count = -(-len(everything) // self.batch_size) * self.batch_size
+        return torch.arange(count) % len(everything)
+
+    def some(self) -> Tensor:
+        """A batch of different live sequences."""
+        count = self.batch_size if self.batch_size > 1 else _SEVERAL
+        return torch.linspace(0, len(self.live) - 1, count).round().long()
+
+    def rows(self, everything: Enumeration, index: Tensor) -> Float[Tensor, "B T V"]:
+        """The student's logits that a batch reads, detached."""
+        return everything.gather_logits([t.detach() for t in everything.student_tables], index)
+
+    def evaluate(self, everything: Enumeration, index: Tensor, logits: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The loss of a batch and its gradient in the student's logits, finite or not."""
+        rows = self.rows(everything, index) if logits is None else logits
+        leaf = rows.detach().clone().requires_grad_()
+        with torch.enable_grad():
+            value = self.loss(everything.rollouts(index, leaf))
+        (gradient,) = torch.autograd.grad(value, leaf, allow_unused=True)
+        return value.detach(), torch.zeros_like(leaf) if gradient is None else gradient
+
+    def moved(self, before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) -> float:
+        """How far value and gradient moved, relative to the larger of them; inf if anything is not finite."""
+        change = float((after[0].double() - before[0].double()).abs())
+        size = max(float(before[1].abs().max()), float(before[0].abs()), self._floor)
+        if not math.isfinite(change):
+            return math.inf
+        return max(change / size, self.gradient_moved(before[1], after[1]))
+
+    def gradient_moved(self, before: Tensor, after: Tensor) -> float:
+        """The largest change of an entry, relative to the largest entry; inf if anything is not finite."""
+        change = float((after - before).abs().max()) / max(float(before.abs().max()), self._floor)
+        return change if math.isfinite(change) else math.inf
+
+    @property
+    def _floor(self) -> float:
+        """A gradient so small that its rounding would look like a change."""
+        return next(eps for limit, eps in _ROUNDING if self.tolerance <= limit) / self.tolerance
+
+    @cached_property
+    def against_claim(self) -> tuple[list[Tensor], list[Tensor]] | None:
+        """The loss's expected gradients and those of the claimed objective, flat, pair by pair."""
+        if self.objective is None:
+            return None
+        exact = [
+            flat(exact_gradient(c.student, c.teacher, self.objective, self.granularity, gamma=self.gamma))
+            for c in self.cases
+        ]
+        return [flat(m.mean) for m in self.moments], exact
+
+
+def norm(moments: GradientMoments) -> float:
+    """Length of the expected gradient."""
+    return float(flat(moments.mean).norm())
+
+
+def ratio(part: Tensor, whole: Tensor) -> float:
+    """A quotient of which 0/0 is 0."""
+    return float(part) / max(float(whole), 1e-300)
