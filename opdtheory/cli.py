@@ -19,6 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from opdtheory.auditing import Audit
+    from opdtheory.auditing.baseline import KnownVerdict
+    from opdtheory.divergences import Divergence
     from opdtheory.rollouts import Rollouts
     from opdtheory.verification import Verification
 
@@ -76,6 +79,8 @@ def _parser() -> argparse.ArgumentParser:
         "audit",
         help="find out what a loss really minimises",
         description="Audit loss(rollouts) -> scalar, named as PATH.py:FUNCTION or package.module:FUNCTION.",
+        epilog="exit status: 0 if the loss follows its claim, or its bias is the one that the baseline records; 1 if "
+        "it does not; 2 if the loss or a file cannot be found, read or audited",
     )
     audit.add_argument("loss", metavar="LOSS", help="PATH.py:FUNCTION or package.module:FUNCTION")
     audit.add_argument(
@@ -92,22 +97,68 @@ def _parser() -> argparse.ArgumentParser:
     audit.add_argument("--off-policy", type=float, default=0.0, metavar="S", help="logit noise of the sampler (0)")
     audit.add_argument("--seed", type=int, default=0, help="of the panel of policies (0)")
     audit.add_argument("--json", action="store_true", help="print the audit as JSON")
+    audit.add_argument("--html", type=Path, metavar="FILE", help="write the audit as a page")
+    audit.add_argument(
+        "--baseline", type=Path, metavar="FILE", help="known biases: the status is 0 for one of those, unless it grew"
+    )
+    audit.add_argument(
+        "--write-baseline", type=Path, metavar="FILE", help="record what is found in FILE, beside what it holds"
+    )
     audit.set_defaults(run=_audit)
     return parser
 
 
 def _audit(options: argparse.Namespace) -> int:
     from opdtheory.auditing import audit
+    from opdtheory.auditing.baseline import judge, read_baseline
+    from opdtheory.auditing.terminal import print_audit
     from opdtheory.errors import OpdTheoryError
 
     try:
+        known = {} if options.baseline is None else read_baseline(options.baseline)
         loss = _as_loss(load_loss(options.loss), options.call)
-        report = audit(loss, name=options.loss, **_claim(options, loss))
+        claim = _claim(options, loss)
+        report = audit(loss, name=options.loss, **claim)
+        written, recorded = _write_files(options, report, claim["objective"])
     except (OpdTheoryError, LookupError) as error:
         print(f"opdtheory audit: {error}", file=sys.stderr)
         return USAGE
-    print(json.dumps(report.to_dict(), indent=2) if options.json else report)
-    return HOLDS if report.faithful else FAILS
+    if options.json:
+        print(json.dumps(report.to_dict(), indent=2))
+    else:
+        print_audit(report, _console())
+    # Beside the JSON, not in it.
+    aside = sys.stderr if options.json else sys.stdout
+    for path in written:
+        print(f"wrote {path}", file=aside)
+    judgement = judge(report, {**known, **recorded}.get(_key(options.loss, report)))
+    if judgement.status != "as_claimed" and (options.baseline or options.write_baseline):
+        print(f"{judgement.status}: {judgement.detail}", file=aside)
+    return HOLDS if judgement.passes else FAILS
+
+
+def _write_files(
+    options: argparse.Namespace, report: Audit, objective: str | Divergence
+) -> tuple[list[Path], dict[str, KnownVerdict]]:
+    """Write the page and the record that were asked for; returns their paths and the record."""
+    from opdtheory.auditing.baseline import KnownVerdict, write_baseline
+    from opdtheory.auditing.page import write_audit
+
+    recorded = {} if options.write_baseline is None else {_key(options.loss, report): KnownVerdict.of(report)}
+    written = []
+    try:
+        if recorded:
+            written.append(write_baseline(options.write_baseline, recorded))
+        if options.html is not None:
+            written.append(write_audit(report, options.html, divergence=objective))
+    except OSError as error:
+        raise LookupError(f"{error.filename} cannot be written: {error.strerror}") from None
+    return written, recorded
+
+
+def _key(target: str, report: Audit) -> str:
+    """The name of an audit in a baseline: one loss may be held to several claims."""
+    return f"{target} for {report.objective} ({report.granularity})"
 
 
 def _table(options: argparse.Namespace) -> int:

@@ -1,28 +1,49 @@
-"""For the tests of a project that writes losses: `assert_unbiased`, and hypothesis strategies.
+"""For the tests of a project that writes losses: assertions, the mark of the pytest plugin, hypothesis strategies.
 
-The assertions need nothing beyond opdtheory; the strategies need hypothesis, which loads at the first use of one.
+The assertions need nothing beyond opdtheory and load torch at their first use; the strategies need hypothesis.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from opdtheory.testing.laws import assert_claim, assert_unbiased, claim_settings, gradient_gap
-
 if TYPE_CHECKING:
+    from opdtheory.testing.laws import assert_claim as assert_claim
+    from opdtheory.testing.laws import assert_minimises as assert_minimises
+    from opdtheory.testing.laws import assert_same_gradient as assert_same_gradient
+    from opdtheory.testing.laws import assert_unbiased as assert_unbiased
+    from opdtheory.testing.laws import claim_settings as claim_settings
+    from opdtheory.testing.laws import gradient_gap as gradient_gap
+    from opdtheory.testing.marks import opd_loss as opd_loss
     from opdtheory.testing.strategies import divergences as divergences
     from opdtheory.testing.strategies import policies as policies
     from opdtheory.testing.strategies import policy_pairs as policy_pairs
     from opdtheory.testing.strategies import rollouts as rollouts
 
-_STRATEGIES = ("divergences", "policies", "policy_pairs", "rollouts")
+# The pytest plugin lives in this package and must load in milliseconds, so nothing here imports torch by itself.
+_HOMES = {
+    "assert_claim": "laws",
+    "assert_minimises": "laws",
+    "assert_same_gradient": "laws",
+    "assert_unbiased": "laws",
+    "claim_settings": "laws",
+    "divergences": "strategies",
+    "gradient_gap": "laws",
+    "opd_loss": "marks",
+    "policies": "strategies",
+    "policy_pairs": "strategies",
+    "rollouts": "strategies",
+}
 
 __all__ = [
     "assert_claim",
+    "assert_minimises",
+    "assert_same_gradient",
     "assert_unbiased",
     "claim_settings",
     "divergences",
     "gradient_gap",
+    "opd_loss",
     "policies",
     "policy_pairs",
     "rollouts",
@@ -30,11 +51,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _STRATEGIES:
+    if name not in _HOMES:
         raise AttributeError(f"module 'opdtheory.testing' has no attribute {name!r}")
     import importlib
 
-    return getattr(importlib.import_module("opdtheory.testing.strategies"), name)
+    return getattr(importlib.import_module(f"opdtheory.testing.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,7 @@
-"""Assertions about losses: that one is unbiased, and that an estimator keeps its claim. They need no test framework."""
+"""Assertions about losses: what one minimises, whether two agree, whether an estimator keeps its claim.
+
+They need no test framework.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,24 @@ from opdtheory.divergences import divergence as as_divergence
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.estimators import Claim, Estimator
 from opdtheory.estimators.base import FIXED_LENGTH, ON_POLICY, ON_POLICY_OR_ONE_STEP
-from opdtheory.exact import Loss, TabularPolicy
+from opdtheory.exact import GradientMoments, Loss, TabularPolicy, gradient_moments
+from opdtheory.rollouts import Rollouts
 
-__all__ = ["assert_claim", "assert_unbiased", "claim_settings", "gradient_gap"]
+__all__ = [
+    "assert_claim",
+    "assert_minimises",
+    "assert_same_gradient",
+    "assert_unbiased",
+    "claim_settings",
+    "gradient_gap",
+]
+
+# Relative error that rounding can leave in an exact expectation, by the dtype the loss returns.
+_ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
+_COARSE = 2e-2
+
+# A gradient this much smaller than its own noise is zero.
+_ZERO = 1e-12
 
 # Noise on the sampling policy's logits where a claim does not ask for on-policy rollouts.
 _OFF_POLICY = 0.3
@@ -68,6 +86,105 @@ def assert_unbiased(
             f"\n\n{report}"
         )
     return report
+
+
+def assert_minimises(
+    loss: Loss, divergence: str | Divergence, granularity: str = "token_local", **audit_settings: Any
+) -> Audit:
+    r"""Assert that a loss's expected gradient is a positive multiple of the exact one, $E[\nabla\ell] = c\,\nabla J$.
+
+    One multiple $c > 0$ must serve every pair of policies. An optimiser that adapts its steps, such as Adam,
+    treats such a loss and the exact one alike.
+
+    Args:
+        loss: a function `loss(rollouts) -> scalar tensor`.
+        divergence: what it should minimise, an object or a catalogue name.
+        granularity: `token_local`, `token_return` or `sequence`.
+        **audit_settings: as of `assert_unbiased`.
+
+    Returns:
+        The audit that found it so; `.scale` is $c$.
+
+    Raises:
+        AssertionError: it is not; the message has the numbers and the audit.
+        InvalidArgumentError: as `opdtheory.audit`.
+        LossError: as `opdtheory.audit`.
+
+    Example:
+        >>> def mean_k2(rollouts):
+        ...     return rollouts.token_mean(rollouts.log_u.square() / 2)
+        >>> assert_minimises(mean_k2, "reverse_kl").scale
+        0.33
+    """
+    report = audit(loss, divergence, granularity, **audit_settings)
+    if not report.faithful:
+        raise AssertionError(
+            f"{report.name} does not minimise {report.objective} ({report.granularity}): {VERDICTS[report.verdict]}; "
+            f"relative bias {report.relative_bias:.3g}, cosine {report.cosine:.6g}, best scale {report.scale:.6g}."
+            f"\n\n{report}"
+        )
+    return report
+
+
+def assert_same_gradient(
+    first: Loss,
+    second: Loss,
+    *,
+    tolerance: float | None = None,
+    batch_size: int = 1,
+    eos: int | None = None,
+    off_policy: float = 0.0,
+    seed: int = 0,
+) -> float:
+    r"""Assert that two losses have the same expected gradient, $\|E g_1 - E g_2\| \le \epsilon \max_i \|E g_i\|$.
+
+    Their values and their variances may differ. Gradients are compared pair by pair on the audit's panel; two that
+    are both rounding against their own noise count as equal.
+
+    Args:
+        first: a function `loss(rollouts) -> scalar tensor`.
+        second: another.
+        tolerance: the relative difference allowed; by default 1e-9, or 1e-4 for float32 and 2e-2 below.
+        batch_size: rollouts that a loss sees at once.
+        eos: the token that ends a rollout early; None for fixed length.
+        off_policy: standard deviation of the noise on the logits of the policy that samples.
+        seed: of the panel.
+
+    Returns:
+        The largest relative difference over the panel.
+
+    Raises:
+        AssertionError: they differ; the message lists the pairs.
+        InvalidArgumentError: a negative tolerance, or a setting out of range.
+        LossError: as `opdtheory.audit`.
+        BudgetExceededError: the batch size is too large to enumerate.
+
+    Example:
+        >>> def k2(rollouts):
+        ...     return rollouts.token_sum(rollouts.log_u.square() / 2)
+        >>> def reinforce(rollouts):
+        ...     return rollouts.token_sum(-rollouts.log_u.detach() * rollouts.student_logprobs)
+        >>> assert_same_gradient(k2, reinforce) < 1e-9
+        True
+    """
+    if tolerance is not None and not 0.0 <= tolerance < float("inf"):
+        raise InvalidArgumentError("tolerance", f"is {tolerance!r}; a finite number of at least 0 is needed")
+    losses = (_Typed(first), _Typed(second))
+    cases = panel(batch_size, eos, off_policy, seed)
+    rows, worst = [], 0.0
+    for case in cases:
+        moments = [gradient_moments(loss, case.student, case.teacher, batch_size, case.behavior) for loss in losses]
+        gap, sizes = _gap(*moments)
+        worst = max(worst, gap)
+        rows.append(f"  {case.label}: differs by {gap:.3g}; lengths {sizes[0]:.6g} and {sizes[1]:.6g}")
+    allowed = tolerance if tolerance is not None else max(_ROUNDING.get(loss.dtype, _COARSE) for loss in losses)
+    if not worst <= allowed:
+        names = " and ".join(str(getattr(loss, "__name__", None) or repr(loss)) for loss in (first, second))
+        raise AssertionError(
+            f"the expected gradients of {names} differ by {worst:.3g} of the longer one, more than {allowed:.3g}:\n"
+            + "\n".join(rows)
+        )
+    return worst
 
 
 def assert_claim(estimator: Estimator, *, seed: int = 0) -> Audit:
@@ -142,6 +259,28 @@ def gradient_gap(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     size = max(1.0, *(float(e.detach().abs().max()) for e in expected))
     gaps = [float((a.detach() - e.detach()).abs().max()) / size for a, e in zip(actual, expected, strict=True)]
     return max(gap if gap == gap else float("inf") for gap in gaps)
+
+
+class _Typed:
+    """A loss that remembers the dtype of its value."""
+
+    def __init__(self, loss: Loss) -> None:
+        self.loss = loss
+        self.dtype = torch.float64
+
+    def __call__(self, rollouts: Rollouts) -> Tensor:
+        value = self.loss(rollouts)
+        if isinstance(value, Tensor):
+            self.dtype = value.dtype
+        return value
+
+
+def _gap(first: GradientMoments, second: GradientMoments) -> tuple[float, tuple[float, float]]:
+    """The difference of two mean gradients relative to the longer one, and their lengths."""
+    a, b = (torch.cat([level.flatten() for level in moments.mean]) for moments in (first, second))
+    sizes, apart = (float(a.norm()), float(b.norm())), float((a - b).norm())
+    noise = max(first.second_moment, second.second_moment) ** 0.5
+    return (0.0 if apart <= _ZERO * noise else apart / max(sizes)), sizes
 
 
 def _check_met(claim: Claim, settings: dict[str, Any], seed: int) -> None:

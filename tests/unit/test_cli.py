@@ -204,3 +204,50 @@ def test_verify_prints_and_writes(
     failing = of(IdentityResult("T0", "n", "x", 1.0, 1e-12, 1, {"twin": 1.0}, 0.1))
     monkeypatch.setattr("opdtheory.verification.verify", lambda *_, **__: failing)
     assert cli.main(["verify", "--no-report"]) == 1
+
+
+def test_audit_writes_a_page(losses: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "deep" / "audit.html"
+    assert cli.main(["audit", f"{losses}:k3", "--html", str(page)]) == 1
+    assert f"wrote {page}" in capsys.readouterr().out
+    assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert cli.main(["audit", f"{losses}:k3", "--html", str(page), "--json"]) == 1
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["verdict"] == "other_objective" and "wrote" in captured.err
+
+
+def test_a_recorded_bias_holds_and_a_new_one_fails(
+    losses: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known = str(tmp_path / "known.json")
+    assert cli.main(["audit", f"{losses}:k3", "--write-baseline", known]) == 0
+    out = capsys.readouterr().out
+    assert f"wrote {known}" in out and "known: other objective" in out
+    assert cli.main(["audit", f"{losses}:k3", "--baseline", known, "--json"]) == 0
+    assert "known:" in capsys.readouterr().err
+    # Another claim of the same loss, another seed and another loss are not on record.
+    assert cli.main(["audit", f"{losses}:k3", "--baseline", known, "--objective", "jsd"]) == 1
+    assert "new:" in capsys.readouterr().out
+    assert cli.main(["audit", f"{losses}:k3", "--baseline", known, "--seed", "1"]) == 1
+    assert cli.main(["audit", f"{losses}:k2", "--baseline", known, "--objective", "jsd"]) == 1
+    assert cli.main(["audit", f"{losses}:k2", "--baseline", known]) == 0
+    Path(losses).write_text(SOURCE.replace("r.log_u.expm1() - r.log_u)\n\ndef k2", "r.log_u.square() / 2)\n\ndef k2"))
+    capsys.readouterr()
+    assert cli.main(["audit", f"{losses}:k3", "--baseline", known]) == 0
+    assert "vanished:" in capsys.readouterr().out
+
+
+def test_files_of_the_audit_that_are_wrong_are_usage_errors(
+    losses: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["audit", f"{losses}:k2", "--baseline", str(tmp_path / "none.json")]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+    wrong = tmp_path / "wrong.json"
+    wrong.write_text("{}")
+    assert cli.main(["audit", f"{losses}:k2", "--write-baseline", str(wrong)]) == 2
+    assert "baseline_version" in capsys.readouterr().err
+    assert cli.main(["audit", f"{losses}:k2", "--html", str(tmp_path)]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["audit", "--help"])
+    assert "exit status: 0" in capsys.readouterr().out

@@ -1,0 +1,209 @@
+"""A file of known biases: what an audit may find without failing, so that a new bias does fail."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from opdtheory.auditing.report import Audit
+from opdtheory.errors import InvalidArgumentError
+
+__all__ = ["BASELINE_VERSION", "STATUSES", "Judgement", "KnownVerdict", "judge", "read_baseline", "write_baseline"]
+
+BASELINE_VERSION = 1
+
+STATUSES = {
+    "as_claimed": "the audit finds what was claimed",
+    "known": "the audit does not find what was claimed, and the baseline says so",
+    "recorded": "the audit does not find what was claimed, and the baseline has just been told so",
+    "vanished": "the baseline records a bias that is no longer there",
+    "new": "the audit does not find what was claimed",
+    "grew": "the bias is larger than the one that the baseline records",
+    "changed": "the audit finds another verdict than the one that the baseline records",
+}
+
+# Statuses that let a run of continuous integration pass.
+_PASSING = ("as_claimed", "known", "recorded", "vanished")
+
+# A bias recorded on another machine differs by rounding: this much of its size, or this many tolerances.
+_SLACK = 1e-6
+_ROUNDINGS = 10.0
+
+
+@dataclass(frozen=True)
+class KnownVerdict:
+    """What one audit found, as recorded.
+
+    Attributes:
+        objective: the claimed divergence.
+        granularity: the claimed granularity.
+        verdict: a key of `VERDICTS`.
+        descends: the catalogue objective followed, such as `forward_kl (token_local)`, or None.
+        relative_bias: worst over the panel, at scale one; inf where it is infinite.
+        cosine: worst over the panel.
+        settings: batch size, eos, off_policy, gamma, seed.
+    """
+
+    objective: str
+    granularity: str
+    verdict: str
+    descends: str | None
+    relative_bias: float
+    cosine: float
+    settings: dict[str, Any]
+
+    @classmethod
+    def of(cls, report: Audit) -> KnownVerdict:
+        """The record of an audit."""
+        followed = report.identified if report.descends is not None else None
+        return cls(
+            objective=report.objective,
+            granularity=report.granularity,
+            verdict=report.verdict,
+            descends=None if followed is None else f"{report.descends} ({followed['granularity']})",
+            # Of an exact loss only rounding is left.
+            relative_bias=0.0 if report.verdict == "exact" else float(report.relative_bias),
+            cosine=float(report.cosine),
+            settings=report.to_dict()["settings"],
+        )
+
+    def is_about(self, report: Audit) -> bool:
+        """Whether the audit asked the same: claim and settings are those of the record."""
+        settings = report.to_dict()["settings"]
+        # A setting that came with a later version, at its default, leaves an older record valid.
+        same = all(key in settings and settings[key] == value for key, value in self.settings.items())
+        return same and (report.objective, report.granularity) == (self.objective, self.granularity)
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """An audit held against its claim and the baseline.
+
+    Attributes:
+        status: a key of `STATUSES`.
+        detail: the numbers, in a sentence.
+    """
+
+    status: str
+    detail: str
+
+    @property
+    def passes(self) -> bool:
+        """Whether this is as claimed, as recorded, or better."""
+        return self.status in _PASSING
+
+
+def judge(report: Audit, known: KnownVerdict | None = None, met: Callable[[str], bool] | None = None) -> Judgement:
+    r"""Hold an audit against its claim, and where it fails that, against what is on record.
+
+    A bias counts as grown when $b > b_0 (1 + 10^{-6}) + 10\,\mathrm{tolerance}$, in relative bias or in
+    one minus cosine.
+
+    Args:
+        report: the audit.
+        known: the record of the same loss, if there is one; of another claim or other settings it does not count.
+        met: tells of a verdict whether it is the one claimed; by default whether the loss is faithful.
+    """
+    as_claimed = report.faithful if met is None else met(report.verdict)
+    found = _words(KnownVerdict.of(report))
+    aside = ""
+    if known is not None and not known.is_about(report):
+        known, aside = None, "; the record in the baseline is of another claim or other settings"
+    if as_claimed:
+        if known is not None and report.faithful and known.verdict not in ("exact", "exact_up_to_scale"):
+            return Judgement("vanished", f"it was {_words(known)}, it is {found}; update the baseline")
+        if known is None or known.verdict != report.verdict or report.faithful:
+            return Judgement("as_claimed", found)
+    if known is None:
+        return Judgement("new", found + aside)
+    return _against_record(report, known)
+
+
+def _against_record(report: Audit, known: KnownVerdict) -> Judgement:
+    found = KnownVerdict.of(report)
+    if (found.verdict, found.descends) != (known.verdict, known.descends):
+        return Judgement("changed", f"it was {_words(known)}, it is {_words(found)}")
+    worse, better = _compare(found, known, _ROUNDINGS * report.tolerance)
+    if worse:
+        return Judgement("grew", f"it was {_words(known)}, it is {_words(found)}")
+    if better:
+        return Judgement("known", f"{_words(found)}; it was {_words(known)}, so the record may be tightened")
+    return Judgement("known", _words(found))
+
+
+def _compare(found: KnownVerdict, known: KnownVerdict, rounding: float) -> tuple[bool, bool]:
+    """Whether a bias is larger, and whether it is smaller, than the recorded one."""
+    pairs = ((found.relative_bias, known.relative_bias), (1.0 - found.cosine, 1.0 - known.cosine))
+    worse = any(now > before + _SLACK * before + rounding for now, before in pairs)
+    better = any(now < before - _SLACK * before - rounding for now, before in pairs if math.isfinite(before))
+    return worse, better
+
+
+def read_baseline(path: Path) -> dict[str, KnownVerdict]:
+    """Read a baseline file: the record of each loss by its name.
+
+    Raises:
+        InvalidArgumentError: there is no such file, or it is no baseline; the message says what is wrong.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InvalidArgumentError("baseline", f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise InvalidArgumentError("baseline", f"{path} is no JSON: {error}") from None
+    version = content.get("baseline_version") if isinstance(content, dict) else None
+    if version != BASELINE_VERSION:
+        raise InvalidArgumentError("baseline", f"{path} has baseline_version {version!r}; {BASELINE_VERSION} is needed")
+    losses = content.get("losses")
+    if not isinstance(losses, dict):
+        raise InvalidArgumentError("baseline", f"{path} has no object 'losses'")
+    return {name: _record(path, name, record) for name, record in losses.items()}
+
+
+def write_baseline(path: Path, records: Mapping[str, KnownVerdict]) -> Path:
+    """Write records into a baseline file, beside those of other losses that it already holds; returns its path.
+
+    Raises:
+        InvalidArgumentError: the file is there and is no baseline.
+    """
+    merged = {**(read_baseline(path) if path.is_file() else {}), **records}
+    losses = {name: _plain(merged[name]) for name in sorted(merged)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"baseline_version": BASELINE_VERSION, "losses": losses}, indent=2, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+    return path
+
+
+def _plain(record: KnownVerdict) -> dict[str, Any]:
+    values = asdict(record)
+    # Nine digits tell two biases apart; the rest is rounding, which would make the file differ between machines.
+    for key in ("relative_bias", "cosine"):
+        values[key] = float(f"{values[key]:.9g}") if math.isfinite(values[key]) else None
+    return values
+
+
+def _record(path: Path, name: str, values: object) -> KnownVerdict:
+    try:
+        assert isinstance(values, dict)
+        bias = values["relative_bias"]
+        return KnownVerdict(
+            objective=str(values["objective"]),
+            granularity=str(values["granularity"]),
+            verdict=str(values["verdict"]),
+            descends=None if values["descends"] is None else str(values["descends"]),
+            relative_bias=float("inf") if bias is None else float(bias),
+            cosine=float(values["cosine"]),
+            settings=dict(values["settings"]),
+        )
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        raise InvalidArgumentError("baseline", f"{path}: the record of {name!r} is not whole: {error!r}") from None
+
+
+def _words(record: KnownVerdict) -> str:
+    verdict = record.verdict.replace("_", " ")
+    other = f", {record.descends}," if record.verdict == "other_objective" else ""
+    return f"{verdict}{other} with relative bias {record.relative_bias:.3g} and cosine {record.cosine:.6g}"

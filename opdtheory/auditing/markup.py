@@ -1,0 +1,120 @@
+"""Pieces of HTML: tables, lists, and numbers as one reads them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from html import escape
+
+__all__ = [
+    "aligned",
+    "breakable",
+    "cosine",
+    "formula",
+    "number",
+    "plain_text",
+    "rows_of",
+    "section",
+    "sentence",
+    "table",
+    "verdict_words",
+    "yes_or_no",
+]
+
+_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def section(title: str, body: str) -> str:
+    """A section under a heading; the body is HTML."""
+    return f"<section><h2>{escape(title)}</h2>{body}</section>"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], caption: str, numbers: Sequence[int] = ()) -> str:
+    """A table that scrolls by itself where the page is narrow; the cells are HTML."""
+
+    def cell(tag: str, i: int, text: str, scope: str = "") -> str:
+        return f"<{tag}{scope}{' class=number' if i in numbers else ''}>{text}</{tag}>"
+
+    head = "".join(
+        cell("th", i, escape(text), " scope='col'") if text else "<td></td>" for i, text in enumerate(header)
+    )
+    body = "".join(f"<tr>{''.join(cell('td', i, text) for i, text in enumerate(row))}</tr>" for row in rows)
+    return (
+        f"<div class='scroll' tabindex='0' role='region' aria-label='{escape(caption, quote=True)}'><table>"
+        f"<caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def rows_of(rows: Iterable[tuple[str, str]]) -> str:
+    """Terms and what is said of them, side by side; both are HTML."""
+    inner = "".join(f"<div><dt>{key}</dt><dd>{value}</dd></div>" for key, value in rows)
+    return f"<dl class='rows'>{inner}</dl>" if inner else ""
+
+
+def number(value: object) -> str:
+    """A number as one reads it: four digits, a true minus sign, powers of ten raised."""
+    if value is None or isinstance(value, bool) or not isinstance(value, (int, float)):
+        return "–" if value is None else escape(str(value))
+    if math.isnan(value):
+        return "not a number"
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    mantissa, _, exponent = f"{value:.4g}".partition("e")
+    power = "" if not exponent else " × 10" + str(int(exponent)).translate(_SUPERSCRIPT)
+    return mantissa.replace("-", "−") + power
+
+
+def aligned(value: float | None) -> str:
+    """A number of a column: four digits, trailing zeros too."""
+    text = number(value)
+    if value is None or not 1e-3 <= abs(value) < 1e3:
+        return text
+    return f"{value:#.4g}".replace("-", "−")
+
+
+def cosine(value: float | None) -> str:
+    """A cosine, with its sign, to six decimals."""
+    return "–" if value is None else f"{value:+.6f}".replace("-", "−")
+
+
+def plain_text(value: object) -> str:
+    """Lists and dictionaries of numbers in one line."""
+    if isinstance(value, (list, tuple)):
+        return ", ".join(plain_text(v) for v in value)
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {plain_text(v)}" for key, v in value.items())
+    return number(value)
+
+
+def yes_or_no(value: object) -> str:
+    """A flag in words; a dash for None."""
+    return "–" if value is None else "yes" if value else "no"
+
+
+def verdict_words(value: object) -> str:
+    """A verdict without its underscores."""
+    return str(value).replace("_", " ")
+
+
+def sentence(text: str) -> str:
+    """A text with a capital and a full stop, escaped."""
+    return escape(text[:1].upper() + text[1:] + "." if text else "")
+
+
+def breakable(name: str) -> str:
+    """A name that may break where a reader would break it, on a narrow page."""
+    return re.sub(r"([/_.:]+)", r"\1<wbr>", escape(name))
+
+
+def formula(text: object) -> str:
+    """A sympy expression of `u` as HTML: products without stars, plain powers raised."""
+    if not text:
+        return ""
+    shown = escape(str(text)).replace("-", "−")
+    shown = re.sub(r"\*\*(−?[\w.]+|\(−?[\w./]+\))", lambda m: f"<sup>{m[1].strip('()')}</sup>", shown)
+    if "**" in shown:
+        # A power that holds more than a number: as it is.
+        return f"<code>{escape(str(text))}</code>"
+    shown = re.sub(r"(?<![A-Za-z])u(?![A-Za-z])", "<var>u</var>", shown)
+    return f"<span class='formula'>{shown.replace('*', ' ')}</span>"

@@ -1,0 +1,326 @@
+"""The page of an audit: one self-contained HTML file, without a script and without a request."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from opdtheory import __version__
+from opdtheory.auditing.figures import Curves, curves, figures
+from opdtheory.auditing.markup import (
+    aligned,
+    breakable,
+    cosine,
+    formula,
+    number,
+    plain_text,
+    rows_of,
+    section,
+    sentence,
+    table,
+    verdict_words,
+    yes_or_no,
+)
+from opdtheory.auditing.page_style import CONTENT_POLICY, STYLE
+from opdtheory.auditing.report import VERDICTS, Audit
+from opdtheory.divergences import Divergence
+
+__all__ = ["render_audit", "write_audit"]
+
+_GOOD = ("exact", "exact_up_to_scale")
+
+_SETTINGS = {
+    "batch_size": "rollouts in a batch",
+    "eos": "end-of-sequence token",
+    "off_policy": "logit noise of the sampler",
+    "gamma": "discount",
+    "seed": "seed of the panel",
+}
+
+
+def write_audit(report: Audit, path: Path, *, divergence: str | Divergence | None = None) -> Path:
+    """Write the page of an audit, making its folder if need be, and return its path.
+
+    Args:
+        report: the audit.
+        path: of the HTML file.
+        divergence: as of `render_audit`.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(render_audit(report, divergence=divergence), encoding="utf-8")
+    return path
+
+
+def render_audit(report: Audit, *, divergence: str | Divergence | None = None) -> str:
+    """The page of an audit as HTML: the verdict in words, figures, tables.
+
+    Figures need matplotlib (extra `plots`) and are left out with a note without it. Everything that a user named
+    is escaped.
+
+    Args:
+        report: the audit.
+        divergence: the claimed one, if its label is not enough to find it, as of a generator of one's own: its weight
+            is then drawn over the recovered one.
+    """
+    drawn = curves(report, divergence)
+    record = report.to_dict()
+    verdict = report.verdict.replace("_", " ")
+    tone = "good" if report.verdict in _GOOD else "open" if report.verdict == "undecided" else "bad"
+    sections = (
+        _facts(report),
+        _remedies(record),
+        _figures(report, drawn),
+        _pairs(record),
+        _form(record),
+        _dependence(record),
+        _checks(record),
+        _numerics(record),
+        _monte_carlo(record),
+        _weight_table(report, drawn),
+        _settings(record),
+    )
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{CONTENT_POLICY}">
+<title>{escape(report.name)}: {escape(verdict)}</title>
+<style>{STYLE}</style>
+</head>
+<body>
+<main>
+<header>
+<p class="kicker">Audit of a loss</p>
+<h1>{breakable(report.name)}</h1>
+</header>
+<section class="verdict {tone}" aria-label="Verdict">
+<p class="word">{escape(verdict)}</p>
+<p class="lead">{sentence(VERDICTS.get(report.verdict, ""))}</p>
+<p>{escape(report.summary())}</p>
+</section>
+{"".join(section for section in sections if section)}
+</main>
+<footer><p>opdtheory {escape(__version__)}. {report.evaluations:,} evaluations of the loss in {report.seconds:.1f} s.
+{_exactness(record)} Log-ratios are in nats, u is teacher over student.</p></footer>
+</body>
+</html>
+"""
+
+
+def _exactness(record: dict[str, Any]) -> str:
+    if record.get("monte_carlo") is not None:
+        return "Expectations are Monte Carlo estimates."
+    return "Every expectation is over all rollouts, without sampling."
+
+
+def _facts(report: Audit) -> str:
+    facts = [
+        ("claimed", f"{report.objective} ({report.granularity})"),
+        ("follows", _followed(report)),
+        ("relative bias", number(report.relative_bias)),
+        ("smallest cosine", cosine(report.cosine)),
+        ("best scale", number(report.scale)),
+    ]
+    return "<dl class='facts'>" + "".join(f"<div><dt>{k}</dt><dd>{escape(v)}</dd></div>" for k, v in facts) + "</dl>"
+
+
+def _followed(report: Audit) -> str:
+    if report.verdict == "zero":
+        return "nothing"
+    if report.descends is None or report.identified is None:
+        return "no catalogue objective"
+    return f"{report.descends} ({report.identified['granularity']})"
+
+
+def _remedies(record: dict[str, Any]) -> str:
+    items = []
+    for remedy in record.get("remedies") or []:
+        checked = (
+            f"audited: {verdict_words(remedy.get('verdict'))}, relative bias {number(remedy.get('relative_bias'))}"
+            if remedy.get("verified")
+            else "not verified"
+        )
+        items.append(f"<li>{escape(str(remedy.get('text')))} <span class='note'>({escape(checked)})</span></li>")
+    return section("What would make it right", f"<ul>{''.join(items)}</ul>") if items else ""
+
+
+def _figures(report: Audit, drawn: Curves) -> str:
+    try:
+        found = figures(report, drawn)
+    except ImportError:
+        note = "<p class='note'>No figures: install the extra <code>opdtheory[plots]</code>.</p>"
+        return section("Figures", note)
+    missing = "" if drawn.claimed is not None else " The claimed divergence is known by name only and is not drawn."
+    captions = {
+        "Weight on a token": "The factor by which the loss raises the log-probability of a token, shifted to zero at "
+        "u = 1: recovered from exact expected gradients, over the one claimed. Drawn up to what |log u| ≤ 2.5 needs."
+        + missing,
+        "Implied generator": "The generator whose divergence has the recovered weight (T4), against the claimed one, "
+        "both zero with their slope at u = 1." + missing,
+        "Bias by pair": "Length of the error of the expected gradient over that of the exact one, at scale one. "
+        "Pairs are numbered as in the table.",
+        "Variance by pair": "Trace of the covariance of one batch's gradient, as it is, and of the estimator that sums "
+        "over the vocabulary.",
+    }
+    parts = [
+        f"<figure><h3>{escape(f.title)}</h3><div role='img' aria-label='{escape(f.alt, quote=True)}'>{f.svg}</div>"
+        f"<figcaption>{escape(captions[f.title])}</figcaption></figure>"
+        for f in found
+    ]
+    return section("Figures", f"<div class='figures'>{''.join(parts)}</div>")
+
+
+def _pairs(record: dict[str, Any]) -> str:
+    rows = [
+        (
+            str(i),
+            escape(pair["label"]),
+            aligned(pair["relative_bias"]),
+            cosine(pair["cosine"]),
+            aligned(pair["variance"]),
+            aligned(pair["full_vocabulary_variance"]),
+        )
+        for i, pair in enumerate(record["pairs"], 1)
+    ]
+    header = ("", "pair", "relative bias", "cosine", "variance", "whole-vocabulary variance")
+    about = "One row for each student and teacher: how peaked the student is, how far away the teacher."
+    return section("Pairs", table(header, rows, about, numbers=(2, 3, 4, 5)) + _lengths(record))
+
+
+def _lengths(record: dict[str, Any]) -> str:
+    lengths = record.get("variable_lengths")
+    if lengths is None:
+        return ""
+    return (
+        f"<p>Where rollouts may end early: {escape(verdict_words(lengths['verdict']))}, relative bias "
+        f"{number(lengths['relative_bias'])} at best scale.</p>"
+    )
+
+
+def _form(record: dict[str, Any]) -> str:
+    form = record.get("form")
+    if form is None:
+        return ""
+    terms = ", ".join(f"{number(value)} × {name}" for name, value in (form.get("terms") or {}).items())
+    limits = form.get("limits") or {}
+    ends = ", ".join(f"u → {'∞' if end == 'inf' else end}: {number(value)}" for end, value in limits.items())
+    fixed = ", ".join(str(point) for point in form.get("fixed_points") or [])
+    rows = [
+        ("name", escape(str(form.get("label") or "none"))),
+        ("combination", escape(terms)),
+        ("weight w(u)", formula(form.get("expr"))),
+        ("implied generator V(u)", formula(form.get("generator"))),
+        ("a genuine f-divergence", yes_or_no(form.get("genuine"))),
+        ("fixed points", escape(fixed)),
+        ("slope at the teacher", number(form.get("slope_at_teacher"))),
+        ("the teacher attracts", yes_or_no(form.get("attracts"))),
+        ("limits of w", escape(ends)),
+        ("growth", escape(str(form.get("growth") or ""))),
+        ("second moment", escape(str(form.get("second_moment") or ""))),
+        ("error of the fit", number(form.get("error"))),
+    ]
+    return section("The weight as a formula", rows_of([row for row in rows if row[1]]))
+
+
+def _dependence(record: dict[str, Any]) -> str:
+    found = record.get("dependence")
+    if found is None:
+        return ""
+    words = "".join(f"<li>{escape(str(word))}</li>" for word in found.get("words") or [])
+    rows = [
+        (label, yes_or_no(found[key]))
+        for key, label in (
+            ("ratio_only", "the token's own ratio alone"),
+            ("other_tokens", "other tokens of the rollout"),
+            ("batch", "other rollouts of the batch"),
+            ("sampling_policy", "the policy that sampled"),
+        )
+        if isinstance(found.get(key), bool)
+    ]
+    if found.get("position"):
+        rows.append(("the position", escape(", ".join(number(value) for value in found["position"]))))
+    if found.get("top_k") is not None:
+        rows.append(("the top tokens", f"the {escape(str(found['top_k']))} of the top"))
+    if found.get("student_and_teacher"):
+        rows.append(("student and teacher apart", escape(str(found["student_and_teacher"]))))
+    body = (f"<ul>{words}</ul>" if words else "") + rows_of(rows)
+    return section("What the weight of a token depends on", body)
+
+
+def _checks(record: dict[str, Any]) -> str:
+    marks = {
+        True: "<span class='good'>holds</span>",
+        False: "<span class='bad'>fails</span>",
+        None: "<span class='note'>not applicable</span>",
+    }
+    rows = [
+        (
+            marks[check.get("passed")],
+            escape(str(check.get("name"))),
+            number(check.get("value")),
+            number(check.get("limit")),
+            escape(str(check.get("detail") or "")),
+        )
+        for check in record.get("checks") or []
+    ]
+    header = ("", "check", "value", "limit", "")
+    about = "What else holds of a loss that follows its claim."
+    return section("Checks", table(header, rows, about, numbers=(2, 3))) if rows else ""
+
+
+def _numerics(record: dict[str, Any]) -> str:
+    rows = [
+        (
+            escape(str(result.get("dtype"))),
+            escape(str(result.get("regime"))),
+            *(_ratios(result.get(key)) for key in ("overflow", "lost_gradient", "sign_changed")),
+            number(result.get("worst_error")),
+            escape(str(result.get("words") or "")),
+        )
+        for result in record.get("numerics") or []
+    ]
+    header = ("dtype", "log-ratios", "overflows at", "loses gradient at", "changes sign at", "worst error", "")
+    about = "The same loss in lower precision, against float64. Entries are log-ratios."
+    return section("Numerics", table(header, rows, about, numbers=(5,))) if rows else ""
+
+
+def _ratios(value: object) -> str:
+    if value is None or value == [] or value is False:
+        return "nowhere"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        shown = [number(v) for v in value[:4]]
+        return escape(", ".join(shown) + (" …" if len(value) > 4 else ""))
+    return escape("yes" if value is True else number(value))
+
+
+def _monte_carlo(record: dict[str, Any]) -> str:
+    found = record.get("monte_carlo")
+    if found is None:
+        return ""
+    rows = [(escape(str(key).replace("_", " ")), escape(plain_text(value))) for key, value in found.items()]
+    return section("Monte Carlo", rows_of(rows))
+
+
+def _weight_table(report: Audit, drawn: Curves) -> str:
+    header = ("log u", "recovered w(u) − w(1)", "claimed")
+    claimed = [None] * len(drawn.log_u) if drawn.claimed is None else drawn.claimed.tolist()
+    # On the step beside zero only the slope was taken.
+    rows = [
+        (number(round(t, 6)), number(w if abs(w) > 1e-12 else 0.0), number(c))
+        for t, w, c in zip(drawn.log_u.tolist(), drawn.weight.tolist(), claimed, strict=True)
+    ]
+    about = "The recovered weight by log-ratio."
+    shown = table(header, rows, about, numbers=(0, 1, 2))
+    return f"<details><summary>The recovered weight as numbers</summary>{shown}</details>"
+
+
+def _settings(record: dict[str, Any]) -> str:
+    rows = [
+        (escape(_SETTINGS.get(key, key.replace("_", " "))), escape("none" if value is None else plain_text(value)))
+        for key, value in record["settings"].items()
+    ]
+    return f"<details><summary>Settings</summary>{rows_of(rows)}</details>"

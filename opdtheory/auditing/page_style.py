@@ -1,0 +1,99 @@
+"""The style sheet of an audit's page; its colours are in two palettes, for light and for dark surroundings."""
+
+from __future__ import annotations
+
+__all__ = ["CONTENT_POLICY", "DARK", "LIGHT", "STYLE"]
+
+# Nothing is fetched and nothing is run, whatever stands in the page.
+CONTENT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+
+LIGHT = {
+    "paper": "#fdfdfb",
+    "ink": "#1d2329",
+    "muted": "#5a646e",
+    "rule": "#dcdfdd",
+    "good": "#19692c",
+    "bad": "#b3261e",
+    "open": "#7a5600",
+    "claimed": "#b5651d",
+    "found": "#1f5f9e",
+    "panel": "#f4f4f0",
+}
+DARK = {
+    "paper": "#14171a",
+    "ink": "#e6e8ea",
+    "muted": "#a3adb6",
+    "rule": "#343b42",
+    "good": "#6fcf87",
+    "bad": "#ff8a80",
+    "open": "#e6b450",
+    "claimed": "#e59a52",
+    "found": "#74b0ec",
+    "panel": "#1c2125",
+}
+
+
+def _variables(palette: dict[str, str]) -> str:
+    return " ".join(f"--{name}: {colour};" for name, colour in palette.items())
+
+
+STYLE = (
+    f"""
+:root {{ color-scheme: light dark; {_variables(LIGHT)} }}
+@media (prefers-color-scheme: dark) {{ :root {{ {_variables(DARK)} }} }}
+"""
+    + """
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--paper); color: var(--ink); line-height: 1.55; font-size: 1.0625rem;
+  font-family: Charter, "Bitstream Charter", "Sitka Text", Cambria, Georgia, serif; }
+main, footer { max-width: 62rem; margin: 0 auto; padding: 0 1.25rem; }
+header { padding-top: 2.75rem; }
+.kicker, h3, th, dt, summary, caption, .word, figure svg, footer {
+  font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
+.kicker { margin: 0; font-size: .8rem; letter-spacing: .08em; text-transform: uppercase; color: var(--muted); }
+h1 { margin: .2rem 0 1.4rem; line-height: 1.25; font-weight: 600; font-size: clamp(1.35rem, 4.5vw, 2rem);
+  font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere; }
+h2 { font-size: 1.3rem; line-height: 1.3; margin: 2.6rem 0 .8rem; padding-top: .9rem;
+  border-top: 1px solid var(--rule); }
+h3 { font-size: .95rem; font-weight: 600; margin: 0 0 .3rem; }
+p { margin: .5rem 0; max-width: 42rem; }
+ul { padding-left: 1.2rem; max-width: 42rem; } li { margin: .3rem 0; }
+.verdict { background: var(--panel); border-left: 5px solid; border-radius: 3px; padding: .9rem 1.2rem 1rem; }
+.verdict.good { border-color: var(--good); } .verdict.bad { border-color: var(--bad); }
+.verdict.open { border-color: var(--open); }
+.verdict .word { margin: 0; font-weight: 700; font-size: .85rem; letter-spacing: .07em; text-transform: uppercase; }
+.verdict.good .word, .good { color: var(--good); } .verdict.bad .word, .bad { color: var(--bad); }
+.verdict.open .word { color: var(--open); }
+section.verdict { color: var(--ink); }
+.lead { font-size: 1.3rem; line-height: 1.35; margin: .15rem 0 .5rem; }
+.note { color: var(--muted); }
+dl { margin: 0; } dd { margin: 0; overflow-wrap: anywhere; }
+dt { color: var(--muted); font-size: .82rem; }
+.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .9rem 1.5rem;
+  margin-top: 1.5rem; }
+.facts dd { font-size: 1.05rem; font-variant-numeric: tabular-nums lining-nums; }
+.rows > div { display: grid; grid-template-columns: minmax(9rem, 15rem) 1fr; gap: .1rem 1.2rem; padding: .32rem 0;
+  border-bottom: 1px solid var(--rule); align-items: baseline; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 25rem), 1fr)); gap: 2rem 2.2rem; }
+figure { margin: 0; min-width: 0; } figure svg { display: block; width: 100%; height: auto; }
+figcaption { font-size: .9rem; line-height: 1.45; color: var(--muted); margin-top: .3rem; }
+.scroll { overflow-x: auto; } .scroll:focus-visible { outline: 2px solid var(--found); outline-offset: 2px; }
+table { border-collapse: collapse; width: 100%; font-size: .95rem; }
+caption { text-align: left; color: var(--muted); font-size: .85rem; padding-bottom: .5rem; }
+th { text-align: left; font-size: .8rem; font-weight: 600; vertical-align: bottom;
+  border-bottom: 1.5px solid var(--ink); }
+thead td { border-bottom: 1.5px solid var(--ink); }
+th, td { padding: .34rem .8rem .34rem 0; } td { border-bottom: 1px solid var(--rule); vertical-align: top; }
+.number { text-align: right; font-variant-numeric: tabular-nums lining-nums; white-space: nowrap; }
+th.number { white-space: normal; }
+details { margin-top: 1.4rem; } summary { cursor: pointer; font-size: .95rem; color: var(--found); }
+details > * + * { margin-top: .7rem; }
+code { font-size: .9em; } .formula { font-size: 1.08em; } sup { line-height: 0; font-size: .72em; }
+footer { color: var(--muted); font-size: .82rem; margin-top: 2.5rem; padding-bottom: 2.5rem; }
+footer p { max-width: none; border-top: 1px solid var(--rule); padding-top: .8rem; }
+@media (max-width: 34rem) {
+  .rows > div { grid-template-columns: 1fr; } body { font-size: 1rem; } .lead { font-size: 1.15rem; }
+}
+@media print { .scroll { overflow: visible; } details { display: block; } }
+"""
+)

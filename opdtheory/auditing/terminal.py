@@ -1,0 +1,108 @@
+"""An audit in a terminal, with rich (extra `cli`); as plain text where the output is no terminal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from opdtheory.auditing.report import Audit
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["print_audit"]
+
+_COLOURS = {"exact": "green", "exact_up_to_scale": "green", "undecided": "yellow"}
+
+
+def print_audit(report: Audit, console: Console | None = None) -> None:
+    """Print an audit: in colour, with tables, if the console is a terminal, else `str(report)`.
+
+    Args:
+        report: the audit.
+        console: rich's; None prints plain text.
+    """
+    if console is None or not console.is_terminal:
+        print(report)
+        return
+    from rich.text import Text
+
+    colour = _COLOURS.get(report.verdict, "red")
+    title = Text.assemble(
+        (report.name, "bold"), "  ", (f" {report.verdict.replace('_', ' ').upper()} ", f"bold reverse {colour}")
+    )
+    console.print(title)
+    console.print()
+    console.print(Text(report.summary()))
+    for table in (_pairs(report), _checks(report), _numerics(report)):
+        if table is not None:
+            console.print()
+            console.print(table)
+    remedies = report.to_dict().get("remedies") or []
+    if remedies:
+        console.print()
+        console.print(Text("What would make it right", style="bold"))
+    for remedy in remedies:
+        found = str(remedy.get("verdict")).replace("_", " ")
+        note = f"  audited: {found}" if remedy.get("verified") else "  not verified"
+        console.print(Text.assemble("  • ", str(remedy.get("text")), (note, "dim")))
+
+
+def _table(title: str, columns: list[tuple[str, str]], rows: list[list[Any]]) -> Any:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name, justify in columns:
+        table.add_column(name, justify="right" if justify == "right" else "left", overflow="fold")
+    for row in rows:
+        # Names and details are shown as they are: in a plain string rich would read brackets as markup.
+        table.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
+    return table
+
+
+def _pairs(report: Audit) -> Any:
+    from rich.text import Text
+
+    rows: list[list[Any]] = []
+    for pair in report.pairs:
+        good = report.faithful or pair.relative_bias <= report.tolerance
+        rows.append(
+            [
+                pair.label,
+                Text(f"{pair.relative_bias:.2e}", style="green" if good else "red"),
+                Text(f"{pair.cosine:+.6f}", style="bold red" if pair.cosine < 0 else ""),
+                f"{pair.variance:.3e}",
+                f"{pair.full_vocabulary_variance:.3e}",
+            ]
+        )
+    columns = [
+        ("pair", "left"),
+        *((c, "right") for c in ("relative bias", "cosine", "variance", "full-vocab variance")),
+    ]
+    return _table("Pairs", columns, rows)
+
+
+def _checks(report: Audit) -> Any:
+    from rich.text import Text
+
+    marks = {True: Text("ok", style="green"), False: Text("FAILED", style="bold red"), None: Text("-", style="dim")}
+    rows = [
+        [marks[c.get("passed")], c.get("name"), _number(c.get("value")), c.get("detail") or ""]
+        for c in report.to_dict().get("checks") or []
+    ]
+    columns = [("", "left"), ("check", "left"), ("value", "right"), ("", "left")]
+    return _table("Checks", columns, rows) if rows else None
+
+
+def _numerics(report: Audit) -> Any:
+    rows = [
+        [r.get("dtype"), r.get("regime"), _number(r.get("worst_error")), r.get("words") or ""]
+        for r in report.to_dict().get("numerics") or []
+    ]
+    columns = [("dtype", "left"), ("log-ratios", "left"), ("worst error", "right"), ("", "left")]
+    return _table("Numerics", columns, rows) if rows else None
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2e}"

@@ -1,0 +1,102 @@
+"""`opd_loss`: say beside a loss what it is meant to minimise, for `pytest --opd-audit` to check.
+
+Nothing here imports torch, so that a trainer's module may carry the mark at no cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from opdtheory.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    from opdtheory.divergences import Divergence
+
+__all__ = ["LossClaim", "claims_of", "opd_loss"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_ATTRIBUTE = "__opd_claims__"
+_GRANULARITIES = ("token_local", "token_return", "sequence")
+_VERDICTS = ("exact", "exact_up_to_scale", "other_objective", "zero", "biased")
+
+
+@dataclass(frozen=True)
+class LossClaim:
+    """One `opd_loss` mark.
+
+    Attributes:
+        claims: the divergence that the loss is meant to minimise, an object or a catalogue name.
+        granularity: `token_local`, `token_return` or `sequence`.
+        verdict: what the audit is to find.
+        settings: the other arguments of `opdtheory.audit`.
+    """
+
+    claims: str | Divergence
+    granularity: str
+    verdict: str
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """The claim and its settings in one line, such as `forward_kl-token_local-eos=0`."""
+        name = self.claims if isinstance(self.claims, str) else self.claims.label
+        return "-".join([name, self.granularity, *(f"{key}={value}" for key, value in sorted(self.settings.items()))])
+
+    def is_met_by(self, verdict: str) -> bool:
+        """Whether a verdict is the one asked for; `exact` is one of `exact_up_to_scale`, with the scale one."""
+        return verdict == self.verdict or (self.verdict == "exact_up_to_scale" and verdict == "exact")
+
+
+def opd_loss(
+    claims: str | Divergence, granularity: str = "token_local", verdict: str = "exact", **settings: Any
+) -> Callable[[F], F]:
+    """Mark a function `loss(rollouts) -> scalar` with what it is meant to minimise; `pytest --opd-audit` audits it.
+
+    The function itself is returned unchanged. Several marks on one function are several audits.
+
+    Args:
+        claims: the divergence that the loss is meant to minimise, an object or a catalogue name.
+        granularity: `token_local`, `token_return` or `sequence`.
+        verdict: what the audit is to find: `exact`; `exact_up_to_scale`, which `exact` meets too; or, of a loss
+            that is known to do something else, `other_objective`, `zero` or `biased`.
+        **settings: other arguments of `opdtheory.audit`: `batch_size`, `eos`, `off_policy`, `gamma`, `seed`, `name`.
+
+    Raises:
+        InvalidArgumentError: an unknown granularity or verdict, or something that cannot carry a mark.
+
+    Example:
+        >>> @opd_loss(claims="reverse_kl")
+        ... @opd_loss(claims="reverse_kl", granularity="sequence", verdict="biased")
+        ... def k2(rollouts):
+        ...     return rollouts.token_sum(rollouts.log_u.square() / 2)
+        >>> [claim.label for claim in claims_of(k2)]
+        ['reverse_kl-token_local', 'reverse_kl-sequence']
+    """
+    if callable(claims):
+        raise InvalidArgumentError("claims", f"is {claims!r}; write @opd_loss(claims=...) with a divergence")
+    for name, value, allowed in (("granularity", granularity, _GRANULARITIES), ("verdict", verdict, _VERDICTS)):
+        if value not in allowed:
+            raise InvalidArgumentError(name, f"is {value!r}; one of {', '.join(allowed)} is needed")
+    claim = LossClaim(claims, granularity, verdict, settings)
+
+    def mark(loss: F) -> F:
+        try:
+            # The decorator nearest to the function runs first, and the topmost is read first.
+            setattr(loss, _ATTRIBUTE, (claim, *claims_of(loss)))
+        except AttributeError:
+            raise InvalidArgumentError(
+                "loss", f"is a {type(loss).__name__}, which takes no attribute; mark a function that calls it"
+            ) from None
+        return loss
+
+    return mark
+
+
+def claims_of(loss: object) -> tuple[LossClaim, ...]:
+    """The marks that a function carries, topmost first; none of anything else."""
+    # Of the object's own: an object that answers to every name, such as a mock, carries no mark.
+    found = getattr(loss, "__dict__", {}).get(_ATTRIBUTE, ()) if not isinstance(loss, type) else ()
+    return found if isinstance(found, tuple) else ()
