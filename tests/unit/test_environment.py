@@ -198,7 +198,7 @@ def some_form_of(name: str):
     raise AssertionError(f"no form of {name} found")
 
 
-@pytest.mark.parametrize("loss", map(some_form_of, estimator_names()), ids=lambda loss: loss.name)
+@pytest.mark.parametrize("loss", [some_form_of(name) for name in estimator_names()], ids=lambda loss: loss.name)
 def test_every_estimator_leaves_a_prompt_alone(loss):
     """What it does after a mixture of prompts is the mixture of what it does after each."""
     student, teacher = random_pair(3, 3, eos=0, seed=2, environment=(0,))
