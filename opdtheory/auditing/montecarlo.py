@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,6 +45,9 @@ _TIGHT_AT = 300
 # Logits that one call of a loss gets if many batches can be had at once.
 _LOGITS_AT_ONCE = 2**15
 _ROLLOUTS_AT_ONCE = 256
+
+# Rollouts on which it is looked whether a loss is the mean of its batches' losses.
+_TRIED = 16
 
 # Batches whose mean is one observation where each needs a call of its own: their means are nearer to normal.
 _BATCHES_APART = 8
@@ -91,6 +94,7 @@ def monte_carlo_compare(
     max_batches: int = 20_000,
     seconds: float = 30.0,
     naming: bool = True,
+    shared_prompt: bool = False,
 ) -> MonteCarloResult:
     r"""Compare a loss's expected gradient with the exact one by sampling, until the verdict is certain.
 
@@ -111,6 +115,7 @@ def monte_carlo_compare(
         max_batches: calls of the loss over all pairs.
         seconds: wall-clock budget.
         naming: whether to look for the objective that a biased loss follows.
+        shared_prompt: whether the rollouts of a batch answer one prompt, as in `expected_gradient`.
 
     Raises:
         InvalidArgumentError: a setting out of range, or a claimed objective without a usable gradient.
@@ -122,7 +127,7 @@ def monte_carlo_compare(
     check_objective(granularity, gamma)
     _check_settings(cases, batch_size, margin, confidence, max_batches, seconds)
     with one_thread(), torch.no_grad():
-        search = _Search(loss, cases, divergence, granularity, gamma, batch_size, seed, confidence)
+        search = _Search(loss, cases, divergence, granularity, gamma, batch_size, seed, confidence, shared_prompt)
         verdict, name = "undecided", None
         while search.batches < max_batches and time.perf_counter() - start < seconds:
             search.advance(margin, max_batches)
@@ -151,6 +156,7 @@ class _Search:
         batch_size: int,
         seed: int,
         confidence: float,
+        shared_prompt: bool,
     ) -> None:
         self.generator = torch.Generator().manual_seed(seed)
         samplers = [Sampler.build(c.student, c.teacher, c.behavior, TABLE_BUDGET) for c in cases]
@@ -159,14 +165,12 @@ class _Search:
                 raise BudgetExceededError(
                     "a Monte Carlo audit's table", sampler.student.numel(), TABLE_BUDGET, "lower the vocabulary"
                 )
-        first = samplers[0].draw(batch_size, self.generator)
-        self.same = _ROUNDING.get(_value_dtype(loss, first), _COARSE)
-        self.separable = all(
-            splits_into_batches(loss, s, batch_size, self.generator, max(self.same, 1e-10)) for s in samplers
-        )
+        self.same = _ROUNDING.get(_value_dtype(loss, samplers[0].draw(batch_size, self.generator)), _COARSE)
+        few = max(2, _TRIED // batch_size)
+        looks = [Look(loss, sampler, batch_size, few, False, shared_prompt) for sampler in samplers]
+        self.separable = all(splits_into_batches(look, self.generator, self.same) for look in looks)
         self.claim = (divergence, granularity, gamma)
-        looks = [_look(loss, s, batch_size, self.separable) for s in samplers]
-        self.pairs = [self._pair(case, look) for case, look in zip(cases, looks, strict=True)]
+        self.pairs = [self._pair(case, _sized(look, self.separable)) for case, look in zip(cases, looks, strict=True)]
         self.confidence = confidence
         streams = sum(len(pair.basis) + 1 for pair in self.pairs)
         self.alpha = (1.0 - confidence) / streams
@@ -320,11 +324,12 @@ def _catalogue(case: Case, sampler: Sampler, granularity: str) -> dict[tuple[str
     return {key: table for key, table in found.items() if float(table.norm()) > 0.0}
 
 
-def _look(loss: Loss, sampler: Sampler, batch_size: int, separable: bool) -> Look:
+def _sized(look: Look, separable: bool) -> Look:
+    """The look with as many batches in one observation as are worth it."""
     if not separable:
-        return Look(loss, sampler, batch_size, _BATCHES_APART, at_once=False)
-    most = min(_ROLLOUTS_AT_ONCE, _LOGITS_AT_ONCE // (sampler.horizon * sampler.student.shape[-1]))
-    return Look(loss, sampler, batch_size, max(1, most // batch_size), at_once=True)
+        return replace(look, batches=_BATCHES_APART)
+    most = min(_ROLLOUTS_AT_ONCE, _LOGITS_AT_ONCE // (look.sampler.horizon * look.sampler.student.shape[-1]))
+    return replace(look, batches=max(1, most // look.batch_size), at_once=True)
 
 
 def _value_dtype(loss: Loss, sample: Sample) -> torch.dtype:

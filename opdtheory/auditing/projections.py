@@ -74,6 +74,7 @@ class Look:
         batch_size: rollouts it is judged at.
         batches: how many batches one observation is the mean of.
         at_once: whether one call of the loss does for all of them.
+        shared_prompt: whether the rollouts of a batch answer one prompt.
     """
 
     loss: Loss
@@ -81,6 +82,7 @@ class Look:
     batch_size: int
     batches: int
     at_once: bool
+    shared_prompt: bool = False
 
     @property
     def calls(self) -> int:
@@ -92,13 +94,17 @@ class Look:
         """Rollouts in one observation."""
         return self.batch_size * self.batches
 
+    def sample(self, generator: torch.Generator) -> Sample:
+        """The rollouts of one observation, batch after batch."""
+        return self.sampler.draw(self.rollouts, generator, self.batch_size if self.shared_prompt else 1)
+
     def draw(self, generator: torch.Generator) -> tuple[Sample, Tensor]:
         """Rollouts, and the mean gradient of their batches in each logit, `(B, T, V)`."""
-        sample = self.sampler.draw(self.rollouts, generator)
+        sample = self.sample(generator)
         if self.at_once:
             return sample, sensitivity(self.loss, sample)
         parts = torch.arange(self.rollouts).split(self.batch_size)
-        each = [sensitivity(self.loss, _select(self.sampler, sample, index)) for index in parts]
+        each = [sensitivity(self.loss, sample.select(index)) for index in parts]
         return sample, torch.cat(each) / self.batches
 
 
@@ -125,38 +131,32 @@ def sensitivity(loss: Loss, sample: Sample) -> Tensor:
     return gradient
 
 
-def splits_into_batches(loss: Loss, sampler: Sampler, batch_size: int, generator: torch.Generator, same: float) -> bool:
+def splits_into_batches(look: Look, generator: torch.Generator, same: float) -> bool:
     """Whether the loss of many rollouts is the mean of its losses on batches of the size asked for.
 
-    Then one call on many rollouts stands for many calls. Looked at on a few draws, as a sensitivity that moves with
-    the company a rollout keeps.
+    Then one call on many rollouts stands for many calls. Looked at on one observation, as a sensitivity that moves
+    with the company a rollout keeps.
 
     Args:
-        loss: the black box.
-        sampler: of one pair.
-        batch_size: rollouts the loss is to be judged at.
+        look: at several batches.
         generator: of the draws.
         same: relative difference that is rounding.
 
     Raises:
         LossError: the loss differs between identical calls, or as `sensitivity`.
     """
-    sample = sampler.draw(batch_size, generator)
-    everyone = torch.arange(batch_size)
-    if not torch.equal(*(sensitivity(loss, _select(sampler, sample, everyone)) for _ in range(2))):
+    many = look.sample(generator)
+    first, *others = torch.arange(look.rollouts).split(look.batch_size)
+    apart = sensitivity(look.loss, many.select(first))
+    if not torch.equal(apart, sensitivity(look.loss, many.select(first))):
         raise LossError("the loss is not deterministic: its gradient changed between two identical calls")
-    many = sampler.draw(batch_size * max(2, 16 // batch_size), generator)
+    each = torch.cat([apart, *(sensitivity(look.loss, many.select(index)) for index in others)]) / look.batches
     try:
-        together = sensitivity(loss, many)
-    except (RuntimeError, ValueError):  # A loss may insist on its batch size.
+        together = sensitivity(look.loss, many)
+    except (AssertionError, IndexError, RuntimeError, TypeError, ValueError):  # It may insist on its batch size.
         return False
-    parts = len(many.rows) // batch_size
-    for index in torch.arange(len(many.rows)).split(batch_size):
-        apart = sensitivity(loss, _select(sampler, many, index)) / parts
-        scale = max(float(apart.abs().max()), float(together[index].abs().max()), 1e-300)
-        if float((apart - together[index]).abs().max()) > same * scale:
-            return False
-    return True
+    scale = max(float(each.abs().max()), float(together.abs().max()), 1e-300)
+    return float((each - together).abs().max()) <= same * scale
 
 
 def controls(
@@ -324,20 +324,6 @@ def _vocabulary(sampler: Sampler, divergence: Divergence) -> Callable[[Sample], 
         return weight.unsqueeze(-1) * table[sample.rows] / len(sample.rows)
 
     return gradient
-
-
-def _select(sampler: Sampler, sample: Sample, index: Tensor) -> Sample:
-    """Some rollouts of a sample, with a leaf of their own."""
-    r = sample.rollouts
-    with torch.enable_grad():
-        rollouts = Rollouts.from_logits(
-            r.tokens[index],
-            r.student_logits.detach()[index].requires_grad_(),
-            r.teacher_logits[index],
-            mask=r.mask[index],
-            behavior_logprobs=r.behavior_logprobs[index] if sampler.behavior is not sampler.student else None,
-        )
-    return Sample(rollouts, sample.rows[index])
 
 
 def _orthonormal(vectors: list[Tensor]) -> Tensor:

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from opdtheory.errors import BudgetExceededError, InvalidArgumentError
+from opdtheory.exact.enumeration import shown_tables
 from opdtheory.exact.policies import MarkovPolicy, Policy
 from opdtheory.exact.tree import LEAF_BUDGET, check_pair
 from opdtheory.rollouts import Rollouts
@@ -32,6 +33,19 @@ class Sample:
     rollouts: Rollouts
     rows: Int64[Tensor, "B T"]
 
+    def select(self, index: Int64[Tensor, " b"]) -> Sample:
+        """Some of the rollouts, as a batch with a leaf of its own."""
+        r = self.rollouts
+        rollouts = _rollouts(
+            r.tokens[index],
+            r.mask[index],
+            r.student_logits.detach()[index],
+            r.teacher_logits[index],
+            r.teacher_logprobs[index],
+            r.behavior_logprobs[index],
+        )
+        return Sample(rollouts, self.rows[index])
+
 
 @dataclass(frozen=True)
 class Sampler:
@@ -41,7 +55,7 @@ class Sampler:
     `1 + a` follows the token `a`, so that any horizon fits. Otherwise the levels of `Policy.tables` follow each other.
 
     Attributes:
-        student: stacked logits of the policy that is trained, `(R, V)`, detached.
+        student: stacked logits of the policy that is trained, `(R, V)`, detached, as rollouts show them.
         teacher: of the policy that scores.
         behavior: of the policy that samples; the student's own object on-policy.
         horizon: length cap `T`.
@@ -74,7 +88,7 @@ class Sampler:
         """
         check_pair(student, teacher)
         behavior = student if behavior is None else behavior
-        check_pair(student, behavior)
+        check_pair(student, behavior, "behavior")
         chain = all(isinstance(policy, MarkovPolicy) for policy in (student, teacher, behavior))
         if not chain and student.vocab_size**student.horizon > budget:
             raise BudgetExceededError(
@@ -83,14 +97,13 @@ class Sampler:
                 budget,
                 "lower the horizon or the vocabulary, or take MarkovPolicy for all policies",
             )
-        levels = _levels(student, chain)
+        levels = _shown(student, "student", chain)
         stacked = torch.cat(levels)
-        behavior_logits = stacked if behavior is student else torch.cat(_levels(behavior, chain))
-        cumulative = torch.softmax(behavior_logits, -1).cumsum(-1)
+        cumulative = torch.softmax(torch.cat(_levels(behavior, chain)), -1).cumsum(-1)
         return cls(
             student=stacked,
-            teacher=torch.cat(_levels(teacher, chain)),
-            behavior=behavior_logits,
+            teacher=torch.cat(_shown(teacher, "teacher", chain)),
+            behavior=stacked if behavior is student else torch.cat(_shown(behavior, "behavior", chain)),
             horizon=student.horizon,
             eos=student.eos,
             environment=tuple(student.environment),
@@ -100,17 +113,26 @@ class Sampler:
             cumulative=cumulative / cumulative[:, -1:],
         )
 
-    def draw(self, count: int, generator: torch.Generator) -> Sample:
-        """Draw `count` independent rollouts.
+    def draw(self, count: int, generator: torch.Generator, group: int = 1) -> Sample:
+        """Draw `count` rollouts, independent given their prompts.
+
+        Args:
+            count: number of rollouts.
+            generator: of the random numbers.
+            group: how many in a row share a prompt: what an environment writes before the student's first token.
 
         Raises:
-            InvalidArgumentError: `count` is below one.
+            InvalidArgumentError: `count` is below one, or no multiple of `group`.
         """
         if not isinstance(count, int) or count < 1:
             raise InvalidArgumentError("count", f"is {count!r}; a positive integer is needed")
+        if not isinstance(group, int) or group < 1 or count % group:
+            raise InvalidArgumentError("group", f"is {group!r}; a divisor of count={count} is needed")
         vocab_size = self.student.shape[-1]
         row, live = torch.zeros(count, dtype=torch.int64), torch.ones(count, dtype=torch.bool)
         uniform = torch.rand(self.horizon, count, 1, generator=generator, dtype=torch.float64)
+        prompt = next((n for n in range(self.horizon) if n not in self.environment), self.horizon)
+        uniform[:prompt] = uniform[:prompt, ::group].repeat_interleave(group, 1)
         tokens, rows, mask = [], [], []
         first = 0
         for n in range(self.horizon):
@@ -145,16 +167,11 @@ class Sampler:
         return [levels[0][0], levels[1]] if self.chain else levels
 
     def _sample(self, tokens: Tensor, rows: Tensor, mask: Tensor) -> Sample:
-        behavior_logprobs = None
-        if self.behavior is not self.student:
-            behavior_logprobs = torch.log_softmax(self.behavior[rows], -1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-            behavior_logprobs = torch.where((mask == 0) & torch.isneginf(behavior_logprobs), 0.0, behavior_logprobs)
-        leaf = self.student[rows].requires_grad_()
-        with torch.enable_grad():
-            rollouts = Rollouts.from_logits(
-                tokens, leaf, self.teacher[rows], mask=mask, behavior_logprobs=behavior_logprobs
-            )
-        return Sample(rollouts, rows)
+        off_policy = self.behavior is not self.student
+        logits, teacher_logits = self.student[rows], self.teacher[rows]
+        teacher_logprobs = _logprobs(teacher_logits, tokens, mask)
+        behavior_logprobs = _logprobs(self.behavior[rows], tokens, mask) if off_policy else None
+        return Sample(_rollouts(tokens, mask, logits, teacher_logits, teacher_logprobs, behavior_logprobs), rows)
 
 
 def sample_rollouts(
@@ -191,3 +208,36 @@ def _levels(policy: Policy, chain: bool) -> list[Tensor]:
     if chain and isinstance(policy, MarkovPolicy):
         return [policy.initial.detach().unsqueeze(0), policy.transition.detach()]
     return [table.detach() for table in policy.tables()]
+
+
+def _shown(policy: Policy, role: str, chain: bool) -> list[Tensor]:
+    return _levels(policy, chain) if chain else [table.detach() for table in shown_tables(policy, role)]
+
+
+def _rollouts(
+    tokens: Tensor,
+    mask: Tensor,
+    logits: Tensor,
+    teacher_logits: Tensor,
+    teacher_logprobs: Tensor,
+    behavior_logprobs: Tensor | None,
+) -> Rollouts:
+    """Rollouts from checked policies with `logits` as their leaf; on-policy without `behavior_logprobs`."""
+    leaf = logits.requires_grad_()
+    with torch.enable_grad():
+        student_logprobs = _logprobs(leaf, tokens, mask)
+    return Rollouts.unchecked(
+        tokens=tokens,
+        mask=mask,
+        student_logits=leaf,
+        teacher_logits=teacher_logits,
+        student_logprobs=student_logprobs,
+        teacher_logprobs=teacher_logprobs,
+        behavior_logprobs=student_logprobs.detach() if behavior_logprobs is None else behavior_logprobs,
+    )
+
+
+def _logprobs(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+    """Log-probabilities of the tokens, finite where masked."""
+    values = torch.log_softmax(logits, -1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    return torch.where((mask == 0) & torch.isneginf(values), 0.0, values)

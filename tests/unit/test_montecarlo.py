@@ -61,9 +61,10 @@ def test_draws_follow_the_behaviour_law(eos: int | None, off_policy: float) -> N
         assert stats.chisquare(counts, (20_000 * student_law / student_law.sum()).numpy()).pvalue < 1e-9
 
 
-@pytest.mark.parametrize("eos", [None, 1])
-def test_a_sample_has_the_form_of_an_enumeration(eos: int | None) -> None:
-    case = _case(3, 3, eos, 0.4)
+@pytest.mark.parametrize(("eos", "written"), [(None, ()), (1, ()), (1, (0,)), (1, (1,))])
+def test_a_sample_has_the_form_of_an_enumeration(eos: int | None, written: tuple[int, ...]) -> None:
+    student = TabularPolicy.random(3, 3, eos=eos, seed=0, environment=written)
+    case = Case(student, student.perturbed(1.0, seed=1), student.perturbed(0.4, seed=2), "small")
     everything = Enumeration.build(case.student, case.teacher, case.behavior)
     index = {tuple(tokens): i for i, tokens in enumerate(everything.tokens.tolist())}
     sampler = Sampler.build(case.student, case.teacher, case.behavior)
@@ -95,6 +96,34 @@ def test_environment_tokens_are_masked_and_end_nothing() -> None:
     assert float(mask[:, 1].sum()) == 0.0
     written_zero = (tokens[:, 0] != 0) & (tokens[:, 1] == 0)
     assert bool(written_zero.any()) and bool((mask[written_zero, 2] == 1).all())
+
+
+def test_the_rollouts_of_a_group_share_their_prompt() -> None:
+    student = TabularPolicy.random(4, 3, seed=0, environment=(0,))
+    sampler = Sampler.build(student, student.perturbed(1.0, seed=1))
+    tokens = sampler.draw(400, torch.Generator().manual_seed(0), group=4).rollouts.tokens.view(100, 4, 3)
+    assert bool((tokens[..., 0] == tokens[:, :1, 0]).all()) and len(tokens[:, 0, 0].unique()) == 4
+    assert not bool((tokens[..., 1] == tokens[:, :1, 1]).all())
+    apart = sampler.draw(400, torch.Generator().manual_seed(0)).rollouts.tokens.view(100, 4, 3)
+    assert not bool((apart[..., 0] == apart[:, :1, 0]).all())
+
+
+@pytest.mark.parametrize("shared_prompt", [False, True])
+def test_prompts_and_groups_agree_with_the_exact_expectation(shared_prompt: bool) -> None:
+    """Centred by the group's mean over whole rollouts: a multiple of the exact gradient either way."""
+
+    def centred(r: Rollouts) -> torch.Tensor:
+        advantages = (r.mask * r.log_u.detach()).sum(-1, keepdim=True)
+        return r.token_sum(-((advantages - advantages.mean(0)) * r.student_logprobs))
+
+    case = panel(2, prompts=2, shared_prompt=shared_prompt)[3]
+    exact = torch.cat([g.flatten() for g in exact_gradient(case.student, case.teacher, "reverse_kl", "sequence")])
+    expected = opd.expected_gradient(centred, case.student, case.teacher, 2, shared_prompt=shared_prompt)
+    gap = torch.cat([g.flatten() for g in expected]) - exact / 2
+    assert float(gap.abs().max()) < 1e-12
+    result = _compare(centred, [case], "reverse_kl", "sequence", batch_size=2, shared_prompt=shared_prompt)
+    assert result.verdict == "exact_up_to_scale", result.words
+    assert result.scale is not None and result.scale[0] <= 0.5 <= result.scale[1]
 
 
 def test_a_table_is_stacked_and_unstacked() -> None:
