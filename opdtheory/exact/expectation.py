@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -277,17 +278,17 @@ def _from_batches(probe: _Probe, groups: list[Tensor], batch_size: int, budget: 
 
 def _batches(count: int, batch_size: int, ordered: bool) -> tuple[Int64[Tensor, "M B"], Float[Tensor, " M"]]:
     """Every batch, with the number of orderings that it stands for."""
-    choice = torch.arange(count)
     if ordered:
-        batches = torch.cartesian_prod(*[choice] * batch_size).view(-1, batch_size)
+        batches = torch.tensor(list(itertools.product(range(count), repeat=batch_size)))
         return batches, torch.ones(len(batches), dtype=torch.float64)
-    batches = torch.combinations(choice, batch_size, with_replacement=True)
-    # Members ascend: the product of their numbers within each run of equal ones is the product of the runs' k!.
+    # Not `torch.combinations`, which spells out every order before it drops all but one.
+    batches = torch.tensor(list(itertools.combinations_with_replacement(range(count), batch_size)))
+    # The multinomial coefficient, member by member: they ascend, so that equal ones are a run.
     run = torch.ones(len(batches), dtype=torch.float64)
-    orderings = torch.full_like(run, math.factorial(batch_size))
-    for before, member in zip(batches.T, batches.T[1:], strict=False):
-        run = torch.where(before == member, run + 1.0, 1.0)
-        orderings /= run
+    orderings = run
+    for n in range(1, batch_size):
+        run = torch.where(batches[:, n] == batches[:, n - 1], run + 1.0, 1.0)
+        orderings = orderings * (n + 1) / run
     return batches, orderings
 
 

@@ -427,6 +427,25 @@ def test_the_budget_counts_each_prompt():
     assert gradient_moments(coupled, student, teacher, 3, budget=40, shared_prompt=True).evaluations >= 40
 
 
+def test_a_large_group_of_few_sequences_is_cheap():
+    """Batches of 30 out of 3 rollouts: 496 up to order, 2e14 in order; their number per batch is a multinomial."""
+    student, teacher = random_pair(3, 1, seed=1)
+    p = student.logits[0][0].softmax(-1)
+
+    def of_counts(r: Rollouts) -> torch.Tensor:
+        return (r.tokens == 0).double().mean() ** 2 * r.token_sum(r.student_logprobs)
+
+    found = gradient_moments(of_counts, student, teacher, 30)
+    counts = torch.distributions.Binomial(30, p[0])
+    n = torch.arange(31, dtype=torch.float64)
+    cube, square = (float((counts.log_prob(n).exp() * (n / 30) ** k).sum()) for k in (3, 2))
+    # E[m^2 (share - p)], the shares of the other tokens given the first one's being proportional.
+    rest = (square - cube) * p / (1 - p[0]) - square * p
+    truth = torch.where(torch.arange(3) == 0, cube - square * p[0], rest)
+    assert not found.separable and found.evaluations < 600
+    assert gradient_gap([found.mean[0][0]], [truth]) <= ENUMERATION
+
+
 def test_a_gradient_that_is_not_finite_is_refused_even_where_it_would_cancel():
     def infinite(r: Rollouts) -> torch.Tensor:
         return r.token_sum(torch.sqrt((r.student_logprobs - r.student_logprobs.detach()).abs()))
