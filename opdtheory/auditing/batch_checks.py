@@ -22,7 +22,7 @@ _EXTREME = 2000.0
 
 
 def padding_gradient(s: Subject) -> Check:
-    """No logit after the end of a rollout may receive gradient."""
+    """No logit after the end of a rollout, or where an environment writes, may receive gradient."""
     name = "no gradient on padding"
     gradient = s.padded_base[1]
     padding = s.padded.mask[s.everyone(s.padded)] == 0
@@ -36,7 +36,7 @@ def padding_gradient(s: Subject) -> Check:
 
 
 def padding_values(s: Subject) -> Check:
-    """Other tokens and logits after the end of a rollout may move nothing."""
+    """Other tokens and logits at masked positions may move nothing."""
     generator = torch.Generator().manual_seed(s.seed + 7)
     logits = s.rows(s.padded, s.everyone(s.padded))
     padding = s.padded.mask == 0
@@ -50,7 +50,7 @@ def padding_values(s: Subject) -> Check:
 
 
 def padding_extremes(s: Subject) -> Check:
-    r"""Log-ratios of $\pm 2000$ after the end of a rollout, whose exponentials overflow, may move nothing."""
+    r"""Log-ratios of $\pm 2000$ at masked positions, whose exponentials overflow, may move nothing."""
     everyone = s.everyone(s.padded)
     tokens = s.padded.tokens[everyone].unsqueeze(-1)
     sign = torch.where(torch.arange(len(everyone)) % 2 == 0, -1.0, 1.0).double().view(-1, 1, 1)
@@ -180,11 +180,11 @@ def _padding_check(s: Subject, name: str, changed: Enumeration, push: Tensor, wh
     before = s.padded_base[0], torch.where(live, s.padded_base[1], 0.0)
     moved = s.moved(before, (value, torch.where(live, gradient, 0.0)))
     if moved <= s.tolerance:
-        return Check(name, True, moved, s.tolerance, f"With {what} after the end of a rollout nothing moves.")
+        return Check(name, True, moved, s.tolerance, f"With {what} at masked positions nothing moves.")
     if math.isfinite(moved):
-        detail = f"With {what} after the end of a rollout the loss or its gradient moves by {moved:.2g} of itself."
+        detail = f"With {what} at masked positions the loss or its gradient moves by {moved:.2g} of itself."
         return Check(name, False, moved, s.tolerance, detail)
-    detail = f"With {what} after the end of a rollout the loss or its gradient is no finite number any more."
+    detail = f"With {what} at masked positions the loss or its gradient is no finite number any more."
     return Check(name, False, None, s.tolerance, detail)
 
 

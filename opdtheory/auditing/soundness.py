@@ -11,7 +11,7 @@ from opdtheory.auditing.panel import Case
 from opdtheory.auditing.subject import Check, Subject, norm
 from opdtheory.divergences import Divergence
 from opdtheory.errors import BudgetExceededError
-from opdtheory.exact import Enumeration, GradientMoments, Loss, gradient_moments
+from opdtheory.exact import Enumeration, GradientMoments, Loss, TabularPolicy, gradient_moments
 from opdtheory.exact.threads import one_thread
 
 __all__ = ["CHECKS", "Check", "soundness"]
@@ -38,6 +38,7 @@ def soundness(
     gamma: float = 1.0,
     seed: int = 0,
     tolerance: float = 1e-9,
+    shared_prompt: bool = False,
 ) -> list[Check]:
     r"""Look at what a sound loss has and the direction of its gradient does not show.
 
@@ -56,11 +57,14 @@ def soundness(
         gamma: discount, for `token_return`.
         seed: of the extra pairs.
         tolerance: relative error that is rounding.
+        shared_prompt: whether the rollouts of a batch answer one prompt.
 
     Returns:
         One `Check` for each name in `CHECKS`, in that order.
     """
-    subject = Subject(loss, cases, moments, objective, granularity, batch_size, off_policy, gamma, seed, tolerance)
+    subject = Subject(
+        loss, cases, moments, objective, granularity, batch_size, off_policy, gamma, seed, tolerance, shared_prompt
+    )
     with one_thread():
         return [_guarded(name, check, subject) for name, check in _CHECKS.items()]
 
@@ -82,7 +86,7 @@ def _stationary(s: Subject) -> Check:
     if typical <= _ZERO * max(m.second_moment for m in s.moments) ** 0.5:
         return Check(name, None, 0.0, s.tolerance, "The expected gradient is zero everywhere, at the teacher too.")
     student = s.case.student
-    found = gradient_moments(s.loss, student, student.perturbed(0.0), s.batch_size, s.case.behavior, _BUDGET)
+    found = _moments(s, student, student.perturbed(0.0), s.case.behavior)
     value = norm(found) / typical
     if value <= s.tolerance:
         return Check(name, True, value, s.tolerance, "At p = q the expected gradient vanishes.")
@@ -144,7 +148,7 @@ def _teacher(s: Subject) -> Check:
 def _other_policy(s: Subject) -> Check:
     name, case, claimed = "holds under another sampling policy", s.case, s.off_policy > 0
     behavior = None if claimed else case.student.perturbed(_OTHER_POLICY, seed=1000 * s.seed + 903)
-    found = gradient_moments(s.loss, case.student, case.teacher, s.batch_size, behavior, _BUDGET)
+    found = _moments(s, case.student, case.teacher, behavior)
     before = s.moments[s.middle]
     here, there = flat(before.mean), flat(found.mean)
     floor = _ZERO * max(before.second_moment, found.second_moment) ** 0.5
@@ -156,6 +160,12 @@ def _other_policy(s: Subject) -> Check:
     if claimed:
         return Check(name, False, value, s.tolerance, f"{detail}.")
     return Check(name, None, value, s.tolerance, f"{detail}: what is found on-policy holds on-policy.")
+
+
+def _moments(
+    s: Subject, student: TabularPolicy, teacher: TabularPolicy, behavior: TabularPolicy | None
+) -> GradientMoments:
+    return gradient_moments(s.loss, student, teacher, s.batch_size, behavior, _BUDGET, s.shared_prompt)
 
 
 _CHECKS: dict[str, Callable[[Subject], Check]] = {

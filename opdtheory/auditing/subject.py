@@ -57,6 +57,7 @@ class Subject:
     gamma: float
     seed: int
     tolerance: float
+    shared_prompt: bool = False
 
     @property
     def middle(self) -> int:
@@ -75,9 +76,10 @@ class Subject:
 
     @cached_property
     def padded(self) -> Enumeration:
-        """The sequences of a pair of which many end early, by token 0."""
+        """The sequences of a pair of which many end early, by token 0, and where an environment writes as it does."""
+        like = self.case.student
         student, teacher = random_pair(
-            self.case.student.vocab_size, max(self.case.student.horizon, 2), eos=0, seed=1000 * self.seed + 900
+            like.vocab_size, max(like.horizon, 2), eos=0, seed=1000 * self.seed + 900, environment=like.environment
         )
         behavior = student.perturbed(self.off_policy, seed=1000 * self.seed + 901) if self.off_policy else None
         return Enumeration.build(student, teacher, behavior)
@@ -93,14 +95,21 @@ class Subject:
         return self.evaluate(self.padded, self.everyone(self.padded))
 
     def everyone(self, everything: Enumeration) -> Tensor:
-        """All sequences, the first ones repeated until whole batches are full."""
-        count = -(-len(everything) // self.batch_size) * self.batch_size
-        return torch.arange(count) % len(everything)
+        """All sequences that can meet in a batch, the first ones repeated until whole batches are full."""
+        pool = self._pool(everything)
+        count = -(-len(pool) // self.batch_size) * self.batch_size
+        return pool[torch.arange(count) % len(pool)]
 
     def some(self) -> Tensor:
         """A batch of different live sequences."""
+        pool = self._pool(self.live)
         count = self.batch_size if self.batch_size > 1 else _SEVERAL
-        return torch.linspace(0, len(self.live) - 1, count).round().long()
+        return pool[torch.linspace(0, len(pool) - 1, count).round().long()]
+
+    def _pool(self, everything: Enumeration) -> Tensor:
+        if self.shared_prompt:
+            return (everything.prompts == everything.prompts[0]).nonzero().squeeze(-1)
+        return torch.arange(len(everything))
 
     def rows(self, everything: Enumeration, index: Tensor) -> Float[Tensor, "B T V"]:
         """The student's logits that a batch reads, detached."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -20,10 +21,19 @@ from opdtheory.rollouts import Rollouts
 
 
 def checks(
-    loss: Loss, objective: str | None = "reverse_kl", batch_size: int = 1, off_policy: float = 0.0, **settings: object
+    loss: Loss,
+    objective: str | None = "reverse_kl",
+    batch_size: int = 1,
+    off_policy: float = 0.0,
+    worlds: dict[str, Any] | None = None,
+    **settings: Any,
 ) -> dict[str, Check]:
-    cases = panel(batch_size, settings.pop("eos", None), off_policy)[1:4]  # type: ignore[arg-type]
-    moments = [gradient_moments(loss, c.student, c.teacher, batch_size, c.behavior) for c in cases]
+    """`worlds`: of the panel alone, as `eos`, `prompts` and `environment`."""
+    shared = settings.get("shared_prompt", False)
+    cases = panel(batch_size, off_policy=off_policy, shared_prompt=shared, **(worlds or {}))[1:4]
+    moments = [
+        gradient_moments(loss, c.student, c.teacher, batch_size, c.behavior, shared_prompt=shared) for c in cases
+    ]
     claimed = None if objective is None else opd.divergence(objective)
     found = soundness(loss, cases, moments, claimed, batch_size=batch_size, off_policy=off_policy, **settings)
     assert [check.name for check in found] == list(CHECKS)
@@ -311,4 +321,36 @@ def test_a_zero_gradient_claims_nothing() -> None:
 
 
 def test_variable_lengths_and_other_seeds() -> None:
-    assert failed(checks(k2, eos=0, seed=3)) == set()
+    assert failed(checks(k2, worlds={"eos": 0}, seed=3)) == set()
+
+
+def test_where_an_environment_writes() -> None:
+    def unmasked(r: Rollouts) -> Tensor:
+        """Masks padding, by the end-of-sequence token, but not the environment's tokens."""
+        ended = (r.tokens == 0).long().cumsum(-1) - (r.tokens == 0).long() > 0
+        return torch.where(ended, 0.0, r.log_u.square() / 2).sum() / len(r.tokens)
+
+    worlds = {"environment": (1,), "prompts": 2}
+    assert failed(checks(k2, worlds=worlds)) == set()
+    assert "no gradient on padding" in failed(checks(unmasked, worlds=worlds))
+
+
+def test_groups_of_one_prompt() -> None:
+    grouped = opd.estimator("opd_plus", "jsd", baseline="leave_one_out")
+    found = checks(grouped, "jsd", 2, worlds={"prompts": 2}, shared_prompt=True)
+    assert failed(found) == set()
+
+
+def test_work_is_bounded() -> None:
+    """The cost is the number of calls, which a busy machine does not change."""
+    for loss, batch_size, most in ((k2, 1, 80), (opd.estimator("opd_plus", "jsd", zscore=True), 2, 250)):
+        cases = panel(batch_size)[1:4]
+        moments = [gradient_moments(loss, c.student, c.teacher, batch_size) for c in cases]
+        calls = []
+
+        def counted(r: Rollouts, loss: Loss = loss, calls: list[None] = calls) -> Tensor:
+            calls.append(None)
+            return loss(r)
+
+        soundness(counted, cases, moments, opd.divergence("reverse_kl"), batch_size=batch_size)
+        assert len(calls) < most
