@@ -172,8 +172,8 @@ def _weight(report: Audit, drawn: Curves) -> Figure | None:
     style = "-" if report.weight["depends_on_ratio_only"] else "--"
     axis.plot(drawn.log_u, drawn.weight, style, color=_FOUND, label="recovered")
     _heights(axis, [c[inside] for c in (drawn.weight, drawn.claimed) if c is not None], zero=True)
-    _frame(axis, "log u", "weight w(u) − w(1)")
-    axis.legend(loc="upper left")
+    _frame(axis, "log u", "w(u) − w(1)")
+    axis.legend(loc="best")
     ends = f"from {float(drawn.weight[inside][0]):.3g} at log u = {float(drawn.log_u[inside][0]):.3g} "
     ends += f"to {float(drawn.weight[inside][-1]):.3g} at log u = {float(drawn.log_u[inside][-1]):.3g}"
     shape = "never falls" if report.weight["non_decreasing"] else "falls in places"
@@ -193,8 +193,8 @@ def _generator(drawn: Curves) -> Figure | None:
         )
     axis.plot(drawn.generator_log_u, drawn.generator, color=_FOUND, label="implied")
     _heights(axis, [c[inside] for c in (drawn.generator, drawn.claimed_generator) if c is not None])
-    _frame(axis, "log u", "generator V(u)")
-    axis.legend(loc="upper center")
+    _frame(axis, "log u", "V(u)")
+    axis.legend(loc="best")
     low = float(drawn.generator.min())
     sign = "it is nowhere negative" if low >= -_ROUNDING else f"it falls to {low:.3g}"
     return Figure(
@@ -212,8 +212,9 @@ def _bias(report: Audit) -> Figure | None:
     axis.hlines(rows, _SMALLEST, values, color=_FOUND, linewidth=2.5, alpha=0.45)
     axis.plot(values, rows, "o", color=_FOUND, markersize=7)
     axis.axvline(report.tolerance, color=_CLAIMED, linestyle="--", linewidth=1.4)
-    axis.text(report.tolerance, 0.25, "rounding", ha="center", va="bottom", color=_INK, fontsize=9)
+    axis.text(report.tolerance, 0.3, "rounding", ha="center", va="bottom", color=_INK, fontsize=9)
     axis.set_xlim(_SMALLEST, max(10.0, 3.0 * max(values)))
+    axis.set_xticks([1e-16, 1e-12, 1e-8, 1e-4, 1.0])
     _rows(axis, rows)
     _frame(axis, "relative bias", "pair")
     alt = f"Relative bias of {len(values)} pairs, from {min(values):.1e} to {max(values):.1e}; "
@@ -246,7 +247,7 @@ def _sheet() -> tuple[Any, Any]:
     from matplotlib.figure import Figure as Sheet
 
     sheet = Sheet(figsize=(4.5, 3.0))
-    sheet.subplots_adjust(left=0.15, right=0.97, bottom=0.17, top=0.91)
+    sheet.subplots_adjust(left=0.125, right=0.97, bottom=0.17, top=0.9)
     sheet.patch.set_alpha(0.0)
     axis = sheet.subplots()
     axis.patch.set_alpha(0.0)
@@ -255,7 +256,8 @@ def _sheet() -> tuple[Any, Any]:
 
 def _frame(axis: Any, x: str, y: str) -> None:
     axis.set_xlabel(x)
-    axis.set_ylabel(y)
+    # Above the axis, where it reads from left to right and no tick is too wide for it.
+    axis.text(-0.1, 1.03, y, transform=axis.transAxes, ha="left", va="bottom")
     axis.grid(True, axis="both" if axis.get_xscale() == "linear" else "x")
     axis.set_axisbelow(True)
     axis.minorticks_off()

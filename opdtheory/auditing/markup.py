@@ -22,8 +22,6 @@ __all__ = [
     "yes_or_no",
 ]
 
-_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-
 
 def section(title: str, body: str) -> str:
     """A section under a heading; the body is HTML."""
@@ -53,7 +51,7 @@ def rows_of(rows: Iterable[tuple[str, str]]) -> str:
 
 
 def number(value: object) -> str:
-    """A number as one reads it: four digits, a true minus sign, powers of ten raised."""
+    """A number as one reads it, as HTML: four digits, a true minus sign, powers of ten raised; else the text."""
     if value is None or isinstance(value, bool) or not isinstance(value, (int, float)):
         return "–" if value is None else escape(str(value))
     if math.isnan(value):
@@ -61,8 +59,8 @@ def number(value: object) -> str:
     if math.isinf(value):
         return "∞" if value > 0 else "−∞"
     mantissa, _, exponent = f"{value:.4g}".partition("e")
-    power = "" if not exponent else " × 10" + str(int(exponent)).translate(_SUPERSCRIPT)
-    return mantissa.replace("-", "−") + power
+    power = f" × 10<sup>{int(exponent)}</sup>" if exponent else ""
+    return (mantissa + power).replace("-", "−")
 
 
 def aligned(value: float | None) -> str:
@@ -79,11 +77,11 @@ def cosine(value: float | None) -> str:
 
 
 def plain_text(value: object) -> str:
-    """Lists and dictionaries of numbers in one line."""
+    """Lists and dictionaries of numbers in one line of HTML."""
     if isinstance(value, (list, tuple)):
         return ", ".join(plain_text(v) for v in value)
     if isinstance(value, dict):
-        return ", ".join(f"{key} {plain_text(v)}" for key, v in value.items())
+        return ", ".join(f"{escape(str(key))} {plain_text(v)}" for key, v in value.items())
     return number(value)
 
 

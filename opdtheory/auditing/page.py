@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ def render_audit(report: Audit, *, divergence: str | Divergence | None = None) -
             is then drawn over the recovered one.
     """
     drawn = curves(report, divergence)
-    record = report.to_dict()
+    record = _record(report)
     verdict = report.verdict.replace("_", " ")
     tone = "good" if report.verdict in _GOOD else "open" if report.verdict == "undecided" else "bad"
     sections = (
@@ -111,6 +112,17 @@ def render_audit(report: Audit, *, divergence: str | Divergence | None = None) -
 """
 
 
+def _record(report: Audit) -> dict[str, Any]:
+    """The report as plain values, with infinite numbers as they are."""
+    record = report.to_dict()
+    for key in ("form", "dependence"):
+        part = getattr(report, key)
+        record[key] = None if part is None else asdict(part)
+    for key in ("checks", "numerics", "remedies"):
+        record[key] = [asdict(part) for part in getattr(report, key)]
+    return record
+
+
 def _exactness(record: dict[str, Any]) -> str:
     if record.get("monte_carlo") is not None:
         return "Expectations are Monte Carlo estimates."
@@ -119,13 +131,13 @@ def _exactness(record: dict[str, Any]) -> str:
 
 def _facts(report: Audit) -> str:
     facts = [
-        ("claimed", f"{report.objective} ({report.granularity})"),
-        ("follows", _followed(report)),
+        ("claimed", escape(f"{report.objective} ({report.granularity})")),
+        ("follows", escape(_followed(report))),
         ("relative bias", number(report.relative_bias)),
         ("smallest cosine", cosine(report.cosine)),
         ("best scale", number(report.scale)),
     ]
-    return "<dl class='facts'>" + "".join(f"<div><dt>{k}</dt><dd>{escape(v)}</dd></div>" for k, v in facts) + "</dl>"
+    return "<dl class='facts'>" + "".join(f"<div><dt>{k}</dt><dd>{v}</dd></div>" for k, v in facts) + "</dl>"
 
 
 def _followed(report: Audit) -> str:
@@ -138,13 +150,12 @@ def _followed(report: Audit) -> str:
 
 def _remedies(record: dict[str, Any]) -> str:
     items = []
-    for remedy in record.get("remedies") or []:
-        checked = (
-            f"audited: {verdict_words(remedy.get('verdict'))}, relative bias {number(remedy.get('relative_bias'))}"
-            if remedy.get("verified")
-            else "not verified"
-        )
-        items.append(f"<li>{escape(str(remedy.get('text')))} <span class='note'>({escape(checked)})</span></li>")
+    for remedy in record["remedies"]:
+        checked = "not verified"
+        if remedy.get("verified"):
+            found = escape(verdict_words(remedy.get("verdict")))
+            checked = f"audited: {found}, relative bias {number(remedy.get('relative_bias'))}"
+        items.append(f"<li>{escape(str(remedy.get('text')))} <span class='note'>({checked})</span></li>")
     return section("What would make it right", f"<ul>{''.join(items)}</ul>") if items else ""
 
 
@@ -202,23 +213,25 @@ def _lengths(record: dict[str, Any]) -> str:
 
 
 def _form(record: dict[str, Any]) -> str:
-    form = record.get("form")
+    form = record["form"]
     if form is None:
         return ""
-    terms = ", ".join(f"{number(value)} × {name}" for name, value in (form.get("terms") or {}).items())
+    terms = ", ".join(f"{number(value)} × {escape(str(name))}" for name, value in (form.get("terms") or {}).items())
     limits = form.get("limits") or {}
-    ends = ", ".join(f"u → {'∞' if end == 'inf' else end}: {number(value)}" for end, value in limits.items())
+    ends = ", ".join(
+        f"{number(value)} as u → {'∞' if end == 'inf' else escape(str(end))}" for end, value in limits.items()
+    )
     fixed = ", ".join(str(point) for point in form.get("fixed_points") or [])
     rows = [
         ("name", escape(str(form.get("label") or "none"))),
-        ("combination", escape(terms)),
+        ("combination", terms),
         ("weight w(u)", formula(form.get("expr"))),
         ("implied generator V(u)", formula(form.get("generator"))),
         ("a genuine f-divergence", yes_or_no(form.get("genuine"))),
         ("fixed points", escape(fixed)),
         ("slope at the teacher", number(form.get("slope_at_teacher"))),
         ("the teacher attracts", yes_or_no(form.get("attracts"))),
-        ("limits of w", escape(ends)),
+        ("limits of w", ends),
         ("growth", escape(str(form.get("growth") or ""))),
         ("second moment", escape(str(form.get("second_moment") or ""))),
         ("error of the fit", number(form.get("error"))),
@@ -227,7 +240,7 @@ def _form(record: dict[str, Any]) -> str:
 
 
 def _dependence(record: dict[str, Any]) -> str:
-    found = record.get("dependence")
+    found = record["dependence"]
     if found is None:
         return ""
     words = "".join(f"<li>{escape(str(word))}</li>" for word in found.get("words") or [])
@@ -242,7 +255,7 @@ def _dependence(record: dict[str, Any]) -> str:
         if isinstance(found.get(key), bool)
     ]
     if found.get("position"):
-        rows.append(("the position", escape(", ".join(number(value) for value in found["position"]))))
+        rows.append(("the position", ", ".join(number(value) for value in found["position"])))
     if found.get("top_k") is not None:
         rows.append(("the top tokens", f"the {escape(str(found['top_k']))} of the top"))
     if found.get("student_and_teacher"):
@@ -265,9 +278,9 @@ def _checks(record: dict[str, Any]) -> str:
             number(check.get("limit")),
             escape(str(check.get("detail") or "")),
         )
-        for check in record.get("checks") or []
+        for check in record["checks"]
     ]
-    header = ("", "check", "value", "limit", "")
+    header = ("", "check", "value", "limit", "found")
     about = "What else holds of a loss that follows its claim."
     return section("Checks", table(header, rows, about, numbers=(2, 3))) if rows else ""
 
@@ -281,9 +294,9 @@ def _numerics(record: dict[str, Any]) -> str:
             number(result.get("worst_error")),
             escape(str(result.get("words") or "")),
         )
-        for result in record.get("numerics") or []
+        for result in record["numerics"]
     ]
-    header = ("dtype", "log-ratios", "overflows at", "loses gradient at", "changes sign at", "worst error", "")
+    header = ("dtype", "log-ratios", "overflows at", "loses gradient at", "changes sign at", "worst error", "in words")
     about = "The same loss in lower precision, against float64. Entries are log-ratios."
     return section("Numerics", table(header, rows, about, numbers=(5,))) if rows else ""
 
@@ -293,15 +306,15 @@ def _ratios(value: object) -> str:
         return "nowhere"
     if isinstance(value, Sequence) and not isinstance(value, str):
         shown = [number(v) for v in value[:4]]
-        return escape(", ".join(shown) + (" …" if len(value) > 4 else ""))
-    return escape("yes" if value is True else number(value))
+        return ", ".join(shown) + (" …" if len(value) > 4 else "")
+    return "yes" if value is True else number(value)
 
 
 def _monte_carlo(record: dict[str, Any]) -> str:
     found = record.get("monte_carlo")
     if found is None:
         return ""
-    rows = [(escape(str(key).replace("_", " ")), escape(plain_text(value))) for key, value in found.items()]
+    rows = [(escape(str(key).replace("_", " ")), plain_text(value)) for key, value in found.items()]
     return section("Monte Carlo", rows_of(rows))
 
 
@@ -320,7 +333,7 @@ def _weight_table(report: Audit, drawn: Curves) -> str:
 
 def _settings(record: dict[str, Any]) -> str:
     rows = [
-        (escape(_SETTINGS.get(key, key.replace("_", " "))), escape("none" if value is None else plain_text(value)))
+        (escape(_SETTINGS.get(key, key.replace("_", " "))), "none" if value is None else plain_text(value))
         for key, value in record["settings"].items()
     ]
     return f"<details><summary>Settings</summary>{rows_of(rows)}</details>"

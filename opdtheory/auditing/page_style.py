@@ -69,7 +69,7 @@ section.verdict { color: var(--ink); }
 .note { color: var(--muted); }
 dl { margin: 0; } dd { margin: 0; overflow-wrap: anywhere; }
 dt { color: var(--muted); font-size: .82rem; }
-.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .9rem 1.5rem;
+.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.7rem, 1fr)); gap: .9rem 1.2rem;
   margin-top: 1.5rem; }
 .facts dd { font-size: 1.05rem; font-variant-numeric: tabular-nums lining-nums; }
 .rows > div { display: grid; grid-template-columns: minmax(9rem, 15rem) 1fr; gap: .1rem 1.2rem; padding: .32rem 0;
@@ -83,7 +83,8 @@ caption { text-align: left; color: var(--muted); font-size: .85rem; padding-bott
 th { text-align: left; font-size: .8rem; font-weight: 600; vertical-align: bottom;
   border-bottom: 1.5px solid var(--ink); }
 thead td { border-bottom: 1.5px solid var(--ink); }
-th, td { padding: .34rem .8rem .34rem 0; } td { border-bottom: 1px solid var(--rule); vertical-align: top; }
+th, td { padding: .34rem 1.3rem .34rem 0; } th:last-child, td:last-child { padding-right: 0; }
+td { border-bottom: 1px solid var(--rule); vertical-align: top; }
 .number { text-align: right; font-variant-numeric: tabular-nums lining-nums; white-space: nowrap; }
 th.number { white-space: normal; }
 details { margin-top: 1.4rem; } summary { cursor: pointer; font-size: .95rem; color: var(--found); }
