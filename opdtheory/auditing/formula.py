@@ -44,6 +44,7 @@ class Formula:
     clamp: tuple[float, float] | None = None
 
     def values(self, log_u: Array) -> Array:
+        """The weight, up to a constant, elementwise."""
         t = log_u if self.clamp is None else np.clip(log_u, *self.clamp)
         return np.asarray(sum(c * atom.values(t) for c, atom in zip(self.coefficients, self.atoms, strict=True)))
 
@@ -87,6 +88,7 @@ def _independent() -> tuple[Atom, ...]:
 
 
 def columns_of(atoms: tuple[Atom, ...], points: Array) -> Array:
+    """The atoms' values as columns, `(points, atoms)`."""
     return np.column_stack([atom.values(points) for atom in atoms]) if atoms else np.empty((len(points), 0))
 
 

@@ -1,0 +1,122 @@
+"""On what the weight of a token depends beside its own ratio: position, other tokens, the batch, who sampled, top k."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from opdtheory.auditing import batch_effects, rollout_effects, sampler_effects, two_laws
+from opdtheory.auditing.probes import Pool, attempt, size_for
+from opdtheory.errors import InvalidArgumentError
+from opdtheory.exact import Loss
+
+if TYPE_CHECKING:
+    from opdtheory.auditing.identify import RecoveredWeight
+
+__all__ = ["Dependence", "dependence"]
+
+# A weight whose range is below this is constant: what is left is rounding.
+_CONSTANT = 1e-9
+
+
+@dataclass(frozen=True)
+class Dependence:
+    r"""What the weight of a token depends on, from experiments that change one thing at a time.
+
+    Attributes:
+        ratio_only: whether the expected weight is one function of the token's own ratio, at every position.
+        position: relative weight of each position at equal ratios, the first being 1; None if they are alike.
+        position_label: its law, such as `geometric with factor 0.9`.
+        batch: whether the other rollouts of a batch enter a rollout's gradient.
+        other_tokens: whether the expected weight depends on the ratios of other tokens of the rollout.
+        sampling_policy: whether `behavior_logprobs` enter at unchanged tokens.
+        top_k: how many likeliest tokens are told apart, all others having one weight; None if all are.
+        student_and_teacher: the divergence of a weight $A(p, q)$ of both probabilities that is no function of the
+            ratio (T4), in words; None where the question does not arise or the weight depends on more.
+        words: the findings as sentences, and what could not be looked at.
+    """
+
+    ratio_only: bool
+    position: list[float] | None = None
+    position_label: str | None = None
+    batch: bool = False
+    other_tokens: bool = False
+    sampling_policy: bool = False
+    top_k: int | None = None
+    student_and_teacher: str | None = None
+    words: list[str] = field(default_factory=list)
+
+
+def dependence(
+    loss: Loss, weight: RecoveredWeight, *, batch_size: int = 1, seed: int = 0, tolerance: float = 1e-9
+) -> Dependence:
+    r"""Find out on what the weight of a token depends, by experiments on rollouts made for the purpose.
+
+    Rows that are alike at every history tell positions apart; replacing the rows of later or of earlier tokens tells
+    whether their ratios count; changing `behavior_logprobs` alone, or the company that a rollout keeps, tells about
+    the sampling policy and the batch; one step over a larger vocabulary tells top-k losses and weights $A(p, q)$.
+    The experiments are on-policy, at fixed length unless said otherwise.
+
+    Args:
+        loss: a function `loss(rollouts) -> scalar tensor`.
+        weight: its recovered weight, from `recover_weight`.
+        batch_size: number of rollouts that the loss sees at once.
+        seed: of the laws.
+        tolerance: relative error of the loss's gradient that is rounding.
+
+    Raises:
+        InvalidArgumentError: `batch_size` is below one or `tolerance` is not positive.
+
+    Example:
+        >>> import opdtheory as opd
+        >>> from opdtheory.auditing.identify import recover_weight
+        >>> loss = opd.estimator("power", alpha=0.5)
+        >>> dependence(loss, recover_weight(loss, 1, 0.0, 0, 1e-9)).student_and_teacher
+        'density-power divergence, alpha=0.5'
+    """
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise InvalidArgumentError("batch_size", f"is {batch_size!r}; a positive integer is needed")
+    if not tolerance > 0:
+        raise InvalidArgumentError("tolerance", f"is {tolerance!r}; a positive number is needed")
+    # What an expectation amplifies of the rounding of a gradient, as in the recovered weight.
+    limit = 100.0 * tolerance
+    words: list[str] = []
+    tokens = rollout_effects.TokenEffects()
+    if (size := size_for(batch_size)) is None:
+        words.append(
+            f"Position and other tokens were not looked at: batches of {batch_size} are too many to enumerate."
+        )
+    else:
+        with attempt(words, "Position and other tokens"):
+            tokens = rollout_effects.token_effects(loss, size, batch_size, limit)
+    words += tokens.words
+    group = batch_effects.BatchEffect(False)
+    sampler = sampler_effects.SamplerEffect(False)
+    with attempt(words, "The batch and the sampling policy"):
+        pool = Pool(loss)
+        with attempt(words, "The batch"):
+            group = batch_effects.batch_effect(pool, batch_size, max(limit, 1e-8))
+        with attempt(words, "The sampling policy"):
+            sampler = sampler_effects.sampler_effect(pool, batch_size, max(limit, 1e-8))
+    words += group.words + sampler.words
+    laws = two_laws.LawEffect()
+    if not group.batch:
+        with attempt(words, "The two laws"):
+            laws = two_laws.law_effect(loss, weight.depends_on_ratio_only, batch_size, seed, limit)
+    words += laws.words
+    ratio_only = weight.depends_on_ratio_only and tokens.position is None and not tokens.other_tokens
+    if ratio_only and not words and float(weight.weight.max() - weight.weight.min()) <= _CONSTANT:
+        words.append("The expected weight is a constant: there is nothing that it could depend on.")
+    elif ratio_only and not words:
+        words.append("The weight of a token is a function of its own ratio alone, the same at every position.")
+    return Dependence(
+        ratio_only=ratio_only,
+        position=tokens.position,
+        position_label=tokens.position_label,
+        batch=group.batch,
+        other_tokens=tokens.other_tokens,
+        sampling_policy=sampler.reads,
+        top_k=laws.top_k,
+        student_and_teacher=laws.student_and_teacher,
+        words=words,
+    )

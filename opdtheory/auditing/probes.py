@@ -1,0 +1,157 @@
+"""Small experiments on a black-box loss: expected weights of rows made for the purpose, and one batch of rollouts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from opdtheory.errors import OpdTheoryError
+from opdtheory.exact import Loss, TabularPolicy, gradient_moments
+from opdtheory.exact.enumeration import Enumeration
+from opdtheory.rollouts import Rollouts
+
+__all__ = ["Pool", "Rows", "attempt", "cut_short", "expected_weights", "one_step_weights", "sampled_by", "size_for"]
+
+# Batches that one expectation of a coupled loss may take.
+_EVALUATIONS = 150
+
+_VOCABULARY, _HORIZON = 8, 2
+
+
+@contextmanager
+def attempt(notes: list[str], what: str) -> Iterator[None]:
+    """Run one experiment; whatever a foreign loss raises on its shapes ends that experiment alone, with a note."""
+    try:
+        yield
+    except (OpdTheoryError, RuntimeError, ValueError, IndexError, TypeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        notes.append(f"{what} could not be looked at: {reason}")
+
+
+def size_for(batch_size: int) -> tuple[int, int] | None:
+    """Vocabulary and horizon on which batches of this size can be enumerated, or None."""
+    sizes = ((3, 3),) if batch_size == 1 else ((2, 3), (2, 2))
+    for vocabulary, horizon in sizes:
+        count = vocabulary**horizon
+        if math.comb(count + batch_size - 1, batch_size) <= _EVALUATIONS:
+            return vocabulary, horizon
+    return None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Logits of student and teacher for every prefix, filled with one pair of rows, some replaced by others.
+
+    Attributes:
+        vocabulary: number of tokens.
+        horizon: number of positions.
+    """
+
+    vocabulary: int
+    horizon: int
+
+    def pair(self, variant: Callable[[int, int], int]) -> tuple[TabularPolicy, TabularPolicy]:
+        """Policies whose row for prefix number `row` of level `n` is the kind `variant(n, row)` of a few fixed rows."""
+        generator = torch.Generator().manual_seed(11)
+        kinds = 1 + self.vocabulary
+        student = torch.randn(kinds, self.vocabulary, generator=generator, dtype=torch.float64)
+        # Far apart by different amounts, so that each kind has another divergence.
+        noise = torch.randn(kinds, self.vocabulary, generator=generator, dtype=torch.float64)
+        teacher = student + noise * (0.6 + 0.3 * torch.arange(kinds, dtype=torch.float64)).unsqueeze(-1)
+        index = [torch.tensor([variant(n, row) for row in range(self.vocabulary**n)]) for n in range(self.horizon)]
+        return TabularPolicy([student[i] for i in index]), TabularPolicy([teacher[i] for i in index])
+
+    def first_token(self, level: int, row: int) -> int:
+        """The first token of a prefix."""
+        return int(row // self.vocabulary ** (level - 1))
+
+
+def expected_weights(loss: Loss, pair: tuple[TabularPolicy, TabularPolicy], batch_size: int) -> list[Tensor]:
+    r"""The weight that each prefix's row gives its tokens in expectation, $-G_{ha} / (P(h)\,p_{ha})$, mean zero.
+
+    One tensor `(V**n, V)` per level; the mean is the plain one over the row.
+    """
+    student, teacher = pair
+    gradient = gradient_moments(loss, student, teacher, batch_size).mean
+    reach = torch.ones(1, dtype=torch.float64)
+    weights = []
+    for level, logits in zip(gradient, student.logits, strict=True):
+        p = torch.softmax(logits, -1)
+        advantage = -level.double() / (reach.unsqueeze(-1) * p)
+        weights.append(advantage - advantage.mean(-1, keepdim=True))
+        reach = (reach.unsqueeze(-1) * p).flatten()
+    return weights
+
+
+def one_step_weights(
+    loss: Loss, log_p: Float[Tensor, " V"], log_q: Float[Tensor, " V"], batch_size: int = 1
+) -> Float[Tensor, " V"]:
+    """The same for one step between two laws."""
+    pair = TabularPolicy([log_p.unsqueeze(0)]), TabularPolicy([log_q.unsqueeze(0)])
+    return expected_weights(loss, pair, batch_size)[0][0]
+
+
+class Pool:
+    """All rollouts of two steps over eight tokens, and the loss's sensitivity to their logits in chosen batches."""
+
+    def __init__(self, loss: Loss) -> None:
+        generator = torch.Generator().manual_seed(5)
+        count = sum(_VOCABULARY**n for n in range(_HORIZON))
+        # Nearly uniform rows: a sampling policy may then give each token e times its probability or more.
+        rows = 0.15 * torch.randn(count, _VOCABULARY, generator=generator, dtype=torch.float64)
+        noise = 0.8 * torch.randn(count, _VOCABULARY, generator=generator, dtype=torch.float64)
+        levels = [1, _VOCABULARY]
+        self.loss = loss
+        self.everything = Enumeration.build(
+            TabularPolicy(list(rows.split(levels))), TabularPolicy(list((rows + noise).split(levels)))
+        )
+
+    def __len__(self) -> int:
+        return len(self.everything)
+
+    def sensitivity(
+        self, index: Tensor, change: Callable[[Rollouts], Rollouts] | None = None
+    ) -> Float[Tensor, "B T V"]:
+        """Gradient of the loss of a batch in its rollouts' logits, times the batch's size.
+
+        Args:
+            index: which rollouts.
+            change: what to do to the batch before the loss sees it.
+        """
+        leaf = self.everything.gather_logits(self.everything.student_tables, index).detach().requires_grad_()
+        rollouts = self.everything.rollouts(index, leaf)
+        with torch.enable_grad():
+            value = self.loss(rollouts if change is None else change(rollouts))
+            (gradient,) = torch.autograd.grad(value, leaf, allow_unused=True, materialize_grads=True)
+        return len(index) * gradient.detach()
+
+    def advantages(self, index: Tensor) -> tuple[Float[Tensor, "B T"], bool]:
+        r"""The `A` of each token if its logits' sensitivity is $-A\,(1_y - p)$, and whether it is that for all."""
+        sensitivity = self.sensitivity(index)
+        rollouts = self.everything.rollouts(index)
+        score = torch.nn.functional.one_hot(rollouts.tokens, _VOCABULARY) - torch.softmax(rollouts.student_logits, -1)
+        found = -(sensitivity * score).sum(-1) / score.square().sum(-1)
+        left = sensitivity + found.unsqueeze(-1) * score
+        return found, bool(left.abs().max() <= 1e-6 * sensitivity.abs().max().clamp_min(1e-300))
+
+
+def sampled_by(log_ratio: Tensor) -> Callable[[Rollouts], Rollouts]:
+    r"""A change that lets another policy have sampled the same tokens, with $\log p/\mu$ as given, `(B, T)`."""
+    return lambda r: replace(r, behavior_logprobs=r.student_logprobs.detach() - log_ratio)
+
+
+def cut_short(rollout: int) -> Callable[[Rollouts], Rollouts]:
+    """A change that masks the last token of one rollout."""
+
+    def change(r: Rollouts) -> Rollouts:
+        mask = r.mask.clone()
+        mask[rollout, -1] = 0.0
+        return replace(r, mask=mask)
+
+    return change

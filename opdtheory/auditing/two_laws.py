@@ -1,0 +1,173 @@
+r"""Student and teacher apart: the top-k set, and weights $A(p, q)$ that are no function of the ratio (T4)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from opdtheory.auditing.probes import one_step_weights
+from opdtheory.auditing.sparse import shortest
+from opdtheory.exact import Loss
+
+__all__ = ["LawEffect", "law_effect"]
+
+# Tokens of the step on which a top-k set is looked for: a larger k is not seen.
+_VOCABULARY = 96
+
+_SIDE = 6
+
+
+@dataclass(frozen=True)
+class LawEffect:
+    """The part of `Dependence` on the two laws: the top-k set, and the divergence of a weight of both probabilities."""
+
+    top_k: int | None = None
+    student_and_teacher: str | None = None
+    words: list[str] = field(default_factory=list)
+
+
+def law_effect(loss: Loss, ratio_only: bool, batch_size: int, seed: int, limit: float) -> LawEffect:
+    """Whether a top-k set is singled out, and if the weight is no function of the ratio, of what it is one.
+
+    Args:
+        loss: a black box that does not couple rollouts.
+        ratio_only: whether its weight on one step is a function of the ratio.
+        batch_size: number of rollouts that it sees at once.
+        seed: of the laws.
+        limit: relative difference that is rounding.
+    """
+    top = None if ratio_only else _top_k(loss, batch_size, seed, limit)
+    if top is not None:
+        k, whose = top
+        return LawEffect(
+            k, None, [f"All tokens but the {whose}'s {k} likeliest have one weight: their set enters the loss (T9)."]
+        )
+    if ratio_only:
+        return LawEffect()
+    named, words = _of_both(loss, batch_size, limit)
+    return LawEffect(None, named, words)
+
+
+def _top_k(loss: Loss, batch_size: int, seed: int, limit: float) -> tuple[int, str] | None:
+    """How many likeliest tokens of whom are told apart, if it is the same on two pairs of laws."""
+    found = []
+    for offset in (0, 1):
+        generator = torch.Generator().manual_seed(31 + 2 * seed + offset)
+        log_p, log_q = (
+            torch.log_softmax(1.5 * torch.randn(_VOCABULARY, generator=generator, dtype=torch.float64), -1)
+            for _ in range(2)
+        )
+        weights = one_step_weights(loss, log_p, log_q, batch_size)
+        found.append(
+            {whose: _likeliest(weights, law, limit) for whose, law in (("teacher", log_q), ("student", log_p))}
+        )
+    for whose in ("teacher", "student"):
+        k = found[0][whose]
+        if k is not None and k == found[1][whose]:
+            return k, whose
+    return None
+
+
+def _likeliest(weights: Tensor, law: Tensor, limit: float) -> int | None:
+    """The number of likeliest tokens after which all weights are alike, if that is more than one token's worth."""
+    ordered = weights[law.argsort(descending=True)]
+    span = float(weights.max() - weights.min())
+    if span <= 1e-12:
+        return None
+    k = int(((ordered - ordered[-1]).abs() > limit * span).nonzero().max()) + 1
+    return k if k <= len(law) - 2 else None
+
+
+def _grid(rest: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """A law for each of student and teacher over a square of pairs (p, q), the same values on either axis.
+
+    With `rest`, the second half of the tokens has other pairs, of the same masses.
+    """
+    axis = torch.linspace(-2.0, 0.0, _SIDE, dtype=torch.float64).exp()
+    axis = axis / (_SIDE * axis.sum())
+    p, q = axis.repeat_interleave(_SIDE), axis.repeat(_SIDE)
+    if rest:
+        half = len(p) // 2
+        q, p = (torch.cat([law[:half], _moved(law[half:], step)]) for law, step in ((q, 3), (p, 5)))
+    return p.log(), q.log(), axis
+
+
+def _moved(masses: Tensor, step: int) -> Tensor:
+    """Other masses of the same sum."""
+    other = masses.roll(step) * torch.linspace(0.5, 1.5, len(masses), dtype=masses.dtype)
+    return other * (masses.sum() / other.sum())
+
+
+def _of_both(loss: Loss, batch_size: int, limit: float) -> tuple[str | None, list[str]]:
+    log_p, log_q, axis = _grid(rest=False)
+    weights = one_step_weights(loss, log_p, log_q, batch_size)
+    other_p, other_q, _ = _grid(rest=True)
+    others = one_step_weights(loss, other_p, other_q, batch_size)
+    scale, half = float(weights.abs().max()), len(weights) // 2
+    if scale <= 1e-12:
+        return None, []
+    mine, theirs = weights[:half] - weights[0], others[:half] - others[0]
+    if float((mine - theirs).abs().max()) > limit * scale:
+        return None, ["A token's weight depends on the probabilities of other tokens of the same step."]
+    square = weights.view(_SIDE, _SIDE)
+    of_p, of_q = square.mean(1, keepdim=True), square.mean(0, keepdim=True)
+    if float((square - of_p - of_q + square.mean()).abs().max()) > limit * scale:
+        text = "The weight is a function A(p, q) of both probabilities that does not separate"
+        return "a sum of H(p, q) with dH/dp = -A", [
+            f"{text}: the exact gradient of the sum of H(p, q), dH/dp = -A (T4)."
+        ]
+    return _separated(of_q.flatten().numpy(), -of_p.flatten().numpy(), axis.numpy(), limit * scale)
+
+
+def _separated(of_q: np.ndarray, of_p: np.ndarray, axis: np.ndarray, close: float) -> tuple[str, list[str]]:
+    """The name of `A = g(q) - h(p)`."""
+    g, h = of_q - of_q[0], of_p - of_p[0]
+    text = "The weight is g(q) - h(p)"
+    if np.abs(g).max() <= close:
+        name = "a function of the student alone"
+        return name, ["The weight depends on the student's probability alone: the teacher does not enter it."]
+    alpha = _power(g, axis, close)
+    shape = None if alpha is None else f"a multiple of {'log' if alpha == 0 else f'the power {alpha:.6g}'}"
+    if np.abs(g - h).max() <= close:
+        if alpha is None:
+            return "Bregman divergence", [f"{text} with g = h = phi': it follows the Bregman divergence of phi (T4)."]
+        name = f"density-power divergence, alpha={alpha:.6g}"
+        law = f"phi' {shape}: it follows the Bregman divergence of phi, the {name} (T4)"
+        extra = "; at alpha=1 the squared difference of the probabilities" if alpha == 1 else ""
+        return name, [f"{text} with g = h = {law}{extra}."]
+    other = _power(h, axis, close)
+    if alpha == 0 and other == 0:
+        ratio = float(h @ g / (g @ g))
+        name = f"KL(p||q) plus {_signed(ratio - 1)} times the negative entropy of p"
+        return name, [
+            f"The weight is log q - {ratio:.6g} log p: {name}; at rest where p is q^(1/{ratio:.6g}), normalised."
+        ]
+    what = "" if shape is None else f", g {shape}"
+    return "a sum of H(p, q) with dH/dp = h(p) - g(q)", [
+        f"{text} with g and h not alike{what}: the exact gradient of a sum of H(p, q) (T4), at rest where g(q) - h(p) "
+        "is one constant, in general not at the teacher."
+    ]
+
+
+def _signed(value: float) -> str:
+    return f"{value:.6g}"
+
+
+def _power(values: np.ndarray, axis: np.ndarray, close: float) -> float | None:
+    """The exponent of a power (0: the logarithm) whose positive or negative multiple these values are."""
+    from scipy.optimize import least_squares
+
+    def residual(alpha: float) -> np.ndarray:
+        basis = np.log(axis) if abs(alpha) < 1e-9 else np.expm1(alpha * np.log(axis)) / alpha
+        basis = basis - basis[0]
+        return np.asarray(values - (values @ basis) / (basis @ basis) * basis)
+
+    starts = np.linspace(-3.0, 4.0, 29)
+    start = min(starts, key=lambda a: float(np.abs(residual(float(a))).max()))
+    solution = least_squares(lambda x: residual(float(x[0])), [start], xtol=1e-15, ftol=1e-15, gtol=1e-15)
+    alpha = shortest(float(solution.x[0]), lambda a: float(np.abs(residual(a)).max()), close)
+    alpha = 0.0 if abs(alpha) < 1e-7 else alpha
+    return alpha if float(np.abs(residual(alpha)).max()) <= 10 * close else None
