@@ -1,0 +1,190 @@
+"""Changes that may cure a loss, smallest first, each with its reason: guesses from what an audit saw, for trial."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from opdtheory.auditing import changes
+from opdtheory.auditing.changes import PerToken
+from opdtheory.auditing.corrections import Correction, Curve, between_granularities, clips, gauge_shift, missing_terms
+from opdtheory.auditing.facts import Candidate, Facts
+from opdtheory.auditing.panel import bandits
+from opdtheory.auditing.substitutes import backpropagated, unstandardised, value_as_reward, whole_vocabulary
+from opdtheory.auditing.trial import attempt
+from opdtheory.estimators.offpolicy import importance_weight, prefix_weight
+from opdtheory.exact import Loss, gradient_moments
+from opdtheory.rollouts import Rollouts
+
+__all__ = ["candidates", "gauge"]
+
+# Two gradients closer than this, relatively, are worth a trial, which then decides.
+_ALIKE = 1e-6
+
+# Log-ratios beyond the grid of the recovered weight, where a clip of up to 8 nats has set in.
+_FAR = (-12.0, -8.0, 0.0, 8.0, 12.0)
+
+
+def candidates(facts: Facts) -> Iterator[Candidate]:
+    """The changes worth a trial, one at a time first, then two together."""
+    corrections = list(_corrections(facts))
+    reduced = [*_reductions(facts), *_padding(facts)]
+    yield from _constants(facts)
+    yield from reduced
+    yield from _importance(facts, facts.loss)
+    for correction in corrections:
+        yield _added(correction, facts.loss)
+    yield from value_as_reward(facts)
+    yield from backpropagated(facts)
+    yield from whole_vocabulary(facts)
+    yield from unstandardised(facts)
+    for first in reduced:
+        yield from _together(first, _constants(replace(facts, loss=first.loss)))
+        yield from _together(first, (_added(correction, first.loss) for correction in corrections))
+    if facts.off_policy:
+        for correction in corrections:
+            first = _added(correction, facts.loss)
+            yield from _together(first, _importance(facts, first.loss))
+
+
+def gauge(facts: Facts) -> Candidate | None:
+    """A shift of the generator's gauge after which plain OPD descends some f-divergence (T5b), if there is one."""
+    if facts.curve is None or facts.granularity != "token_local" or facts.off_policy:
+        return None
+    shift = gauge_shift(facts.curve, facts.divergence)
+    return None if shift is None else _added(shift, facts.loss)
+
+
+def _corrections(facts: Facts) -> Iterator[Correction]:
+    if facts.curve is not None:
+        yield from missing_terms(facts.curve, facts.divergence, facts.granularity, float(facts.settings["gamma"]))
+        if int(facts.settings["batch_size"]) <= 2:
+            yield from clips(facts.curve, lambda: _far_curve(facts), facts.divergence)
+    yield from between_granularities(facts.divergence, facts.granularity, float(facts.settings["gamma"]))
+
+
+def _far_curve(facts: Facts) -> Curve | None:
+    return attempt(lambda: _curve_at_far(facts))
+
+
+def _curve_at_far(facts: Facts) -> Curve:
+    log_u = torch.tensor(_FAR, dtype=torch.float64)
+    case = bandits(log_u, 0.0, 0)[0]
+    gradient = gradient_moments(facts.loss, case.student, case.teacher, int(facts.settings["batch_size"])).mean[0][0]
+    weight = -gradient / torch.softmax(case.student.logits[0][0], -1)
+    return Curve(log_u, weight - weight[len(_FAR) // 2])
+
+
+def _added(correction: Correction, loss: Loss) -> Candidate:
+    return Candidate(correction.kind, correction.text, changes.advantage_added(loss, correction.advantage))
+
+
+def _together(first: Candidate, then: Iterator[Candidate]) -> Iterator[Candidate]:
+    for second in then:
+        yield Candidate(f"{first.kind}, {second.kind}", f"{first.text} {second.text}", second.loss)
+
+
+def _constants(facts: Facts) -> Iterator[Candidate]:
+    """One factor for the loss, or one for each position, if that is all that is wrong on the first pair."""
+    factors = _level_factors(facts)
+    if factors is None or any(abs(factor) < _ALIKE for factor in factors):
+        return
+    if max(factors) - min(factors) <= _ALIKE * abs(factors[0]):
+        factor = 1.0 / factors[0]
+        if abs(factor - 1.0) > facts.trial.tolerance:
+            yield _constant(facts, factor)
+        return
+    table = torch.tensor(factors, dtype=torch.float64)
+    shown = ", ".join(f"{float(factor):.4g}" for factor in table)
+    gamma = float(facts.settings["gamma"])
+    if facts.granularity == "token_return" and gamma < 1.0:
+        text = (
+            f"Multiply the loss of token n by gamma^(n-1), gamma = {gamma:g}: a discounted return-to-go without it is "
+            "the gradient of no objective (T6)."
+        )
+    else:
+        text = f"Weight all positions alike: divide the losses of tokens 1, 2, ... by {shown} (T6)."
+
+    def weight(rollouts: Rollouts) -> Tensor:
+        column = torch.arange(rollouts.mask.shape[1]).clamp(max=len(table) - 1)
+        return (1.0 / table[column]).to(rollouts.mask).expand_as(rollouts.mask)
+
+    yield Candidate("position", text, changes.weighted_tokens(facts.loss, weight))
+
+
+def _constant(facts: Facts, factor: float) -> Candidate:
+    group, simple = int(facts.settings["batch_size"]), Fraction(factor).limit_denominator(64)
+    if abs(float(simple) - factor) <= max(10 * facts.trial.tolerance, 1e-12) * abs(factor):
+        factor = float(simple)
+    shown = str(simple) if float(simple) == factor else f"{factor:.6g}"
+    changed = changes.scaled(facts.loss, factor)
+    if factor == -1.0:
+        return Candidate("sign", "Flip the sign of the loss: it ascends what it should descend.", changed)
+    if factor < 0:
+        return Candidate("sign", f"Multiply the loss by {shown}: it ascends what it should descend.", changed)
+    if group > 1 and simple == Fraction(group, group - 1):
+        text = (
+            f"Subtract the leave-one-out mean in place of the group mean, or multiply by G/(G-1) = {shown}: a mean "
+            "that includes the sample itself shrinks the gradient by (G-1)/G (T7e)."
+        )
+        return Candidate("baseline", text, changed)
+    return Candidate("scale", f"Multiply the loss by {shown}: its direction is right.", changed)
+
+
+def _level_factors(facts: Facts) -> list[float] | None:
+    """The multiple of the exact gradient that the loss's is at each position of the first pair, or None."""
+    factors = []
+    for actual, exact in zip(facts.trial.gradient(facts.loss, 0), facts.trial.exact(0), strict=True):
+        factor = float((actual * exact).sum() / exact.square().sum())
+        if float((actual - factor * exact).norm()) > _ALIKE * float(actual.norm()):
+            return None
+        factors.append(factor)
+    return factors
+
+
+def _reductions(facts: Facts) -> Iterator[Candidate]:
+    if not (facts.variable or facts.coupled or facts.verdict == "biased"):
+        return
+    why = "Sum over tokens and divide by the number of rollouts, in place of"
+    yield Candidate(
+        "reduction",
+        f"{why} the mean over the batch's tokens, which divides by a random length: loss * mask.sum() / B (T11).",
+        changes.averaged_over_rollouts(facts.loss),
+    )
+    yield Candidate(
+        "reduction",
+        f"{why} the mean over each rollout's tokens, which weights short rollouts more (T11).",
+        changes.weighted_tokens(facts.loss, changes.rollout_lengths),
+    )
+
+
+def _padding(facts: Facts) -> Iterator[Candidate]:
+    if facts.variable:
+        text = "Mask the padding: positions after the end of a rollout carry no score and no reward (T6e)."
+        yield Candidate("padding", text, changes.padding_hidden(facts.loss))
+
+
+def _importance(facts: Facts, loss: Loss) -> Iterator[Candidate]:
+    if not facts.off_policy:
+        return
+    whole: tuple[str, PerToken] = ("the product of p/mu over the rollout", lambda r: importance_weight(r, "sequence"))
+    ratios: list[tuple[str, PerToken]] = [whole]
+    if facts.granularity == "token_local":
+        ratios = [
+            ("the product of p/mu over the tokens before n", prefix_weight),
+            ("the product of p/mu over the tokens up to n", lambda r: importance_weight(r, "prefix")),
+        ]
+    why = "the rollouts were not drawn from the student (T8)"
+    for words, ratio in ratios:
+        text = f"Multiply the loss of token n by {words}, detached: {why}."
+        yield Candidate("importance", text, changes.weighted_tokens(loss, ratio))
+    for words, ratio in ratios:
+        text = (
+            f"Form every ratio with the current student, clip none, and multiply the loss of token n by {words}, "
+            f"detached: {why}."
+        )
+        yield Candidate("importance", text, changes.weighted_tokens(changes.on_policy_view(loss), ratio))

@@ -1,0 +1,164 @@
+"""Changes to a loss that is a black box: each takes a loss and gives the loss as a trainer would have changed it.
+
+Only what goes in and out of the loss is touched, so no source is needed. All keep the loss's sign convention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from opdtheory.exact import Loss
+from opdtheory.rollouts import Rollouts
+
+__all__ = [
+    "PerToken",
+    "advantage_added",
+    "averaged_over_rollouts",
+    "on_policy_view",
+    "padding_hidden",
+    "rollout_lengths",
+    "scaled",
+    "token_values",
+    "value_added",
+    "value_as_reward",
+    "weighted_tokens",
+]
+
+PerToken = Callable[[Rollouts], Tensor]
+
+
+def scaled(loss: Loss, factor: float) -> Loss:
+    """The loss times a constant."""
+    return lambda rollouts: factor * loss(rollouts)
+
+
+def averaged_over_rollouts(loss: Loss) -> Loss:
+    r"""A mean over the batch's tokens as the sum over tokens and mean over rollouts, $\ell\,\sum m / B$ (T11)."""
+    return lambda rollouts: loss(rollouts) * (rollouts.mask.sum() / rollouts.mask.shape[0])
+
+
+def rollout_lengths(rollouts: Rollouts) -> Float[Tensor, "B T"]:
+    """The number of unmasked tokens of each rollout, at least 1, at each of its positions."""
+    return rollouts.mask.sum(-1, keepdim=True).clamp_min(1).expand_as(rollouts.mask)
+
+
+def weighted_tokens(loss: Loss, weight: PerToken) -> Loss:
+    r"""The loss with the term of each token multiplied by a detached weight, $\sum_n \mathrm{sg}(c_n)\,\ell_n$.
+
+    The value stays as it was and the gradient that arrives at each position is multiplied, which is the same for
+    every loss whose term of a token depends on the student through that position's logits only.
+
+    Args:
+        loss: the black box.
+        weight: maps rollouts to the weight of each token, `(B, T)`.
+    """
+
+    def changed(rollouts: Rollouts) -> Tensor:
+        weights = weight(rollouts).detach()
+        return loss(
+            replace(
+                rollouts,
+                student_logits=_gate(rollouts.student_logits, weights.unsqueeze(-1)),
+                student_logprobs=_gate(rollouts.student_logprobs, weights),
+            )
+        )
+
+    return changed
+
+
+def value_added(loss: Loss, value: PerToken) -> Loss:
+    """The loss plus a differentiable value of each token, summed over tokens and averaged over rollouts."""
+    return lambda rollouts: loss(rollouts) + rollouts.token_sum(value(rollouts))
+
+
+def advantage_added(loss: Loss, advantage: PerToken) -> Loss:
+    r"""The loss with a detached term added to its advantage, $\ell - \mathrm{sg}(a_n)\log p(y_n|h_n)$ on each token.
+
+    Args:
+        loss: the black box.
+        advantage: maps rollouts to what is added for each token, `(B, T)`.
+    """
+    return value_added(loss, lambda rollouts: -advantage(rollouts).detach() * rollouts.student_logprobs)
+
+
+def on_policy_view(loss: Loss) -> Loss:
+    r"""The loss as if the current student had sampled: $\mu = p$ in every ratio that it forms (T8)."""
+    return lambda rollouts: loss(replace(rollouts, behavior_logprobs=rollouts.student_logprobs.detach()))
+
+
+def padding_hidden(loss: Loss) -> Loss:
+    """The loss without anything at masked positions: the teacher agrees with the student there, and no gradient."""
+
+    def hidden(rollouts: Rollouts) -> Tensor:
+        live, student = rollouts.mask > 0, rollouts.student_logits.detach()
+        return loss(
+            replace(
+                rollouts,
+                teacher_logits=torch.where(live.unsqueeze(-1), rollouts.teacher_logits, student),
+                teacher_logprobs=torch.where(live, rollouts.teacher_logprobs, rollouts.student_logprobs.detach()),
+                behavior_logprobs=torch.where(live, rollouts.behavior_logprobs, rollouts.student_logprobs.detach()),
+            )
+        )
+
+    return weighted_tokens(hidden, lambda rollouts: rollouts.mask)
+
+
+def value_as_reward(loss: Loss) -> Loss:
+    r"""The loss's value of each token, detached, as a reward: $\mathrm{sg}(v_n)\log p(y_n|h_n)$, not $v_n$ (T4)."""
+    known: dict[tuple[int, bytes], float] = {}
+    return lambda rollouts: rollouts.token_sum(token_values(loss, rollouts, known) * rollouts.student_logprobs)
+
+
+def token_values(
+    loss: Loss, rollouts: Rollouts, known: dict[tuple[int, bytes], float] | None = None
+) -> Float[Tensor, "B T"]:
+    """What the loss says of each unmasked token alone: its value with all other tokens masked, detached.
+
+    Args:
+        loss: the black box; it sees one rollout at a time.
+        rollouts: the batch.
+        known: values already read, by position and rollout; filled as new ones are.
+    """
+    known = {} if known is None else known
+    values = torch.zeros_like(rollouts.mask)
+    for b in range(len(values)):
+        alone = _only(rollouts, b)
+        content = _content(alone)
+        for n in rollouts.mask[b].nonzero().flatten().tolist():
+            if (n, content) not in known:
+                mask = torch.zeros_like(alone.mask)
+                mask[0, n] = 1.0
+                known[n, content] = float(loss(replace(alone, mask=mask)).detach())
+            values[b, n] = known[n, content]
+    return values
+
+
+def _gate(values: Tensor, weights: Tensor) -> Tensor:
+    if not values.requires_grad:
+        return values
+    same = values.clone()
+    same.register_hook(lambda gradient: gradient * weights)
+    return same
+
+
+def _only(rollouts: Rollouts, b: int) -> Rollouts:
+    """One rollout of a batch as a batch of one."""
+    count = len(rollouts.mask)
+    rows: dict[str, Any] = {}
+    for field in fields(rollouts):
+        value = getattr(rollouts, field.name)
+        if isinstance(value, Tensor) and value.ndim and len(value) == count:
+            rows[field.name] = value[b : b + 1].detach()
+    return replace(rollouts, **rows)
+
+
+def _content(rollouts: Rollouts) -> bytes:
+    """Everything that a loss could read of a rollout, as a key."""
+    tensors = [getattr(rollouts, field.name) for field in fields(rollouts)]
+    return b"".join(t.detach().cpu().numpy().tobytes() for t in tensors if isinstance(t, Tensor))

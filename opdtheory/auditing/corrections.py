@@ -1,0 +1,274 @@
+"""What to add to an advantage: terms that, on a recovered weight, are missing from the claimed one (T1-T6)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from opdtheory.auditing.changes import PerToken
+from opdtheory.divergences import Divergence
+from opdtheory.exact import OBJECTIVES
+from opdtheory.rollouts import Rollouts
+
+__all__ = ["Correction", "Curve", "between_granularities", "clips", "gauge_shift", "missing_terms"]
+
+# Agreement of two curves, relative to the larger, that makes a term worth a trial.
+_ALIKE = 1e-6
+
+# A formula longer than this hides more than it tells.
+_LONGEST = 48
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A weight as a function of the log-ratio, 0 at `log_u = 0`, which the grid contains."""
+
+    log_u: Float[Tensor, " points"]
+    weight: Float[Tensor, " points"]
+
+
+@dataclass(frozen=True)
+class Correction:
+    """A term for the advantage, `(B, T)` of a batch, and the sentence that asks for it."""
+
+    kind: str
+    text: str
+    advantage: PerToken
+
+
+def missing_terms(curve: Curve, divergence: Divergence, granularity: str, gamma: float) -> Iterator[Correction]:
+    r"""The first term $t$ for which $w + a\,t = s\,w_f$ with $s > 0$, up to a constant.
+
+    Args:
+        curve: the recovered weight $w$.
+        divergence: the claimed one.
+        granularity: the claimed one: of `sequence` the term is taken at $U$, of `token_return` discounted.
+        gamma: the discount.
+    """
+    terms: list[tuple[str, str, Callable[[Tensor], Tensor]]] = [
+        ("slope", _slope_words(divergence), divergence.log_slope),
+        ("generator", "f(u): the score-function half of the product rule is missing (T1)", divergence.generator),
+        ("ratio", "u - 1, a forward KL's weight (T4)", torch.expm1),
+        ("log_ratio", "log(u), a reverse KL's weight (T4)", lambda log_u: log_u),
+    ]
+    for name, words, term in terms:
+        factor = _coefficient(curve, divergence.weight, term)
+        if factor is not None:
+            kind = "advantage" if name != "slope" else "slope"
+            yield Correction(kind, _add(factor, words), _scaled(term, factor, granularity, gamma))
+            return
+
+
+def between_granularities(divergence: Divergence, granularity: str, gamma: float) -> Iterator[Correction]:
+    """From the exact advantage of another granularity to that of the claimed one (T6)."""
+    exact = {
+        "token_local": lambda log_u: divergence.weight(log_u),
+        "token_return": lambda log_u: _return_to_go(divergence, log_u, gamma if granularity == "token_return" else 1.0),
+        "sequence": lambda log_u: divergence.weight(log_u.sum(-1, keepdim=True)).expand_as(log_u),
+    }
+    formula = {
+        "token_local": "w(u_n)",
+        "token_return": "w(u_n) - sum_{m>n} gamma^(m-n) f(u_m)",
+        "sequence": "w(prod_m u_m) on every token",
+    }
+    for other in OBJECTIVES:
+        if other != granularity:
+            text = (
+                f"Use the advantage {formula[granularity]} in place of {formula[other]}, with w(u) = u f'(u) - f(u): "
+                f"the loss follows {other}, not {granularity} (T6)."
+            )
+            yield Correction("granularity", text, _difference(exact[granularity], exact[other]))
+
+
+def clips(curve: Curve, far: Callable[[], Curve | None], divergence: Divergence) -> Iterator[Correction]:
+    r"""What a clamp of the log-ratio to $[a, b]$ took away, $w_f(u) - w(\mathrm{clamp}(\log u, a, b))$ (T4).
+
+    The weight before the clamp may be $w_f$ or plain OPD's $-f$. A clamp of the weight is one of the log-ratio.
+
+    Args:
+        curve: the recovered weight on its grid.
+        far: gives the weight at log-ratios of -12, -8, 0, 8 and 12.
+        divergence: the claimed one.
+    """
+    forms: list[tuple[str, str, Callable[[Tensor], Tensor]]] = [
+        ("clip", "Remove", divergence.weight),
+        (
+            "slope, clip",
+            f"Add to the advantage {_slope_words(divergence)}, and remove",
+            _negative_generator(divergence),
+        ),
+    ]
+    beyond: Curve | None = None
+    for kind, verb, form in forms:
+        if not _agrees_in_the_middle(curve, form):
+            continue
+        beyond = beyond or far()
+        bounds = None if beyond is None else _bounds(curve, beyond, form)
+        if bounds is not None:
+            span = ", ".join(f"{bound:.4g}" for bound in bounds)
+            text = (
+                f"{verb} the clip that holds log(u) in [{span}], or widen it beyond the log-ratios met: a clipped "
+                "weight descends another divergence (T4)."
+            )
+            yield Correction(kind, text, _clipped_away(divergence, form, bounds))
+            return
+
+
+def gauge_shift(curve: Curve, divergence: Divergence) -> Correction | None:
+    r"""For $w = -s f$: the shift $f \to f + c(u-1)$, $c = -f'(\infty)$, that makes it non-decreasing (T5b)."""
+    generator, limit = divergence.generator(curve.log_u), divergence.slope_at_infinity
+    size = float((curve.weight * -generator).sum() / generator.square().sum())
+    alike = float((curve.weight + size * generator).abs().max()) <= _ALIKE * float(curve.weight.abs().max())
+    if not (alike and size > 0) or limit in (float("inf"), float("-inf")) or abs(limit) < _ALIKE:
+        return None
+    shifted = curve.weight + size * limit * torch.expm1(curve.log_u)
+    if bool((shifted.diff() < -_ALIKE * shifted.abs().max()).any()):
+        return None
+    text = (
+        f"Shift the gauge, f to f {'-' if limit > 0 else '+'} {abs(limit):.6g} (u - 1): the weight then never falls, "
+        "so the loss descends an f-divergence with its minimum at the teacher"
+    )
+    return Correction("gauge", text, lambda rollouts: size * limit * torch.expm1(_log_u(rollouts)))
+
+
+def _coefficient(
+    curve: Curve, weight: Callable[[Tensor], Tensor], term: Callable[[Tensor], Tensor]
+) -> tuple[float, float] | None:
+    """The least-squares `(s, a)` of `w = s w_f - a t`, if it fits, or None; `a` is rounded where 1 or -1 fits."""
+    zero = torch.zeros(1, dtype=torch.float64)
+    columns = torch.stack([weight(curve.log_u) - weight(zero), -(term(curve.log_u) - term(zero))], 1)
+    sizes = columns.norm(dim=0)
+    if float(sizes.min()) <= _ALIKE * float(sizes.max()):
+        return None
+    unit = columns / sizes
+    if 1.0 - abs(float(unit[:, 0] @ unit[:, 1])) < _ALIKE:
+        return None
+    solution = torch.linalg.lstsq(unit, curve.weight.unsqueeze(1)).solution[:, 0] / sizes
+    if float((columns @ solution - curve.weight).abs().max()) > _ALIKE * float(curve.weight.abs().max()):
+        return None
+    scale, factor = (_whole(float(x)) for x in solution)
+    return (scale, factor) if scale > _ALIKE and abs(factor) > _ALIKE else None
+
+
+def _whole(value: float) -> float:
+    return float(round(12 * value) / 12) if abs(12 * value - round(12 * value)) < 1e-7 else value
+
+
+def _add(fit: tuple[float, float], words: str) -> str:
+    factor = fit[1]
+    if factor == 1.0:
+        return f"Add to the advantage {words}."
+    if factor == -1.0:
+        return f"Subtract from the advantage {words}."
+    return f"{'Add to' if factor > 0 else 'Subtract from'} the advantage {abs(factor):.6g} times {words}."
+
+
+def _slope_words(divergence: Divergence) -> str:
+    import sympy
+
+    u = next(iter(divergence.expr.free_symbols), sympy.Symbol("u", positive=True))
+    formula = str(sympy.expand(u * sympy.diff(divergence.expr, u)))
+    shown = f" (here {formula})" if len(formula) <= _LONGEST else ""
+    return f"u f'(u){shown}, which the stop-gradient leaves out (T2)"
+
+
+def _scaled(term: Callable[[Tensor], Tensor], fit: tuple[float, float], granularity: str, gamma: float) -> PerToken:
+    def advantage(rollouts: Rollouts) -> Tensor:
+        log_u = _log_u(rollouts)
+        if granularity == "sequence":
+            return fit[1] * term(log_u.sum(-1, keepdim=True)).expand_as(log_u)
+        discount = gamma if granularity == "token_return" else 1.0
+        return fit[1] * discount ** torch.arange(log_u.shape[-1]).to(log_u) * term(log_u)
+
+    return advantage
+
+
+def _difference(wanted: Callable[[Tensor], Tensor], had: Callable[[Tensor], Tensor]) -> PerToken:
+    def advantage(rollouts: Rollouts) -> Tensor:
+        log_u = _log_u(rollouts)
+        return wanted(log_u) - had(log_u)
+
+    return advantage
+
+
+def _return_to_go(divergence: Divergence, log_u: Tensor, gamma: float) -> Tensor:
+    """The exact advantage of `token_return`; masked log-ratios are zero and cost nothing, since f(1) = 0."""
+    penalties, to_come = divergence.generator(log_u), torch.zeros_like(log_u[:, 0])
+    weight = divergence.weight(log_u)
+    columns = []
+    for n in reversed(range(log_u.shape[-1])):
+        columns.append(gamma**n * (weight[:, n] - to_come))
+        to_come = gamma * (penalties[:, n] + to_come)
+    return torch.stack(columns[::-1], dim=-1)
+
+
+def _log_u(rollouts: Rollouts) -> Tensor:
+    return torch.where(rollouts.mask > 0, rollouts.log_u.detach(), torch.zeros_like(rollouts.mask))
+
+
+def _negative_generator(divergence: Divergence) -> Callable[[Tensor], Tensor]:
+    return lambda log_u: -divergence.generator(log_u)
+
+
+def _clipped_away(divergence: Divergence, form: Callable[[Tensor], Tensor], bounds: tuple[float, float]) -> PerToken:
+    def advantage(rollouts: Rollouts) -> Tensor:
+        log_u = _log_u(rollouts)
+        return divergence.weight(log_u) - form(log_u.clamp(*bounds))
+
+    return advantage
+
+
+def _agrees_in_the_middle(curve: Curve, form: Callable[[Tensor], Tensor]) -> bool:
+    middle = len(curve.log_u) // 2
+    near = slice(middle - 1, middle + 2)
+    exact = form(curve.log_u[near]) - form(torch.zeros(1, dtype=torch.float64))
+    return float((exact - curve.weight[near]).abs().max()) <= 10 * _ALIKE * float(exact.abs().max())
+
+
+def _bounds(curve: Curve, beyond: Curve, form: Callable[[Tensor], Tensor]) -> tuple[float, float] | None:
+    """The log-ratios at which the weight stops following a form, infinite where it does not, or None if neither."""
+    zero = torch.zeros(1, dtype=torch.float64)
+    low = _stop(-curve.log_u.flip(0), curve.weight.flip(0), -beyond.log_u.flip(0), beyond.weight.flip(0), form, -1.0)
+    high = _stop(curve.log_u, curve.weight, beyond.log_u, beyond.weight, form, 1.0)
+    bounds = (-float("inf") if low is None else -low, float("inf") if high is None else high)
+    if low is None and high is None:
+        return None
+    clipped = form(curve.log_u.clamp(*bounds)) - form(zero)
+    alike = float((clipped - curve.weight).abs().max()) <= _ALIKE * float(curve.weight.abs().max())
+    return bounds if alike else None
+
+
+def _stop(
+    log_u: Tensor, weight: Tensor, far_log_u: Tensor, far: Tensor, form: Callable[[Tensor], Tensor], side: float
+) -> float | None:
+    """Where a weight that is constant far out stops following a form, on the side of positive `log_u`."""
+
+    def at(point: float) -> float:
+        zero = torch.zeros((), dtype=torch.float64)
+        return float(form(torch.tensor(side * point, dtype=torch.float64)) - form(zero))
+
+    level = float(far[3])
+    if abs(float(far[4]) - level) > 1e-7 * max(1.0, abs(level)):
+        return None
+    if abs(at(float(far_log_u[4])) - at(float(far_log_u[3]))) <= 1e-4 * max(1e-3, abs(at(float(far_log_u[3])))):
+        return None
+    points = [*log_u[log_u >= 0].tolist(), float(far_log_u[3])]
+    values = [*weight[log_u >= 0].tolist(), level]
+    follows = [abs(at(p) - v) <= _ALIKE * max(abs(v), abs(level)) for p, v in zip(points, values, strict=True)]
+    last = follows.index(False) if False in follows else len(follows) - 1
+    return _root(lambda point: at(point) - level, points[last - 1], points[last])
+
+
+def _root(gap: Callable[[float], float], low: float, high: float) -> float:
+    """A point of the bracket at which the gap vanishes, a short decimal if one serves as well."""
+    rising = gap(high) > gap(low)
+    left, right = low, high
+    for _ in range(60):
+        middle = (left + right) / 2
+        left, right = (middle, right) if (gap(middle) < 0) == rising else (left, middle)
+    short = round(left, 6)
+    return short if abs(short - left) < 1e-7 else left

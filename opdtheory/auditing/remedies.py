@@ -1,0 +1,184 @@
+"""The smallest change that would make a loss follow its claim, each verified by auditing the changed loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from opdtheory.auditing.candidates import candidates, gauge
+from opdtheory.auditing.corrections import Curve
+from opdtheory.auditing.facts import Candidate, Facts, on_policy_curve
+from opdtheory.auditing.substitutes import bucket_added, last_resort, topk_form
+from opdtheory.auditing.trial import Trial, attempt
+from opdtheory.divergences import Divergence
+from opdtheory.divergences import divergence as as_divergence
+from opdtheory.errors import InvalidArgumentError
+from opdtheory.exact import Loss
+from opdtheory.exact.oracle import check_objective
+from opdtheory.exact.threads import one_thread
+
+if TYPE_CHECKING:
+    from opdtheory.auditing.report import Audit
+
+__all__ = ["Remedy", "remedies"]
+
+# Verdicts from better to worse; a fix must be better than what it fixes, and faithful.
+_RANK = {"exact": 0, "exact_up_to_scale": 1}
+_WRONG = 2
+
+# Changes tried for one loss; each costs a call of the verdict, most of them one pair's worth.
+_TRIALS = 40
+_COUPLED_TRIALS = 14
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """One change to a loss that is not faithful to its claim.
+
+    Attributes:
+        kind: `sign scale position reduction padding importance slope advantage granularity clip detach differentiate k2
+            tail vocabulary baseline`, two of them joined by a comma, `claim`, `gauge` or `replace`.
+        text: an imperative sentence with the formula and the theorem.
+        verdict: of the changed loss against the claim; of `claim`, against the other claim.
+        relative_bias: of the changed loss at scale one.
+        verified: whether an audit of the changed loss found it faithful.
+    """
+
+    kind: str
+    text: str
+    verdict: str
+    relative_bias: float
+    verified: bool
+
+
+def remedies(
+    loss: Loss,
+    objective: str | Divergence,
+    granularity: str = "token_local",
+    *,
+    report: Audit,
+    verdict: Callable[[Loss], tuple[str, float]] | None = None,
+    limit: int = 3,
+) -> list[Remedy]:
+    """Up to three changes that make a loss descend what it claims to, the smallest first, each verified.
+
+    Every change is made to the black box, from its inputs and outputs, and the changed loss is audited; what the
+    audit refuses is not offered. The last resort, the library's own estimator, is offered if nothing smaller serves.
+    Two come with `verified=False`, since they lead to another divergence than the claimed one: a change of gauge (T5b)
+    and a tail bucket that leaves more than one token in it (T9d).
+
+    Args:
+        loss: the black box.
+        objective: the claimed divergence, an object or a catalogue name.
+        granularity: the claimed `token_local`, `token_return` or `sequence`.
+        report: the audit of `loss` against that claim, whose settings, weight and findings are used.
+        verdict: maps a changed loss to its verdict and worst relative bias; by default a `Trial` on the audit's pairs.
+        limit: the most that are returned.
+
+    Returns:
+        The remedies; none if the loss is exact and stays so when lengths vary.
+
+    Raises:
+        InvalidArgumentError: an unknown objective or granularity, or a limit below 1.
+    """
+    divergence, gamma = as_divergence(objective), float(report.settings["gamma"])
+    check_objective(granularity, gamma)
+    if limit < 1:
+        raise InvalidArgumentError("limit", f"is {limit!r}; at least 1 is needed")
+    lengths = report.variable_lengths is not None and report.variable_lengths["verdict"] not in _RANK
+    if report.verdict == "undecided" or (report.verdict == "exact" and not lengths):
+        return []
+    with one_thread():
+        facts = _facts(loss, divergence, granularity, report, lengths)
+        found = _Search(verdict or facts.trial, _WRONG if lengths else _RANK.get(report.verdict, _WRONG), facts)
+        return found.run(report, limit)
+
+
+def _facts(loss: Loss, divergence: Divergence, granularity: str, report: Audit, lengths: bool) -> Facts:
+    settings = {key: report.settings[key] for key in ("batch_size", "eos", "off_policy", "gamma", "seed")}
+    trial = Trial(loss, divergence, granularity, **settings, tolerance=report.tolerance, lengths=lengths)
+    curve = None
+    if settings["off_policy"]:
+        curve = on_policy_curve(loss, settings, report.tolerance)
+    elif report.weight["depends_on_ratio_only"]:
+        curve = Curve(report.weight["log_u"], report.weight["weight"])
+    return Facts(loss, divergence, granularity, report.verdict, settings, lengths, curve, trial)
+
+
+class _Search:
+    """Tries one change after another until enough are verified."""
+
+    def __init__(self, verdict: Callable[[Loss], tuple[str, float]], rank: int, facts: Facts) -> None:
+        self.verdict, self.rank, self.facts = verdict, rank, facts
+
+    def run(self, report: Audit, limit: int) -> list[Remedy]:
+        """The remedies, smallest change first."""
+        claim = _other_claim(report)
+        # A verified fix of coupled rollouts is dear: one is enough.
+        most = 1 if self.facts.coupled else limit - (claim is not None and limit > 1)
+        found = self._verified(most)
+        if not found:
+            found = [r for r in [self.tried(last_resort(self.facts))] if r is not None]
+        if claim is not None:
+            found.append(claim)
+        found += [r for r in (self._gauge(), self._tail(report, found)) if r is not None]
+        return found[:limit]
+
+    def _verified(self, most: int) -> list[Remedy]:
+        found: list[Remedy] = []
+        allowed = _COUPLED_TRIALS if self.facts.coupled else _TRIALS
+        for _, candidate in zip(range(allowed), candidates(self.facts), strict=False):
+            # Two changes together are no alternative to one.
+            if len(found) == most or (found and "," in candidate.kind):
+                break
+            remedy = self.tried(candidate)
+            if remedy is not None and all(remedy.kind != other.kind for other in found):
+                found.append(remedy)
+        return found
+
+    def tried(self, candidate: Candidate) -> Remedy | None:
+        """The remedy, if the changed loss is faithful and better than the loss was."""
+        judged = self._judged(candidate)
+        if judged is None or _RANK.get(judged[0], _WRONG) >= self.rank:
+            return None
+        return Remedy(candidate.kind, candidate.text, *judged, verified=True)
+
+    def _gauge(self) -> Remedy | None:
+        candidate = gauge(self.facts)
+        judged = None if candidate is None else self._judged(candidate)
+        if candidate is None or judged is None:
+            return None
+        verified = judged[0] in _RANK
+        end = " (T5b)." if verified else ", though of another divergence than the one claimed (T5b)."
+        return Remedy("gauge", candidate.text + end, *judged, verified=verified)
+
+    def _tail(self, report: Audit, found: list[Remedy]) -> Remedy | None:
+        """The tail bucket where it does not cure a truncated loss but brings it nearer."""
+        form = topk_form(self.facts)
+        if form is None or form.form != "topk_truncated" or any(remedy.kind == "tail" for remedy in found):
+            return None
+        candidate = bucket_added(self.facts, form)
+        judged = attempt(lambda: self.facts.trial(candidate.loss, to_the_end=True))
+        if judged is None or judged[1] >= report.relative_bias:
+            return None
+        text = f"{candidate.text} The divergence of the coarser law is then descended, exactly, not the claimed one."
+        return Remedy("tail", text, *judged, verified=judged[0] in _RANK)
+
+    def _judged(self, candidate: Candidate) -> tuple[str, float] | None:
+        return attempt(lambda: self.verdict(candidate.loss))
+
+
+def _other_claim(report: Audit) -> Remedy | None:
+    """The objective that the loss does descend, to be claimed instead."""
+    if report.verdict != "other_objective" or report.identified is None or report.descends is None:
+        return None
+    scale = report.identified["scale"]
+    exact = abs(scale - 1.0) <= report.tolerance
+    times = "" if exact else f" times {scale:.6g}"
+    text = (
+        f"Claim {report.descends} ({report.identified['granularity']}) instead: the expected gradient is exactly "
+        f"that{times}."
+    )
+    verdict = "exact" if exact else "exact_up_to_scale"
+    return Remedy("claim", text, verdict, max(abs(scale - 1.0), report.identified["error"]), verified=True)

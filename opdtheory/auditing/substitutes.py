@@ -1,0 +1,177 @@
+"""Estimators to use in place of a loss, or in place of the way in which its value is used (T1, T4, T7e, T9)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opdtheory.auditing import changes
+from opdtheory.auditing.facts import Candidate, Facts
+from opdtheory.auditing.panel import bandits
+from opdtheory.auditing.topk import TopKForm, recognise, tail_bucket
+from opdtheory.auditing.trial import attempt
+from opdtheory.estimators import estimator
+from opdtheory.estimators.sampled import k2, k3
+from opdtheory.exact import Enumeration
+
+__all__ = [
+    "backpropagated",
+    "bucket_added",
+    "last_resort",
+    "topk_form",
+    "unstandardised",
+    "value_as_reward",
+    "whole_vocabulary",
+]
+
+# Two curves closer than this, relatively, are worth a trial, which then decides.
+_ALIKE = 1e-6
+
+# By claimed divergence: the estimator of Schulman's that is exact as a loss, its value, and its local weight (T4).
+_AS_LOSS = {
+    "reverse_kl": ("k2_loss", "k2 = log(u)^2 / 2", k2, "its gradient weighs the score by log(u)"),
+    "forward_kl": ("k3_loss", "k3 = u - 1 - log(u)", k3, "its gradient weighs the score by u"),
+}
+
+_LEFT_OUT = {
+    "topk_truncated": "left out, the other tokens move the minimiser away from the teacher (T9a, T9b)",
+    "topk_renormalised": "renormalised, the loss leaves the other tokens free (T9c)",
+    "topk_tail": "with one bucket for the rest it is the divergence of a coarser law (T9d)",
+}
+
+
+def last_resort(facts: Facts) -> Candidate:
+    """The library's own estimator of the claimed gradient, in place of the loss."""
+    options: dict[str, Any] = {"baseline": "leave_one_out"} if facts.coupled else {}
+    name, theorem = "opd_plus", "T1"
+    if facts.granularity == "token_return":
+        name, theorem = "return_to_go", "T6"
+        gamma = float(facts.settings["gamma"])
+        options |= {"gamma": gamma, "discounted": gamma < 1.0}
+    elif facts.granularity == "sequence":
+        name, theorem = "sequence_opd_plus", "T6"
+    if facts.off_policy:
+        options["importance"] = "prefix" if facts.granularity == "token_local" else "sequence"
+    loss = estimator(name, facts.divergence, **options)
+    return Candidate("replace", f"Use opdtheory.{loss!r} instead, whose expected gradient is exact ({theorem}).", loss)
+
+
+def value_as_reward(facts: Facts) -> Iterator[Candidate]:
+    """The detached value of a loss that backpropagates it, if as a reward it is the right one."""
+    if facts.granularity != "token_local" or facts.off_policy:
+        return
+    read = _values_on_grid(facts)
+    if read is not None and _multiple(-read[1], facts.divergence.weight(read[0])):
+        text = (
+            "Detach the loss's value of each token and use it as a reward, sg(v_n) * log p(y_n|h_n), in place of "
+            "backpropagating through the value (T4)."
+        )
+        yield Candidate("detach", text, changes.value_as_reward(facts.loss))
+
+
+def _values_on_grid(facts: Facts) -> tuple[Tensor, Tensor] | None:
+    """The loss's value of one token as a function of the log-ratio; None if it takes no rollout alone."""
+    log_u = torch.linspace(-3.0, 3.0, 13, dtype=torch.float64)
+    case = bandits(log_u, 0.0, 0)[1]
+    rollouts = Enumeration.build(case.student, case.teacher).rollouts()
+    values = attempt(lambda: changes.token_values(facts.loss, rollouts).flatten())
+    return None if values is None else (log_u, values)
+
+
+def backpropagated(facts: Facts) -> Iterator[Candidate]:
+    """The one of Schulman's estimators that is right as a loss, where one is used in another way."""
+    if facts.divergence.name not in _AS_LOSS or facts.granularity != "token_local" or facts.curve is None:
+        return
+    log_u, weight = facts.curve.log_u, facts.curve.weight
+    name, formula, value, why = _AS_LOSS[facts.divergence.name]
+    options: dict[str, Any] = {"importance": "prefix"} if facts.off_policy else {}
+    right = estimator(name, **options)
+    if _multiple(weight, -value(log_u)):
+        text = f"Backpropagate through {formula} instead of detaching it: {why} (T4)."
+        yield Candidate("differentiate", text, right)
+    elif name == "k2_loss" and (
+        float(weight.abs().max()) < _ALIKE
+        or _multiple(weight, torch.expm1(log_u))
+        or _multiple(weight, -k3(log_u))
+        or _is_cut_off(weight, log_u)
+    ):
+        text = f"Use {formula}, unclipped, as the loss in place of this one: of k1, k2 and k3, backpropagated, it alone"
+        yield Candidate("k2", f"{text} follows the reverse KL (T4).", right)
+
+
+def _is_cut_off(weight: Tensor, log_u: Tensor) -> bool:
+    """Whether the weight is the log-ratio up to some point and zero beyond: a clamp that is backpropagated."""
+    inside = weight.abs() > _ALIKE
+    return not bool(inside[log_u != 0].all()) and _multiple(weight, torch.where(inside, log_u, 0.0))
+
+
+def _multiple(curve: Tensor, target: Tensor) -> bool:
+    """Whether a curve is a positive multiple of another up to a constant."""
+    curve, target = curve - curve.mean(), target - target.mean()
+    factor = float((curve * target).sum() / target.square().sum().clamp_min(1e-300))
+    return factor > _ALIKE and float((curve - factor * target).abs().max()) <= _ALIKE * float(curve.abs().max())
+
+
+def whole_vocabulary(facts: Facts) -> Iterator[Candidate]:
+    """What a loss of the k likeliest tokens leaves out, and the divergence over the whole vocabulary (T9, T12)."""
+    if facts.granularity != "token_local" or facts.coupled:
+        return
+    options: dict[str, Any] = {"importance": "prefix"} if facts.off_policy else {}
+    whole = estimator("full_vocab", facts.divergence, **options)
+    found = topk_form(facts)
+    if found is not None:
+        if found.form == "topk_truncated":
+            yield bucket_added(facts, found)
+        text = f"Sum p f(q/p) over the whole vocabulary in place of the {found.support}'s {found.k} likeliest tokens"
+        yield Candidate("vocabulary", f"{text}: {_LEFT_OUT[found.form]}.", whole)
+    elif facts.verdict == "zero":
+        text = "Backpropagate the divergence over the whole vocabulary, sum_a p_a f(q_a / p_a), through p: the expected"
+        yield Candidate("vocabulary", f"{text} gradient of this loss is zero (T9e, T12).", whole)
+
+
+def topk_form(facts: Facts) -> TopKForm | None:
+    """The form of a loss of the k likeliest tokens, or None if it is something else."""
+    if facts.curve is not None or facts.granularity != "token_local" or facts.coupled:
+        return None
+    return attempt(lambda: recognise(facts.loss, facts.divergence))
+
+
+def bucket_added(facts: Facts, found: TopKForm) -> Candidate:
+    """A truncated loss with one bucket for the rest (T9d)."""
+    text = (
+        f"Add the tail: one bucket for the tokens outside the {found.support}'s {found.k} likeliest, with both laws' "
+        "mass there, P f(Q/P) (T9d)."
+    )
+    return Candidate("tail", text, tail_bucket(facts.loss, facts.divergence, found))
+
+
+def unstandardised(facts: Facts) -> Iterator[Candidate]:
+    """The leave-one-out mean in place of a z-score (T7e)."""
+    if facts.coupled and attempt(lambda: _standardised(facts)):
+        text = (
+            "Do not divide by the group's standard deviation; take the leave-one-out mean from the advantage "
+            "w(u) = u f'(u) - f(u) (T1, T7e)."
+        )
+        yield Candidate("baseline", text, last_resort(facts).loss)
+
+
+def _standardised(facts: Facts) -> bool:
+    """Whether the advantages of a batch's first tokens have the same sum of squares whatever the batch."""
+    case, size = facts.trial.cases[-1], int(facts.settings["batch_size"])
+    everything = Enumeration.build(case.student, case.teacher, case.behavior)
+    generator = torch.Generator().manual_seed(0)
+    squares: list[float] = []
+    while len(squares) < 8:
+        batch = torch.randint(len(everything), (size,), generator=generator)
+        token = everything.tokens[batch, :1]
+        if len(token.unique()) == 1:  # no spread to divide by
+            continue
+        logits = everything.gather_logits(everything.student_tables, batch).detach().requires_grad_()
+        (slope,) = torch.autograd.grad(facts.loss(everything.rollouts(batch, logits)), logits)
+        score = 1.0 - torch.softmax(logits.detach()[:, 0], -1).gather(-1, token)
+        squares.append(float((slope[:, 0].gather(-1, token) / score).square().sum()))
+    # What is added to the standard deviation, lest it vanish, leaves a trace.
+    return max(squares) - min(squares) <= 0.05 * max(squares)

@@ -1,0 +1,75 @@
+"""A loss of the k likeliest tokens recognised as a black box, and the term that is missing from it (T9)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from opdtheory.auditing import changes
+from opdtheory.auditing.identify import fit_scale
+from opdtheory.divergences import Divergence
+from opdtheory.estimators import estimator
+from opdtheory.estimators.vocabulary import Support, perspective
+from opdtheory.exact import Enumeration, Loss, TabularPolicy
+from opdtheory.rollouts import Rollouts
+
+__all__ = ["TopKForm", "recognise", "tail_bucket"]
+
+_FORMS = ("topk_truncated", "topk_renormalised", "topk_tail")
+_SUPPORTS: tuple[Support, ...] = ("teacher", "student")
+# Logits of student and teacher whose k likeliest tokens are other ones, for every k.
+_ROWS = ((1.3, 0.9, 0.2, -0.5, -0.7), (-1.1, -0.2, 0.1, 0.6, 1.4))
+_VOCABULARY = 5
+_ALIKE = 1e-6
+
+
+@dataclass(frozen=True)
+class TopKForm:
+    """Which estimator of k tokens a loss is, up to a factor.
+
+    Attributes:
+        form: `topk_truncated`, `topk_renormalised` or `topk_tail`.
+        k: how many tokens.
+        support: whose likeliest.
+    """
+
+    form: str
+    k: int
+    support: Support
+
+
+def recognise(loss: Loss, divergence: Divergence) -> TopKForm | None:
+    """The form of a loss that is backpropagated through the k likeliest of five tokens, or None."""
+    everything = Enumeration.build(*(TabularPolicy([torch.tensor([row], dtype=torch.float64)]) for row in _ROWS))
+    rows = [_gradient(loss, everything, token) for token in range(_VOCABULARY)]
+    # Such a loss looks at the history only: which token was drawn makes no difference.
+    if float(rows[0].norm()) == 0.0 or any(float((row - rows[0]).abs().max()) > 1e-12 for row in rows):
+        return None
+    candidates = [TopKForm(form, k, support) for form in _FORMS for support in _SUPPORTS for k in range(1, _VOCABULARY)]
+    for candidate in candidates:
+        named = estimator(candidate.form, divergence, k=candidate.k, support=candidate.support)
+        row = _gradient(named, everything, 0)
+        if float(row.norm()) > 1e-12 and fit_scale([rows[0]], [row]).worst_error < _ALIKE:
+            return candidate
+    return None
+
+
+def tail_bucket(loss: Loss, divergence: Divergence, found: TopKForm) -> Loss:
+    r"""A truncated top-k loss plus the term of the rest, $P(S^c) f(Q(S^c)/P(S^c))$, $S$ held fixed (T9d)."""
+
+    def bucket(rollouts: Rollouts) -> Tensor:
+        log_p = torch.log_softmax(rollouts.student_logits, -1)
+        log_q = torch.log_softmax(rollouts.teacher_logits, -1)
+        kept = (log_q if found.support == "teacher" else log_p.detach()).topk(found.k, -1).indices
+        rest_p, rest_q = (torch.logsumexp(law.scatter(-1, kept, -torch.inf), -1) for law in (log_p, log_q))
+        return perspective(divergence, rest_p, rest_q)
+
+    return changes.value_added(loss, bucket)
+
+
+def _gradient(loss: Loss, everything: Enumeration, token: int) -> Tensor:
+    logits = everything.gather_logits(everything.student_tables)[token : token + 1].detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(everything.rollouts(torch.tensor([token]), logits)), logits)
+    return gradient.flatten()
