@@ -27,11 +27,11 @@ _TOKENS, _VOCABULARY = 16, 2048
 # log-ratios, of either sign, that are tried there.
 _ORDINARY, _NEAR_ONE, _RARE = math.log(0.5), math.log1p(-1e-3), math.log(1e-30)
 _LOG_RATIOS = {
-    _ORDINARY: (0.004, 0.3, 1.3, 10.0, 20.0, 40.0, 80.0, 90.0, 120.0),
-    _NEAR_ONE: (1.3, 10.0, 90.0),
+    _ORDINARY: (0.004, 1.3, 10.0, 20.0, 40.0, 80.0, 90.0, 120.0),
+    _NEAR_ONE: (1.3, 90.0),
     _RARE: (1.3,),
 }
-_FEW = 4
+_FEW = 64
 
 # Steps by which the start of an overflow is bisected, between two log-ratios of the list.
 _BISECTIONS = 7
@@ -88,8 +88,9 @@ def numerics(
 
     A token's gradient is the vector of $\partial L/\partial \log p(y_n|h_n)$ and $\partial L/\partial z_n$, the inputs
     being taken as independent. float64 gets the same numbers after their rounding, so only the loss's own arithmetic
-    is judged. Two regimes: `realistic` (see `realistic_logits`) and `adversarial`, one token at a time with
-    $|\log u|$ of 0.004 to 120, at ordinary probabilities, near one and near 1e-30.
+    is judged; a loss that casts to float32 itself is compared with itself so cast. Two regimes: `realistic` (see
+    `realistic_logits`) and `adversarial`, one token at a time with $|\log u|$ of 0.004 to 120, at ordinary
+    probabilities, near one and near 1e-30.
 
     Args:
         loss: a function of rollouts that returns a scalar, deterministic and without state.
@@ -226,9 +227,13 @@ def _with(rollouts: Rollouts, **fields: Tensor) -> Rollouts:
 
 def _compare(loss: Loss, rollouts: Rollouts, first: int | None) -> list[_Token]:
     """Each token's gradient beside float64's on the same numbers; of the first rollouts, or of all."""
-    narrow = _gradient(loss, rollouts)
     wide = _cast(rollouts, torch.float64)
-    exact = _gradient(loss, wide)
+    try:
+        exact = _gradient(loss, wide)
+    except _RefusalError as error:
+        shape = tuple(rollouts.student_logits.shape)
+        raise _RefusalError(f"{error} (in float64 too, on logits of shape {shape})") from error
+    narrow = _gradient(loss, rollouts)
     log_u = wide.log_u[:first].flatten().tolist()
     return [
         token
@@ -237,7 +242,7 @@ def _compare(loss: Loss, rollouts: Rollouts, first: int | None) -> list[_Token]:
     ]
 
 
-def _gradient(loss: Loss, rollouts: Rollouts) -> Float[Tensor, "B T V+1"]:
+def _gradient(loss: Loss, rollouts: Rollouts) -> Float[Tensor, "B T entries"]:
     """The gradient in each token's log-probability and logits, as float64."""
     logprobs = rollouts.student_logprobs.detach().clone().requires_grad_()
     logits = rollouts.student_logits.detach().clone().requires_grad_()
@@ -296,7 +301,7 @@ def _words(
 
 def _share(error: float) -> str:
     if error > 0.995:
-        return f"{error:.1g} times itself"
+        return f"{error:.2g} times itself"
     return f"{100.0 * error:.2g}%" if error > 1e-4 else f"{error:.1g} of itself"
 
 

@@ -102,7 +102,19 @@ def test_a_loss_that_refuses_a_dtype() -> None:
 
 
 def test_a_loss_without_a_gradient_is_reported() -> None:
-    assert all("raises RuntimeError" in result.words for result in numerics(lambda r: r.teacher_logprobs.sum()))
+    for result in numerics(lambda r: r.teacher_logprobs.sum()):
+        assert "raises RuntimeError" in result.words and "in float64 too" in result.words
+
+
+def test_a_gradient_that_is_not_the_dtypes_is_seen() -> None:
+    """A wrong twin of an exact loss: the same weight, formed with a cancellation."""
+
+    def cancelled(r: Rollouts) -> Tensor:
+        weight = (r.log_u.detach().exp() + 64.0) - 64.0
+        return r.token_sum(-weight * r.student_logprobs)
+
+    plain = results(opd.estimator("opd_plus", "forward_kl"))["bfloat16", "realistic"].worst_error
+    assert plain < 0.01 < results(cancelled)["bfloat16", "realistic"].worst_error
 
 
 def test_groups() -> None:
