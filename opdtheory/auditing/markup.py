@@ -14,6 +14,7 @@ __all__ = [
     "formula",
     "number",
     "plain_text",
+    "prose",
     "rows_of",
     "section",
     "sentence",
@@ -98,6 +99,15 @@ def verdict_words(value: object) -> str:
 def sentence(text: str) -> str:
     """A text with a capital and a full stop, escaped."""
     return escape(text[:1].upper() + text[1:] + "." if text else "")
+
+
+def prose(text: object) -> str:
+    """Words with formulas in plain characters, as HTML: true arrows, minus signs and powers."""
+    shown = escape(str(text or ""))
+    for plain, sign in (("-&gt; inf", "→ ∞"), ("-&gt;", "→"), ("&lt;=", "≤"), ("&gt;=", "≥"), (" - ", " − ")):
+        shown = shown.replace(plain, sign)
+    shown = re.sub(r"(?<![\w)\]])-(?=[\du])", "−", shown)
+    return re.sub(r"(?:\^|\*\*)(−?\d+)", r"<sup>\1</sup>", shown)
 
 
 def breakable(name: str) -> str:

@@ -17,6 +17,7 @@ from opdtheory.auditing.markup import (
     formula,
     number,
     plain_text,
+    prose,
     rows_of,
     section,
     sentence,
@@ -217,23 +218,25 @@ def _form(record: dict[str, Any]) -> str:
     if form is None:
         return ""
     terms = ", ".join(f"{number(value)} × {escape(str(name))}" for name, value in (form.get("terms") or {}).items())
-    limits = form.get("limits") or {}
+    # NaN stands for a limit that is not known.
+    limits = {end: value for end, value in (form.get("limits") or {}).items() if value == value}
     ends = ", ".join(
         f"{number(value)} as u → {'∞' if end == 'inf' else escape(str(end))}" for end, value in limits.items()
     )
-    fixed = ", ".join(str(point) for point in form.get("fixed_points") or [])
+    fixed = "<br>".join(prose(point) for point in form.get("fixed_points") or [])
     rows = [
         ("name", escape(str(form.get("label") or "none"))),
-        ("combination", terms),
+        ("combination", terms if len(form.get("terms") or {}) > 1 else ""),
         ("weight w(u)", formula(form.get("expr"))),
         ("implied generator V(u)", formula(form.get("generator"))),
         ("a genuine f-divergence", yes_or_no(form.get("genuine"))),
-        ("fixed points", escape(fixed)),
+        ("fixed at other laws", fixed),
         ("slope at the teacher", number(form.get("slope_at_teacher"))),
         ("the teacher attracts", yes_or_no(form.get("attracts"))),
         ("limits of w", ends),
-        ("growth", escape(str(form.get("growth") or ""))),
-        ("second moment", escape(str(form.get("second_moment") or ""))),
+        ("is plain OPD with the generator of", escape(str(form.get("stop_gradient_of") or ""))),
+        ("growth", prose(form.get("growth"))),
+        ("second moment", prose(form.get("second_moment"))),
         ("error of the fit", number(form.get("error"))),
     ]
     return section("The weight as a formula", rows_of([row for row in rows if row[1]]))
@@ -243,7 +246,7 @@ def _dependence(record: dict[str, Any]) -> str:
     found = record["dependence"]
     if found is None:
         return ""
-    words = "".join(f"<li>{escape(str(word))}</li>" for word in found.get("words") or [])
+    words = "".join(f"<li>{prose(word)}</li>" for word in found.get("words") or [])
     rows = [
         (label, yes_or_no(found[key]))
         for key, label in (
@@ -268,7 +271,7 @@ def _checks(record: dict[str, Any]) -> str:
     marks = {
         True: "<span class='good'>holds</span>",
         False: "<span class='bad'>fails</span>",
-        None: "<span class='note'>not applicable</span>",
+        None: "<span class='note'>noted</span>",
     }
     rows = [
         (
@@ -276,7 +279,7 @@ def _checks(record: dict[str, Any]) -> str:
             escape(str(check.get("name"))),
             number(check.get("value")),
             number(check.get("limit")),
-            escape(str(check.get("detail") or "")),
+            prose(check.get("detail")),
         )
         for check in record["checks"]
     ]
@@ -292,7 +295,7 @@ def _numerics(record: dict[str, Any]) -> str:
             escape(str(result.get("regime"))),
             *(_ratios(result.get(key)) for key in ("overflow", "lost_gradient", "sign_changed")),
             number(result.get("worst_error")),
-            escape(str(result.get("words") or "")),
+            prose(result.get("words")),
         )
         for result in record["numerics"]
     ]
@@ -314,8 +317,13 @@ def _monte_carlo(record: dict[str, Any]) -> str:
     found = record.get("monte_carlo")
     if found is None:
         return ""
-    rows = [(escape(str(key).replace("_", " ")), plain_text(value)) for key, value in found.items()]
-    return section("Monte Carlo", rows_of(rows))
+    words = f"<p>{escape(str(found['words']))}</p>" if found.get("words") else ""
+    rows = [
+        (escape(str(key).replace("_", " ")), plain_text(value))
+        for key, value in found.items()
+        if key != "words" and value not in (None, "", [])
+    ]
+    return section("Monte Carlo", words + rows_of(rows))
 
 
 def _weight_table(report: Audit, drawn: Curves) -> str:

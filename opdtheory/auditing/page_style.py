@@ -84,6 +84,8 @@ th { text-align: left; font-size: .8rem; font-weight: 600; vertical-align: botto
   border-bottom: 1.5px solid var(--ink); }
 thead td { border-bottom: 1.5px solid var(--ink); }
 th, td { padding: .34rem 1.3rem .34rem 0; } th:last-child, td:last-child { padding-right: 0; }
+td:not(.number):not(:first-child) { min-width: 8.5rem; }
+td:last-child:not(.number):not(:first-child) { min-width: 14rem; }
 td { border-bottom: 1px solid var(--rule); vertical-align: top; }
 .number { text-align: right; font-variant-numeric: tabular-nums lining-nums; white-space: nowrap; }
 th.number { white-space: normal; }

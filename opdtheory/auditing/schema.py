@@ -94,18 +94,23 @@ _FORM = _object(
         "label": _TEXT,
         "terms": {"type": "object", "additionalProperties": _EXTENDED, "description": "catalogue label to coefficient"},
         "expr": _says(_TEXT_OR_NULL, "w(u), sympy"),
-        "latex": _TEXT_OR_NULL,
+        "latex": _says(_TEXT_OR_NULL, "w(u)"),
         "error": _EXTENDED,
         "generator": _says(_TEXT_OR_NULL, "the implied generator V[w](u), sympy (T4)"),
-        "generator_latex": _TEXT_OR_NULL,
+        "generator_latex": _says(_TEXT_OR_NULL, "V[w](u)"),
         "genuine": _says(_FLAG, "whether w never falls"),
-        "fixed_points": {"type": "array"},
+        "fixed_points": _array(_TEXT, "laws other than the teacher's where the expected gradient vanishes"),
         "slope_at_teacher": _EXTENDED,
-        "attracts": _FLAG_OR_NULL,
+        "attracts": _says(_FLAG_OR_NULL, "whether the teacher is an attracting fixed point (T5)"),
         "limits": {"type": "object", "additionalProperties": _EXTENDED, "description": "of w at u to 0 and to inf"},
         "growth": _says(_TEXT, "where it blows up, in words"),
         "second_moment": _says(_TEXT, "E_p[w^2], in words"),
+        "generator_values": _array(_EXTENDED, "V[w] at the log-ratios of the recovered weight"),
+        "stop_gradient_of": _says(
+            _TEXT_OR_NULL, "the catalogue generator f with w = -f + c(u - 1), as plain OPD has it"
+        ),
     },
+    optional=("generator_values", "stop_gradient_of"),
 )
 
 _DEPENDENCE = _object(
@@ -127,7 +132,7 @@ _CHECK = _object(
     "one thing that must hold",
     {
         "name": _TEXT,
-        "passed": _says(_FLAG_OR_NULL, "null: not applicable"),
+        "passed": _says(_FLAG_OR_NULL, "null: information, no verdict"),
         "value": _EXTENDED,
         "limit": _EXTENDED,
         "detail": _TEXT,

@@ -33,6 +33,8 @@ def print_audit(report: Audit, console: Console | None = None) -> None:
     console.print(title)
     console.print()
     console.print(Text(report.summary()))
+    for line in _weight(report):
+        console.print(Text.assemble("  • ", line))
     for table in (_pairs(report), _checks(report), _numerics(report)):
         if table is not None:
             console.print()
@@ -45,6 +47,16 @@ def print_audit(report: Audit, console: Console | None = None) -> None:
         found = str(remedy.get("verdict")).replace("_", " ")
         note = f"  audited: {found}" if remedy.get("verified") else "  not verified"
         console.print(Text.assemble("  • ", str(remedy.get("text")), (note, "dim")))
+
+
+def _weight(report: Audit) -> list[str]:
+    """The weight as a formula, and what it depends on, a line each."""
+    lines = []
+    if report.form is not None and report.form.expr:
+        lines.append(f"weight w(u) = {report.form.expr}: {report.form.label}")
+    if report.dependence is not None:
+        lines += report.dependence.words
+    return lines
 
 
 def _table(title: str, columns: list[tuple[str, str]], rows: list[list[Any]]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib
 import json
 import re
 import shutil
@@ -19,7 +20,7 @@ import torch
 import opdtheory as opd
 from opdtheory.auditing import VERDICTS, Audit
 from opdtheory.auditing.figures import curves, figures
-from opdtheory.auditing.markup import formula, number
+from opdtheory.auditing.markup import formula, number, prose
 from opdtheory.auditing.page import render_audit, write_audit
 from opdtheory.auditing.page_style import DARK, LIGHT
 from opdtheory.auditing.schema import AUDIT_SCHEMA, schema_text
@@ -60,6 +61,8 @@ def whole(report: Audit, text: str = "x") -> Audit:
             limits={"0": float("-inf"), "inf": float("inf")},
             growth=text,
             second_moment=text,
+            generator_values=[0.0, float("inf")],
+            stop_gradient_of=text,
         ),
         dependence=record(
             ratio_only=False,
@@ -92,7 +95,7 @@ def whole(report: Audit, text: str = "x") -> Audit:
             record(kind="detach", text=text, verdict="exact", relative_bias=1e-16, verified=True),
             record(kind="scale", text="multiply", verdict=None, relative_bias=None, verified=False),
         ],
-        monte_carlo={"samples": 1000, text: [0.1, 0.2]},
+        monte_carlo={"words": text, "samples": 1000, text: [0.1, 0.2]},
     )
 
 
@@ -193,7 +196,7 @@ def test_names_are_escaped_wherever_they_stand(report):
 
 def test_optional_parts_are_shown(report):
     text = " ".join(Page(render_audit(whole(report, "my words"))).text.split())
-    for part in ("What would make it right", "audited: exact", "not verified", "Checks", "fails", "not applicable"):
+    for part in ("What would make it right", "audited: exact", "not verified", "Checks", "fails", "noted"):
         assert part in text
     for part in (
         "−∞ as u → 0, ∞ as u → ∞",
@@ -216,6 +219,10 @@ def test_numbers_and_formulas_read_as_in_print():
     assert formula("-u**(1/2)") == "<span class='formula'>−<var>u</var><sup>1/2</sup></span>"
     assert formula("u**(a*(b))") == "<code>u**(a*(b))</code>" and formula(None) == ""
     assert "<b>" not in formula("<b>u</b>")
+    assert prose("w - w(1) -> -0.3, like -u^2 as u -> inf <b>") == (
+        "w − w(1) → −0.3, like −u<sup>2</sup> as u → ∞ &lt;b&gt;"
+    )
+    assert prose("whole-vocabulary, k-1, f(u)-1") == "whole-vocabulary, k-1, f(u)-1" and prose(None) == ""
 
 
 def test_curves_are_the_theory_s():
@@ -313,6 +320,22 @@ def test_reports_obey_the_schema(reports):
 
 
 @pytest.mark.parametrize(
+    ("module", "name", "part"),
+    [
+        ("report", "PairResult", AUDIT_SCHEMA["properties"]["pairs"]["items"]),
+        ("weight_form", "WeightForm", AUDIT_SCHEMA["properties"]["form"]),
+        ("dependence", "Dependence", AUDIT_SCHEMA["properties"]["dependence"]),
+        ("subject", "Check", AUDIT_SCHEMA["properties"]["checks"]["items"]),
+        ("numerics", "DtypeResult", AUDIT_SCHEMA["properties"]["numerics"]["items"]),
+        ("remedies", "Remedy", AUDIT_SCHEMA["properties"]["remedies"]["items"]),
+    ],
+)
+def test_the_schema_describes_every_field(module, name, part):
+    found = getattr(importlib.import_module(f"opdtheory.auditing.{module}"), name)
+    assert [field.name for field in dataclasses.fields(found)] == list(part["properties"])
+
+
+@pytest.mark.parametrize(
     "change",
     [
         lambda r: r.pop("verdict"),
@@ -348,7 +371,16 @@ def test_a_terminal_gets_colours_and_tables(report):
     coloured = console.export_text(styles=True, clear=False)
     text = console.export_text()
     assert "\x1b[" in coloured
-    for part in (name, "OTHER OBJECTIVE", "Pairs", "Checks", "FAILED", "Numerics", "What would make it right"):
+    for part in (
+        name,
+        "OTHER OBJECTIVE",
+        "Pairs",
+        "Checks",
+        "FAILED",
+        "Numerics",
+        "What would make it right",
+        "weight w(u) = ",
+    ):
         assert part in text
     console.file.close()
 
