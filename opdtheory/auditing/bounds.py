@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Bounds", "Target", "certified", "relative_bias", "scale_range"]
+__all__ = ["Bounds", "Target", "certified", "certified_whole", "relative_bias", "scale_range"]
 
 # A projection this small against the vector is the rounding of a zero.
 _NONE = 1e-12
@@ -43,13 +43,29 @@ class Bounds:
         low: of its projections, `(K,)`.
         high: likewise.
         known: a vector near it.
+        along: the projections of `known`.
         unseen: upper bound on its distance from `known`, in all dimensions.
     """
 
     low: Tensor
     high: Tensor
     known: Tensor
+    along: Tensor
     unseen: float
+
+    def distance(self, vector: Tensor, along: Tensor) -> float:
+        r"""Upper bound on the distance from a vector with projections `along`, in all dimensions.
+
+        With $\delta$ the way from `known` to the expected gradient and $r$ that from the vector to `known`,
+        $|\delta + r|^2 = |\delta|^2 + 2\langle\delta, r\rangle + |r|^2$, where the directions bound the product.
+        """
+        if not math.isfinite(self.unseen):
+            return math.inf
+        gap, seen = self.known - vector, self.along - along
+        off = math.sqrt(max(float(gap @ gap) - float(seen @ seen), 0.0))
+        product = torch.maximum(seen * (self.low - self.along), seen * (self.high - self.along)).sum()
+        squared = self.unseen**2 + 2.0 * (float(product) + off * self.unseen) + float(gap @ gap)
+        return min(math.sqrt(max(squared, 0.0)), float(gap.norm()) + self.unseen)
 
     def largest(self) -> float:
         """Upper bound on the size of every projection."""
@@ -60,9 +76,9 @@ class Bounds:
         low, high = float(self.low[0]), float(self.high[0])
         if not math.isfinite(low):
             return -1.0, 1.0
-        # No shorter than what the other directions show of it, and no longer than its neighbour plus the rest.
+        # No shorter than what the other directions show of it, and no longer than all dimensions allow.
         others = float(torch.maximum(self.low, -self.high)[1:].clamp_min(0.0).norm())
-        longest = float(self.known.norm()) + self.unseen
+        longest = self.distance(torch.zeros_like(self.known), torch.zeros_like(self.along))
         least = low / longest if low > 0.0 else _leg(low, others)
         most = high / longest if high < 0.0 else _leg(high, others)
         return max(-1.0, least), min(1.0, most)
@@ -97,8 +113,15 @@ def certified(bounds: Sequence[Bounds], targets: Sequence[Target], scale: float)
     return worst
 
 
+def certified_whole(bounds: Sequence[Bounds], targets: Sequence[Target], scale: float) -> float:
+    """Upper bound on the length of the bias against `scale` times the targets, in all dimensions, relative likewise."""
+    return max(
+        bound.distance(scale * target.vector, scale * target.along) / (abs(scale) * target.size)
+        for bound, target in zip(bounds, targets, strict=True)
+    )
+
+
 def relative_bias(bound: Bounds, target: Target) -> tuple[float, float]:
     """Interval for the length of the bias at scale one, relative to the target's."""
     beyond = torch.maximum(bound.low - target.along, target.along - bound.high).clamp_min(0.0)
-    longest = float((bound.known - target.vector).norm()) + bound.unseen
-    return float(beyond.norm()) / target.size, longest / target.size
+    return float(beyond.norm()) / target.size, bound.distance(target.vector, target.along) / target.size

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from opdtheory import divergences
-from opdtheory.auditing.bounds import Bounds, Target, certified, relative_bias, scale_range
+from opdtheory.auditing.bounds import Bounds, Target, certified, certified_whole, relative_bias, scale_range
 from opdtheory.auditing.confidence import asymptotic_interval, bounded_interval, tightest_rho
 from opdtheory.auditing.montecarlo_result import MonteCarloResult, worded
 from opdtheory.auditing.panel import Case
@@ -51,6 +51,10 @@ _TRIED = 16
 
 # Batches whose mean is one observation where each needs a call of its own: their means are nearer to normal.
 _BATCHES_APART = 8
+
+# Bias in all dimensions together, relative to the exact gradient, above which no loss is called exact: few directions
+# see little of a bias that is spread over many.
+_WHOLE = 0.5
 
 # Verdicts are looked for each time the number of batches has grown by this.
 _GROWTH = 1.1
@@ -110,7 +114,8 @@ def monte_carlo_compare(
         gamma: discount, for `token_return`.
         batch_size: number of rollouts the loss sees at once.
         seed: of everything drawn; equal seeds give equal results unless `seconds` ends the search.
-        margin: relative bias below which a loss may be called exact.
+        margin: relative bias, in every direction looked at, below which a loss may be called exact; as a whole
+            vector the bias must be certified to be below half of the exact gradient.
         confidence: joint level of all intervals.
         max_batches: calls of the loss over all pairs.
         seconds: wall-clock budget.
@@ -233,7 +238,7 @@ class _Search:
         at = pair.basis @ stream.known
         _, squared = asymptotic_interval(stream.products, self.alpha, self.rho * math.sqrt(2.0), _START // 2)
         unseen = math.sqrt(max(float(squared[0]), 0.0)) + pair.rounding
-        return Bounds(at + low - pair.rounding, at + high + pair.rounding, stream.known, unseen)
+        return Bounds(at + low - pair.rounding, at + high + pair.rounding, stream.known, at, unseen)
 
     def verdict(self, margin: float) -> str:
         """A verdict that is certain at the joint level, or `undecided`."""
@@ -245,11 +250,13 @@ class _Search:
         if all(b.largest() <= margin * t.size for b, t in zip(bounds, targets, strict=True)):
             if allowed[0] <= 0.0:
                 return "zero"
-        if allowed[0] <= 1.0 <= allowed[1]:
-            return "exact" if certified(bounds, targets, 1.0) <= margin else "undecided"
-        if allowed[0] > 0.0 and certified(bounds, targets, sum(allowed) / 2.0) <= margin:
-            return "exact_up_to_scale"
-        return "undecided"
+        as_claimed = allowed[0] <= 1.0 <= allowed[1]
+        scale = 1.0 if as_claimed else sum(allowed) / 2.0
+        if not math.isfinite(scale) or scale <= 0.0:
+            return "undecided"
+        if certified(bounds, targets, scale) > margin or certified_whole(bounds, targets, scale) > _WHOLE:
+            return "undecided"
+        return "exact" if as_claimed else "exact_up_to_scale"
 
     def follows(self, margin: float) -> dict[str, Any] | None:
         """The catalogue objective that is certified to within the margin, the best if several are."""
