@@ -7,7 +7,7 @@ INPUTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help verify test test-slow lint format typecheck-runtime docs wheel clean
+.PHONY: help verify test test-slow lint format typecheck-runtime gallery docs wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -49,6 +49,20 @@ typecheck-runtime: $(VENV)/.installed-dev ## the tests with every annotation and
 format: $(VENV)/.installed-dev ## let ruff rewrite the sources
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+# An environment of its own: the packages of the gallery are many, and installed without what they ask for.
+GALLERY := build/gallery
+$(GALLERY)/.installed: $(INPUTS) examples/published_losses/requirements.txt
+	$(PYTHON) -m venv $(GALLERY)
+	$(GALLERY)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[testing,trl]"
+	$(GALLERY)/bin/python -m pip install -q --disable-pip-version-check --no-deps \
+	  -r examples/published_losses/requirements.txt
+	@touch $@
+
+gallery: $(GALLERY)/.installed ## audit every published loss; writes docs/gallery.md
+	$(GALLERY)/bin/python -W ignore examples/published_losses/gallery.py --page --require-all
+	$(GALLERY)/bin/python -W ignore examples/published_losses/gallery.py --write README.md
+	$(GALLERY)/bin/python -m pytest -p no:xdist -q tests/laws/test_gallery.py tests/laws/test_published_losses.py
 
 docs: $(VENV)/.installed-dev ## the documentation, into site/
 	$(BIN)/mkdocs build --strict

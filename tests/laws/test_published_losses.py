@@ -17,7 +17,7 @@ from examples.published_losses import gallery, torchrl_losses, trl_losses
 from tests.tolerances import ALGEBRA, ENUMERATION
 
 ROOT = Path(__file__).resolve().parents[2]
-ENTRY = {entry.function: entry for entry in gallery.ENTRIES}
+ENTRY = {entry.function: entry for entry in gallery.IN_README}
 
 # The panel's rollouts have three tokens: a mean over tokens is a third of the sum.
 MEAN = 1 / 3
@@ -87,7 +87,7 @@ def check(audit: opd.Audit, expected: Expected) -> None:
 
 
 # One entry after the other, so that the two tests of an entry share its audit.
-@pytest.fixture(scope="module", params=gallery.ENTRIES, ids=lambda entry: entry.function)
+@pytest.fixture(scope="module", params=gallery.IN_README, ids=lambda entry: entry.function)
 def audited(request: pytest.FixtureRequest) -> Iterator[tuple[gallery.Entry, opd.Audit]]:
     yield request.param, request.param.audit()
 
@@ -102,7 +102,7 @@ def test_the_readme_shows_the_entry(audited):
     entry, audit = audited
     table = gallery.between_markers((ROOT / "README.md").read_text(encoding="utf-8"))
     rows = table.splitlines()[2:]
-    assert rows[gallery.ENTRIES.index(entry)] == entry.row(audit), (
+    assert rows[gallery.IN_README.index(entry)] == gallery.row(entry, audit), (
         "regenerate with: python examples/published_losses/gallery.py --write README.md"
     )
 
@@ -110,12 +110,12 @@ def test_the_readme_shows_the_entry(audited):
 def test_the_readme_shows_nothing_else():
     table = gallery.between_markers((ROOT / "README.md").read_text(encoding="utf-8"))
     rows = table.splitlines()[2:]
-    assert len(rows) == len(gallery.ENTRIES)
+    assert len(rows) == len(gallery.IN_README)
     assert table == gallery.table(rows)
 
 
 def test_every_entry_is_pinned():
-    assert list(EXPECTED) == [entry.function for entry in gallery.ENTRIES]
+    assert list(EXPECTED) == [entry.function for entry in gallery.IN_README]
 
 
 def swapped(r: opd.Rollouts) -> opd.Rollouts:

@@ -1,0 +1,136 @@
+"""What well-known published estimators say they minimise, as re-expressed in `papers.py`."""
+
+from __future__ import annotations
+
+from examples.published_losses.entry import OURS, Entry
+
+__all__ = ["ENTRIES"]
+
+_ARXIV = "https://arxiv.org/abs/"
+
+
+def _paper(
+    function: str,
+    label: str,
+    link: str,
+    says: str,
+    objective: str,
+    granularity: str = "token_local",
+    remark: str = "",
+    follows: str = "",
+    **parameters: float,
+) -> Entry:
+    return Entry(
+        function, label, OURS, link, says, "", objective, parameters, granularity, remark=remark, follows=follows
+    )
+
+
+_POWER = (
+    "Compared with the reverse KL. The weight q^α − p^α is exact for Σ [p^(α+1)/(α+1) − p q^α + α q^(α+1)/(α+1)], "
+    "least at the teacher (T4, beyond the ratio)."
+)
+_TOP = "Compared with the divergence over the whole vocabulary. "
+
+ENTRIES: tuple[Entry, ...] = (
+    _paper(
+        "thinking_machines_opd",
+        "On-policy distillation, Thinking Machines",
+        "https://thinkingmachines.ai/blog/on-policy-distillation",
+        "reverse KL",
+        "reverse_kl",
+    ),
+    _paper(
+        "minillm", "MiniLLM, no length normalisation", _ARXIV + "2306.08543", "reverse KL", "reverse_kl", "sequence"
+    ),
+    _paper(
+        "minillm_normalised",
+        "MiniLLM, length-normalised",
+        _ARXIV + "2306.08543",
+        "reverse KL, less favour to short rollouts",
+        "reverse_kl",
+        "sequence",
+        "The mean over later tokens in place of their sum weighs later tokens less; the paper introduces it as a "
+        "correction of favour to short rollouts, not as unbiased.",
+    ),
+    _paper(
+        "minillm_discounted",
+        "MiniLLM, later tokens discounted by 0.9",
+        _ARXIV + "2306.08543",
+        "reverse KL, discounted",
+        "reverse_kl",
+        "sequence",
+        "Between the two: the token-local reverse KL at discount 0, the sequence's at 1, the gradient of neither "
+        "in between.",
+    ),
+    _paper("gkd", "GKD, β = 0.3", _ARXIV + "2306.13649", "JSD(0.3)", "skew_jsd", beta=0.3),
+    _paper("distillm_skew_kl", "DistiLLM, skew KL", _ARXIV + "2402.03898", "skew KL(0.1)", "skew_forward_kl", lam=0.1),
+    _paper(
+        "distillm_skew_reverse_kl",
+        "DistiLLM, skew reverse KL",
+        _ARXIV + "2402.03898",
+        "skew reverse KL(0.1)",
+        "skew_reverse_kl",
+        lam=0.1,
+    ),
+    _paper(
+        "power_opd_1",
+        "PowerOPD, α = 1",
+        _ARXIV + "2606.17199",
+        "bounded, sign-consistent reward",
+        "reverse_kl",
+        remark=_POWER,
+        follows="density-power divergence of order α = 1",
+    ),
+    _paper(
+        "power_opd_5",
+        "PowerOPD, α = 5 (default)",
+        _ARXIV + "2606.17199",
+        "bounded, sign-consistent reward",
+        "reverse_kl",
+        remark=_POWER,
+        follows="density-power divergence of order α = 5",
+    ),
+    _paper("tv_opd", "Sign-TV, of TV-OPD", _ARXIV + "2609.08341", "total variation", "total_variation"),
+    _paper("vopd", "vOPD", _ARXIV + "2605.07865", "reverse KL", "reverse_kl"),
+    _paper("vopd_top_2", "vOPD, baseline on the top 2", _ARXIV + "2605.07865", "reverse KL", "reverse_kl"),
+    _paper("grpo_k3", "GRPO, k3 penalty", _ARXIV + "2402.03300", "KL to the reference", "reverse_kl"),
+    _paper(
+        "grpo_k3_corrected",
+        "GRPO, k3 times the ratio",
+        _ARXIV + "2512.02556",
+        "reverse KL",
+        "reverse_kl",
+    ),
+    _paper(
+        "top_2_forward_kl",
+        "forward KL on the teacher's top 2 of 4",
+        "",
+        "about forward KL",
+        "forward_kl",
+        remark=_TOP + "Least at p = q/q(S) on the top tokens S: the teacher is not a fixed point (T9 a).",
+    ),
+    _paper(
+        "top_2_forward_kl_renormalised",
+        "the same, both laws renormalised",
+        "",
+        "forward KL within the top k",
+        "forward_kl",
+        remark=_TOP + "The student's mass outside the top tokens is free (T9 c).",
+    ),
+    _paper(
+        "top_2_forward_kl_tail",
+        "the same with a tail bucket",
+        "",
+        "about forward KL",
+        "forward_kl",
+        remark=_TOP + "The forward KL of a coarser law; how mass is spread outside the top tokens is free (T9 d).",
+    ),
+    _paper(
+        "top_2_reverse_kl",
+        "reverse KL on the teacher's top 2 of 4",
+        "",
+        "about reverse KL",
+        "reverse_kl",
+        remark=_TOP + "Not renormalised it pushes mass off the top tokens, down to 1/e of the teacher's (T9 b).",
+    ),
+)

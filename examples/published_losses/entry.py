@@ -1,0 +1,87 @@
+"""One published loss with the claim it is held to."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
+from typing import Any
+
+import opdtheory as opd
+
+__all__ = ["OURS", "Entry"]
+
+# The "package" of the losses that are written here as a paper describes them.
+OURS = "papers"
+
+_MODULES = {
+    "liger-kernel": "liger_losses",
+    "ms-swift": "swift_losses",
+    "twinkle-kit": "twinkle_losses",
+    "tinker-cookbook": "tinker_losses",
+    OURS: "papers",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One published loss with the claim it is held to.
+
+    Attributes:
+        function: name of the adapter.
+        label: what to call it in the table.
+        package: the distribution it is imported from, or `OURS`.
+        source: where the published function lives, or the link to the paper.
+        says: the claim, short enough for a table.
+        quote: the words of its documentation that the claim rests on.
+        objective: the claim as a catalogue name.
+        parameters: of that catalogue entry.
+        granularity: the claim's second half.
+        settings: further arguments of `audit`.
+        remark: a sentence that the verdict does not say by itself.
+        follows: what the loss descends where the catalogue has no name for it; held to by a test.
+    """
+
+    function: str
+    label: str
+    package: str
+    source: str
+    says: str
+    quote: str
+    objective: str
+    parameters: dict[str, float] = field(default_factory=dict)
+    granularity: str = "token_local"
+    settings: dict[str, Any] = field(default_factory=dict)
+    remark: str = ""
+    follows: str = ""
+
+    @property
+    def loss(self) -> Callable[[opd.Rollouts], Any]:
+        """The adapter; loading it imports neither the package nor other packages' adapters."""
+        return getattr(self._adapters(), self.function)
+
+    @property
+    def version(self) -> str | None:
+        """Version of the installed package, None if it is absent; empty for what is written here."""
+        if self.package == OURS:
+            return ""
+        try:
+            return version(self.package)
+        except PackageNotFoundError:
+            return None
+
+    @property
+    def origin(self) -> str:
+        """The package with its version, for a table."""
+        return "as described" if self.package == OURS else f"{self.package} {self.version}"
+
+    def audit(self) -> opd.Audit:
+        """The audit against the claim."""
+        claim = opd.divergence(self.objective, **self.parameters)
+        return opd.audit(self.loss, claim, self.granularity, name=self.function, **self.settings)
+
+    def _adapters(self) -> ModuleType:
+        name = _MODULES.get(self.package, f"{self.package}_losses")
+        return importlib.import_module(f"examples.published_losses.{name}")

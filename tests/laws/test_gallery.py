@@ -1,0 +1,263 @@
+"""The gallery beyond TRL and torchrl: verdicts pinned, the page kept to them, and evidence that is no audit.
+
+Packages that are not installed are held to what `make gallery` recorded of them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import opdtheory as opd
+from examples.published_losses import claims_packages, claims_papers, gallery, papers
+from opdtheory.adapters import from_advantage
+from tests.tolerances import ALGEBRA, ENUMERATION
+
+RECORDS = json.loads(gallery.RECORD.read_text(encoding="utf-8"))
+ENTRY = {entry.function: entry for entry in gallery.ENTRIES}
+
+# Verdict, what it descends, and for a biased one the cosine to two digits.
+SCALED, OTHER, BIASED = "exact_up_to_scale", "other_objective", "biased"
+EXPECTED: dict[str, tuple[str, str | None, float | None]] = {
+    "liger_jsd_0": (SCALED, "forward_kl", None),
+    "liger_jsd_0_5": (SCALED, "skew_jsd(beta=0.5)", None),
+    "liger_jsd_1": (SCALED, "reverse_kl", None),
+    "liger_jsd_default": (SCALED, "skew_jsd(beta=0.5)", None),
+    "swift_gkd_0": (SCALED, "forward_kl", None),
+    "swift_gkd_0_1": (SCALED, "skew_jsd(beta=0.1)", None),
+    "swift_gkd_0_5": (SCALED, "skew_jsd(beta=0.5)", None),
+    "swift_gkd_1": (SCALED, "reverse_kl", None),
+    "swift_gkd_top_2": (BIASED, None, 0.56),
+    "twinkle_gkd_0": (SCALED, "forward_kl", None),
+    "twinkle_gkd_0_5": (SCALED, "skew_jsd(beta=0.5)", None),
+    "twinkle_gkd_1": (SCALED, "reverse_kl", None),
+    "twinkle_gkd_top_2": (BIASED, None, 0.56),
+    "verl_k3_loss": (BIASED, None, 0.81),
+    "verl_k1_reward": (SCALED, "reverse_kl", None),
+    "verl_k3_reward": (BIASED, None, -0.01),
+    "verl_k2_loss": (SCALED, "reverse_kl", None),
+    "verl_k1_loss": ("zero", None, None),
+    "verl_abs_reward": (BIASED, None, 0.26),
+    "verl_forward_kl_top_2": (BIASED, None, 0.64),
+    "verl_kl_k3": (BIASED, None, 0.81),
+    "verl_kl_k3_plus": ("exact", "reverse_kl", None),
+    "verl_kl_k1_plus": ("exact", "reverse_kl", None),
+    "verl_kl_abs": (OTHER, "total_variation", None),
+    "openrlhf_k3": (BIASED, None, 0.81),
+    "openrlhf_k2": (BIASED, None, 0.33),
+    "openrlhf_k3_unbiased": (SCALED, "reverse_kl", None),
+    "tinker_opd": ("exact", "reverse_kl", None),
+    "tinker_opd_discounted": ("exact", "reverse_kl", None),
+    "textbrewer_kd_ce": (SCALED, "forward_kl", None),
+    "textbrewer_kd_ce_hot": (BIASED, None, 0.88),
+    "textbrewer_kd_mse": (BIASED, None, 0.45),
+    "torchdistill_kd": (SCALED, "forward_kl", None),
+    "thinking_machines_opd": ("exact", "reverse_kl", None),
+    "minillm": ("exact", "reverse_kl", None),
+    "minillm_normalised": (BIASED, None, 0.93),
+    "minillm_discounted": (BIASED, None, 0.99),
+    "gkd": ("exact", "skew_jsd(beta=0.3)", None),
+    "distillm_skew_kl": ("exact", "skew_forward_kl(lam=0.1)", None),
+    "distillm_skew_reverse_kl": ("exact", "skew_reverse_kl(lam=0.1)", None),
+    "power_opd_1": (BIASED, None, 0.80),
+    "power_opd_5": (BIASED, None, 0.48),
+    "tv_opd": (SCALED, "total_variation", None),
+    "vopd": ("exact", "reverse_kl", None),
+    "vopd_top_2": ("exact", "reverse_kl", None),
+    "grpo_k3": (OTHER, "forward_kl", None),
+    "grpo_k3_corrected": ("exact", "reverse_kl", None),
+    "top_2_forward_kl": (BIASED, None, 0.53),
+    "top_2_forward_kl_renormalised": (BIASED, None, 0.56),
+    "top_2_forward_kl_tail": (BIASED, None, 0.96),
+    "top_2_reverse_kl": (BIASED, None, -0.49),
+}
+
+
+def check(found: dict[str, object], function: str) -> None:
+    verdict, descends, cosine = EXPECTED[function]
+    assert (found["verdict"], found["descends"]) == (verdict, descends)
+    if cosine is not None:
+        assert float(str(found["cosine"])) == pytest.approx(cosine, abs=0.0051)
+
+
+def test_every_entry_is_pinned_and_recorded():
+    entries = (*claims_packages.ENTRIES, *claims_papers.ENTRIES)
+    assert list(EXPECTED) == [entry.function for entry in entries]
+    assert list(RECORDS) == [entry.function for entry in gallery.ENTRIES]
+
+
+@pytest.mark.parametrize("function", EXPECTED)
+def test_the_record_says_what_is_pinned(function):
+    check(RECORDS[function], function)
+
+
+def test_the_page_shows_the_record_and_nothing_else():
+    table = gallery.between_markers(gallery.PAGE.read_text(encoding="utf-8"))
+    assert table == gallery.page(RECORDS), "regenerate with: make gallery"
+    assert len(table.splitlines()) == 2 + len(gallery.ENTRIES)
+
+
+INSTALLED = [e for e in (*claims_packages.ENTRIES, *claims_papers.ENTRIES) if e.version is not None]
+
+
+@pytest.fixture(scope="module", params=INSTALLED, ids=lambda entry: entry.function)
+def audited(request: pytest.FixtureRequest) -> Iterator[tuple[gallery.Entry, opd.Audit]]:
+    yield request.param, request.param.audit()
+
+
+# Importing the packages warns of what they import.
+@pytest.mark.filterwarnings("default")
+def test_an_audit_of_today_finds_what_is_recorded(audited):
+    entry, audit = audited
+    assert gallery.record(entry, audit) == RECORDS[entry.function], "regenerate with: make gallery"
+
+
+def swapped(r: opd.Rollouts) -> torch.Tensor:
+    return from_advantage(lambda log_p, log_q: log_p - log_q, detach=True, importance_ratio=True)(r)
+
+
+# Each twin is an estimator got slightly wrong; what passes for the right one must refuse it.
+TWINS = {
+    "arguments swapped": ("thinking_machines_opd", swapped),
+    "later tokens forgotten": ("minillm", papers.vopd),
+    "signs instead of log-ratios": ("vopd", papers.tv_opd),
+    "ratio forgotten": ("grpo_k3_corrected", papers.grpo_k3),
+    "the other skew": ("distillm_skew_kl", papers.distillm_skew_reverse_kl),
+    "renormalised": ("top_2_forward_kl", papers.top_2_forward_kl_renormalised),
+    "another order": ("power_opd_5", papers.power_opd_1),
+    "sign flipped": ("gkd", lambda r: -papers.gkd(r)),
+}
+
+
+@pytest.mark.parametrize("twin", TWINS)
+def test_the_same_assertions_refuse_a_false_twin(twin):
+    function, loss = TWINS[twin]
+    entry = ENTRY[function]
+    audit = opd.audit(loss, opd.divergence(entry.objective, **entry.parameters), entry.granularity)
+    with pytest.raises(AssertionError):
+        check(gallery.record(entry, audit), function)
+
+
+# What follows is the evidence: what is said of a loss beyond its verdict, derived by hand.
+
+
+def one_step(*rows: torch.Tensor) -> list[opd.TabularPolicy]:
+    return [opd.TabularPolicy([row.log().unsqueeze(0)]) for row in rows]
+
+
+def random_rows(vocab_size: int, seed: int, scale: float = 1.5) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    p, q = (scale * torch.randn(2, vocab_size, generator=generator, dtype=torch.float64)).softmax(-1)
+    return p, q
+
+
+def gradient(loss, p: torch.Tensor, q: torch.Tensor, behavior: torch.Tensor | None = None) -> torch.Tensor:
+    student, teacher = one_step(p, q)
+    sampler = None if behavior is None else one_step(behavior)[0]
+    return opd.expected_gradient(loss, student, teacher, behavior=sampler)[0][0]
+
+
+@pytest.mark.parametrize(("loss", "alpha"), [(papers.power_opd_1, 1.0), (papers.power_opd_5, 5.0)])
+def test_power_opd_descends_the_density_power_divergence(loss, alpha):
+    p, q = random_rows(5, seed=1)
+    logits = p.log().requires_grad_()
+    law = logits.softmax(-1)
+    divergence = ((law ** (alpha + 1) + alpha * q ** (alpha + 1)) / (alpha + 1) - law * q**alpha).sum()
+    (derived,) = torch.autograd.grad(divergence, logits)
+    assert gradient(loss, p, q) == pytest.approx(derived, abs=ALGEBRA)
+    assert float(divergence.detach()) > 0
+    assert gradient(loss, q, q) == pytest.approx(torch.zeros_like(q), abs=ALGEBRA)
+
+
+@pytest.mark.parametrize("loss", [papers.power_opd_1, papers.power_opd_5])
+def test_power_opd_is_no_density_power_divergence_of_another_order(loss):
+    p, q = random_rows(5, seed=1)
+    logits = p.log().requires_grad_()
+    law = logits.softmax(-1)
+    (derived,) = torch.autograd.grad((law**4 / 4 - law * q**3).sum(), logits)
+    assert float((gradient(loss, p, q) - derived).norm()) > 1e-3
+
+
+def test_minillm_is_the_token_local_reverse_kl_at_discount_0_and_the_sequences_at_1():
+    student = opd.TabularPolicy.random(vocab_size=3, horizon=3, eos=0, seed=0)
+    teacher = opd.TabularPolicy.random(vocab_size=3, horizon=3, eos=0, seed=1)
+
+    def at(gamma: float) -> torch.Tensor:
+        levels = opd.expected_gradient(lambda r: papers._minillm(r, papers._later(r, gamma)), student, teacher)
+        return torch.cat([level.flatten() for level in levels])
+
+    def exact(objective: str) -> torch.Tensor:
+        levels = opd.exact_gradient(student, teacher, "reverse_kl", objective)
+        return torch.cat([level.flatten() for level in levels])
+
+    assert at(0.0) == pytest.approx(exact("token_local"), abs=ENUMERATION)
+    assert at(1.0) == pytest.approx(exact("sequence"), abs=ENUMERATION)
+    for objective in ("token_local", "sequence"):
+        assert float(torch.cosine_similarity(at(0.5), exact(objective), dim=0)) < 0.9999
+
+
+def test_truncated_forward_kl_rests_at_the_renormalised_teacher_only_without_a_tail():
+    q = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64)
+    # Mass outside the top tokens is kept tiny: zero has no logit.
+    epsilon = 1e-9
+    at_minimum = torch.tensor([0.625, 0.375, epsilon, epsilon], dtype=torch.float64)
+    at_minimum = at_minimum / at_minimum.sum()
+    assert float(gradient(papers.top_2_forward_kl, at_minimum, q).norm()) < 1e-8
+    assert float(gradient(papers.top_2_forward_kl, q, q).norm()) > 0.05
+    assert float(gradient(papers.top_2_forward_kl_tail, q, q).norm()) < ALGEBRA
+    spread = torch.tensor([0.5, 0.3, 0.05, 0.15], dtype=torch.float64)
+    assert float(gradient(papers.top_2_forward_kl_tail, spread, q).norm()) < ALGEBRA
+
+
+def test_truncated_reverse_kl_pushes_mass_off_the_top_tokens():
+    q = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64)
+    on_top = gradient(papers.top_2_reverse_kl, q, q)[:2]
+    assert float(on_top.min()) > 0.05  # descending lowers both
+    top = q[:2] / math.e
+    p = torch.cat([top, (1 - top.sum()) * torch.tensor([0.4, 0.6], dtype=torch.float64)])
+    assert float(gradient(papers.top_2_reverse_kl, p, q).norm()) < ALGEBRA
+
+
+def test_corrections_hold_on_stale_rollouts_and_their_absence_does_not():
+    p, q = random_rows(4, seed=5)
+    stale, _ = random_rows(4, seed=6)
+    exact = opd.exact_gradient(*one_step(p, q), "reverse_kl")[0][0]
+    for loss in (papers.grpo_k3_corrected, papers.thinking_machines_opd):
+        assert gradient(loss, p, q, behavior=stale) == pytest.approx(exact, abs=ALGEBRA)
+    for loss in (papers.vopd, papers.grpo_k3):
+        assert float((gradient(loss, p, q, behavior=stale) - exact).norm() / exact.norm()) > 0.1
+
+
+# A pair with log-ratios on both sides of both clamps.
+FAR = (
+    torch.tensor([0.30, 0.002, 0.398, 0.30], dtype=torch.float64),
+    torch.tensor([0.002, 0.30, 0.398, 0.30], dtype=torch.float64),
+)
+
+CLAMPED = {
+    "verl_kl_k3": (lambda log_u: log_u.expm1(), lambda log_u: log_u.expm1() - log_u),
+    "openrlhf_k3": (lambda log_u: log_u.expm1(), lambda log_u: log_u.expm1() - log_u),
+    "openrlhf_k2": (lambda log_u: log_u, lambda log_u: log_u**2 / 2),
+}
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("function", CLAMPED)
+def test_a_clamped_estimator_has_the_weight_of_its_divergence_where_it_is_not_clamped(function):
+    entry = ENTRY[function]
+    if entry.version is None:
+        pytest.skip(f"{entry.package} is not installed; `make gallery` does")
+    slope, value = CLAMPED[function]
+    p, q = FAR
+    log_u = q.log() - p.log()
+    clamped = value(log_u) > 10
+    assert clamped.any() and not clamped.all()
+    actual = gradient(entry.loss, p, q)
+    # A loss v(log u) per token has the weight v'(log u), and none where it is clamped.
+    for weight, holds in ((torch.where(clamped, 0.0, slope(log_u)), True), (slope(log_u), False)):
+        derived = -p * (weight - (p * weight).sum())
+        assert (float((actual - derived).norm()) < 1e-5) is holds
