@@ -24,7 +24,9 @@ __all__ = [
     "find_formula",
     "find_window",
     "label_of",
+    "label_of_terms",
     "most_terms",
+    "simple_ratio",
 ]
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -233,15 +235,27 @@ def label_of(found: Formula) -> str:
     if found.kind == "catalogue":
         text = found.atoms[0].label
     else:
-        simple = ratios(found.coefficients)
-        sizes = [float(c) for c in found.coefficients] if simple is None else [float(f) for f in simple]
-        order = sorted(range(len(sizes)), key=lambda i: sizes[i] < 0)
-        parts = [f"{'-' if sizes[i] < 0 else '+'} {_times(sizes[i])}{found.atoms[i].label}" for i in order]
-        text = " ".join(parts)
-        text = text.removeprefix("+ ") if text.startswith("+") else "-" + text.removeprefix("- ")
+        labels = [atom.label for atom in found.atoms]
+        text = label_of_terms(dict(zip(labels, found.coefficients.tolist(), strict=True)))
     if found.clamp is None:
         return text
     return f"{text} of u with log u clamped to [{found.clamp[0]:.6g}, {found.clamp[1]:.6g}]"
+
+
+def label_of_terms(terms: dict[str, float]) -> str:
+    """Terms in the ratio of their coefficients where that is simple, the positive ones first."""
+    coefficients = np.array(list(terms.values()))
+    simple = simple_ratio(coefficients)
+    sizes = dict(zip(terms, (coefficients if simple is None else simple).tolist(), strict=True))
+    order = sorted(sizes, key=lambda name: sizes[name] < 0)
+    text = " ".join(f"{'-' if sizes[name] < 0 else '+'} {_times(sizes[name])}{name}" for name in order)
+    return text.removeprefix("+ ") if text.startswith("+") else "-" + text.removeprefix("- ")
+
+
+def simple_ratio(coefficients: Array) -> Array | None:
+    """The coefficients over the smallest one where these are simple fractions, else None."""
+    found = ratios(coefficients)
+    return None if found is None else np.array([float(f) for f in found])
 
 
 def _times(size: float) -> str:

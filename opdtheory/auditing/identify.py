@@ -18,7 +18,16 @@ from opdtheory.exact import OBJECTIVES, Loss, gradient_moments
 from opdtheory.exact.oracle import tree_gradient
 from opdtheory.exact.tree import Tree
 
-__all__ = ["Fit", "Match", "RecoveredWeight", "best_match", "explains_panel", "fit_scale", "flat", "recover_weight"]
+__all__ = [
+    "Fit",
+    "Match",
+    "RecoveredWeight",
+    "best_match",
+    "explains_panel",
+    "fit_scale",
+    "flat",
+    "recover_weight",
+]
 
 # A weight recovered from a gradient carries its rounding, amplified by 1/p of the rarest token.
 _AMPLIFIED = 10.0
@@ -37,6 +46,9 @@ _FAMILIES = {
 _STARTS = 41
 
 _FLOOR = 1e-100
+
+# A weight this near to an entry's, relative to its size, may be that entry's under a discount.
+_ALIKE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -98,11 +110,13 @@ class Match:
         divergence: the catalogue entry.
         granularity: which of the three objectives.
         fit: the comparison on the panel.
+        gamma: the discount of `token_return`.
     """
 
     divergence: Divergence
     granularity: str
     fit: Fit
+    gamma: float = 1.0
 
 
 def recover_weight(loss: Loss, batch_size: int, off_policy: float, seed: int, tolerance: float) -> RecoveredWeight:
@@ -197,7 +211,8 @@ def best_match(
     """The catalogue objective whose exact gradients are nearest to a positive multiple of the given ones.
 
     Parameter-free entries come first; a family with a fitted parameter is named only if it is
-    better and none of those matches within the tolerance.
+    better and none of those matches within the tolerance. A discount is fitted last, and named only
+    if it matches.
 
     Args:
         gradients: the loss's expected gradient on each pair, flat.
@@ -216,7 +231,53 @@ def best_match(
         # A member that is an entry in another name does not displace it.
         if other is not None and (best is None or other.fit.typical_error < (1 - 1e-6) * best.fit.typical_error):
             best = other
+        if best is None or best.fit.worst_error > tolerance:
+            discounted = (_fit_discount(gradients, trees, entry) for entry in _alike(plain + fitted, weight))
+            best = next((m for m in discounted if m is not None and m.fit.worst_error <= tolerance), best)
     return best
+
+
+def _alike(entries: list[Divergence], recovered: RecoveredWeight) -> list[Divergence]:
+    """The entries whose weight is a positive multiple of the recovered one: a discount does not show on one step."""
+    middle, size = len(recovered.log_u) // 2, float(recovered.weight.norm())
+    found = []
+    for entry in entries:
+        curve = entry.weight(recovered.log_u)
+        curve = curve - curve[middle]
+        multiple = float(recovered.weight @ curve) / float(curve @ curve)
+        if multiple > 0 and float((recovered.weight - multiple * curve).norm()) <= _ALIKE * size:
+            found.append(entry)
+    return found
+
+
+def _fit_discount(gradients: list[Tensor], trees: list[Tree], entry: Divergence) -> Match | None:
+    """`token_return` with the discount that brings it nearest to a positive multiple of the gradients."""
+    import numpy as np
+    from scipy.optimize import least_squares
+
+    # The gradient is a polynomial in gamma of degree below the number of positions.
+    nodes = np.linspace(0.0, 1.0, max(tree.horizon for tree in trees))
+    samples = [
+        torch.stack([flat(tree_gradient(tree, entry, "token_return", gamma=float(g))) for g in nodes]) for tree in trees
+    ]
+    sizes = [max(float(g.norm()), _FLOOR) for g in gradients]
+
+    def exact(gamma: float) -> list[Tensor]:
+        basis = [np.prod([(gamma - m) / (n - m) for m in nodes if m != n]) for n in nodes]
+        return [torch.tensor(basis, dtype=torch.float64) @ sample for sample in samples]
+
+    def residual(gamma: float) -> Tensor:
+        candidates = exact(gamma)
+        scale = fit_scale(gradients, candidates).scale
+        return torch.cat([(g - scale * e) / s for g, e, s in zip(gradients, candidates, sizes, strict=True)])
+
+    start = min(torch.linspace(0.0, 1.0, _STARTS).tolist(), key=lambda gamma: float(residual(gamma).norm()))
+    solution = least_squares(
+        lambda x: residual(float(x[0])).numpy(), [start], bounds=([0.0], [1.0]), xtol=1e-15, ftol=1e-15, gtol=1e-15
+    )
+    gamma = _simplest(float(solution.x[0]), lambda value: float(residual(value).norm()))
+    fit = fit_scale(gradients, exact(gamma))
+    return Match(entry, "token_return", fit, gamma) if fit.scale > 0 else None
 
 
 def _nearest(

@@ -1,0 +1,119 @@
+"""Several catalogue objectives whose signed sum a loss follows on the whole panel."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from opdtheory import divergences
+from opdtheory.auditing.atoms import FAMILIES
+from opdtheory.auditing.formula import label_of_terms, simple_ratio
+from opdtheory.auditing.identify import flat
+from opdtheory.auditing.panel import Case
+from opdtheory.exact import OBJECTIVES
+from opdtheory.exact.oracle import tree_gradient
+from opdtheory.exact.tree import Tree
+
+__all__ = ["Combination", "best_combination"]
+
+# Below this the gradients of several objectives are too nearly dependent for coefficients to mean anything.
+_INDEPENDENT = 1e-6
+
+
+@dataclass(frozen=True)
+class Combination:
+    r"""Several catalogue objectives of one granularity whose signed sum the loss's expected gradient follows.
+
+    Attributes:
+        granularity: which of the three objectives.
+        terms: coefficient by catalogue name, $\nabla = \sum_i c_i \nabla J_i$.
+        error: the largest `|actual - combination| / |actual|` over the panel.
+    """
+
+    granularity: str
+    terms: dict[str, float]
+    error: float
+
+    @property
+    def label(self) -> str:
+        """The terms in the ratio of their coefficients, such as `reverse_kl - forward_kl`."""
+        return label_of_terms(self.terms)
+
+
+def best_combination(gradients: list[Tensor], cases: list[Case], prefer: str, tolerance: float) -> Combination | None:
+    """Two or three catalogue objectives of one granularity whose signed sum has the given gradients, or None.
+
+    Fewer terms and then the preferred granularity come first. Jeffreys' divergence, the sum of the two KLs, is
+    written as that. Nothing is returned that does not match within the tolerance.
+
+    Args:
+        gradients: the loss's expected gradient on each pair, flat.
+        cases: the pairs.
+        prefer: the granularity that is named when several coincide.
+        tolerance: error up to which a combination matches.
+    """
+    if any(float(g.norm()) == 0.0 for g in gradients):
+        return None
+    order = sorted(OBJECTIVES, key=lambda granularity: granularity != prefer)
+    trees = [Tree.build(case.student, case.teacher) for case in cases]
+    names = [name for name in divergences.names() if name not in FAMILIES and name != "jeffreys"]
+    designs = {granularity: _design(gradients, trees, names, granularity) for granularity in order}
+    target = torch.cat([g / g.norm() for g in gradients])
+    for size, granularity in itertools.product((2, 3), order):
+        combination = _combined(designs[granularity], target, names, granularity, size, gradients, tolerance)
+        if combination is not None:
+            return combination
+    return None
+
+
+def _design(gradients: list[Tensor], trees: list[Tree], names: list[str], granularity: str) -> Tensor:
+    """The exact gradients of the entries as columns, each pair in units of the loss's own gradient there."""
+    columns = []
+    for name in names:
+        entry = divergences.divergence(name)
+        exact = [flat(tree_gradient(tree, entry, granularity)) for tree in trees]
+        columns.append(torch.cat([e / g.norm() for e, g in zip(exact, gradients, strict=True)]))
+    return torch.stack(columns, 1)
+
+
+def _combined(
+    design: Tensor,
+    target: Tensor,
+    names: list[str],
+    granularity: str,
+    size: int,
+    gradients: list[Tensor],
+    tolerance: float,
+) -> Combination | None:
+    """The best combination of `size` columns, if it matches and none of its terms could be left out."""
+    lengths = design.norm(dim=0)
+    # All that matters of the long columns is their triangle, with the target as the last one.
+    triangle = torch.linalg.qr(torch.cat([design / lengths, target.unsqueeze(1)], 1)).R
+    chosen = torch.tensor(list(itertools.combinations(range(len(names)), size)))
+    q, r = torch.linalg.qr(triangle[:, :-1].T[chosen].transpose(1, 2))
+    goal = triangle[:, -1]
+    left = goal - (q @ (q.transpose(1, 2) @ goal).unsqueeze(-1)).squeeze(-1)
+    misfit = left.norm(dim=-1)
+    misfit[r.diagonal(dim1=1, dim2=2).abs().amin(-1) < _INDEPENDENT] = torch.inf
+    indices = chosen[int(misfit.argmin())]
+    columns = design[:, indices]
+    coefficients = torch.linalg.lstsq(columns, target.unsqueeze(1)).solution.squeeze(1)
+    parts = [len(g) for g in gradients]
+    error, simple = _worst(columns @ coefficients - target, parts), simple_ratio(coefficients.numpy())
+    if error > tolerance or float((coefficients * lengths[indices]).abs().min()) <= 100 * tolerance:
+        return None
+    if simple is not None:
+        direction = columns @ torch.from_numpy(simple)
+        short = float(direction @ target / (direction @ direction)) * torch.from_numpy(simple)
+        snapped = _worst(columns @ short - target, parts)
+        if snapped <= max(10 * error, 1e-3 * tolerance):
+            coefficients, error = short, snapped
+    terms = {names[int(i)]: float(c) for i, c in zip(indices, coefficients, strict=True)}
+    return Combination(granularity, terms, error)
+
+
+def _worst(left: Tensor, parts: list[int]) -> float:
+    return max(float(part.norm()) for part in left.split(parts))
