@@ -6,6 +6,7 @@ options: nothing is collected, and neither torch nor the rest of opdtheory is im
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Iterator
@@ -71,13 +72,10 @@ class LossAudit(pytest.Item):
 
         claim = self.claim
         settings = {"name": self.name.partition("[")[0], **claim.settings}
-        try:
-            report = audit(self.loss, claim.claims, claim.granularity, **settings)
-        except TypeError as error:
-            # Of a setting that `audit` does not have, not of the loss's own making.
-            if "unexpected keyword argument" in str(error) and "audit()" in str(error):
-                raise InvalidArgumentError("opd_loss", str(error)) from None
-            raise
+        unknown = sorted(set(settings) - set(inspect.signature(audit).parameters))
+        if unknown:
+            raise InvalidArgumentError("opd_loss", f"{', '.join(unknown)}: opdtheory.audit has no such setting")
+        report = audit(self.loss, claim.claims, claim.granularity, **settings)
         judgement = self.audits.judge(self.nodeid, report, claim)
         self.user_properties.append((_STATUS, judgement.status if judgement.status in _SHORT else ""))
         self.user_properties.append((_DETAIL, judgement.detail))
