@@ -311,10 +311,10 @@ def test_a_margin_that_is_not_reached_ends_undecided() -> None:
 
 
 def test_an_unbiased_loss_is_never_found_biased() -> None:
-    """Six seeds at 99 %: a top-k reward is zero, and no control equals it."""
+    """Four seeds at 99 %: a top-k reward is zero, and no control equals it."""
     loss = opd.estimator("topk_reward", "jsd", k=2)
     verdicts = [
-        _compare(loss, [_case(4, 2, seed=seed)], "jsd", seed=seed, max_batches=300).verdict for seed in range(6)
+        _compare(loss, [_case(4, 2, seed=seed)], "jsd", seed=seed, max_batches=300).verdict for seed in range(4)
     ]
     assert "biased" not in verdicts
     assert "zero" in verdicts
