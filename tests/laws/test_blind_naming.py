@@ -1,0 +1,301 @@
+"""A loss given as a black box, its name hidden and its scale changed, is named as its own claim says.
+
+What is expected comes from the estimator's claim and from its definition, never from a table of answers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import opdtheory as opd
+from opdtheory import divergences
+from opdtheory.auditing import Audit, quick_verdict
+from opdtheory.auditing.combine import best_combination
+from opdtheory.auditing.dependence import dependence
+from opdtheory.auditing.identify import RecoveredWeight, best_match, fit_scale, flat, recover_weight
+from opdtheory.auditing.panel import panel
+from opdtheory.auditing.weight_form import WeightForm, describe
+from opdtheory.divergences import Divergence
+from opdtheory.estimators import Claim, Estimator, estimator, estimator_names
+from opdtheory.estimators.claims import local_weight
+from opdtheory.estimators.sampled import Differentiated, PowerAdvantage, RatioAdvantage, ReturnToGo, ScoreFunction
+from opdtheory.estimators.vocabulary import VocabularyLoss
+from opdtheory.exact import exact_gradient, gradient_moments, random_pair
+from opdtheory.rollouts import Rollouts
+from opdtheory.testing.laws import claim_settings
+from opdtheory.verification import shipped_estimators
+
+Loss = Callable[[Rollouts], Tensor]
+
+DRAWN = 7
+DECOYS = ("total_variation", "neyman_chi2", "chi2", "le_cam")
+PARAMETERS = {
+    "skew_jsd": ("beta", 0.05, 0.95),
+    "alpha": ("alpha", -1.5, 2.5),
+    "skew_forward_kl": ("lam", 0.05, 0.9),
+    "skew_reverse_kl": ("lam", 0.05, 0.9),
+}
+
+
+def catalogue(seed: int) -> list[Estimator]:
+    """Every divergence, families at a random parameter, at every granularity."""
+    draw = random.Random(seed)
+    subjects = []
+    for name in divergences.names():
+        parameter = {}
+        if name in PARAMETERS:
+            key, low, high = PARAMETERS[name]
+            parameter = {key: round(draw.uniform(low, high), 3)}
+        divergence = divergences.divergence(name, **parameter)
+        subjects += [
+            estimator("opd_plus", divergence),
+            estimator("return_to_go", divergence, gamma=1.0),
+            estimator("sequence_opd_plus", divergence),
+        ]
+    return subjects
+
+
+def subjects(seed: int) -> list[Estimator]:
+    return [*shipped_estimators(), *catalogue(seed)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Blind:
+    """What is found of a loss whose name is hidden."""
+
+    loss: Loss
+    report: Audit
+    weight: RecoveredWeight
+    form: WeightForm
+
+
+def blindly(subject: Estimator, seed: int) -> Blind:
+    draw = random.Random(seed)
+    scale = draw.uniform(0.2, 5.0)
+    settings = {**claim_settings(subject.claim), "gamma": 1.0}
+    truth = [subject.claim.divergence.label, subject.claim.descends]
+    decoy = draw.choice([name for name in DECOYS if name not in truth])
+    loss = lambda r: scale * subject(r)  # noqa: E731
+    report = opd.audit(loss, decoy, **settings)
+    fields = {field.name for field in dataclasses.fields(RecoveredWeight)}
+    weight = RecoveredWeight(**{key: value for key, value in report.weight.items() if key in fields})
+    return Blind(loss, report, weight, describe(weight, report.tolerance))
+
+
+def check_named(found: Blind, subject: Estimator, claim: Claim) -> None:
+    """Raise unless the findings say what the claim does."""
+    if claim.verdict == "zero":
+        assert found.report.verdict == "zero" and found.form.kind == "zero"
+    elif claim.verdict == "biased":
+        assert found.report.verdict == "biased" and found.report.descends is None
+        check_unnamed(found, subject)
+    else:
+        divergence = divergences.divergence(claim.descends) if claim.verdict == "other_objective" else claim.divergence  # type: ignore[arg-type]
+        check_objective(found, claim, divergence)
+    check_formula(found, subject)
+
+
+def check_objective(found: Blind, claim: Claim, divergence: Divergence) -> None:
+    """The objective found has, on a pair not seen by the audit, the gradient of the one that the claim names."""
+    settings = claim_settings(claim)
+    if claim.granularity == "token_return" and claim.gamma < 1:
+        cases = panel(settings["batch_size"], settings["eos"], settings["off_policy"])
+        moments = [gradient_moments(found.loss, c.student, c.teacher, 1, c.behavior) for c in cases]
+        match = best_match([flat(m.mean) for m in moments], cases, found.weight, "token_local", 1e-9)
+        assert match is not None and match.fit.worst_error <= 1e-9
+        named, granularity, gamma = match.divergence, match.granularity, match.gamma
+    else:
+        assert found.report.verdict == "other_objective" and found.report.identified is not None
+        identified = found.report.identified
+        named = divergences.divergence(identified["objective"], **identified["parameters"])
+        granularity, gamma = identified["granularity"], 1.0
+    student, teacher = random_pair(4, 2, scale=0.7, distance=1.1, seed=4321)
+    expected = flat(exact_gradient(student, teacher, divergence, claim.granularity, gamma=claim.gamma))
+    actual = flat(exact_gradient(student, teacher, named, granularity, gamma=gamma))
+    assert fit_scale([actual], [expected]).worst_error < 1e-6
+    if len(found.weight.log_u) >= 7 and found.weight.depends_on_ratio_only:
+        # On one step all granularities have this weight, which must be named too.
+        assert found.form.kind == "catalogue"
+        grid = found.weight.log_u
+        assert same_up_to_affine(named.weight(grid), divergence.weight(grid))
+
+
+def check_unnamed(found: Blind, subject: Estimator) -> None:
+    """A loss that descends no catalogue objective is described by what its weight depends on, or by its formula."""
+    loss, batch_size = subject.token_loss, claim_settings(subject.claim)["batch_size"]
+    advantage = loss.advantage if isinstance(loss, ScoreFunction) else None
+    if found.weight.depends_on_ratio_only and not isinstance(advantage, ReturnToGo):
+        return
+    on = dependence(found.loss, found.weight, batch_size=batch_size)
+    if isinstance(loss, VocabularyLoss):
+        assert loss.top is not None and on.top_k == loss.top.k
+        assert any(f"the {loss.top.support}'s" in text for text in on.words)
+    elif isinstance(advantage, PowerAdvantage):
+        assert on.student_and_teacher == f"density-power divergence, alpha={advantage.alpha:g}"
+    elif isinstance(advantage, ReturnToGo):
+        assert on.other_tokens and f"counts {advantage.gamma:g} times" in " ".join(on.words)
+    else:
+        assert isinstance(loss, ScoreFunction) and loss.zscore
+        assert on.batch and "z-score with divisor G-1" in " ".join(on.words)
+
+
+def check_formula(found: Blind, subject: Estimator) -> None:
+    """The formula has the values of the advantage that the estimator is made of."""
+    loss = subject.token_loss
+    function: Callable[[Tensor], Tensor] | None = None
+    if isinstance(loss, ScoreFunction) and isinstance(loss.advantage, RatioAdvantage) and not loss.zscore:
+        low, high = loss.clip_weight or (-torch.inf, torch.inf)
+        inner = loss.advantage.of_log_u
+        function = lambda t: inner(t).clamp(low, high)  # noqa: E731
+    elif isinstance(loss, Differentiated):
+        inner_loss = loss.function
+        function = lambda t: local_weight(inner_loss, t)  # noqa: E731
+    if function is None or found.form.kind == "zero":
+        return
+    assert found.form.kind != "numeric" and found.form.expr is not None
+    import sympy
+
+    u = divergences.symbol()
+    t = torch.linspace(-3.9, 3.9, 41, dtype=torch.float64)
+    formula = sympy.lambdify(u, sympy.sympify(found.form.expr, locals={"u": u}), ["scipy", "numpy"])
+    values = torch.from_numpy(np.asarray(formula(t.exp().numpy()), dtype=np.float64))
+    assert same_up_to_affine(values, function(t))
+
+
+def same_up_to_affine(a: Tensor, b: Tensor) -> bool:
+    """Whether one is a positive multiple of the other plus a constant."""
+    a, b = a - a.mean(), b - b.mean()
+    multiple = float(a @ b / (b @ b))
+    return multiple > 0 and float((a - multiple * b).norm()) <= 1e-6 * float(a.norm())
+
+
+def test_every_estimator_is_among_the_subjects() -> None:
+    assert {subject.name for subject in subjects(0)} >= set(estimator_names())
+
+
+@pytest.mark.parametrize("draw", range(DRAWN))
+def test_drawn_at_random(draw: int) -> None:
+    seed = 20_000 + draw
+    pool = [s for s in subjects(seed) if claim_settings(s.claim)["batch_size"] <= 2]
+    subject = random.Random(seed).choice(pool)
+    check_named(blindly(subject, seed), subject, subject.claim)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index", range(len(subjects(0))))
+def test_all(index: int) -> None:
+    subject = subjects(7)[index]
+    check_named(blindly(subject, 30_000 + index), subject, subject.claim)
+
+
+def test_a_wrong_name_is_refused() -> None:
+    """The same assertions with another estimator's claim."""
+    forward, reverse = estimator("opd_plus", "forward_kl"), estimator("opd_plus", "reverse_kl")
+    found = blindly(forward, 1)
+    check_named(found, forward, forward.claim)
+    for wrong in (reverse, estimator("k1_loss"), estimator("opd", "jsd"), estimator("return_to_go", "chi2", gamma=1.0)):
+        with pytest.raises(AssertionError):
+            check_named(found, wrong, wrong.claim)
+    granularity = estimator("sequence_opd_plus", "forward_kl").claim
+    with pytest.raises(AssertionError):
+        check_objective(found, granularity, granularity.divergence)
+    with pytest.raises(AssertionError):
+        check_formula(found, estimator("opd", "forward_kl"))
+
+
+def on_panel(loss: Loss) -> tuple[list[Tensor], list[Any]]:
+    cases = panel()
+    return [flat(gradient_moments(loss, case.student, case.teacher).mean) for case in cases], cases
+
+
+@pytest.mark.parametrize("gamma", [0.83, 0.5])
+def test_discount_is_fitted(gamma: float) -> None:
+    loss = estimator("return_to_go", "jsd", gamma=gamma, discounted=True)
+    gradients, cases = on_panel(loss)
+    match = best_match(gradients, cases, recover_weight(loss, 1, 0.0, 0, 1e-9), "token_local", 1e-9)
+    assert match is not None and match.fit.worst_error < 1e-12
+    assert (match.divergence.name, match.granularity, match.gamma) == ("jsd", "token_return", gamma)
+
+
+def test_no_discount_is_fitted_to_the_return_to_go_of_no_objective() -> None:
+    """T6: without the outer gamma^(n-1) it is the gradient of nothing."""
+    loss = estimator("return_to_go", "jsd", gamma=0.5)
+    gradients, cases = on_panel(loss)
+    match = best_match(gradients, cases, recover_weight(loss, 1, 0.0, 0, 1e-9), "token_local", 1e-9)
+    assert match is None or match.fit.worst_error > 1e-3
+    assert best_combination(gradients, cases, "token_local", 1e-9) is None
+
+
+def test_combinations_of_objectives() -> None:
+    forward, jsd, le_cam = (estimator("return_to_go", name, gamma=1.0) for name in ("forward_kl", "jsd", "le_cam"))
+    gradients, cases = on_panel(lambda r: 1.5 * forward(r) - 0.5 * jsd(r))
+    found = best_combination(gradients, cases, "token_local", 1e-9)
+    assert found is not None and found.error < 1e-12
+    assert (found.granularity, found.label) == ("token_return", "3 * forward_kl - jsd")
+    gradients, cases = on_panel(lambda r: 0.311 * forward(r) - 0.5 * jsd(r) + le_cam(r))
+    three = best_combination(gradients, cases, "token_local", 1e-9)
+    assert three is not None
+    assert three.terms == pytest.approx({"forward_kl": 0.311, "jsd": -0.5, "le_cam": 1.0}, abs=1e-9)
+    gradients, cases = on_panel(estimator("k3_reward"))
+    reward = best_combination(gradients, cases, "token_local", 1e-9)
+    assert reward is not None and reward.label == "reverse_kl - forward_kl"
+    # One objective alone is no combination, and a loss of none of them neither.
+    for loss in (forward, estimator("opd", "jsd")):
+        assert best_combination(*on_panel(loss), "token_local", 1e-9) is None
+
+
+def smooth(draw: random.Random, inputs: Callable[[Rollouts], list[Tensor]]) -> Loss:
+    """A random smooth function of some inputs times the score, as a loss."""
+    waves = [[draw.gauss(0, 1) for _ in range(8)] for _ in range(4)]
+
+    def loss(r: Rollouts) -> Tensor:
+        total = torch.zeros_like(r.mask)
+        for amplitude, phase, *rates in waves:
+            angle = phase + sum(rate * x for rate, x in zip(rates, inputs(r), strict=False))
+            total = total + amplitude * torch.cos(angle)
+        return r.token_sum(-total * r.student_logprobs)
+
+    return loss
+
+
+def of_ratio(r: Rollouts) -> list[Tensor]:
+    return [r.log_u.detach()]
+
+
+def of_both(r: Rollouts) -> list[Tensor]:
+    return [r.student_logprobs.detach(), r.teacher_logprobs]
+
+
+def of_position(r: Rollouts) -> list[Tensor]:
+    return [r.log_u.detach(), torch.arange(r.tokens.shape[1], dtype=torch.float64).expand_as(r.mask)]
+
+
+@pytest.mark.parametrize("inputs", [of_ratio, of_both, of_position])
+@pytest.mark.parametrize("draw", range(2))
+def test_a_bias_of_a_millionth_flips_the_verdict(inputs: Callable[[Rollouts], list[Tensor]], draw: int) -> None:
+    chance = random.Random(1000 * draw + len(inputs.__name__))
+    exact = [s for s in subjects(draw) if s.claim.verdict == "exact" and claim_settings(s.claim)["batch_size"] == 1]
+    subject, bias = chance.choice(exact), smooth(chance, inputs)
+    settings = claim_settings(subject.claim)
+    claim = subject.claim
+    case = panel(1, settings["eos"], settings["off_policy"])[2]
+    sizes = [
+        float(flat(gradient_moments(loss, case.student, case.teacher, 1, case.behavior).mean).norm())
+        for loss in (subject, bias)
+    ]
+
+    def verdict(relative: float) -> str:
+        size = relative * sizes[0] / sizes[1]
+        return quick_verdict(lambda r: subject(r) + size * bias(r), claim.divergence, claim.granularity, **settings)
+
+    assert verdict(1e-6) == "biased"
+    # A bias below rounding is none: the flip is the bias's, not the wrapper's.
+    assert verdict(1e-14) == "exact"
