@@ -53,7 +53,9 @@ def rows_of(rows: Iterable[tuple[str, str]]) -> str:
 
 def number(value: object) -> str:
     """A number as one reads it, as HTML: four digits, a true minus sign, powers of ten raised; else the text."""
-    if value is None or isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool):
+        return yes_or_no(value)
+    if not isinstance(value, (int, float)):
         return "–" if value is None else escape(str(value))
     if math.isnan(value):
         return "not a number"

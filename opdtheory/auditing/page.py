@@ -39,6 +39,9 @@ _SETTINGS = {
     "off_policy": "logit noise of the sampler",
     "gamma": "discount",
     "seed": "seed of the panel",
+    "prompts": "prompts",
+    "environment": "positions that an environment writes",
+    "shared_prompt": "one prompt for a batch",
 }
 
 
@@ -341,7 +344,7 @@ def _weight_table(report: Audit, drawn: Curves) -> str:
 
 def _settings(record: dict[str, Any]) -> str:
     rows = [
-        (escape(_SETTINGS.get(key, key.replace("_", " "))), "none" if value is None else plain_text(value))
+        (escape(_SETTINGS.get(key, key.replace("_", " "))), "none" if value in (None, [], "") else plain_text(value))
         for key, value in record["settings"].items()
     ]
     return f"<details><summary>Settings</summary>{rows_of(rows)}</details>"

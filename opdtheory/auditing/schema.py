@@ -172,7 +172,12 @@ _SETTINGS = {
         "off_policy": _NUMBER,
         "gamma": _NUMBER,
         "seed": {"type": "integer"},
+        "prompts": {"type": "integer", "minimum": 1},
+        "environment": _array({"type": "integer", "minimum": 0}, "positions that an environment writes"),
+        "shared_prompt": _FLAG,
     },
+    # Every argument of the audit is here, and later versions have more.
+    "additionalProperties": True,
     "required": ["batch_size", "eos", "off_policy", "gamma", "seed"],
 }
 

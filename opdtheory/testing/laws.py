@@ -6,7 +6,7 @@ They need no test framework.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -135,6 +135,9 @@ def assert_same_gradient(
     eos: int | None = None,
     off_policy: float = 0.0,
     seed: int = 0,
+    prompts: int = 1,
+    environment: Iterable[int] = (),
+    shared_prompt: bool = False,
 ) -> float:
     r"""Assert that two losses have the same expected gradient, $\|E g_1 - E g_2\| \le \epsilon \max_i \|E g_i\|$.
 
@@ -149,6 +152,9 @@ def assert_same_gradient(
         eos: the token that ends a rollout early; None for fixed length.
         off_policy: standard deviation of the noise on the logits of the policy that samples.
         seed: of the panel.
+        prompts: number of prompts that rollouts may have.
+        environment: positions of the response, counted from 0, that an environment writes.
+        shared_prompt: whether the rollouts of a batch answer one prompt.
 
     Returns:
         The largest relative difference over the panel.
@@ -169,11 +175,13 @@ def assert_same_gradient(
     """
     if tolerance is not None and not 0.0 <= tolerance < float("inf"):
         raise InvalidArgumentError("tolerance", f"is {tolerance!r}; a finite number of at least 0 is needed")
+    if not 0.0 <= off_policy < float("inf"):
+        raise InvalidArgumentError("off_policy", f"is {off_policy!r}; a finite number of at least 0 is needed")
     losses = (_Typed(first), _Typed(second))
-    cases = panel(batch_size, eos, off_policy, seed)
     rows, worst = [], 0.0
-    for case in cases:
-        moments = [gradient_moments(loss, case.student, case.teacher, batch_size, case.behavior) for loss in losses]
+    for case in panel(batch_size, eos, off_policy, seed, prompts, environment, shared_prompt):
+        where = (case.student, case.teacher, batch_size, case.behavior)
+        moments = [gradient_moments(loss, *where, shared_prompt=shared_prompt) for loss in losses]
         gap, sizes = _gap(*moments)
         worst = max(worst, gap)
         rows.append(f"  {case.label}: differs by {gap:.3g}; lengths {sizes[0]:.6g} and {sizes[1]:.6g}")

@@ -164,6 +164,22 @@ def test_a_known_bias_passes_one_that_grew_fails_one_that_vanished_is_told(pytes
         monkey.undo()
 
 
+def test_equal_marks_are_told_apart(pytester):
+    pytester.makepyfile(
+        test_losses="""
+        from opdtheory.testing import opd_loss
+
+        @opd_loss(claims="reverse_kl")
+        @opd_loss(claims="reverse_kl", verdict="exact_up_to_scale")
+        def k2(r):
+            return r.token_sum(r.log_u.square() / 2)
+        """
+    )
+    result = run(pytester, "--opd-audit", "-v")
+    result.assert_outcomes(passed=2)
+    result.stdout.fnmatch_lines(["*::k2?reverse_kl-token_local-0? PASSED*", "*::k2?reverse_kl-token_local-1? PASSED*"])
+
+
 def test_pages_are_written(pytester):
     pytester.makepyfile(test_losses=SOURCE)
     run(pytester, "--opd-audit", "--opd-report", "pages", "-k", "k3")
@@ -327,7 +343,21 @@ def test_the_group_of_a_coupled_loss_is_seen():
         assert_same_gradient(group, lambda r: 2 * alone(r), batch_size=2)
 
 
+def test_positions_that_an_environment_writes_are_seen():
+    def first_too(r):
+        """Trains the first token whoever wrote it."""
+        every = r.log_u.detach() * -r.student_logprobs
+        return r.token_sum(every) + ((1 - r.mask) * every)[:, 0].mean()
+
+    assert assert_same_gradient(k2, first_too) < 1e-9
+    with pytest.raises(AssertionError):
+        assert_same_gradient(k2, first_too, environment=[0])
+    assert assert_same_gradient(k2, lambda r: k2(r) + 0 * r.log_u.sum(), prompts=2, environment=[1]) < 1e-9
+
+
 def test_what_cannot_be_compared_is_an_error():
+    with pytest.raises(InvalidArgumentError, match="off_policy"):
+        assert_same_gradient(k2, k3, off_policy=-1.0)
     with pytest.raises(InvalidArgumentError, match="tolerance"):
         assert_same_gradient(k2, k3, tolerance=-1.0)
     with pytest.raises(LossError, match="scalar"):
