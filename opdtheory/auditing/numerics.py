@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,8 +22,9 @@ __all__ = ["DTYPES", "DtypeResult", "numerics", "realistic_logits"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# Tokens and vocabulary of the realistic batch.
-_TOKENS, _VOCABULARY = 16, 2048
+# Tokens and vocabulary of the realistic batch; a loss that is slow on the vocabulary of the trial gets the small one.
+_TOKENS, _VOCABULARY, _SMALL_VOCABULARY = 16, 2048, 128
+_TRIAL_VOCABULARY, _SLOW_SECONDS = 256, 0.03
 
 # log p of the likelier of the two policies: ordinary, near one, and of a token that both find very rare; and the
 # log-ratios, of either sign, that are tried there.
@@ -110,9 +113,10 @@ def numerics(
     if not isinstance(batch_size, int) or batch_size < 1:
         raise InvalidArgumentError("batch_size", f"is {batch_size!r}; a positive integer is needed")
     with one_thread():
+        vocabulary = _SMALL_VOCABULARY if _is_slow(loss, batch_size, seed) else _VOCABULARY
         results = []
         for name in dtypes:
-            results.append(_realistic(loss, name, batch_size, seed))
+            results.append(_realistic(loss, name, batch_size, vocabulary, seed))
             results.append(_adversarial(loss, name, batch_size))
         return results
 
@@ -150,18 +154,35 @@ def realistic_logits(
     return student, student + 0.5 * heavy
 
 
-def _realistic(loss: Loss, dtype: str, batch_size: int, seed: int) -> DtypeResult:
-    student, teacher = realistic_logits(seed=seed)
+def _is_slow(loss: Loss, batch_size: int, seed: int) -> bool:
+    """Whether the cost grows with the vocabulary as in a loss that builds and inverts an output layer."""
+    batch = _realistic_batch(torch.float64, batch_size, _TRIAL_VOCABULARY, seed)
+    seconds = []
+    for _ in range(2):
+        start = time.perf_counter()
+        with contextlib.suppress(_RefusalError):
+            _gradient(loss, batch)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds) > _SLOW_SECONDS
+
+
+def _realistic_batch(dtype: torch.dtype, batch_size: int, vocabulary: int, seed: int) -> Rollouts:
+    student, teacher = realistic_logits(_TOKENS, vocabulary, seed)
     generator = torch.Generator().manual_seed(seed + 1)
     tokens = torch.multinomial(student.softmax(-1), 1, generator=generator).squeeze(-1)
     rows = -(-_TOKENS // batch_size) * batch_size
     index = (torch.arange(rows) % _TOKENS).view(batch_size, -1)
+    return _rollouts(student[index], teacher[index], tokens[index], dtype)
+
+
+def _realistic(loss: Loss, dtype: str, batch_size: int, vocabulary: int, seed: int) -> DtypeResult:
     try:
-        found = _compare(loss, _rollouts(student[index], teacher[index], tokens[index], DTYPES[dtype]), None)
+        found = _compare(loss, _realistic_batch(DTYPES[dtype], batch_size, vocabulary, seed), None)
     except _RefusalError as error:
         return _refused(dtype, "realistic", str(error))
     sizes = sorted(token.size for token in found)
-    return _result(dtype, "realistic", found, _NEGLIGIBLE * sizes[len(sizes) // 2])
+    negligible = _NEGLIGIBLE * sizes[len(sizes) // 2] if sizes else 0.0
+    return _result(dtype, "realistic", found, negligible, f", over {vocabulary} tokens,")
 
 
 def _adversarial(loss: Loss, dtype: str, batch_size: int) -> DtypeResult:
@@ -175,7 +196,7 @@ def _adversarial(loss: Loss, dtype: str, batch_size: int) -> DtypeResult:
         found += _bisected(loss, DTYPES[dtype], found, batch_size)
     except _RefusalError as error:
         return _refused(dtype, "adversarial", str(error))
-    return _result(dtype, "adversarial", found, _NEGLIGIBLE * scale)
+    return _result(dtype, "adversarial", found, _NEGLIGIBLE * scale, "")
 
 
 def _bisected(loss: Loss, dtype: torch.dtype, found: list[_Token], batch_size: int) -> list[_Token]:
@@ -273,7 +294,7 @@ def _token(log_u: float, narrow: Tensor, exact: Tensor) -> _Token | None:
     return _Token(log_u, size, error, cosine, length / scale)
 
 
-def _result(dtype: str, regime: str, found: list[_Token], negligible: float) -> DtypeResult:
+def _result(dtype: str, regime: str, found: list[_Token], negligible: float, over: str) -> DtypeResult:
     # What float64 finds negligible may get lost, but it may not overflow.
     overflow = _nearest([t.log_u for t in found if math.isnan(t.error)])
     telling = [t for t in found if not math.isnan(t.error) and t.size > negligible]
@@ -282,7 +303,7 @@ def _result(dtype: str, regime: str, found: list[_Token], negligible: float) -> 
     worst = max(telling, key=lambda t: t.error, default=None)
     words = _words(overflow, lost, turned, worst)
     error = math.nan if worst is None else worst.error
-    return DtypeResult(dtype, regime, overflow, lost, turned, error, f"In {dtype} the gradient {words}.")
+    return DtypeResult(dtype, regime, overflow, lost, turned, error, f"In {dtype}{over} the gradient {words}.")
 
 
 def _words(

@@ -10,7 +10,7 @@ from opdtheory.auditing.identify import fit_scale, flat
 from opdtheory.auditing.panel import Case
 from opdtheory.auditing.subject import Check, Subject, norm
 from opdtheory.divergences import Divergence
-from opdtheory.errors import BudgetExceededError
+from opdtheory.errors import BudgetExceededError, InvalidArgumentError
 from opdtheory.exact import Enumeration, GradientMoments, Loss, TabularPolicy, gradient_moments
 from opdtheory.exact.threads import one_thread
 
@@ -44,7 +44,8 @@ def soundness(
 
     Stationarity ($E\nabla L = 0$ at $p = q$), one common scale over the pairs, the teacher's part, the sampling
     policy, padding, shift invariance ($\sum_a \partial L/\partial z_a = 0$), backward against central differences,
-    the batch, and finiteness at rare tokens. An exception that the loss raises in a check fails it.
+    the batch, and finiteness at rare tokens. An exception that the loss raises in a check fails
+    it, but for `InvalidArgumentError`, a refusal.
 
     Args:
         loss: a function of rollouts that returns a scalar, deterministic and without state.
@@ -75,6 +76,8 @@ def _guarded(name: str, check: Callable[[Subject], Check], subject: Subject) -> 
         return check(subject)
     except BudgetExceededError as error:
         return Check(name, None, None, None, f"Not looked at: {error}.")
+    except InvalidArgumentError as error:  # an estimator or adapter of this library that says what it does not take
+        return Check(name, None, None, None, f"The loss refuses such a batch: {error}.")
     except Exception as error:  # whatever a stranger's loss raises is the finding
         reason = str(error).strip().splitlines() or [""]
         return Check(name, False, None, None, f"The loss raises {type(error).__name__} here: {reason[0]}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import time
 
 import pytest
 import torch
@@ -134,6 +135,20 @@ def test_realistic_logits_are_what_they_say() -> None:
     again = realistic_logits(tokens=200, vocabulary=512, seed=5)
     assert torch.equal(student, again[0]) and torch.equal(teacher, again[1])
     assert not torch.equal(student, realistic_logits(tokens=200, vocabulary=512, seed=6)[0])
+
+
+def test_a_slow_loss_gets_a_small_vocabulary() -> None:
+    calls: list[int] = []
+
+    def slow(r: Rollouts) -> Tensor:
+        calls.append(r.student_logits.shape[-1])
+        if calls[-1] >= 256:
+            time.sleep(0.04)
+        return exponential(r)
+
+    assert "over 128 tokens" in results(slow)["float16", "realistic"].words
+    assert max(calls) == 256
+    assert "over 2048 tokens" in results(exponential)["float16", "realistic"].words
 
 
 def test_plain_and_repeatable() -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import opdtheory as opd
+from opdtheory.adapters import from_hidden
 from opdtheory.auditing.backward import backward_report
 from opdtheory.auditing.identify import flat
 from opdtheory.auditing.panel import panel
@@ -312,6 +313,16 @@ def test_an_exception_is_a_finding() -> None:
     assert (
         "RuntimeError" in found["no gradient on padding"].detail and "please" in found["no gradient on padding"].detail
     )
+
+
+def test_a_refusal_is_no_failure() -> None:
+    def fused(student: Tensor, head: Tensor, teacher: Tensor, teacher_head: Tensor, labels: Tensor) -> Tensor:
+        log_p, log_q = (student @ head.T).log_softmax(-1), (teacher @ teacher_head.T).log_softmax(-1)
+        return (log_q.exp() * (log_q - log_p)).sum(-1)
+
+    found = checks(from_hidden(fused), "forward_kl")
+    assert failed(found) == set()
+    assert "refuses" in found["finite where the teacher gives zero"].detail
 
 
 def test_a_zero_gradient_claims_nothing() -> None:
