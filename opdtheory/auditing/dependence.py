@@ -104,7 +104,9 @@ def dependence(
         with attempt(words, "The two laws"):
             laws = two_laws.law_effect(loss, weight.depends_on_ratio_only, batch_size, seed, limit)
     words += laws.words
-    ratio_only = weight.depends_on_ratio_only and tokens.position is None and not tokens.other_tokens
+    ratio_only = (
+        weight.depends_on_ratio_only and tokens.position is None and not tokens.other_tokens and laws.top_k is None
+    )
     if ratio_only and not words and float(weight.weight.max() - weight.weight.min()) <= _CONSTANT:
         words.append("The expected weight is a constant: there is nothing that it could depend on.")
     elif ratio_only and not words:

@@ -15,7 +15,7 @@ from opdtheory.exact import Loss
 __all__ = ["LawEffect", "law_effect"]
 
 # Tokens of the step on which a top-k set is looked for: a larger k is not seen.
-_VOCABULARY = 96
+_VOCABULARY = 256
 
 _SIDE = 6
 
@@ -39,7 +39,7 @@ def law_effect(loss: Loss, ratio_only: bool, batch_size: int, seed: int, limit: 
         seed: of the laws.
         limit: relative difference that is rounding.
     """
-    top = None if ratio_only else _top_k(loss, batch_size, seed, limit)
+    top = _top_k(loss, batch_size, seed, limit)
     if top is not None:
         k, whose = top
         return LawEffect(
@@ -53,22 +53,22 @@ def law_effect(loss: Loss, ratio_only: bool, batch_size: int, seed: int, limit: 
 
 def _top_k(loss: Loss, batch_size: int, seed: int, limit: float) -> tuple[int, str] | None:
     """How many likeliest tokens of whom are told apart, if it is the same on two pairs of laws."""
-    found = []
-    for offset in (0, 1):
-        generator = torch.Generator().manual_seed(31 + 2 * seed + offset)
-        log_p, log_q = (
-            torch.log_softmax(1.5 * torch.randn(_VOCABULARY, generator=generator, dtype=torch.float64), -1)
-            for _ in range(2)
-        )
-        weights = one_step_weights(loss, log_p, log_q, batch_size)
-        found.append(
-            {whose: _likeliest(weights, law, limit) for whose, law in (("teacher", log_q), ("student", log_p))}
-        )
-    for whose in ("teacher", "student"):
-        k = found[0][whose]
-        if k is not None and k == found[1][whose]:
-            return k, whose
-    return None
+    first = _sets(loss, batch_size, 31 + 2 * seed, limit)
+    if not any(first.values()):
+        return None
+    second = _sets(loss, batch_size, 32 + 2 * seed, limit)
+    return next(((k, whose) for whose, k in first.items() if k is not None and k == second[whose]), None)
+
+
+def _sets(loss: Loss, batch_size: int, seed: int, limit: float) -> dict[str, int | None]:
+    """How many likeliest tokens of either law are told apart on one pair."""
+    generator = torch.Generator().manual_seed(seed)
+    log_p, log_q = (
+        torch.log_softmax(1.5 * torch.randn(_VOCABULARY, generator=generator, dtype=torch.float64), -1)
+        for _ in range(2)
+    )
+    weights = one_step_weights(loss, log_p, log_q, batch_size)
+    return {"teacher": _likeliest(weights, log_q, limit), "student": _likeliest(weights, log_p, limit)}
 
 
 def _likeliest(weights: Tensor, law: Tensor, limit: float) -> int | None:

@@ -35,7 +35,7 @@ from opdtheory.verification import shipped_estimators
 
 Loss = Callable[[Rollouts], Tensor]
 
-DRAWN = 7
+DRAWN = 5
 DECOYS = ("total_variation", "neyman_chi2", "chi2", "le_cam")
 PARAMETERS = {
     "skew_jsd": ("beta", 0.05, 0.95),
@@ -216,8 +216,8 @@ def on_panel(loss: Loss) -> tuple[list[Tensor], list[Any]]:
     return [flat(gradient_moments(loss, case.student, case.teacher).mean) for case in cases], cases
 
 
-@pytest.mark.parametrize("gamma", [0.83, 0.5])
-def test_discount_is_fitted(gamma: float) -> None:
+def test_discount_is_fitted() -> None:
+    gamma = 0.83
     loss = estimator("return_to_go", "jsd", gamma=gamma, discounted=True)
     gradients, cases = on_panel(loss)
     match = best_match(gradients, cases, recover_weight(loss, 1, 0.0, 0, 1e-9), "token_local", 1e-9)

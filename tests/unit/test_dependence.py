@@ -120,10 +120,9 @@ def test_division_by_length(reduction: str) -> None:
     ],
 )
 def test_batch(options: dict[str, object], words: str | None) -> None:
-    for batch_size in (2, 4):
-        found = of(opd.estimator("opd_plus", "reverse_kl", **options), batch_size=batch_size)  # type: ignore[arg-type]
-        assert found.batch == (words is not None)
-        assert words is None or words in " ".join(found.words)
+    found = of(opd.estimator("opd_plus", "reverse_kl", **options), batch_size=2)  # type: ignore[arg-type]
+    assert found.batch == (words is not None)
+    assert words is None or words in " ".join(found.words)
 
 
 def test_batch_of_other_kinds() -> None:
@@ -179,8 +178,10 @@ def test_sampling_policy(loss: Loss, words: str | None) -> None:
     assert words is None or any(words in text for text in found.words)
 
 
-@pytest.mark.parametrize("support", ["teacher", "student"])
-@pytest.mark.parametrize(("form", "k"), [("topk_truncated", 2), ("topk_renormalised", 7), ("topk_tail", 20)])
+@pytest.mark.parametrize(
+    ("form", "k", "support"),
+    [("topk_truncated", 2, "student"), ("topk_renormalised", 7, "teacher"), ("topk_tail", 100, "student")],
+)
 def test_top_k(form: str, k: int, support: str) -> None:
     found = of(opd.estimator(form, "reverse_kl", k=k, support=support))  # type: ignore[arg-type]
     assert found.top_k == k and not found.ratio_only
