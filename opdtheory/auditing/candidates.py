@@ -32,9 +32,12 @@ _FAR = (-12.0, -8.0, 0.0, 8.0, 12.0)
 def candidates(facts: Facts) -> Iterator[Candidate]:
     """The changes worth a trial, one at a time first, then two together."""
     corrections = list(_corrections(facts))
-    reduced = [*_reductions(facts), *_padding(facts)]
+    # A factor that varies or a mask makes nothing of a gradient that is zero.
+    reduced = [] if facts.verdict == "zero" else [*_reductions(facts), *_padding(facts)]
     yield from _constants(facts)
-    yield from reduced
+    # At fixed length a reduction alone is a factor.
+    if facts.variable or facts.coupled:
+        yield from reduced
     yield from _importance(facts, facts.loss)
     for correction in corrections:
         yield _added(correction, facts.loss)
@@ -42,13 +45,18 @@ def candidates(facts: Facts) -> Iterator[Candidate]:
     yield from backpropagated(facts)
     yield from whole_vocabulary(facts)
     yield from unstandardised(facts)
+    yield from _pairs(facts, corrections, reduced)
+
+
+def _pairs(facts: Facts, corrections: list[Correction], reduced: list[Candidate]) -> Iterator[Candidate]:
     for first in reduced:
-        yield from _together(first, _constants(replace(facts, loss=first.loss)))
+        if facts.variable:
+            yield from _together(first, _constants(replace(facts, loss=first.loss)))
         yield from _together(first, (_added(correction, first.loss) for correction in corrections))
-    if facts.off_policy:
-        for correction in corrections:
-            first = _added(correction, facts.loss)
-            yield from _together(first, _importance(facts, first.loss))
+        yield from _together(first, _importance(facts, first.loss))
+    for correction in corrections:
+        first = _added(correction, facts.loss)
+        yield from _together(first, _importance(facts, first.loss))
 
 
 def gauge(facts: Facts) -> Candidate | None:
@@ -60,11 +68,13 @@ def gauge(facts: Facts) -> Candidate | None:
 
 
 def _corrections(facts: Facts) -> Iterator[Correction]:
-    if facts.curve is not None:
-        yield from missing_terms(facts.curve, facts.divergence, facts.granularity, float(facts.settings["gamma"]))
-        if int(facts.settings["batch_size"]) <= 2:
-            yield from clips(facts.curve, lambda: _far_curve(facts), facts.divergence)
-    yield from between_granularities(facts.divergence, facts.granularity, float(facts.settings["gamma"]))
+    if facts.curve is None:
+        return
+    gamma = float(facts.settings["gamma"])
+    yield from missing_terms(facts.curve, facts.divergence, facts.granularity, gamma)
+    if int(facts.settings["batch_size"]) <= 2:
+        yield from clips(facts.curve, lambda: _far_curve(facts), facts.divergence)
+    yield from between_granularities(facts.curve, facts.divergence, facts.granularity, gamma)
 
 
 def _far_curve(facts: Facts) -> Curve | None:
@@ -147,8 +157,6 @@ def _level_factors(facts: Facts) -> list[float] | None:
 
 
 def _reductions(facts: Facts) -> Iterator[Candidate]:
-    if not (facts.variable or facts.coupled or facts.verdict == "biased"):
-        return
     why = "Sum over tokens and divide by the number of rollouts, in place of"
     yield Candidate(
         "reduction",

@@ -111,31 +111,26 @@ def padding_hidden(loss: Loss) -> Loss:
 
 def value_as_reward(loss: Loss) -> Loss:
     r"""The loss's value of each token, detached, as a reward: $\mathrm{sg}(v_n)\log p(y_n|h_n)$, not $v_n$ (T4)."""
-    known: dict[tuple[int, bytes], float] = {}
+    known: dict[bytes, float] = {}
     return lambda rollouts: rollouts.token_sum(token_values(loss, rollouts, known) * rollouts.student_logprobs)
 
 
-def token_values(
-    loss: Loss, rollouts: Rollouts, known: dict[tuple[int, bytes], float] | None = None
-) -> Float[Tensor, "B T"]:
-    """What the loss says of each unmasked token alone: its value with all other tokens masked, detached.
+def token_values(loss: Loss, rollouts: Rollouts, known: dict[bytes, float] | None = None) -> Float[Tensor, "B T"]:
+    """What the loss says of each unmasked token alone, detached: its value on the rollout up to that token.
 
     Args:
-        loss: the black box; it sees one rollout at a time.
+        loss: the black box; it sees one rollout at a time, cut after the token, all earlier tokens masked.
         rollouts: the batch.
-        known: values already read, by position and rollout; filled as new ones are.
+        known: values already read, by what the loss saw; filled as new ones are.
     """
     known = {} if known is None else known
     values = torch.zeros_like(rollouts.mask)
-    for b in range(len(values)):
-        alone = _only(rollouts, b)
-        content = _content(alone)
-        for n in rollouts.mask[b].nonzero().flatten().tolist():
-            if (n, content) not in known:
-                mask = torch.zeros_like(alone.mask)
-                mask[0, n] = 1.0
-                known[n, content] = float(loss(replace(alone, mask=mask)).detach())
-            values[b, n] = known[n, content]
+    for b, n in rollouts.mask.nonzero().tolist():
+        alone = _up_to(rollouts, b, n)
+        key = _content(alone)
+        if key not in known:
+            known[key] = float(loss(replace(rollouts, **alone)).detach())
+        values[b, n] = known[key]
     return values
 
 
@@ -147,18 +142,18 @@ def _gate(values: Tensor, weights: Tensor) -> Tensor:
     return same
 
 
-def _only(rollouts: Rollouts, b: int) -> Rollouts:
-    """One rollout of a batch as a batch of one."""
-    count = len(rollouts.mask)
-    rows: dict[str, Any] = {}
+def _up_to(rollouts: Rollouts, b: int, n: int) -> dict[str, Any]:
+    """The fields of one rollout, cut after position `n`, that position alone unmasked."""
+    cut: dict[str, Any] = {}
     for field in fields(rollouts):
         value = getattr(rollouts, field.name)
-        if isinstance(value, Tensor) and value.ndim and len(value) == count:
-            rows[field.name] = value[b : b + 1].detach()
-    return replace(rollouts, **rows)
+        if isinstance(value, Tensor) and value.shape[:2] == rollouts.mask.shape:
+            cut[field.name] = value[b : b + 1, : n + 1].detach()
+    cut["mask"] = torch.zeros_like(cut["mask"])
+    cut["mask"][0, n] = 1.0
+    return cut
 
 
-def _content(rollouts: Rollouts) -> bytes:
-    """Everything that a loss could read of a rollout, as a key."""
-    tensors = [getattr(rollouts, field.name) for field in fields(rollouts)]
-    return b"".join(t.detach().cpu().numpy().tobytes() for t in tensors if isinstance(t, Tensor))
+def _content(values: dict[str, Any]) -> bytes:
+    """Everything that a loss could read, as a key."""
+    return b"".join(repr(tuple(t.shape)).encode() + t.cpu().numpy().tobytes() for t in values.values())

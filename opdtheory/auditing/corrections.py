@@ -49,22 +49,31 @@ def missing_terms(curve: Curve, divergence: Divergence, granularity: str, gamma:
         granularity: the claimed one: of `sequence` the term is taken at $U$, of `token_return` discounted.
         gamma: the discount.
     """
-    terms: list[tuple[str, str, Callable[[Tensor], Tensor]]] = [
-        ("slope", _slope_words(divergence), divergence.log_slope),
-        ("generator", "f(u): the score-function half of the product rule is missing (T1)", divergence.generator),
-        ("ratio", "u - 1, a forward KL's weight (T4)", torch.expm1),
-        ("log_ratio", "log(u), a reverse KL's weight (T4)", lambda log_u: log_u),
+    terms: list[tuple[str, Callable[[], str], Callable[[Tensor], Tensor]]] = [
+        ("slope", lambda: _slope_words(divergence), divergence.log_slope),
+        (
+            "advantage",
+            lambda: "f(u): the score-function half of the product rule is missing (T1)",
+            divergence.generator,
+        ),
+        ("advantage", lambda: "u - 1, a forward KL's weight (T4)", torch.expm1),
+        ("advantage", lambda: "log(u), a reverse KL's weight (T4)", lambda log_u: log_u),
     ]
-    for name, words, term in terms:
+    for kind, words, term in terms:
         factor = _coefficient(curve, divergence.weight, term)
         if factor is not None:
-            kind = "advantage" if name != "slope" else "slope"
-            yield Correction(kind, _add(factor, words), _scaled(term, factor, granularity, gamma))
+            yield Correction(kind, _add(factor, words()), _scaled(term, factor, granularity, gamma))
             return
 
 
-def between_granularities(divergence: Divergence, granularity: str, gamma: float) -> Iterator[Correction]:
-    """From the exact advantage of another granularity to that of the claimed one (T6)."""
+def between_granularities(curve: Curve, divergence: Divergence, granularity: str, gamma: float) -> Iterator[Correction]:
+    """From the exact advantage of another granularity to that of the claimed one (T6).
+
+    On one step all three have the weight $w_f$; another recovered weight needs another cure.
+    """
+    expected = divergence.weight(curve.log_u) - divergence.weight(torch.zeros(1, dtype=torch.float64))
+    if float((curve.weight - expected).abs().max()) > _ALIKE * float(expected.abs().max()):
+        return
     exact = {
         "token_local": lambda log_u: divergence.weight(log_u),
         "token_return": lambda log_u: _return_to_go(divergence, log_u, gamma if granularity == "token_return" else 1.0),
@@ -94,12 +103,12 @@ def clips(curve: Curve, far: Callable[[], Curve | None], divergence: Divergence)
         far: gives the weight at log-ratios of -12, -8, 0, 8 and 12.
         divergence: the claimed one.
     """
-    forms: list[tuple[str, str, Callable[[Tensor], Tensor]]] = [
-        ("clip", "Remove", divergence.weight),
+    forms: list[tuple[str, Callable[[], str], Callable[[Tensor], Tensor]]] = [
+        ("clip", lambda: "Remove", divergence.weight),
         (
             "slope, clip",
-            f"Add to the advantage {_slope_words(divergence)}, and remove",
-            _negative_generator(divergence),
+            lambda: f"Add to the advantage {_slope_words(divergence)}, and remove",
+            lambda log_u: -divergence.generator(log_u),
         ),
     ]
     beyond: Curve | None = None
@@ -111,7 +120,7 @@ def clips(curve: Curve, far: Callable[[], Curve | None], divergence: Divergence)
         if bounds is not None:
             span = ", ".join(f"{bound:.4g}" for bound in bounds)
             text = (
-                f"{verb} the clip that holds log(u) in [{span}], or widen it beyond the log-ratios met: a clipped "
+                f"{verb()} the clip that holds log(u) in [{span}], or widen it beyond the log-ratios met: a clipped "
                 "weight descends another divergence (T4)."
             )
             yield Correction(kind, text, _clipped_away(divergence, form, bounds))
@@ -208,10 +217,6 @@ def _return_to_go(divergence: Divergence, log_u: Tensor, gamma: float) -> Tensor
 
 def _log_u(rollouts: Rollouts) -> Tensor:
     return torch.where(rollouts.mask > 0, rollouts.log_u.detach(), torch.zeros_like(rollouts.mask))
-
-
-def _negative_generator(divergence: Divergence) -> Callable[[Tensor], Tensor]:
-    return lambda log_u: -divergence.generator(log_u)
 
 
 def _clipped_away(divergence: Divergence, form: Callable[[Tensor], Tensor], bounds: tuple[float, float]) -> PerToken:

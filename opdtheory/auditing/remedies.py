@@ -27,6 +27,9 @@ __all__ = ["Remedy", "remedies"]
 _RANK = {"exact": 0, "exact_up_to_scale": 1}
 _WRONG = 2
 
+# Kinds that are tried because of the settings alone, not because something of the loss pointed to them.
+_BLIND = ("reduction", "padding", "importance")
+
 # Changes tried for one loss; each costs a call of the verdict, most of them one pair's worth.
 _TRIALS = 40
 _COUPLED_TRIALS = 14
@@ -132,8 +135,10 @@ class _Search:
             # Two changes together are no alternative to one.
             if len(found) == most or (found and "," in candidate.kind):
                 break
+            if found and (candidate.kind in _BLIND or candidate.kind in {remedy.kind for remedy in found}):
+                continue
             remedy = self.tried(candidate)
-            if remedy is not None and all(remedy.kind != other.kind for other in found):
+            if remedy is not None:
                 found.append(remedy)
         return found
 

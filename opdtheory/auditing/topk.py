@@ -42,7 +42,8 @@ class TopKForm:
 
 def recognise(loss: Loss, divergence: Divergence) -> TopKForm | None:
     """The form of a loss that is backpropagated through the k likeliest of five tokens, or None."""
-    everything = Enumeration.build(*(TabularPolicy([torch.tensor([row], dtype=torch.float64)]) for row in _ROWS))
+    student, teacher = (TabularPolicy([torch.tensor([row], dtype=torch.float64)]) for row in _ROWS)
+    everything = Enumeration.build(student, teacher)
     rows = [_gradient(loss, everything, token) for token in range(_VOCABULARY)]
     # Such a loss looks at the history only: which token was drawn makes no difference.
     if float(rows[0].norm()) == 0.0 or any(float((row - rows[0]).abs().max()) > 1e-12 for row in rows):

@@ -15,7 +15,7 @@ import opdtheory as opd
 from opdtheory.auditing import Audit, changes, quick_verdict
 from opdtheory.auditing.candidates import candidates
 from opdtheory.auditing.corrections import Curve, clips, gauge_shift, missing_terms
-from opdtheory.auditing.facts import Candidate, Facts
+from opdtheory.auditing.facts import Facts
 from opdtheory.auditing.identify import recover_weight
 from opdtheory.auditing.panel import Case
 from opdtheory.auditing.remedies import Remedy, remedies
@@ -69,12 +69,10 @@ def times(factor: float, loss: Loss) -> Loss:
 # Loss, claimed divergence, settings and granularity, the kind of the first remedy, the verdict after it.
 CASES: dict[str, tuple[Loss, str, dict[str, Any], str, str]] = {
     "stop-gradient forward KL": (zoo("opd", "forward_kl"), "forward_kl", {}, "slope", "exact"),
-    "stop-gradient JSD": (zoo("opd", "jsd"), "jsd", {}, "slope", "exact"),
     "stop-gradient TV": (zoo("opd", "total_variation"), "total_variation", {}, "slope", "exact"),
     "thrice stop-gradient": (times(3.0, zoo("opd", "chi2")), "chi2", {}, "slope", "exact_up_to_scale"),
     "generator differentiated": (generator_differentiated, "jsd", {}, "advantage", "exact"),
     "k3 as reward": (zoo("k3_reward"), "reverse_kl", {}, "advantage", "exact"),
-    "sign": (times(-1.0, zoo("opd_plus", "jsd")), "jsd", {}, "sign", "exact"),
     "sign and factor": (times(-2.0, zoo("full_vocab", "jsd")), "jsd", {}, "sign", "exact"),
     "factor": (times(3.0, zoo("k2_loss")), "reverse_kl", {}, "scale", "exact"),
     "positions": (position_weighted, "reverse_kl", {}, "position", "exact"),
@@ -109,6 +107,13 @@ CASES: dict[str, tuple[Loss, str, dict[str, Any], str, str]] = {
     "PPO": (zoo("opd_plus", "jsd", importance="ppo"), "jsd", {"off_policy": 0.5}, "importance", "exact"),
     "whole vocabulary, no ratio": (zoo("full_vocab", "jsd"), "jsd", {"off_policy": 0.5}, "importance", "exact"),
     "ratio to the sampler": (against_the_sampler, "reverse_kl", {"off_policy": 0.5}, "importance", "exact"),
+    "no ratio, token mean": (
+        zoo("opd_plus", "jsd", reduction="token_mean"),
+        "jsd",
+        {"off_policy": 0.5, "eos": 0},
+        "reduction, importance",
+        "exact",
+    ),
     "no ratio, stop-gradient": (zoo("opd", "jsd"), "jsd", {"off_policy": 0.5}, "slope, importance", "exact"),
     "rollout, no ratio": (
         zoo("sequence_opd_plus", "jsd"),
@@ -145,19 +150,27 @@ CASES: dict[str, tuple[Loss, str, dict[str, Any], str, str]] = {
     "leave-one-out, stop-gradient": (
         zoo("opd", "jsd", baseline="leave_one_out"),
         "jsd",
-        {"batch_size": 3},
+        {"batch_size": 2},
         "slope",
         "exact",
     ),
     "z-score of 2": (zoo("opd_plus", "jsd", zscore=True), "jsd", {"batch_size": 2}, "baseline", "exact"),
     "z-score of 3": (zoo("opd", "forward_kl", zscore=True), "forward_kl", {"batch_size": 3}, "baseline", "exact"),
-    "token mean of 2": (
-        zoo("opd_plus", "jsd", reduction="token_mean"),
-        "jsd",
-        {"batch_size": 2, "eos": 0},
-        "reduction",
-        "exact",
-    ),
+}
+
+
+# What the text of the first remedy must say.
+WORDS = {
+    "stop-gradient forward KL": "u*log(u) + u",
+    "sign and factor": "-1/2",
+    "positions": "1, 0.5, 0.25",
+    "clip inside the grid": "[-2, 2]",
+    "bucket": "student's 2 likeliest",
+    "token mean, stop-gradient": "mask.sum() / B (T11). Add to the advantage u f'(u)",
+    "group mean": "G/(G-1) = 2:",
+    "group mean of 4": "leave-one-out mean in place of the group mean, or multiply by G/(G-1) = 4/3:",
+    "outer discount": "gamma = 0.5",
+    "PPO": "clip none",
 }
 
 
@@ -197,27 +210,6 @@ def test_the_intended_remedy_comes_first_and_is_verified(case: str) -> None:
         remedy.text.endswith(".") and "(T" in remedy.text or remedy.kind in ("sign", "scale") for remedy in found
     )
     json.dumps([dataclasses.asdict(remedy) for remedy in found], allow_nan=False)
-
-
-@pytest.mark.parametrize(
-    ("loss", "objective", "words"),
-    [
-        (zoo("opd", "forward_kl"), "forward_kl", "u*log(u) + u"),
-        (times(-2.0, zoo("opd_plus", "jsd")), "jsd", "-1/2"),
-        (position_weighted, "reverse_kl", "1, 0.5, 0.25"),
-        (zoo("opd_plus", "forward_kl", clip_log_ratio=2.0), "forward_kl", "[-2, 2]"),
-        (zoo("topk_tail", "jsd", k=2, support="student"), "jsd", "student's 2 likeliest"),
-    ],
-    ids=["formula", "factor", "positions", "bounds", "which tokens"],
-)
-def test_the_text_states_the_numbers(loss: Loss, objective: str, words: str) -> None:
-    assert words in cure(loss, objective)[0].text
-
-
-@pytest.mark.parametrize(("group", "factor"), [(2, "= 2:"), (4, "= 4/3:")])
-def test_the_group_mean_is_undone_by_its_factor(group: int, factor: str) -> None:
-    (remedy,) = cure(zoo("opd_plus", "jsd", baseline="group_mean"), "jsd", batch_size=group)
-    assert "leave-one-out" in remedy.text and factor in remedy.text
 
 
 def test_an_exact_loss_needs_nothing() -> None:
@@ -273,8 +265,10 @@ def test_a_gauge_says_that_another_divergence_is_descended() -> None:
     assert not jsd.verified and "another divergence" in jsd.text and "0.346574" in jsd.text
     hellinger = {remedy.kind: remedy for remedy in cure(zoo("opd", "hellinger"), "hellinger")}["gauge"]
     assert hellinger.verified and "another" not in hellinger.text
+    log_u = torch.linspace(-4, 4, 33, dtype=torch.float64)
     for name in ("forward_kl", "chi2"):
-        assert "gauge" not in [remedy.kind for remedy in cure(zoo("opd", name), name)]
+        divergence = opd.divergence(name)
+        assert gauge_shift(Curve(log_u, -divergence.generator(log_u)), divergence) is None
 
 
 def test_the_shifted_weight_is_monotone_and_a_smaller_shift_is_not() -> None:
@@ -381,10 +375,10 @@ def test_a_wrong_twin_is_refused(twin: str) -> None:
 
 def test_most_guesses_are_refused() -> None:
     """A search that took what it guessed would offer far more than the one cure."""
-    facts = facts_of(zoo("opd", "jsd"), "jsd")
+    facts = facts_of(zoo("opd", "jsd"), "jsd", eos=0)
     verdicts = [(candidate.kind, facts.trial(candidate.loss)[0]) for candidate in candidates(facts)]
-    assert [kind for kind, verdict in verdicts if verdict in FAITHFUL] == ["slope"]
-    assert len(verdicts) > 4
+    assert [kind for kind, verdict in verdicts if verdict in FAITHFUL] == ["slope", "padding, slope"]
+    assert len(verdicts) > 6
 
 
 @pytest.mark.parametrize(
@@ -403,8 +397,13 @@ def test_most_guesses_are_refused() -> None:
 def test_a_trial_says_what_the_audit_says(loss: Loss, objective: str, settings: dict[str, Any]) -> None:
     trial = Trial(loss, opd.divergence(objective), "token_local", **{**DEFAULTS, **settings})
     assert trial(loss)[0] == quick_verdict(loss, objective, **settings)
+
+
+def test_a_trial_may_look_at_every_pair() -> None:
+    loss = zoo("opd", "chi2")
+    trial = Trial(loss, opd.divergence("chi2"), "token_local", **DEFAULTS)
     early, late = trial(loss), trial(loss, to_the_end=True)
-    assert early[0] == late[0] and early[1] <= late[1]
+    assert early[0] == late[0] == "biased" and early[1] < late[1]
 
 
 def one_case(off_policy: float = 0.0) -> Case:
@@ -493,16 +492,6 @@ def test_a_loss_that_fails_on_changed_inputs_is_no_error() -> None:
     assert attempt(lambda: 1 / 0) is None
 
 
-def test_two_changes_are_joined_in_words() -> None:
-    (remedy,) = cure(zoo("opd", "forward_kl", reduction="token_mean"), "forward_kl")
-    assert "mask.sum() / B (T11). Add to the advantage u f'(u)" in remedy.text
-
-
-def test_a_candidate_is_a_loss() -> None:
-    facts = facts_of(zoo("opd", "jsd"), "jsd")
-    assert all(isinstance(candidate, Candidate) and callable(candidate.loss) for candidate in candidates(facts))
-
-
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [({"objective": "jsdd"}, "divergence"), ({"granularity": "word"}, "objective"), ({"limit": 0}, "limit")],
@@ -517,7 +506,6 @@ def test_the_work_is_bounded_in_calls() -> None:
     """Calls rather than seconds, which a busy machine changes."""
     cases: list[tuple[Loss, str, dict[str, Any]]] = [
         (zoo("opd", "forward_kl"), "forward_kl", {}),
-        (zoo("power", alpha=0.5), "reverse_kl", {}),
         (zoo("opd", "forward_kl", zscore=True), "forward_kl", {"batch_size": 4}),
     ]
     for loss, objective, settings in cases:
