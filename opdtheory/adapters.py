@@ -238,7 +238,7 @@ def from_top_k(
 ) -> Loss:
     """A loss of which the teacher reports its `k` likeliest tokens only, `f(student_logits, ids, logprobs, labels)`.
 
-    `student_logits` are `(B, T, V)`, `ids` and the teacher's log-probabilities `(B, T, k)`, likeliest first, and the
+    `student_logits` are `(B, T, V)`, `ids` and `logprobs` are `Rollouts.teacher_top_k`, `(B, T, k)` each, and the
     labels `(B, T)`, -100 where masked.
 
     Args:
@@ -268,8 +268,7 @@ def from_top_k(
     reduce = _reducer(reduction)
 
     def loss(rollouts: Rollouts) -> Tensor:
-        log_q = rollouts.teacher_logits.detach().log_softmax(-1)
-        logprobs, ids = log_q.topk(min(k, log_q.shape[-1]), -1)
+        ids, logprobs = rollouts.teacher_top_k(min(k, rollouts.teacher_logits.shape[-1]))
         return reduce(rollouts, call(rollouts.student_logits, ids, logprobs, rollouts.labels))
 
     return _named(loss, f)

@@ -5,15 +5,20 @@ Packages that are not installed are held to what `make gallery` recorded of them
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import json
 import math
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 import opdtheory as opd
 from examples.published_losses import claims_packages, claims_papers, gallery, papers
+from examples.published_losses.entry import OURS
 from opdtheory.adapters import from_advantage
 from tests.tolerances import ALGEBRA, ENUMERATION
 
@@ -238,26 +243,56 @@ FAR = (
     torch.tensor([0.002, 0.30, 0.398, 0.30], dtype=torch.float64),
 )
 
+
+def k2(log_u: torch.Tensor) -> torch.Tensor:
+    return log_u**2 / 2
+
+
+def k3(log_u: torch.Tensor) -> torch.Tensor:
+    return log_u.expm1() - log_u
+
+
+# The weight as said in the gallery, and the one without the clamp. A loss v(log u) per token has the weight v'(log u),
+# and none where it is clamped; a reward has itself for a weight, and its own value at the clamp.
 CLAMPED = {
-    "verl_kl_k3": (lambda log_u: log_u.expm1(), lambda log_u: log_u.expm1() - log_u),
-    "openrlhf_k3": (lambda log_u: log_u.expm1(), lambda log_u: log_u.expm1() - log_u),
-    "openrlhf_k2": (lambda log_u: log_u, lambda log_u: log_u**2 / 2),
+    "verl_kl_k3": (lambda t: torch.where(k3(t) > 10, 0.0, t.expm1()), torch.expm1),
+    "openrlhf_k3": (lambda t: torch.where(k3(t) > 10, 0.0, t.expm1()), torch.expm1),
+    "openrlhf_k2": (lambda t: torch.where(k2(t) > 10, 0.0, t), lambda t: t),
+    "verl_k3_reward": (lambda t: -k3(t).clamp(max=10), lambda t: -k3(t)),
 }
 
 
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("function", CLAMPED)
-def test_a_clamped_estimator_has_the_weight_of_its_divergence_where_it_is_not_clamped(function):
+def test_a_clamp_moves_the_weight_only_where_it_bites(function):
     entry = ENTRY[function]
     if entry.version is None:
         pytest.skip(f"{entry.package} is not installed; `make gallery` does")
-    slope, value = CLAMPED[function]
     p, q = FAR
     log_u = q.log() - p.log()
-    clamped = value(log_u) > 10
-    assert clamped.any() and not clamped.all()
     actual = gradient(entry.loss, p, q)
-    # A loss v(log u) per token has the weight v'(log u), and none where it is clamped.
-    for weight, holds in ((torch.where(clamped, 0.0, slope(log_u)), True), (slope(log_u), False)):
-        derived = -p * (weight - (p * weight).sum())
+    for weight, holds in zip(CLAMPED[function], (True, False), strict=True):
+        values = weight(log_u)
+        derived = -p * (values - (p * values).sum())
         assert (float((actual - derived).norm()) < 1e-5) is holds
+
+
+def plain(text: str) -> str:
+    return re.sub(r"\s+", " ", re.sub(r"[`#\"']", "", text)).strip()
+
+
+@functools.cache
+def sources(package: str) -> str:
+    spec = importlib.util.find_spec(package)
+    assert spec is not None and spec.submodule_search_locations
+    files = Path(spec.submodule_search_locations[0]).rglob("*.py")
+    return plain(" ".join(file.read_text(encoding="utf-8", errors="ignore") for file in files))
+
+
+def test_every_claim_rests_on_words_of_the_package():
+    quoted = [entry for entry in gallery.ENTRIES if entry.quote and entry.version is not None]
+    for entry in quoted:
+        for part in entry.quote.split("[...]"):
+            assert plain(part) in sources(entry.source.split(".")[0]), entry.function
+    assert plain("words that nobody wrote") not in sources("trl")
+    assert all(entry.quote or entry.package == OURS for entry in gallery.ENTRIES)
