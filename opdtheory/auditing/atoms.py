@@ -92,15 +92,15 @@ def fixed_atoms() -> tuple[Atom, ...]:
         _atom("log u", lambda t: t, lambda u, L: L, lambda u, L: u - 1 - L),
         _atom("log^2 u", lambda t: t**2, lambda u, L: L**2, lambda u, L: 2 * u - L**2 - 2 * L - 2),
         _atom("log^3 u", lambda t: t**3, lambda u, L: L**3, lambda u, L: 6 * u - L**3 - 3 * L**2 - 6 * L - 6),
-        _power("u", 1),
+        _power("u", 1.0),
         _atom("u log u", lambda t: t * np.exp(t), lambda u, L: u * L, lambda u, L: u * L**2 / 2),
         _atom("u log^2 u", lambda t: t**2 * np.exp(t), lambda u, L: u * L**2, lambda u, L: u * L**3 / 3),
-        _power("u^2", 2),
+        _power("u^2", 2.0),
         _atom("u^2 log u", lambda t: t * np.exp(2 * t), lambda u, L: u**2 * L, lambda u, L: u * (u * L - u + 1)),
-        _power("1/u", -1),
+        _power("1/u", -1.0),
         _atom("log(u)/u", lambda t: t * np.exp(-t), lambda u, L: L / u, _over_u_generator),
-        _power("sqrt(u)", "1/2"),
-        _power("1/sqrt(u)", "-1/2"),
+        _power("sqrt(u)", 0.5),
+        _power("1/sqrt(u)", -0.5),
         _atom("log(1 + u)", lambda t: np.logaddexp(0.0, t), _log_half, _log_half_generator),
         _atom(
             "u log((1 + u)/2)",
@@ -122,19 +122,12 @@ def fixed_atoms() -> tuple[Atom, ...]:
     )
 
 
-def _power(label: str, exponent: float | str) -> Atom:
-    number = float(exponent) if not isinstance(exponent, str) else {"1/2": 0.5, "-1/2": -0.5}[exponent]
-
-    def power() -> sympy.Expr:
-        import sympy
-
-        return sympy.Rational(exponent) if isinstance(exponent, str) else as_number(number)
-
+def _power(label: str, exponent: float) -> Atom:
     def generator(u: sympy.Expr, log_u: sympy.Expr) -> sympy.Expr:
-        a = power()
+        a = as_number(exponent)
         return u * log_u - u + 1 if a == 1 else (u**a - u) / (a - 1) + 1 - u
 
-    return _atom(label, lambda t: np.exp(number * t), lambda u, L: u ** power(), generator)
+    return _atom(label, lambda t: np.exp(exponent * t), lambda u, L: u ** as_number(exponent), generator)
 
 
 def _mixture(label: str, beta: float, values: Callable[[Array], Array], parts: tuple[_Maker, _Maker]) -> Atom:

@@ -185,7 +185,7 @@ def find_clamped(curve: Curve, tolerance: float) -> Formula | None:
         return None
     constant = fit(curve.part(keep), inside.values(curve.points[keep])[:, None])[1]
     ends: list[float] = []
-    for count, index, step, beyond in ((left, keep[0], -1, -np.inf), (right, keep[-1], 1, np.inf)):
+    for count, index, step, beyond in ((left, int(keep[0]), -1, -np.inf), (right, int(keep[-1]), 1, np.inf)):
         end = _meets(inside, constant, curve, index, step, tolerance) if count else beyond
         if end is None:
             return None

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from opdtheory.auditing.formula import Formula
 from opdtheory.divergences import implied_generator_values, symbol
 
 if TYPE_CHECKING:
@@ -36,16 +37,6 @@ class Shape:
     slope: float
     flat: float
     values: Array = field(default_factory=lambda: np.empty(0))
-
-
-class _Function(Protocol):
-    def values(self, log_u: Array) -> Array:
-        """The weight."""
-        ...
-
-    def size(self, log_u: Array) -> Array:
-        """What its rounding is relative to."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -89,9 +80,7 @@ class Properties:
     generator_values: list[float]
 
 
-def shape_of(
-    shape: Shape, found: _Function | None, expr: sympy.Expr | None, generator: sympy.Expr | None
-) -> Properties:
+def shape_of(shape: Shape, found: Formula | None, expr: sympy.Expr | None, generator: sympy.Expr | None) -> Properties:
     """The properties of a weight, from its formula or, without one, from its values on the grid."""
     if found is None or expr is None:
         return _numeric(shape)

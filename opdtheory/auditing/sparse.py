@@ -40,7 +40,7 @@ class Curve:
     values: Array
     scale: Array
 
-    def part(self, keep: np.ndarray[Any, Any]) -> Curve:
+    def part(self, keep: np.ndarray[Any, np.dtype[np.intp]]) -> Curve:
         """The same function on some of the points."""
         return Curve(self.points[keep], self.values[keep], self.scale[keep])
 

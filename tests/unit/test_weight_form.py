@@ -260,4 +260,4 @@ def test_sparse_search_and_its_false_twin() -> None:
     assert without is not None and without.error > 1e-2
     # Twice the same column: no coefficients mean anything.
     assert best_subset(curve, columns[:, [0, 0]], 2) is None
-    assert fit_parameter(curve, lambda v: np.exp(v * points), -3, 3, np.empty((25, 0)), 1e-9) is None
+    assert fit_parameter(curve, lambda v: np.exp(v * points), -3.0, 3.0, np.empty((25, 0)), 1e-9) is None
