@@ -56,7 +56,7 @@ def bind(method: Callable[..., R], /, **attributes: Any) -> Callable[..., R]:
 
 
 def from_logprobs(
-    f: Callable[..., Tensor], *, reduction: str = "token_sum", names: Sequence[str] | None = None
+    f: Callable[..., Tensor], *, reduction: str = "token_sum", names: Sequence[str | None] | None = None
 ) -> Loss:
     r"""A loss from a function of the sampled tokens' log-probabilities, `f(student_logprobs, teacher_logprobs)`.
 
