@@ -34,6 +34,10 @@ _LAST_WRITTEN = 2
 _GRID_POINTS = 33
 _GRID_LIMIT = 4.0
 
+# Keeps the wide points a millionth off the round log-ratios at which losses clip: on such a bound, rounding alone
+# would decide on which side a token falls.
+_OFF_ROUND = 1.0 + 2.0**-20
+
 # Spacing of the four points around 0 from which the slope at the teacher is taken.
 STEP = 0.01
 
@@ -147,7 +151,7 @@ def log_u_grid(batch_size: int = 1) -> Float[Tensor, " points"]:
         wide -= 2
     middle = STEP * torch.arange(-2, 3, dtype=torch.float64)
     outer = torch.linspace(-_GRID_LIMIT, _GRID_LIMIT, wide, dtype=torch.float64) if wide > 0 else middle[:0]
-    return torch.cat([middle, outer[outer != 0.0]]).sort().values
+    return torch.cat([middle, _OFF_ROUND * outer[outer != 0.0]]).sort().values
 
 
 def bandits(log_u: Float[Tensor, " points"], off_policy: float, seed: int) -> list[Case]:
