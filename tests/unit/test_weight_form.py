@@ -144,6 +144,18 @@ def test_clamped_generator_is_the_integral_of_the_clamped_weight() -> None:
         assert form.genuine and "bounded for every pair" in form.second_moment
 
 
+def test_a_bound_on_a_round_log_ratio() -> None:
+    """No grid point lies on it, where rounding would decide on which side a token falls."""
+    for bound in (0.5, 1.0, 2.0):
+        recovered = recover_weight(opd.estimator("k2_loss", clip_log_ratio=bound), 1, 0.0, 0, 1e-9)
+        assert recovered.depends_on_ratio_only
+        form = describe(recovered)
+        assert form.kind == "numeric" and form.label.startswith("reverse_kl for log u between")
+        assert "constant outside with a jump" in form.label
+        clamped = form_of(opd.estimator("opd_plus", "jsd", clip_log_ratio=bound))
+        assert clamped.label == f"jsd of u with log u clamped to [-{bound:g}, {bound:g}]"
+
+
 def test_genuine_looks_beyond_the_grid() -> None:
     """log u - u/1000 rises on the whole grid of |log u| <= 4 and falls beyond u = 1000 (T4)."""
     recovered = recover_weight(reward(lambda t: t - 1e-3 * t.exp()), 1, 0.0, 0, 1e-9)
