@@ -205,7 +205,7 @@ def fails(path: Path) -> bool:
                 run.add(theorem.number)
         return False
     guards = max((key for key in GUARDS if str(path).startswith(key)), key=len)
-    options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:warnings", "--no-header"]
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--no-header"]
     return pytest.main([*options, *GUARDS[guards]]) != 0
 
 
