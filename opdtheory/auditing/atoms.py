@@ -202,7 +202,9 @@ def _tempered(scale: float) -> Atom:
 
         return sympy.tanh(as_number(scale) * log_u)
 
-    return _atom(f"tanh({scale:.6g} log u)", lambda t: np.tanh(scale * t), expr, _no_closed_form)
+    return _atom(
+        "tanh(log u)" if scale == 1 else f"tanh({scale:.6g} log u)", lambda t: np.tanh(scale * t), expr, _no_closed_form
+    )
 
 
 # Functions with one parameter, and the interval in which it is sought.

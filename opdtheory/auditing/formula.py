@@ -239,7 +239,13 @@ def label_of(found: Formula) -> str:
         text = label_of_terms(dict(zip(labels, found.coefficients.tolist(), strict=True)))
     if found.clamp is None:
         return text
-    return f"{text} of u with log u clamped to [{found.clamp[0]:.6g}, {found.clamp[1]:.6g}]"
+    return f"{text} of u with log u clamped to {_interval(*found.clamp)}"
+
+
+def _interval(low: float, high: float) -> str:
+    if low == -np.inf:
+        return f"at most {high:.6g}"
+    return f"at least {low:.6g}" if high == np.inf else f"[{low:.6g}, {high:.6g}]"
 
 
 def label_of_terms(terms: dict[str, float]) -> str:

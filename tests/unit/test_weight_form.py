@@ -87,6 +87,8 @@ def test_generator_and_expression_of_an_atom(atom: Atom) -> None:
         (reward(lambda t: (1.7 * t).tanh()), "expression", "tanh(1.7 log u)"),
         (reward(lambda t: t + 2 * t.exp() + (2 * t).exp()), "combination", "reverse_kl + 2 * forward_kl + chi2"),
         (reward(lambda t: -t), "combination", "-reverse_kl"),
+        (reward(lambda t: t.clamp(max=1.3)), "expression", "reverse_kl of u with log u clamped to at most 1.3"),
+        (reward(lambda t: t + t.exp() / (0.3 * t.exp() + 0.7)), "expression", "u/(0.3 u + 0.7) + log u"),
     ],
     ids=str,
 )
