@@ -146,14 +146,19 @@ def _constant(facts: Facts, factor: float) -> Candidate:
 
 
 def _level_factors(facts: Facts) -> list[float] | None:
-    """The multiple of the exact gradient that the loss's is at each position of the first pair, or None."""
-    factors = []
+    """The multiple of the exact gradient that the loss's is at each position of the first pair, or None.
+
+    Where an environment writes, both are zero and any factor serves: that of the position before.
+    """
+    factors: list[float] = []
     for actual, exact in zip(facts.trial.gradient(facts.loss, 0), facts.trial.exact(0), strict=True):
-        factor = float((actual * exact).sum() / exact.square().sum())
-        if float((actual - factor * exact).norm()) > _ALIKE * float(actual.norm()):
+        size = float(exact.square().sum())
+        factor = float((actual * exact).sum()) / size if size > 0 else (factors[-1] if factors else float("nan"))
+        if float((actual - (factor if size > 0 else 0.0) * exact).norm()) > _ALIKE * float(actual.norm()):
             return None
         factors.append(factor)
-    return factors
+    known = [factor for factor in factors if factor == factor]
+    return [factor if factor == factor else known[0] for factor in factors] if known else None
 
 
 def _reductions(facts: Facts) -> Iterator[Candidate]:
@@ -172,8 +177,8 @@ def _reductions(facts: Facts) -> Iterator[Candidate]:
 
 def _padding(facts: Facts) -> Iterator[Candidate]:
     if facts.variable:
-        text = "Mask the padding: positions after the end of a rollout carry no score and no reward (T6e)."
-        yield Candidate("padding", text, changes.padding_hidden(facts.loss))
+        text = "Mask what the student did not write: padding and an environment's tokens carry no score and no reward"
+        yield Candidate("padding", f"{text} (T6e, T6f).", changes.padding_hidden(facts.loss))
 
 
 def _importance(facts: Facts, loss: Loss) -> Iterator[Candidate]:

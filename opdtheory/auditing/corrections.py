@@ -265,7 +265,8 @@ def _stop(
     values = [*weight[log_u >= 0].tolist(), level]
     follows = [abs(at(p) - v) <= _ALIKE * max(abs(v), abs(level)) for p, v in zip(points, values, strict=True)]
     last = follows.index(False) if False in follows else len(follows) - 1
-    return _root(lambda point: at(point) - level, points[last - 1], points[last])
+    # A point just beyond the bound still agrees within the tolerance: the root may lie one point earlier.
+    return _root(lambda point: at(point) - level, points[max(last - 2, 0)], points[last])
 
 
 def _root(gap: Callable[[float], float], low: float, high: float) -> float:

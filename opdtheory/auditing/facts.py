@@ -33,7 +33,7 @@ class Facts:
         divergence: the claimed one.
         granularity: the claimed one.
         verdict: of the audit.
-        settings: of the audit: `batch_size`, `eos`, `off_policy`, `gamma`, `seed`.
+        settings: of the audit: `batch_size`, `eos`, `off_policy`, `gamma`, `seed`, and maybe more of `panel`'s.
         lengths: whether what holds at fixed length fails at variable length.
         curve: the recovered weight, or None where it is no function of the ratio.
         trial: what decides.
@@ -60,8 +60,9 @@ class Facts:
 
     @property
     def variable(self) -> bool:
-        """Whether rollouts of different lengths are at stake."""
-        return self.lengths or self.settings["eos"] is not None
+        """Whether there are masked positions: after an early end, or written by an environment."""
+        written = bool(self.settings.get("environment")) or self.settings.get("prompts", 1) > 1
+        return self.lengths or written or self.settings["eos"] is not None
 
 
 def on_policy_curve(loss: Loss, settings: Mapping[str, Any], tolerance: float) -> Curve | None:

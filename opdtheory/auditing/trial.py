@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -38,6 +38,7 @@ class Trial:
         divergence: the claimed one.
         granularity: the claimed one.
         batch_size: as of `audit`; likewise `eos`, `off_policy`, `gamma` and `seed`.
+        prompts: as of `panel`; likewise `environment` and `shared_prompt`.
         tolerance: relative error that rounding can leave.
         lengths: whether rollouts of variable length are looked at too where `eos` is None.
     """
@@ -53,13 +54,22 @@ class Trial:
         off_policy: float = 0.0,
         gamma: float = 1.0,
         seed: int = 0,
+        prompts: int = 1,
+        environment: Sequence[int] = (),
+        shared_prompt: bool = False,
         tolerance: float = 1e-9,
         lengths: bool = False,
     ) -> None:
         self.batch_size, self.tolerance = batch_size, tolerance
-        small = _small_cases(batch_size, eos, off_policy, seed)
-        self.cases = [case for case in small if _runs(loss, case, batch_size)]
-        self.cases += _panel_cases(batch_size, eos, off_policy, seed)
+        self.shared_prompt = shared_prompt
+        self.cases: list[Case] = []
+        # A loss that looks for a prompt, or for what an environment wrote, may need both.
+        if batch_size > 1 and prompts == 1 and not environment:
+            small = _small_cases(eos, off_policy, seed)
+            self.cases += [case for case in small if _runs(loss, case, batch_size)]
+        self.cases += _kept(
+            panel(batch_size, eos, off_policy, seed, prompts, environment, shared_prompt), batch_size, prompts
+        )
         if lengths and eos is None and batch_size == 1:
             self.cases += panel(1, 0, off_policy, seed)[1:4:2]
         self._exact: dict[int, list[Tensor]] = {}
@@ -75,7 +85,9 @@ class Trial:
     def gradient(self, loss: Loss, index: int) -> list[Tensor]:
         """The expected gradient of a loss on one pair, by level; exactly zero where only rounding is left of it."""
         case = self.cases[index]
-        moments = gradient_moments(loss, case.student, case.teacher, self.batch_size, case.behavior)
+        moments = gradient_moments(
+            loss, case.student, case.teacher, self.batch_size, case.behavior, shared_prompt=self.shared_prompt
+        )
         size = math.sqrt(sum(float(level.square().sum()) for level in moments.mean))
         if size <= _ZERO * math.sqrt(moments.second_moment):
             return [level * 0.0 for level in moments.mean]
@@ -121,16 +133,19 @@ def _runs(loss: Loss, case: Case, batch_size: int) -> bool:
     return attempt(lambda: loss(rollouts)) is not None
 
 
-def _panel_cases(batch_size: int, eos: int | None, off_policy: float, seed: int) -> list[Case]:
-    pairs = panel(batch_size, eos, off_policy, seed)
+def _kept(pairs: list[Case], batch_size: int, prompts: int) -> list[Case]:
+    """The pairs that refute most first, and of coupled rollouts as many as a trial may cost."""
     pairs = [pairs[i] for i in _ORDER if i < len(pairs)]
+    if batch_size == 1:
+        return pairs
     first = pairs[0].student
-    batches = math.comb(first.vocab_size**first.horizon + batch_size - 1, batch_size)
-    return pairs if batch_size == 1 else pairs[: max(1, _PANEL_BATCHES // batches)]
+    sequences = prompts * first.vocab_size ** (first.horizon - (prompts > 1))
+    batches = math.comb(sequences + batch_size - 1, batch_size)
+    return pairs[: max(1, _PANEL_BATCHES // batches)]
 
 
-def _small_cases(batch_size: int, eos: int | None, off_policy: float, seed: int) -> list[Case]:
-    shapes = ((2, 2), (3, 1), (2, 2)) if batch_size > 1 else ()
+def _small_cases(eos: int | None, off_policy: float, seed: int) -> list[Case]:
+    shapes = ((2, 2), (3, 1), (2, 2))
     return [_small(shape, eos, off_policy, seed, index) for index, shape in enumerate(shapes)]
 
 
