@@ -3,24 +3,43 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from opdtheory.auditing.identify import Fit, Match, best_match, explains_panel, fit_scale, flat, recover_weight
+from opdtheory.auditing.combine import best_combination
+from opdtheory.auditing.dependence import dependence
+from opdtheory.auditing.identify import (
+    Fit,
+    Match,
+    RecoveredWeight,
+    best_match,
+    explains_panel,
+    fit_scale,
+    flat,
+    recover_weight,
+)
+from opdtheory.auditing.montecarlo import monte_carlo_compare
+from opdtheory.auditing.numerics import numerics
 from opdtheory.auditing.panel import Case, panel
-from opdtheory.auditing.report import Audit, PairResult
+from opdtheory.auditing.remedies import remedies
+from opdtheory.auditing.report import FAITHFUL, Audit, PairResult
+from opdtheory.auditing.soundness import soundness
+from opdtheory.auditing.weight_form import describe
 from opdtheory.divergences import Divergence
 from opdtheory.divergences import divergence as as_divergence
-from opdtheory.errors import InvalidArgumentError
+from opdtheory.errors import BudgetExceededError, InvalidArgumentError
 from opdtheory.exact import GradientMoments, Loss, exact_gradient, gradient_moments
 from opdtheory.exact.oracle import check_objective, full_vocabulary_variance
 from opdtheory.exact.threads import one_thread
 from opdtheory.rollouts import Rollouts
 
-__all__ = ["audit", "quick_verdict"]
+__all__ = ["METHODS", "audit", "quick_verdict"]
+
+METHODS = ("auto", "exact", "monte_carlo")
 
 # Relative error that rounding can leave in an exact expectation, by the dtype the loss returns.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -41,12 +60,18 @@ def audit(
     gamma: float = 1.0,
     seed: int = 0,
     name: str | None = None,
+    prompts: int = 1,
+    environment: Iterable[int] = (),
+    shared_prompt: bool = False,
+    method: str = "auto",
+    details: bool = True,
 ) -> Audit:
     """Find out what a loss really minimises, by exact expectation over enumerated policies.
 
     The loss is run on every batch of rollouts that small random policies can produce; its expected
     gradient is compared with the exact gradient of the claimed objective and of every catalogue
     entry, and the weight that it puts on a token is recovered as a function of `u = teacher/student`.
+    Batches too large to enumerate are sampled until the verdict is certain.
 
     Args:
         loss: a function `loss(rollouts) -> scalar tensor`, deterministic and without state.
@@ -61,14 +86,20 @@ def audit(
         gamma: discount, for `token_return`.
         seed: of the panel.
         name: for the report; by default the function's own name.
+        prompts: from 2 on, position 0 of every rollout holds a prompt, masked, drawn from so many.
+        environment: positions of the response, from 0 to 2, that an environment writes, such as a tool's result.
+        shared_prompt: whether the rollouts of a batch answer one prompt, as a group of GRPO does.
+        method: `exact`, `monte_carlo`, or `auto`: exact where batches can be enumerated.
+        details: whether to go beyond verdict and name: the weight as a formula, what it depends on, soundness
+            checks, narrow dtypes, remedies.
 
     Returns:
-        An `Audit`; `print` it, or take `.verdict`, `.identified`, `.weight` and `.to_dict()`.
+        An `Audit`; `print` it, or take `.verdict`, `.identified`, `.weight`, `.remedies` and `.to_dict()`.
 
     Raises:
         InvalidArgumentError: an unknown objective or granularity, or a setting out of range.
         LossError: the loss is no scalar, has no gradient, differs between identical calls, or gives NaN.
-        BudgetExceededError: the batch size is too large to enumerate.
+        BudgetExceededError: `method="exact"`, and the batch size is too large to enumerate.
 
     Example:
         >>> def k3(r):
@@ -80,9 +111,26 @@ def audit(
     check_objective(granularity, gamma)
     if not 0.0 <= off_policy < float("inf"):
         raise InvalidArgumentError("off_policy", f"is {off_policy!r}; a finite number of at least 0 is needed")
+    if method not in METHODS:
+        raise InvalidArgumentError("method", f"is {method!r}; one of {', '.join(METHODS)} is needed")
+    for argument, value in (("batch_size", batch_size), ("seed", seed)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < (argument == "batch_size"):
+            raise InvalidArgumentError(argument, f"is {value!r}; a whole number is needed")
+    settings = _Settings(batch_size, eos, off_policy, gamma, seed, prompts, tuple(environment), shared_prompt)
+    counted, name, start = _Counted(loss), name or _name(loss), time.perf_counter()
     with one_thread():
-        settings = _Settings(batch_size, eos, off_policy, gamma, seed)
-        return _audit(_Counted(loss), divergence, granularity, settings, name or _name(loss))
+        report = None
+        if method != "monte_carlo":
+            try:
+                report = _exactly(counted, divergence, granularity, settings, name, details)
+            except BudgetExceededError:
+                if method == "exact":
+                    raise
+        if report is None:
+            report = _by_sampling(counted, divergence, granularity, settings, name, details)
+        if details and report.monte_carlo is None:
+            report = replace(report, remedies=remedies(counted, divergence, granularity, report=report))
+        return replace(report, evaluations=counted.calls, seconds=time.perf_counter() - start)
 
 
 def quick_verdict(
@@ -119,6 +167,13 @@ class _Settings:
     off_policy: float
     gamma: float
     seed: int
+    prompts: int = 1
+    environment: tuple[int, ...] = ()
+    shared_prompt: bool = False
+
+    def panel(self, batch_size: int, eos: int | None) -> list[Case]:
+        """Pairs of policies for batches of this size that end with this token."""
+        return panel(batch_size, eos, self.off_policy, self.seed, self.prompts, self.environment, self.shared_prompt)
 
 
 @dataclass(frozen=True)
@@ -134,14 +189,14 @@ class _Comparison:
 
 
 def _compare(loss: _Counted, divergence: Divergence, granularity: str, settings: _Settings) -> _Comparison:
-    cases = panel(settings.batch_size, settings.eos, settings.off_policy, settings.seed)
+    cases = settings.panel(settings.batch_size, settings.eos)
     exact = [
         flat(exact_gradient(case.student, case.teacher, divergence, granularity, gamma=settings.gamma))
         for case in cases
     ]
     if any(float(g.norm()) == 0.0 for g in exact):
         raise InvalidArgumentError("objective", f"{divergence.label} has a zero gradient everywhere; nothing to audit")
-    moments = _moments(loss, cases, settings.batch_size)
+    moments = _moments(loss, cases, settings, settings.batch_size)
     gradients = [flat(m.mean) for m in moments]
     fit = fit_scale(gradients, exact)
     tolerance = _TOLERANCE.get(loss.dtype, _COARSE)
@@ -149,18 +204,24 @@ def _compare(loss: _Counted, divergence: Divergence, granularity: str, settings:
     return _Comparison(cases, moments, gradients, fit, tolerance, "zero" if zero else _verdict(fit, tolerance))
 
 
-def _audit(loss: _Counted, divergence: Divergence, granularity: str, settings: _Settings, name: str) -> Audit:
-    start = time.perf_counter()
+def _exactly(
+    loss: _Counted, divergence: Divergence, granularity: str, settings: _Settings, name: str, details: bool
+) -> Audit:
     found = _compare(loss, divergence, granularity, settings)
     batch_size, fit, tolerance, verdict = settings.batch_size, found.fit, found.tolerance, found.verdict
     weight = recover_weight(loss, batch_size, settings.off_policy, settings.seed, tolerance)
     match: Match | None = None
-    if verdict in ("exact", "exact_up_to_scale"):
-        match = Match(divergence, granularity, fit)
+    identified: dict[str, Any] | None = None
+    if verdict in FAITHFUL:
+        match = Match(divergence, granularity, fit, settings.gamma)
     elif verdict == "biased":
         match = best_match(found.gradients, found.cases, weight, granularity, tolerance)
         if match is not None and match.fit.worst_error <= tolerance:
             verdict = "other_objective"
+    if match is not None:
+        identified = _record(match, tolerance)
+    if verdict == "biased":
+        identified = _combination(found, granularity) or identified
 
     lengths = None
     if settings.eos is None and batch_size == 1 and match is not None and match.fit.worst_error <= tolerance:
@@ -175,7 +236,7 @@ def _audit(loss: _Counted, divergence: Divergence, granularity: str, settings: _
         cosine=min(cosine),
         scale=fit.scale,
         tolerance=tolerance,
-        identified=None if match is None else _record(match, tolerance),
+        identified=identified,
         weight={**vars(weight), "explains_panel": explains_panel(weight, found.gradients, found.cases)},
         pairs=[
             PairResult(
@@ -189,8 +250,80 @@ def _audit(loss: _Counted, divergence: Divergence, granularity: str, settings: _
         ],
         variable_lengths=lengths,
         settings=dict(vars(settings)),
-        evaluations=loss.calls,
-        seconds=time.perf_counter() - start,
+        **(_details(loss, weight, found, divergence, granularity, settings) if details else {}),
+    )
+
+
+def _details(
+    loss: _Counted,
+    weight: RecoveredWeight,
+    found: _Comparison,
+    divergence: Divergence,
+    granularity: str,
+    settings: _Settings,
+) -> dict[str, Any]:
+    """What goes beyond verdict and name, as fields of `Audit`."""
+    common: dict[str, Any] = {"batch_size": settings.batch_size, "seed": settings.seed, "tolerance": found.tolerance}
+    return {
+        "form": describe(weight, found.tolerance) if weight.depends_on_ratio_only else None,
+        "dependence": dependence(loss, weight, **common),
+        "checks": soundness(
+            loss,
+            found.cases,
+            found.moments,
+            divergence,
+            granularity,
+            off_policy=settings.off_policy,
+            gamma=settings.gamma,
+            shared_prompt=settings.shared_prompt,
+            **common,
+        ),
+        "numerics": numerics(loss, batch_size=settings.batch_size, seed=settings.seed),
+    }
+
+
+def _by_sampling(
+    loss: _Counted, divergence: Divergence, granularity: str, settings: _Settings, name: str, details: bool
+) -> Audit:
+    """The audit of batches that are too many to enumerate."""
+    # Two pairs, near and far: each needs thousands of rollouts of its own.
+    cases = settings.panel(1, settings.eos)[1:4:2]
+    result = monte_carlo_compare(
+        loss,
+        cases,
+        divergence,
+        granularity,
+        settings.gamma,
+        settings.batch_size,
+        settings.seed,
+        shared_prompt=settings.shared_prompt,
+    )
+    verdict = result.verdict
+    identified = None if result.follows is None else {"parameters": {}, **result.follows}
+    if verdict == "biased" and identified is not None:
+        verdict = "other_objective"
+    empty = torch.zeros(0, dtype=torch.float64)
+    low, high = result.relative_bias
+    scale = result.scale or (float("nan"), float("nan"))
+    return Audit(
+        name=name,
+        objective=divergence.label,
+        granularity=granularity,
+        verdict=verdict,
+        relative_bias=high if verdict in FAITHFUL else low,
+        cosine=result.cosine[0],
+        scale=sum(scale) / 2,
+        tolerance=result.margin,
+        identified=identified,
+        # A weight read off batches of another size would be another loss's.
+        weight={
+            **vars(RecoveredWeight(empty, empty, float("nan"), False, False, float("nan"))),
+            "explains_panel": None,
+        },
+        pairs=[],
+        monte_carlo=asdict(result),
+        settings=dict(vars(settings)),
+        numerics=numerics(loss, batch_size=settings.batch_size, seed=settings.seed) if details else [],
     )
 
 
@@ -210,8 +343,13 @@ class _Counted:
         return value
 
 
-def _moments(loss: Loss, cases: list[Case], batch_size: int) -> list[GradientMoments]:
-    return [gradient_moments(loss, case.student, case.teacher, batch_size, case.behavior) for case in cases]
+def _moments(loss: Loss, cases: list[Case], settings: _Settings, batch_size: int) -> list[GradientMoments]:
+    return [
+        gradient_moments(
+            loss, case.student, case.teacher, batch_size, case.behavior, shared_prompt=settings.shared_prompt
+        )
+        for case in cases
+    ]
 
 
 def _verdict(fit: Fit, tolerance: float) -> str:
@@ -222,21 +360,38 @@ def _verdict(fit: Fit, tolerance: float) -> str:
 
 def _with_lengths(loss: Loss, match: Match, settings: _Settings, tolerance: float) -> dict[str, Any]:
     """The verdict against the objective found, on two pairs whose rollouts may end early."""
-    cases = panel(1, 0, settings.off_policy, settings.seed)[1:4:2]
-    discount = settings.gamma if match.granularity == "token_return" else 1.0
+    cases = settings.panel(1, 0)[1:4:2]
+    discount = match.gamma if match.granularity == "token_return" else 1.0
     exact = [
         flat(exact_gradient(case.student, case.teacher, match.divergence, match.granularity, gamma=discount))
         for case in cases
     ]
-    fit = fit_scale([flat(m.mean) for m in _moments(loss, cases, 1)], exact)
+    fit = fit_scale([flat(m.mean) for m in _moments(loss, cases, settings, 1)], exact)
     return {"verdict": _verdict(fit, tolerance), "relative_bias": max(fit.errors)}
 
 
+def _combination(found: _Comparison, granularity: str) -> dict[str, Any] | None:
+    """The signed sum of a few catalogue objectives that the loss follows, if there is one."""
+    combination = best_combination(found.gradients, found.cases, granularity, found.tolerance)
+    if combination is None:
+        return None
+    return {
+        "objective": combination.label,
+        "granularity": combination.granularity,
+        "parameters": {},
+        "terms": combination.terms,
+        "scale": 1.0,
+        "error": combination.error,
+    }
+
+
 def _record(match: Match, tolerance: float) -> dict[str, Any]:
+    discount = {"gamma": match.gamma} if match.granularity == "token_return" and match.gamma != 1.0 else {}
     return {
         "objective": match.divergence.name,
         "granularity": match.granularity,
-        "parameters": dict(match.divergence.parameters),
+        "parameters": {**match.divergence.parameters},
+        **discount,
         "scale": match.fit.scale,
         "error": match.fit.worst_error if match.fit.worst_error <= tolerance else match.fit.typical_error,
     }

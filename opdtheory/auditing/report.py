@@ -30,6 +30,9 @@ VERDICTS = {
 }
 
 
+FAITHFUL = ("exact", "exact_up_to_scale")
+
+
 @dataclass(frozen=True)
 class PairResult:
     """One row of an audit's table.
@@ -109,7 +112,7 @@ class Audit:
     @property
     def faithful(self) -> bool:
         """Whether the loss does what it claims, up to a constant factor."""
-        return self.verdict in ("exact", "exact_up_to_scale")
+        return self.verdict in FAITHFUL
 
     @property
     def descends(self) -> str | None:
