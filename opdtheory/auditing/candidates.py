@@ -12,7 +12,7 @@ from torch import Tensor
 from opdtheory.auditing import changes
 from opdtheory.auditing.changes import PerToken
 from opdtheory.auditing.corrections import Correction, Curve, between_granularities, clips, gauge_shift, missing_terms
-from opdtheory.auditing.facts import Candidate, Facts
+from opdtheory.auditing.facts import Candidate, Facts, alike
 from opdtheory.auditing.panel import bandits
 from opdtheory.auditing.substitutes import backpropagated, unstandardised, value_as_reward, whole_vocabulary
 from opdtheory.auditing.trial import attempt
@@ -21,9 +21,6 @@ from opdtheory.exact import Loss, gradient_moments
 from opdtheory.rollouts import Rollouts
 
 __all__ = ["candidates", "gauge"]
-
-# Two gradients closer than this, relatively, are worth a trial, which then decides.
-_ALIKE = 1e-6
 
 # Log-ratios beyond the grid of the recovered weight, where a clip of up to 8 nats has set in.
 _FAR = (-12.0, -8.0, 0.0, 8.0, 12.0)
@@ -101,9 +98,10 @@ def _together(first: Candidate, then: Iterator[Candidate]) -> Iterator[Candidate
 def _constants(facts: Facts) -> Iterator[Candidate]:
     """One factor for the loss, or one for each position, if that is all that is wrong on the first pair."""
     factors = _level_factors(facts)
-    if factors is None or any(abs(factor) < _ALIKE for factor in factors):
+    near = alike(facts.trial.tolerance)
+    if factors is None or any(abs(factor) < near for factor in factors):
         return
-    if max(factors) - min(factors) <= _ALIKE * abs(factors[0]):
+    if max(factors) - min(factors) <= near * abs(factors[0]):
         factor = 1.0 / factors[0]
         if abs(factor - 1.0) > facts.trial.tolerance:
             yield _constant(facts, factor)
@@ -151,10 +149,11 @@ def _level_factors(facts: Facts) -> list[float] | None:
     Where an environment writes, both are zero and any factor serves: that of the position before.
     """
     factors: list[float] = []
+    near = alike(facts.trial.tolerance)
     for actual, exact in zip(facts.trial.gradient(facts.loss, 0), facts.trial.exact(0), strict=True):
         size = float(exact.square().sum())
         factor = float((actual * exact).sum()) / size if size > 0 else (factors[-1] if factors else float("nan"))
-        if float((actual - (factor if size > 0 else 0.0) * exact).norm()) > _ALIKE * float(actual.norm()):
+        if float((actual - (factor if size > 0 else 0.0) * exact).norm()) > near * float(actual.norm()):
             return None
         factors.append(factor)
     known = [factor for factor in factors if factor == factor]

@@ -16,7 +16,7 @@ from opdtheory.rollouts import Rollouts
 
 __all__ = ["Correction", "Curve", "between_granularities", "clips", "gauge_shift", "missing_terms"]
 
-# Agreement of two curves, relative to the larger, that makes a term worth a trial.
+# Agreement of two curves, relative to the larger, that makes a term worth a trial; more where a loss is in float32.
 _ALIKE = 1e-6
 
 # A formula longer than this hides more than it tells.
@@ -25,10 +25,17 @@ _LONGEST = 48
 
 @dataclass(frozen=True)
 class Curve:
-    """A weight as a function of the log-ratio, 0 at `log_u = 0`, which the grid contains."""
+    """A weight as a function of the log-ratio, 0 at `log_u = 0`, which the grid contains.
+
+    Attributes:
+        log_u: the grid.
+        weight: the weight on it.
+        alike: relative difference from a formula that may be rounding.
+    """
 
     log_u: Float[Tensor, " points"]
     weight: Float[Tensor, " points"]
+    alike: float = _ALIKE
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,7 @@ def between_granularities(curve: Curve, divergence: Divergence, granularity: str
     On one step all three have the weight $w_f$; another recovered weight needs another cure.
     """
     expected = divergence.weight(curve.log_u) - divergence.weight(torch.zeros(1, dtype=torch.float64))
-    if float((curve.weight - expected).abs().max()) > _ALIKE * float(expected.abs().max()):
+    if float((curve.weight - expected).abs().max()) > curve.alike * float(expected.abs().max()):
         return
     exact = {
         "token_local": lambda log_u: divergence.weight(log_u),
@@ -131,11 +138,11 @@ def gauge_shift(curve: Curve, divergence: Divergence) -> Correction | None:
     r"""For $w = -s f$: the shift $f \to f + c(u-1)$, $c = -f'(\infty)$, that makes it non-decreasing (T5b)."""
     generator, limit = divergence.generator(curve.log_u), divergence.slope_at_infinity
     size = float((curve.weight * -generator).sum() / generator.square().sum())
-    alike = float((curve.weight + size * generator).abs().max()) <= _ALIKE * float(curve.weight.abs().max())
+    alike = float((curve.weight + size * generator).abs().max()) <= curve.alike * float(curve.weight.abs().max())
     if not (alike and size > 0) or limit in (float("inf"), float("-inf")) or abs(limit) < _ALIKE:
         return None
     shifted = curve.weight + size * limit * torch.expm1(curve.log_u)
-    if bool((shifted.diff() < -_ALIKE * shifted.abs().max()).any()):
+    if bool((shifted.diff() < -curve.alike * shifted.abs().max()).any()):
         return None
     text = (
         f"Shift the gauge, f to f {'-' if limit > 0 else '+'} {abs(limit):.6g} (u - 1): the weight then never falls, "
@@ -157,14 +164,15 @@ def _coefficient(
     if 1.0 - abs(float(unit[:, 0] @ unit[:, 1])) < _ALIKE:
         return None
     solution = torch.linalg.lstsq(unit, curve.weight.unsqueeze(1)).solution[:, 0] / sizes
-    if float((columns @ solution - curve.weight).abs().max()) > _ALIKE * float(curve.weight.abs().max()):
+    if float((columns @ solution - curve.weight).abs().max()) > curve.alike * float(curve.weight.abs().max()):
         return None
-    scale, factor = (_whole(float(x)) for x in solution)
-    return (scale, factor) if scale > _ALIKE and abs(factor) > _ALIKE else None
+    scale, factor = (_whole(float(x), curve.alike / 10) for x in solution)
+    return (scale, factor) if scale > curve.alike and abs(factor) > curve.alike else None
 
 
-def _whole(value: float) -> float:
-    return float(round(12 * value) / 12) if abs(12 * value - round(12 * value)) < 1e-7 else value
+def _whole(value: float, tolerance: float) -> float:
+    """The nearest twelfth if it is as near as that."""
+    return round(12 * value) / 12 if abs(12 * value - round(12 * value)) < 12 * tolerance else value
 
 
 def _add(fit: tuple[float, float], words: str) -> str:
@@ -231,7 +239,7 @@ def _agrees_in_the_middle(curve: Curve, form: Callable[[Tensor], Tensor]) -> boo
     middle = len(curve.log_u) // 2
     near = slice(middle - 1, middle + 2)
     exact = form(curve.log_u[near]) - form(torch.zeros(1, dtype=torch.float64))
-    return float((exact - curve.weight[near]).abs().max()) <= 10 * _ALIKE * float(exact.abs().max())
+    return float((exact - curve.weight[near]).abs().max()) <= 10 * curve.alike * float(exact.abs().max())
 
 
 def _bounds(curve: Curve, beyond: Curve, form: Callable[[Tensor], Tensor]) -> tuple[float, float] | None:
@@ -243,7 +251,7 @@ def _bounds(curve: Curve, beyond: Curve, form: Callable[[Tensor], Tensor]) -> tu
     if low is None and high is None:
         return None
     clipped = form(curve.log_u.clamp(*bounds)) - form(zero)
-    alike = float((clipped - curve.weight).abs().max()) <= _ALIKE * float(curve.weight.abs().max())
+    alike = float((clipped - curve.weight).abs().max()) <= curve.alike * float(curve.weight.abs().max())
     return bounds if alike else None
 
 

@@ -12,7 +12,12 @@ from opdtheory.auditing.trial import Trial, attempt
 from opdtheory.divergences import Divergence
 from opdtheory.exact import Loss
 
-__all__ = ["Candidate", "Facts", "on_policy_curve"]
+__all__ = ["Candidate", "Facts", "alike", "on_policy_curve"]
+
+
+def alike(tolerance: float) -> float:
+    """The relative difference of two curves, or gradients, below which a change is worth a trial."""
+    return max(1e-6, 10.0 * tolerance)
 
 
 @dataclass(frozen=True)
@@ -68,4 +73,8 @@ class Facts:
 def on_policy_curve(loss: Loss, settings: Mapping[str, Any], tolerance: float) -> Curve | None:
     """The recovered weight where the student itself samples, or None where it is no function of the ratio."""
     found = attempt(lambda: recover_weight(loss, settings["batch_size"], 0.0, settings["seed"], tolerance))
-    return Curve(found.log_u, found.weight) if found is not None and found.depends_on_ratio_only else None
+    return (
+        Curve(found.log_u, found.weight, alike(tolerance))
+        if found is not None and found.depends_on_ratio_only
+        else None
+    )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from opdtheory.auditing.candidates import candidates, gauge
 from opdtheory.auditing.corrections import Curve
-from opdtheory.auditing.facts import Candidate, Facts, on_policy_curve
+from opdtheory.auditing.facts import Candidate, Facts, alike, on_policy_curve
 from opdtheory.auditing.substitutes import bucket_added, last_resort, topk_form
 from opdtheory.auditing.trial import Trial, attempt
 from opdtheory.divergences import Divergence
@@ -108,7 +108,7 @@ def _facts(loss: Loss, divergence: Divergence, granularity: str, report: Audit, 
     if settings["off_policy"]:
         curve = on_policy_curve(loss, settings, report.tolerance)
     elif report.weight["depends_on_ratio_only"]:
-        curve = Curve(report.weight["log_u"], report.weight["weight"])
+        curve = Curve(report.weight["log_u"], report.weight["weight"], alike(report.tolerance))
     return Facts(loss, divergence, granularity, report.verdict, settings, lengths, curve, trial)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from opdtheory.auditing import changes
-from opdtheory.auditing.facts import Candidate, Facts
+from opdtheory.auditing.facts import Candidate, Facts, alike
 from opdtheory.auditing.panel import bandits
 from opdtheory.auditing.topk import TopKForm, recognise, tail_bucket
 from opdtheory.auditing.trial import attempt
@@ -26,9 +26,6 @@ __all__ = [
     "value_as_reward",
     "whole_vocabulary",
 ]
-
-# Two curves closer than this, relatively, are worth a trial, which then decides.
-_ALIKE = 1e-6
 
 # By claimed divergence: the estimator of Schulman's that is exact as a loss, its value, and its local weight (T4).
 _AS_LOSS = {
@@ -64,7 +61,7 @@ def value_as_reward(facts: Facts) -> Iterator[Candidate]:
     if facts.granularity != "token_local" or facts.off_policy:
         return
     read = _values_on_grid(facts)
-    if read is not None and _multiple(-read[1], facts.divergence.weight(read[0])):
+    if read is not None and _multiple(-read[1], facts.divergence.weight(read[0]), alike(facts.trial.tolerance)):
         text = (
             "Detach the loss's value of each token and use it as a reward, sg(v_n) * log p(y_n|h_n), in place of "
             "backpropagating through the value (T4)."
@@ -85,34 +82,34 @@ def backpropagated(facts: Facts) -> Iterator[Candidate]:
     """The one of Schulman's estimators that is right as a loss, where one is used in another way."""
     if facts.divergence.name not in _AS_LOSS or facts.granularity != "token_local" or facts.curve is None:
         return
-    log_u, weight = facts.curve.log_u, facts.curve.weight
+    log_u, weight, near = facts.curve.log_u, facts.curve.weight, facts.curve.alike
     name, formula, value, why = _AS_LOSS[facts.divergence.name]
     options: dict[str, Any] = {"importance": "prefix"} if facts.off_policy else {}
     right = estimator(name, **options)
-    if _multiple(weight, -value(log_u)):
+    if _multiple(weight, -value(log_u), near):
         text = f"Backpropagate through {formula} instead of detaching it: {why} (T4)."
         yield Candidate("differentiate", text, right)
     elif name == "k2_loss" and (
-        float(weight.abs().max()) < _ALIKE
-        or _multiple(weight, torch.expm1(log_u))
-        or _multiple(weight, -k3(log_u))
-        or _is_cut_off(weight, log_u)
+        float(weight.abs().max()) < near
+        or _multiple(weight, torch.expm1(log_u), near)
+        or _multiple(weight, -k3(log_u), near)
+        or _is_cut_off(weight, log_u, near)
     ):
         text = f"Use {formula}, unclipped, as the loss in place of this one: of k1, k2 and k3, backpropagated, it alone"
         yield Candidate("k2", f"{text} follows the reverse KL (T4).", right)
 
 
-def _is_cut_off(weight: Tensor, log_u: Tensor) -> bool:
+def _is_cut_off(weight: Tensor, log_u: Tensor, near: float) -> bool:
     """Whether the weight is the log-ratio up to some point and zero beyond: a clamp that is backpropagated."""
-    inside = weight.abs() > _ALIKE
-    return not bool(inside[log_u != 0].all()) and _multiple(weight, torch.where(inside, log_u, 0.0))
+    inside = weight.abs() > near
+    return not bool(inside[log_u != 0].all()) and _multiple(weight, torch.where(inside, log_u, 0.0), near)
 
 
-def _multiple(curve: Tensor, target: Tensor) -> bool:
+def _multiple(curve: Tensor, target: Tensor, near: float) -> bool:
     """Whether a curve is a positive multiple of another up to a constant."""
     curve, target = curve - curve.mean(), target - target.mean()
     factor = float((curve * target).sum() / target.square().sum().clamp_min(1e-300))
-    return factor > _ALIKE and float((curve - factor * target).abs().max()) <= _ALIKE * float(curve.abs().max())
+    return factor > near and float((curve - factor * target).abs().max()) <= near * float(curve.abs().max())
 
 
 def whole_vocabulary(facts: Facts) -> Iterator[Candidate]:

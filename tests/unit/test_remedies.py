@@ -66,6 +66,11 @@ def times(factor: float, loss: Loss) -> Loss:
     return lambda r: factor * loss(r)
 
 
+def in_float32(r: Rollouts) -> Tensor:
+    log_u = r.log_u.detach().float()
+    return r.token_sum(log_u * log_u.exp() * r.student_logprobs.float())
+
+
 # Loss, claimed divergence, settings and granularity, the kind of the first remedy, the verdict after it.
 CASES: dict[str, tuple[Loss, str, dict[str, Any], str, str]] = {
     "stop-gradient forward KL": (zoo("opd", "forward_kl"), "forward_kl", {}, "slope", "exact"),
@@ -176,11 +181,13 @@ WORDS = {
 }
 
 
-def audited(loss: Loss, objective: str, granularity: str = "token_local", **changed: Any) -> Audit:
+def audited(
+    loss: Loss, objective: str, granularity: str = "token_local", tolerance: float = 1e-9, **changed: Any
+) -> Audit:
     """What `audit` would hand on, without the parts that remedies do not read."""
     settings = {**DEFAULTS, **changed}
-    verdict, bias = Trial(loss, opd.divergence(objective), granularity, **settings)(loss)
-    weight = recover_weight(loss, settings["batch_size"], settings["off_policy"], 0, 1e-9)
+    verdict, bias = Trial(loss, opd.divergence(objective), granularity, **settings, tolerance=tolerance)(loss)
+    weight = recover_weight(loss, settings["batch_size"], settings["off_policy"], 0, tolerance)
     return Audit(
         name="loss",
         objective=objective,
@@ -189,7 +196,7 @@ def audited(loss: Loss, objective: str, granularity: str = "token_local", **chan
         relative_bias=bias,
         cosine=0.0,
         scale=1.0,
-        tolerance=1e-9,
+        tolerance=tolerance,
         identified=None,
         weight={**vars(weight), "explains_panel": None},
         pairs=[],
@@ -214,6 +221,14 @@ def test_the_intended_remedy_comes_first_and_is_verified(case: str, monkeypatch:
         remedy.text.endswith(".") and "(T" in remedy.text or remedy.kind in ("sign", "scale") for remedy in found
     )
     json.dumps([dataclasses.asdict(remedy) for remedy in found], allow_nan=False)
+
+
+def test_a_loss_in_float32_is_cured_within_its_rounding() -> None:
+    report = audited(in_float32, "forward_kl", tolerance=1e-4)
+    assert report.verdict == "biased"
+    first = remedies(in_float32, "forward_kl", report=report)[0]
+    assert (first.kind, first.verdict) == ("slope", "exact")
+    assert first.text.startswith("Add to the advantage u f'(u)")
 
 
 def test_an_exact_loss_needs_nothing() -> None:
