@@ -18,15 +18,20 @@ _VERL_PENALTY = "verl.trainer.ppo.core_algos.kl_penalty"
 _VERL_PLUS = "k2 estimator gives right gradient estimator, so we use a straight through trick"
 _OPENRLHF = "openrlhf.models.utils.compute_approx_kl"
 _OPENRLHF_SAYS = "Compute the approximate KL divergence between two distributions."
-_RENORMALISED = "Both laws are renormalised on the teacher's top tokens: the student's mass outside is free (T9 c)."
+_TOP_2 = (
+    "Both laws are renormalised on the teacher's top tokens: the student's mass outside is free (T9 c).",
+    "JSD(0.5) within the teacher's top 2",
+)
 _HARD_LABELS = "Half of it is the cross-entropy of the student's own samples, whose expected gradient is zero."
 _TEXTBREWER = "textbrewer.losses.kd_{}_loss"
 
 
-def _jsd(package: str, function: str, label: str, beta: float, source: str, quote: str, remark: str = "") -> Entry:
+def _jsd(
+    package: str, function: str, label: str, beta: float, source: str, quote: str, remark: str = "", follows: str = ""
+) -> Entry:
     ends = {0.0: ("forward KL", "forward_kl", {}), 1.0: ("reverse KL", "reverse_kl", {})}
     says, objective, parameters = ends.get(beta, (f"JSD({beta:g})", "skew_jsd", {"beta": beta}))
-    return Entry(function, label, package, source, says, quote, objective, parameters, remark=remark)
+    return Entry(function, label, package, source, says, quote, objective, parameters, remark=remark, follows=follows)
 
 
 def _verl(function: str, label: str, quote: str, remark: str = "", follows: str = "") -> Entry:
@@ -69,7 +74,7 @@ ENTRIES: tuple[Entry, ...] = (
     _jsd("ms-swift", "swift_gkd_0_1", "gkd_loss, β = 0.1", 0.1, _SWIFT, _SWIFT_SAYS),
     _jsd("ms-swift", "swift_gkd_0_5", "gkd_loss, β = 0.5", 0.5, _SWIFT, _SWIFT_SAYS),
     _jsd("ms-swift", "swift_gkd_1", "gkd_loss, β = 1", 1.0, _SWIFT, _SWIFT_SAYS),
-    _jsd("ms-swift", "swift_gkd_top_2", "gkd_loss, β = 0.5, top 2 of 4", 0.5, _SWIFT, _SWIFT_SAYS, _RENORMALISED),
+    _jsd("ms-swift", "swift_gkd_top_2", "gkd_loss, β = 0.5, top 2 of 4", 0.5, _SWIFT, _SWIFT_SAYS, *_TOP_2),
     _jsd("twinkle-kit", "twinkle_gkd_0", "GKDLoss, β = 0", 0.0, _TWINKLE, _TWINKLE_SAYS),
     _jsd("twinkle-kit", "twinkle_gkd_0_5", "GKDLoss, β = 0.5", 0.5, _TWINKLE, _TWINKLE_SAYS),
     _jsd("twinkle-kit", "twinkle_gkd_1", "GKDLoss, β = 1", 1.0, _TWINKLE, _TWINKLE_SAYS),
@@ -80,7 +85,7 @@ ENTRIES: tuple[Entry, ...] = (
         0.5,
         _TWINKLE,
         _TWINKLE_SAYS,
-        _RENORMALISED,
+        *_TOP_2,
     ),
     _verl(
         "verl_k3_loss",
@@ -125,6 +130,7 @@ ENTRIES: tuple[Entry, ...] = (
         "forward_kl",
         remark="Not renormalised: the sum is least at p = q/q(S) on the top tokens S (T9 a); its clamp at 0 stops the "
         "gradient wherever the sum is negative.",
+        follows="Σ q log(q/p) over the teacher's top 2, where positive",
     ),
     _verl_penalty(
         "verl_kl_k3", "low_var_kl", "Compute KL divergence given logprob and ref_logprob.", _KL3, _CUT_FORWARD

@@ -108,6 +108,7 @@ ENTRIES: tuple[Entry, ...] = (
         "about forward KL",
         "forward_kl",
         remark=_TOP + "Least at p = q/q(S) on the top tokens S: the teacher is not a fixed point (T9 a).",
+        follows="Σ q log(q/p) over the teacher's top 2",
     ),
     _paper(
         "top_2_forward_kl_renormalised",
@@ -116,6 +117,7 @@ ENTRIES: tuple[Entry, ...] = (
         "forward KL within the top k",
         "forward_kl",
         remark=_TOP + "The student's mass outside the top tokens is free (T9 c).",
+        follows="forward KL within the teacher's top 2",
     ),
     _paper(
         "top_2_forward_kl_tail",
@@ -124,6 +126,7 @@ ENTRIES: tuple[Entry, ...] = (
         "about forward KL",
         "forward_kl",
         remark=_TOP + "The forward KL of a coarser law; how mass is spread outside the top tokens is free (T9 d).",
+        follows="forward KL of the teacher's top 2 and the rest",
     ),
     _paper(
         "top_2_reverse_kl",
@@ -132,5 +135,6 @@ ENTRIES: tuple[Entry, ...] = (
         "about reverse KL",
         "reverse_kl",
         remark=_TOP + "Not renormalised it pushes mass off the top tokens, down to 1/e of the teacher's (T9 b).",
+        follows="Σ p log(p/q) over the teacher's top 2",
     ),
 )

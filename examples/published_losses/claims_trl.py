@@ -60,6 +60,7 @@ ENTRIES: tuple[Entry, ...] = (
         "Drop the tail and renormalize the top-k to sum to 1: divergence over the top-k conditional only.",
         "reverse_kl",
         remark="Compared with the whole vocabulary's. The mass outside the top tokens is free (T9 c).",
+        follows="reverse KL within the student's top 2",
     ),
     Entry(
         "sdpo_top_2_tail",
@@ -70,6 +71,7 @@ ENTRIES: tuple[Entry, ...] = (
         "Lump the tail into one bucket so the divergence approximates the full-vocab divergence.",
         "reverse_kl",
         remark="Compared with the whole vocabulary's. How the mass outside the top tokens is spread is free (T9 d).",
+        follows="reverse KL of the student's top 2 and the rest",
     ),
     Entry(
         "iw_opd",
@@ -122,6 +124,7 @@ ENTRIES: tuple[Entry, ...] = (
         "Compute sparse forward KL from server-provided teacher top-k logprobs (beta==0 path).",
         "forward_kl",
         remark="Compared with the whole vocabulary's. How the mass outside the top tokens is spread is free (T9 d).",
+        follows="forward KL of the teacher's top 2 and the rest",
     ),
     Entry(
         "async_forward_all",

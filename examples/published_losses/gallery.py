@@ -104,7 +104,7 @@ def implied(entry: Entry, audit: opd.Audit) -> str:
     if not audit.weight["depends_on_ratio_only"]:
         return "no f-divergence: the weight is no function of u alone"
     if audit.weight["explains_panel"] is False:
-        return "none at a single token: the weight depends on other tokens"
+        return "none: the weight depends on more than the token's own ratio"
     if audit.weight["non_decreasing"]:
         return "an f-divergence outside the catalogue, as far as |log u| ≤ 4 tells"
     return "none convex: the weight falls somewhere"

@@ -227,6 +227,52 @@ def test_truncated_reverse_kl_pushes_mass_off_the_top_tokens():
     assert float(gradient(papers.top_2_reverse_kl, p, q).norm()) < ALGEBRA
 
 
+def kept(law: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
+    return law[top]
+
+
+def within(law: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
+    return law[top] / law[top].sum()
+
+
+def with_the_rest(law: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
+    return torch.cat([law[top], 1 - law[top].sum().unsqueeze(0)])
+
+
+# What each follows, with the set of tokens held fixed: the divergence, of which part of the laws, and whose top 2.
+TRUNCATED = {
+    "sdpo_top_2": ("reverse_kl", within, "student"),
+    "sdpo_top_2_tail": ("reverse_kl", with_the_rest, "student"),
+    "server_forward_top_2_tail": ("forward_kl", with_the_rest, "teacher"),
+    "swift_gkd_top_2": ("jsd", within, "teacher"),
+    "twinkle_gkd_top_2": ("jsd", within, "teacher"),
+    "verl_forward_kl_top_2": ("forward_kl", kept, "teacher"),
+    "top_2_forward_kl": ("forward_kl", kept, "teacher"),
+    "top_2_forward_kl_renormalised": ("forward_kl", within, "teacher"),
+    "top_2_forward_kl_tail": ("forward_kl", with_the_rest, "teacher"),
+    "top_2_reverse_kl": ("reverse_kl", kept, "teacher"),
+}
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("function", TRUNCATED)
+def test_a_truncated_divergence_is_followed_with_its_set_held_fixed(function):
+    entry = ENTRY[function]
+    if entry.version is None:
+        pytest.skip(f"{entry.package} is not installed; `make gallery` does")
+    name, _, whose = TRUNCATED[function]
+    p, q = random_rows(5, seed=2)
+    top = (p if whose == "student" else q).topk(2).indices
+    assert set(top.tolist()) != set((q if whose == "student" else p).topk(2).indices.tolist())
+    actual = gradient(entry.loss, p, q)
+    for part in (kept, within, with_the_rest):
+        logits = p.log().requires_grad_()
+        ours, theirs = part(logits.softmax(-1), top), part(q, top)
+        value = (ours * opd.divergence(name).generator(theirs.log() - ours.log())).sum()
+        (derived,) = torch.autograd.grad(value, logits)
+        assert (float((actual - derived).norm()) < 1e-5) is (part is TRUNCATED[function][1])
+
+
 def test_corrections_hold_on_stale_rollouts_and_their_absence_does_not():
     p, q = random_rows(4, seed=5)
     stale, _ = random_rows(4, seed=6)
