@@ -24,7 +24,7 @@ from opdtheory.auditing.identify import (
 )
 from opdtheory.auditing.montecarlo import monte_carlo_compare
 from opdtheory.auditing.numerics import numerics
-from opdtheory.auditing.panel import Case, panel
+from opdtheory.auditing.panel import Case, is_dear, panel
 from opdtheory.auditing.remedies import remedies
 from opdtheory.auditing.report import FAITHFUL, Audit, PairResult
 from opdtheory.auditing.soundness import soundness
@@ -119,15 +119,10 @@ def audit(
     settings = _Settings(batch_size, eos, off_policy, gamma, seed, prompts, tuple(environment), shared_prompt)
     counted, name, start = _Counted(loss), name or _name(loss), time.perf_counter()
     with one_thread():
-        report = None
-        if method != "monte_carlo":
-            try:
-                report = _exactly(counted, divergence, granularity, settings, name, details)
-            except BudgetExceededError:
-                if method == "exact":
-                    raise
-        if report is None:
+        if method == "monte_carlo" or (method == "auto" and _is_dear(counted, settings)):
             report = _by_sampling(counted, divergence, granularity, settings, name, details)
+        else:
+            report = _exactly(counted, divergence, granularity, settings, name, details)
         if details and report.monte_carlo is None:
             report = replace(report, remedies=remedies(counted, divergence, granularity, report=report))
         return replace(report, evaluations=counted.calls, seconds=time.perf_counter() - start)
@@ -202,6 +197,17 @@ def _compare(loss: _Counted, divergence: Divergence, granularity: str, settings:
     tolerance = _TOLERANCE.get(loss.dtype, _COARSE)
     zero = all(float(g.norm()) <= _ZERO * m.second_moment**0.5 for g, m in zip(gradients, moments, strict=True))
     return _Comparison(cases, moments, gradients, fit, tolerance, "zero" if zero else _verdict(fit, tolerance))
+
+
+def _is_dear(loss: Loss, settings: _Settings) -> bool:
+    """Whether a loss couples its rollouts in batches that are too many to enumerate."""
+    try:
+        cases = settings.panel(settings.batch_size, settings.eos)
+    except BudgetExceededError:
+        return True
+    if not is_dear(settings.batch_size):
+        return False
+    return not _moments(loss, cases[:1], settings, settings.batch_size)[0].separable
 
 
 def _exactly(

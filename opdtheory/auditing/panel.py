@@ -27,6 +27,10 @@ _PAIR_EVALUATIONS = 1_000
 _BANDIT_EVALUATIONS = 250
 _MOST_EVALUATIONS = 5_000
 
+# Points that a grid has at least, and batches of so many tokens that a bandit may cost where sampling would do.
+_FEWEST_POINTS = 5
+_AFFORDABLE_BATCHES = 1_000
+
 # Position of the response up to which an environment may write.
 _LAST_WRITTEN = 2
 
@@ -142,6 +146,11 @@ def _with_prompts(policy: TabularPolicy, prompts: int) -> TabularPolicy:
     first = policy.logits[0].clone()
     first[:, prompts:] = -torch.inf
     return TabularPolicy([first, *policy.logits[1:]], eos=policy.eos, environment=policy.environment)
+
+
+def is_dear(batch_size: int) -> bool:
+    """Whether recovering the weight of a loss that couples batches of this size takes seconds."""
+    return _batches(_FEWEST_POINTS, batch_size) > _AFFORDABLE_BATCHES
 
 
 def log_u_grid(batch_size: int = 1) -> Float[Tensor, " points"]:

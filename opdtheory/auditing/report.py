@@ -32,6 +32,10 @@ VERDICTS = {
 
 FAITHFUL = ("exact", "exact_up_to_scale")
 
+# Checks that say the same as the verdict, and those of rare tokens, which are about range and not about the claim.
+_OF_THE_VERDICT = ("stationary at the teacher", "one common scale", "error at the best scale")
+_OF_THE_RANGE = ("finite at probability 1e-30", "finite where the teacher gives zero")
+
 
 @dataclass(frozen=True)
 class PairResult:
@@ -111,8 +115,13 @@ class Audit:
 
     @property
     def faithful(self) -> bool:
-        """Whether the loss does what it claims, up to a constant factor."""
-        return self.verdict in FAITHFUL
+        """Whether the loss does what it claims, up to a constant factor, and no check found it unsound."""
+        unsound = [check for check in self._failed() if check.name not in _OF_THE_RANGE]
+        return self.verdict in FAITHFUL and not unsound
+
+    def _failed(self) -> list[Check]:
+        """The checks that failed and say more than the verdict."""
+        return [check for check in self.checks if check.passed is False and check.name not in _OF_THE_VERDICT]
 
     @property
     def descends(self) -> str | None:
@@ -155,11 +164,18 @@ class Audit:
 
     def summary(self) -> str:
         """The findings in a few sentences."""
-        return " ".join(
-            sentence
-            for sentence in (self._claim(), self._follows(), self._shape(), self._lengths(), self._noise())
-            if sentence
+        if self.monte_carlo is not None:
+            return str(self.monte_carlo["words"])
+        sentences = (
+            self._claim(),
+            self._follows(),
+            self._shape(),
+            self._depends(),
+            self._lengths(),
+            *(check.detail for check in self._failed()),
+            self._noise(),
         )
+        return " ".join(sentence for sentence in sentences if sentence)
 
     def __str__(self) -> str:
         rule = f"{self.name}: {self.verdict.replace('_', ' ').upper()}"
@@ -181,7 +197,14 @@ class Audit:
             )
             for row in (header, *rows)
         ]
-        return "\n".join([rule, "", _wrap(self.summary()), "", *lines])
+        parts = [rule, "", _wrap(self.summary())]
+        parts += ["", *lines] if rows else []
+        if self.remedies:
+            parts += ["", "What would make it right:", *(_item(remedy.text) for remedy in self.remedies)]
+        narrow = [f"{r.dtype}: {r.words}" for r in self.numerics if r.regime == "realistic" and _matters(r)]
+        if narrow:
+            parts += ["", "On realistic logits in narrow dtypes:", *map(_item, narrow)]
+        return "\n".join(parts)
 
     def _claim(self) -> str:
         claim = f"{self.objective} ({self.granularity})"
@@ -218,13 +241,19 @@ class Audit:
         if self.verdict == "zero":
             return ""
         if not self.weight["depends_on_ratio_only"]:
+            if self.dependence is not None and (self.dependence.words or self.dependence.student_and_teacher):
+                return ""
             return "The weight on a token is no function of the ratio u = teacher/student alone."
         if self.descends is None and self.weight["explains_panel"] is False:
+            if self.dependence is not None and not self.dependence.ratio_only:
+                return ""
             return (
                 "On one-step policies the weight on a token is a function of the ratio u = teacher/student; over "
                 "several tokens it depends on more than this token's."
             )
         sentences = []
+        if self.form is not None and self.form.expr is not None and self.descends is None:
+            sentences.append(f"The weight on a token is {self.form.expr}, up to a scale and a constant.")
         if not self.weight["non_decreasing"]:
             sentences.append(f"The weight falls {_intervals(self.weight)}, so no f-divergence is minimised (T4).")
         elif self.descends is None:
@@ -235,6 +264,12 @@ class Audit:
         elif slope <= _FLAT * span:
             sentences.append("The teacher does not attract to first order (T5).")
         return " ".join(sentences)
+
+    def _depends(self) -> str:
+        """On what else than the token's own ratio the weight depends."""
+        if self.dependence is None or self.dependence.ratio_only:
+            return ""
+        return " ".join(self.dependence.words)
 
     def _lengths(self) -> str:
         if self.variable_lengths is None:
@@ -291,7 +326,18 @@ def _plain(value: object) -> object:
     return value
 
 
+def _matters(result: DtypeResult) -> bool:
+    """Whether a narrow dtype does more to the gradient than round it."""
+    return bool(result.overflow or result.lost_gradient or result.sign_changed)
+
+
 def _wrap(text: str) -> str:
     import textwrap
 
     return textwrap.fill(text, width=96)
+
+
+def _item(text: str) -> str:
+    import textwrap
+
+    return textwrap.fill(text, width=96, initial_indent="- ", subsequent_indent="  ")
