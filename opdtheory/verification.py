@@ -234,7 +234,10 @@ def check_estimator(loss: Estimator) -> EstimatorResult:
     try:
         report, agrees = assert_claim(loss), True
     except AssertionError:
-        report, agrees = audit(loss, claim.divergence, claim.granularity, name=repr(loss), **settings), False
+        report, agrees = (
+            audit(loss, claim.divergence, claim.granularity, name=repr(loss), details=False, **settings),
+            False,
+        )
     description, twin = _twin(loss)
     verdict = quick_verdict(twin, claim.divergence, claim.granularity, **settings)
     return EstimatorResult(repr(loss), claim, report, agrees, description, verdict)

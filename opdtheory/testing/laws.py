@@ -219,7 +219,9 @@ def assert_claim(estimator: Estimator, *, seed: int = 0) -> Audit:
     """
     claim, settings = estimator.claim, claim_settings(estimator.claim)
     _check_met(claim, settings, seed)
-    report = audit(estimator, claim.divergence, claim.granularity, seed=seed, name=repr(estimator), **settings)
+    report = audit(
+        estimator, claim.divergence, claim.granularity, seed=seed, name=repr(estimator), details=False, **settings
+    )
     if report.verdict != claim.verdict:
         raise AssertionError(
             f"{estimator!r} claims {claim.verdict!r}, the audit finds {report.verdict!r}. The claim: {claim}."

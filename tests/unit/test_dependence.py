@@ -15,6 +15,7 @@ from opdtheory.auditing.dependence import Dependence, dependence
 from opdtheory.auditing.identify import RecoveredWeight, recover_weight
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.rollouts import Rollouts
+from tests.labels import label
 
 Loss = Callable[[Rollouts], Tensor]
 STEPS = torch.linspace(-1, 1, 5, dtype=torch.float64)
@@ -53,7 +54,7 @@ def weighted_by_position(weight: Callable[[Tensor, int], Tensor]) -> Loss:
         opd.estimator("opd_plus", "reverse_kl", baseline="vocabulary"),
         opd.estimator("return_to_go", "jsd", gamma=0.0),
     ],
-    ids=str,
+    ids=label,
 )
 def test_ratio_alone(loss: Loss) -> None:
     found = of(loss)
@@ -175,7 +176,7 @@ def against_sampler(r: Rollouts) -> Tensor:
         (against_sampler, "of q/mu in place of q/p"),
         (opd.estimator("opd_plus", "jsd"), None),
     ],
-    ids=str,
+    ids=label,
 )
 def test_sampling_policy(loss: Loss, words: str | None) -> None:
     found = of(loss)

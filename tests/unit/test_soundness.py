@@ -19,6 +19,7 @@ from opdtheory.auditing.panel import panel
 from opdtheory.auditing.soundness import CHECKS, Check, soundness
 from opdtheory.exact import Loss, exact_gradient, gradient_moments
 from opdtheory.rollouts import Rollouts
+from tests.labels import label
 
 
 def checks(
@@ -78,7 +79,7 @@ ON_POLICY = {"holds under another sampling policy"}
             SURROGATE | ON_POLICY | {"mean over the batch"},
         ),
     ],
-    ids=str,
+    ids=label,
 )
 def test_sound_losses_fail_nothing(loss: Loss, objective: str, batch_size: int, open_questions: set[str]) -> None:
     found = checks(loss, objective, batch_size)

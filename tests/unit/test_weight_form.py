@@ -20,6 +20,7 @@ from opdtheory.auditing.weight_form import WeightForm, describe
 from opdtheory.divergences import implied_generator_values, symbol
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.rollouts import Rollouts
+from tests.labels import label
 
 GRID = torch.linspace(-2.0, 2.0, 9, dtype=torch.float64)
 
@@ -90,7 +91,7 @@ def test_generator_and_expression_of_an_atom(atom: Atom) -> None:
         (reward(lambda t: t.clamp(max=1.3)), "expression", "reverse_kl of u with log u clamped to at most 1.3"),
         (reward(lambda t: t + t.exp() / (0.3 * t.exp() + 0.7)), "expression", "u/(0.3 u + 0.7) + log u"),
     ],
-    ids=str,
+    ids=label,
 )
 def test_names(loss: Callable[[Rollouts], torch.Tensor], kind: str, label: str) -> None:
     form = form_of(loss, 2.3717)
@@ -201,7 +202,7 @@ def test_stability_and_other_fixed_points() -> None:
         (opd.estimator("opd", "forward_kl"), 0.0, -math.inf, "falls without bound like u log u", "can be infinite"),
         (opd.estimator("opd_plus", "neyman_chi2"), -math.inf, 2.0, "like u^-1 as u -> 0", "teacher's probability"),
     ],
-    ids=str,
+    ids=label,
 )
 def test_limits_and_growth(
     loss: Callable[[Rollouts], torch.Tensor], zero: float, infinity: float, words: str, moment: str
