@@ -34,7 +34,13 @@ ROOT = Path(__file__).resolve().parents[1]
 GUARDS = {
     "opdtheory/divergences": ["tests/unit/test_logspace.py", "tests/unit/test_divergences.py"],
     "opdtheory/divergences/transform.py": ["tests/unit/test_transform.py", "tests/unit/test_divergences.py"],
-    "opdtheory/exact": ["tests/unit/test_oracle.py", "tests/unit/test_policies.py", "tests/unit/test_expectation.py"],
+    "opdtheory/exact": [
+        "tests/unit/test_oracle.py",
+        "tests/unit/test_policies.py",
+        "tests/unit/test_expectation.py",
+        "tests/unit/test_environment.py",
+    ],
+    "opdtheory/exact/sampling.py": ["tests/unit/test_montecarlo.py"],
     "opdtheory/theorems/theorem.py": ["tests/laws/test_theorems.py"],
     "opdtheory/theorems/pages.py": ["tests/laws/test_theorems.py"],
 }
