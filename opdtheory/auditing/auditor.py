@@ -119,10 +119,11 @@ def audit(
     settings = _Settings(batch_size, eos, off_policy, gamma, seed, prompts, tuple(environment), shared_prompt)
     counted, name, start = _Counted(loss), name or _name(loss), time.perf_counter()
     with one_thread():
-        if method == "monte_carlo" or (method == "auto" and _is_dear(counted, settings)):
+        plan = None if method == "monte_carlo" else _plan(counted, settings, method)
+        if plan is None:
             report = _by_sampling(counted, divergence, granularity, settings, name, details)
         else:
-            report = _exactly(counted, divergence, granularity, settings, name, details)
+            report = _exactly(counted, divergence, granularity, plan, name, details)
         if details and report.monte_carlo is None:
             report = replace(report, remedies=remedies(counted, divergence, granularity, report=report))
         return replace(report, evaluations=counted.calls, seconds=time.perf_counter() - start)
@@ -155,7 +156,7 @@ def quick_verdict(
 
 @dataclass(frozen=True)
 class _Settings:
-    """How the panel is drawn; the arguments of `audit` of the same names."""
+    """How the panel is drawn: arguments of `audit`, and whether pairs may be as large as for single rollouts."""
 
     batch_size: int
     eos: int | None
@@ -165,10 +166,16 @@ class _Settings:
     prompts: int = 1
     environment: tuple[int, ...] = ()
     shared_prompt: bool = False
+    separable: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """The arguments of `audit`."""
+        return {key: value for key, value in vars(self).items() if key != "separable"}
 
     def panel(self, batch_size: int, eos: int | None) -> list[Case]:
         """Pairs of policies for batches of this size that end with this token."""
-        return panel(batch_size, eos, self.off_policy, self.seed, self.prompts, self.environment, self.shared_prompt)
+        size = 1 if self.separable else batch_size
+        return panel(size, eos, self.off_policy, self.seed, self.prompts, self.environment, self.shared_prompt)
 
 
 @dataclass(frozen=True)
@@ -199,15 +206,29 @@ def _compare(loss: _Counted, divergence: Divergence, granularity: str, settings:
     return _Comparison(cases, moments, gradients, fit, tolerance, "zero" if zero else _verdict(fit, tolerance))
 
 
-def _is_dear(loss: Loss, settings: _Settings) -> bool:
-    """Whether a loss couples its rollouts in batches that are too many to enumerate."""
+def _plan(loss: Loss, settings: _Settings, method: str) -> _Settings | None:
+    """The settings under which batches can be enumerated in seconds, or None if they are better sampled."""
     try:
         cases = settings.panel(settings.batch_size, settings.eos)
     except BudgetExceededError:
-        return True
-    if not is_dear(settings.batch_size):
+        if _is_separable(loss, settings):
+            return replace(settings, separable=True)
+        if method == "exact":
+            raise
+        return None
+    if method == "auto" and is_dear(settings.batch_size):
+        if not _moments(loss, cases[:1], settings, settings.batch_size)[0].separable:
+            return None
+    return settings
+
+
+def _is_separable(loss: Loss, settings: _Settings) -> bool:
+    """Whether the rollouts of a batch do not enter each other's gradient, so that one rollout tells all."""
+    try:
+        cases = settings.panel(2, settings.eos)[1:2]
+        return _moments(loss, cases, settings, settings.batch_size)[0].separable
+    except BudgetExceededError:
         return False
-    return not _moments(loss, cases[:1], settings, settings.batch_size)[0].separable
 
 
 def _exactly(
@@ -255,7 +276,7 @@ def _exactly(
             for case, bias, cos, moments in zip(found.cases, fit.relative_bias, cosine, found.moments, strict=True)
         ],
         variable_lengths=lengths,
-        settings=dict(vars(settings)),
+        settings=settings.to_dict(),
         **(_details(loss, weight, found, divergence, granularity, settings) if details else {}),
     )
 
@@ -328,7 +349,7 @@ def _by_sampling(
         },
         pairs=[],
         monte_carlo=asdict(result),
-        settings=dict(vars(settings)),
+        settings=settings.to_dict(),
         numerics=numerics(loss, batch_size=settings.batch_size, seed=settings.seed) if details else [],
     )
 

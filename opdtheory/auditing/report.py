@@ -32,9 +32,9 @@ VERDICTS = {
 
 FAITHFUL = ("exact", "exact_up_to_scale")
 
-# Checks that say the same as the verdict, and those of rare tokens, which are about range and not about the claim.
+# Checks that say the same as the verdict, and those of extreme numbers, which are about range and not about the claim.
 _OF_THE_VERDICT = ("stationary at the teacher", "one common scale", "error at the best scale")
-_OF_THE_RANGE = ("finite at probability 1e-30", "finite where the teacher gives zero")
+_OF_THE_RANGE = ("finite at probability 1e-30", "finite where the teacher gives zero", "extreme padding is ignored")
 
 
 @dataclass(frozen=True)
@@ -241,12 +241,8 @@ class Audit:
         if self.verdict == "zero":
             return ""
         if not self.weight["depends_on_ratio_only"]:
-            if self.dependence is not None and (self.dependence.words or self.dependence.student_and_teacher):
-                return ""
             return "The weight on a token is no function of the ratio u = teacher/student alone."
         if self.descends is None and self.weight["explains_panel"] is False:
-            if self.dependence is not None and not self.dependence.ratio_only:
-                return ""
             return (
                 "On one-step policies the weight on a token is a function of the ratio u = teacher/student; over "
                 "several tokens it depends on more than this token's."

@@ -95,7 +95,7 @@ def whole(report: Audit, text: str = "x") -> Audit:
             record(kind="detach", text=text, verdict="exact", relative_bias=1e-16, verified=True),
             record(kind="scale", text="multiply", verdict=None, relative_bias=None, verified=False),
         ],
-        monte_carlo={"words": text, "samples": 1000, text: [0.1, 0.2]},
+        monte_carlo={"words": f"{report.summary()} {text}", "samples": 1000, text: [0.1, 0.2]},
     )
 
 
@@ -156,7 +156,7 @@ def test_every_verdict_has_a_page(reports):
         assert VERDICTS[report.verdict][1:] in page.text
         coarse = float(report.weight["log_u"][-1]) < 1.0
         assert page.tags.count("svg") == 4 - 2 * coarse
-    undecided = dataclasses.replace(reports[0], verdict="undecided", monte_carlo={"samples": 10})
+    undecided = dataclasses.replace(reports[0], verdict="undecided", monte_carlo={"words": "Undecided.", "samples": 10})
     assert 'class="verdict open"' in render_audit(undecided) and "Monte Carlo" in render_audit(undecided)
 
 
