@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opdtheory.auditing.combine import best_combination
-from opdtheory.auditing.dependence import dependence
-from opdtheory.auditing.identify import (
+from opdtheory.auditing.checks.numerics import numerics
+from opdtheory.auditing.checks.soundness import soundness
+from opdtheory.auditing.effects.dependence import dependence
+from opdtheory.auditing.fixes.remedies import remedies
+from opdtheory.auditing.naming.combine import best_combination
+from opdtheory.auditing.naming.identify import (
     Fit,
     Match,
     RecoveredWeight,
@@ -22,13 +25,10 @@ from opdtheory.auditing.identify import (
     flat,
     recover_weight,
 )
-from opdtheory.auditing.montecarlo import monte_carlo_compare
-from opdtheory.auditing.numerics import numerics
+from opdtheory.auditing.naming.weight_form import describe
 from opdtheory.auditing.panel import Case, is_dear, panel
-from opdtheory.auditing.remedies import remedies
 from opdtheory.auditing.report import FAITHFUL, Audit, PairResult
-from opdtheory.auditing.soundness import soundness
-from opdtheory.auditing.weight_form import describe
+from opdtheory.auditing.sampling.montecarlo import monte_carlo_compare
 from opdtheory.divergences import Divergence
 from opdtheory.divergences import divergence as as_divergence
 from opdtheory.errors import BudgetExceededError, InvalidArgumentError

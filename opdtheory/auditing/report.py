@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from opdtheory.auditing.dependence import Dependence
-    from opdtheory.auditing.numerics import DtypeResult
-    from opdtheory.auditing.remedies import Remedy
-    from opdtheory.auditing.soundness import Check
-    from opdtheory.auditing.weight_form import WeightForm
+    from opdtheory.auditing.checks.numerics import DtypeResult
+    from opdtheory.auditing.checks.soundness import Check
+    from opdtheory.auditing.effects.dependence import Dependence
+    from opdtheory.auditing.fixes.remedies import Remedy
+    from opdtheory.auditing.naming.weight_form import WeightForm
 
 __all__ = ["VERDICTS", "Audit", "PairResult"]
 

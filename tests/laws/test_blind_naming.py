@@ -18,11 +18,11 @@ from torch import Tensor
 import opdtheory as opd
 from opdtheory import divergences
 from opdtheory.auditing import Audit, quick_verdict
-from opdtheory.auditing.combine import best_combination
-from opdtheory.auditing.dependence import dependence
-from opdtheory.auditing.identify import RecoveredWeight, best_match, fit_scale, flat, recover_weight
+from opdtheory.auditing.effects.dependence import dependence
+from opdtheory.auditing.naming.combine import best_combination
+from opdtheory.auditing.naming.identify import RecoveredWeight, best_match, fit_scale, flat, recover_weight
+from opdtheory.auditing.naming.weight_form import WeightForm, describe
 from opdtheory.auditing.panel import panel
-from opdtheory.auditing.weight_form import WeightForm, describe
 from opdtheory.divergences import Divergence
 from opdtheory.estimators import Claim, Estimator, estimator, estimator_names
 from opdtheory.estimators.claims import local_weight

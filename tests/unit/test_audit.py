@@ -9,7 +9,7 @@ import torch
 
 import opdtheory as opd
 from opdtheory.auditing import VERDICTS, quick_verdict
-from opdtheory.auditing.identify import fit_scale
+from opdtheory.auditing.naming.identify import fit_scale
 from opdtheory.auditing.panel import bandits, log_u_grid, panel
 from opdtheory.errors import BudgetExceededError, InvalidArgumentError, LossError
 from opdtheory.rollouts import Rollouts

@@ -19,10 +19,10 @@ import torch
 
 import opdtheory as opd
 from opdtheory.auditing import VERDICTS, Audit
-from opdtheory.auditing.figures import curves, figures
-from opdtheory.auditing.markup import formula, number, prose
 from opdtheory.auditing.page import render_audit, write_audit
-from opdtheory.auditing.page_style import DARK, LIGHT
+from opdtheory.auditing.page.figures import curves, figures
+from opdtheory.auditing.page.markup import formula, number, prose
+from opdtheory.auditing.page.style import DARK, LIGHT
 from opdtheory.auditing.schema import AUDIT_SCHEMA, schema_text
 from opdtheory.auditing.terminal import print_audit
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy import stats
 
-from opdtheory.auditing.confidence import (
+from opdtheory.auditing.sampling.confidence import (
     Moments,
     asymptotic_interval,
     bounded_interval,

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import opdtheory as opd
-from opdtheory.auditing.dependence import Dependence, dependence
-from opdtheory.auditing.identify import RecoveredWeight, recover_weight
+from opdtheory.auditing.effects.dependence import Dependence, dependence
+from opdtheory.auditing.naming.identify import RecoveredWeight, recover_weight
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.rollouts import Rollouts
 from tests.labels import label

@@ -11,10 +11,10 @@ from scipy import stats
 
 import opdtheory as opd
 from opdtheory.auditing import quick_verdict
-from opdtheory.auditing.bounds import Bounds, Target, relative_bias, scale_range
-from opdtheory.auditing.montecarlo import monte_carlo_compare
 from opdtheory.auditing.panel import Case, panel
-from opdtheory.auditing.projections import controls, directions, fit_controls
+from opdtheory.auditing.sampling.bounds import Bounds, Target, relative_bias, scale_range
+from opdtheory.auditing.sampling.montecarlo import monte_carlo_compare
+from opdtheory.auditing.sampling.projections import controls, directions, fit_controls
 from opdtheory.errors import BudgetExceededError, InvalidArgumentError, LossError
 from opdtheory.exact import Enumeration, MarkovPolicy, TabularPolicy, exact_gradient, random_pair
 from opdtheory.exact.sampling import Sample, Sampler, sample_rollouts

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import opdtheory as opd
-from opdtheory.auditing.numerics import DTYPES, DtypeResult, numerics, realistic_logits
+from opdtheory.auditing.checks.numerics import DTYPES, DtypeResult, numerics, realistic_logits
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.exact import Loss
 from opdtheory.rollouts import Rollouts

@@ -12,16 +12,17 @@ import torch
 from torch import Tensor
 
 import opdtheory as opd
-from opdtheory.auditing import Audit, changes, quick_verdict
-from opdtheory.auditing.candidates import candidates
-from opdtheory.auditing.corrections import Curve, clips, gauge_shift, missing_terms
-from opdtheory.auditing.facts import Facts
-from opdtheory.auditing.identify import recover_weight
+from opdtheory.auditing import Audit, quick_verdict
+from opdtheory.auditing.fixes import changes
+from opdtheory.auditing.fixes.candidates import candidates
+from opdtheory.auditing.fixes.corrections import Curve, clips, gauge_shift, missing_terms
+from opdtheory.auditing.fixes.facts import Facts
+from opdtheory.auditing.fixes.remedies import Remedy, remedies
+from opdtheory.auditing.fixes.substitutes import last_resort
+from opdtheory.auditing.fixes.topk import TopKForm, recognise
+from opdtheory.auditing.fixes.trial import Trial, attempt
+from opdtheory.auditing.naming.identify import recover_weight
 from opdtheory.auditing.panel import Case
-from opdtheory.auditing.remedies import Remedy, remedies
-from opdtheory.auditing.substitutes import last_resort
-from opdtheory.auditing.topk import TopKForm, recognise
-from opdtheory.auditing.trial import Trial, attempt
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.exact import Enumeration, Loss, gradient_moments, random_pair
 from opdtheory.rollouts import Rollouts
@@ -211,7 +212,7 @@ def cure(loss: Loss, objective: str, granularity: str = "token_local", **changed
 @pytest.mark.parametrize("case", CASES)
 def test_the_intended_remedy_comes_first_and_is_verified(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Half of the pairs, to save time; those left out refute least.
-    monkeypatch.setattr("opdtheory.auditing.trial._ORDER", (3, 5, 1))
+    monkeypatch.setattr("opdtheory.auditing.fixes.trial._ORDER", (3, 5, 1))
     loss, objective, settings, kind, verdict = CASES[case]
     found = cure(loss, objective, **settings)
     assert found and len(found) <= 3

@@ -13,10 +13,10 @@ from torch import Tensor
 
 import opdtheory as opd
 from opdtheory.adapters import from_hidden
-from opdtheory.auditing.backward import backward_report
-from opdtheory.auditing.identify import flat
+from opdtheory.auditing.checks.backward import backward_report
+from opdtheory.auditing.checks.soundness import CHECKS, Check, soundness
+from opdtheory.auditing.naming.identify import flat
 from opdtheory.auditing.panel import panel
-from opdtheory.auditing.soundness import CHECKS, Check, soundness
 from opdtheory.exact import Loss, exact_gradient, gradient_moments
 from opdtheory.rollouts import Rollouts
 from tests.labels import label

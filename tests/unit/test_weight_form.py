@@ -13,10 +13,10 @@ import sympy
 import torch
 
 import opdtheory as opd
-from opdtheory.auditing.atoms import PARAMETRIC, Atom, catalogue_atom, catalogue_atoms, fixed_atoms
-from opdtheory.auditing.identify import RecoveredWeight, recover_weight
-from opdtheory.auditing.sparse import Curve, best_subset, fit_parameter, snap
-from opdtheory.auditing.weight_form import WeightForm, describe
+from opdtheory.auditing.naming.atoms import PARAMETRIC, Atom, catalogue_atom, catalogue_atoms, fixed_atoms
+from opdtheory.auditing.naming.identify import RecoveredWeight, recover_weight
+from opdtheory.auditing.naming.sparse import Curve, best_subset, fit_parameter, snap
+from opdtheory.auditing.naming.weight_form import WeightForm, describe
 from opdtheory.divergences import implied_generator_values, symbol
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.rollouts import Rollouts

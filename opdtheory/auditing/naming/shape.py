@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from opdtheory.auditing.formula import Formula
+from opdtheory.auditing.naming.formula import Formula
 from opdtheory.divergences import implied_generator_values, symbol
 
 if TYPE_CHECKING:

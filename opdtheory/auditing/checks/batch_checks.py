@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from opdtheory.auditing.backward import BackwardReport, backward_report
-from opdtheory.auditing.subject import Check, Subject, ratio
+from opdtheory.auditing.checks.backward import BackwardReport, backward_report
+from opdtheory.auditing.checks.subject import Check, Subject, ratio
 from opdtheory.exact import Enumeration, TabularPolicy, random_pair
 from opdtheory.rollouts import Rollouts
 

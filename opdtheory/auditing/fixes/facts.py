@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from opdtheory.auditing.corrections import Curve
-from opdtheory.auditing.identify import recover_weight
-from opdtheory.auditing.trial import Trial, attempt
+from opdtheory.auditing.fixes.corrections import Curve
+from opdtheory.auditing.fixes.trial import Trial, attempt
+from opdtheory.auditing.naming.identify import recover_weight
 from opdtheory.divergences import Divergence
 from opdtheory.exact import Loss
 

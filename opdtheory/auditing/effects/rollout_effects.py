@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from opdtheory.auditing.probes import Rows, expected_weights
+from opdtheory.auditing.effects.probes import Rows, expected_weights
 from opdtheory.exact import Loss
 
 __all__ = ["TokenEffects", "token_effects"]

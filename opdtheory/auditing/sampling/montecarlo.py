@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from opdtheory import divergences
-from opdtheory.auditing.bounds import Bounds, Target, certified, certified_whole, relative_bias, scale_range
-from opdtheory.auditing.confidence import asymptotic_interval, bounded_interval, tightest_rho
-from opdtheory.auditing.montecarlo_result import MonteCarloResult, worded
 from opdtheory.auditing.panel import Case
-from opdtheory.auditing.projections import (
+from opdtheory.auditing.sampling.bounds import Bounds, Target, certified, certified_whole, relative_bias, scale_range
+from opdtheory.auditing.sampling.confidence import asymptotic_interval, bounded_interval, tightest_rho
+from opdtheory.auditing.sampling.montecarlo_result import MonteCarloResult, worded
+from opdtheory.auditing.sampling.projections import (
     TABLE_BUDGET,
     Look,
     Residuals,

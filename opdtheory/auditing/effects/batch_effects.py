@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from opdtheory.auditing.probes import Pool, cut_short
+from opdtheory.auditing.effects.probes import Pool, cut_short
 
 __all__ = ["BatchEffect", "batch_effect"]
 

@@ -9,13 +9,20 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from opdtheory.auditing import changes
-from opdtheory.auditing.changes import PerToken
-from opdtheory.auditing.corrections import Correction, Curve, between_granularities, clips, gauge_shift, missing_terms
-from opdtheory.auditing.facts import Candidate, Facts, alike
+from opdtheory.auditing.fixes import changes
+from opdtheory.auditing.fixes.changes import PerToken
+from opdtheory.auditing.fixes.corrections import (
+    Correction,
+    Curve,
+    between_granularities,
+    clips,
+    gauge_shift,
+    missing_terms,
+)
+from opdtheory.auditing.fixes.facts import Candidate, Facts, alike
+from opdtheory.auditing.fixes.substitutes import backpropagated, unstandardised, value_as_reward, whole_vocabulary
+from opdtheory.auditing.fixes.trial import attempt
 from opdtheory.auditing.panel import bandits
-from opdtheory.auditing.substitutes import backpropagated, unstandardised, value_as_reward, whole_vocabulary
-from opdtheory.auditing.trial import attempt
 from opdtheory.estimators.offpolicy import importance_weight, prefix_weight
 from opdtheory.exact import Loss, gradient_moments
 from opdtheory.rollouts import Rollouts

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from opdtheory import divergences
-from opdtheory.auditing.atoms import FAMILIES
-from opdtheory.auditing.formula import label_of_terms, simple_ratio
-from opdtheory.auditing.identify import flat
+from opdtheory.auditing.naming.atoms import FAMILIES
+from opdtheory.auditing.naming.formula import label_of_terms, simple_ratio
+from opdtheory.auditing.naming.identify import flat
 from opdtheory.auditing.panel import Case
 from opdtheory.exact import OBJECTIVES
 from opdtheory.exact.oracle import tree_gradient

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opdtheory.auditing.probes import one_step_weights
-from opdtheory.auditing.sparse import shortest
+from opdtheory.auditing.effects.probes import one_step_weights
+from opdtheory.auditing.naming.sparse import shortest
 from opdtheory.exact import Loss
 
 __all__ = ["LawEffect", "law_effect"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from opdtheory.auditing.probes import Pool, sampled_by
+from opdtheory.auditing.effects.probes import Pool, sampled_by
 
 __all__ = ["SamplerEffect", "sampler_effect"]
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from opdtheory import divergences
-from opdtheory.auditing.atoms import FAMILIES, catalogue_atoms, fixed_atoms
-from opdtheory.auditing.formula import (
+from opdtheory.auditing.naming.atoms import FAMILIES, catalogue_atoms, fixed_atoms
+from opdtheory.auditing.naming.formula import (
     Formula,
     columns_of,
     expressions,
@@ -19,14 +19,14 @@ from opdtheory.auditing.formula import (
     label_of,
     most_terms,
 )
-from opdtheory.auditing.shape import Shape, shape_of
-from opdtheory.auditing.sparse import Curve, fit
+from opdtheory.auditing.naming.shape import Shape, shape_of
+from opdtheory.auditing.naming.sparse import Curve, fit
 from opdtheory.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     import sympy
 
-    from opdtheory.auditing.identify import RecoveredWeight
+    from opdtheory.auditing.naming.identify import RecoveredWeight
 
 __all__ = ["WeightForm", "describe"]
 
@@ -103,7 +103,7 @@ def describe(recovered: RecoveredWeight, tolerance: float = 1e-9) -> WeightForm:
 
     Example:
         >>> import opdtheory as opd
-        >>> from opdtheory.auditing.identify import recover_weight
+        >>> from opdtheory.auditing.naming.identify import recover_weight
         >>> describe(recover_weight(opd.estimator("k3_reward"), 1, 0.0, 0, 1e-9)).label
         'reverse_kl - forward_kl'
     """

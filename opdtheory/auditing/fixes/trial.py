@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from opdtheory.auditing.identify import fit_scale, flat
+from opdtheory.auditing.naming.identify import fit_scale, flat
 from opdtheory.auditing.panel import Case, panel
 from opdtheory.divergences import Divergence
 from opdtheory.exact import Enumeration, Loss, exact_gradient, gradient_moments, random_pair

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from opdtheory.auditing.candidates import candidates, gauge
-from opdtheory.auditing.corrections import Curve
-from opdtheory.auditing.facts import Candidate, Facts, alike, on_policy_curve
-from opdtheory.auditing.substitutes import bucket_added, last_resort, topk_form
-from opdtheory.auditing.trial import Trial, attempt
+from opdtheory.auditing.fixes.candidates import candidates, gauge
+from opdtheory.auditing.fixes.corrections import Curve
+from opdtheory.auditing.fixes.facts import Candidate, Facts, alike, on_policy_curve
+from opdtheory.auditing.fixes.substitutes import bucket_added, last_resort, topk_form
+from opdtheory.auditing.fixes.trial import Trial, attempt
 from opdtheory.divergences import Divergence
 from opdtheory.divergences import divergence as as_divergence
 from opdtheory.errors import InvalidArgumentError

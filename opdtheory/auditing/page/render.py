@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from opdtheory import __version__
-from opdtheory.auditing.figures import Curves, curves, figures
-from opdtheory.auditing.markup import (
+from opdtheory.auditing.page.figures import Curves, curves, figures
+from opdtheory.auditing.page.markup import (
     aligned,
     breakable,
     cosine,
@@ -25,7 +25,7 @@ from opdtheory.auditing.markup import (
     verdict_words,
     yes_or_no,
 )
-from opdtheory.auditing.page_style import CONTENT_POLICY, STYLE
+from opdtheory.auditing.page.style import CONTENT_POLICY, STYLE
 from opdtheory.auditing.report import VERDICTS, Audit
 from opdtheory.divergences import Divergence
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from opdtheory.auditing import batch_effects, rollout_effects, sampler_effects, two_laws
-from opdtheory.auditing.probes import Pool, attempt, size_for
+from opdtheory.auditing.effects import batch_effects, rollout_effects, sampler_effects, two_laws
+from opdtheory.auditing.effects.probes import Pool, attempt, size_for
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.exact import Loss
 
 if TYPE_CHECKING:
-    from opdtheory.auditing.identify import RecoveredWeight
+    from opdtheory.auditing.naming.identify import RecoveredWeight
 
 __all__ = ["Dependence", "dependence"]
 
@@ -69,7 +69,7 @@ def dependence(
 
     Example:
         >>> import opdtheory as opd
-        >>> from opdtheory.auditing.identify import recover_weight
+        >>> from opdtheory.auditing.naming.identify import recover_weight
         >>> loss = opd.estimator("power", alpha=0.5)
         >>> dependence(loss, recover_weight(loss, 1, 0.0, 0, 1e-9)).student_and_teacher
         'density-power divergence, alpha=0.5'

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from opdtheory.auditing.batch_checks import BATCH_CHECKS
-from opdtheory.auditing.identify import fit_scale, flat
+from opdtheory.auditing.checks.batch_checks import BATCH_CHECKS
+from opdtheory.auditing.checks.subject import Check, Subject, norm
+from opdtheory.auditing.naming.identify import fit_scale, flat
 from opdtheory.auditing.panel import Case
-from opdtheory.auditing.subject import Check, Subject, norm
 from opdtheory.divergences import Divergence
 from opdtheory.errors import BudgetExceededError, InvalidArgumentError
 from opdtheory.exact import Enumeration, GradientMoments, Loss, TabularPolicy, gradient_moments

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from opdtheory.auditing.identify import flat
+from opdtheory.auditing.naming.identify import flat
 from opdtheory.auditing.panel import Case
 from opdtheory.divergences import Divergence
 from opdtheory.exact import Enumeration, GradientMoments, Loss, exact_gradient, random_pair

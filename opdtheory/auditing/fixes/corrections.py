@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from opdtheory.auditing.changes import PerToken
+from opdtheory.auditing.fixes.changes import PerToken
 from opdtheory.divergences import Divergence
 from opdtheory.exact import OBJECTIVES
 from opdtheory.rollouts import Rollouts

@@ -1,0 +1,1 @@
+"""Expectations too large to enumerate, by sampling until the verdict is certain."""
