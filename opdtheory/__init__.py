@@ -28,6 +28,11 @@ _HOMES = {
     "exact_gradient": "opdtheory.exact",
     "exact_value": "opdtheory.exact",
     "expected_gradient": "opdtheory.exact",
+    "from_advantage": "opdtheory.adapters",
+    "from_hidden": "opdtheory.adapters",
+    "from_logits": "opdtheory.adapters",
+    "from_logprobs": "opdtheory.adapters",
+    "from_top_k": "opdtheory.adapters",
     "implied_generator": "opdtheory.divergences",
     "random_pair": "opdtheory.exact",
     "u": "opdtheory.divergences",
@@ -40,6 +45,11 @@ if TYPE_CHECKING:
     from opdtheory import divergences as divergences
     from opdtheory import testing as testing
     from opdtheory.adapters import bind as bind
+    from opdtheory.adapters import from_advantage as from_advantage
+    from opdtheory.adapters import from_hidden as from_hidden
+    from opdtheory.adapters import from_logits as from_logits
+    from opdtheory.adapters import from_logprobs as from_logprobs
+    from opdtheory.adapters import from_top_k as from_top_k
     from opdtheory.auditing import Audit as Audit
     from opdtheory.auditing import audit as audit
     from opdtheory.divergences import Divergence as Divergence
