@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Which tests stand guard over a module, quickest first.
 GUARDS = {
     "opdtheory/divergences": ["tests/unit/test_logspace.py", "tests/unit/test_divergences.py"],
+    "opdtheory/divergences/quadrature.py": ["tests/unit/test_transform.py"],
     "opdtheory/divergences/transform.py": ["tests/unit/test_transform.py", "tests/unit/test_divergences.py"],
     "opdtheory/exact": [
         "tests/unit/test_oracle.py",

@@ -80,7 +80,7 @@ class Entry:
     def audit(self) -> opd.Audit:
         """The audit against the claim."""
         claim = opd.divergence(self.objective, **self.parameters)
-        return opd.audit(self.loss, claim, self.granularity, name=self.function, **self.settings)
+        return opd.audit(self.loss, claim, self.granularity, name=self.function, details=False, **self.settings)
 
     def _adapters(self) -> ModuleType:
         name = _MODULES.get(self.package, f"{self.package}_losses")

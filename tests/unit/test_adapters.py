@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +13,8 @@ from opdtheory import adapters
 from opdtheory.adapters import from_advantage, from_hidden, from_logits, from_logprobs, from_top_k
 from opdtheory.errors import InvalidArgumentError
 from tests.tolerances import ALGEBRA
+
+audit = functools.partial(opd.audit, details=False)
 
 
 def rollouts(vocab_size: int = 4, mask: list[list[float]] | None = None) -> opd.Rollouts:
@@ -73,10 +77,10 @@ def test_a_trainer_that_shifts_gets_one_position_more():
     r = rollouts()
     expected = from_logits(forward_kl)(r)
     assert float((from_logits(shifting, shifted=True)(r) - expected).detach()) == pytest.approx(0, abs=ALGEBRA)
-    assert opd.audit(from_logits(shifting, shifted=True), "forward_kl").verdict == "exact"
+    assert audit(from_logits(shifting, shifted=True), "forward_kl").verdict == "exact"
     # Either mistake is caught: a trainer that does not shift given the rows of one that does, and the reverse.
-    assert opd.audit(from_logits(not_shifting, shifted=True), "forward_kl").verdict == "biased"
-    assert opd.audit(from_logits(shifting), "forward_kl").verdict == "biased"
+    assert audit(from_logits(not_shifting, shifted=True), "forward_kl").verdict == "biased"
+    assert audit(from_logits(shifting), "forward_kl").verdict == "biased"
 
 
 def test_a_detached_advantage_has_the_gradient_of_the_score_alone():
@@ -97,7 +101,7 @@ def test_the_importance_ratio_stands_in_for_the_log_probability():
     assert torch.equal(actual, r.token_sum(-r.log_u.detach() * ratio))
     off_policy = {"off_policy": 0.5}
     loss = from_advantage(lambda log_u: log_u, of="log_u", detach=True)
-    assert opd.audit(loss, "reverse_kl", **off_policy).verdict == "biased"
+    assert audit(loss, "reverse_kl", **off_policy).verdict == "biased"
 
 
 def fused(student: Tensor, student_head: Tensor, teacher: Tensor, teacher_head: Tensor, labels: Tensor) -> Tensor:
@@ -115,12 +119,12 @@ FUSED_TWINS = {
 def test_hidden_states_and_heads_give_back_the_logits():
     r = rollouts()
     assert float((from_hidden(fused)(r) - from_logits(forward_kl)(r)).detach()) == pytest.approx(0, abs=1e-11)
-    assert opd.audit(from_hidden(fused, seed=3), "forward_kl").verdict == "exact"
+    assert audit(from_hidden(fused, seed=3), "forward_kl").verdict == "exact"
 
 
 @pytest.mark.parametrize("twin", FUSED_TWINS)
 def test_a_fused_loss_with_a_wrong_head_is_caught(twin):
-    assert opd.audit(from_hidden(FUSED_TWINS[twin]), "forward_kl").verdict == "biased"
+    assert audit(from_hidden(FUSED_TWINS[twin]), "forward_kl").verdict == "biased"
 
 
 def test_a_fused_loss_may_take_rows():

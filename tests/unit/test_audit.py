@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import pytest
@@ -14,6 +15,9 @@ from opdtheory.auditing.panel import bandits, log_u_grid, panel
 from opdtheory.errors import BudgetExceededError, InvalidArgumentError, LossError
 from opdtheory.rollouts import Rollouts
 from tests.tolerances import ALGEBRA, ENUMERATION
+
+# Verdicts and names alone: the details have tests of their own.
+audit = functools.partial(opd.audit, details=False)
 
 
 def k3(r: Rollouts) -> torch.Tensor:
@@ -29,7 +33,7 @@ def full_jsd(r: Rollouts, beta: float = 0.5) -> torch.Tensor:
 
 
 def test_k3_as_a_loss_descends_the_forward_kl() -> None:
-    report = opd.audit(k3, "reverse_kl")
+    report = audit(k3, "reverse_kl")
     assert report.verdict == "other_objective"
     assert report.descends == "forward_kl"
     assert report.identified is not None
@@ -55,7 +59,7 @@ def test_k3_as_a_loss_descends_the_forward_kl() -> None:
 )
 def test_verdicts(name: str, divergence: str | None, verdict: str) -> None:
     loss = opd.estimator(name, divergence)
-    report = opd.audit(loss, loss.claim.divergence)
+    report = audit(loss, loss.claim.divergence)
     assert report.verdict == verdict
     assert verdict in VERDICTS
     assert quick_verdict(loss, loss.claim.divergence) == verdict
@@ -63,7 +67,7 @@ def test_verdicts(name: str, divergence: str | None, verdict: str) -> None:
 
 @pytest.mark.parametrize("beta", [0.1, 0.3, 0.9])
 def test_names_the_member_of_a_family(beta: float) -> None:
-    report = opd.audit(lambda r: full_jsd(r, beta), "reverse_kl")
+    report = audit(lambda r: full_jsd(r, beta), "reverse_kl")
     assert report.verdict == "other_objective"
     assert report.identified is not None
     assert report.identified["objective"] == "skew_jsd"
@@ -72,7 +76,7 @@ def test_names_the_member_of_a_family(beta: float) -> None:
 
 
 def test_prefers_the_entry_without_a_parameter() -> None:
-    report = opd.audit(full_jsd, "reverse_kl")
+    report = audit(full_jsd, "reverse_kl")
     assert report.descends == "jsd"
 
 
@@ -87,7 +91,7 @@ def test_prefers_the_entry_without_a_parameter() -> None:
     ids=str,
 )
 def test_identifies_against_a_false_claim(loss: opd.Estimator, label: str) -> None:
-    report = opd.audit(loss, "total_variation")
+    report = audit(loss, "total_variation")
     assert report.verdict == "other_objective"
     assert report.descends == label
 
@@ -97,8 +101,8 @@ def test_finds_the_granularity(granularity: str) -> None:
     names = {"token_return": ("return_to_go", {"gamma": 1.0}), "sequence": ("sequence_opd_plus", {})}
     name, options = names[granularity]
     loss = opd.estimator(name, "hellinger", **options)
-    assert opd.audit(loss, "hellinger", granularity).verdict == "exact"
-    report = opd.audit(loss, "hellinger", "token_local")
+    assert audit(loss, "hellinger", granularity).verdict == "exact"
+    report = audit(loss, "hellinger", "token_local")
     assert report.verdict == "other_objective"
     assert report.identified is not None
     assert (report.identified["objective"], report.identified["granularity"]) == ("hellinger", granularity)
@@ -106,7 +110,7 @@ def test_finds_the_granularity(granularity: str) -> None:
 
 def test_sign_flipped_is_not_faithful_even_up_to_scale() -> None:
     loss = opd.estimator("opd_plus", "jsd")
-    report = opd.audit(lambda r: -loss(r), "jsd")
+    report = audit(lambda r: -loss(r), "jsd")
     assert report.verdict == "biased"
     assert report.cosine == pytest.approx(-1.0)
     assert report.scale == pytest.approx(-1.0)
@@ -121,46 +125,46 @@ def test_one_common_scale_over_the_panel() -> None:
         # Of the teacher's row for the first token alone, so that every rollout of a pair has the same factor.
         return kl * (1.0 + torch.log_softmax(r.teacher_logits[:, 0], -1).square().mean()).detach()
 
-    report = opd.audit(loss, "reverse_kl")
+    report = audit(loss, "reverse_kl")
     assert report.cosine == pytest.approx(1.0)
     assert report.verdict == "biased"
 
 
 def test_scale_is_reported() -> None:
     loss = opd.estimator("opd_plus", "chi2")
-    report = opd.audit(lambda r: 3.0 * loss(r), "chi2")
+    report = audit(lambda r: 3.0 * loss(r), "chi2")
     assert report.verdict == "exact_up_to_scale"
     assert report.scale == pytest.approx(3.0, abs=1e-12)
 
 
 def test_group_mean_scales_by_g_minus_one_over_g() -> None:
     loss = opd.estimator("opd_plus", "jsd", baseline="group_mean")
-    report = opd.audit(loss, "jsd", batch_size=2)
+    report = audit(loss, "jsd", batch_size=2)
     assert report.verdict == "exact_up_to_scale"
     assert report.scale == pytest.approx(0.5, abs=1e-12)
 
 
 def test_variable_lengths_are_looked_at() -> None:
     local = opd.estimator("opd_plus", "jsd")
-    kept = opd.audit(local, "jsd").variable_lengths
+    kept = audit(local, "jsd").variable_lengths
     assert kept is not None and kept["verdict"] == "exact"
-    mean = opd.audit(opd.estimator("opd_plus", "jsd", reduction="token_mean"), "jsd")
+    mean = audit(opd.estimator("opd_plus", "jsd", reduction="token_mean"), "jsd")
     assert mean.verdict == "exact_up_to_scale"
     assert mean.variable_lengths is not None and mean.variable_lengths["verdict"] == "biased"
     assert "T11" in mean.summary()
-    assert opd.audit(opd.estimator("opd_plus", "jsd", reduction="token_mean"), "jsd", eos=0).verdict == "biased"
+    assert audit(opd.estimator("opd_plus", "jsd", reduction="token_mean"), "jsd", eos=0).verdict == "biased"
 
 
 def test_off_policy_needs_the_prefix_ratio() -> None:
     plain, weighted = opd.estimator("opd_plus", "jsd"), opd.estimator("opd_plus", "jsd", importance="prefix")
-    assert opd.audit(plain, "jsd", off_policy=0.5).verdict == "biased"
-    assert opd.audit(weighted, "jsd", off_policy=0.5).verdict == "exact"
+    assert audit(plain, "jsd", off_policy=0.5).verdict == "biased"
+    assert audit(weighted, "jsd", off_policy=0.5).verdict == "exact"
 
 
 def test_recovered_weight_is_the_weight() -> None:
     for name in ("forward_kl", "jsd", "neyman_chi2", "le_cam"):
         divergence = opd.divergence(name)
-        weight = opd.audit(opd.estimator("opd_plus", name), name).weight
+        weight = audit(opd.estimator("opd_plus", name), name).weight
         expected = divergence.weight(weight["log_u"]) - divergence.weight(torch.zeros((), dtype=torch.float64))
         assert weight["depends_on_ratio_only"] and weight["non_decreasing"]
         torch.testing.assert_close(weight["weight"], expected, rtol=1e-10, atol=1e-10)
@@ -169,7 +173,7 @@ def test_recovered_weight_is_the_weight() -> None:
 
 
 def test_weight_that_is_no_function_of_the_ratio() -> None:
-    report = opd.audit(opd.estimator("power", alpha=0.5), "reverse_kl")
+    report = audit(opd.estimator("power", alpha=0.5), "reverse_kl")
     assert not report.weight["depends_on_ratio_only"]
     assert "no function of the ratio" in report.summary()
 
@@ -181,40 +185,40 @@ def test_weight_that_depends_on_more_than_this_token() -> None:
         later = r.log_u.detach().flip(-1).cumsum(-1).flip(-1) - r.log_u.detach()
         return r.token_sum(-(r.log_u.detach() * (1.0 + later.square())) * r.student_logprobs)
 
-    report = opd.audit(loss, "reverse_kl")
+    report = audit(loss, "reverse_kl")
     assert report.verdict == "biased"
     assert report.weight["depends_on_ratio_only"] and not report.weight["explains_panel"]
     assert "over several tokens it depends on more" in report.summary().replace("\n", " ")
     assert "f-divergence is minimised" not in report.summary()
-    assert opd.audit(opd.estimator("opd", "chi2"), "chi2").weight["explains_panel"]
-    assert opd.audit(opd.estimator("sign"), "total_variation").weight["explains_panel"]
+    assert audit(opd.estimator("opd", "chi2"), "chi2").weight["explains_panel"]
+    assert audit(opd.estimator("sign"), "total_variation").weight["explains_panel"]
 
 
 def test_a_zero_scale_prints() -> None:
-    assert "zero" in str(opd.audit(lambda r: (r.student_logits * 0).sum(), "reverse_kl"))
+    assert "zero" in str(audit(lambda r: (r.student_logits * 0).sum(), "reverse_kl"))
 
 
 def test_falling_weight_and_stability_are_told() -> None:
-    forward = opd.audit(opd.estimator("opd", "forward_kl"), "forward_kl")
+    forward = audit(opd.estimator("opd", "forward_kl"), "forward_kl")
     assert not forward.weight["non_decreasing"]
     assert forward.weight["slope_at_teacher"] == pytest.approx(-1.0, rel=1e-6)
     assert "repelling" in forward.summary() and "T4" in forward.summary()
-    jsd = opd.audit(opd.estimator("opd", "jsd"), "jsd")
+    jsd = audit(opd.estimator("opd", "jsd"), "jsd")
     assert "does not attract to first order" in jsd.summary()
-    assert "attract" not in opd.audit(opd.estimator("opd_plus", "jsd"), "jsd").summary()
+    assert "attract" not in audit(opd.estimator("opd_plus", "jsd"), "jsd").summary()
 
 
 def test_clipped_weight_is_some_f_divergence() -> None:
-    report = opd.audit(opd.estimator("opd_plus", "forward_kl", clip_weight=(0.5, 1.5)), "forward_kl")
+    report = audit(opd.estimator("opd_plus", "forward_kl", clip_weight=(0.5, 1.5)), "forward_kl")
     assert report.verdict == "biased"
     assert "some f-divergence is minimised" in report.summary()
 
 
 def test_variance_beside_the_whole_vocabulary() -> None:
-    report = opd.audit(opd.estimator("full_vocab", "jsd"), "jsd")
+    report = audit(opd.estimator("full_vocab", "jsd"), "jsd")
     for pair in report.pairs:
         assert pair.variance == pytest.approx(pair.full_vocabulary_variance, rel=1e-9)
-    sampled = opd.audit(opd.estimator("opd_plus", "jsd"), "jsd")
+    sampled = audit(opd.estimator("opd_plus", "jsd"), "jsd")
     assert all(pair.variance > pair.full_vocabulary_variance for pair in sampled.pairs)
 
 
@@ -223,7 +227,7 @@ def test_a_float32_loss_is_judged_by_its_own_rounding() -> None:
         log_p, log_q = torch.log_softmax(r.student_logits.float(), -1), torch.log_softmax(r.teacher_logits.float(), -1)
         return r.token_sum((log_p.exp() * (log_p - log_q)).sum(-1))
 
-    report = opd.audit(loss, "reverse_kl")
+    report = audit(loss, "reverse_kl")
     assert report.verdict == "exact"
     assert report.weight["depends_on_ratio_only"]
     assert report.tolerance > 1e-9
@@ -231,7 +235,7 @@ def test_a_float32_loss_is_judged_by_its_own_rounding() -> None:
 
 
 def test_report_is_json_and_reads() -> None:
-    report = opd.audit(k3, "reverse_kl")
+    report = audit(k3, "reverse_kl")
     record = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert record["verdict"] == "other_objective"
     assert record["schema_version"] == 1
@@ -244,18 +248,18 @@ def test_report_is_json_and_reads() -> None:
 
 
 def test_same_seed_same_report() -> None:
-    first, second = (opd.audit(k3, "reverse_kl", seed=3).to_dict() for _ in range(2))
+    first, second = (audit(k3, "reverse_kl", seed=3).to_dict() for _ in range(2))
     for record in (first, second):
         record.pop("seconds")
     assert first == second
-    assert opd.audit(k3, "reverse_kl", seed=4).relative_bias != first["relative_bias"]
+    assert audit(k3, "reverse_kl", seed=4).relative_bias != first["relative_bias"]
 
 
 def test_takes_under_three_seconds_in_evaluations() -> None:
     """The work is bounded by the number of calls, which a busy machine does not change."""
-    assert opd.audit(k3, "reverse_kl", details=False).evaluations < 400
+    assert audit(k3, "reverse_kl").evaluations < 400
     assert opd.audit(k3, "reverse_kl").evaluations < 1000
-    assert opd.audit(opd.estimator("opd_plus", "jsd", baseline="leave_one_out"), "jsd", batch_size=2).evaluations < 2500
+    assert audit(opd.estimator("opd_plus", "jsd", baseline="leave_one_out"), "jsd", batch_size=2).evaluations < 2500
 
 
 @pytest.mark.parametrize(
@@ -273,17 +277,17 @@ def test_takes_under_three_seconds_in_evaluations() -> None:
 )
 def test_bad_settings_name_the_argument(settings: dict[str, object], argument: str) -> None:
     with pytest.raises(ValueError, match=argument):
-        opd.audit(k3, **settings)  # type: ignore[arg-type]
+        audit(k3, **settings)  # type: ignore[arg-type]
 
 
 def test_identically_zero_claim_is_refused() -> None:
     with pytest.raises(InvalidArgumentError, match="zero gradient everywhere"):
-        opd.audit(k3, opd.divergences.skew_jsd(0.0))
+        audit(k3, opd.divergences.skew_jsd(0.0))
 
 
 def test_a_batch_too_large_states_the_count() -> None:
     with pytest.raises(BudgetExceededError, match=r"needs [\d,]+") as caught:
-        opd.audit(opd.estimator("opd_plus", "jsd", baseline="group_mean"), "jsd", batch_size=64, method="exact")
+        audit(opd.estimator("opd_plus", "jsd", baseline="group_mean"), "jsd", batch_size=64, method="exact")
     assert caught.value.count > caught.value.budget
 
 
@@ -302,11 +306,11 @@ def test_a_batch_too_large_states_the_count() -> None:
 )
 def test_losses_that_cannot_be_audited(loss: object, cause: str) -> None:
     with pytest.raises(LossError, match=cause):
-        opd.audit(loss, "reverse_kl")  # type: ignore[arg-type]
+        audit(loss, "reverse_kl")  # type: ignore[arg-type]
 
 
 def test_zero_gradient_loss_is_zero_not_an_error() -> None:
-    report = opd.audit(lambda r: 0.0 * r.token_sum(r.student_logprobs), "reverse_kl")
+    report = audit(lambda r: 0.0 * r.token_sum(r.student_logprobs), "reverse_kl")
     assert report.verdict == "zero"
     assert report.identified is None
 

@@ -324,11 +324,11 @@ def test_reports_obey_the_schema(reports):
     ("module", "name", "part"),
     [
         ("report", "PairResult", AUDIT_SCHEMA["properties"]["pairs"]["items"]),
-        ("weight_form", "WeightForm", AUDIT_SCHEMA["properties"]["form"]),
-        ("dependence", "Dependence", AUDIT_SCHEMA["properties"]["dependence"]),
-        ("subject", "Check", AUDIT_SCHEMA["properties"]["checks"]["items"]),
-        ("numerics", "DtypeResult", AUDIT_SCHEMA["properties"]["numerics"]["items"]),
-        ("remedies", "Remedy", AUDIT_SCHEMA["properties"]["remedies"]["items"]),
+        ("naming.weight_form", "WeightForm", AUDIT_SCHEMA["properties"]["form"]),
+        ("effects.dependence", "Dependence", AUDIT_SCHEMA["properties"]["dependence"]),
+        ("checks.subject", "Check", AUDIT_SCHEMA["properties"]["checks"]["items"]),
+        ("checks.numerics", "DtypeResult", AUDIT_SCHEMA["properties"]["numerics"]["items"]),
+        ("fixes.remedies", "Remedy", AUDIT_SCHEMA["properties"]["remedies"]["items"]),
     ],
 )
 def test_the_schema_describes_every_field(module, name, part):

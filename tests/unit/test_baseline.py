@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import opdtheory as opd
 from opdtheory.auditing import Audit
 from opdtheory.auditing.baseline import STATUSES, KnownVerdict, judge, read_baseline, write_baseline
 from opdtheory.errors import InvalidArgumentError
+
+audit = functools.partial(opd.audit, details=False)
 
 
 def k2(r):
@@ -24,17 +27,17 @@ def k3(r):
 
 @pytest.fixture(scope="module")
 def faithful() -> Audit:
-    return opd.audit(k2, "reverse_kl")
+    return audit(k2, "reverse_kl")
 
 
 @pytest.fixture(scope="module")
 def other() -> Audit:
-    return opd.audit(k3, "reverse_kl")
+    return audit(k3, "reverse_kl")
 
 
 def biased(by: float) -> Audit:
     """The audit of a loss whose bias grows with `by`."""
-    return opd.audit(lambda r: r.token_sum(r.log_u.square() / 2 + by * r.log_u**3), "reverse_kl", name="biased")
+    return audit(lambda r: r.token_sum(r.log_u.square() / 2 + by * r.log_u**3), "reverse_kl", name="biased")
 
 
 def test_without_a_record_the_claim_decides(faithful, other):

@@ -132,6 +132,7 @@ def test_modules_given_by_path_or_by_name_are_audited(pytester, monkeypatch):
     run(pytester, "--opd-audit", "--pyargs", "trainer_losses.kl", "-k", "k3").assert_outcomes(failed=1, deselected=2)
 
 
+@pytest.mark.slow
 def test_a_known_bias_passes_one_that_grew_fails_one_that_vanished_is_told(pytester):
     source = "from opdtheory.testing import opd_loss\n@opd_loss(claims='reverse_kl')\ndef mine(r):\n    return {}\n"
     biased = "r.token_sum(r.log_u.square() / 2 + {} * r.log_u ** 3)"
@@ -229,6 +230,7 @@ def test_wrong_use_is_said_in_words(pytester):
         refused.stderr.fnmatch_lines([words])
 
 
+@pytest.mark.slow
 def test_findings_reach_the_process_that_reports(pytester):
     pytest.importorskip("xdist")
     pytester.makepyfile(test_losses=SOURCE)
