@@ -10,7 +10,7 @@ from torch import Tensor
 
 from opdtheory.errors import InvalidArgumentError
 
-__all__ = ["Rollouts"]
+__all__ = ["Rollouts", "gather_logprobs"]
 
 _IGNORED_LABEL = -100
 
@@ -86,14 +86,14 @@ class Rollouts:
             mask = torch.ones(tokens.shape, dtype=student_logits.dtype, device=student_logits.device)
         else:
             _check_floating("mask", mask, tuple(tokens.shape))
-        student_logprobs = _gather_logprobs(student_logits, tokens, mask)
+        student_logprobs = gather_logprobs(student_logits, tokens, mask)
         return cls(
             tokens=tokens,
             mask=mask,
             student_logits=student_logits,
             teacher_logits=teacher_logits,
             student_logprobs=student_logprobs,
-            teacher_logprobs=_gather_logprobs(teacher_logits, tokens, mask),
+            teacher_logprobs=gather_logprobs(teacher_logits, tokens, mask),
             behavior_logprobs=student_logprobs.detach() if behavior_logprobs is None else behavior_logprobs,
         )
 
@@ -176,7 +176,8 @@ class Rollouts:
         return torch.where(self.mask > 0, values, torch.zeros_like(values))
 
 
-def _gather_logprobs(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+def gather_logprobs(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+    """Log-probabilities of the tokens; at masked positions `-inf` becomes 0."""
     logprobs = torch.log_softmax(logits, dim=-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     return torch.where((mask == 0) & torch.isneginf(logprobs), 0.0, logprobs)
 

@@ -234,10 +234,8 @@ def check_estimator(loss: Estimator) -> EstimatorResult:
     try:
         report, agrees = assert_claim(loss), True
     except AssertionError:
-        report, agrees = (
-            audit(loss, claim.divergence, claim.granularity, name=repr(loss), details=False, **settings),
-            False,
-        )
+        report = audit(loss, claim.divergence, claim.granularity, name=repr(loss), details=False, **settings)
+        agrees = False
     description, twin = _twin(loss)
     verdict = quick_verdict(twin, claim.divergence, claim.granularity, **settings)
     return EstimatorResult(repr(loss), claim, report, agrees, description, verdict)

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opdtheory.auditing.black_box import ZERO, BlackBox, name_of
 from opdtheory.auditing.checks.numerics import numerics
 from opdtheory.auditing.checks.soundness import soundness
 from opdtheory.auditing.effects.dependence import dependence
 from opdtheory.auditing.fixes.remedies import remedies
 from opdtheory.auditing.naming.combine import best_combination
 from opdtheory.auditing.naming.identify import (
+    ExactGradients,
     Fit,
     Match,
     RecoveredWeight,
@@ -35,18 +37,10 @@ from opdtheory.errors import BudgetExceededError, InvalidArgumentError
 from opdtheory.exact import GradientMoments, Loss, exact_gradient, gradient_moments
 from opdtheory.exact.oracle import check_objective, full_vocabulary_variance
 from opdtheory.exact.threads import one_thread
-from opdtheory.rollouts import Rollouts
 
 __all__ = ["METHODS", "audit", "quick_verdict"]
 
 METHODS = ("auto", "exact", "monte_carlo")
-
-# Relative error that rounding can leave in an exact expectation, by the dtype the loss returns.
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
-_COARSE = 2e-2
-
-# A gradient this much smaller than its own noise is zero.
-_ZERO = 1e-12
 
 
 def audit(
@@ -117,7 +111,7 @@ def audit(
         if isinstance(value, bool) or not isinstance(value, int) or value < (argument == "batch_size"):
             raise InvalidArgumentError(argument, f"is {value!r}; a whole number is needed")
     settings = _Settings(batch_size, eos, off_policy, gamma, seed, prompts, tuple(environment), shared_prompt)
-    counted, name, start = _Counted(loss), name or _name(loss), time.perf_counter()
+    counted, name, start = BlackBox(loss), name or name_of(loss), time.perf_counter()
     with one_thread():
         plan = None if method == "monte_carlo" else _plan(counted, settings, method)
         if plan is None:
@@ -151,7 +145,7 @@ def quick_verdict(
     """
     with one_thread():
         settings = _Settings(batch_size, eos, off_policy, gamma, seed)
-        return _compare(_Counted(loss), as_divergence(objective), granularity, settings).verdict
+        return _compare(BlackBox(loss), as_divergence(objective), granularity, settings).verdict
 
 
 @dataclass(frozen=True)
@@ -190,7 +184,7 @@ class _Comparison:
     verdict: str
 
 
-def _compare(loss: _Counted, divergence: Divergence, granularity: str, settings: _Settings) -> _Comparison:
+def _compare(loss: BlackBox, divergence: Divergence, granularity: str, settings: _Settings) -> _Comparison:
     cases = settings.panel(settings.batch_size, settings.eos)
     exact = [
         flat(exact_gradient(case.student, case.teacher, divergence, granularity, gamma=settings.gamma))
@@ -201,9 +195,9 @@ def _compare(loss: _Counted, divergence: Divergence, granularity: str, settings:
     moments = _moments(loss, cases, settings, settings.batch_size)
     gradients = [flat(m.mean) for m in moments]
     fit = fit_scale(gradients, exact)
-    tolerance = _TOLERANCE.get(loss.dtype, _COARSE)
-    zero = all(float(g.norm()) <= _ZERO * m.second_moment**0.5 for g, m in zip(gradients, moments, strict=True))
-    return _Comparison(cases, moments, gradients, fit, tolerance, "zero" if zero else _verdict(fit, tolerance))
+    tolerance = loss.tolerance
+    zero = all(float(g.norm()) <= ZERO * m.second_moment**0.5 for g, m in zip(gradients, moments, strict=True))
+    return _Comparison(cases, moments, gradients, fit, tolerance, "zero" if zero else fit.verdict(tolerance))
 
 
 def _plan(loss: Loss, settings: _Settings, method: str) -> _Settings | None:
@@ -232,7 +226,7 @@ def _is_separable(loss: Loss, settings: _Settings) -> bool:
 
 
 def _exactly(
-    loss: _Counted, divergence: Divergence, granularity: str, settings: _Settings, name: str, details: bool
+    loss: BlackBox, divergence: Divergence, granularity: str, settings: _Settings, name: str, details: bool
 ) -> Audit:
     found = _compare(loss, divergence, granularity, settings)
     batch_size, fit, tolerance, verdict = settings.batch_size, found.fit, found.tolerance, found.verdict
@@ -242,13 +236,14 @@ def _exactly(
     if verdict in FAITHFUL:
         match = Match(divergence, granularity, fit, settings.gamma)
     elif verdict == "biased":
-        match = best_match(found.gradients, found.cases, weight, granularity, tolerance)
+        catalogue = ExactGradients(found.cases)
+        match = best_match(found.gradients, catalogue, weight, granularity, tolerance)
         if match is not None and match.fit.worst_error <= tolerance:
             verdict = "other_objective"
-    if match is not None:
+        else:
+            identified = _combination(found.gradients, catalogue, granularity, tolerance)
+    if match is not None and identified is None:
         identified = _record(match, tolerance)
-    if verdict == "biased":
-        identified = _combination(found, granularity) or identified
 
     lengths = None
     if settings.eos is None and batch_size == 1 and match is not None and match.fit.worst_error <= tolerance:
@@ -282,7 +277,7 @@ def _exactly(
 
 
 def _details(
-    loss: _Counted,
+    loss: BlackBox,
     weight: RecoveredWeight,
     found: _Comparison,
     divergence: Divergence,
@@ -310,7 +305,7 @@ def _details(
 
 
 def _by_sampling(
-    loss: _Counted, divergence: Divergence, granularity: str, settings: _Settings, name: str, details: bool
+    loss: BlackBox, divergence: Divergence, granularity: str, settings: _Settings, name: str, details: bool
 ) -> Audit:
     """The audit of batches that are too many to enumerate."""
     # Two pairs, near and far: each needs thousands of rollouts of its own.
@@ -354,22 +349,6 @@ def _by_sampling(
     )
 
 
-class _Counted:
-    """A loss that counts its calls and remembers the dtype of its value."""
-
-    def __init__(self, loss: Loss) -> None:
-        self.loss = loss
-        self.calls = 0
-        self.dtype = torch.float64
-
-    def __call__(self, rollouts: Rollouts) -> Tensor:
-        self.calls += 1
-        value = self.loss(rollouts)
-        if isinstance(value, Tensor):
-            self.dtype = value.dtype
-        return value
-
-
 def _moments(loss: Loss, cases: list[Case], settings: _Settings, batch_size: int) -> list[GradientMoments]:
     return [
         gradient_moments(
@@ -377,12 +356,6 @@ def _moments(loss: Loss, cases: list[Case], settings: _Settings, batch_size: int
         )
         for case in cases
     ]
-
-
-def _verdict(fit: Fit, tolerance: float) -> str:
-    if max(fit.relative_bias) <= tolerance:
-        return "exact"
-    return "exact_up_to_scale" if fit.worst_error <= tolerance else "biased"
 
 
 def _with_lengths(loss: Loss, match: Match, settings: _Settings, tolerance: float) -> dict[str, Any]:
@@ -394,12 +367,14 @@ def _with_lengths(loss: Loss, match: Match, settings: _Settings, tolerance: floa
         for case in cases
     ]
     fit = fit_scale([flat(m.mean) for m in _moments(loss, cases, settings, 1)], exact)
-    return {"verdict": _verdict(fit, tolerance), "relative_bias": max(fit.errors)}
+    return {"verdict": fit.verdict(tolerance), "relative_bias": max(fit.errors)}
 
 
-def _combination(found: _Comparison, granularity: str) -> dict[str, Any] | None:
+def _combination(
+    gradients: list[Tensor], catalogue: ExactGradients, granularity: str, tolerance: float
+) -> dict[str, Any] | None:
     """The signed sum of a few catalogue objectives that the loss follows, if there is one."""
-    combination = best_combination(found.gradients, found.cases, granularity, found.tolerance)
+    combination = best_combination(gradients, catalogue, granularity, tolerance)
     if combination is None:
         return None
     return {
@@ -422,7 +397,3 @@ def _record(match: Match, tolerance: float) -> dict[str, Any]:
         "scale": match.fit.scale,
         "error": match.fit.worst_error if match.fit.worst_error <= tolerance else match.fit.typical_error,
     }
-
-
-def _name(loss: Loss) -> str:
-    return str(getattr(loss, "name", None) or getattr(loss, "__name__", None) or repr(loss))

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from opdtheory.auditing.report import Audit
+from opdtheory.auditing.report import FAITHFUL, Audit
 from opdtheory.errors import InvalidArgumentError
 
 __all__ = ["BASELINE_VERSION", "STATUSES", "Judgement", "KnownVerdict", "judge", "read_baseline", "write_baseline"]
@@ -114,7 +114,7 @@ def judge(report: Audit, known: KnownVerdict | None = None, met: Callable[[str],
     if known is not None and not known.is_about(report):
         known, aside = None, "; the record in the baseline is of another claim or other settings"
     if as_claimed:
-        if known is not None and report.faithful and known.verdict not in ("exact", "exact_up_to_scale"):
+        if known is not None and report.faithful and known.verdict not in FAITHFUL:
             return Judgement("vanished", f"it was {_words(known)}, it is {found}; update the baseline")
         if known is None or known.verdict != report.verdict or report.faithful:
             return Judgement("as_claimed", found)

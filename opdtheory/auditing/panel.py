@@ -13,7 +13,7 @@ from torch import Tensor
 from opdtheory.errors import BudgetExceededError, InvalidArgumentError
 from opdtheory.exact import TabularPolicy, random_pair
 
-__all__ = ["STEP", "Case", "bandits", "log_u_grid", "panel"]
+__all__ = ["STEP", "Case", "bandits", "is_dear", "log_u_grid", "panel"]
 
 # (sharpness of the student, distance of the teacher): from nearly equal to far apart.
 _PAIRS = ((1.0, 0.03), (1.0, 0.5), (0.3, 1.0), (1.0, 1.5), (2.5, 1.0), (0.5, 2.5))

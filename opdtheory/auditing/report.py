@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from opdtheory.auditing.fixes.remedies import Remedy
     from opdtheory.auditing.naming.weight_form import WeightForm
 
-__all__ = ["VERDICTS", "Audit", "PairResult"]
+__all__ = ["FAITHFUL", "VERDICTS", "Audit", "PairResult"]
 
 SCHEMA_VERSION = 1
 
@@ -28,7 +28,6 @@ VERDICTS = {
     "biased": "its expected gradient is biased",
     "undecided": "the budget ended before its expected gradient could be told",
 }
-
 
 FAITHFUL = ("exact", "exact_up_to_scale")
 
@@ -72,8 +71,9 @@ class Audit:
         tolerance: relative error that counts as rounding.
         identified: the catalogue objective that matches best over all granularities, with
             `objective`, `granularity`, `parameters`, `scale` and `error`, or None if no objective
-            points the same way. The error is relative to the loss's gradient, at that scale: the
-            worst over the panel for a match, the root mean square for the nearest miss.
+            points the same way; with `gamma` where a discount was fitted, and with `terms` where it is a signed sum of
+            a few objectives, their coefficients by name. The error is relative to the loss's gradient, at that
+            scale: the worst over the panel for a match, the root mean square for the nearest miss.
         weight: the recovered local weight: `log_u`, `weight`, `depends_on_ratio_only`, `non_decreasing`,
             `residual`, `slope_at_teacher` (see `RecoveredWeight`) and `explains_panel`: whether that weight
             of each token's own ratio gives the gradient over several tokens too (None: cannot tell).
@@ -128,7 +128,8 @@ class Audit:
         """The catalogue objective whose exact gradient the loss follows, or None if there is none."""
         if self.identified is None or self.identified["error"] > self.tolerance or self.verdict == "zero":
             return None
-        return _label(self.identified)
+        # A signed sum of objectives is none of the catalogue's.
+        return None if "terms" in self.identified else _label(self.identified)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain Python values that `json.dumps` takes; infinite numbers become null."""
@@ -224,7 +225,7 @@ class Audit:
         )
 
     def _follows(self) -> str:
-        if self.identified is None or self.verdict in ("zero", "exact", "exact_up_to_scale"):
+        if self.identified is None or self.verdict in ("zero", *FAITHFUL):
             return ""
         where = f"{_label(self.identified)} ({self.identified['granularity']})"
         if self.identified["error"] > self.tolerance:
@@ -270,7 +271,7 @@ class Audit:
     def _lengths(self) -> str:
         if self.variable_lengths is None:
             return ""
-        if self.variable_lengths["verdict"] in ("exact", "exact_up_to_scale"):
+        if self.variable_lengths["verdict"] in FAITHFUL:
             return ""
         return (
             "This holds at fixed length only: when rollouts may end early, it is off by up to "

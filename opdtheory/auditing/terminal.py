@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from opdtheory.auditing.report import Audit
@@ -39,14 +40,12 @@ def print_audit(report: Audit, console: Console | None = None) -> None:
         if table is not None:
             console.print()
             console.print(table)
-    remedies = report.to_dict().get("remedies") or []
-    if remedies:
+    if report.remedies:
         console.print()
         console.print(Text("What would make it right", style="bold"))
-    for remedy in remedies:
-        found = str(remedy.get("verdict")).replace("_", " ")
-        note = f"  audited: {found}" if remedy.get("verified") else "  not verified"
-        console.print(Text.assemble("  • ", str(remedy.get("text")), (note, "dim")))
+    for remedy in report.remedies:
+        note = f"  audited: {remedy.verdict.replace('_', ' ')}" if remedy.verified else "  not verified"
+        console.print(Text.assemble("  • ", remedy.text, (note, "dim")))
 
 
 def _weight(report: Audit) -> list[str]:
@@ -99,22 +98,16 @@ def _checks(report: Audit) -> Any:
     from rich.text import Text
 
     marks = {True: Text("ok", style="green"), False: Text("FAILED", style="bold red"), None: Text("-", style="dim")}
-    rows = [
-        [marks[c.get("passed")], c.get("name"), _number(c.get("value")), c.get("detail") or ""]
-        for c in report.to_dict().get("checks") or []
-    ]
+    rows = [[marks[c.passed], c.name, _number(c.value), c.detail] for c in report.checks]
     columns = [("", "left"), ("check", "left"), ("value", "right"), ("", "left")]
     return _table("Checks", columns, rows) if rows else None
 
 
 def _numerics(report: Audit) -> Any:
-    rows = [
-        [r.get("dtype"), r.get("regime"), _number(r.get("worst_error")), r.get("words") or ""]
-        for r in report.to_dict().get("numerics") or []
-    ]
+    rows = [[r.dtype, r.regime, _number(r.worst_error), r.words] for r in report.numerics]
     columns = [("dtype", "left"), ("log-ratios", "left"), ("worst error", "right"), ("", "left")]
     return _table("Numerics", columns, rows) if rows else None
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.2e}"
+    return "" if value is None or not math.isfinite(value) else f"{value:.2e}"

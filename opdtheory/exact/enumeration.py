@@ -18,7 +18,7 @@ from opdtheory.errors import BudgetExceededError, InvalidArgumentError
 from opdtheory.exact.oracle import check_objective
 from opdtheory.exact.policies import Policy
 from opdtheory.exact.tree import check_pair
-from opdtheory.rollouts import Rollouts
+from opdtheory.rollouts import Rollouts, gather_logprobs
 
 __all__ = ["SEQUENCE_BUDGET", "Enumeration", "enumerated_value", "shown_tables"]
 
@@ -115,14 +115,14 @@ class Enumeration:
     @functools.cached_property
     def teacher_logprobs(self) -> Float[Tensor, "N T"]:
         """The teacher's log-probability of every token, finite where masked."""
-        return _logprobs(self.teacher_logits, self.tokens, self.mask)
+        return gather_logprobs(self.teacher_logits, self.tokens, self.mask)
 
     @functools.cached_property
     def behavior_logprobs(self) -> Float[Tensor, "N T"] | None:
         """The sampling policy's log-probability of every token, finite where masked; None for the student's."""
         if self.behavior_tables is self.student_tables:
             return None
-        return _logprobs(self.gather_logits([t.detach() for t in self.behavior_tables]), self.tokens, self.mask)
+        return gather_logprobs(self.gather_logits([t.detach() for t in self.behavior_tables]), self.tokens, self.mask)
 
     def gather_logits(self, tables: list[Tensor], index: Tensor | slice = slice(None)) -> Float[Tensor, "B T V"]:
         """The rows of a policy's tables that the selected sequences read."""
@@ -144,7 +144,7 @@ class Enumeration:
                 "student_logits",
                 f"has shape {tuple(student_logits.shape)}; rows for tokens of shape {tuple(tokens.shape)} are needed",
             )
-        student_logprobs = _logprobs(student_logits, tokens, mask)
+        student_logprobs = gather_logprobs(student_logits, tokens, mask)
         behavior = self.behavior_logprobs
         # Everything here comes from checked policies; an audit makes thousands of these.
         return Rollouts.unchecked(
@@ -262,9 +262,3 @@ def _prefix_rows(tokens: Tensor, vocab_size: int) -> Tensor:
 def _gather(tables: list[Tensor], rows: Tensor, tokens: Tensor) -> Tensor:
     logits = [torch.log_softmax(table, -1)[rows[:, n], tokens[:, n]] for n, table in enumerate(tables)]
     return torch.stack(logits, dim=1)
-
-
-def _logprobs(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-    """Log-probabilities of the tokens, with 0 for `-inf` at masked positions."""
-    values = torch.log_softmax(logits, -1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-    return torch.where((mask == 0) & torch.isneginf(values), 0.0, values)

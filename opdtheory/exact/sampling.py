@@ -16,7 +16,7 @@ from opdtheory.errors import BudgetExceededError, InvalidArgumentError
 from opdtheory.exact.enumeration import shown_tables
 from opdtheory.exact.policies import MarkovPolicy, Policy
 from opdtheory.exact.tree import LEAF_BUDGET, check_pair
-from opdtheory.rollouts import Rollouts
+from opdtheory.rollouts import Rollouts, gather_logprobs
 
 __all__ = ["Sample", "Sampler", "sample_rollouts"]
 
@@ -169,8 +169,8 @@ class Sampler:
     def _sample(self, tokens: Tensor, rows: Tensor, mask: Tensor) -> Sample:
         off_policy = self.behavior is not self.student
         logits, teacher_logits = self.student[rows], self.teacher[rows]
-        teacher_logprobs = _logprobs(teacher_logits, tokens, mask)
-        behavior_logprobs = _logprobs(self.behavior[rows], tokens, mask) if off_policy else None
+        teacher_logprobs = gather_logprobs(teacher_logits, tokens, mask)
+        behavior_logprobs = gather_logprobs(self.behavior[rows], tokens, mask) if off_policy else None
         return Sample(_rollouts(tokens, mask, logits, teacher_logits, teacher_logprobs, behavior_logprobs), rows)
 
 
@@ -225,7 +225,7 @@ def _rollouts(
     """Rollouts from checked policies with `logits` as their leaf; on-policy without `behavior_logprobs`."""
     leaf = logits.requires_grad_()
     with torch.enable_grad():
-        student_logprobs = _logprobs(leaf, tokens, mask)
+        student_logprobs = gather_logprobs(leaf, tokens, mask)
     return Rollouts.unchecked(
         tokens=tokens,
         mask=mask,
@@ -235,9 +235,3 @@ def _rollouts(
         teacher_logprobs=teacher_logprobs,
         behavior_logprobs=student_logprobs.detach() if behavior_logprobs is None else behavior_logprobs,
     )
-
-
-def _logprobs(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-    """Log-probabilities of the tokens, finite where masked."""
-    values = torch.log_softmax(logits, -1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-    return torch.where((mask == 0) & torch.isneginf(values), 0.0, values)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from opdtheory.auditing import VERDICTS, Audit, audit
+from opdtheory.auditing.black_box import ZERO, BlackBox, name_of
+from opdtheory.auditing.naming.identify import flat
 from opdtheory.auditing.panel import panel
 from opdtheory.divergences import Divergence
 from opdtheory.divergences import divergence as as_divergence
@@ -20,7 +22,6 @@ from opdtheory.errors import InvalidArgumentError
 from opdtheory.estimators import Claim, Estimator
 from opdtheory.estimators.base import FIXED_LENGTH, ON_POLICY, ON_POLICY_OR_ONE_STEP
 from opdtheory.exact import GradientMoments, Loss, TabularPolicy, gradient_moments
-from opdtheory.rollouts import Rollouts
 
 __all__ = [
     "assert_claim",
@@ -30,13 +31,6 @@ __all__ = [
     "claim_settings",
     "gradient_gap",
 ]
-
-# Relative error that rounding can leave in an exact expectation, by the dtype the loss returns.
-_ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
-_COARSE = 2e-2
-
-# A gradient this much smaller than its own noise is zero.
-_ZERO = 1e-12
 
 # Noise on the sampling policy's logits where a claim does not ask for on-policy rollouts.
 _OFF_POLICY = 0.3
@@ -177,7 +171,7 @@ def assert_same_gradient(
         raise InvalidArgumentError("tolerance", f"is {tolerance!r}; a finite number of at least 0 is needed")
     if not 0.0 <= off_policy < float("inf"):
         raise InvalidArgumentError("off_policy", f"is {off_policy!r}; a finite number of at least 0 is needed")
-    losses = (_Typed(first), _Typed(second))
+    losses = (BlackBox(first), BlackBox(second))
     rows, worst = [], 0.0
     for case in panel(batch_size, eos, off_policy, seed, prompts, environment, shared_prompt):
         where = (case.student, case.teacher, batch_size, case.behavior)
@@ -185,9 +179,9 @@ def assert_same_gradient(
         gap, sizes = _gap(*moments)
         worst = max(worst, gap)
         rows.append(f"  {case.label}: differs by {gap:.3g}; lengths {sizes[0]:.6g} and {sizes[1]:.6g}")
-    allowed = tolerance if tolerance is not None else max(_ROUNDING.get(loss.dtype, _COARSE) for loss in losses)
+    allowed = tolerance if tolerance is not None else max(loss.tolerance for loss in losses)
     if not worst <= allowed:
-        names = " and ".join(str(getattr(loss, "__name__", None) or repr(loss)) for loss in (first, second))
+        names = " and ".join(name_of(loss) for loss in (first, second))
         raise AssertionError(
             f"the expected gradients of {names} differ by {worst:.3g} of the longer one, more than {allowed:.3g}:\n"
             + "\n".join(rows)
@@ -271,26 +265,12 @@ def gradient_gap(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     return max(gap if gap == gap else float("inf") for gap in gaps)
 
 
-class _Typed:
-    """A loss that remembers the dtype of its value."""
-
-    def __init__(self, loss: Loss) -> None:
-        self.loss = loss
-        self.dtype = torch.float64
-
-    def __call__(self, rollouts: Rollouts) -> Tensor:
-        value = self.loss(rollouts)
-        if isinstance(value, Tensor):
-            self.dtype = value.dtype
-        return value
-
-
 def _gap(first: GradientMoments, second: GradientMoments) -> tuple[float, tuple[float, float]]:
     """The difference of two mean gradients relative to the longer one, and their lengths."""
-    a, b = (torch.cat([level.flatten() for level in moments.mean]) for moments in (first, second))
+    a, b = (flat(moments.mean) for moments in (first, second))
     sizes, apart = (float(a.norm()), float(b.norm())), float((a - b).norm())
     noise = max(first.second_moment, second.second_moment) ** 0.5
-    return (0.0 if apart <= _ZERO * noise else apart / max(sizes)), sizes
+    return (0.0 if apart <= ZERO * noise else apart / max(sizes)), sizes
 
 
 def _check_met(claim: Claim, settings: dict[str, Any], seed: int) -> None:

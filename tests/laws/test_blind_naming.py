@@ -20,7 +20,14 @@ from opdtheory import divergences
 from opdtheory.auditing import Audit, quick_verdict
 from opdtheory.auditing.effects.dependence import dependence
 from opdtheory.auditing.naming.combine import best_combination
-from opdtheory.auditing.naming.identify import RecoveredWeight, best_match, fit_scale, flat, recover_weight
+from opdtheory.auditing.naming.identify import (
+    ExactGradients,
+    RecoveredWeight,
+    best_match,
+    fit_scale,
+    flat,
+    recover_weight,
+)
 from opdtheory.auditing.naming.weight_form import WeightForm, describe
 from opdtheory.auditing.panel import panel
 from opdtheory.divergences import Divergence
@@ -109,7 +116,7 @@ def check_objective(found: Blind, claim: Claim, divergence: Divergence) -> None:
     if claim.granularity == "token_return" and claim.gamma < 1:
         cases = panel(settings["batch_size"], settings["eos"], settings["off_policy"])
         moments = [gradient_moments(found.loss, c.student, c.teacher, 1, c.behavior) for c in cases]
-        match = best_match([flat(m.mean) for m in moments], cases, found.weight, "token_local", 1e-9)
+        match = best_match([flat(m.mean) for m in moments], ExactGradients(cases), found.weight, "token_local", 1e-9)
         assert match is not None and match.fit.worst_error <= 1e-9
         named, granularity, gamma = match.divergence, match.granularity, match.gamma
     else:
@@ -220,7 +227,7 @@ def test_discount_is_fitted() -> None:
     gamma = 0.83
     loss = estimator("return_to_go", "jsd", gamma=gamma, discounted=True)
     gradients, cases = on_panel(loss)
-    match = best_match(gradients, cases, recover_weight(loss, 1, 0.0, 0, 1e-9), "token_local", 1e-9)
+    match = best_match(gradients, ExactGradients(cases), recover_weight(loss, 1, 0.0, 0, 1e-9), "token_local", 1e-9)
     assert match is not None and match.fit.worst_error < 1e-12
     assert (match.divergence.name, match.granularity, match.gamma) == ("jsd", "token_return", gamma)
 
@@ -229,24 +236,25 @@ def test_no_discount_is_fitted_to_the_return_to_go_of_no_objective() -> None:
     """T6: without the outer gamma^(n-1) it is the gradient of nothing."""
     loss = estimator("return_to_go", "jsd", gamma=0.5)
     gradients, cases = on_panel(loss)
-    match = best_match(gradients, cases, recover_weight(loss, 1, 0.0, 0, 1e-9), "token_local", 1e-9)
+    match = best_match(gradients, ExactGradients(cases), recover_weight(loss, 1, 0.0, 0, 1e-9), "token_local", 1e-9)
     assert match is None or match.fit.worst_error > 1e-3
-    assert best_combination(gradients, cases, "token_local", 1e-9) is None
+    assert best_combination(gradients, ExactGradients(cases), "token_local", 1e-9) is None
 
 
 def test_combinations_of_objectives() -> None:
     forward, jsd, le_cam = (estimator("return_to_go", name, gamma=1.0) for name in ("forward_kl", "jsd", "le_cam"))
     gradients, cases = on_panel(lambda r: 1.5 * forward(r) - 0.5 * jsd(r))
-    found = best_combination(gradients, cases, "token_local", 1e-9)
+    found = best_combination(gradients, ExactGradients(cases), "token_local", 1e-9)
     assert found is not None and found.error < 1e-12
     assert (found.granularity, found.label) == ("token_return", "3 * forward_kl - jsd")
     gradients, cases = on_panel(lambda r: 0.311 * forward(r) - 0.5 * jsd(r) + le_cam(r))
-    three = best_combination(gradients, cases, "token_local", 1e-9)
+    three = best_combination(gradients, ExactGradients(cases), "token_local", 1e-9)
     assert three is not None
     assert three.terms == pytest.approx({"forward_kl": 0.311, "jsd": -0.5, "le_cam": 1.0}, abs=1e-9)
     # One objective alone is no combination, and a loss of none of them neither.
     for loss in (forward, estimator("power", alpha=0.5)):
-        assert best_combination(*on_panel(loss), "token_local", 1e-9) is None
+        gradients, cases = on_panel(loss)
+        assert best_combination(gradients, ExactGradients(cases), "token_local", 1e-9) is None
 
 
 def smooth(draw: random.Random, inputs: Callable[[Rollouts], list[Tensor]]) -> Loss:

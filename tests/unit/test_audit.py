@@ -384,3 +384,12 @@ def test_prompts_and_tools_change_nothing_of_an_exact_estimator() -> None:
     assert opd.audit(loss, "forward_kl", prompts=3, environment=(1,), details=False).verdict == "exact"
     biased = opd.audit(opd.estimator("opd", "forward_kl"), "forward_kl", prompts=3, environment=(1,), details=False)
     assert biased.verdict == "biased"
+
+
+def test_a_signed_sum_is_identified_but_is_no_catalogue_objective() -> None:
+    report = opd.audit(opd.estimator("k3_reward"), "reverse_kl", details=False)
+    assert report.verdict == "biased" and report.descends is None
+    assert report.identified is not None and report.identified["error"] < report.tolerance
+    assert report.identified["terms"] == pytest.approx({"reverse_kl": 1.0, "forward_kl": -1.0}, abs=1e-9)
+    assert "that of reverse_kl - forward_kl" in report.summary().replace("\n", " ")
+    assert opd.audit(k3, "reverse_kl", details=False).descends == "forward_kl"

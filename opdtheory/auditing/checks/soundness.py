@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from opdtheory.auditing.black_box import ZERO
 from opdtheory.auditing.checks.batch_checks import BATCH_CHECKS
 from opdtheory.auditing.checks.subject import Check, Subject, norm
 from opdtheory.auditing.naming.identify import fit_scale, flat
@@ -21,9 +22,6 @@ _BUDGET = 2_000
 
 # Noise on the logits of a policy that samples in the student's place.
 _OTHER_POLICY = 0.5
-
-# A gradient this much smaller than its own noise is zero.
-_ZERO = 1e-12
 
 
 def soundness(
@@ -86,7 +84,7 @@ def _guarded(name: str, check: Callable[[Subject], Check], subject: Subject) -> 
 def _stationary(s: Subject) -> Check:
     name = "stationary at the teacher"
     typical = sorted(norm(m) for m in s.moments)[len(s.moments) // 2]
-    if typical <= _ZERO * max(m.second_moment for m in s.moments) ** 0.5:
+    if typical <= ZERO * max(m.second_moment for m in s.moments) ** 0.5:
         return Check(name, None, 0.0, s.tolerance, "The expected gradient is zero everywhere, at the teacher too.")
     student = s.case.student
     found = _moments(s, student, student.perturbed(0.0), s.case.behavior)
@@ -106,7 +104,7 @@ def _common_scale(s: Subject) -> Check:
     scales = [float(a @ e) / float(e @ e) for a, e in zip(*s.against_claim, strict=True)]
     largest = max(abs(c) for c in scales)
     noise = max(m.second_moment for m in s.moments) ** 0.5
-    if largest <= _ZERO * noise:
+    if largest <= ZERO * noise:
         return Check(name, None, None, s.tolerance, "The expected gradient is zero on every pair.")
     value = (max(scales) - min(scales)) / largest
     if value <= s.tolerance:
@@ -154,7 +152,7 @@ def _other_policy(s: Subject) -> Check:
     found = _moments(s, case.student, case.teacher, behavior)
     before = s.moments[s.middle]
     here, there = flat(before.mean), flat(found.mean)
-    floor = _ZERO * max(before.second_moment, found.second_moment) ** 0.5
+    floor = ZERO * max(before.second_moment, found.second_moment) ** 0.5
     value = float((here - there).norm()) / max(float(here.norm()), float(there.norm()), floor, 1e-300)
     if value <= s.tolerance:
         detail = "The expected gradient is the same whichever of two policies samples the rollouts."

@@ -30,8 +30,6 @@ _WRONG = 2
 # Kinds that are tried because of the settings alone, not because something of the loss pointed to them.
 _BLIND = ("reduction", "padding", "importance")
 
-_OPTIONAL = ("prompts", "environment", "shared_prompt")
-
 # Changes tried for one loss; each costs a call of the verdict, most of them one pair's worth.
 _TRIALS = 40
 _COUPLED_TRIALS = 14
@@ -101,8 +99,7 @@ def remedies(
 
 
 def _facts(loss: Loss, divergence: Divergence, granularity: str, report: Audit, lengths: bool) -> Facts:
-    settings = {key: report.settings[key] for key in ("batch_size", "eos", "off_policy", "gamma", "seed")}
-    settings |= {key: report.settings[key] for key in _OPTIONAL if key in report.settings}
+    settings = dict(report.settings)
     trial = Trial(loss, divergence, granularity, **settings, tolerance=report.tolerance, lengths=lengths)
     curve = None
     if settings["off_policy"]:

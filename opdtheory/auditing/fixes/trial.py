@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from opdtheory.auditing.black_box import ZERO
 from opdtheory.auditing.naming.identify import fit_scale, flat
 from opdtheory.auditing.panel import Case, panel
 from opdtheory.divergences import Divergence
@@ -23,9 +24,6 @@ _ORDER = (3, 5, 1, 4, 2, 0)
 
 # Batches of coupled rollouts that the panel's pairs may cost one trial.
 _PANEL_BATCHES = 600
-
-# A gradient this much smaller than its own noise is zero.
-_ZERO = 1e-12
 
 
 class Trial:
@@ -89,7 +87,7 @@ class Trial:
             loss, case.student, case.teacher, self.batch_size, case.behavior, shared_prompt=self.shared_prompt
         )
         size = math.sqrt(sum(float(level.square().sum()) for level in moments.mean))
-        if size <= _ZERO * math.sqrt(moments.second_moment):
+        if size <= ZERO * math.sqrt(moments.second_moment):
             return [level * 0.0 for level in moments.mean]
         return moments.mean
 
@@ -113,10 +111,7 @@ class Trial:
                 break
         if all(float(gradient.norm()) == 0.0 for gradient in actual):
             return "zero", 1.0
-        bias = max(fit.relative_bias)
-        if bias <= self.tolerance:
-            return "exact", bias
-        return ("exact_up_to_scale" if fit.worst_error <= self.tolerance else "biased"), bias
+        return fit.verdict(self.tolerance), max(fit.relative_bias)
 
 
 def attempt(function: Callable[[], Found]) -> Found | None:

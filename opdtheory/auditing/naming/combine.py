@@ -11,11 +11,8 @@ from torch import Tensor
 from opdtheory import divergences
 from opdtheory.auditing.naming.atoms import FAMILIES
 from opdtheory.auditing.naming.formula import label_of_terms, simple_ratio
-from opdtheory.auditing.naming.identify import flat
-from opdtheory.auditing.panel import Case
+from opdtheory.auditing.naming.identify import ExactGradients
 from opdtheory.exact import OBJECTIVES
-from opdtheory.exact.oracle import tree_gradient
-from opdtheory.exact.tree import Tree
 
 __all__ = ["Combination", "best_combination"]
 
@@ -43,7 +40,9 @@ class Combination:
         return label_of_terms(self.terms)
 
 
-def best_combination(gradients: list[Tensor], cases: list[Case], prefer: str, tolerance: float) -> Combination | None:
+def best_combination(
+    gradients: list[Tensor], exact: ExactGradients, prefer: str, tolerance: float
+) -> Combination | None:
     """Two or three catalogue objectives of one granularity whose signed sum has the given gradients, or None.
 
     Fewer terms and then the preferred granularity come first. Jeffreys' divergence, the sum of the two KLs, is
@@ -51,16 +50,15 @@ def best_combination(gradients: list[Tensor], cases: list[Case], prefer: str, to
 
     Args:
         gradients: the loss's expected gradient on each pair, flat.
-        cases: the pairs.
+        exact: the catalogue's gradients on the same pairs.
         prefer: the granularity that is named when several coincide.
         tolerance: error up to which a combination matches.
     """
     if any(float(g.norm()) == 0.0 for g in gradients):
         return None
     order = sorted(OBJECTIVES, key=lambda granularity: granularity != prefer)
-    trees = [Tree.build(case.student, case.teacher) for case in cases]
     names = [name for name in divergences.names() if name not in FAMILIES and name != "jeffreys"]
-    designs = {granularity: _design(gradients, trees, names, granularity) for granularity in order}
+    designs = {granularity: _design(gradients, exact, names, granularity) for granularity in order}
     target = torch.cat([g / g.norm() for g in gradients])
     for size, granularity in itertools.product((2, 3), order):
         combination = _combined(designs[granularity], target, names, granularity, size, gradients, tolerance)
@@ -69,12 +67,11 @@ def best_combination(gradients: list[Tensor], cases: list[Case], prefer: str, to
     return None
 
 
-def _design(gradients: list[Tensor], trees: list[Tree], names: list[str], granularity: str) -> Tensor:
+def _design(gradients: list[Tensor], catalogue: ExactGradients, names: list[str], granularity: str) -> Tensor:
     """The exact gradients of the entries as columns, each pair in units of the loss's own gradient there."""
     columns = []
     for name in names:
-        entry = divergences.divergence(name)
-        exact = [flat(tree_gradient(tree, entry, granularity)) for tree in trees]
+        exact = catalogue.of(divergences.divergence(name), granularity)
         columns.append(torch.cat([e / g.norm() for e, g in zip(exact, gradients, strict=True)]))
     return torch.stack(columns, 1)
 

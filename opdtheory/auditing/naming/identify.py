@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from opdtheory import divergences
+from opdtheory.auditing.naming.atoms import FAMILIES
+from opdtheory.auditing.naming.sparse import shortest
 from opdtheory.auditing.panel import STEP, Case, bandits, log_u_grid
 from opdtheory.divergences import Divergence
 from opdtheory.errors import InvalidArgumentError
@@ -19,6 +21,7 @@ from opdtheory.exact.oracle import tree_gradient
 from opdtheory.exact.tree import Tree
 
 __all__ = [
+    "ExactGradients",
     "Fit",
     "Match",
     "RecoveredWeight",
@@ -36,14 +39,10 @@ _AMPLIFIED = 10.0
 _INTERPOLATION = 0.05
 _FINE_GRID = 0.5
 
-# Parameterised families and the interval in which their parameter is sought.
-_FAMILIES = {
-    "skew_jsd": ("beta", 1e-3, 1.0 - 1e-3),
-    "alpha": ("alpha", -4.0, 4.0),
-    "skew_forward_kl": ("lam", 0.0, 1.0 - 1e-3),
-    "skew_reverse_kl": ("lam", 0.0, 1.0 - 1e-3),
-}
 _STARTS = 41
+
+# A misfit, relative to what is fitted, far below which a short decimal is as good as the fitted parameter.
+_SHORT = 1e-10
 
 _FLOOR = 1e-100
 
@@ -96,6 +95,12 @@ class Fit:
         """The largest error at best scale; inf unless the scale is positive."""
         return max(self.errors) if self.scale > 0 else float("inf")
 
+    def verdict(self, tolerance: float) -> str:
+        """`exact`, `exact_up_to_scale` or `biased`, with errors up to the tolerance taken for rounding."""
+        if max(self.relative_bias) <= tolerance:
+            return "exact"
+        return "exact_up_to_scale" if self.worst_error <= tolerance else "biased"
+
     @property
     def typical_error(self) -> float:
         """Root mean square of the errors at best scale, at most 1; inf unless the scale is positive."""
@@ -117,6 +122,21 @@ class Match:
     granularity: str
     fit: Fit
     gamma: float = 1.0
+
+
+class ExactGradients:
+    """Exact gradients of catalogue objectives on every pair of a panel, flat, each computed once."""
+
+    def __init__(self, cases: list[Case]) -> None:
+        self.trees = [Tree.build(case.student, case.teacher) for case in cases]
+        self._found: dict[tuple[Divergence, str], list[Tensor]] = {}
+
+    def of(self, divergence: Divergence, granularity: str) -> list[Tensor]:
+        """The gradients of one objective, undiscounted."""
+        key = (divergence, granularity)
+        if key not in self._found:
+            self._found[key] = [flat(tree_gradient(tree, divergence, granularity)) for tree in self.trees]
+        return self._found[key]
 
 
 def recover_weight(loss: Loss, batch_size: int, off_policy: float, seed: int, tolerance: float) -> RecoveredWeight:
@@ -206,7 +226,7 @@ def fit_scale(actual: list[Tensor], exact: list[Tensor]) -> Fit:
 
 
 def best_match(
-    gradients: list[Tensor], cases: list[Case], weight: RecoveredWeight, prefer: str, tolerance: float
+    gradients: list[Tensor], exact: ExactGradients, weight: RecoveredWeight, prefer: str, tolerance: float
 ) -> Match | None:
     """The catalogue objective whose exact gradients are nearest to a positive multiple of the given ones.
 
@@ -216,23 +236,22 @@ def best_match(
 
     Args:
         gradients: the loss's expected gradient on each pair, flat.
-        cases: the pairs.
+        exact: the catalogue's gradients on the same pairs.
         weight: the recovered weight, to which the parameters are fitted.
         prefer: the granularity that is named when several coincide.
         tolerance: error up to which an entry matches.
     """
     order = sorted(OBJECTIVES, key=lambda granularity: granularity != prefer)
-    trees = [Tree.build(case.student, case.teacher) for case in cases]
-    plain = [divergences.divergence(name) for name in divergences.names() if name not in _FAMILIES]
-    best = _nearest(gradients, trees, itertools.product(plain, order), tolerance)
+    plain = [divergences.divergence(name) for name in divergences.names() if name not in FAMILIES]
+    best = _nearest(gradients, exact, itertools.product(plain, order), tolerance)
     if (best is None or best.fit.worst_error > tolerance) and weight.depends_on_ratio_only:
-        fitted = [entry for name in _FAMILIES if (entry := _fit_family(name, weight)) is not None]
-        other = _nearest(gradients, trees, itertools.product(fitted, order), tolerance)
+        fitted = [entry for name in FAMILIES if (entry := _fit_family(name, weight)) is not None]
+        other = _nearest(gradients, exact, itertools.product(fitted, order), tolerance)
         # A member that is an entry in another name does not displace it.
         if other is not None and (best is None or other.fit.typical_error < (1 - 1e-6) * best.fit.typical_error):
             best = other
         if best is None or best.fit.worst_error > tolerance:
-            discounted = (_fit_discount(gradients, trees, entry) for entry in _alike(plain + fitted, weight))
+            discounted = (_fit_discount(gradients, exact.trees, entry) for entry in _alike(plain + fitted, weight))
             best = next((m for m in discounted if m is not None and m.fit.worst_error <= tolerance), best)
     return best
 
@@ -275,17 +294,17 @@ def _fit_discount(gradients: list[Tensor], trees: list[Tree], entry: Divergence)
     solution = least_squares(
         lambda x: residual(float(x[0])).numpy(), [start], bounds=([0.0], [1.0]), xtol=1e-15, ftol=1e-15, gtol=1e-15
     )
-    gamma = _simplest(float(solution.x[0]), lambda value: float(residual(value).norm()))
+    gamma = shortest(float(solution.x[0]), lambda value: float(residual(value).norm()), _SHORT)
     fit = fit_scale(gradients, exact(gamma))
     return Match(entry, "token_return", fit, gamma) if fit.scale > 0 else None
 
 
 def _nearest(
-    gradients: list[Tensor], trees: list[Tree], candidates: Iterable[tuple[Divergence, str]], tolerance: float
+    gradients: list[Tensor], catalogue: ExactGradients, candidates: Iterable[tuple[Divergence, str]], tolerance: float
 ) -> Match | None:
     best: Match | None = None
     for divergence, granularity in candidates:
-        exact = [flat(tree_gradient(tree, divergence, granularity)) for tree in trees]
+        exact = catalogue.of(divergence, granularity)
         if any(float(g.norm()) == 0.0 for g in exact):
             continue
         match = Match(divergence, granularity, fit_scale(gradients, exact))
@@ -305,7 +324,7 @@ def _fit_family(name: str, recovered: RecoveredWeight) -> Divergence | None:
     """The member of a family whose weight is nearest to a positive multiple of the recovered one."""
     from scipy.optimize import least_squares
 
-    parameter, low, high = _FAMILIES[name]
+    parameter, low, high = FAMILIES[name]
     middle = len(recovered.log_u) // 2
     size = float(recovered.weight.norm())
     if size == 0.0:
@@ -324,18 +343,8 @@ def _fit_family(name: str, recovered: RecoveredWeight) -> Divergence | None:
     solution = least_squares(
         lambda x: residual(x[0]).numpy(), [start], bounds=([low], [high]), xtol=1e-15, ftol=1e-15, gtol=1e-15
     )
-    value = _simplest(float(solution.x[0]), error)
+    value = shortest(float(solution.x[0]), error, _SHORT)
     try:
         return divergences.divergence(name, **{parameter: value})
     except InvalidArgumentError:
         return None
-
-
-def _simplest(value: float, error: Callable[[float], float]) -> float:
-    """The shortest decimal near a fitted value that fits as well as it does."""
-    limit = 10.0 * error(value) + 1e-13
-    for digits in range(1, 8):
-        short = round(value, digits)
-        if abs(short - value) < 1e-6 and error(short) <= limit:
-            return short
-    return value

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from opdtheory.auditing.report import Audit
+from opdtheory.auditing.report import FAITHFUL, Audit
 from opdtheory.divergences import Divergence
 from opdtheory.divergences import divergence as as_divergence
 from opdtheory.errors import OpdTheoryError
@@ -90,7 +90,7 @@ def curves(report: Audit, divergence: str | Divergence | None = None) -> Curves:
     """
     log_u, weight = report.weight["log_u"], report.weight["weight"]
     claim = _claimed(report, divergence)
-    scale = report.scale if report.verdict in ("exact", "exact_up_to_scale") else 1.0
+    scale = report.scale if report.verdict in FAITHFUL else 1.0
     origin = torch.zeros((), dtype=torch.float64)
     claimed = None if claim is None else scale * (claim.weight(log_u) - claim.weight(origin))
     fine, generator = _implied(report)

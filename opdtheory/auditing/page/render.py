@@ -26,12 +26,11 @@ from opdtheory.auditing.page.markup import (
     yes_or_no,
 )
 from opdtheory.auditing.page.style import CONTENT_POLICY, STYLE
-from opdtheory.auditing.report import VERDICTS, Audit
+from opdtheory.auditing.report import FAITHFUL, VERDICTS, Audit
 from opdtheory.divergences import Divergence
 
 __all__ = ["render_audit", "write_audit"]
 
-_GOOD = ("exact", "exact_up_to_scale")
 
 _SETTINGS = {
     "batch_size": "rollouts in a batch",
@@ -73,7 +72,7 @@ def render_audit(report: Audit, *, divergence: str | Divergence | None = None) -
     drawn = curves(report, divergence)
     record = _record(report)
     verdict = report.verdict.replace("_", " ")
-    tone = "good" if report.verdict in _GOOD else "open" if report.verdict == "undecided" else "bad"
+    tone = "good" if report.verdict in FAITHFUL else "open" if report.verdict == "undecided" else "bad"
     sections = (
         _facts(report),
         _remedies(record),

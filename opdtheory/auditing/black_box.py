@@ -1,0 +1,45 @@
+"""A loss under audit: its calls counted, its dtype remembered, and what counts as rounding of it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from opdtheory.exact import Loss
+from opdtheory.rollouts import Rollouts
+
+__all__ = ["ZERO", "BlackBox", "name_of"]
+
+# A gradient this much smaller than its own noise is zero.
+ZERO = 1e-12
+
+# Relative error that rounding can leave in an exact expectation, by the dtype the loss returns.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+_COARSE = 2e-2
+
+
+class BlackBox:
+    """A loss that counts its calls and remembers the dtype of its value."""
+
+    def __init__(self, loss: Loss) -> None:
+        self.loss = loss
+        self.calls = 0
+        self._dtype = torch.float64
+
+    def __call__(self, rollouts: Rollouts) -> Tensor:
+        """The loss's value."""
+        self.calls += 1
+        value = self.loss(rollouts)
+        if isinstance(value, Tensor):
+            self._dtype = value.dtype
+        return value
+
+    @property
+    def tolerance(self) -> float:
+        """Relative error that is rounding in the dtype of the last value."""
+        return _TOLERANCE.get(self._dtype, _COARSE)
+
+
+def name_of(loss: Loss) -> str:
+    """What to call a loss: its own name, its function's, or how it prints."""
+    return str(getattr(loss, "name", None) or getattr(loss, "__name__", None) or repr(loss))
