@@ -47,14 +47,21 @@ def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 _IDENTIFIED = _object(
-    "the catalogue objective that matches best; null if none points the same way",
+    "the catalogue objective, or signed sum of a few, that matches best; null if none points the same way",
     {
         "objective": _says(_TEXT, "its catalogue name"),
         "granularity": {"enum": _GRANULARITIES},
         "parameters": {"type": "object", "additionalProperties": _NUMBER},
         "scale": _says(_EXTENDED, "the multiple of its gradient"),
         "error": _says(_EXTENDED, "relative to the loss's gradient, at that scale"),
+        "gamma": _says(_NUMBER, "the discount, where one was fitted"),
+        "terms": {
+            "type": "object",
+            "additionalProperties": _NUMBER,
+            "description": "catalogue name to coefficient, where it is a signed sum",
+        },
     },
+    optional=("gamma", "terms"),
 )
 
 _WEIGHT = _object(
