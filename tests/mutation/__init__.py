@@ -1,0 +1,1 @@
+"""Mutation testing of the library: break one term at a time and see whether a check fails."""
