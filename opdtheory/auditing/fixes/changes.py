@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from opdtheory.auditing.fixes.remembered import content
 from opdtheory.exact import Loss
 from opdtheory.rollouts import Rollouts
 
@@ -127,7 +128,7 @@ def token_values(loss: Loss, rollouts: Rollouts, known: dict[bytes, float] | Non
     values = torch.zeros_like(rollouts.mask)
     for b, n in rollouts.mask.nonzero().tolist():
         alone = _up_to(rollouts, b, n)
-        key = _content(alone)
+        key = content(alone)
         if key not in known:
             known[key] = float(loss(replace(rollouts, **alone)).detach())
         values[b, n] = known[key]
@@ -152,8 +153,3 @@ def _up_to(rollouts: Rollouts, b: int, n: int) -> dict[str, Any]:
     cut["mask"] = torch.zeros_like(cut["mask"])
     cut["mask"][0, n] = 1.0
     return cut
-
-
-def _content(values: dict[str, Any]) -> bytes:
-    """Everything that a loss could read, as a key."""
-    return b"".join(repr(tuple(t.shape)).encode() + t.cpu().numpy().tobytes() for t in values.values())
