@@ -41,7 +41,13 @@ def scaled(loss: Loss, factor: float) -> Loss:
 
 def averaged_over_rollouts(loss: Loss) -> Loss:
     r"""A mean over the batch's tokens as the sum over tokens and mean over rollouts, $\ell\,\sum m / B$ (T11)."""
-    return lambda rollouts: loss(rollouts) * (rollouts.mask.sum() / rollouts.mask.shape[0])
+
+    def averaged(rollouts: Rollouts) -> Tensor:
+        value = loss(rollouts)
+        # In the loss's own dtype, which tells how far its rounding goes.
+        return (value * (rollouts.mask.sum() / rollouts.mask.shape[0])).to(value.dtype)
+
+    return averaged
 
 
 def rollout_lengths(rollouts: Rollouts) -> Float[Tensor, "B T"]:
@@ -75,7 +81,12 @@ def weighted_tokens(loss: Loss, weight: PerToken) -> Loss:
 
 def value_added(loss: Loss, value: PerToken) -> Loss:
     """The loss plus a differentiable value of each token, summed over tokens and averaged over rollouts."""
-    return lambda rollouts: loss(rollouts) + rollouts.token_sum(value(rollouts))
+
+    def summed(rollouts: Rollouts) -> Tensor:
+        before = loss(rollouts)
+        return (before + rollouts.token_sum(value(rollouts))).to(before.dtype)
+
+    return summed
 
 
 def advantage_added(loss: Loss, advantage: PerToken) -> Loss:
