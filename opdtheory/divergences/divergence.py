@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from opdtheory.divergences import transform
 from opdtheory.errors import InvalidArgumentError
@@ -45,6 +46,9 @@ class Form:
     def __call__(self, log_u: Tensor) -> Tensor:
         """The values at a float64 tensor without NaN."""
         values = self.function(log_u)
+        # A sum is finite only if its terms are: one operation spares the limits nearly always.
+        if math.isfinite(log_u.sum()):
+            return values
         values = torch.where(log_u == -math.inf, torch.full_like(values, self.at_zero), values)
         return torch.where(log_u == math.inf, torch.full_like(values, self.at_infinity), values)
 
@@ -206,7 +210,13 @@ class Divergence:
             raise InvalidArgumentError("log_u", f"got {type(log_u).__name__}; a floating tensor is needed")
         if not log_u.is_floating_point():
             raise InvalidArgumentError("log_u", f"has dtype {log_u.dtype}; a floating dtype is needed")
-        return _Evaluate.apply(log_u, self, kind)
+        # Under vmap only a function with a rule for it sees an ordinary tensor.
+        if _transforms_active():
+            return _Transformed.apply(log_u, self, kind)
+        recorded = log_u.requires_grad and torch.is_grad_enabled()
+        if recorded or forward_ad.unpack_dual(log_u).tangent is not None:
+            return _Evaluate.apply(log_u, self, kind)
+        return _values(log_u, self, kind)
 
     def __repr__(self) -> str:
         return self.label
@@ -215,23 +225,30 @@ class Divergence:
         return self._remake
 
 
+# Of versions that lack it every call may be within a transform.
+_transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+
+
+def _values(log_u: Tensor, divergence: Divergence, kind: str) -> Tensor:
+    values = log_u.to(torch.float64)
+    # One operation finds out that there is no NaN nearly always.
+    if not math.isfinite(values.sum()) and bool(torch.isnan(values).any()):
+        count = int(torch.isnan(values).sum())
+        raise InvalidArgumentError("log_u", f"holds {count} NaN among its {log_u.numel()} entries")
+    return divergence._forms[kind](values).to(log_u.dtype)
+
+
 class _Evaluate(torch.autograd.Function):
-    """A form of a divergence at a tensor; derivatives are forms again, to any order that is defined."""
+    """A form of a divergence at a tensor; derivatives are forms again, to any order that is defined.
+
+    Without `setup_context`, for which torch looks up the signature of `forward` at every call.
+    """
 
     @staticmethod
-    def forward(log_u: Tensor, divergence: Divergence, kind: str) -> Tensor:
-        values = log_u.to(torch.float64)
-        # Here rather than in the caller, since under vmap only this function sees an ordinary tensor.
-        if bool(torch.isnan(values).any()):
-            count = int(torch.isnan(values).sum())
-            raise InvalidArgumentError("log_u", f"holds {count} NaN among its {log_u.numel()} entries")
-        return divergence._forms[kind](values).to(log_u.dtype)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Divergence, str], output: Tensor) -> None:
-        log_u, ctx.divergence, ctx.kind = inputs
-        ctx.save_for_backward(log_u)
-        ctx.save_for_forward(log_u)
+    def forward(ctx: Any, log_u: Tensor, divergence: Divergence, kind: str) -> Tensor:
+        values = _values(log_u, divergence, kind)
+        _keep(ctx, log_u, divergence, kind)
+        return values
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -244,16 +261,34 @@ class _Evaluate(torch.autograd.Function):
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
         return tangent * _derivative(ctx)
 
+
+class _Transformed(_Evaluate):
+    """The same within the transforms of `torch.func`, which ask for `setup_context`."""
+
+    @staticmethod
+    def forward(log_u: Tensor, divergence: Divergence, kind: str) -> Tensor:  # type: ignore[override]
+        return _values(log_u, divergence, kind)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Divergence, str], output: Tensor) -> None:
+        _keep(ctx, *inputs)
+
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], log_u: Tensor, divergence: Divergence, kind: str) -> Any:
-        return _Evaluate.apply(log_u, divergence, kind), in_dims[0]
+        return _Transformed.apply(log_u, divergence, kind), in_dims[0]
+
+
+def _keep(ctx: Any, log_u: Tensor, divergence: Divergence, kind: str) -> None:
+    ctx.divergence, ctx.kind = divergence, kind
+    ctx.save_for_backward(log_u)
+    ctx.save_for_forward(log_u)
 
 
 def _derivative(ctx: Any) -> Tensor:
     if ctx.kind not in _DERIVATIVES:
         raise NotImplementedError(f"{ctx.divergence.label}: derivatives end at the first one of `curvature`")
     (log_u,) = ctx.saved_tensors
-    parts = [_Evaluate.apply(log_u, ctx.divergence, kind) for kind in _DERIVATIVES[ctx.kind]]
+    parts = [ctx.divergence._evaluate(kind, log_u) for kind in _DERIVATIVES[ctx.kind]]
     if len(parts) == 1:
         return parts[0]
     # Slope and curvature of opposite sign both overflow only towards u = 0, where u f' rises from -inf.

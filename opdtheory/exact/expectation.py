@@ -30,8 +30,10 @@ _SEPARABILITY_SAMPLE = 8
 # Up to this many batches all are looked at, since a sample of so few may be all alike.
 _EVERY_COMPANY = 16
 
-# Two evaluations of one separable loss differ by rounding only.
-_SAME = 1e-10
+# Two evaluations of one separable loss differ by rounding only: of the dtype that it returns, as far as a narrow one
+# leaves a difference that tells. A tenth of what an audit takes for rounding of the expectation itself.
+_SAME = {torch.float32: 1e-5}
+_SAME_IN_FLOAT64 = 1e-10
 
 # Logits of gradients that are held at once: 32 MiB.
 _HELD = 2**22
@@ -139,6 +141,7 @@ class _Probe:
         self.everything = everything
         self.logits = everything.gather_logits([t.detach() for t in everything.student_tables])
         self.evaluations = 0
+        self.same = _SAME_IN_FLOAT64
 
     def check(self, group: Tensor) -> None:
         """Refuse a loss that differs between two identical calls on some sequences of a group."""
@@ -162,6 +165,7 @@ class _Probe:
         with torch.enable_grad():
             value = self.loss(self.everything.rollouts(index, leaf))
         _check_value(value)
+        self.same = _SAME.get(value.dtype, _SAME_IN_FLOAT64)
         (gradient,) = torch.autograd.grad(value, leaf, allow_unused=True)
         if gradient is None:
             raise LossError(
@@ -212,7 +216,7 @@ def _separable_shares(probe: _Probe, groups: list[Tensor], batch_size: int) -> T
             # A repeated rollout shares its sensitivity among its copies, each of which has the same.
             together, apart = len(batch) * probe.sensitivity(batch), shares[batch]
             scale = max(float(together.abs().max()), float(apart.abs().max()), 1e-300)
-            if float((together - apart).abs().max()) > _SAME * scale:
+            if float((together - apart).abs().max()) > probe.same * scale:
                 return None
     return shares
 
@@ -305,7 +309,7 @@ def _symmetric(probe: _Probe, group: Tensor, batch_size: int) -> bool:
         straight = probe.sensitivity(batch)
         scale = max(float(straight.abs().max()), 1e-300)
         for order in orders:
-            if float((straight[order] - probe.sensitivity(batch[order])).abs().max()) > _SAME * scale:
+            if float((straight[order] - probe.sensitivity(batch[order])).abs().max()) > probe.same * scale:
                 return False
     return True
 

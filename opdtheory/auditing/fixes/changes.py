@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from opdtheory.auditing.fixes.remembered import content
 from opdtheory.exact import Loss
 from opdtheory.rollouts import Rollouts
 
@@ -40,7 +41,13 @@ def scaled(loss: Loss, factor: float) -> Loss:
 
 def averaged_over_rollouts(loss: Loss) -> Loss:
     r"""A mean over the batch's tokens as the sum over tokens and mean over rollouts, $\ell\,\sum m / B$ (T11)."""
-    return lambda rollouts: loss(rollouts) * (rollouts.mask.sum() / rollouts.mask.shape[0])
+
+    def averaged(rollouts: Rollouts) -> Tensor:
+        value = loss(rollouts)
+        # In the loss's own dtype, which tells how far its rounding goes.
+        return (value * (rollouts.mask.sum() / rollouts.mask.shape[0])).to(value.dtype)
+
+    return averaged
 
 
 def rollout_lengths(rollouts: Rollouts) -> Float[Tensor, "B T"]:
@@ -74,7 +81,12 @@ def weighted_tokens(loss: Loss, weight: PerToken) -> Loss:
 
 def value_added(loss: Loss, value: PerToken) -> Loss:
     """The loss plus a differentiable value of each token, summed over tokens and averaged over rollouts."""
-    return lambda rollouts: loss(rollouts) + rollouts.token_sum(value(rollouts))
+
+    def summed(rollouts: Rollouts) -> Tensor:
+        before = loss(rollouts)
+        return (before + rollouts.token_sum(value(rollouts))).to(before.dtype)
+
+    return summed
 
 
 def advantage_added(loss: Loss, advantage: PerToken) -> Loss:
@@ -127,7 +139,7 @@ def token_values(loss: Loss, rollouts: Rollouts, known: dict[bytes, float] | Non
     values = torch.zeros_like(rollouts.mask)
     for b, n in rollouts.mask.nonzero().tolist():
         alone = _up_to(rollouts, b, n)
-        key = _content(alone)
+        key = content(alone)
         if key not in known:
             known[key] = float(loss(replace(rollouts, **alone)).detach())
         values[b, n] = known[key]
@@ -152,8 +164,3 @@ def _up_to(rollouts: Rollouts, b: int, n: int) -> dict[str, Any]:
     cut["mask"] = torch.zeros_like(cut["mask"])
     cut["mask"][0, n] = 1.0
     return cut
-
-
-def _content(values: dict[str, Any]) -> bytes:
-    """Everything that a loss could read, as a key."""
-    return b"".join(repr(tuple(t.shape)).encode() + t.cpu().numpy().tobytes() for t in values.values())

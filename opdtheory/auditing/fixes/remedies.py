@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from opdtheory.auditing.fixes.candidates import candidates, gauge
 from opdtheory.auditing.fixes.corrections import Curve
 from opdtheory.auditing.fixes.facts import Candidate, Facts, alike, on_policy_curve
+from opdtheory.auditing.fixes.remembered import Remembered
 from opdtheory.auditing.fixes.substitutes import bucket_added, last_resort, topk_form
 from opdtheory.auditing.fixes.trial import Trial, attempt
 from opdtheory.divergences import Divergence
@@ -93,7 +94,7 @@ def remedies(
     if report.verdict == "undecided" or (report.verdict == "exact" and not lengths):
         return []
     with one_thread():
-        facts = _facts(loss, divergence, granularity, report, lengths)
+        facts = _facts(Remembered(loss), divergence, granularity, report, lengths)
         found = _Search(verdict or facts.trial, _WRONG if lengths else _RANK.get(report.verdict, _WRONG), facts)
         return found.run(report, limit)
 
