@@ -78,10 +78,12 @@ _WEIGHT = _object(
         "non_decreasing": _says(_FLAG, "then a genuine f-divergence is minimised (T4)"),
         "slope_at_teacher": _says(_EXTENDED, "dw/dlog u at u = 1; positive: the teacher attracts (T5)"),
         "explains_panel": _says(_FLAG_OR_NULL, "whether it gives the gradient over several tokens; null: cannot tell"),
+        "far_log_u": _array(_NUMBER, "log-ratios beyond the grid, and close to where a plateau begins"),
+        "far_weight": _array(_NUMBER, "the weight at each"),
         "low": _array(_EXTENDED, "of a sampled audit: the lower ends of intervals that hold jointly"),
         "high": _array(_EXTENDED, "likewise, the upper end"),
     },
-    optional=("explains_panel", "low", "high"),
+    optional=("explains_panel", "far_log_u", "far_weight", "low", "high"),
 )
 
 _PAIR = _object(
@@ -122,8 +124,9 @@ _FORM = _object(
         "stop_gradient_of": _says(
             _TEXT_OR_NULL, "the catalogue generator f with w = -f + c(u - 1), as plain OPD has it"
         ),
+        "seen_to": _says(_NUMBER, "the largest |log u| at which the weight was seen"),
     },
-    optional=("generator_values", "stop_gradient_of"),
+    optional=("generator_values", "stop_gradient_of", "seen_to"),
 )
 
 _DEPENDENCE = _object(

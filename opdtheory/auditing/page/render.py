@@ -247,6 +247,7 @@ def _form(record: dict[str, Any]) -> str:
         ("growth", prose(form.get("growth"))),
         ("second moment", prose(form.get("second_moment"))),
         ("error of the fit", number(form.get("error"))),
+        ("seen for |log u| up to", number(form.get("seen_to")) if form.get("seen_to") else ""),
     ]
     return section("The weight as a formula", rows_of([row for row in rows if row[1]]))
 
