@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import re
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from opdtheory.auditing.page.svg import svg_of
 from opdtheory.auditing.report import FAITHFUL, Audit
 from opdtheory.divergences import Divergence
 from opdtheory.divergences import divergence as as_divergence
@@ -283,12 +283,8 @@ def _heights(axis: Any, values: list[Tensor], zero: bool = False) -> None:
 
 
 def _svg(sheet: Any, prefix: str) -> str:
-    buffer = io.StringIO()
-    sheet.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
     # Several figures share one page: their ids must differ, and their colours follow the page's.
-    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}-", text)
+    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}-", svg_of(sheet))
     text = re.sub(r"<metadata>.*?</metadata>\s*|<style.*?</style>\s*", "", text, flags=re.DOTALL)
     text = re.sub(r"font-family: [^;\"]+", "font-family: inherit", text)
     for colour, variable in _COLOURS.items():
