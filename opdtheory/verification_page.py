@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import textwrap
 from html import escape
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from opdtheory import __version__, divergences
+from opdtheory.auditing.page.svg import svg_of
 from opdtheory.verification import EstimatorResult, Verification
 
 __all__ = ["render_page", "write_page"]
@@ -127,11 +127,11 @@ def _figures(result: Verification) -> str:
     with matplotlib.rc_context({"svg.hashsalt": "opdtheory", "font.size": 9}):
         return (
             "<figure>"
-            + _svg(_weights_figure(Figure))
+            + svg_of(_weights_figure(Figure))
             + "<figcaption>The advantage that stop-gradient OPD puts on a token, &minus;f(u), and the corrected "
             "one of OPD+, u f&prime;(u) &minus; f(u), both shifted to 0 at u = 1. Only for the reverse KL do they "
             "agree.</figcaption></figure><figure>"
-            + _svg(_recovered_figure(Figure, result.estimators))
+            + svg_of(_recovered_figure(Figure, result.estimators))
             + "<figcaption>The weight of each audited estimator, recovered from its exact expected gradient on "
             "one-step policies, with its verdict. An estimator whose weight is no function of u alone is drawn "
             "dashed.</figcaption></figure>"
@@ -179,13 +179,6 @@ def _decorate(axis: Any, title: str) -> None:
     axis.axhline(0.0, color="0.7", linewidth=0.7, zorder=0)
     axis.axvline(0.0, color="0.7", linewidth=0.7, zorder=0)
     axis.set_xlabel("log u")
-
-
-def _svg(sheet: Any) -> str:
-    buffer = io.StringIO()
-    sheet.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
 
 
 def _mark(passed: bool) -> str:

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from opdtheory.auditing.black_box import ZERO, BlackBox, name_of
@@ -30,10 +29,11 @@ from opdtheory.auditing.naming.identify import (
 from opdtheory.auditing.naming.weight_form import describe
 from opdtheory.auditing.panel import Case, is_dear, panel
 from opdtheory.auditing.report import FAITHFUL, Audit, PairResult
-from opdtheory.auditing.sampling.montecarlo import monte_carlo_compare
+from opdtheory.auditing.sampling.aims import Aim
+from opdtheory.auditing.sampling.whole import sampled
 from opdtheory.divergences import Divergence
 from opdtheory.divergences import divergence as as_divergence
-from opdtheory.errors import BudgetExceededError, InvalidArgumentError
+from opdtheory.errors import BudgetExceededError, InvalidArgumentError, LossError
 from opdtheory.exact import GradientMoments, Loss, exact_gradient, gradient_moments
 from opdtheory.exact.oracle import check_objective, full_vocabulary_variance
 from opdtheory.exact.threads import one_thread
@@ -41,6 +41,9 @@ from opdtheory.exact.threads import one_thread
 __all__ = ["METHODS", "audit", "quick_verdict"]
 
 METHODS = ("auto", "exact", "monte_carlo")
+
+# Coupled batches are not enumerated beyond this only to learn that they are coupled.
+_FEW_BATCHES = 300
 
 
 def audit(
@@ -211,18 +214,27 @@ def _plan(loss: Loss, settings: _Settings, method: str) -> _Settings | None:
             raise
         return None
     if method == "auto" and is_dear(settings.batch_size):
-        if not _moments(loss, cases[:1], settings, settings.batch_size)[0].separable:
+        if not _is_separable(loss, settings, cases[:1]):
             return None
     return settings
 
 
-def _is_separable(loss: Loss, settings: _Settings) -> bool:
+def _is_separable(loss: Loss, settings: _Settings, cases: list[Case] | None = None) -> bool:
     """Whether the rollouts of a batch do not enter each other's gradient, so that one rollout tells all."""
     try:
-        cases = settings.panel(2, settings.eos)[1:2]
-        return _moments(loss, cases, settings, settings.batch_size)[0].separable
+        cases = settings.panel(2, settings.eos)[1:2] if cases is None else cases
+        return all(
+            gradient_moments(
+                loss, c.student, c.teacher, settings.batch_size, c.behavior, _FEW_BATCHES, settings.shared_prompt
+            ).separable
+            for c in cases
+        )
     except BudgetExceededError:
         return False
+    except LossError:
+        raise
+    except (AssertionError, IndexError, RuntimeError, TypeError, ValueError):
+        return False  # It may insist on its batch size.
 
 
 def _exactly(
@@ -309,22 +321,21 @@ def _by_sampling(
 ) -> Audit:
     """The audit of batches that are too many to enumerate."""
     # Two pairs, near and far: each needs thousands of rollouts of its own.
-    cases = settings.panel(1, settings.eos)[1:4:2]
-    result = monte_carlo_compare(
+    cases, size = settings.panel(1, settings.eos)[1:4:2], settings.batch_size
+    found = sampled(
         loss,
         cases,
-        divergence,
-        granularity,
-        settings.gamma,
-        settings.batch_size,
-        settings.seed,
+        Aim.of(divergence, granularity, settings.gamma),
+        replace(settings, separable=False).panel,
+        batch_size=size,
+        eos=settings.eos,
+        off_policy=settings.off_policy,
+        seed=settings.seed,
         shared_prompt=settings.shared_prompt,
+        weigh=details,
     )
-    verdict = result.verdict
-    identified = None if result.follows is None else {"parameters": {}, **result.follows}
-    if verdict == "biased" and identified is not None:
-        verdict = "other_objective"
-    empty = torch.zeros(0, dtype=torch.float64)
+    result, weight = found.result, found.weight
+    verdict = "other_objective" if result.verdict == "biased" and result.follows is not None else result.verdict
     low, high = result.relative_bias
     scale = result.scale or (float("nan"), float("nan"))
     return Audit(
@@ -336,16 +347,12 @@ def _by_sampling(
         cosine=result.cosine[0],
         scale=sum(scale) / 2,
         tolerance=result.margin,
-        identified=identified,
-        # A weight read off batches of another size would be another loss's.
-        weight={
-            **vars(RecoveredWeight(empty, empty, float("nan"), False, False, float("nan"))),
-            "explains_panel": None,
-        },
+        identified=result.follows,
+        weight=weight,
         pairs=[],
         monte_carlo=asdict(result),
         settings=settings.to_dict(),
-        numerics=numerics(loss, batch_size=settings.batch_size, seed=settings.seed) if details else [],
+        numerics=numerics(loss, batch_size=size, seed=settings.seed) if details else [],
     )
 
 

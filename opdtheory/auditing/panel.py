@@ -13,7 +13,7 @@ from torch import Tensor
 from opdtheory.errors import BudgetExceededError, InvalidArgumentError
 from opdtheory.exact import TabularPolicy, random_pair
 
-__all__ = ["STEP", "Case", "bandits", "is_dear", "log_u_grid", "panel"]
+__all__ = ["STEP", "Case", "bandit_parts", "bandits", "far_bandit", "far_grid", "is_dear", "log_u_grid", "panel"]
 
 # (sharpness of the student, distance of the teacher): from nearly equal to far apart.
 _PAIRS = ((1.0, 0.03), (1.0, 0.5), (0.3, 1.0), (1.0, 1.5), (2.5, 1.0), (0.5, 2.5))
@@ -34,9 +34,19 @@ _AFFORDABLE_BATCHES = 1_000
 # Position of the response up to which an environment may write.
 _LAST_WRITTEN = 2
 
+# Batch size from which the grid is split into bandits of three tokens, and its wide points then.
+_SPLIT_FROM = 3
+_SPLIT_POINTS = 17
+
 # Points of the wide part of the grid, odd, and its end.
 _GRID_POINTS = 33
 _GRID_LIMIT = 4.0
+
+# Log-ratios beyond the grid, of either sign, at which a formula is tried and clamps are looked for.
+_FAR = (4.5, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 10.5, 11.0, 11.5, 12.0)
+
+# Share of the teacher's law (above) or of the student's (below) that a far token has.
+_FAR_SHARE = 0.02
 
 # Keeps the wide points a millionth off the round log-ratios at which losses clip: on such a bound, rounding alone
 # would decide on which side a token falls.
@@ -155,12 +165,49 @@ def is_dear(batch_size: int) -> bool:
 
 def log_u_grid(batch_size: int = 1) -> Float[Tensor, " points"]:
     """Log-ratios at which the weight is recovered: symmetric, 0 in the middle, `STEP` and `2 STEP` beside it."""
-    wide = _GRID_POINTS  # 0 is in both parts
-    while batch_size > 1 and wide > 0 and _batches(wide + 4, batch_size) > _BANDIT_EVALUATIONS:
+    wide = _GRID_POINTS if batch_size < _SPLIT_FROM else _SPLIT_POINTS  # 0 is in both parts
+    while batch_size > 1 and wide > 1 and _bandit_evaluations(wide + 4, batch_size) > _BANDIT_EVALUATIONS:
         wide -= 2
     middle = STEP * torch.arange(-2, 3, dtype=torch.float64)
-    outer = torch.linspace(-_GRID_LIMIT, _GRID_LIMIT, wide, dtype=torch.float64) if wide > 0 else middle[:0]
-    return torch.cat([middle, _OFF_ROUND * outer[outer != 0.0]]).sort().values
+    above = _OFF_ROUND * torch.linspace(0.0, _GRID_LIMIT, wide // 2 + 1, dtype=torch.float64)[1:]
+    return torch.cat([-above.flip(0), middle, above])
+
+
+def bandit_parts(batch_size: int) -> list[Float[Tensor, " points"]]:
+    """The grid in parts that are symmetric and hold 0, each for bandits of its own.
+
+    Batches of three and more out of few tokens are few: three at a time, `(-t, 0, t)`, cover a fine grid.
+    """
+    log_u = log_u_grid(batch_size)
+    if batch_size < _SPLIT_FROM:
+        return [log_u]
+    return [torch.stack([-t, torch.zeros_like(t), t]) for t in log_u[len(log_u) // 2 + 1 :]]
+
+
+def _bandit_evaluations(points: int, batch_size: int) -> int:
+    """Batches that the bandits of one law take."""
+    if batch_size < _SPLIT_FROM:
+        return _batches(points, batch_size)
+    return points // 2 * _batches(3, batch_size)
+
+
+def far_grid(sign: int) -> Float[Tensor, " points"]:
+    """Log-ratios of one sign from the end of the grid on, outwards."""
+    return sign * _OFF_ROUND * torch.tensor((_GRID_LIMIT, *_FAR), dtype=torch.float64)
+
+
+def far_bandit(log_u: Float[Tensor, " points"], off_policy: float, seed: int) -> Case:
+    """A one-step pair whose tokens have the log-ratios given, all of one sign, and a last one that balances the laws.
+
+    All but that one have a small share in the law that favours them, so that none outweighs the others.
+    """
+    share = torch.full_like(log_u, _FAR_SHARE)
+    p, q = (share * (-log_u).exp(), share) if bool((log_u > 0).all()) else (share, share * log_u.exp())
+    student, teacher = (
+        TabularPolicy([torch.cat([law, 1.0 - law.sum(0, keepdim=True)]).log().unsqueeze(0)]) for law in (p, q)
+    )
+    behavior = student.perturbed(off_policy, seed=seed + 1) if off_policy else None
+    return Case(student, teacher, behavior, "far bandit")
 
 
 def bandits(log_u: Float[Tensor, " points"], off_policy: float, seed: int) -> list[Case]:

@@ -60,12 +60,16 @@ _IDENTIFIED = _object(
             "additionalProperties": _NUMBER,
             "description": "catalogue name to coefficient, where it is a signed sum",
         },
+        "evidence": _says(_TEXT, "of a sampled audit: where the name is from and what confirms it"),
+        "fitted": _says(_TEXT, "of a sampled audit: the number in it that was fitted"),
+        "fitted_range": _array(_NUMBER, "of a sampled audit: the values around it that no direction excludes"),
     },
-    optional=("gamma", "terms"),
+    optional=("gamma", "terms", "evidence", "fitted", "fitted_range"),
 )
 
 _WEIGHT = _object(
-    "the weight that the loss puts on a token, recovered on one-step policies, zero at u = 1",
+    "the weight that the loss puts on a token at the batch size asked for, on one-step policies, zero at u = 1; "
+    "empty where it was not looked for",
     {
         "log_u": _array(_NUMBER, "log-ratios, teacher over student"),
         "weight": _array(_NUMBER, "the weight at each"),
@@ -74,8 +78,12 @@ _WEIGHT = _object(
         "non_decreasing": _says(_FLAG, "then a genuine f-divergence is minimised (T4)"),
         "slope_at_teacher": _says(_EXTENDED, "dw/dlog u at u = 1; positive: the teacher attracts (T5)"),
         "explains_panel": _says(_FLAG_OR_NULL, "whether it gives the gradient over several tokens; null: cannot tell"),
+        "far_log_u": _array(_NUMBER, "log-ratios beyond the grid, and close to where a plateau begins"),
+        "far_weight": _array(_NUMBER, "the weight at each"),
+        "low": _array(_EXTENDED, "of a sampled audit: the lower ends of intervals that hold jointly"),
+        "high": _array(_EXTENDED, "likewise, the upper end"),
     },
-    optional=("explains_panel",),
+    optional=("explains_panel", "far_log_u", "far_weight", "low", "high"),
 )
 
 _PAIR = _object(
@@ -116,8 +124,9 @@ _FORM = _object(
         "stop_gradient_of": _says(
             _TEXT_OR_NULL, "the catalogue generator f with w = -f + c(u - 1), as plain OPD has it"
         ),
+        "seen_to": _says(_NUMBER, "the largest |log u| at which the weight was seen"),
     },
-    optional=("generator_values", "stop_gradient_of"),
+    optional=("generator_values", "stop_gradient_of", "seen_to"),
 )
 
 _DEPENDENCE = _object(
@@ -170,6 +179,30 @@ _REMEDY = _object(
     },
 )
 
+_INTERVAL = {"type": "array", "items": _EXTENDED, "minItems": 2, "maxItems": 2}
+
+_MONTE_CARLO = _object(
+    "intervals and sample sizes where the expectation was estimated; null if it is exact",
+    {
+        "verdict": _says(_TEXT, "on the claim alone, certain at the joint confidence or `undecided`"),
+        "relative_bias": _says(_INTERVAL, "for |E g - exact| / |exact| of the worst pair, at scale one"),
+        "cosine": _says(_INTERVAL, "for the smallest cosine"),
+        "scale": _says({**_INTERVAL, "type": ["array", "null"]}, "multiples of the claim that no direction excludes"),
+        "follows": _or_null(_IDENTIFIED),
+        "directions": _COUNT,
+        "identical": _says(_FLAG, "whether every observation was one combination of library estimators"),
+        "hidden": _says(_NUMBER, "bound on the probability of an observation that is not"),
+        "batches": _COUNT,
+        "rollouts": _COUNT,
+        "separable": _FLAG,
+        "confidence": _says(_NUMBER, "joint, asymptotic"),
+        "margin": _says(_NUMBER, "relative bias that counts as none"),
+        "seed": {"type": "integer"},
+        "seconds": _NUMBER,
+        "words": _TEXT,
+    },
+)
+
 _SETTINGS = {
     "type": "object",
     "description": "how the audit was made",
@@ -214,10 +247,7 @@ AUDIT_SCHEMA: dict[str, Any] = {
             "checks": _array(_CHECK),
             "numerics": _array(_DTYPE),
             "remedies": _array(_REMEDY),
-            "monte_carlo": {
-                "type": ["object", "null"],
-                "description": "intervals and sample sizes of an estimate; null if exact",
-            },
+            "monte_carlo": _or_null(_MONTE_CARLO),
             "settings": _SETTINGS,
             "evaluations": _says(_COUNT, "how often the loss was called"),
             "seconds": _NUMBER,

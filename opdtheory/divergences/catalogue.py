@@ -44,6 +44,7 @@ __all__ = [
     "alpha",
     "chi2",
     "divergence",
+    "families",
     "forward_kl",
     "hellinger",
     "jeffreys",
@@ -658,6 +659,20 @@ _LABEL = re.compile(r"\s*(\w+)\(\s*(\w+)\s*=\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]
 def names() -> tuple[str, ...]:
     """The catalogue's names, parameterised families included."""
     return tuple(_ENTRIES)
+
+
+def families() -> dict[str, str]:
+    """The names that take a parameter, with the parameter's name.
+
+    Example:
+        >>> families()["skew_jsd"]
+        'beta'
+    """
+    return {
+        name: next(iter(inspect.signature(entry).parameters))
+        for name, entry in _ENTRIES.items()
+        if not isinstance(entry, Divergence)
+    }
 
 
 def divergence(name: str | Divergence, **parameters: float) -> Divergence:

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from opdtheory.divergences import Divergence, divergence, names
+from opdtheory.divergences import Divergence, divergence, families, names
 from opdtheory.estimators.base import (
     BATCH_OF_TWO,
     FIXED_LENGTH,
@@ -36,7 +36,6 @@ __all__ = ["claim_of", "local_weight", "relation"]
 
 _TOLERANCE = 1e-9
 BATCH_OF_FOUR = "batch of at least 4"
-_FAMILIES = ("skew_jsd", "alpha", "skew_forward_kl", "skew_reverse_kl")
 _NEAR = torch.linspace(-3, 3, 121, dtype=torch.float64)
 _WIDE = torch.linspace(-30, 30, 601, dtype=torch.float64)
 
@@ -114,7 +113,7 @@ def _of_advantage(advantage: object, nominal: Divergence, theorem: str, descends
 
 def _other_divergence(weight: Tensor, nominal: Divergence) -> str | None:
     """The label of the catalogue's divergence whose local weight this is, up to a positive scale."""
-    candidates = [divergence(name) for name in names() if name not in _FAMILIES]
+    candidates = [divergence(name) for name in names() if name not in families()]
     if nominal.name == "skew_reverse_kl":
         # V[-f] = skew_jsd(1 - lam) / lam: plain OPD with this generator descends the generalised JSD.
         candidates.append(divergence("skew_jsd", beta=round(1 - nominal.parameters["lam"], 12)))

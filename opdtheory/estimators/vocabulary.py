@@ -26,25 +26,27 @@ def perspective(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> Tensor:
     r"""The term $p f(q/p)$ of each token, differentiable in `log_p`, with T10's conventions at zero probability.
 
     $p = 0 < q$ gives $f'(\infty)\, q$ and $p > 0 = q$ gives $p f(0)$; both zero give 0. A term that is infinite has the
-    value inf and no gradient. Where $u$ is so large that $p$ may underflow, the term is $q \cdot f(u)/u$ in float64.
+    value inf and no gradient. Where $u$ is so large that $p$ may underflow, the term is $q \cdot f(u)/u$. Narrow dtypes
+    are evaluated in float64 and rounded once: $f(u)$ alone leaves float16 where $p f(u)$ does not.
 
     Args:
         divergence: the generator $f$.
         log_p: the student's log-probabilities, any shape, `-inf` allowed.
         log_q: the teacher's, of the same shape.
     """
+    dtype, log_p, log_q = log_p.dtype, log_p.double(), log_q.double()
     in_p, in_q = log_p > -torch.inf, log_q > -torch.inf
     both = in_p & in_q
     zero = torch.zeros_like(log_p)
     log_u = torch.where(both, log_q, zero) - torch.where(both, log_p, zero)
-    far = log_u > _far(log_p.dtype)
+    far = log_u > _FARTHEST_LOG_U
     terms = torch.where(both, log_p, zero).exp() * divergence.generator(torch.where(far, zero, log_u))
     if bool(far.any()):
-        scaled = _generator_over_u(divergence, log_u[far]) * log_q[far].double().exp()
-        terms = terms.masked_scatter(far, scaled.to(terms.dtype))
+        terms = terms.masked_scatter(far, _generator_over_u(divergence, log_u[far]) * log_q[far].exp())
     terms = torch.where(both, terms, zero)
     terms = terms + _boundary(in_p & ~in_q, log_p, divergence.at_zero)
-    return terms + _boundary(in_q & ~in_p, log_q, divergence.slope_at_infinity)
+    terms = terms + _boundary(in_q & ~in_p, log_q, divergence.slope_at_infinity)
+    return terms.to(dtype)
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,8 @@ class VocabularyLoss:
 
     The value means something: it is $D_f$ at the sampled history, in nats. With `importance="prefix"` it is weighted by
     $\prod_{m<n} p/\mu$, which makes the sum over histories exact off-policy. If the true value is infinite, so is this
-    one (see `perspective`).
+    one (see `perspective`). Logits of a narrow dtype are taken to float64 first, and the value of a history is rounded
+    once: in bfloat16 a log-probability of -20 is off by 6 %, and so would be its token's part.
     """
 
     divergence: Divergence
@@ -93,11 +96,11 @@ class VocabularyLoss:
 
     def __call__(self, rollouts: Rollouts) -> Float[Tensor, "B T"]:
         """The divergence at each history; its gradient at masked positions is exactly zero."""
-        log_p = torch.log_softmax(unmasked(rollouts, rollouts.student_logits), dim=-1)
-        log_q = torch.log_softmax(unmasked(rollouts, rollouts.teacher_logits.detach()), dim=-1)
+        log_p = torch.log_softmax(unmasked(rollouts, rollouts.student_logits).double(), dim=-1)
+        log_q = torch.log_softmax(unmasked(rollouts, rollouts.teacher_logits.detach()).double(), dim=-1)
         if self.top is not None:
             log_p, log_q = self.top.coarse(log_p, log_q)
-        values = perspective(self.divergence, log_p, log_q).sum(-1)
+        values = perspective(self.divergence, log_p, log_q).sum(-1).to(rollouts.student_logits.dtype)
         return values if self.importance is None else offpolicy.weighted(values, offpolicy.prefix_weight(rollouts))
 
 
@@ -113,13 +116,8 @@ class TopKReward:
         return -VocabularyLoss(self.divergence, self.top)(rollouts)
 
 
-def _far(dtype: torch.dtype) -> float:
-    return _FARTHEST_LOG_U if dtype == torch.float64 else 30.0
-
-
 def _generator_over_u(divergence: Divergence, log_u: Tensor) -> Tensor:
-    """f(u)/u in float64, continued linearly in log u where f itself would overflow (exact for the forward KL)."""
-    log_u = log_u.double()
+    """f(u)/u, continued linearly in log u where f itself would overflow (exact for the forward KL)."""
     near = log_u.clamp(max=_FARTHEST_LOG_U)
     slope = (divergence.weight(near) * torch.exp(-near)).detach()
     return divergence.generator(near) * torch.exp(-near) + slope * (log_u - near)

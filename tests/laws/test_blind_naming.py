@@ -203,6 +203,102 @@ def test_all(index: int) -> None:
     check_named(blindly(subject, 30_000 + index), subject, subject.claim)
 
 
+def coupled(draw: random.Random) -> tuple[Estimator, Estimator]:
+    """A loss whose rollouts enter each other's gradient, and the same with a z-score, which descends nothing (T7e)."""
+    name = draw.choice([name for name in divergences.names() if name != "total_variation"])
+    parameter = {}
+    if name in PARAMETERS:
+        key, low, high = PARAMETERS[name]
+        parameter = {key: round(draw.uniform(low, high), 3)}
+    divergence = divergences.divergence(name, **parameter)
+    kind, options = draw.choice([("opd_plus", {}), ("return_to_go", {"gamma": 1.0}), ("sequence_opd_plus", {})])
+    baseline = draw.choice(["leave_one_out", "group_mean"])
+    return (
+        estimator(kind, divergence, **options, baseline=baseline),
+        estimator(kind, divergence, **options, zscore=True),
+    )
+
+
+def audited(subject: Estimator, batch_size: int, seed: int, **how: Any) -> tuple[Audit, float]:
+    """The audit of a loss, scaled and nameless, under a claim that is not its own; and the scale."""
+    draw = random.Random(seed)
+    scale = draw.uniform(0.2, 5.0)
+    decoy = draw.choice([name for name in DECOYS if name != subject.claim.divergence.label])
+    return opd.audit(lambda r: scale * subject(r), decoy, batch_size=batch_size, details=False, **how), scale
+
+
+def check_coupled(report: Audit, claim: Claim, batch_size: int, scale: float) -> None:
+    """Raise unless the audit names the loss as the claim says."""
+    if claim.verdict == "biased":
+        assert report.verdict == "biased" and report.descends is None
+        return
+    assert report.verdict == "other_objective" and report.identified is not None
+    found = report.identified
+    named = divergences.divergence(found["objective"], **found["parameters"])
+    student, teacher = random_pair(4, 2, scale=0.7, distance=1.1, seed=4321)
+    expected, actual = (
+        flat(exact_gradient(student, teacher, divergence, where))
+        for divergence, where in ((claim.divergence, claim.granularity), (named, found["granularity"]))
+    )
+    assert fit_scale([actual], [expected]).worst_error < 1e-6
+    # Of leave-one-out the scale is the loss's own, of the group's mean (G-1)/G of it (T7e).
+    share = 1.0 if claim.verdict == "exact" else (batch_size - 1) / batch_size
+    assert found["scale"] * float(actual.norm() / expected.norm()) == pytest.approx(scale * share, rel=1e-5)
+
+
+def check_wrong_claims(report: Audit, subject: Estimator, batch_size: int, scale: float) -> None:
+    """Raise unless the same check refuses neighbours: another divergence, granularity, baseline, or none at all."""
+    claim = subject.claim
+    other = divergences.divergence("le_cam" if claim.divergence.name != "le_cam" else "hellinger")
+    where = "sequence" if claim.granularity == "token_local" else "token_local"
+    share = "exact" if claim.verdict == "exact_up_to_scale" else "exact_up_to_scale"
+    for changed in ({"divergence": other}, {"granularity": where}, {"verdict": share}, {"verdict": "biased"}):
+        if claim.divergence.name == "reverse_kl" and "granularity" in changed:
+            continue
+        with pytest.raises(AssertionError):
+            check_coupled(report, dataclasses.replace(claim, **changed), batch_size, scale)
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, 4])
+def test_coupled_losses_drawn_at_random(batch_size: int) -> None:
+    seed = 40_000 + batch_size
+    subject, twin = coupled(random.Random(seed))
+    report, scale = audited(subject, batch_size, seed)
+    check_coupled(report, subject.claim, batch_size, scale)
+    check_wrong_claims(report, subject, batch_size, scale)
+    if batch_size == 3:
+        report, scale = audited(twin, batch_size, seed)
+        check_coupled(report, twin.claim, batch_size, scale)
+        with pytest.raises(AssertionError):
+            check_coupled(report, subject.claim, batch_size, scale)
+
+
+def test_a_coupled_loss_drawn_at_random_is_named_from_samples() -> None:
+    seed, batch_size = 40_013, 13
+    subject, _ = coupled(random.Random(seed))
+    report, scale = audited(subject, batch_size, seed, method="monte_carlo")
+    check_coupled(report, subject.claim, batch_size, scale)
+    check_wrong_claims(report, subject, batch_size, scale)
+    assert report.monte_carlo is not None and report.identified is not None
+    assert f"confirmed at batch size {batch_size}" in report.identified["evidence"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch_size", [2, 3, 4, 14, 15, 16])
+def test_many_coupled_losses(batch_size: int) -> None:
+    for draw in range(8):
+        seed = 50_000 + 100 * batch_size + draw
+        subject, twin = coupled(random.Random(seed))
+        how = {"method": "monte_carlo"} if batch_size > 4 else {}
+        report, scale = audited(subject, batch_size, seed, **how)
+        check_coupled(report, subject.claim, batch_size, scale)
+        check_wrong_claims(report, subject, batch_size, scale)
+        # In groups of two a z-score is a sign, whatever the advantage.
+        if draw % 4 == 0 and batch_size > 2:
+            report, scale = audited(twin, batch_size, seed, **how)
+            check_coupled(report, twin.claim, batch_size, scale)
+
+
 def test_a_wrong_name_is_refused() -> None:
     """The same assertions with another estimator's claim."""
     forward, reverse = estimator("opd_plus", "forward_kl"), estimator("opd_plus", "reverse_kl")

@@ -11,7 +11,7 @@ import torch
 import opdtheory as opd
 from opdtheory.auditing import VERDICTS, quick_verdict
 from opdtheory.auditing.naming.identify import fit_scale
-from opdtheory.auditing.panel import bandits, log_u_grid, panel
+from opdtheory.auditing.panel import Case, bandit_parts, bandits, far_bandit, far_grid, log_u_grid, panel
 from opdtheory.errors import BudgetExceededError, InvalidArgumentError, LossError
 from opdtheory.rollouts import Rollouts
 from tests.tolerances import ALGEBRA, ENUMERATION
@@ -329,9 +329,18 @@ def test_bandits_have_the_grid_as_log_ratios() -> None:
         grid = log_u_grid(batch_size)
         assert float(grid[len(grid) // 2]) == 0.0
         torch.testing.assert_close(grid, -grid.flip(0), rtol=0, atol=0)
-        for case in bandits(grid, 0.0, seed=0):
-            log_u = torch.log_softmax(case.teacher.logits[0], -1) - torch.log_softmax(case.student.logits[0], -1)
-            torch.testing.assert_close(log_u[0], grid, rtol=0, atol=ALGEBRA)
+        parts = bandit_parts(batch_size)
+        torch.testing.assert_close(torch.cat(parts).unique(), grid, rtol=0, atol=0)
+        for part in parts:
+            for case in bandits(part, 0.0, seed=0):
+                torch.testing.assert_close(log_ratios(case), part, rtol=0, atol=ALGEBRA)
+    for sign in (-1, 1):
+        far = far_grid(sign)
+        torch.testing.assert_close(log_ratios(far_bandit(far, 0.0, 0))[:-1], far, rtol=0, atol=ALGEBRA)
+
+
+def log_ratios(case: Case) -> torch.Tensor:
+    return (torch.log_softmax(case.teacher.logits[0], -1) - torch.log_softmax(case.student.logits[0], -1))[0]
 
 
 def test_fit_scale_of_zero_gradients_does_not_divide_by_zero() -> None:
@@ -349,7 +358,7 @@ def test_batches_too_large_to_enumerate_are_exact_if_their_rollouts_do_not_meet(
 
 @pytest.mark.parametrize("baseline", ["leave_one_out", "group_mean"])
 def test_coupled_batches_too_large_to_enumerate_are_sampled(baseline: str) -> None:
-    report = opd.audit(opd.estimator("opd_plus", "jsd", baseline=baseline), "jsd", batch_size=16)
+    report = opd.audit(opd.estimator("opd_plus", "jsd", baseline=baseline), "jsd", batch_size=16, details=False)
     assert report.monte_carlo is not None and report.monte_carlo["rollouts"] > 0
     assert report.verdict == ("exact" if baseline == "leave_one_out" else "exact_up_to_scale")
     assert report.summary() == report.monte_carlo["words"]

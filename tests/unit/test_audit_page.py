@@ -31,6 +31,38 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 HOSTILE = "<script>document.title='taken'</script>\"'><img src=x onerror=\"document.title='taken'\">$x^"
 
 
+SAMPLED = {
+    "verdict": "biased",
+    "relative_bias": [0.1, float("inf")],
+    "cosine": [-1.0, 1.0],
+    "scale": None,
+    "follows": None,
+    "directions": 7,
+    "identical": False,
+    "hidden": 0.1,
+    "batches": 50,
+    "rollouts": 1000,
+    "separable": False,
+    "confidence": 0.99,
+    "margin": 0.05,
+    "seed": 0,
+    "seconds": 1.0,
+}
+
+
+def followed(text: str) -> dict:
+    return {
+        "objective": text,
+        "granularity": "token_local",
+        "parameters": {text: 0.5},
+        "scale": 1.0,
+        "error": 1e-3,
+        "evidence": text,
+        "fitted": text,
+        "fitted_range": [0.4, 0.6],
+    }
+
+
 def k3(r):
     return r.token_sum(r.log_u.expm1() - r.log_u)
 
@@ -95,7 +127,7 @@ def whole(report: Audit, text: str = "x") -> Audit:
             record(kind="detach", text=text, verdict="exact", relative_bias=1e-16, verified=True),
             record(kind="scale", text="multiply", verdict=None, relative_bias=None, verified=False),
         ],
-        monte_carlo={"words": f"{report.summary()} {text}", "samples": 1000, text: [0.1, 0.2]},
+        monte_carlo={**SAMPLED, "words": f"{report.summary()} {text}", "follows": followed(text)},
     )
 
 
@@ -329,6 +361,7 @@ def test_reports_obey_the_schema(reports):
         ("checks.subject", "Check", AUDIT_SCHEMA["properties"]["checks"]["items"]),
         ("checks.numerics", "DtypeResult", AUDIT_SCHEMA["properties"]["numerics"]["items"]),
         ("fixes.remedies", "Remedy", AUDIT_SCHEMA["properties"]["remedies"]["items"]),
+        ("sampling.montecarlo_result", "MonteCarloResult", AUDIT_SCHEMA["properties"]["monte_carlo"]),
     ],
 )
 def test_the_schema_describes_every_field(module, name, part):

@@ -531,3 +531,11 @@ def test_float64_forms_match_mpmath_on_a_dense_grid(d: Divergence) -> None:
         if form == "curvature" and d.name == "total_variation":
             continue
         assert inaccurate(d, form, _evaluate(d, form, points), points) == [], form
+
+
+def test_families_are_the_names_that_take_a_parameter() -> None:
+    assert divergences.families() == {name: key for name, (key, _) in _FAMILIES.items()}
+    for name in divergences.names():
+        if name in divergences.families():
+            with pytest.raises(InvalidArgumentError, match="is missing"):
+                divergences.divergence(name)

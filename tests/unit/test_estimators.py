@@ -574,6 +574,57 @@ def test_wide_ratios_neither_overflow_nor_vanish(name: str, dtype: torch.dtype) 
     assert float(grad[1]) == pytest.approx(wanted, abs=1e-6)
 
 
+EPS = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7, torch.float32: 2.0**-23}
+
+
+def narrow_error(loss: Callable[[Rollouts], Tensor], dtype: torch.dtype, gap: float) -> float:
+    """The gradient's error, relative to its length, against float64 on the same rounded logits."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (3, 2, 6)
+    student, teacher = (2.0 * torch.randn(shape, generator=generator) for _ in range(2))
+    # Tokens that only the teacher likes, and only the student.
+    student[..., 0] -= gap
+    teacher[..., 1] -= gap
+    tokens = torch.zeros(shape[:2], dtype=torch.int64)
+    found = []
+    for wide in (dtype, torch.float64):
+        leaf = student.to(dtype).to(wide).requires_grad_()
+        value = loss(Rollouts.from_logits(tokens, leaf, teacher.to(dtype).to(wide)))
+        assert value.dtype == wide
+        found.append(torch.autograd.grad(value, leaf)[0].double())
+    return float((found[0] - found[1]).norm() / found[1].norm())
+
+
+@pytest.mark.parametrize("gap", [2.0, 15.0, 45.0])
+@pytest.mark.parametrize("dtype", list(EPS))
+def test_whole_vocabulary_losses_in_narrow_dtypes_are_rounded_once(dtype: torch.dtype, gap: float) -> None:
+    """f(u) leaves float16 from log u = 11 on, where p f(u) is small; a value and each logit's gradient may round."""
+    for name in ("reverse_kl", "forward_kl", "jsd", "neyman_chi2" if gap < 10 else "hellinger"):
+        for kind, options in (("full_vocab", {}), ("topk_tail", {"k": 3}), ("topk_truncated", {"k": 3})):
+            assert narrow_error(estimator(kind, name, **options), dtype, gap) <= EPS[dtype], (kind, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_same_in_the_logits_own_dtype_overflows_or_rounds_away(dtype: torch.dtype) -> None:
+    divergence = divergences.divergence("forward_kl")
+
+    def careless(r: Rollouts) -> Tensor:
+        log_p, log_q = (torch.log_softmax(z, -1) for z in (r.student_logits, r.teacher_logits))
+        return r.token_sum((log_p.exp() * divergence.generator(log_q - log_p)).sum(-1))
+
+    assert not narrow_error(careless, dtype, 15.0) <= EPS[dtype]
+
+
+@pytest.mark.parametrize("dtype", list(EPS))
+def test_terms_in_narrow_dtypes_are_those_of_float64(dtype: torch.dtype) -> None:
+    log_p = torch.tensor([0.0, -9.0, -15.0, -28.0, -40.0, -torch.inf, -1.0], dtype=dtype)
+    log_q = torch.tensor([-3.0, -0.1, -2.0, -1.0, -0.5, -2.0, -torch.inf], dtype=dtype)
+    for name in ("forward_kl", "jsd", "hellinger", "total_variation", "skew_forward_kl"):
+        divergence = divergences.divergence(name, **({"lam": 0.3} if name == "skew_forward_kl" else {}))
+        wide = perspective(divergence, log_p.double(), log_q.double())
+        torch.testing.assert_close(perspective(divergence, log_p, log_q), wide.to(dtype), rtol=0, atol=0)
+
+
 def test_tokens_that_the_student_cannot_write_contribute_nothing() -> None:
     student = torch.tensor([[[0.0, -torch.inf]]], requires_grad=True)
     rollouts = Rollouts.from_logits(

@@ -205,16 +205,17 @@ def audited(
     )
 
 
-def cure(loss: Loss, objective: str, granularity: str = "token_local", **changed: Any) -> list[Remedy]:
-    return remedies(loss, objective, granularity, report=audited(loss, objective, granularity, **changed))
+def cure(
+    loss: Loss, objective: str, granularity: str = "token_local", *, pairs: int | None = None, **changed: Any
+) -> list[Remedy]:
+    return remedies(loss, objective, granularity, report=audited(loss, objective, granularity, **changed), pairs=pairs)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_intended_remedy_comes_first_and_is_verified(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Half of the pairs, to save time; those left out refute least.
-    monkeypatch.setattr("opdtheory.auditing.fixes.trial._ORDER", (3, 5, 1))
+def test_the_intended_remedy_comes_first_and_is_verified(case: str) -> None:
     loss, objective, settings, kind, verdict = CASES[case]
-    found = cure(loss, objective, **settings)
+    # Half of the pairs, to save time; those left out refute least.
+    found = cure(loss, objective, pairs=3, **settings)
     assert found and len(found) <= 3
     assert (found[0].kind, found[0].verdict, found[0].verified) == (kind, verdict, True)
     assert all(remedy.verified == (remedy.verdict in FAITHFUL) for remedy in found)
@@ -514,7 +515,12 @@ def test_a_loss_that_fails_on_changed_inputs_is_no_error() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "named"),
-    [({"objective": "jsdd"}, "divergence"), ({"granularity": "word"}, "objective"), ({"limit": 0}, "limit")],
+    [
+        ({"objective": "jsdd"}, "divergence"),
+        ({"granularity": "word"}, "objective"),
+        ({"limit": 0}, "limit"),
+        ({"pairs": 0}, "pairs"),
+    ],
 )
 def test_bad_arguments_are_named(arguments: dict[str, Any], named: str) -> None:
     loss = zoo("opd", "jsd")

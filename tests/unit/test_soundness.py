@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import threading
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 
 import opdtheory as opd
 from opdtheory.adapters import from_hidden
-from opdtheory.auditing.checks.backward import backward_report
+from opdtheory.auditing.checks.backward import _recorded, backward_report
 from opdtheory.auditing.checks.soundness import CHECKS, Check, soundness
 from opdtheory.auditing.naming.identify import flat
 from opdtheory.auditing.panel import panel
@@ -366,3 +367,42 @@ def test_work_is_bounded() -> None:
 
         soundness(counted, cases, moments, opd.divergence("reverse_kl"), batch_size=batch_size)
         assert len(calls) < most
+
+
+class Doubled(torch.autograd.Function):
+    """Twice its argument."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2.0 * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2.0 * grad
+
+
+class Tripled(Doubled):
+    """A subclass, whose calls are its own."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 3.0 * x
+
+
+def test_a_recorded_function_is_left_as_it_was() -> None:
+    x = torch.ones(())
+    outer: list = []
+    inner: list = []
+    before = dict(Doubled.__dict__)
+    with pytest.raises(ZeroDivisionError), _recorded(Doubled, outer):
+        with _recorded(Doubled, inner):
+            assert float(Doubled.apply(x)) == 2.0 and float(Tripled.apply(x)) == 3.0
+        Doubled.apply(x)
+        worker = threading.Thread(target=lambda: Doubled.apply(x))
+        worker.start()
+        worker.join()
+        raise ZeroDivisionError
+    assert (len(inner), len(outer)) == (1, 2)
+    assert dict(Doubled.__dict__) == before and "apply" not in Tripled.__dict__
+    Doubled.apply(x)
+    assert len(outer) == 2

@@ -159,6 +159,53 @@ def test_a_bound_on_a_round_log_ratio() -> None:
         assert clamped.label == f"jsd of u with log u clamped to [-{bound:g}, {bound:g}]"
 
 
+@pytest.mark.parametrize("bound", [4.5, 6.0, 10.0])
+def test_a_bound_beyond_the_grid_is_named(bound: float) -> None:
+    """Seen on |log u| <= 4 alone both are the reverse KL, as they are with a bound that no log-ratio seen reaches."""
+    for loss, named in (
+        (reward(lambda t: t.clamp(-bound, bound)), f"reverse_kl of u with log u clamped to [-{bound:g}, {bound:g}]"),
+        (
+            opd.estimator("k2_loss", clip_log_ratio=bound),
+            f"reverse_kl for log u between -{bound:g} and {bound:g}, constant outside with a jump",
+        ),
+    ):
+        recovered = recover_weight(loss, 1, 0.0, 0, 1e-9)
+        assert describe(recovered).label == named
+        none = torch.zeros(0, dtype=torch.float64)
+        short = describe(dataclasses.replace(recovered, far_log_u=none, far_weight=none))
+        assert (short.label, short.seen_to) == ("reverse_kl", 4.0)
+    beyond = form_of(opd.estimator("k2_loss", clip_log_ratio=bound + 8.0))
+    assert (beyond.label, beyond.seen_to) == ("reverse_kl", 12.0)
+
+
+def test_a_clamp_of_the_value_ends_where_the_value_does() -> None:
+    """0.5 log^2 u and u - 1 - log u held at 10 or below: no gradient beyond (OpenRLHF's k2, verl's k3)."""
+    k2 = form_of(lambda r: r.token_sum((r.log_u.square() / 2).clamp(max=10.0)))
+    assert k2.label == "reverse_kl for log u between -4.472 and 4.472, constant outside with a jump"
+    assert math.sqrt(20.0) == pytest.approx(4.472, abs=5e-4) and not k2.genuine
+    k3 = form_of(lambda r: r.token_sum((r.log_u.expm1() - r.log_u).clamp(-10.0, 10.0)))
+    assert k3.label == "forward_kl for log u between -11 and 2.611, constant outside with a jump"
+    assert math.exp(2.611) - 1.0 - 2.611 == pytest.approx(10.0, abs=0.01)
+
+
+def test_what_fits_on_the_grid_alone_is_not_named() -> None:
+    """A bend at 7, and a term too small to be seen on the grid."""
+    for function in (lambda t: t + (t - 7.0).clamp(min=0.0), lambda t: t + 1e-12 * (2 * t).exp()):
+        form = form_of(reward(function))
+        assert form.kind == "numeric" and form.label.endswith("another function beyond")
+
+
+def test_larger_batches_name_families_and_sums() -> None:
+    for batch_size, loss, named in (
+        (4, opd.estimator("opd_plus", opd.divergences.alpha(0.3), baseline="group_mean"), "alpha(alpha=0.3)"),
+        (3, opd.estimator("k3_reward", baseline="leave_one_out"), "reverse_kl - forward_kl"),
+    ):
+        form = form_of(loss, batch_size=batch_size)
+        assert form.label == named and form.error < 1e-12
+    zscore = recover_weight(opd.estimator("opd_plus", "reverse_kl", zscore=True), 3, 0.0, 0, 1e-9)
+    assert not zscore.depends_on_ratio_only
+
+
 def test_genuine_looks_beyond_the_grid() -> None:
     """log u - u/1000 rises on the whole grid of |log u| <= 4 and falls beyond u = 1000 (T4)."""
     recovered = recover_weight(reward(lambda t: t - 1e-3 * t.exp()), 1, 0.0, 0, 1e-9)

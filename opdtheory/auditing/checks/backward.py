@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +32,9 @@ _COARSE_LIMIT = 0.2
 
 # The step is doubled once: what the difference moves by then is its own error, and a few times that is forgiven.
 _FORGIVEN = 4.0
+
+# Held while a class's `apply` takes notes; one thread may hold it several times.
+_RECORDING = threading.RLock()
 
 _LEAVES_AUTOGRAD = ("detach", "detach_", "item", "tolist", "numpy")
 
@@ -216,18 +221,27 @@ def _outputs(
 
 @contextmanager
 def _recorded(cls: type[Function], calls: list[tuple[Any, ...]]) -> Iterator[None]:
-    """Keep the arguments of every `cls.apply` within the block."""
-    original, own = cls.apply, cls.__dict__.get("apply")
+    """Keep the arguments of every `cls.apply` that this thread makes within the block.
 
-    def apply(*args: Any) -> Any:
-        calls.append(args)
-        return original(*args)
+    A loss names its function's class, so that nothing but the class can be told to take notes. Blocks may be nested,
+    other threads wait for theirs and are not recorded meanwhile, and the class is left as it was however the block
+    ends. Calls of a subclass are its own.
+    """
+    thread = threading.get_ident()
+    with _RECORDING:
+        own = cls.__dict__.get("apply")
+        original = inspect.getattr_static(cls, "apply")
 
-    setattr(cls, "apply", staticmethod(apply))  # noqa: B010 - a plain assignment to a method is refused by the type checker
-    try:
-        yield
-    finally:
-        if own is None:
-            del cls.apply
-        else:
-            setattr(cls, "apply", own)  # noqa: B010
+        def apply(called: type[Function], *args: Any, **kwargs: Any) -> Any:
+            if called is cls and threading.get_ident() == thread:
+                calls.append(args)
+            return original.__get__(None, called)(*args, **kwargs)
+
+        setattr(cls, "apply", classmethod(apply))  # noqa: B010 - the type checker refuses to assign to a method
+        try:
+            yield
+        finally:
+            if own is None:
+                del cls.apply
+            else:
+                setattr(cls, "apply", own)  # noqa: B010

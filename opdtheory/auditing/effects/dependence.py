@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from opdtheory.auditing.effects import batch_effects, rollout_effects, sampler_effects, two_laws
-from opdtheory.auditing.effects.probes import Pool, attempt, size_for
+from opdtheory.auditing.effects.probes import Pool, experiment, size_for
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.exact import Loss
 
@@ -87,21 +87,21 @@ def dependence(
             f"Position and other tokens were not looked at: batches of {batch_size} are too many to enumerate."
         )
     else:
-        with attempt(words, "Position and other tokens"):
+        with experiment(words, "Position and other tokens"):
             tokens = rollout_effects.token_effects(loss, size, batch_size, limit)
     words += tokens.words
     group = batch_effects.BatchEffect(False)
     sampler = sampler_effects.SamplerEffect(False)
-    with attempt(words, "The batch and the sampling policy"):
+    with experiment(words, "The batch and the sampling policy"):
         pool = Pool(loss)
-        with attempt(words, "The batch"):
+        with experiment(words, "The batch"):
             group = batch_effects.batch_effect(pool, batch_size, max(limit, 1e-8))
-        with attempt(words, "The sampling policy"):
+        with experiment(words, "The sampling policy"):
             sampler = sampler_effects.sampler_effect(pool, batch_size, max(limit, 1e-8))
     words += group.words + sampler.words
     laws = two_laws.LawEffect()
     if not group.batch:
-        with attempt(words, "The two laws"):
+        with experiment(words, "The two laws"):
             laws = two_laws.law_effect(loss, weight.depends_on_ratio_only, batch_size, seed, limit)
     words += laws.words
     ratio_only = (

@@ -16,7 +16,7 @@ from opdtheory.exact import Loss, TabularPolicy, gradient_moments
 from opdtheory.exact.enumeration import Enumeration
 from opdtheory.rollouts import Rollouts
 
-__all__ = ["Pool", "Rows", "attempt", "cut_short", "expected_weights", "one_step_weights", "sampled_by", "size_for"]
+__all__ = ["Pool", "Rows", "cut_short", "expected_weights", "experiment", "one_step_weights", "sampled_by", "size_for"]
 
 # Batches that one expectation of a coupled loss may take.
 _EVALUATIONS = 150
@@ -25,7 +25,7 @@ _VOCABULARY, _HORIZON = 8, 2
 
 
 @contextmanager
-def attempt(notes: list[str], what: str) -> Iterator[None]:
+def experiment(notes: list[str], what: str) -> Iterator[None]:
     """Run one experiment; whatever a foreign loss raises on its shapes ends that experiment alone, with a note."""
     try:
         yield

@@ -64,6 +64,7 @@ def remedies(
     report: Audit,
     verdict: Callable[[Loss], tuple[str, float]] | None = None,
     limit: int = 3,
+    pairs: int | None = None,
 ) -> list[Remedy]:
     """Up to three changes that make a loss descend what it claims to, the smallest first, each verified.
 
@@ -79,29 +80,34 @@ def remedies(
         report: the audit of `loss` against that claim, whose settings, weight and findings are used.
         verdict: maps a changed loss to its verdict and worst relative bias; by default a `Trial` on the audit's pairs.
         limit: the most that are returned.
+        pairs: how many of the audit's pairs judge a changed loss, those that refute most first; None takes all.
 
     Returns:
         The remedies; none if the loss is exact and stays so when lengths vary.
 
     Raises:
-        InvalidArgumentError: an unknown objective or granularity, or a limit below 1.
+        InvalidArgumentError: an unknown objective or granularity, or a limit or a number of pairs below 1.
     """
     divergence, gamma = as_divergence(objective), float(report.settings["gamma"])
     check_objective(granularity, gamma)
-    if limit < 1:
-        raise InvalidArgumentError("limit", f"is {limit!r}; at least 1 is needed")
+    for name, value in (("limit", limit), ("pairs", pairs)):
+        if value is not None and value < 1:
+            raise InvalidArgumentError(name, f"is {value!r}; at least 1 is needed")
     lengths = report.variable_lengths is not None and report.variable_lengths["verdict"] not in _RANK
     if report.verdict == "undecided" or (report.verdict == "exact" and not lengths):
         return []
     with one_thread():
-        facts = _facts(Remembered(loss), divergence, granularity, report, lengths)
+        facts = _facts(Remembered(loss), divergence, granularity, report, lengths, pairs)
         found = _Search(verdict or facts.trial, _WRONG if lengths else _RANK.get(report.verdict, _WRONG), facts)
         return found.run(report, limit)
 
 
-def _facts(loss: Loss, divergence: Divergence, granularity: str, report: Audit, lengths: bool) -> Facts:
+def _facts(
+    loss: Loss, divergence: Divergence, granularity: str, report: Audit, lengths: bool, pairs: int | None
+) -> Facts:
     settings = dict(report.settings)
-    trial = Trial(loss, divergence, granularity, **settings, tolerance=report.tolerance, lengths=lengths)
+    how = settings if pairs is None else {**settings, "pairs": pairs}
+    trial = Trial(loss, divergence, granularity, **how, tolerance=report.tolerance, lengths=lengths)
     curve = None
     if settings["off_policy"]:
         curve = on_policy_curve(loss, settings, report.tolerance)

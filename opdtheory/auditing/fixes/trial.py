@@ -39,6 +39,7 @@ class Trial:
         prompts: as of `panel`; likewise `environment` and `shared_prompt`.
         tolerance: relative error that rounding can leave.
         lengths: whether rollouts of variable length are looked at too where `eos` is None.
+        pairs: how many of the panel's pairs are looked at, those that refute most first.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Trial:
         shared_prompt: bool = False,
         tolerance: float = 1e-9,
         lengths: bool = False,
+        pairs: int = len(_ORDER),
     ) -> None:
         self.batch_size, self.tolerance = batch_size, tolerance
         self.shared_prompt = shared_prompt
@@ -67,7 +69,7 @@ class Trial:
             self.cases += [case for case in small if _runs(loss, case, batch_size)]
         self.cases += _kept(
             panel(batch_size, eos, off_policy, seed, prompts, environment, shared_prompt), batch_size, prompts
-        )
+        )[:pairs]
         if lengths and eos is None and batch_size == 1:
             self.cases += panel(1, 0, off_policy, seed)[1:4:2]
         self._exact: dict[int, list[Tensor]] = {}

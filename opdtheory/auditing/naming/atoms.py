@@ -24,13 +24,14 @@ __all__ = ["FAMILIES", "PARAMETRIC", "Atom", "as_number", "catalogue_atom", "cat
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
-# Parameterised families of the catalogue and the interval in which their parameter is sought.
-FAMILIES = {
-    "skew_jsd": ("beta", 1e-3, 1.0 - 1e-3),
-    "alpha": ("alpha", -4.0, 4.0),
-    "skew_forward_kl": ("lam", 0.0, 1.0 - 1e-3),
-    "skew_reverse_kl": ("lam", 0.0, 1.0 - 1e-3),
+_SOUGHT = {
+    "skew_jsd": (1e-3, 1.0 - 1e-3),
+    "alpha": (-4.0, 4.0),
+    "skew_forward_kl": (0.0, 1.0 - 1e-3),
+    "skew_reverse_kl": (0.0, 1.0 - 1e-3),
 }
+# Parameterised families of the catalogue, their parameter and the interval in which it is sought.
+FAMILIES = {name: (parameter, *_SOUGHT[name]) for name, parameter in divergences.families().items()}
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,9 @@ __all__ = [
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
+# A cell so narrow that its middle is as good as its ends.
+_NARROW = 1e-3
+
 # Where rounding is coarser than this, two or three terms fit almost anything.
 _SHARP = 1e-6
 
@@ -212,30 +215,46 @@ def _meets(inside: Formula, constant: float, curve: Curve, index: int, step: int
     def gap(t: float) -> float:
         return float(inside.values(np.array([t]))[0]) + constant - plateau
 
-    if abs(gap(near)) <= tolerance * curve.scale[index]:
-        return float(near)
-    if abs(gap(far)) <= tolerance * curve.scale[index + step]:
-        return float(far)
+    def fits(t: float, at: int) -> bool:
+        return abs(gap(t)) <= tolerance * curve.scale[at]
+
+    if fits(near, index):
+        return _short(float(near), lambda t: fits(t, index))
+    if fits(far, index + step):
+        return _short(float(far), lambda t: fits(t, index + step))
     if gap(near) * gap(far) > 0:
         return None
     end = float(brentq(gap, near, far, xtol=1e-15))
-    # Bounds are given as log-ratios or as ratios; either may be the short number.
-    for short in (round(end, 6), float(np.log(round(float(np.exp(end)), 6)))):
-        if abs(short - end) < 1e-9:
-            return short
+    return _short(end, lambda t: abs(t - end) < 1e-9)
+
+
+def _short(end: float, fits: Callable[[float], bool]) -> float:
+    """The bound as a short number, a log-ratio or a ratio: where the weight is nearly flat it is known roughly only."""
+    for digits in range(7):
+        for short in (round(end, digits), float(np.log(max(round(float(np.exp(end)), digits), 1e-300)))):
+            if abs(short - end) < _NARROW and fits(short):
+                return short
     return end
 
 
 def find_window(curve: Curve, tolerance: float) -> str | None:
-    """A formula inside a window and a constant outside, with a jump: the ends are known to a grid cell only."""
+    """A formula inside a window and a constant outside, with a jump: the ends are known to a cell only."""
     left, right = _plateaus(curve, tolerance)
     keep = np.arange(left, len(curve.points) - right)
     if left + right == 0 or len(keep) < 5 or (inside := find_formula(curve.part(keep), tolerance)) is None:
         return None
     t = curve.points
-    low = f"{t[keep[0] - 1]:.3g}..{t[keep[0]]:.3g}" if left else "-inf"
-    high = f"{t[keep[-1]]:.3g}..{t[keep[-1] + 1]:.3g}" if right else "inf"
+    low = _within(t[keep[0] - 1], t[keep[0]]) if left else "-inf"
+    high = _within(t[keep[-1]], t[keep[-1] + 1]) if right else "inf"
     return f"{label_of(inside)} for log u between {low} and {high}, constant outside with a jump"
+
+
+def _within(low: float, high: float) -> str:
+    """A log-ratio that is known to a cell only: its first digits, where both ends have them."""
+    near, far = f"{low:.4g}", f"{high:.4g}"
+    if high - low < _NARROW:
+        return near if near == far else f"{(low + high) / 2.0:.4g}"
+    return f"{low:.3g}..{high:.3g}"
 
 
 def label_of(found: Formula) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
@@ -13,9 +13,9 @@ from torch import Tensor
 from opdtheory import divergences
 from opdtheory.auditing.naming.atoms import FAMILIES
 from opdtheory.auditing.naming.sparse import shortest
-from opdtheory.auditing.panel import STEP, Case, bandits, log_u_grid
+from opdtheory.auditing.panel import STEP, Case, bandit_parts, bandits, far_bandit, far_grid
 from opdtheory.divergences import Divergence
-from opdtheory.errors import InvalidArgumentError
+from opdtheory.errors import InvalidArgumentError, OpdTheoryError
 from opdtheory.exact import OBJECTIVES, Loss, gradient_moments
 from opdtheory.exact.oracle import tree_gradient
 from opdtheory.exact.tree import Tree
@@ -46,6 +46,12 @@ _SHORT = 1e-10
 
 _FLOOR = 1e-100
 
+# Far log-ratios in one bandit.
+_TOGETHER = 4
+
+# Rounds by which the cell where a far plateau begins is narrowed, and the points that each puts into it.
+_ROUNDS, _INSIDE = 4, 12
+
 # A weight this near to an entry's, relative to its size, may be that entry's under a discount.
 _ALIKE = 1e-3
 
@@ -64,6 +70,8 @@ class RecoveredWeight:
             f-divergence is minimised (T4).
         slope_at_teacher: $dw/d\log u$ at $u = 1$ by a five-point difference; positive means that
             the teacher attracts (T5).
+        far_log_u: log-ratios beyond the grid, and close to where a plateau begins, for single rollouts; ascending.
+        far_weight: the weight there, each from one pair of policies.
     """
 
     log_u: Float[Tensor, " points"]
@@ -72,6 +80,8 @@ class RecoveredWeight:
     depends_on_ratio_only: bool
     non_decreasing: bool
     slope_at_teacher: float
+    far_log_u: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    far_weight: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
 
 
 @dataclass(frozen=True)
@@ -152,27 +162,93 @@ def recover_weight(loss: Loss, batch_size: int, off_policy: float, seed: int, to
     Raises:
         LossError: as `gradient_moments`.
     """
-    log_u = log_u_grid(batch_size)
+    parts = bandit_parts(batch_size)
+    found = [_curves(loss, part, batch_size, off_policy, seed) for part in parts]
+    # Every part holds 0, where its curves are zero.
+    log_u, order = torch.cat([part[part != 0.0] for part in parts] + [torch.zeros(1, dtype=torch.float64)]).sort()
+    values = [c[:, part != 0.0] for c, part in zip(found, parts, strict=True)]
+    curves = torch.cat([*values, torch.zeros(len(values[0]), 1, dtype=torch.float64)], 1)[:, order]
     middle = len(log_u) // 2
-    curves = []
-    for case in bandits(log_u, off_policy, seed):
-        gradient = gradient_moments(loss, case.student, case.teacher, batch_size, case.behavior).mean[0][0]
-        advantage = -gradient / torch.softmax(case.student.logits[0][0], -1)
-        curves.append(advantage - advantage[middle])
-    curve = torch.stack(curves).mean(0)
-    spread = float((torch.stack(curves) - curve).abs().max())
+    curve = curves.mean(0)
+    spread = float((curves - curve).abs().max())
     span = float(curve.max() - curve.min())
     # Of a loss whose weight is constant only rounding is left, which depends on nothing.
     residual = spread / span if span > 1e-9 else 0.0
     steps = curve.diff()
+    ratio_only = residual < _AMPLIFIED * tolerance
+    far_log_u, far_weight = _NOTHING
+    if batch_size == 1 and ratio_only:
+        far_log_u, far_weight = _far(loss, log_u, curve, off_policy, seed, tolerance)
     return RecoveredWeight(
         log_u=log_u,
         weight=curve,
         residual=residual,
-        depends_on_ratio_only=residual < _AMPLIFIED * tolerance,
+        depends_on_ratio_only=ratio_only,
         non_decreasing=bool((steps >= -_AMPLIFIED * tolerance * max(span, 1e-9)).all()),
         slope_at_teacher=_central_slope(curve[middle - 2 : middle + 3].tolist()),
+        far_log_u=far_log_u,
+        far_weight=far_weight,
     )
+
+
+_NOTHING = torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64)
+
+
+def _curves(loss: Loss, log_u: Tensor, batch_size: int, off_policy: float, seed: int) -> Tensor:
+    """The weight at log-ratios with 0 in the middle, less its value there, from each law of the bandits."""
+    return torch.stack(
+        [_advantage(loss, case, batch_size, len(log_u) // 2) for case in bandits(log_u, off_policy, seed)]
+    )
+
+
+def _advantage(loss: Loss, case: Case, batch_size: int, origin: int) -> Tensor:
+    gradient = gradient_moments(loss, case.student, case.teacher, batch_size, case.behavior).mean[0][0]
+    advantage = -gradient / torch.softmax(case.student.logits[0][0], -1)
+    return advantage - advantage[origin]
+
+
+def _far(
+    loss: Loss, log_u: Tensor, curve: Tensor, off_policy: float, seed: int, tolerance: float
+) -> tuple[Tensor, Tensor]:
+    """The weight beyond the grid and close to where a plateau begins; nothing if the loss fails there.
+
+    Args:
+        loss: the black box.
+        log_u: the grid.
+        curve: the weight on it, to whose ends what lies beyond is joined.
+        off_policy: noise of the sampling policy's logits.
+        seed: of that noise.
+        tolerance: relative error that is rounding.
+    """
+    count = len(log_u) // 2
+    found: list[tuple[Tensor, Tensor]] = []
+    try:
+        for sign, grid, known in ((-1, log_u.flip(0), curve.flip(0)), (1, log_u, curve)):
+            far = far_grid(sign)
+
+            def at(points: Tensor, near: Tensor = far[:1], end: Tensor = known[-1]) -> Tensor:
+                case = far_bandit(torch.cat([near, points]), off_policy, seed)
+                return end + _advantage(loss, case, 1, 0)[1:-1]
+
+            # A few at a time: weights that grow steeply would drown the smaller ones in their rounding.
+            more = [(some, at(some)) for some in far[1:].split(_TOGETHER)]
+            points = torch.cat([grid[count + 1 :], far[1:]])
+            values = torch.cat([known[count + 1 :], *(part for _, part in more)])
+            for _ in range(_ROUNDS):
+                level = (values - values[-1]).abs() <= tolerance * values.abs().max()
+                first = len(level) - int(level.flip(0).long().cumprod(0).sum())
+                if first == 0 or len(level) - first < 2:
+                    break
+                ends = float(points[first - 1]), float(points[first])
+                inside = torch.linspace(*ends, _INSIDE + 2, dtype=points.dtype)[1:-1]
+                more.append((inside, at(inside)))
+                points, order = torch.cat([points, inside]).sort(descending=sign < 0)
+                values = torch.cat([values, more[-1][1]])[order]
+            found += more
+    except (OpdTheoryError, RuntimeError, ValueError):
+        return _NOTHING
+    far_log_u, order = torch.cat([points for points, _ in found]).sort()
+    return far_log_u, torch.cat([values for _, values in found])[order]
 
 
 def explains_panel(weight: RecoveredWeight, gradients: list[Tensor], cases: list[Case]) -> bool | None:

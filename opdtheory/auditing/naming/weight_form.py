@@ -32,6 +32,9 @@ __all__ = ["WeightForm", "describe"]
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
+# What was fitted on the grid may miss by this many times the tolerance far from it.
+_EXTRAPOLATED = 10.0
+
 # A weight whose range is below this is constant: what is left is rounding.
 _CONSTANT = 1e-9
 
@@ -52,8 +55,8 @@ class WeightForm:
         generator_latex: the same in LaTeX.
         generator_values: $V[w]$ at the recovered grid of log-ratios, from the formula or, without one, by quadrature
             of the interpolated weight; empty if the weight is no function of the ratio.
-        genuine: whether the weight never falls, so that an f-divergence is minimised (T4): on the grid, and where
-            there is a formula for $|\log u| \le 30$ too.
+        genuine: whether the weight never falls, so that an f-divergence is minimised (T4): where it was seen, and
+            where there is a formula for $|\log u| \le 30$ too.
         fixed_points: laws other than the teacher's at which the expected gradient vanishes too (T5), as text: two
             tokens whose ratios lie on one level of a weight that is not monotone.
         slope_at_teacher: $\mathrm{d}w/\mathrm{d}\log u$ at $u = 1$.
@@ -61,6 +64,7 @@ class WeightForm:
         limits: $w(u) - w(1)$ for $u \to 0$ and $u \to \infty$, keys `0` and `inf`; NaN where unknown.
         growth: in words, how it behaves there.
         second_moment: in words, $E_p[w^2]$ and whether it is finite for every pair (T7d).
+        seen_to: the largest $|\log u|$ at which the weight was seen; the formula says nothing beyond.
         stop_gradient_of: the catalogue generator $f$ with $w = -f(u) + c(u - 1)$ up to a scale, as plain OPD has it
             (T2, T3), if there is one.
     """
@@ -82,6 +86,7 @@ class WeightForm:
     second_moment: str
     generator_values: list[float] = field(default_factory=list)
     stop_gradient_of: str | None = None
+    seen_to: float = 0.0
 
 
 def describe(recovered: RecoveredWeight, tolerance: float = 1e-9) -> WeightForm:
@@ -89,7 +94,8 @@ def describe(recovered: RecoveredWeight, tolerance: float = 1e-9) -> WeightForm:
 
     Tried are a positive multiple of a catalogue weight $w_f$ (families with a fitted parameter), signed combinations of
     up to three, then functions such as $\log^2 u$, $u\log u$, $u^\alpha$, $\log(\beta u + 1 - \beta)$, alone and
-    up to three together, and all of these of a clamped log-ratio. Everything is up to an additive constant.
+    up to three together, and all of these of a clamped log-ratio. Everything is up to an additive constant. What fits
+    on the grid must fit beyond it too, as far as the weight was seen.
 
     Args:
         recovered: the weight on its grid, from `recover_weight`.
@@ -109,32 +115,76 @@ def describe(recovered: RecoveredWeight, tolerance: float = 1e-9) -> WeightForm:
     """
     if not tolerance > 0:
         raise InvalidArgumentError("tolerance", f"is {tolerance!r}; a positive number is needed")
-    curve = _curve(recovered)
+    curve, whole = _curve(recovered), _whole(recovered)
+    seen_to = round(float(np.abs(whole.points).max()), 4)
+    falls = bool((np.diff(whole.values) < -10.0 * tolerance * np.maximum(whole.scale[1:], whole.scale[:-1])).any())
     shape = Shape(
         log_u=curve.points,
-        non_decreasing=recovered.non_decreasing,
+        non_decreasing=recovered.non_decreasing and not falls,
         slope=recovered.slope_at_teacher,
         # A finite difference turns rounding into slope.
         flat=max(1e-6, 100.0 * tolerance) * max(float(np.ptp(curve.values)), _CONSTANT),
     )
+    form = _named(recovered, curve, whole, shape, tolerance)
+    return replace(form, seen_to=seen_to)
+
+
+def _named(recovered: RecoveredWeight, curve: Curve, whole: Curve, shape: Shape, tolerance: float) -> WeightForm:
     if not recovered.depends_on_ratio_only:
         return _form(None, shape, error=recovered.residual, label="no function of the ratio alone")
-    if float(np.ptp(curve.values)) <= _CONSTANT:
+    if float(np.ptp(whole.values)) <= _CONSTANT:
         return _zero(shape)
-    found = find_formula(curve, tolerance) or find_clamped(curve, tolerance)
+    near = None
+    if float(np.ptp(curve.values)) > _CONSTANT:
+        near = find_formula(curve, tolerance) or find_clamped(curve, tolerance)
+    found = near
+    if near is None or not _holds(near, curve, whole, tolerance).all():
+        found = find_clamped(whole, tolerance) if len(whole.points) > len(curve.points) else None
     if found is None:
-        label = find_window(curve, tolerance) or "no formula found"
+        label = find_window(whole, tolerance) or _beyond(near, curve, whole, tolerance) or "no formula found"
         return _form(None, replace(shape, values=curve.values), error=_nearest_error(curve), label=label)
     form = _form(found, shape, error=found.error, label=label_of(found))
-    return form if found.kind == "catalogue" else replace(form, stop_gradient_of=_stop_gradient(curve, tolerance))
+    return form if found.kind == "catalogue" else replace(form, stop_gradient_of=_stop_gradient(whole, tolerance))
 
 
 def _curve(recovered: RecoveredWeight) -> Curve:
     points, values = recovered.log_u.numpy(), recovered.weight.numpy()
     # A gradient's rounding is relative to the weights that it was summed from, under the bandits' law.
-    p = np.exp(-points / 2)
-    scale = np.abs(values) + float((p * np.abs(values)).sum() / p.sum())
+    scale = np.abs(values) + _typical(points, values)
     return Curve(points, values, np.where(scale > 0, scale, 1.0))
+
+
+def _whole(recovered: RecoveredWeight) -> Curve:
+    """The weight as far as it was seen."""
+    points = np.concatenate([recovered.log_u.numpy(), recovered.far_log_u.numpy()])
+    values = np.concatenate([recovered.weight.numpy(), recovered.far_weight.numpy()])
+    scale = np.abs(values) + _typical(recovered.log_u.numpy(), recovered.weight.numpy())
+    order = np.argsort(points)
+    return Curve(points[order], values[order], np.where(scale > 0, scale, 1.0)[order])
+
+
+def _typical(points: Array, values: Array) -> float:
+    p = np.exp(-points / 2)
+    return float((p * np.abs(values)).sum() / p.sum())
+
+
+def _holds(found: Formula, curve: Curve, whole: Curve, tolerance: float) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Where a formula that was fitted on the grid has the weight's values."""
+    constant = float(np.average(curve.values - found.values(curve.points), weights=curve.scale**-2.0))
+    gap = np.abs(found.values(whole.points) + constant - whole.values)
+    return gap <= _EXTRAPOLATED * tolerance * whole.scale
+
+
+def _beyond(near: Formula | None, curve: Curve, whole: Curve, tolerance: float) -> str | None:
+    """The formula of the grid, where it ends before the last log-ratio seen."""
+    if near is None:
+        return None
+    holds = _holds(near, curve, whole, tolerance)
+    inside = np.abs(whole.points) <= np.abs(curve.points).max()
+    low = np.flatnonzero(~holds & (whole.points < 0) & ~inside)
+    high = np.flatnonzero(~holds & (whole.points > 0) & ~inside)
+    ends = whole.points[low[-1] + 1 if len(low) else 0], whole.points[high[0] - 1 if len(high) else -1]
+    return f"{label_of(near)} for log u between {ends[0]:.3g} and {ends[1]:.3g}, another function beyond"
 
 
 def _nearest_error(curve: Curve) -> float:

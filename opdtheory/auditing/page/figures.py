@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import re
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from opdtheory.auditing.page.svg import svg_of
 from opdtheory.auditing.report import FAITHFUL, Audit
 from opdtheory.divergences import Divergence
 from opdtheory.divergences import divergence as as_divergence
@@ -109,7 +109,7 @@ def _claimed(report: Audit, divergence: str | Divergence | None) -> Divergence |
 
 def _implied(report: Audit) -> tuple[Tensor, Tensor | None]:
     log_u, weight = report.weight["log_u"], report.weight["weight"]
-    limit = min(_GENERATOR_LIMIT, float(log_u[-1]))
+    limit = min(_GENERATOR_LIMIT, float(log_u[-1])) if len(log_u) else 0.0
     fine = torch.linspace(-limit, limit, _GENERATOR_POINTS, dtype=torch.float64)
     if not report.weight["depends_on_ratio_only"] or limit < 1.0:
         return fine, None
@@ -163,7 +163,7 @@ def figures(report: Audit, drawn: Curves) -> list[Figure]:
 
 
 def _weight(report: Audit, drawn: Curves) -> Figure | None:
-    if float(drawn.log_u[-1]) < 1.0:
+    if len(drawn.log_u) == 0 or float(drawn.log_u[-1]) < 1.0:
         return None
     sheet, axis = _sheet()
     inside = drawn.log_u.abs() <= _WINDOW
@@ -171,13 +171,16 @@ def _weight(report: Audit, drawn: Curves) -> Figure | None:
         axis.plot(drawn.log_u, drawn.claimed, color=_CLAIMED, linewidth=4.5, alpha=0.55, label="claimed")
     style = "-" if report.weight["depends_on_ratio_only"] else "--"
     axis.plot(drawn.log_u, drawn.weight, style, color=_FOUND, label="recovered")
-    _heights(axis, [c[inside] for c in (drawn.weight, drawn.claimed) if c is not None], zero=True)
+    ends = [report.weight[key] for key in ("low", "high") if key in report.weight]
+    if ends:
+        axis.fill_between(drawn.log_u, *ends, color=_FOUND, alpha=0.2, linewidth=0.0, label="interval")
+    _heights(axis, [c[inside] for c in (drawn.weight, drawn.claimed, *ends) if c is not None], zero=True)
     _frame(axis, "log u", "w(u) − w(1)")
     axis.legend(loc="best")
-    ends = f"from {float(drawn.weight[inside][0]):.3g} at log u = {float(drawn.log_u[inside][0]):.3g} "
-    ends += f"to {float(drawn.weight[inside][-1]):.3g} at log u = {float(drawn.log_u[inside][-1]):.3g}"
+    sides = f"from {float(drawn.weight[inside][0]):.3g} at log u = {float(drawn.log_u[inside][0]):.3g} "
+    sides += f"to {float(drawn.weight[inside][-1]):.3g} at log u = {float(drawn.log_u[inside][-1]):.3g}"
     shape = "never falls" if report.weight["non_decreasing"] else "falls in places"
-    alt = f"Recovered weight of a token against the log-ratio: {ends}; it {shape}."
+    alt = f"Recovered weight of a token against the log-ratio: {sides}; it {shape}."
     return Figure("Weight on a token", alt, _svg(sheet, "weight"))
 
 
@@ -204,7 +207,7 @@ def _generator(drawn: Curves) -> Figure | None:
 
 def _bias(report: Audit) -> Figure | None:
     values = [max(pair.relative_bias, _SMALLEST) for pair in report.pairs if math.isfinite(pair.relative_bias)]
-    if len(values) < len(report.pairs):
+    if not values or len(values) < len(report.pairs):
         return None
     sheet, axis = _sheet()
     rows = list(range(1, len(values) + 1))
@@ -224,7 +227,7 @@ def _bias(report: Audit) -> Figure | None:
 
 def _variance(report: Audit) -> Figure | None:
     pairs = [(pair.variance, pair.full_vocabulary_variance) for pair in report.pairs]
-    if not all(0.0 < value < math.inf for pair in pairs for value in pair):
+    if not pairs or not all(0.0 < value < math.inf for pair in pairs for value in pair):
         return None
     sheet, axis = _sheet()
     rows = list(range(1, len(pairs) + 1))
@@ -280,12 +283,8 @@ def _heights(axis: Any, values: list[Tensor], zero: bool = False) -> None:
 
 
 def _svg(sheet: Any, prefix: str) -> str:
-    buffer = io.StringIO()
-    sheet.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
     # Several figures share one page: their ids must differ, and their colours follow the page's.
-    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}-", text)
+    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}-", svg_of(sheet))
     text = re.sub(r"<metadata>.*?</metadata>\s*|<style.*?</style>\s*", "", text, flags=re.DOTALL)
     text = re.sub(r"font-family: [^;\"]+", "font-family: inherit", text)
     for colour, variable in _COLOURS.items():

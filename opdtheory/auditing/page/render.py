@@ -146,9 +146,12 @@ def _facts(report: Audit) -> str:
 def _followed(report: Audit) -> str:
     if report.verdict == "zero":
         return "nothing"
-    if report.descends is None or report.identified is None:
+    if report.identified is None or report.identified["error"] > report.tolerance:
         return "no catalogue objective"
-    return f"{report.descends} ({report.identified['granularity']})"
+    # A signed sum is no catalogue objective, but it is what the loss follows.
+    named = report.descends or report.identified["objective"]
+    discount = f", gamma={report.identified['gamma']:.6g}" if "gamma" in report.identified else ""
+    return f"{named} ({report.identified['granularity']}{discount})"
 
 
 def _remedies(record: dict[str, Any]) -> str:
@@ -169,10 +172,12 @@ def _figures(report: Audit, drawn: Curves) -> str:
         note = "<p class='note'>No figures: install the extra <code>opdtheory[plots]</code>.</p>"
         return section("Figures", note)
     missing = "" if drawn.claimed is not None else " The claimed divergence is known by name only and is not drawn."
+    how = "recovered from exact expected gradients"
+    if "low" in report.weight:
+        how = "the middles of intervals that hold jointly, from drawn rollouts, joined by lines"
     captions = {
         "Weight on a token": "The factor by which the loss raises the log-probability of a token, shifted to zero at "
-        "u = 1: recovered from exact expected gradients, over the one claimed. Drawn up to what |log u| ≤ 2.5 needs."
-        + missing,
+        "u = 1: " + how + ", over the one claimed. Drawn up to what |log u| ≤ 2.5 needs." + missing,
         "Implied generator": "The generator whose divergence has the recovered weight (T4), against the claimed one, "
         "both zero with their slope at u = 1." + missing,
         "Bias by pair": "Length of the error of the expected gradient over that of the exact one, at scale one. "
@@ -185,7 +190,7 @@ def _figures(report: Audit, drawn: Curves) -> str:
         f"<figcaption>{escape(captions[f.title])}</figcaption></figure>"
         for f in found
     ]
-    return section("Figures", f"<div class='figures'>{''.join(parts)}</div>")
+    return section("Figures", f"<div class='figures'>{''.join(parts)}</div>") if parts else ""
 
 
 def _pairs(record: dict[str, Any]) -> str:
@@ -200,6 +205,8 @@ def _pairs(record: dict[str, Any]) -> str:
         )
         for i, pair in enumerate(record["pairs"], 1)
     ]
+    if not rows:
+        return ""
     header = ("", "pair", "relative bias", "cosine", "variance", "whole-vocabulary variance")
     about = "One row for each student and teacher: how peaked the student is, how far away the teacher."
     return section("Pairs", table(header, rows, about, numbers=(2, 3, 4, 5)) + _lengths(record))
@@ -240,6 +247,7 @@ def _form(record: dict[str, Any]) -> str:
         ("growth", prose(form.get("growth"))),
         ("second moment", prose(form.get("second_moment"))),
         ("error of the fit", number(form.get("error"))),
+        ("seen for |log u| up to", number(form.get("seen_to")) if form.get("seen_to") else ""),
     ]
     return section("The weight as a formula", rows_of([row for row in rows if row[1]]))
 
@@ -329,15 +337,21 @@ def _monte_carlo(record: dict[str, Any]) -> str:
 
 
 def _weight_table(report: Audit, drawn: Curves) -> str:
-    header = ("log u", "recovered w(u) − w(1)", "claimed")
+    if len(drawn.log_u) == 0:
+        return ""
+    header: tuple[str, ...] = ("log u", "recovered w(u) − w(1)", "claimed")
     claimed = [None] * len(drawn.log_u) if drawn.claimed is None else drawn.claimed.tolist()
     # On the step beside zero only the slope was taken.
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (number(round(t, 6)), number(w if abs(w) > 1e-12 else 0.0), number(c))
         for t, w, c in zip(drawn.log_u.tolist(), drawn.weight.tolist(), claimed, strict=True)
     ]
+    if "low" in report.weight:
+        header = (*header, "at least", "at most")
+        ends = zip(report.weight["low"].tolist(), report.weight["high"].tolist(), strict=True)
+        rows = [(*row, number(low), number(high)) for row, (low, high) in zip(rows, ends, strict=True)]
     about = "The recovered weight by log-ratio."
-    shown = table(header, rows, about, numbers=(0, 1, 2))
+    shown = table(header, rows, about, numbers=tuple(range(len(header))))
     return f"<details><summary>The recovered weight as numbers</summary>{shown}</details>"
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from opdtheory import divergences
 from opdtheory.auditing.panel import Case
+from opdtheory.auditing.sampling.aims import Aim
 from opdtheory.auditing.sampling.bounds import Bounds, Target, certified, certified_whole, relative_bias, scale_range
 from opdtheory.auditing.sampling.confidence import asymptotic_interval, bounded_interval, tightest_rho
 from opdtheory.auditing.sampling.montecarlo_result import MonteCarloResult, worded
@@ -33,7 +34,7 @@ from opdtheory.exact.oracle import check_objective
 from opdtheory.exact.sampling import Sample, Sampler
 from opdtheory.exact.threads import one_thread
 
-__all__ = ["MonteCarloResult", "monte_carlo_compare"]
+__all__ = ["MonteCarloResult", "Search", "monte_carlo_compare"]
 
 # Observations to which the controls are fitted, and observations before which the confidence sequences claim nothing.
 _PILOT = 16
@@ -127,43 +128,54 @@ def monte_carlo_compare(
         BudgetExceededError: tables too large.
         LossError: the loss is no deterministic, differentiable, finite scalar.
     """
-    start = time.perf_counter()
-    divergence = as_divergence(divergence)
     check_objective(granularity, gamma)
     _check_settings(cases, batch_size, margin, confidence, max_batches, seconds)
-    with one_thread(), torch.no_grad():
-        search = _Search(loss, cases, divergence, granularity, gamma, batch_size, seed, confidence, shared_prompt)
-        verdict, name = "undecided", None
-        while search.batches < max_batches and time.perf_counter() - start < seconds:
-            search.advance(margin, max_batches)
-            verdict = search.verdict(margin)
-            if verdict != "undecided":
-                break
-        if verdict == "biased" and naming:
-            last = min(max_batches, int(_NAMING * search.batches))
-            while (name := search.follows(margin)) is None and search.nameable():
-                if search.batches >= last or time.perf_counter() - start >= seconds:
-                    break
-                search.advance(margin, last)
-        return search.result(verdict, name, margin, seed, time.perf_counter() - start)
+    aim = Aim.of(as_divergence(divergence), granularity, gamma)
+    search = Search(loss, cases, aim, batch_size, seed, confidence, shared_prompt, max_batches, seconds)
+    verdict = search.run(margin)
+    name = search.plain_name(margin) if verdict == "biased" and naming else None
+    return search.result(verdict, name, margin)
 
 
-class _Search:
-    """The streams of all pairs and what they say so far."""
+class Search:
+    """The streams of all pairs and what they say so far of one objective, the aim.
+
+    Attributes:
+        cases: the pairs.
+        aim: the objective that a verdict is about.
+        pairs: their streams.
+        batches: calls of the loss so far.
+        rollouts: drawn so far.
+        verdict: the last one.
+    """
 
     def __init__(
         self,
         loss: Loss,
         cases: Sequence[Case],
-        divergence: Divergence,
-        granularity: str,
-        gamma: float,
+        aim: Aim,
         batch_size: int,
         seed: int,
         confidence: float,
         shared_prompt: bool,
+        max_batches: int,
+        seconds: float,
     ) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
+        self._start = time.perf_counter()
+        self._most, self._seconds, self.seed = max_batches, seconds, seed
+        with one_thread(), torch.no_grad():
+            self._prepare(loss, cases, aim, batch_size, confidence, shared_prompt)
+
+    def _prepare(
+        self,
+        loss: Loss,
+        cases: Sequence[Case],
+        aim: Aim,
+        batch_size: int,
+        confidence: float,
+        shared_prompt: bool,
+    ) -> None:
+        self.generator = torch.Generator().manual_seed(self.seed)
         samplers = [Sampler.build(c.student, c.teacher, c.behavior, TABLE_BUDGET) for c in cases]
         for sampler in samplers:
             if sampler.student.numel() > TABLE_BUDGET:
@@ -174,23 +186,51 @@ class _Search:
         few = max(2, _TRIED // batch_size)
         looks = [Look(loss, sampler, batch_size, few, False, shared_prompt) for sampler in samplers]
         self.separable = all(splits_into_batches(look, self.generator, self.same) for look in looks)
-        self.claim = (divergence, granularity, gamma)
+        self.aim, self.cases = aim, list(cases)
         self.pairs = [self._pair(case, _sized(look, self.separable)) for case, look in zip(cases, looks, strict=True)]
         self.confidence = confidence
         streams = sum(len(pair.basis) + 1 for pair in self.pairs)
         self.alpha = (1.0 - confidence) / streams
         self.rho = tightest_rho(_TIGHT_AT, self.alpha)
         self.batches = self.rollouts = 0
+        self.verdict = "undecided"
+
+    def run(self, margin: float) -> str:
+        """Draw until the verdict on the aim is certain or the budget ends, and return it."""
+        with one_thread(), torch.no_grad():
+            while self.batches < self._most and not self._late():
+                self.advance(margin, self._most)
+                self.verdict = self.judge(margin)
+                if self.verdict != "undecided":
+                    break
+        return self.verdict
+
+    def plain_name(self, margin: float) -> dict[str, Any] | None:
+        """The catalogue objective without a parameter that is followed, after as many draws again as are worth it."""
+        last = min(self._most, int(_NAMING * self.batches))
+        with one_thread(), torch.no_grad():
+            while (name := self.follows(margin)) is None and self.nameable():
+                if self.batches >= last or self._late():
+                    break
+                self.advance(margin, last)
+        return name
+
+    def _late(self) -> bool:
+        return time.perf_counter() - self._start >= self._seconds
 
     def _pair(self, case: Case, look: Look) -> _Pair:
-        divergence, granularity, _ = self.claim
-        sampler = look.sampler
-        found = controls(case, sampler, *self.claim, look.batch_size)
-        exact = found[0].mean
+        aim, sampler = self.aim, look.sampler
+        found = controls(case, sampler, aim.terms[0][1], aim.granularity, aim.gamma, look.batch_size)
+        exact = aim.terms[0][0] * found[0].mean
+        for coefficient, divergence in aim.terms[1:]:
+            more = controls(case, sampler, divergence, aim.granularity, aim.gamma, look.batch_size)
+            exact = exact + coefficient * more[0].mean
+            found += more
         if float(exact.norm()) == 0.0:
-            raise InvalidArgumentError("divergence", f"{divergence.label} has a zero gradient everywhere")
-        tables = _catalogue(case, sampler, granularity)
-        others = [t for (name, where), t in tables.items() if name == divergence.name or where == granularity]
+            raise InvalidArgumentError("divergence", f"{aim.label} has a zero gradient everywhere")
+        tables = _catalogue(case, sampler, aim.granularity)
+        mine = {divergence.name for _, divergence in aim.terms}
+        others = [t for (name, where), t in tables.items() if name in mine or where == aim.granularity]
         basis = directions(sampler, exact, others, self.generator)
         observed, known = [], []
         means = torch.stack([c.mean for c in found])
@@ -240,7 +280,7 @@ class _Search:
         unseen = math.sqrt(max(float(squared[0]), 0.0)) + pair.rounding
         return Bounds(at + low - pair.rounding, at + high + pair.rounding, stream.known, at, unseen)
 
-    def verdict(self, margin: float) -> str:
+    def judge(self, margin: float) -> str:
         """A verdict that is certain at the joint level, or `undecided`."""
         bounds = [self.bounds(pair) for pair in self.pairs]
         targets = [pair.claimed for pair in self.pairs]
@@ -279,10 +319,45 @@ class _Search:
         ranges = (scale_range(bounds, [p.others[key] for p in self.pairs]) for key in self.pairs[0].others)
         return any(allowed is not None and allowed[1] > 0.0 for allowed in ranges)
 
-    def result(
-        self, verdict: str, follows: dict[str, Any] | None, margin: float, seed: int, seconds: float
-    ) -> MonteCarloResult:
+    def excludes(self, aim: Aim) -> bool:
+        """Whether some direction on some pair excludes every positive multiple of an objective."""
+        allowed = scale_range(self.all_bounds(), self.targets(aim))
+        return allowed is None or allowed[1] <= 0.0
+
+    def all_bounds(self) -> list[Bounds]:
+        """What is certain of each pair's expected gradient."""
+        return [self.bounds(pair) for pair in self.pairs]
+
+    def targets(self, aim: Aim) -> list[Target]:
+        """An objective's exact gradients, seen along the directions of each pair."""
+        return [
+            Target.of(pair.stream.look.sampler.stack(aim.gradient(case)).flatten(), pair.basis)
+            for pair, case in zip(self.pairs, self.cases, strict=True)
+        ]
+
+    def certify(self) -> tuple[float, float] | None:
+        """The scale of the aim, and the bias certified in the directions looked at, relative to that multiple."""
+        bounds, targets = self.all_bounds(), [pair.claimed for pair in self.pairs]
+        allowed = scale_range(bounds, targets)
+        if allowed is None or allowed[0] <= 0.0 or not math.isfinite(allowed[1]):
+            return None
+        scale = 1.0 if allowed[0] <= 1.0 <= allowed[1] else sum(allowed) / 2.0
+        return scale, certified(bounds, targets, scale)
+
+    @property
+    def hidden(self) -> float | None:
+        """Of a loss that was one combination of controls on all rollouts: how probable a difference may yet be."""
+        different, most = self._hidden()
+        return most if different == 0 else None
+
+    def _hidden(self) -> tuple[int, float]:
+        different = sum(pair.stream.different for pair in self.pairs)
+        observations = sum(pair.stream.projections.count for pair in self.pairs)
+        return different, bounded_interval(different, observations, 1.0 - self.confidence)[1]
+
+    def result(self, verdict: str, follows: dict[str, Any] | None, margin: float) -> MonteCarloResult:
         """Everything found, with the words."""
+        seconds = time.perf_counter() - self._start
         bounds = [self.bounds(pair) for pair in self.pairs]
         targets = [pair.claimed for pair in self.pairs]
         biases = [relative_bias(b, t) for b, t in zip(bounds, targets, strict=True)]
@@ -290,9 +365,6 @@ class _Search:
         bias = (max(low for low, _ in biases), max(high for _, high in biases))
         cosine = (min(low for low, _ in cosines), min(high for _, high in cosines))
         scale = scale_range(bounds, targets)
-        different = sum(pair.stream.different for pair in self.pairs)
-        observations = sum(pair.stream.projections.count for pair in self.pairs)
-        hidden = bounded_interval(different, observations, 1.0 - self.confidence)[1]
         looked = sum(len(pair.basis) for pair in self.pairs)
         result = MonteCarloResult(
             verdict=verdict,
@@ -301,18 +373,18 @@ class _Search:
             scale=scale,
             follows=follows,
             directions=looked,
-            identical=different == 0,
-            hidden=hidden,
+            identical=self.hidden is not None,
+            hidden=self._hidden()[1],
             batches=self.batches,
             rollouts=self.rollouts,
             separable=self.separable,
             confidence=self.confidence,
             margin=margin,
-            seed=seed,
+            seed=self.seed,
             seconds=seconds,
             words="",
         )
-        return worded(result, f"{self.claim[0].label} ({self.claim[1]})", len(self.pairs))
+        return worded(result, f"{self.aim.label} ({self.aim.granularity})", len(self.pairs))
 
 
 def _catalogue(case: Case, sampler: Sampler, granularity: str) -> dict[tuple[str, str], Tensor]:

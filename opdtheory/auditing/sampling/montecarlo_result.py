@@ -19,8 +19,10 @@ class MonteCarloResult:
             directions looked at, the high end from the squared length of the whole vector.
         cosine: interval for the smallest cosine over the pairs.
         scale: interval of the common multiples of the claimed gradient that no direction excludes; None if all are.
-        follows: the catalogue objective certified to be followed instead: `objective`, `granularity`, `scale` and
-            `error` (an upper bound in the directions looked at, relative to it), or None.
+        follows: the objective certified to be followed instead: `objective`, `granularity`, `scale` and `error` (an
+            upper bound in the directions looked at, relative to it), or None. From an audit it has `parameters`,
+            `gamma` or `terms` where they are needed, `evidence` in words and, of a number that was fitted, its name
+            `fitted` and `fitted_range`: the values around it that no direction excludes.
         directions: along how many directions the gradient was looked at, over all pairs.
         identical: whether the loss's gradient was that of one combination of library estimators on all rollouts.
         hidden: upper bound, nonasymptotic, on the probability that an observation (a call, or a few batches of a
@@ -80,11 +82,7 @@ def worded(result: MonteCarloResult, claim: str, pairs: int) -> MonteCarloResult
     elif result.verdict == "biased":
         sentences.append(f"The expected gradient is that of {claim} at no scale: off by at least {100 * low:.3g}%.")
         if result.follows is not None:
-            f = result.follows
-            sentences.append(
-                f"It follows {f['objective']} ({f['granularity']}) times {f['scale']:.4g}, to within "
-                f"{100 * f['error']:.2g}% in the same directions."
-            )
+            sentences.append(_followed(result.follows))
     else:
         found = f" It is off by at least {100 * low:.3g}% at scale one, perhaps by a factor only." if low > 0 else ""
         sentences.append(f"The budget ended before a verdict on {claim} was certain.{found}")
@@ -100,3 +98,18 @@ def worded(result: MonteCarloResult, claim: str, pairs: int) -> MonteCarloResult
             f"difference that shows in fewer than {100 * result.hidden:.2g}% of observations may have gone unseen."
         )
     return replace(result, words=" ".join(sentences))
+
+
+def _followed(f: dict[str, Any]) -> str:
+    """The objective that is followed, with its evidence."""
+    parameters = ", ".join(f"{key}={value:.6g}" for key, value in f.get("parameters", {}).items())
+    name = f"{f['objective']}({parameters})" if parameters else f["objective"]
+    where = f["granularity"] + (f", gamma={f['gamma']:.6g}" if "gamma" in f else "")
+    text = f"It follows {name} ({where}) times {f['scale']:.4g}, to within {100 * f['error']:.2g}% in "
+    if "evidence" not in f:
+        return f"{text}the same directions."
+    text = f"{text}the directions looked at ({f['evidence']})."
+    if "fitted_range" in f:
+        low, high = f["fitted_range"]
+        text += f" Of {f['fitted']}, the values around it that are not excluded span {high - low:.2g}."
+    return text

@@ -240,10 +240,13 @@ def fit_controls(observed: Float[Tensor, "n K"], known: Float[Tensor, "n I K"], 
             alone = torch.zeros(len(features), dtype=torch.float64)
             alone[i] = round(factor, 9) if abs(factor - round(factor, 9)) <= same else factor
             return alone
-    usable = torch.isfinite(features).all(-1)
+    # A control without noise, such as the whole vocabulary's on one step, has nothing but rounding to offer.
+    lengths = features.norm(dim=-1)
+    usable = torch.isfinite(lengths)
+    usable &= lengths > _COLLINEAR * lengths[usable].max()
     factors = torch.zeros(len(features), dtype=torch.float64)
     # Unit columns: a singular value then tells collinearity, and not that a teacher is near.
-    sizes = features[usable].norm(dim=-1).clamp_min(1e-300)
+    sizes = lengths[usable]
     columns = (features[usable] / sizes.unsqueeze(-1)).T
     solution = torch.linalg.lstsq(columns, target.unsqueeze(-1), rcond=_COLLINEAR, driver="gelsd").solution
     factors[usable] = solution.squeeze(-1) / sizes

@@ -1,0 +1,215 @@
+"""Objectives with one fitted number that are nearest to what sampling has shown of a loss's expected gradient."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from opdtheory import divergences
+from opdtheory.auditing.naming.atoms import FAMILIES
+from opdtheory.auditing.sampling.aims import Aim, Knob
+from opdtheory.auditing.sampling.montecarlo import Search
+from opdtheory.divergences import Divergence
+from opdtheory.errors import InvalidArgumentError
+from opdtheory.exact import OBJECTIVES
+from opdtheory.exact.oracle import tree_gradient
+from opdtheory.exact.tree import Tree
+
+__all__ = ["fitted", "knob_range", "shortened"]
+
+# Values of a parameter that are tried before the best is refined.
+_STARTS = 9
+_DISCOUNTS = 41
+
+# A fitted number is no better than its samples; further rounds sharpen it.
+_NEAR = 1e-6
+
+# Halvings in the search for the end of an interval.
+_HALVINGS = 12
+
+# Below this two gradients are too nearly parallel for the coefficients of their sum to mean anything.
+_INDEPENDENT = 1e-4
+
+# A projection is never taken to be known better than this, relative to all of them.
+_FLOOR = 1e-9
+
+_DIGITS = 7
+
+
+def fitted(search: Search) -> list[Aim]:
+    """Members of families, discounted entries and signed sums of two, the nearest to the samples first.
+
+    Distances are in units of the intervals' widths. Nothing here is certain: noise has a nearest objective too.
+
+    Args:
+        search: with intervals that are finite.
+    """
+    seen = _Seen.of(search)
+    found = [*_members(seen), *_discounted(seen), *_sums(seen)]
+    return [aim for _, aim in sorted(found, key=lambda pair: pair[0])]
+
+
+def knob_range(search: Search, knob: Knob) -> tuple[float, float]:
+    """The values of the fitted number, around it, that no direction of the search excludes at any positive scale."""
+
+    def excluded(value: float) -> bool:
+        try:
+            return search.excludes(knob.turned(value))
+        except InvalidArgumentError:
+            return True
+
+    ends = []
+    for far in (knob.low, knob.high):
+        inside, outside = knob.value, far
+        if excluded(far):
+            # Steps grow, so that an interval of any width is met on its own scale.
+            step = 1e-9 * max(1.0, abs(knob.value))
+            while step < abs(far - knob.value):
+                tried = knob.value + math.copysign(step, far - knob.value)
+                if excluded(tried):
+                    outside = tried
+                    break
+                inside, step = tried, 8.0 * step
+            for _ in range(_HALVINGS):
+                middle = (inside + outside) / 2.0
+                inside, outside = (inside, middle) if excluded(middle) else (middle, outside)
+        else:
+            outside = far
+        ends.append(outside)
+    return ends[0], ends[1]
+
+
+def shortened(knob: Knob, ends: tuple[float, float]) -> float:
+    """The shortest decimal that is not excluded, the nearest to the fitted value if several are as short."""
+    for digits in range(_DIGITS):
+        short = round(knob.value, digits) + 0.0
+        if ends[0] <= short <= ends[1]:
+            return short
+    return knob.value
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """The middle of each interval in units of its width, over all pairs, and how to bring a gradient there."""
+
+    search: Search
+    trees: list[Tree]
+    bases: list[Tensor]
+    values: Tensor
+
+    @classmethod
+    def of(cls, search: Search) -> _Seen:
+        bases, values = [], []
+        for pair, bound in zip(search.pairs, search.all_bounds(), strict=True):
+            middle, half = (bound.low + bound.high) / 2.0, (bound.high - bound.low) / 2.0
+            unit = half + _FLOOR * middle.norm().clamp_min(1e-300)
+            bases.append(pair.basis / unit.unsqueeze(-1))
+            values.append(middle / unit)
+        trees = [Tree.build(case.student, case.teacher) for case in search.cases]
+        return cls(search, trees, bases, torch.cat(values))
+
+    def along(self, divergence: Divergence, granularity: str, gamma: float = 1.0) -> Tensor | None:
+        """An exact gradient in the same units, or None if it is infinite."""
+        parts = []
+        for tree, basis in zip(self.trees, self.bases, strict=True):
+            try:
+                levels = tree_gradient(tree, divergence, granularity, gamma=gamma)
+            except InvalidArgumentError:
+                return None
+            parts.append(basis @ torch.cat([level.flatten() for level in levels]))
+        return torch.cat(parts)
+
+    def misfit(self, along: Tensor | None) -> float:
+        """The distance that the best positive multiple leaves."""
+        if along is None:
+            return math.inf
+        scale = float(along @ self.values) / max(float(along @ along), 1e-300)
+        return math.inf if scale <= 0.0 else float((self.values - scale * along).norm())
+
+    @property
+    def order(self) -> list[str]:
+        return sorted(OBJECTIVES, key=lambda granularity: granularity != self.search.aim.granularity)
+
+
+def _plain() -> list[Divergence]:
+    return [divergences.divergence(name) for name in divergences.names() if name not in FAMILIES]
+
+
+def _members(seen: _Seen) -> list[tuple[float, Aim]]:
+    """The nearest member of each family, at the granularity where some member comes nearest."""
+
+    def of(name: str, where: str, value: float) -> float:
+        try:
+            return seen.misfit(seen.along(divergences.divergence(name, **{FAMILIES[name][0]: value}), where))
+        except InvalidArgumentError:
+            return math.inf
+
+    found = []
+    for name, (_, low, high) in FAMILIES.items():
+        values = np.linspace(low, high, _STARTS).tolist()
+        misfits = {(where, i): of(name, where, value) for where in seen.order for i, value in enumerate(values)}
+        where, i = min(misfits, key=lambda key: misfits[key])
+        around = values[max(i - 1, 0)], values[min(i + 1, _STARTS - 1)]
+        value, misfit = _least(functools.partial(of, name, where), *around)
+        if math.isfinite(misfit):
+            named = divergences.divergence(name, **{FAMILIES[name][0]: value})
+            found.append((misfit, Aim.of(named, where)))
+    return found
+
+
+def _discounted(seen: _Seen) -> list[tuple[float, Aim]]:
+    """Entries without a parameter under the discount that brings them nearest."""
+    # The gradient is a polynomial in gamma of degree below the number of positions.
+    nodes = np.linspace(0.0, 1.0, max(tree.horizon for tree in seen.trees))
+    found = []
+    for entry in _plain():
+        samples = [seen.along(entry, "token_return", float(gamma)) for gamma in nodes]
+        if any(sample is None for sample in samples):
+            continue
+        stacked = torch.stack([sample for sample in samples if sample is not None])
+
+        def of(gamma: float, stacked: Tensor = stacked) -> float:
+            basis = [np.prod([(gamma - m) / (n - m) for m in nodes if m != n]) for n in nodes]
+            return seen.misfit(torch.tensor(basis, dtype=torch.float64) @ stacked)
+
+        grid = np.linspace(0.0, 1.0, _DISCOUNTS)
+        start = float(grid[int(np.argmin([of(float(g)) for g in grid]))])
+        gamma, misfit = _least(of, max(start - grid[1], 0.0), min(start + grid[1], 1.0))
+        if math.isfinite(misfit):
+            found.append((misfit, Aim.of(entry, "token_return", gamma)))
+    return found
+
+
+def _sums(seen: _Seen) -> list[tuple[float, Aim]]:
+    """The nearest signed sum of two entries without a parameter, by granularity; Jeffreys' is written as a sum."""
+    found = []
+    for where in seen.order:
+        entries = [entry for entry in _plain() if entry.name != "jeffreys"]
+        columns = [(entry, along) for entry in entries if (along := seen.along(entry, where)) is not None]
+        best: tuple[float, Aim] | None = None
+        for (one, a), (other, b) in itertools.combinations(columns, 2):
+            sizes = torch.stack([a.norm(), b.norm()])
+            design = torch.stack([a, b], 1) / sizes
+            if float(torch.linalg.svdvals(design)[-1]) < _INDEPENDENT:
+                continue
+            solution = torch.linalg.lstsq(design, seen.values.unsqueeze(1)).solution.squeeze(1)
+            misfit = float((seen.values - design @ solution).norm())
+            first, second = (solution / sizes).tolist()
+            if first != 0.0 and second != 0.0 and (best is None or misfit < best[0]):
+                best = misfit, Aim(((first, one), (second, other)), where)
+        found += [] if best is None else [best]
+    return found
+
+
+def _least(of: Callable[[float], float], low: float, high: float) -> tuple[float, float]:
+    from scipy.optimize import minimize_scalar
+
+    solution = minimize_scalar(of, bounds=(low, high), method="bounded", options={"xatol": _NEAR})
+    return float(solution.x), float(solution.fun)
