@@ -16,7 +16,7 @@ from opdtheory.auditing.panel import panel
 from opdtheory.auditing.sampling.aims import Aim
 from opdtheory.auditing.sampling.fitting import fitted, knob_range, shortened
 from opdtheory.auditing.sampling.montecarlo import Search
-from opdtheory.auditing.sampling.naming import Named, name_followed
+from opdtheory.auditing.sampling.naming import Named, _coincident, name_followed
 from opdtheory.auditing.sampling.scout import Scout, scouted
 from opdtheory.auditing.sampling.weights import SampledWeight, sampled_weight
 from opdtheory.auditing.schema import AUDIT_SCHEMA
@@ -116,6 +116,10 @@ def test_the_range_of_a_fitted_number_is_that_of_the_samples() -> None:
     assert search.excludes(knob.turned(min(high + 0.05, 0.99))) and not search.excludes(knob.turned(0.25))
     assert low <= shortened(knob, (low, high)) <= high
     assert shortened(knob, (knob.value, knob.value)) == knob.value
+    # T6c: of the reverse KL alone.
+    for name, alike in (("reverse_kl", ["token_return"]), ("forward_kl", [])):
+        others = _coincident(Aim.of(opd.divergence(name), "sequence"), search)
+        assert [other.granularity for other in others] == alike
 
 
 def test_a_scout_that_cannot_be_had_is_none() -> None:
