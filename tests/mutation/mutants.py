@@ -1,8 +1,8 @@
 """The mutants of a module: its syntax tree with one operator, sign, comparison or constant changed.
 
-A mutant flips a sign, drops either term of a sum, swaps a factor for a divisor, turns a comparison round or adds one to a constant.
-Left alone are annotations, messages, module constants in capitals (budgets, tolerances), axes written as -1, and, in
-the theorems, the numbers that choose instances and the false twins, which are false already.
+A mutant flips a sign, drops either term of a sum, swaps a factor for a divisor, turns a comparison round or adds one
+to a constant. Left alone are annotations, messages, module constants in capitals (budgets, tolerances), axes written as
+-1, and, in the theorems, the numbers that choose instances and the false twins, which are false already.
 """
 
 from __future__ import annotations

@@ -80,10 +80,10 @@ def summary(outcomes: list[Outcome], seconds: float) -> str:
         for o in alive
         if not explanation(o, known)
     ]
-    dead = len(outcomes) - len(alive)
+    dead, slow = len(outcomes) - len(alive), sum(o.how == "timeout" for o in outcomes)
     lines.append(
-        f"{dead} of {len(outcomes)} mutants killed ({100 * rate(outcomes):.1f} %), {sum(o.how == 'timeout' for o in outcomes)} "
-        f"of them by time-out, in {seconds:.0f} s; survivors: "
+        f"{dead} of {len(outcomes)} mutants killed ({100 * rate(outcomes):.1f} %), {slow} of them "
+        f"by time-out, in {seconds:.0f} s; survivors: "
         + (", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())) or "none explained")
         + f", {len(alive) - sum(kinds.values())} unexplained"
     )
@@ -128,7 +128,8 @@ def write_page(path: Path, outcomes: list[Outcome]) -> None:
             found = explanation(o, known)
             reason = found[1] if found else ""
             text.append(
-                f"- `{o.module.removeprefix('opdtheory/')}`, `{o.function}`: `{_short(o.before)}` → `{_short(o.after)}`. {reason}"
+                f"- `{o.module.removeprefix('opdtheory/')}`, `{o.function}`: "
+                f"`{_short(o.before)}` → `{_short(o.after)}`. {reason}"
             )
         text.append("")
     unexplained = [o for o in alive if not explanation(o, known)]
