@@ -159,7 +159,7 @@ def fails(check: Check, collected: dict[str, Any]) -> bool:
 
 
 def covering(path: str, lines: Iterable[int], records: dict[Check, Record]) -> list[Check]:
-    """The checks that run any of the lines, the quickest first.
+    """The checks that run any of the lines: of a theorem its own parts first, else the tests, the quickest first.
 
     A line that ran at the import alone, and so in no check, is held against all that run its module.
     """
@@ -167,4 +167,5 @@ def covering(path: str, lines: Iterable[int], records: dict[Check, Record]) -> l
     found = [c for c, r in records.items() if not wanted.isdisjoint(r.lines)]
     if not found:
         found = [c for c, r in records.items() if any(file == path for file, _ in r.lines)]
-    return sorted(found, key=lambda c: records[c].seconds)
+    near = Unit if "theorems" in path else Item
+    return sorted(found, key=lambda c: (not isinstance(c, near), records[c].seconds))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import copy
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ _TURNS = {ast.Lt: ast.GtE, ast.LtE: ast.Gt, ast.Gt: ast.LtE, ast.GtE: ast.Lt, as
 
 @dataclass(frozen=True)
 class Mutant:
-    """One change: in which module and function, at which of its sites, and what the site becomes."""
+    """One change: in which module and function, what becomes of the site, and how often the same came before."""
 
     path: Path
     function: str
@@ -33,16 +34,12 @@ class Mutant:
     lines: tuple[int, ...]
     before: str
     after: str
+    nth: int
     site: int
     variant: int
 
     def __str__(self) -> str:
         return f"{self.path}:{self.line} in {self.function}: {self.before}  ->  {self.after}"
-
-    @property
-    def name(self) -> str:
-        """The module as it is imported."""
-        return ".".join(self.path.with_suffix("").parts)
 
     def tree(self) -> ast.Module:
         """The module with the change made."""
@@ -59,6 +56,7 @@ def source_tree(path: Path) -> ast.Module:
 
 def mutants(path: Path, *, terms: bool) -> Iterator[Mutant]:
     """The mutants of a module that negate or drop a term, or every one."""
+    seen: Counter[tuple[str, str, str]] = Counter()
     for site, (function, node, statement) in enumerate(_sites(source_tree(path), path)):
         if terms and not _is_term(node):
             continue
@@ -66,8 +64,10 @@ def mutants(path: Path, *, terms: bool) -> Iterator[Mutant]:
         own, whole = (tuple(range(n.lineno, (n.end_lineno or n.lineno) + 1)) for n in (node, statement))
         lines = own if len(whole) > 40 else tuple(dict.fromkeys(own + whole))
         for variant in range(_variants(node)):
-            after = ast.unparse(_changed(node, variant))
-            yield Mutant(path, function, node.lineno, lines, ast.unparse(node), after, site, variant)
+            before, after = ast.unparse(node), ast.unparse(_changed(node, variant))
+            nth = seen[function, before, after]
+            seen[function, before, after] += 1
+            yield Mutant(path, function, node.lineno, lines, before, after, nth, site, variant)
 
 
 def _sites(tree: ast.Module, path: Path) -> list[tuple[str, ast.AST, ast.stmt]]:

@@ -6,40 +6,42 @@ costs milliseconds. Anything else, such as a line that ran when the module was i
 
 from __future__ import annotations
 
+import ast
 import gc
 import importlib.abc
 import importlib.util
 import sys
 import types
 from collections.abc import Iterator
+from pathlib import Path
 
 from tests.mutation.mutants import ROOT, Mutant, source_tree
 
 
 class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Imports one module from a mutated syntax tree."""
+    """Imports one module from a syntax tree."""
 
-    def __init__(self, mutant: Mutant) -> None:
-        self.mutant = mutant
+    def __init__(self, path: Path, tree: ast.Module) -> None:
+        self.path, self.tree = path, tree
 
     def find_spec(self, name, path=None, target=None):
-        """The mutant's module only."""
-        if name != self.mutant.name:
+        """That module only."""
+        if name != ".".join(self.path.with_suffix("").parts):
             return None
-        return importlib.util.spec_from_loader(name, self, origin=str(ROOT / self.mutant.path))
+        return importlib.util.spec_from_loader(name, self, origin=str(ROOT / self.path))
 
     def exec_module(self, module):
-        """Run the mutated module."""
-        module.__file__ = str(ROOT / self.mutant.path)
-        exec(compile(self.mutant.tree(), module.__file__, "exec"), module.__dict__)
+        """Run the tree."""
+        module.__file__ = str(ROOT / self.path)
+        exec(compile(self.tree, module.__file__, "exec"), module.__dict__)
 
 
-def import_anew(mutant: Mutant) -> None:
-    """Forget the library and its tests, so that the next import meets the mutant."""
+def import_anew(path: Path, tree: ast.Module) -> None:
+    """Forget the library and its tests, so that the next import of the module takes the tree."""
     for name in [n for n in sys.modules if n.split(".")[0] in ("opdtheory", "tests")]:
         if not name.startswith("tests.mutation") and name != "tests":
             del sys.modules[name]
-    sys.meta_path.insert(0, Finder(mutant))
+    sys.meta_path.insert(0, Finder(path, tree))
 
 
 def exchange(mutant: Mutant) -> bool:

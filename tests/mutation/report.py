@@ -23,13 +23,14 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """One mutant: what was changed, and whether it was killed."""
+    """One mutant: what was changed, the how-manieth such change in its function, and whether it was killed."""
 
     module: str
     function: str
     line: int
     before: str
     after: str
+    nth: int
     how: str
 
     @property
@@ -38,9 +39,9 @@ class Outcome:
         return self.how in ("killed", "timeout")
 
     @property
-    def key(self) -> tuple[str, str, int, str, str]:
-        """What tells it from others."""
-        return self.module, self.function, self.line, self.before, self.after
+    def key(self) -> tuple[str, str, str, str, int]:
+        """What tells it from others, wherever its line has moved to."""
+        return self.module, self.function, self.before, self.after, self.nth
 
 
 def explanations() -> dict[tuple[str, str, str, str], tuple[str, str]]:
@@ -66,8 +67,8 @@ def is_success(outcomes: list[Outcome]) -> bool:
     return rate(outcomes) >= AIM and all(o.dead or explanation(o, known) for o in outcomes)
 
 
-def summary(outcomes: list[Outcome], seconds: float) -> str:
-    """Rates per package and module, and the survivors without a reason."""
+def summary(outcomes: list[Outcome], asked: int, seconds: float) -> str:
+    """Rates per package and module, and the survivors without a reason; `asked` is how many there were to run."""
     known = explanations()
     lines = []
     for module in sorted({o.module for o in outcomes}):
@@ -82,7 +83,7 @@ def summary(outcomes: list[Outcome], seconds: float) -> str:
     ]
     dead, slow = len(outcomes) - len(alive), sum(o.how == "timeout" for o in outcomes)
     lines.append(
-        f"{dead} of {len(outcomes)} mutants killed ({100 * rate(outcomes):.1f} %), {slow} of them "
+        f"{dead} of {len(outcomes)} mutants killed ({100 * rate(outcomes):.1f} %; {asked} asked for), {slow} of them "
         f"by time-out, in {seconds:.0f} s; survivors: "
         + (", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())) or "none explained")
         + f", {len(alive) - sum(kinds.values())} unexplained"
@@ -90,7 +91,7 @@ def summary(outcomes: list[Outcome], seconds: float) -> str:
     return "\n".join(lines)
 
 
-def write_page(path: Path, outcomes: list[Outcome]) -> None:
+def write_page(path: Path, outcomes: list[Outcome], asked: int) -> None:
     """The page of the documentation."""
     known = explanations()
     alive = sorted((o for o in outcomes if not o.dead), key=lambda o: (o.module, o.line))
@@ -115,6 +116,10 @@ def write_page(path: Path, outcomes: list[Outcome]) -> None:
         "term dropped. A mutant is killed when a step or an identity of a theorem, or a test, fails on it.",
         "",
         *table,
+        "",
+        f"{len(outcomes)} of {asked} mutants were run, in random order."
+        if len(outcomes) < asked
+        else "Every mutant was run.",
         "",
         "## Survivors",
         "",

@@ -81,7 +81,7 @@ def test_survivors_that_are_explained_are_mutants_of_today():
 
 
 def outcome(how: str, after: str = "a") -> report.Outcome:
-    return report.Outcome("opdtheory/exact/oracle.py", "f", 1, "a - b", after, how)
+    return report.Outcome("opdtheory/exact/oracle.py", "f", 1, "a - b", after, 0, how)
 
 
 def test_a_run_passes_only_if_enough_die_and_the_rest_is_explained(monkeypatch):
@@ -94,4 +94,4 @@ def test_a_run_passes_only_if_enough_die_and_the_rest_is_explained(monkeypatch):
     )
     assert report.is_success([*dead, outcome("survived")])
     assert not report.is_success([*dead[:18], outcome("survived")])
-    assert "1 equivalent, 0 unexplained" in report.summary([*dead, outcome("survived")], 1.0)
+    assert "1 equivalent, 0 unexplained" in report.summary([*dead, outcome("survived")], 20, 1.0)
