@@ -37,7 +37,7 @@ def _undefined(name: str) -> tuple[Any, Any]:
     """An undefined function and its derivative, which stays readable at a point."""
     import sympy
 
-    prime = sympy.Function(name + "prime")
+    prime = sympy.Function(f"{name}prime")
 
     class Undefined(sympy.Function):
         def fdiff(self, argindex: int = 1) -> sympy.Expr:

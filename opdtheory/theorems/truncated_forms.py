@@ -194,8 +194,9 @@ def _homogeneous() -> bool:
     import sympy
 
     p0, p1, scale = sympy.symbols("p0 p1 t", positive=True)
-    conditional = p0 / (p0 + p1)
-    return sympy.simplify(conditional.subs({p0: scale * p0, p1: scale * p1}, simultaneous=True) - conditional) == 0
+    law = [p / (p0 + p1) for p in (p0, p1)]
+    scaled = [p.subs({p0: scale * p0, p1: scale * p1}, simultaneous=True) for p in law]
+    return sympy.simplify(sum(law)) == 1 and all(sympy.simplify(a - b) == 0 for a, b in zip(scaled, law, strict=True))
 
 
 def _jensen() -> bool:
