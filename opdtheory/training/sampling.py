@@ -75,9 +75,17 @@ def sample(
         if step + 1 < max_new_tokens:
             logits = model.decode(chosen, cache)
 
-    cut = slice(0, step + 1)
+    def cut(values: Tensor) -> Tensor:
+        return values[: step + 1].T.contiguous()
+
     return Samples(
-        prompt_tokens, prompt_mask, *(x[cut].T.contiguous() for x in (tokens, mask, present, logprobs)), ended
+        prompts=prompt_tokens,
+        prompt_mask=prompt_mask,
+        tokens=cut(tokens),
+        mask=cut(mask),
+        present=cut(present),
+        logprobs=cut(logprobs),
+        ended=ended,
     )
 
 
