@@ -1,4 +1,4 @@
-"""The command line: `opdtheory verify`, `opdtheory audit` and `opdtheory table`.
+"""The command line: `opdtheory verify`, `opdtheory audit`, `opdtheory table` and `opdtheory train`.
 
 Exit status: 0 if what was asked holds, 1 if it does not, 2 for a usage error. Nothing beyond the core
 is needed; with rich installed the tables are coloured.
@@ -51,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     from opdtheory import __version__
+    from opdtheory.training import command
 
     parser = argparse.ArgumentParser(
         prog="opdtheory", description="What an on-policy-distillation loss really does, by exact expectation."
@@ -105,6 +106,15 @@ def _parser() -> argparse.ArgumentParser:
         "--write-baseline", type=Path, metavar="FILE", help="record what is found in FILE, beside what it holds"
     )
     audit.set_defaults(run=_audit)
+
+    train = commands.add_parser(
+        "train",
+        help="distil a teacher into a small language model with any estimator",
+        description="Train a student on its own samples, scored by a teacher. The value none unsets an option.",
+        epilog="exit status: 0 when the run is finished, 1 if a step cannot be taken, 2 for a wrong option",
+    )
+    command.add_options(train)
+    train.set_defaults(run=command.run)
     return parser
 
 

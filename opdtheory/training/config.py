@@ -14,15 +14,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from opdtheory.divergences import Divergence
 from opdtheory.errors import InvalidArgumentError
-from opdtheory.training.objective import Control, divergence_text, objective
 
-__all__ = ["ESTIMATOR_OPTIONS", "RUNTIME", "TrainConfig"]
+if TYPE_CHECKING:
+    from opdtheory.estimators import Estimator
 
-Dtype = Literal["float32", "float64"]
+# No torch here: the command line reads the fields for its help.
+__all__ = ["ESTIMATOR_OPTIONS", "RUNTIME", "Control", "TrainConfig"]
+
+Control = Literal["constant_advantage", "supervised"]
 _NUMBER_NEEDED = {int: "a whole number", float: "a finite number"}
 
 
@@ -107,7 +109,7 @@ class TrainConfig:
     eval_examples: int = _option(256, "test problems, answered greedily and by sampling; 0: no evaluation", low=0)
     # The machine
     device: str = _option("auto", "cpu, cuda, cuda:1; auto takes a GPU where there is one")
-    dtype: Dtype = _option("float32", "of parameters and arithmetic")
+    dtype: Literal["float32", "float64"] = _option("float32", "of parameters and arithmetic")
     threads: int | None = _option(None, "of torch on the CPU", low=1)
     check_rollouts: bool = _option(True, "validate every batch: cheap on a CPU, a few waits for the device on a GPU")
     # What is kept
@@ -119,7 +121,9 @@ class TrainConfig:
     cache: str | None = _option(None, "folder of trained teachers and students")
 
     def __post_init__(self) -> None:
-        if isinstance(self.divergence, Divergence):
+        if self.divergence is not None and not isinstance(self.divergence, str):
+            from opdtheory.training.objective import divergence_text
+
             object.__setattr__(self, "divergence", divergence_text(self.divergence))
         hints = typing.get_type_hints(type(self))
         for each in dataclasses.fields(self):
@@ -128,8 +132,10 @@ class TrainConfig:
         self._check_together()
         self.loss()
 
-    def loss(self) -> Any:
-        """The loss that the run descends: an `opdtheory.Estimator`."""
+    def loss(self) -> Estimator:
+        """The loss that the run descends."""
+        from opdtheory.training.objective import objective
+
         options = {name: getattr(self, name) for name in ESTIMATOR_OPTIONS}
         return objective(self.estimator, self.divergence, options, self.control, self.advantage)
 
@@ -137,6 +143,16 @@ class TrainConfig:
     def batch_size(self) -> int:
         """Rollouts in the global batch."""
         return self.prompts_per_step * self.rollouts_per_prompt
+
+    def learning_rate_at(self, step: int) -> float:
+        """The rate of step number `step`, from 0: up linearly over the warm-up, down linearly to zero at the end."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        return self.learning_rate * (self.steps - step) / max(1, self.steps - self.warmup_steps)
+
+    def is_due(self, finished: int, every: int) -> bool:
+        """Whether what happens every so many steps, and after the last, happens after this many."""
+        return finished == self.steps or (every > 0 and finished % every == 0)
 
     def replace(self, **changes: Any) -> TrainConfig:
         """The same configuration with some fields changed; an unknown name is refused."""

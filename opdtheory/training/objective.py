@@ -17,10 +17,10 @@ from opdtheory.errors import InvalidArgumentError
 from opdtheory.estimators import Claim, Estimator, estimator
 from opdtheory.estimators.sampled import ScoreFunction
 from opdtheory.rollouts import Rollouts
+from opdtheory.training.config import Control
 
-__all__ = ["Control", "divergence_text", "group_losses", "needs_groups", "objective", "parse_divergence", "summed"]
+__all__ = ["divergence_text", "group_losses", "needs_groups", "objective", "parse_divergence", "summed"]
 
-Control = Literal["constant_advantage", "supervised"]
 _FUNCTIONS = ("log", "exp", "sqrt", "Abs", "Max", "Min")
 _FIELDS = (
     *("tokens", "mask", "student_logits", "teacher_logits"),
@@ -65,7 +65,13 @@ def parse_divergence(text: str) -> Divergence:
 
 
 def divergence_text(given: Divergence) -> str:
-    """The text from which `parse_divergence` makes this divergence again."""
+    """The text from which `parse_divergence` makes this divergence again.
+
+    Raises:
+        InvalidArgumentError: no divergence.
+    """
+    if not isinstance(given, Divergence):
+        raise InvalidArgumentError("divergence", f"got {given!r}; a name, an expression in u or a Divergence is needed")
     return given.label if given.name in names() else str(given.expr)
 
 

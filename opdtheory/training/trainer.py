@@ -34,7 +34,7 @@ from opdtheory.training.objective import summed
 from opdtheory.training.tasks import Example, Task
 from opdtheory.training.tasks import task as task_of
 
-__all__ = ["Observer", "Run", "TrainResult", "learning_rate", "train", "training_step"]
+__all__ = ["Observer", "Run", "TrainResult", "train", "training_step"]
 
 
 @dataclass
@@ -94,7 +94,7 @@ def training_step(run: Run, step: int) -> dict[str, float]:
     """Take step number `step`, counted from 0, and return its metrics."""
     config, loss = run.config, run.loss
     for settings in run.optimizer.param_groups:
-        settings["lr"] = learning_rate(config, step)
+        settings["lr"] = config.learning_rate_at(step)
 
     # 1. The student answers this process's share of the step's prompts, several times each if there are groups.
     examples, samples = collect(run, step)
@@ -139,7 +139,7 @@ def training_step(run: Run, step: int) -> dict[str, float]:
         run.optimizer.step()
         tallies.append(tally)
         norms.append(norm)
-    report = step_report(tallies, norms) | {"learning_rate": learning_rate(config, step)}
+    report = step_report(tallies, norms) | {"learning_rate": config.learning_rate_at(step)}
     if config.control == "supervised":  # there are no rollouts to speak of
         return {key: report[key] for key in ("loss", "gradient_norm", "learning_rate", "tokens")}
     return report
@@ -192,13 +192,6 @@ def as_rollouts(
     )
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """The rate of step number `step`: up linearly over the warm-up, then down linearly to zero after the last step."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    return config.learning_rate * (config.steps - step) / max(1, config.steps - config.warmup_steps)
-
-
 def fail(run: Run, step: int, problem: str, examples: Sequence[Example], samples: Samples) -> Exception:
     """The error of a step that cannot be taken, its batch saved."""
     models = (run.student, run.teacher)
@@ -236,7 +229,7 @@ def train(
             began = time.perf_counter()
             row: dict[str, Any] = {"step": step + 1, **training_step(run, step)}
             row["seconds"] = time.perf_counter() - began
-            if is_due(step + 1, config.eval_every, config.steps) and config.eval_examples:
+            if config.is_due(step + 1, config.eval_every) and config.eval_examples:
                 row |= evaluate(run.student, run.teacher, run.task, config, team)
             for observer in observers:
                 row |= observer(run, step + 1)
@@ -275,6 +268,8 @@ def started(
     metrics = Metrics(
         kept, first, config.steps, tensorboard=config.tensorboard and team.is_first, progress=config.progress
     )
+    if kept is not None:
+        (kept / "config.toml").write_text(config.to_toml(), encoding="utf-8")
     run = Run(config, team, task, student, teacher, config.loss(), optimizer, metrics)
     try:
         metrics.rows = team.from_first(metrics.rows)
@@ -288,7 +283,7 @@ def started(
 def finish_step(run: Run, finished: int, row: dict[str, Any]) -> None:
     """Record a step and write its checkpoint if one is due; a step is finished once its checkpoint is."""
     run.metrics.add(row)
-    if run.folder is not None and is_due(finished, run.config.checkpoint_every, run.config.steps):
+    if run.folder is not None and run.config.is_due(finished, run.config.checkpoint_every):
         if run.processes.is_first:
             run.metrics.sync()
             state = checkpoint.Checkpoint(
@@ -296,8 +291,3 @@ def finish_step(run: Run, finished: int, row: dict[str, Any]) -> None:
             )
             checkpoint.save(run.folder / "checkpoints", state, run.config.keep_checkpoints)
         run.processes.wait()
-
-
-def is_due(finished: int, every: int, steps: int) -> bool:
-    """Whether something that happens every so many steps, and at the end, happens now."""
-    return finished == steps or (every > 0 and finished % every == 0)
