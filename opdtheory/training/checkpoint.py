@@ -90,7 +90,8 @@ def load(path: str | Path) -> Checkpoint:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise InvalidArgumentError("checkpoint", f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InvalidArgumentError("checkpoint", f"{path} cannot be read: {first}") from None
     if not isinstance(state, dict) or state.pop("format", None) != _FORMAT:
         raise InvalidArgumentError("checkpoint", f"{path} is no checkpoint of format {_FORMAT}")
     return Checkpoint(**state)

@@ -45,7 +45,7 @@ class TrainConfig:
     Example:
         >>> config = TrainConfig(divergence="jsd", clip_log_ratio=6.0, reduction="token_mean")
         >>> config.loss()
-        estimator('opd_plus', divergence='jsd', reduction='token_mean', clip_log_ratio=6.0)
+        estimator('opd_plus', 'jsd', reduction='token_mean', clip_log_ratio=6.0)
         >>> TrainConfig(divergence="u*log(u) - 7*(u - 1)", estimator="opd").loss().claim.divergence.expr
         u*log(u) - 7*u + 7
     """
@@ -167,12 +167,13 @@ class TrainConfig:
 
     @classmethod
     def from_toml(cls, path: str | Path, **overrides: Any) -> TrainConfig:
-        """A configuration from a TOML file of fields, without tables; `overrides` win.
+        """A configuration from a TOML file of fields, without tables; the text none is None. `overrides` win.
 
         Raises:
             InvalidArgumentError: the file is missing or no TOML, or as for the class.
         """
-        return cls.from_dict({**_read_toml(Path(path)), **overrides})
+        written = {name: None if value == "none" else value for name, value in _read_toml(Path(path)).items()}
+        return cls.from_dict({**written, **overrides})
 
     def to_dict(self) -> dict[str, Any]:
         """Every field as a JSON value."""
@@ -180,9 +181,11 @@ class TrainConfig:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     def to_toml(self) -> str:
-        """The fields that are not None, as `from_toml` reads them."""
-        lines = (f"{name} = {json.dumps(value)}" for name, value in self.to_dict().items() if value is not None)
-        return "\n".join(lines) + "\n"
+        """The fields that are not at their default, as `from_toml` reads them."""
+        given = self.to_dict()
+        changed = {each.name: given[each.name] for each in dataclasses.fields(self) if given[each.name] != each.default}
+        lines = (f"{name} = {json.dumps('none' if value is None else value)}" for name, value in changed.items())
+        return "".join(f"{line}\n" for line in lines)
 
     def identity(self) -> dict[str, Any]:
         """The fields that the trained parameters depend on: all but those of the machine and of what is kept."""

@@ -61,12 +61,12 @@ class Metrics:
     def __init__(
         self, folder: Path | None, step: int, steps: int, *, tensorboard: bool = False, progress: bool = False
     ) -> None:
+        self._board = _tensorboard(folder, step) if tensorboard else None
         self.rows: list[dict[str, Any]] = []
         self._file: IO[str] | None = None
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             self.rows, self._file = _reopen(folder / "metrics.jsonl", step)
-        self._board = _tensorboard(folder, step) if tensorboard else None
         self._bar: Any = None
         self._task: Any = None
         if progress:

@@ -118,8 +118,11 @@ def training_step(run: Run, step: int) -> dict[str, float]:
                 teacher_logits[number] = scores
 
             # 4. The student's own logits, with gradient, and the estimator's loss.
-            rollouts = as_rollouts(run, step, examples, samples, piece, scores)
-            value = summed(loss, rollouts, config.rollouts_per_prompt) / denominator
+            try:
+                rollouts = as_rollouts(run, piece, scores)
+                value = summed(loss, rollouts, config.rollouts_per_prompt) / denominator
+            except InvalidArgumentError as error:  # NaN in the logits, say
+                raise fail(run, step, str(error), examples, samples) from error
             value.backward()
             tally.add(loss=value, clipped=clipped(loss, rollouts), tokens=rollouts.mask.sum())
             if update == 0 and config.control != "supervised":
@@ -168,19 +171,14 @@ def score(run: Run, piece: Samples) -> Tensor:
     return response_logits(run.teacher, piece) / run.config.temperature
 
 
-def as_rollouts(
-    run: Run, step: int, examples: Sequence[Example], samples: Samples, piece: Samples, teacher_logits: Tensor
-) -> Rollouts:
+def as_rollouts(run: Run, piece: Samples, teacher_logits: Tensor) -> Rollouts:
     """The estimator's input: the piece with both models' logits, the student's differentiable.
 
     The log-probabilities that sampled are those of the behaviour policy: the student itself before its first update.
     """
     logits = response_logits(run.student, piece) / run.config.temperature
     if run.config.check_rollouts:
-        try:
-            return Rollouts.from_logits(piece.tokens, logits, teacher_logits, piece.mask, piece.logprobs)
-        except InvalidArgumentError as error:
-            raise fail(run, step, str(error), examples, samples) from error
+        return Rollouts.from_logits(piece.tokens, logits, teacher_logits, piece.mask, piece.logprobs)
     return Rollouts.unchecked(
         tokens=piece.tokens,
         mask=piece.mask,
