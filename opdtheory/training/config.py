@@ -53,8 +53,12 @@ class TrainConfig:
     # What is learned, and from whom
     task: str = _option("arithmetic", "the task, which makes prompts and verifies answers")
     pair_seed: int = _option(0, "seed of the task's own teacher and student", low=0)
-    student: str | None = _option(None, "folder or name of a causal language model in place of the task's student")
-    teacher: str | None = _option(None, "folder or name of a causal language model in place of the task's teacher")
+    student: str | None = _option(
+        None, "folder or name of a causal language model, or smollm2, in place of the task's student"
+    )
+    teacher: str | None = _option(
+        None, "folder or name of a causal language model, or smollm2, in place of the task's teacher"
+    )
     # The estimator
     estimator: str = _option("opd_plus", "a name of opdtheory.estimator_names()")
     divergence: str | None = _option(

@@ -26,8 +26,8 @@ def load_models(
     Raises:
         InvalidArgumentError: a model cannot be found, or the two vocabularies, or a model's and the task's, differ.
     """
-    student = _named(config.student) if student is None and config.student is not None else student
-    teacher = _named(config.teacher) if teacher is None and config.teacher is not None else teacher
+    student = _named(config.student, config) if student is None and config.student is not None else student
+    teacher = _named(config.teacher, config) if teacher is None and config.teacher is not None else teacher
     if student is None or teacher is None:
         own = _pair(config, task, team)
         student, teacher = own[0] if student is None else student, own[1] if teacher is None else teacher
@@ -37,11 +37,13 @@ def load_models(
     return student.to(team.device, dtype), teacher.to(team.device, dtype).requires_grad_(False)
 
 
-def _named(name: str) -> LanguageModel:
-    from opdtheory.training.huggingface import load_causal_lm
+def _named(name: str, config: TrainConfig) -> LanguageModel:
+    from opdtheory.training.huggingface import HuggingFaceModel, smollm2
 
-    model: LanguageModel = load_causal_lm(name)
-    return model
+    dtype = getattr(torch, config.dtype)
+    if name == "smollm2":
+        return smollm2(cache=config.cache, dtype=dtype)
+    return HuggingFaceModel.from_pretrained(name, dtype=dtype)
 
 
 def _pair(config: TrainConfig, task: Task, team: Processes) -> tuple[LanguageModel, LanguageModel]:

@@ -19,12 +19,13 @@ from opdtheory.training.models import rollouts
 from tests.tolerances import ALGEBRA
 from tests.training_runs import GROUPED, TASK, config, gradients, model
 
+_PAIRS = {"rollouts_per_prompt": 2}
 # An estimator of each kind; with options that tie the rollouts of a group together.
 CASES = [
     {"estimator": "opd", "divergence": "forward_kl", "clip_log_ratio": 3.0},
     {"estimator": "opd_plus", "divergence": "jsd", "baseline": "vocabulary", "clip_weight": (-0.5, 0.5)},
     {"estimator": "opd_plus_centred", "divergence": "chi2", "clip_log_ratio": 3.0, "importance": "ppo"},
-    {"estimator": "opd", "divergence": "reverse_kl", "zscore": True, "rollouts_per_prompt": 2},
+    {"estimator": "opd", "divergence": "reverse_kl", "zscore": True, **_PAIRS},
     {"estimator": "sequence_opd_plus", "divergence": "hellinger", "clip_log_ratio": 3.0, "importance": "sequence"},
     {
         "estimator": "return_to_go",
