@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from opdtheory.errors import InvalidArgumentError
@@ -71,7 +71,7 @@ class Samples:
     mask: Float[Tensor, "B T"]
     present: Float[Tensor, "B T"]
     logprobs: Float[Tensor, "B T"]
-    ended: Tensor
+    ended: Bool[Tensor, " B"]
 
     def __len__(self) -> int:
         return self.tokens.shape[0]

@@ -9,10 +9,8 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import os
 import random
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,11 +23,12 @@ from torch.nn.functional import cross_entropy
 
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.training.models import LanguageModel
-from opdtheory.training.tasks import TASKS, Task
+from opdtheory.training.storage import cache_folder, load_tensors, save_tensors, stored
+from opdtheory.training.tasks import TASKS, Split, Task
 from opdtheory.training.tasks import task as task_named
 from opdtheory.training.transformer import Transformer, TransformerConfig
 
-__all__ = ["Recipe", "accuracy", "cache_folder", "load_model", "load_pair", "recipe_for", "train_supervised"]
+__all__ = ["Recipe", "accuracy", "load_model", "load_pair", "recipe_for", "train_supervised"]
 
 Role = Literal["teacher", "student"]
 
@@ -119,22 +118,12 @@ def load_model(
     Raises:
         InvalidArgumentError: the cached weights do not have the recorded checksum.
     """
-    st = _safetensors()
-    folder = cache_folder(cache)
-    weights, notes = folder / f"{recipe.key}.safetensors", folder / f"{recipe.key}.json"
+    path = cache_folder(cache) / f"{recipe.key}.safetensors"
     task = task_named(recipe.task)
-    if weights.is_file() and notes.is_file():
-        record = json.loads(notes.read_text(encoding="utf-8"))
-        data = weights.read_bytes()
-        digest = hashlib.sha256(data).hexdigest()
-        if digest != record.get("sha256"):
-            raise InvalidArgumentError(
-                "cache",
-                f"{weights} has the SHA-256 {digest}, not {record.get('sha256')} as recorded; delete both files "
-                "and the model will be trained anew",
-            )
+    if stored(path):
+        tensors, record = load_tensors(path)
         model = _untrained(recipe, task)
-        model.load_state_dict(st.load(data))
+        model.load_state_dict(tensors)
         return model, record
 
     wall, processor = time.perf_counter(), time.process_time()
@@ -144,18 +133,12 @@ def load_model(
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "seconds": round(time.perf_counter() - wall, 2),
         "processor_seconds": round(time.process_time() - processor, 2),
-        "greedy_accuracy": accuracy(model, task, 512, greedy=True),
-        "sampled_accuracy": accuracy(model, task, 512),
+        "greedy_accuracy": accuracy(model, task, greedy=True),
+        "sampled_accuracy": accuracy(model, task),
         "torch": str(torch.__version__),
         "threads": torch.get_num_threads(),
     }
-    data = st.save({name: tensor.contiguous() for name, tensor in model.state_dict().items()})
-    record["sha256"] = hashlib.sha256(data).hexdigest()
-    folder.mkdir(parents=True, exist_ok=True)
-    # The record comes last: without it the weights count as missing.
-    _write(weights, data)
-    _write(notes, json.dumps(record, indent=1).encode())
-    return model, record
+    return model, save_tensors(path, model.state_dict(), record)
 
 
 def train_supervised(recipe: Recipe, *, report: Callable[[int, float], None] | None = None) -> Transformer:
@@ -189,10 +172,10 @@ def train_supervised(recipe: Recipe, *, report: Callable[[int, float], None] | N
 
 
 def accuracy(
-    model: LanguageModel, task: Task, count: int = 512, *, greedy: bool = False, seed: int = 0, split: str = "test"
+    model: LanguageModel, task: Task, count: int = 512, *, greedy: bool = False, seed: int = 0, split: Split = "test"
 ) -> float:
     """The share of a split's problems that a model answers right, one response each."""
-    examples = task.examples(split, count, seed)  # type: ignore[arg-type]
+    examples = task.examples(split, count, seed)
     generator = torch.Generator().manual_seed(seed)
     samples = model.sample(
         task.prompts(examples),
@@ -202,11 +185,6 @@ def accuracy(
         environment=task.environment,
     )
     return sum(task.correct(examples, samples)) / count
-
-
-def cache_folder(cache: Path | str | None = None) -> Path:
-    """Where models are kept: the argument, else `$OPDTHEORY_CACHE`, else `~/.cache/opdtheory`."""
-    return Path(cache or os.environ.get("OPDTHEORY_CACHE") or Path.home() / ".cache" / "opdtheory").expanduser()
 
 
 def _untrained(recipe: Recipe, task: Task) -> Transformer:
@@ -238,28 +216,6 @@ def _schedule(step: int, warmup: int, steps: int) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return 1 - 0.9 * (step - warmup) / max(1, steps - warmup)
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a file that is whole or not there."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError('models are cached with safetensors: pip install "opdtheory[lm]"') from error
-    return safetensors.torch
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

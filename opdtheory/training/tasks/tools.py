@@ -39,8 +39,8 @@ class Tools(Task):
     """An expression of sums, differences and products, one calculator call for each operation.
 
     `12+7*35=` is answered by `[7*35]`, to which the environment adds `245;`, `[245+12]`, to which it adds `257;`,
-    and `=257`. Products come first; the operands of a sum or product may be swapped, and neighbours of equal rank
-    may be worked out in any order that keeps the value.
+    and `=257`. Products come first, then sums in any order that keeps the value. Every operation may be written in
+    two ways, `a-b` also as `-b+a`.
 
     Args:
         terms: numbers in an expression, 2 to 4.
@@ -74,8 +74,8 @@ class Tools(Task):
             place = rng.choice(_reducible(signs))
             left, sign, right = numbers[place], signs.pop(place), numbers.pop(place + 1)
             numbers[place] = _apply(left, sign, right)
-            if sign != "-" and rng.random() < 0.5:
-                left, right = right, left
+            if rng.random() < 0.5:
+                left, sign, right = (-right, "+", left) if sign == "-" else (right, sign, left)
             pieces += [(f"[{left}{sign}{right}]", True), (f"{numbers[place]};", False)]
         return [*pieces, (f"={example.answer}", True)]
 
