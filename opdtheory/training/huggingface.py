@@ -77,9 +77,9 @@ class HuggingFaceModel(LanguageModel):
         tokenizer: the tokenizer that goes with it.
     """
 
-    def __init__(self, network: nn.Module, tokenizer: Any) -> None:
+    def __init__(self, network: Any, tokenizer: Any) -> None:
         super().__init__()
-        self.network: Any = network.eval()
+        self.network: nn.Module = network.eval()
         self.vocabulary = TokenizerVocabulary(tokenizer, int(self.network.config.vocab_size))
 
     @classmethod

@@ -31,7 +31,7 @@ def perturb(model: Model, sigma: float, *, seed: int = 0) -> Model:
     for parameter in noisy.parameters():
         if parameter.ndim >= 2:
             noise = torch.randn(parameter.shape, generator=generator).to(parameter)
-            parameter += sigma * parameter.std() * noise
+            parameter.add_(sigma * parameter.std() * noise)
     return noisy
 
 
@@ -57,7 +57,7 @@ def drop_layer(model: Model, index: int) -> Model:
         attention = getattr(block, "self_attn", None)
         if attention is not None and hasattr(attention, "layer_idx"):
             attention.layer_idx = number
-    config = getattr(owner, "config", None)
+    config: Any = getattr(owner, "config", None)
     if isinstance(config, TransformerConfig):
         owner.config = dataclasses.replace(config, layers=len(blocks))
     elif getattr(config, "num_hidden_layers", None) is not None:

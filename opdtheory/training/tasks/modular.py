@@ -19,11 +19,12 @@ class Modular(Task):
     """A chain of definitions modulo 10; the value of one variable is asked.
 
     `cb*a.a3+9.ba-7?c` defines c = b·a, a = 3+9 and b = a-7, in any order, and asks for c. The response works out
-    every variable that c needs, in an order in which each is known when it is used, by name, operands and value,
-    `a3+92b2-75c5*20`, then gives the answer, `=0`. It must find definitions by name and values in its own text.
+    every variable, in any order in which each is known when it is used, by name, operands and value, then gives the
+    answer: `a3+92b2-75c5*20=0`. The operands of sums and products may be swapped. The policy must find definitions
+    by name and values in its own text, and see which definition is ready.
 
     Args:
-        variables: number of definitions, 2 to 10; not all need be used.
+        variables: number of definitions, 2 to 10; the answer need not use all.
     """
 
     def __init__(self, variables: int = 5) -> None:
@@ -40,10 +41,9 @@ class Modular(Task):
         names = rng.sample(_NAMES[: self.variables], self.variables)
         lines = []
         for place, name in enumerate(names):
-            # The newest name comes in often, so that chains are long.
             known = names[:place]
-            first = rng.choice(known[-2:]) if known and rng.random() < 0.9 else str(rng.randrange(10))
-            second = rng.choice(known) if known and rng.random() < 0.5 else str(rng.randrange(10))
+            first = rng.choice(known) if known and rng.random() < 0.7 else str(rng.randrange(10))
+            second = rng.choice(known) if known and rng.random() < 0.4 else str(rng.randrange(10))
             operands = (first, second) if rng.random() < 0.5 else (second, first)
             lines.append(name + operands[0] + rng.choice("+-*") + operands[1])
         key = ".".join(sorted(lines)) + "?" + names[-1]
@@ -53,14 +53,16 @@ class Modular(Task):
         return Example(prompt=prompt, answer=str(values[names[-1]]), problem=key)
 
     def demonstration(self, example: Example, rng: random.Random) -> list[tuple[str, bool]]:
-        """The needed definitions, in an order drawn among those that are always ready, then the answer."""
-        lines, asked = _lines(example.prompt)
+        """The definitions, each drawn among those that are ready, then the answer."""
+        lines = _lines(example.prompt)
         values = _solve(example.prompt)
-        todo, done, text = _needed(lines, asked), set[str](), ""
+        todo, done, text = set(lines), set[str](), ""
         while todo:
             ready = sorted(name for name in todo if all(x.isdigit() or x in done for x in lines[name][::2]))
             name = rng.choice(ready)
             first, sign, second = lines[name]
+            if sign != "-" and rng.random() < 0.5:
+                first, second = second, first
             text += f"{name}{values.get(first, first)}{sign}{values.get(second, second)}{values[name]}"
             todo.discard(name)
             done.add(name)
@@ -72,24 +74,13 @@ class Modular(Task):
         return bool(equals) and answer == example.answer
 
 
-def _lines(prompt: str) -> tuple[dict[str, tuple[str, str, str]], str]:
-    body, _, asked = prompt.partition("?")
-    found = [_EQUATION.fullmatch(line) for line in body.split(".")]
-    return {m[1]: (m[2], m[3], m[4]) for m in found if m is not None}, asked
-
-
-def _needed(lines: dict[str, tuple[str, str, str]], asked: str) -> set[str]:
-    needed, stack = set[str](), [asked]
-    while stack:
-        name = stack.pop()
-        if name not in needed:
-            needed.add(name)
-            stack += [operand for operand in lines[name][::2] if not operand.isdigit()]
-    return needed
+def _lines(prompt: str) -> dict[str, tuple[str, str, str]]:
+    found = [_EQUATION.fullmatch(line) for line in prompt.partition("?")[0].split(".")]
+    return {m[1]: (m[2], m[3], m[4]) for m in found if m is not None}
 
 
 def _solve(prompt: str) -> dict[str, int]:
-    lines, asked = _lines(prompt)
+    lines = _lines(prompt)
     values: dict[str, int] = {}
 
     def value(operand: str) -> int:
@@ -101,5 +92,6 @@ def _solve(prompt: str) -> dict[str, int]:
             values[operand] = (one + other if sign == "+" else one - other if sign == "-" else one * other) % 10
         return values[operand]
 
-    value(asked)
+    for name in lines:
+        value(name)
     return values

@@ -18,7 +18,7 @@ __all__ = ["Example", "Split", "Task", "split_of"]
 Split = Literal["train", "test"]
 
 _TEST_SHARE = 0.125
-_TRIES = 100  # draws a wanted example; a problem space that needs more is used up
+_TRIES = 2000  # draws in a row without a new problem, after which a split counts as used up
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Task(ABC):
 
         Raises:
             InvalidArgumentError: an unknown split or a negative count.
-            BudgetExceededError: the split has fewer problems than that.
+            BudgetExceededError: the split has hardly as many problems.
         """
         if split not in ("train", "test"):
             raise InvalidArgumentError("split", f"is {split!r}; 'train' or 'test' is needed")
@@ -83,12 +83,13 @@ class Task(ABC):
             raise InvalidArgumentError("count", f"is {count}; it cannot be negative")
         rng = random.Random(f"{self.name}/{split}/{seed}")
         found: dict[str, Example] = {}
-        for _ in range(_TRIES * max(count, 1)):
-            if len(found) == count:
-                break
+        tries = 0
+        while len(found) < count and tries < _TRIES:
             example = self.draw(rng)
-            if split_of(self.name, example.problem) == split:
-                found.setdefault(example.problem, example)
+            tries += 1
+            if example.problem not in found and split_of(self.name, example.problem) == split:
+                found[example.problem] = example
+                tries = 0
         if len(found) < count:
             raise BudgetExceededError(
                 f"a {split} set of the task {self.name}", count, len(found), "ask for fewer examples"
