@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from opdtheory.training.validation.comparison import compare, random_images
+from opdtheory.training.validation.enumerated import validate_by_enumeration
 from opdtheory.training.validation.prefixes import Prefixes
 from opdtheory.training.validation.report import Validation
 
-__all__ = ["Prefixes", "Validation", "compare", "random_images"]
+__all__ = ["Prefixes", "Validation", "compare", "random_images", "validate_by_enumeration"]

@@ -41,7 +41,7 @@ from opdtheory.training.validation.prediction import (
 from opdtheory.training.validation.prefixes import Prefixes
 from opdtheory.training.validation.report import Validation
 
-__all__ = ["compare", "exact_logit_gradient", "predicted_logit_gradient"]
+__all__ = ["compare", "difference", "dot", "estimator_text", "exact_logit_gradient", "norm", "predicted_logit_gradient"]
 
 # Probability that a faithful estimator is found to disagree by one validation, all directions together.
 _LEVEL = 0.01
@@ -100,17 +100,17 @@ def compare(
     sampled = expected if isinstance(law, Known) else _sampled(prefixes, run, plain, group, shares, draws, seed)
 
     vectors = [prefixes.pull_back(c) for c in (exact, predicted, expected)]
-    exact_norm, unit = _norm(vectors[0]), 1.0
+    exact_norm, unit = norm(vectors[0]), 1.0
     unit = exact_norm if exact_norm > 0 else 1.0
-    bias = _minus(vectors[1], vectors[0])
+    bias = difference(vectors[1], vectors[0])
 
     images = list(pushed) if pushed is not None else random_images(prefixes, directions, seed)
     randoms, along = len(images), None
     if exact_norm > 0:
         along = prefixes.push_forward([x / exact_norm for x in vectors[0]])
         images.append(along)
-    if _norm(bias) > 1e-6 * unit:
-        images.append(prefixes.push_forward([x / _norm(bias) for x in bias]))
+    if norm(bias) > 1e-6 * unit:
+        images.append(prefixes.push_forward([x / norm(bias) for x in bias]))
 
     def z_against(reference: Tensor) -> float:
         worst = 0.0
@@ -123,7 +123,7 @@ def compare(
 
     noisy = not isinstance(law, Known)
     limit = float(special.ndtri(1 - _LEVEL / (2 * len(images))))
-    sizes = [exact_norm, _norm(vectors[2])]
+    sizes = [exact_norm, norm(vectors[2])]
     variance = _variance(prefixes, law, images[:randoms], expected, shares, group)
     shift = interval = foreseen = None
     if along is not None:
@@ -132,7 +132,7 @@ def compare(
         interval = (shift - width, shift + width)
         foreseen = float(((predicted - exact) * along).sum()) / unit
     return Validation(
-        estimator=_text(estimator),
+        estimator=estimator_text(estimator),
         claimed=estimator.claim.verdict,
         objective=f"{estimator.claim.granularity} {estimator.claim.divergence.label}",
         method="prefixes",
@@ -141,11 +141,11 @@ def compare(
         parameters=prefixes.dimension,
         draws=draws if noisy else 0,
         exact_norm=exact_norm,
-        bias=_norm(_minus(vectors[2], vectors[0])) / unit,
-        predicted_bias=_norm(bias) / unit,
-        discrepancy=_norm(_minus(vectors[2], vectors[1])) / max(*sizes, _norm(vectors[1]), 1e-300),
+        bias=norm(difference(vectors[2], vectors[0])) / unit,
+        predicted_bias=norm(bias) / unit,
+        discrepancy=norm(difference(vectors[2], vectors[1])) / max(*sizes, norm(vectors[1]), 1e-300),
         tolerance=_ROUNDING.get(prefixes.parameters[0].dtype, 1e-2),
-        cosine=_dot(vectors[0], vectors[2]) / math.prod(sizes) if min(sizes) > 1e-9 * max(*sizes, 1e-300) else None,
+        cosine=dot(vectors[0], vectors[2]) / math.prod(sizes) if min(sizes) > 1e-9 * max(*sizes, 1e-300) else None,
         z=z_against(predicted) if noisy else 0.0,
         z_limit=limit,
         z_exact=z_against(exact) if noisy else 0.0,
@@ -153,7 +153,7 @@ def compare(
         along_interval=interval,
         along_predicted=foreseen,
         variance=variance / unit**2,
-        signal_to_noise=sizes[1] / math.sqrt(variance) if variance > 0 else None,
+        signal_to_noise=_ratio(sizes[1], variance, exact_norm),
         seed=seed,
     )
 
@@ -271,21 +271,27 @@ def _variance(
     return prefixes.dimension * sum(found) / len(found)
 
 
+def _ratio(signal: float, variance: float, exact_norm: float) -> float | None:
+    if variance <= 0:
+        return None
+    return signal / math.sqrt(variance) if signal > 1e-9 * exact_norm else 0.0
+
+
 def _at(log: Tensor, tokens: Tensor) -> Tensor:
     return log.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
-def _text(estimator: Estimator) -> str:
+def estimator_text(estimator: Estimator) -> str:
     return repr(estimator).removeprefix("estimator(").removesuffix(")").replace("'", "").replace("divergence=", "")
 
 
-def _dot(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
+def dot(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
     return sum(float((a.double() * b.double()).sum()) for a, b in zip(one, other, strict=True))
 
 
-def _norm(vector: Sequence[Tensor]) -> float:
-    return math.sqrt(_dot(vector, vector))
+def norm(vector: Sequence[Tensor]) -> float:
+    return math.sqrt(dot(vector, vector))
 
 
-def _minus(one: Sequence[Tensor], other: Sequence[Tensor]) -> list[Tensor]:
+def difference(one: Sequence[Tensor], other: Sequence[Tensor]) -> list[Tensor]:
     return [a - b for a, b in zip(one, other, strict=True)]

@@ -67,7 +67,7 @@ def predicted_weight(estimator: Estimator, log_p: Tensor, log_q: Tensor) -> Tens
         return _top_weight(estimator.name, options, divergence, log_p, log_q)
     if estimator.name == "power":
         weight = (options["alpha"] * log_q).exp() - (options["alpha"] * log_p).exp()
-    elif estimator.name in ("topk_reward", "k1_loss", "constant_advantage"):
+    elif estimator.name in ("topk_reward", "constant_advantage"):
         return torch.zeros_like(log_u)  # constant in the token: no gradient (T4, T9e)
     else:
         weight = ratio_weight(estimator.name, options, divergence, log_u)
@@ -80,8 +80,12 @@ def ratio_weight(name: str, options: Mapping[str, Any], divergence: Divergence, 
     """The weight as a function of the ratio, with the clip of the log-ratio: T1, T2 and the table of T4."""
     bound = options.get("clip_log_ratio")
     inside = log_u if bound is None else log_u.clamp(-bound, bound)
-    differentiated: dict[str, Callable[[Tensor], Tensor]] = {"k2_loss": lambda x: x, "k3_loss": torch.exp}
-    if name in differentiated:  # outside the clamp there is no gradient
+    differentiated: dict[str, Callable[[Tensor], Tensor]] = {
+        "k1_loss": lambda x: torch.full_like(x, -1.0),
+        "k2_loss": lambda x: x,
+        "k3_loss": lambda x: x.exp() - 1,
+    }
+    if name in differentiated:  # outside the clamp there is no gradient, so that constants count: not u, but u - 1
         weight = differentiated[name](inside)
         return weight if bound is None else torch.where(log_u.abs() <= bound, weight, 0.0)
     if name == "opd":
