@@ -38,6 +38,7 @@ _HOMES = {
     "random_pair": "opdtheory.exact",
     "train": "opdtheory.training.trainer",
     "u": "opdtheory.divergences",
+    "validate": "opdtheory.training.validation",
 }
 _MODULES = ("divergences", "testing")
 
@@ -72,6 +73,7 @@ if TYPE_CHECKING:
     from opdtheory.rollouts import Rollouts as Rollouts
     from opdtheory.training.config import TrainConfig as TrainConfig
     from opdtheory.training.trainer import train as train
+    from opdtheory.training.validation import validate as validate
 
 
 def __getattr__(name: str) -> Any:

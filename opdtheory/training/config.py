@@ -111,6 +111,7 @@ class TrainConfig:
     # Evaluation, on the task's test split
     eval_every: int = _option(50, "steps between evaluations; 0: at the start and the end only", low=0)
     eval_examples: int = _option(256, "test problems, answered greedily and by sampling; 0: no evaluation", low=0)
+    validate_every: int = _option(0, "steps between checks of the gradient against theory; 0: none", low=0)
     # The machine
     device: str = _option("auto", "cpu, cuda, cuda:1; auto takes a GPU where there is one")
     dtype: Literal["float32", "float64"] = _option("float32", "of parameters and arithmetic")
@@ -212,6 +213,10 @@ class TrainConfig:
             raise InvalidArgumentError(
                 "warmup_steps", f"is {self.warmup_steps}; at most steps={self.steps} can be warm-up"
             )
+        if self.validate_every:
+            from opdtheory.training.validation.observer import check_can_validate
+
+            check_can_validate(self.loss())
         if self.control is not None and self.updates_per_batch > 1:
             raise InvalidArgumentError("updates_per_batch", f"is {self.updates_per_batch}; a control takes one")
 
@@ -221,7 +226,17 @@ ESTIMATOR_OPTIONS = (
     *("clip_weight", "gamma", "discounted", "alpha", "k", "support"),
 )
 RUNTIME = frozenset(
-    {"threads", "check_rollouts", "out", "checkpoint_every", "keep_checkpoints", "tensorboard", "progress", "cache"}
+    {
+        "validate_every",
+        "threads",
+        "check_rollouts",
+        "out",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "tensorboard",
+        "progress",
+        "cache",
+    }
 )
 
 

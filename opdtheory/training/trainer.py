@@ -33,6 +33,7 @@ from opdtheory.training.models import LanguageModel, Samples, response_logits
 from opdtheory.training.objective import summed
 from opdtheory.training.tasks import Example, Task
 from opdtheory.training.tasks import task as task_of
+from opdtheory.training.validation.observer import validate_run
 
 __all__ = ["Observer", "Run", "TrainResult", "train", "training_step"]
 
@@ -229,6 +230,8 @@ def train(
             row["seconds"] = time.perf_counter() - began
             if config.is_due(step + 1, config.eval_every) and config.eval_examples:
                 row |= evaluate(run.student, run.teacher, run.task, config, team)
+            if config.validate_every and config.is_due(step + 1, config.validate_every):
+                row |= validate_run(run, step + 1)
             for observer in observers:
                 row |= observer(run, step + 1)
             finish_step(run, step + 1, row)

@@ -186,7 +186,9 @@ def predicted_logit_gradient(estimator: Estimator, prefixes: Prefixes) -> Float[
         ratio = (log_p - prefixes.log_mu).exp()
         if options.get("importance") is None:
             if "baseline" in options:
-                raise InvalidArgumentError("behavior", f"of {estimator!r}: off-policy and unweighted, a baseline biases")
+                raise InvalidArgumentError(
+                    "behavior", f"of {estimator!r}: off-policy and unweighted, a baseline biases"
+                )
             weight = weight / ratio
         else:
             correction = ratio_correction(options["importance"], weight, ratio, options.get("clip_range", 0.2))
@@ -224,7 +226,9 @@ def _logit_gradient(prefixes: Prefixes, run: Loss) -> Tensor:
     samples, (log_p, log_q, log_mu) = prefixes.samples, prefixes.grids
     leaf = log_p.clone().requires_grad_()
     with torch.enable_grad():
-        value = run(Rollouts.from_logits(samples.tokens, leaf, log_q, samples.mask.double(), _at(log_mu, samples.tokens)))
+        value = run(
+            Rollouts.from_logits(samples.tokens, leaf, log_q, samples.mask.double(), _at(log_mu, samples.tokens))
+        )
         (gradient,) = torch.autograd.grad(value, leaf)
     return gradient[prefixes.live]
 

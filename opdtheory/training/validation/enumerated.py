@@ -66,7 +66,9 @@ def validate_by_enumeration(
     """
     check_same_vocabulary(student, teacher)
     if student.dtype != torch.float64 or teacher.dtype != torch.float64:
-        raise InvalidArgumentError("student", f"is {student.dtype}, the teacher {teacher.dtype}; call .double() on both")
+        raise InvalidArgumentError(
+            "student", f"is {student.dtype}, the teacher {teacher.dtype}; call .double() on both"
+        )
     grouped = needs_groups(estimator)
     if eos is not None and (grouped or estimator.reduction == "token_mean"):
         raise InvalidArgumentError("eos", f"is {eos}; {estimator!r} is predicted for rollouts of one length only")
@@ -135,7 +137,9 @@ def _predicted_tables(estimator: Estimator, everything: Enumeration, grouped: bo
     importance = options.get("importance")
     if estimator.name in VOCABULARY:  # the sum over the next token is the student's, whoever sampled
         importance = "token" if importance is None else importance
-    weight = weight * ratio_correction(importance, weight, _ratio(importance, own - drew), options.get("clip_range", 0.2))
+    weight = weight * ratio_correction(
+        importance, weight, _ratio(importance, own - drew), options.get("clip_range", 0.2)
+    )
     if estimator.reduction != "token_sum":
         weight = weight / mask.sum(-1, keepdim=True)
     shares = (everything.probability.unsqueeze(-1) * mask * weight).unsqueeze(-1)

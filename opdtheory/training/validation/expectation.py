@@ -182,7 +182,9 @@ def _reads(loss: Loss, log_p: Tensor, log_q: Tensor, log_mu: Tensor, group: int)
     return token is not None, logits is not None
 
 
-def _rollouts(tokens: Tensor, mask: Tensor | None, z_p: Tensor, z_q: Tensor, p: Tensor, q: Tensor, mu: Tensor) -> Rollouts:
+def _rollouts(
+    tokens: Tensor, mask: Tensor | None, z_p: Tensor, z_q: Tensor, p: Tensor, q: Tensor, mu: Tensor
+) -> Rollouts:
     return Rollouts.unchecked(
         tokens=tokens,
         mask=torch.ones(tokens.shape, dtype=p.dtype, device=p.device) if mask is None else mask,

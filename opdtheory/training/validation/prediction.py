@@ -121,9 +121,7 @@ def standardised(weight: Tensor, law: Tensor, eps: float) -> Tensor:
     return (law.unsqueeze(-2) * (gap / 2) / (gap.abs() / 2**0.5 + eps)).sum(-1)
 
 
-def _top_weight(
-    name: str, options: Mapping[str, Any], divergence: Divergence, log_p: Tensor, log_q: Tensor
-) -> Tensor:
+def _top_weight(name: str, options: Mapping[str, Any], divergence: Divergence, log_p: Tensor, log_q: Tensor) -> Tensor:
     """T9: the gradient of each truncated divergence, with the set held fixed, as a weight of every token."""
     k = options["k"]
     if k >= log_p.shape[-1]:
