@@ -36,7 +36,7 @@ Role = Literal["teacher", "student"]
 _FORMAT = 1
 
 _TEACHER_STEPS = {"arithmetic": 1200, "tools": 1500, "modular": 1500}
-_STUDENT_STEPS = {"arithmetic": 250, "tools": 250, "modular": 500}
+_STUDENT_STEPS = {"arithmetic": 500, "tools": 300, "modular": 400}
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,8 @@ def recipe_for(task: str, role: Role, seed: int = 0) -> Recipe:
     if role == "teacher":
         return Recipe(task, role, seed, width=96, layers=3, heads=4, steps=_TEACHER_STEPS[task])
     if role == "student":
-        return Recipe(task, role, seed, width=48, layers=2, heads=2, steps=_STUDENT_STEPS[task])
+        steps = _STUDENT_STEPS[task]
+        return Recipe(task, role, seed, width=48, layers=2, heads=2, steps=steps, learning_rate=5e-3)
     raise InvalidArgumentError("role", f"is {role!r}; 'teacher' or 'student' is needed")
 
 
