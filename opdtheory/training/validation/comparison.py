@@ -40,13 +40,15 @@ from opdtheory.training.validation.prediction import (
 )
 from opdtheory.training.validation.prefixes import Prefixes
 from opdtheory.training.validation.report import Validation
+from opdtheory.training.validation.vectors import difference, dot, estimator_text, norm
 
-__all__ = ["compare", "difference", "dot", "estimator_text", "exact_logit_gradient", "norm", "predicted_logit_gradient"]
+__all__ = ["LEVEL", "compare", "exact_logit_gradient", "predicted_logit_gradient", "random_images"]
 
 # Probability that a faithful estimator is found to disagree by one validation, all directions together.
-_LEVEL = 0.01
+LEVEL = 1e-3
 _COUPLED = 1e-6
 _ROWS = 16  # prefixes whose whole vocabulary is differentiated at once
+_HELD = 2**22  # logits of draws that are held at once
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
@@ -122,7 +124,7 @@ def compare(
         return worst
 
     noisy = not isinstance(law, Known)
-    limit = float(special.ndtri(1 - _LEVEL / (2 * len(images))))
+    limit = float(special.ndtri(1 - LEVEL / (2 * len(images))))
     sizes = [exact_norm, norm(vectors[2])]
     variance = _variance(prefixes, law, images[:randoms], expected, shares, group)
     shift = interval = foreseen = None
@@ -216,8 +218,8 @@ def _check_rows_apart(prefixes: Prefixes, run: Loss, law: Moments, shares: Tenso
     if not gap <= _COUPLED * max(size, 1e-12):
         raise InvalidArgumentError(
             "loss",
-            f"depends on more than each token and its prefix: within whole rollouts its sensitivity is off by {gap:.3g} "
-            f"of {size:.3g}; validate_by_enumeration takes any loss, on a tiny vocabulary",
+            f"depends on more than each token and its prefix: within whole rollouts its sensitivity is "
+            f"off by {gap:.3g} of {size:.3g}; validate_by_enumeration takes any loss, on a tiny vocabulary",
         )
 
 
@@ -238,18 +240,26 @@ def _sampled(
 ) -> Float[Tensor, "N V"]:
     """The mean over draws of the loss's gradient in the logits; each draw is a token at every prefix, or a pair."""
     generator = torch.Generator(device=prefixes.log_p.device).manual_seed(seed + 1)
-    p = prefixes.log_p.exp()
+    p, (count, vocabulary) = prefixes.log_p.exp(), prefixes.log_p.shape
     drawn = torch.multinomial(prefixes.log_mu.exp(), draws * group, replacement=True, generator=generator)
-    mask, tokens = prefixes.samples.mask.double(), prefixes.samples.tokens.clone()
+    drawn = drawn.view(count, draws, group)
+    mask, tokens = prefixes.samples.mask.double(), prefixes.samples.tokens
+    laws = (prefixes.log_p, prefixes.log_q, prefixes.log_mu) if group == 2 else prefixes.grids
+    at_once = max(1, _HELD // (group * mask.numel() * vocabulary))
     total = torch.zeros_like(p)
-    for draw in drawn.view(-1, draws, group).unbind(1):
+    for some in drawn.split(at_once, dim=1):
+        times = some.shape[1]
         if group == 1:
-            tokens[prefixes.live] = draw.squeeze(-1)
-            kappa = sensitivity(run, tokens, mask, *prefixes.grids)[prefixes.live].unsqueeze(-1)
+            # Rollouts of one mask side by side: each reduction is the mean over them.
+            batch = tokens.repeat(times, 1, 1)
+            batch[:, prefixes.live] = some.squeeze(-1).T
+            rows = [x.expand(times, *x.shape).flatten(0, 1) for x in laws]
+            kappa = sensitivity(run, batch.flatten(0, 1), mask.repeat(times, 1), *rows).view(times, *mask.shape)
+            kappa = times * kappa[:, prefixes.live].T
         else:
-            rows = (x.unsqueeze(0) for x in (prefixes.log_p, prefixes.log_q, prefixes.log_mu))
-            kappa = shares * sensitivity(plain, draw.T, None, *rows).T
-        total.scatter_add_(-1, draw, kappa)
+            rows = [x.unsqueeze(1).expand(-1, times, -1).reshape(1, -1, vocabulary) for x in laws]
+            kappa = sensitivity(plain, some.reshape(-1, 2).T, None, *rows).T.reshape(count, -1) * shares
+        total.scatter_add_(-1, some.flatten(1), kappa)
     return (total - p * total.sum(-1, keepdim=True)) / draws
 
 
@@ -283,19 +293,3 @@ def _ratio(signal: float, variance: float, exact_norm: float) -> float | None:
 
 def _at(log: Tensor, tokens: Tensor) -> Tensor:
     return log.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-
-
-def estimator_text(estimator: Estimator) -> str:
-    return repr(estimator).removeprefix("estimator(").removesuffix(")").replace("'", "").replace("divergence=", "")
-
-
-def dot(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
-    return sum(float((a.double() * b.double()).sum()) for a, b in zip(one, other, strict=True))
-
-
-def norm(vector: Sequence[Tensor]) -> float:
-    return math.sqrt(dot(vector, vector))
-
-
-def difference(one: Sequence[Tensor], other: Sequence[Tensor]) -> list[Tensor]:
-    return [a - b for a, b in zip(one, other, strict=True)]

@@ -15,7 +15,6 @@ from opdtheory.exact import ModulePolicy, exact_gradient, expected_gradient
 from opdtheory.exact.enumeration import Enumeration
 from opdtheory.training.models import LanguageModel, check_same_vocabulary
 from opdtheory.training.objective import needs_groups
-from opdtheory.training.validation.comparison import difference, dot, estimator_text, norm
 from opdtheory.training.validation.expectation import Loss
 from opdtheory.training.validation.prediction import (
     VOCABULARY,
@@ -27,6 +26,7 @@ from opdtheory.training.validation.prediction import (
     standardised,
 )
 from opdtheory.training.validation.report import Validation
+from opdtheory.training.validation.vectors import difference, dot, estimator_text, norm
 
 __all__ = ["validate_by_enumeration"]
 
