@@ -13,7 +13,7 @@ import opdtheory as opd
 from opdtheory.errors import InvalidArgumentError, LossError
 from opdtheory.training import CharacterVocabulary, Transformer, TransformerConfig, rollouts
 from opdtheory.training.trainer import train
-from opdtheory.training.validation import Prefixes, Validation, cases, compare, random_images, validate_by_enumeration
+from opdtheory.training.validation import Prefixes, Validation, cases, compare, validate_by_enumeration
 from opdtheory.training.validation.comparison import exact_logit_gradient
 from opdtheory.training.validation.expectation import Pairs, moments
 from opdtheory.training.validation.page import page
@@ -125,7 +125,9 @@ def test_variance_over_the_vocabulary_is_that_of_draws(prefixes: Prefixes) -> No
         else:
             values = (law.kappa[0] * centred)[tokens]
         assert float(values.var()) == pytest.approx(float(law.variance(image)[0]), rel=0.05)
-        assert float(values.mean()) == pytest.approx(float((law.mean() * image)[0].sum()), abs=0.02 * float(values.std()))
+        assert float(values.mean()) == pytest.approx(
+            float((law.mean() * image)[0].sum()), abs=0.02 * float(values.std())
+        )
 
 
 def test_exact_gradient_is_that_of_the_weights(prefixes: Prefixes) -> None:
@@ -146,7 +148,11 @@ def test_z_scores_of_two_are_signs() -> None:
 ENUMERATED = {
     "right": (E("return_to_go", "jsd", gamma=0.7), E("return_to_go", "jsd", gamma=0.7), False),
     "sign": (E("sequence_opd_plus", "jsd"), lambda r: -E("sequence_opd_plus", "jsd")(r), False),
-    "outer discount": (E("return_to_go", "jsd", gamma=0.7, discounted=True), E("return_to_go", "jsd", gamma=0.7), False),
+    "outer discount": (
+        E("return_to_go", "jsd", gamma=0.7, discounted=True),
+        E("return_to_go", "jsd", gamma=0.7),
+        False,
+    ),
     "later tokens": (E("return_to_go", "jsd", gamma=1.0), E("opd_plus", "jsd"), False),
     "clip": (E("sequence_opd_plus", "jsd", clip_log_ratio=0.3), E("sequence_opd_plus", "jsd"), False),
     "prefix": (E("opd_plus", "jsd", importance="prefix"), E("opd_plus", "jsd", importance="token"), True),
@@ -244,7 +250,8 @@ def test_every_estimator_is_validated_and_agrees() -> None:
         found = [Validation.from_dict(row) for row in kept[section]["rows"]]
         names = [repr(case.estimator()) for case in every]
         assert [row.estimator for row in found] == [
-            name.removeprefix("estimator(").removesuffix(")").replace("'", "").replace("divergence=", "") for name in names
+            name.removeprefix("estimator(").removesuffix(")").replace("'", "").replace("divergence=", "")
+            for name in names
         ]
         assert all(row.agrees for row in found)
 

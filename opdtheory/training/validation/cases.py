@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ENUMERATED", "QUICK", "SMALL", "SMOLLM2", "Case", "enumerated", "small", "smollm2"]
 
+
 @dataclass(frozen=True)
 class Case:
     """One row: an estimator, and who samples.

@@ -81,7 +81,7 @@ def compare(
     if not is_token_local(estimator):
         raise InvalidArgumentError(
             "estimator",
-            f"{estimator!r} weighs a token by what comes after it; validate_by_enumeration takes it on a tiny vocabulary",
+            f"{estimator!r} weighs a token by what comes after it; validate_by_enumeration takes it on tiny vocabularies",
         )
     if draws < 1 or directions < 1:
         raise InvalidArgumentError("draws" if draws < 1 else "directions", "is below 1; a positive integer is needed")

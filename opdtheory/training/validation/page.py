@@ -38,6 +38,12 @@ with its 95 % interval and what theory says. *SNR* is |expected| over the root o
 rollout's gradient; it grows as the root of the number of rollouts. Variances are sums over the vocabulary and not
 sample variances: the weights of the forward KL and of χ² have heavy tails, and a sample that misses them looks
 precise. Over prefixes the variance is the spread between rollouts, and the trace is estimated from random directions.
+The rows of a table share their prefixes, directions and draws, so their *z* are alike where their weights are.
+
+*claims* is the verdict of `loss.claim`, which holds under its assumptions: rows that are off-policy without the
+matching importance ratio break them on purpose, and the prediction says by how much (T8). At fixed prefixes the exact
+gradient carries the estimator's own reduction; that a mean over each rollout's tokens is another objective when
+lengths vary (T11) shows where all rollouts are enumerated.
 """
 
 _TITLES = {
@@ -48,13 +54,13 @@ _TITLES = {
 }
 
 _TEXTS = {
-    "small": "Two layers of width 48 in float64, 8 prompts of the addition task. Student, teacher and, where *off-policy* "
-    "stands, the sampler are three initialisations with widened logits. Estimators that compare rollouts get groups of "
-    "two at one prefix.",
-    "enumerated": "A vocabulary of 4, rollouts of at most 3 tokens with an end-of-sequence token, or of exactly 2 where "
-    "pairs of rollouts are enumerated; two layers of width 8, float64. All rollouts go through the estimator's code, and "
-    "the gradient through the transformer. This takes what looks beyond the next token: returns-to-go, sequence "
-    "weights, products of importance ratios.",
+    "small": "Two layers of width 48 in float64, 8 prompts of the addition task. Student, teacher and, where "
+    "*off-policy* stands, the sampler are three initialisations with widened logits. Estimators that compare rollouts "
+    "get groups of two at one prefix.",
+    "enumerated": "A vocabulary of 4, rollouts of at most 3 tokens with an end-of-sequence token, or of exactly 2 "
+    "where pairs of rollouts are enumerated; two layers of width 8, float64. All rollouts go through the estimator's "
+    "code, and the gradient through the transformer. This takes what looks beyond the next token: returns-to-go, "
+    "sequence weights, products of importance ratios.",
     "smollm2_noise": "The teacher is SmolLM2-135M-Instruct, the student the same with noise of a tenth of each weight "
     "matrix's spread. Eight prompts of English; gradients in the last block and the final norm, float32, so that "
     "rounding is 1e-4.",
@@ -63,15 +69,14 @@ _TEXTS = {
 
 _CONCLUSION = """## Reading the tables
 
-- Every row agrees: the summed gradients to rounding, the sampled ones within their limit.
-- A wrong claim does not: with the sign flipped, stop-gradient claimed exact, a clip or an importance ratio forgotten,
-  both comparisons fail; the tests run each.
-- A constant is a baseline only where the score's mean is zero. Outside the clip of a *differentiated* loss there is
-  no gradient, so the constant counts there: the clipped k3 has the weight $u - 1$, not $u$, and the clipped k1, whose
-  gradient is zero without the clip, has one.
-- Stop-gradient χ² is exactly the corrected gradient with its sign flipped, up to a constant: weights
-  $-(u-1)^2$ and $u^2 - 1$ differ in it by $2u(u - 1)$, which the squares dominate. Samples hardly show it: both have a
-  signal-to-noise ratio that takes tens of thousands of rollouts.
+- {agreement}
+- A wrong claim does not agree: with the sign flipped, stop-gradient claimed exact, a clip or an importance ratio
+  forgotten, both comparisons fail. `tests/unit/test_training_validate.py` runs each.
+- Outside the clip of a *differentiated* loss there is no gradient, so a constant is no baseline there: the clipped k3
+  has the weight $u - 1$, not $u$, and the clipped k1 has a gradient, which is zero without the clip.
+- Stop-gradient χ² has the weight $-(u-1)^2 = -(u^2-1) + 2(u-1)$: the corrected one with its sign flipped and twice
+  the forward KL's, which is small beside it where ratios are large. Samples show this late: see its signal-to-noise
+  ratio.
 """
 
 
@@ -86,7 +91,12 @@ def page(record: Mapping[str, Record]) -> str:
         if section in record:
             rows = record[section]["rows"]
             parts.append(f"## {_TITLES[section]}\n\n{_TEXTS[section]} {_facts(record[section])}\n\n{_table(rows)}\n")
-    return "\n".join([*parts, _CONCLUSION])
+    found = [Validation.from_dict(row) for section in SECTIONS if section in record for row in record[section]["rows"]]
+    wrong = [row.estimator for row in found if not row.agrees]
+    agreement = f"All {len(found)} rows agree: the summed gradients to rounding, the sampled ones within their limit."
+    if wrong:
+        agreement = f"{len(found) - len(wrong)} of {len(found)} rows agree; not: `{'`, `'.join(wrong)}`."
+    return "\n".join([*parts, _CONCLUSION.format(agreement=agreement)])
 
 
 def _facts(section: Record) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -170,8 +171,10 @@ class Prefixes:
         values = dict(zip(self.names, self.parameters, strict=True))
         tangents = dict(zip(self.names, direction, strict=True))
         values = {name: value.detach() for name, value in values.items()}
-        with _differentiable(self.student):
-            _, moved = torch.func.jvp(self._call, (values,), (tangents,))
+        with _differentiable(self.student), warnings.catch_warnings():
+            # Of torch's own, at the first differentiation forwards.
+            warnings.filterwarnings("ignore", message=".*torch.jit", category=DeprecationWarning)
+            moved: Tensor = torch.func.jvp(self._call, (values,), (tangents,))[1]
         return moved / self.temperature
 
     def random(self, number: int, seed: int = 0) -> Vector:
