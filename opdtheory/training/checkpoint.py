@@ -6,6 +6,8 @@ import os
 import pickle
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import torch
 
 from opdtheory.errors import InvalidArgumentError
 
-__all__ = ["Checkpoint", "load", "newest", "save", "write_atomically"]
+__all__ = ["Checkpoint", "load", "locked", "newest", "save", "write_atomically"]
 
 _FORMAT = 1
 _NAME = re.compile(r"step_(\d+)\.pt")
@@ -79,6 +81,27 @@ def newest(folder: str | Path) -> Checkpoint | None:
     if paths:
         raise InvalidArgumentError("out", f"none of the {len(paths)} checkpoints in {folder} can be read")
     return None
+
+
+@contextmanager
+def locked(folder: Path | None) -> Iterator[None]:
+    """Keep other processes from the folder of a run; the system lifts the lock also from one that was killed.
+
+    Raises:
+        InvalidArgumentError: another process trains there.
+    """
+    if folder is None or os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InvalidArgumentError("out", f"another process trains in {folder}; name another folder") from None
+        yield
 
 
 def load(path: str | Path) -> Checkpoint:

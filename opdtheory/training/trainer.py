@@ -223,7 +223,11 @@ def train(
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    with processes(config.device) as team, started(config, team, student, teacher, task) as (run, first):
+    folder = None if config.out is None else Path(config.out)
+    with contextlib.ExitStack() as held:
+        team = held.enter_context(processes(config.device))
+        held.enter_context(checkpoint.locked(folder if team.is_first else None))
+        run, first = held.enter_context(started(config, team, student, teacher, task))
         for step in range(first, config.steps):
             began = time.perf_counter()
             row: dict[str, Any] = {"step": step + 1, **training_step(run, step)}
@@ -266,9 +270,8 @@ def started(
         optimizer.load_state_dict(saved.optimizer)
         first = saved.step
     kept = folder if team.is_first else None
-    metrics = Metrics(
-        kept, first, config.steps, tensorboard=config.tensorboard and team.is_first, progress=config.progress
-    )
+    board, bar = (wanted and team.is_first for wanted in (config.tensorboard, config.progress))
+    metrics = Metrics(kept, first, config.steps, tensorboard=board, progress=bar)
     if kept is not None:
         (kept / "config.toml").write_text(config.to_toml(), encoding="utf-8")
     run = Run(config, team, task, student, teacher, config.loss(), optimizer, metrics)

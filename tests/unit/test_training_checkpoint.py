@@ -89,6 +89,12 @@ def test_another_configuration_is_refused(tmp_path: Path) -> None:
     trained(tmp_path, steps=2, keep_checkpoints=5, check_rollouts=False)
 
 
+def test_one_run_at_a_time_in_a_folder(tmp_path: Path) -> None:
+    with checkpoint.locked(tmp_path), pytest.raises(InvalidArgumentError, match="another process"):
+        trained(tmp_path, steps=2)
+    trained(tmp_path, steps=2)
+
+
 def test_metrics_are_cut_to_the_finished_steps(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 0}\n{"step": 1, "x": 1.5}\n{"step": 2}\n{"step": 3')
