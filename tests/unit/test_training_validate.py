@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib.util
 import json
@@ -11,15 +12,14 @@ import torch
 
 import opdtheory as opd
 from opdtheory.errors import InvalidArgumentError, LossError
-from opdtheory.training import CharacterVocabulary, Transformer, TransformerConfig, rollouts
+from opdtheory.training import CharacterVocabulary, Transformer, TransformerConfig, response_logits, rollouts
 from opdtheory.training.trainer import train
 from opdtheory.training.validation import Prefixes, Validation, cases, compare, validate_by_enumeration
-from opdtheory.training.validation.comparison import exact_logit_gradient
 from opdtheory.training.validation.expectation import Pairs, moments
 from opdtheory.training.validation.page import page
 from opdtheory.training.validation.prediction import standardised
 from opdtheory.training.validation.vectors import dot
-from tests.tolerances import ALGEBRA
+from tests.tolerances import ALGEBRA, FINITE_DIFFERENCE
 from tests.training_runs import TASK, config, model
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -95,6 +95,18 @@ def test_the_two_maps_are_adjoint(prefixes: Prefixes) -> None:
     assert dot(prefixes.pull_back(logits), direction) == pytest.approx(there, rel=1e-10)
 
 
+def test_a_pushed_direction_is_how_the_logits_move(prefixes: Prefixes) -> None:
+    step, direction, ends = 1e-5, prefixes.random(1), []
+    for sign in (1, -1):
+        moved = copy.deepcopy(STUDENT)
+        with torch.no_grad():
+            for parameter, change in zip(moved.parameters(), direction, strict=True):
+                parameter.add_(sign * step * change)
+            ends.append(response_logits(moved, prefixes.samples)[prefixes.live])
+    slope = (ends[0] - ends[1]) / (2 * step)
+    assert float((slope - prefixes.push_forward(direction)).abs().max()) < FINITE_DIFFERENCE
+
+
 @pytest.mark.parametrize("reduction", ["token_sum", "token_mean", "sequence_mean"])
 def test_gradients_are_those_of_a_training_step(prefixes: Prefixes, reduction: str) -> None:
     for loss in (E("opd_plus", "chi2", reduction=reduction), E("full_vocab", "jsd", reduction=reduction)):
@@ -135,7 +147,7 @@ def test_exact_gradient_is_that_of_the_weights(prefixes: Prefixes) -> None:
         divergence, p = opd.divergence(name), prefixes.log_p.exp()
         weight = divergence.weight(prefixes.log_q - prefixes.log_p)
         closed = -p * (weight - (p * weight).sum(-1, keepdim=True))
-        found = exact_logit_gradient(divergence, prefixes.log_p, prefixes.log_q)
+        found = prefixes.exact(divergence)
         assert float((found - closed).abs().max()) < ALGEBRA
 
 
@@ -210,7 +222,7 @@ def test_validate_takes_names_and_texts_and_some_parameters() -> None:
     assert "agree with theory" in str(found) and Validation.from_dict(json.loads(json.dumps(found.to_dict()))) == found
     warm = opd.validate(STUDENT, TEACHER, ["1+2=", "4"], "opd", "jsd", temperature=0.7, behavior=STALE, **settings)
     assert warm.agrees and warm.seed == 0
-    single = opd.validate(transformer(0).float(), TEACHER.float(), ["1+2="], "opd", "jsd", draws=50)
+    single = opd.validate(transformer(0).float(), TEACHER.float(), ["1+2="], "opd", "jsd", max_new_tokens=3, draws=50)
     TEACHER.double()
     assert single.agrees and single.tolerance == 1e-4
 

@@ -223,7 +223,8 @@ def smollm2(
 
 
 def _counts(name: str, student: HuggingFaceModel) -> bool:
-    last = f".layers.{student.network.config.num_hidden_layers - 1}."
+    config: Any = student.network.config
+    last = f".layers.{config.num_hidden_layers - 1}."
     return last in name or name.endswith("model.norm.weight")
 
 

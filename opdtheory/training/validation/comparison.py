@@ -22,10 +22,8 @@ from jaxtyping import Float
 from scipy import special
 from torch import Tensor
 
-from opdtheory.divergences import Divergence
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.estimators import Estimator
-from opdtheory.exact.tree import pointwise
 from opdtheory.rollouts import Rollouts
 from opdtheory.training.objective import needs_groups
 from opdtheory.training.validation.expectation import Known, Loss, Moments, Singles, moments, sensitivity
@@ -42,12 +40,11 @@ from opdtheory.training.validation.prefixes import Prefixes
 from opdtheory.training.validation.report import Validation
 from opdtheory.training.validation.vectors import difference, dot, estimator_text, norm
 
-__all__ = ["LEVEL", "compare", "exact_logit_gradient", "predicted_logit_gradient", "random_images"]
+__all__ = ["LEVEL", "compare", "predicted_logit_gradient", "random_images"]
 
 # Probability that a faithful estimator is found to disagree by one validation, all directions together.
 LEVEL = 1e-3
 _COUPLED = 1e-6
-_ROWS = 16  # prefixes whose whole vocabulary is differentiated at once
 _HELD = 2**22  # logits of draws that are held at once
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
 
@@ -81,7 +78,7 @@ def compare(
     if not is_token_local(estimator):
         raise InvalidArgumentError(
             "estimator",
-            f"{estimator!r} weighs a token by what comes after it; validate_by_enumeration takes it on tiny vocabularies",
+            f"{estimator!r} weighs a token by what comes after it; validate_by_enumeration takes it on tiny models",
         )
     if draws < 1 or directions < 1:
         raise InvalidArgumentError("draws" if draws < 1 else "directions", "is below 1; a positive integer is needed")
@@ -94,7 +91,7 @@ def compare(
     shares = prefixes.shares(reduction).unsqueeze(-1)
 
     law = moments(plain, prefixes.log_p, prefixes.log_q, prefixes.log_mu, group)
-    exact = shares * exact_logit_gradient(estimator.claim.divergence, prefixes.log_p, prefixes.log_q)
+    exact = shares * prefixes.exact(estimator.claim.divergence)
     predicted = shares * predicted_logit_gradient(estimator, prefixes)
     expected = shares * law.mean()
     if group == 1:
@@ -114,10 +111,13 @@ def compare(
     if norm(bias) > 1e-6 * unit:
         images.append(prefixes.push_forward([x / norm(bias) for x in bias]))
 
+    # Of one draw of all next tokens, along each direction.
+    spreads = [float((shares.squeeze(-1).square() * law.variance(image)).sum()) for image in images]
+    deviations = [math.sqrt(spread / draws) for spread in spreads]
+
     def z_against(reference: Tensor) -> float:
         worst = 0.0
-        for image in images:
-            deviation = _deviation(law, image, shares, draws)
+        for image, deviation in zip(images, deviations, strict=True):
             gap = float(((sampled - reference) * image).sum())
             if deviation > 0 and abs(gap / deviation) > abs(worst):
                 worst = gap / deviation
@@ -126,11 +126,11 @@ def compare(
     noisy = not isinstance(law, Known)
     limit = float(special.ndtri(1 - LEVEL / (2 * len(images))))
     sizes = [exact_norm, norm(vectors[2])]
-    variance = _variance(prefixes, law, images[:randoms], expected, shares, group)
+    variance = _variance(prefixes, images[:randoms], spreads, expected, group)
     shift = interval = foreseen = None
     if along is not None:
         shift = float(((sampled - exact) * along).sum()) / unit
-        width = 1.96 * _deviation(law, along, shares, draws) / unit
+        width = 1.96 * deviations[randoms] / unit
         interval = (shift - width, shift + width)
         foreseen = float(((predicted - exact) * along).sum()) / unit
     return Validation(
@@ -165,17 +165,6 @@ def random_images(prefixes: Prefixes, directions: int, seed: int) -> list[Tensor
     return [prefixes.push_forward(prefixes.random(number, seed)) for number in range(directions)]
 
 
-def exact_logit_gradient(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> Float[Tensor, "N V"]:
-    """The gradient of the divergence at each prefix in the student's logits, by autograd over the vocabulary."""
-    found = []
-    for p, q in zip(log_p.split(_ROWS), log_q.split(_ROWS), strict=True):
-        leaf = p.clone().requires_grad_()
-        with torch.enable_grad():
-            value = pointwise(divergence, torch.log_softmax(leaf, dim=-1), q).sum()
-            found.append(torch.autograd.grad(value, leaf)[0])
-    return torch.cat(found)
-
-
 def predicted_logit_gradient(estimator: Estimator, prefixes: Prefixes) -> Float[Tensor, "N V"]:
     r"""The exact gradient at each prefix and the bias of theory, $E_p[(w_f - A) s]$, in the student's logits."""
     options, divergence = settings(estimator), estimator.claim.divergence
@@ -196,7 +185,7 @@ def predicted_logit_gradient(estimator: Estimator, prefixes: Prefixes) -> Float[
             correction = ratio_correction(options["importance"], weight, ratio, options.get("clip_range", 0.2))
             weight = weight * correction / ratio
     bias = divergence.weight(log_q - log_p) - weight
-    return exact_logit_gradient(divergence, log_p, log_q) + _mean_times_score(bias, p)
+    return prefixes.exact(divergence) + _mean_times_score(bias, p)
 
 
 def _mean_times_score(values: Tensor, p: Tensor) -> Tensor:
@@ -263,25 +252,19 @@ def _sampled(
     return (total - p * total.sum(-1, keepdim=True)) / draws
 
 
-def _deviation(law: Moments, image: Tensor, shares: Tensor, draws: int) -> float:
-    """The standard deviation of the sampled mean's projection on a direction."""
-    return math.sqrt(float((shares.squeeze(-1).square() * law.variance(image)).sum()) / draws)
-
-
 def _variance(
-    prefixes: Prefixes, law: Moments, images: Sequence[Tensor], expected: Tensor, shares: Tensor, group: int
+    prefixes: Prefixes, images: Sequence[Tensor], spreads: Sequence[float], expected: Tensor, group: int
 ) -> float:
     """The trace of the covariance of one rollout's gradient: P times its mean along random directions.
 
     Over next tokens it is exact; over prefixes it is the spread of the rollouts' expected gradients.
     """
     rollouts, found = len(prefixes.samples), []
-    for image in images:
-        within = rollouts * float((shares.squeeze(-1).square() * law.variance(image)).sum())
+    for image, spread in zip(images, spreads, strict=False):
         means = torch.zeros(rollouts, dtype=torch.float64, device=image.device)
         means.index_add_(0, prefixes.rollout, rollouts * (expected * image).sum(-1))
         between = float(means.var()) if rollouts > 1 else 0.0
-        found.append(group * within + between)
+        found.append(group * rollouts * spread + between)
     return prefixes.dimension * sum(found) / len(found)
 
 

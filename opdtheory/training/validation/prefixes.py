@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +12,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from opdtheory.divergences import Divergence
 from opdtheory.errors import InvalidArgumentError
+from opdtheory.exact.tree import pointwise
 from opdtheory.training.models import (
     Environment,
     LanguageModel,
@@ -25,6 +26,8 @@ from opdtheory.training.models import (
 __all__ = ["Prefixes"]
 
 Vector = list[Tensor]
+
+_ROWS = 16  # prefixes whose whole vocabulary is differentiated at once
 
 
 @dataclass(frozen=True)
@@ -168,13 +171,10 @@ class Prefixes:
 
     def push_forward(self, direction: Vector) -> Float[Tensor, "N V"]:
         r"""$J v$: how the logits at every prefix, divided by the temperature, move along a direction."""
-        values = dict(zip(self.names, self.parameters, strict=True))
-        tangents = dict(zip(self.names, direction, strict=True))
-        values = {name: value.detach() for name, value in values.items()}
-        with _differentiable(self.student), warnings.catch_warnings():
-            # Of torch's own, at the first differentiation forwards.
-            warnings.filterwarnings("ignore", message=".*torch.jit", category=DeprecationWarning)
-            moved: Tensor = torch.func.jvp(self._call, (values,), (tangents,))[1]
+        weights, gradients = self._transposed
+        some = [(g, v) for g, v in zip(gradients, direction, strict=True) if g.requires_grad]
+        outputs, tangents = [g for g, _ in some], [v for _, v in some]
+        (moved,) = torch.autograd.grad(outputs, weights, tangents, retain_graph=True)
         return moved / self.temperature
 
     def random(self, number: int, seed: int = 0) -> Vector:
@@ -188,22 +188,40 @@ class Prefixes:
     def _logits(self) -> Tensor:
         """The student's logits at the prefixes, with their graph, which stays."""
         with torch.enable_grad(), _differentiable(self.student):
-            values = {name: p for name, p in zip(self.names, self.parameters, strict=True)}
-            return self._call(values)
+            return response_logits(self.student, self.samples)[self.live]
 
-    def _call(self, values: dict[str, Tensor]) -> Tensor:
-        # As `response_logits`, with some parameters replaced.
-        samples = self.samples
-        tokens = torch.cat((samples.prompts, samples.tokens[:, :-1]), dim=1)
-        mask = torch.cat((samples.prompt_mask, samples.present[:, :-1]), dim=1)
-        since = samples.prompts.shape[1] - 1
-        logits: Tensor = torch.func.functional_call(self.student, values, (tokens, mask), {"since": since})
-        return logits[self.live]
+    def exact(self, divergence: Divergence) -> Float[Tensor, "N V"]:
+        """The gradient of the divergence at each prefix in the student's logits, by autograd over the vocabulary."""
+        if divergence not in self._exact:
+            found = []
+            for p, q in zip(self.log_p.split(_ROWS), self.log_q.split(_ROWS), strict=True):
+                leaf = p.clone().requires_grad_()
+                with torch.enable_grad():
+                    value = pointwise(divergence, torch.log_softmax(leaf, dim=-1), q).sum()
+                    found.append(torch.autograd.grad(value, leaf)[0])
+            self._exact.clear()
+            self._exact[divergence] = torch.cat(found)
+        return self._exact[divergence]
+
+    @cached_property
+    def _exact(self) -> dict[Divergence, Tensor]:
+        """The last gradient asked for: estimators of one divergence follow each other."""
+        return {}
+
+    @cached_property
+    def _transposed(self) -> tuple[Tensor, Vector]:
+        """Weights of the logits and the gradient that they give, linear in them: its own gradient is $J v$."""
+        weights = torch.zeros_like(self._logits, requires_grad=True)
+        with torch.enable_grad():
+            gradients = torch.autograd.grad(
+                self._logits, self.parameters, weights, create_graph=True, materialize_grads=True
+            )
+        return weights, list(gradients)
 
 
 @contextlib.contextmanager
 def _differentiable(model: LanguageModel) -> Iterator[None]:
-    """Attention written out while the model is differentiated forwards, which fused kernels are not made for."""
+    """Attention written out: fused kernels are not differentiated twice."""
     config = getattr(getattr(model, "network", None), "config", None)
     before = getattr(config, "_attn_implementation", None)
     if config is None or before in (None, "eager"):
