@@ -1,4 +1,4 @@
-"""The command line: `opdtheory verify`, `opdtheory audit`, `opdtheory table` and `opdtheory train`.
+"""The command line: `opdtheory verify`, `audit`, `table`, `train` and `reproduce`.
 
 Exit status: 0 if what was asked holds, 1 if it does not, 2 for a usage error. Nothing beyond the core
 is needed; with rich installed the tables are coloured.
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     from opdtheory import __version__
-    from opdtheory.training import command
+    from opdtheory.training import command, reproduce
 
     parser = argparse.ArgumentParser(
         prog="opdtheory", description="What an on-policy-distillation loss really does, by exact expectation."
@@ -115,6 +115,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_options(train)
     train.set_defaults(run=command.run)
+
+    again = commands.add_parser(
+        "reproduce",
+        help="train every arm of the experiment and write the page of what reproduces",
+        description="Run every arm of the experiment in a process of its own, and write the page. Finished arms are "
+        "kept: the same command goes on where it was stopped.",
+        epilog="exit status: 0 if every arm has a row, 1 if one has none, 2 for a wrong option",
+    )
+    reproduce.add_options(again)
+    again.set_defaults(run=reproduce.run)
     return parser
 
 
