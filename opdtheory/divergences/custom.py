@@ -196,7 +196,7 @@ def _mpmath_function(expression: sympy.Expr) -> Callable[[float], float]:
                 except (ZeroDivisionError, OverflowError, ValueError):
                     previous = None
                     continue
-                if previous is not None and value != 0 and abs(value - previous) <= abs(value) * mpmath.mpf("1e-18"):
+                if previous is not None and value != 0 and mpmath.almosteq(value, previous, 1e-18, 0):
                     return _to_float(value)
                 previous = value
         return math.nan if previous is None else _to_float(value)
@@ -254,7 +254,7 @@ def number(constant: sympy.Expr) -> float:
     """A real constant in float64, maybe infinite."""
     import sympy
 
-    if constant.is_infinite or constant in (sympy.oo, -sympy.oo):
+    if constant.is_infinite:
         return math.inf if constant.is_extended_positive else -math.inf
     return _to_float(sympy.N(constant, 30))
 

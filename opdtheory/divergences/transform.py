@@ -30,6 +30,7 @@ __all__ = [
 ]
 
 _GRID_LIMIT = 60  # convexity that sympy cannot decide is checked for |log u| up to this
+_GRID_POINTS = 968  # one more than a prime
 _DIGITS = 50
 
 
@@ -276,11 +277,11 @@ def _is_zero(expression: sympy.Expr) -> bool:
     if _shortest(expression) == 0:
         return True
     names = sorted(expression.free_symbols, key=str)
-    for k in (2, 3, 5, 7, 11):
-        point = {name: sympy.sqrt(k) / (i + 2) + i for i, name in enumerate(names)}
+    for k in (sympy.Rational(1, 2), 3, 5, 7, 11):
+        point = {name: sympy.root(k, i) for i, name in enumerate(names, start=2)}
         value = expression.subs(point)
         scale = sum(abs(sympy.N(term.subs(point), 60)) for term in sympy.Add.make_args(expression))
-        if abs(sympy.N(value, 60, maxn=400)) > sympy.Float(10) ** -50 * (1 + scale):
+        if abs(sympy.N(value, 60, maxn=400)) > sympy.Float(10) ** -50 * max(1, scale):
             return False
     return True
 
@@ -435,10 +436,10 @@ def _convexity_violation(f: sympy.Expr) -> str | None:
             slope, curvature = mpmath.re(slope), mpmath.re(curvature)
             if not all(mpmath.isfinite(x) for x in (mpmath.re(value), slope, curvature)):
                 return f"f is not finite at u = {mpmath.nstr(point, 6)}"
-            tolerance = mpmath.mpf(10) ** (10 - _DIGITS)
-            if curvature < -tolerance * (1 + abs(slope) / point):
+            tolerance = mpmath.mpf("1e-40")
+            if curvature < -tolerance * max(1, abs(slope) / point):
                 found.append((abs(t), f"f''({mpmath.nstr(point, 6)}) = {mpmath.nstr(curvature, 6)} < 0"))
-            elif previous is not None and slope < previous[1] - tolerance * (1 + abs(slope)):
+            elif previous is not None and slope < previous[1] - tolerance * max(1, abs(slope)):
                 span = f"between u = {mpmath.nstr(previous[0], 10)} and {mpmath.nstr(point, 10)}"
                 found.append((abs(t), f"f' falls by {mpmath.nstr(previous[1] - slope, 6)} {span}"))
             previous = (point, slope)
@@ -448,7 +449,7 @@ def _convexity_violation(f: sympy.Expr) -> str | None:
 def _grid() -> list[Any]:
     import mpmath
 
-    coarse = [mpmath.mpf(k) / 8 for k in range(-8 * _GRID_LIMIT, 8 * _GRID_LIMIT + 1)]
-    # Around u = 1, and off the lattice, so that a kink at a round number does not hide on a grid point.
+    # Off the round numbers, so that no kink hides on a grid point; and closer around u = 1.
+    coarse = mpmath.linspace(-_GRID_LIMIT, _GRID_LIMIT, _GRID_POINTS)
     fine = [s * mpmath.mpf(2) ** -k * mpmath.mpf("1.01") for k in range(1, 30) for s in (-1, 1)]
-    return sorted([x + mpmath.mpf("0.0123") for x in coarse] + fine)
+    return sorted([*coarse, *fine])

@@ -104,7 +104,7 @@ class Enumeration:
     @property
     def prompts(self) -> Int64[Tensor, " N"]:
         """A number for the prompt of each sequence: what an environment wrote before the student's first token."""
-        first = next((n for n in range(self.rows.shape[1]) if n not in self.environment), self.rows.shape[1] - 1)
+        first = next((n for n in range(self.rows.shape[1]) if n not in self.environment), -1)
         return self.rows[:, first]
 
     @functools.cached_property
@@ -174,8 +174,7 @@ def shown_tables(policy: Policy, role: str) -> list[Tensor]:
         table = tables[n].detach()
         table = torch.where(torch.isneginf(table), 0.0, table)
         if seed is not None:
-            generator = torch.Generator().manual_seed(1000 * seed + n)
-            table = table + torch.randn(table.shape, generator=generator, dtype=table.dtype)
+            table = torch.normal(table, 1.0, generator=torch.Generator().manual_seed(1000 * seed + n))
         tables[n] = table
     return tables
 
@@ -212,13 +211,11 @@ def enumerated_value(
         discount = gamma ** torch.arange(mask.shape[1], dtype=mask.dtype)
         return (log_p.exp() * (mask * discount * divergence.generator(log_u)).sum(-1)).sum()
     # token_local: prefixes are drawn from the student but not differentiated; the token itself is.
-    before = written.cumsum(-1) - written
     all_log_p = torch.log_softmax(rollouts.student_logits, -1)
     all_log_q = torch.log_softmax(rollouts.teacher_logits, -1)
     per_row = (all_log_p.exp() * divergence.generator(all_log_q - all_log_p)).sum(-1)
-    # Each prefix is met once per sequence that continues it; the rest of that sequence sums to one.
-    rest = (log_p.unsqueeze(-1) - before).detach()
-    return (mask * (before.detach() + rest).exp() * per_row).sum()
+    # Each prefix is met once per sequence that continues it, and their probabilities add up to its own.
+    return (mask * log_p.detach().exp().unsqueeze(-1) * per_row).sum()
 
 
 def _count(vocab_size: int, horizon: int, eos: int | None, environment: tuple[int, ...]) -> int:

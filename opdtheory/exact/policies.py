@@ -131,7 +131,7 @@ class TabularPolicy(Policy):
         for n in range(horizon):
             level = scale * torch.randn(vocab_size**n, vocab_size, generator=generator, dtype=torch.float64)
             if zeros:
-                level[:, vocab_size - zeros :] = -torch.inf
+                level[:, -zeros:] = -torch.inf
             logits.append(level)
         return cls(logits, eos=eos, environment=environment)
 

@@ -30,6 +30,14 @@ _POTENTIALS: tuple[Potential, ...] = (
     lambda x: 1 / (1 + x),
 )
 
+# Weights of no Bregman divergence; some of them fall in p.
+_OTHERS: tuple[Callable[[sympy.Symbol, sympy.Symbol], sympy.Expr], ...] = (
+    lambda p, q: q / p,
+    lambda p, q: q - 2 * p,
+    lambda p, q: q**2 - p,
+    lambda p, q: p - q,
+)
+
 
 def _check_power(advantage: Callable[[Tensor, Tensor, float], Tensor]) -> Tally:
     r"""For $A = q^\alpha - p^\alpha$: $H = p^{1+\alpha}/(1+\alpha) - q^\alpha p$ and a term of $q$ alone."""
@@ -90,14 +98,8 @@ def _check_rational(advantage: SymbolicAdvantage) -> Tally:
 
 
 def _advantages(p: sympy.Symbol, q: sympy.Symbol) -> list[sympy.Expr]:
-    """Bregman weights, one of the ratio, and others, among them some that fall in p."""
-    return [
-        *(_slope(phi, q) - _slope(phi, p) for phi in _POTENTIALS),
-        q / p,
-        q - 2 * p,
-        q**2 - p,
-        p - q,
-    ]
+    """Bregman weights and others."""
+    return [*(_slope(phi, q) - _slope(phi, p) for phi in _POTENTIALS), *(other(p, q) for other in _OTHERS)]
 
 
 def _check_fixed_point(stays: Callable[[sympy.Expr, sympy.Symbol, sympy.Symbol], bool]) -> Tally:
@@ -179,8 +181,7 @@ def _stationary() -> bool:
     """Two atoms: at the teacher the descent is `q(1 - q)(A(q, q) - A(1 - q, 1 - q))`."""
     import sympy
 
-    q = sympy.Symbol("q", positive=True)
-    a1, a2 = (sympy.Function("A")(x, x) for x in (q, 1 - q))
+    q, a1, a2 = sympy.symbols("q a1 a2")
     first = q * (a1 - (q * a1 + (1 - q) * a2))
     return sympy.simplify(first - q * (1 - q) * (a1 - a2)) == 0
 

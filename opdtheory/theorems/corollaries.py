@@ -19,7 +19,18 @@ from opdtheory.theorems.theorem import Tally
 if TYPE_CHECKING:
     import sympy
 
-__all__ = ["Row", "Table", "check_followed", "check_stated", "convex", "implied", "rows", "stated", "values_estimated"]
+__all__ = [
+    "Row",
+    "Table",
+    "check_followed",
+    "check_stated",
+    "check_weights",
+    "convex",
+    "implied",
+    "rows",
+    "stated",
+    "values_estimated",
+]
 
 Table = Callable[[], Mapping[str, "sympy.Expr"]]
 
@@ -57,11 +68,11 @@ def rows() -> Mapping[str, Row]:
     )
     return {
         "k1 as loss": Row(estimator("k1_loss"), sympy.Integer(-1), sympy.Integer(0), True),
-        "k2 as loss": Row(estimator("k2_loss"), log_u, u - 1 - log_u, True),
-        "k3 as loss": Row(estimator("k3_loss"), u, forward - u + 1, True),
+        "k2 as loss": Row(estimator("k2_loss"), log_u, reverse, True),
+        "k3 as loss": Row(estimator("k3_loss"), u - 1, forward, True),
         "k1 as reward": Row(estimator("k1_reward"), log_u, reverse, True),
         "k2 as reward": Row(estimator("k2_reward"), -(log_u**2) / 2, log_u**2 / 2 + log_u, False),
-        "k3 as reward": Row(estimator("k3_reward"), log_u - u + 1, reverse - forward + 2 * u - 2, False),
+        "k3 as reward": Row(estimator("k3_reward"), log_u - u + 1, reverse - forward, False),
         "OPD forward KL": Row(estimator("opd", "forward_kl"), -forward, -u * log_u**2 / 2, False),
         "OPD chi2": Row(estimator("opd", "chi2"), -((u - 1) ** 2), 2 * forward - u**2 + 1, False),
         "Box-Cox -1": Row(estimator("box_cox", alpha=-1), 1 - 1 / u, alpha[-1.0], True),
@@ -70,7 +81,7 @@ def rows() -> Mapping[str, Row]:
         "sign of log u": Row(estimator("sign"), sympy.sign(log_u), sympy.Abs(u - 1), True),
         "OPD+ reverse KL, log u clipped": Row(
             estimator("opd_plus", "reverse_kl", clip_log_ratio=1.0),
-            sympy.Max(-1, sympy.Min(1, log_u)),
+            sympy.Max(-1, sympy.Min(1, log_u)) - 1,
             reverse_clipped,
             True,
         ),
@@ -102,17 +113,31 @@ def stated() -> Mapping[str, sympy.Expr]:
 
 def values_estimated() -> Mapping[str, sympy.Expr]:
     """The table as it is often believed: each estimator descends the divergence that its name estimates."""
-    u = divergences.symbol()
-    reverse, forward = (divergences.divergence(f"{side}_kl").expr for side in ("reverse", "forward"))
-    named = {"forward KL": forward, "chi2": (u - 1) ** 2}
+    reverse, forward, chi2 = (divergences.divergence(name).expr for name in ("reverse_kl", "forward_kl", "chi2"))
+    named = {"forward KL": forward, "chi2": chi2}
     return {name: next((f for key, f in named.items() if key in name), reverse) for name in rows()}
 
 
 def check_stated(table: Table) -> Tally:
-    """Each stated generator is the implied one of the local weight, up to gauge; symbolically."""
+    """Each stated generator is zero at one and the implied one of the local weight, up to gauge; symbolically."""
     tally = Tally()
     for name, generator in table().items():
+        tally.require(generator.subs(divergences.symbol(), 1) == 0)
         tally.require(divergences.same_divergence(implied(rows()[name].weight), generator))
+    return tally
+
+
+def check_weights(constant: float) -> Tally:
+    r"""Each loss, run on rollouts of another law, where no constant is free: $-E_\mu[w(u)\,s]$ of its row's weight."""
+    tally = Tally()
+    u = divergences.symbol()
+    student, teacher = random_pair(4, 1, distance=0.7, seed=6)
+    behavior = TabularPolicy.random(4, 1, seed=7)
+    p, q, mu = (policy.logits[0].softmax(-1) for policy in (student, teacher, behavior))
+    for row in rows().values():
+        weights = [float(row.weight.subs(u, ratio)) + constant for ratio in (q / p)[0].tolist()]
+        drawn = mu * torch.tensor(weights, dtype=torch.float64)
+        tally.compare(expected_gradient(row.loss, student, teacher, behavior=behavior), [p * drawn.sum() - drawn])
     return tally
 
 
@@ -144,6 +169,6 @@ def _token_local(pair: Pair, generator: Callable[[Tensor], Tensor], student: Tab
     for level, teacher in zip(student.logits, pair[1].logits, strict=True):
         p, q = torch.softmax(level, -1), torch.softmax(teacher, -1)
         u = q / p
-        total = total + (reach.unsqueeze(-1) * p * (generator(u) + 0.0 * u)).sum()
+        total = total + (reach.unsqueeze(-1) * p * generator(u) * torch.ones_like(u)).sum()
         reach = (reach.unsqueeze(-1) * p).detach().flatten()
     return total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from fractions import Fraction
 from typing import TYPE_CHECKING
@@ -119,8 +120,7 @@ def _check_martingale(extra: Callable[[Fraction, Fraction], Fraction]) -> Tally:
         (other, student) for student, other in rational_laws() if len(student) == 2
     ]
     for first in laws:
-        for i in range(len(laws)):
-            rows = (laws[i], laws[i - 1])  # of the second token, given the first
+        for rows in itertools.permutations(laws, 2):  # of the second token, given the first
             for logit in range(2):
                 total = Fraction(0)
                 for a, (p1, q1) in enumerate(zip(*first, strict=True)):
@@ -168,7 +168,7 @@ def _direction_moved() -> bool:
     score = [sympy.diff(sympy.log(a), t) for a in p]
     left = sum(a * (b / a - 1) * s for a, b, s in zip(p, q, score, strict=True))
     kl = sum(b * sympy.log(b / a) for a, b in zip(p, q, strict=True))
-    return sympy.simplify(left + sympy.diff(kl, t)) == 0
+    return sum(p) == 1 and sympy.simplify(left + sympy.diff(kl, t)) == 0
 
 
 def _later_ratios_vanish() -> bool:
@@ -256,9 +256,9 @@ def theorems() -> list[Theorem]:
                 Identity(
                     "T3",
                     "later ratios are a martingale",
-                    r"E[c\,(1 - (u_2 - 1))\,s_1] = 0",
+                    r"E[u_2\,s_1] = 0 = E[s_1], \text{ and so } E[c\,(1 - (u_2 - 1))\,s_1] = 0",
                     _check_martingale,
-                    lambda u1, u2: 1 - (u2 - 1),
+                    lambda u1, u2: u2,
                     {
                         "the token's own ratio too": lambda u1, u2: 1 - (u1 - 1) - (u2 - 1),
                         "the product of ratios": lambda u1, u2: u1 * u2 - 1,

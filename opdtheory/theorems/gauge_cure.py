@@ -75,7 +75,7 @@ def _check_rational(threshold: Threshold) -> Tally:
         else:
             candidates = [(-sympy.Integer(k), False) for k in (0, 1, 7, 1000)]
         for c, cured in candidates:
-            values = [values_of(-f - c * (u - 1), {u: r}) for r in ratios]
+            values = [values_of(-f - c * u, {u: r}) for r in ratios]  # a constant changes no order
             tally.require(all(b >= a for a, b in zip(values[:-1], values[1:], strict=True)) == cured)
     return tally
 
@@ -126,18 +126,16 @@ def _clipped_threshold(divergence: Divergence, clip: float) -> float:
 
 
 def _check_clipped(threshold: ClippedThreshold) -> Tally:
-    r"""The slope of the weight on $\log u \le C$, at and just above the largest curing `c`."""
+    r"""The slope of the weight on $\log u \le C$ under the largest curing `c`: zero at the clip, positive below."""
     tally = Tally()
     for divergence in (d for d in catalogue() if d.name != "total_variation"):
         for clip in (0.5, 2.0, 6.0):
             grid = torch.linspace(-8.0, clip, 200, dtype=torch.float64)
             slope = divergence.log_slope(grid) * (-grid).exp()
             largest = threshold(divergence, clip)
-            rounding = 1e-12 * max(1.0, abs(largest))
-            tally.require(bool((-slope - largest >= -rounding).all()))
-            over = max(1e-6, 1e-6 * abs(largest))
+            rise, size = -slope - largest, max(1.0, abs(largest))
             # All of these are strictly convex, so the slope at the clip is met there alone.
-            tally.require(not bool((-slope - largest - over >= 0).all()))
+            tally.require(abs(float(rise[-1])) <= 1e-12 * size and bool((rise[:-1] > 0).all()))
     return tally
 
 
@@ -189,7 +187,7 @@ def _check_factor_rational(factor: Factor) -> Tally:
     u = divergences.symbol()
     for divergence in (d for d in _curable() if d.name in RATIONAL):
         f, k = divergence.expr, factor(divergence)
-        cured = -f - _threshold(f, u) * (u - 1)
+        cured = -f - _threshold(f, u) * u  # up to a constant, which is no force
         parallel = []
         for student, teacher in rational_laws():
             ratios = [b / a for a, b in zip(student, teacher, strict=True)]
@@ -214,7 +212,7 @@ def _check_factor_rational(factor: Factor) -> Tally:
 
 def _centred(law: tuple[Fraction, ...], weights: list[Fraction]) -> list[Fraction]:
     mean = sum((a * v for a, v in zip(law, weights, strict=True)), Fraction(0))
-    return [-a * (v - mean) for a, v in zip(law, weights, strict=True)]
+    return [a * (v - mean) for a, v in zip(law, weights, strict=True)]
 
 
 def _check_factor_enclosed(factor: Factor) -> Tally:
@@ -234,8 +232,8 @@ def _check_factor_enclosed(factor: Factor) -> Tally:
                 tally.enclose(cured[i], interval(k) * own[i])
         if k is None:
             # Slopes with different quotients at two ratios are proportional for no k.
-            gaps = [cured[i] * own[0] - cured[0] * own[i] for i in range(1, len(ratios))]
-            tally.require(any(gap.a > 0 or gap.b < 0 for gap in gaps))
+            quotients = [a / b for a, b in zip(cured, own, strict=True)]
+            tally.require(any(k.b < quotients[0].a or k.a > quotients[0].b for k in quotients[1:]))
     return tally
 
 
@@ -296,7 +294,7 @@ def _slope_of_weight() -> bool:
 
     u, c = sympy.Symbol("u", positive=True), sympy.Symbol("c", real=True)
     f = sympy.Function("f")
-    w = -(f(u) + c * (u - 1))
+    w = -(f(u) + c * u)  # up to a constant, which is a gauge of V
     implied_curvature = sympy.diff(w, u) / u  # T4: V[w]'' = w'/u
     return sympy.simplify(implied_curvature + (sympy.diff(f(u), u) + c) / u) == 0
 
@@ -344,6 +342,7 @@ def _proportional() -> bool:
     limit_free = sympy.diff(power, u) - 1 / (1 - alpha)  # f' - f'(∞) of the alpha generator
     return (
         sympy.simplify(left - k * u ** (1 - 1 / k) * sympy.diff(h(u), u)) == 0
+        and sympy.simplify(power.subs(u, 1)) == 0
         and sympy.simplify(limit_free + k * u ** (-1 / k)) == 0
         and sympy.simplify((a * u ** (-1 / k)).diff(u) * k * u + a * u ** (-1 / k)) == 0
     )

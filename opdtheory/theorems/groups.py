@@ -121,7 +121,7 @@ def _z_scored(p: Law, w: Law, size: int) -> list[Any]:
     for group, chance in _groups(p, size):
         own = [w[a] for a in group]
         mean = sum(own) / Fraction(size)
-        spread = sum(((x - mean) ** 2 for x in own), start=Fraction(0)) / (size - 1)
+        spread = sum(((x - mean) ** 2 for x in own), start=Fraction(0))  # up to a factor, which turns no direction
         if spread == 0:
             continue
         for i, a in enumerate(group):
@@ -131,8 +131,10 @@ def _z_scored(p: Law, w: Law, size: int) -> list[Any]:
 
 
 def _parallel(left: Sequence[Any], right: Sequence[Any]) -> bool | None:
-    """Whether two interval vectors may be parallel; False is certain."""
-    return all(0 in left[i] * right[j] - left[j] * right[i] for i, j in itertools.combinations(range(len(left)), 2))
+    """Whether two interval vectors may point the same way; False is certain."""
+    dot = sum(a * b for a, b in zip(left, right, strict=True))
+    flat = all(0 in left[i] * right[j] - left[j] * right[i] for i, j in itertools.combinations(range(len(left)), 2))
+    return flat and dot.b > 0
 
 
 def _check_direction(keeps: Callable[[int, int, int], bool]) -> Tally:
@@ -192,7 +194,7 @@ def _check_mean_of_group(share: Callable[[int], Fraction]) -> Tally:
             for size in (2, 3):
                 moment = Fraction(0)
                 for group, chance in _groups(p, size):
-                    rows = [[-w[a] * s for s in score(p, a)] for a in group]
+                    rows = [[w[a] * s for s in score(p, a)] for a in group]
                     moment += chance * square([sum(column) / size for column in zip(*rows, strict=True)])
                 tally.equal(moment - square(exact), share(size) * one)
     return tally

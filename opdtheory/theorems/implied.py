@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from opdtheory.theorems.corollaries import (
     Row,
     check_followed,
     check_stated,
+    check_weights,
     convex,
     implied,
     rows,
@@ -90,7 +92,7 @@ def _weights(row: Row) -> list[float]:
 
 def _never_falls(row: Row) -> bool:
     weights = _weights(row)
-    return all(right >= left - 1e-12 for left, right in zip(weights, weights[1:], strict=False))
+    return all(right >= left for left, right in zip(weights, weights[1:], strict=False))
 
 
 def _rational(value: Fraction) -> sympy.Expr:
@@ -108,7 +110,7 @@ def _check_stop_gradient(genuine: Callable[[sympy.Expr], bool]) -> Tally:
     gauges = {"jsd": (-sympy.log(2) / 2,), "forward_kl": (0, -1, -2)}
     for name in ("reverse_kl", "forward_kl", "jsd", "chi2", "hellinger", "le_cam", "total_variation"):
         for c in gauges.get(name, (0, -1)):
-            f = divergences.divergence(name).expr + c * (u - 1)
+            f = divergences.divergence(name).expr + c * u  # a constant of f makes neither side another
             tally.require(convex(implied(-f)) == genuine(f))
     return tally
 
@@ -146,13 +148,18 @@ def _check_quadrature(weight: Callable[[Divergence, Tensor], Tensor]) -> Tally:
 # Exact and rigorous forms.
 
 
+# Weights whose implied generators take fractions to fractions: coefficients of powers of u.
+_POWERS = ({2: 1}, {-1: -1}, {3: 1, -2: -2})
+
+
 def _rational_weights() -> list[sympy.Expr]:
-    """Weights whose implied generators take fractions to fractions, two of them clipped."""
+    """Sums of powers, a clipped one and a sign."""
     import sympy
 
     u = divergences.symbol()
-    half, rise = sympy.Rational(1, 2), 1 - 1 / u
-    return [(u**2 - 1) / 2, rise, u**3 - 2 / u**2, sympy.Max(-half, sympy.Min(half, rise)), sympy.sign(u - 1)]
+    sums = [sympy.Add(*(c * u**k for k, c in terms.items())) for terms in _POWERS]
+    clipped = sympy.Max(-2, sympy.Min(sympy.Rational(-1, 2), sums[1]))
+    return [*sums, clipped, sympy.sign(sympy.log(u))]
 
 
 def _check_rational(weight_of: Callable[[sympy.Expr], sympy.Expr]) -> Tally:
@@ -193,7 +200,7 @@ def _enclosed(expr: sympy.Expr, point: Fraction) -> Any:
     if expr.has(sympy.Max, sympy.Min, sympy.sign):
         expr = expr.subs(u, at)
     point_interval = interval(point)
-    return enclose(expr.xreplace({sympy.E: e}), {u: point_interval, e: iv.exp(iv.mpf(1))}) + iv.mpf(0)
+    return enclose(expr.xreplace({sympy.E: e}), {u: point_interval, e: iv.exp(iv.mpf(1))})
 
 
 def _check_certified(genuine: Callable[[Row], bool]) -> Tally:
@@ -222,11 +229,10 @@ def _check_rise(least: Callable[[Any, Any, Any], Any]) -> Tally:
             continue
         slope = sympy.diff(row.generator, u)
         at = [(interval(b), _enclosed(slope, b), _enclosed(row.weight, b)) for b in _CORNERS]
-        for i, (a, slope_a, w_a) in enumerate(at):
-            for b, slope_b, w_b in at[i + 1 :]:
-                gap = slope_b - slope_a - least(a, b, w_b - w_a)
-                flat = bool(abs(w_b - w_a).b < 1e-40)
-                tally.require(bool(abs(gap).b < 1e-40) if flat else bool(gap.a > 0))
+        for (a, slope_a, w_a), (b, slope_b, w_b) in itertools.combinations(at, 2):
+            gap = slope_b - slope_a - least(a, b, w_b - w_a)
+            flat = bool(abs(w_b - w_a).b < 1e-40)
+            tally.require(bool(abs(gap).b < 1e-40) if flat else bool(gap.a > 0))
     return tally
 
 
@@ -480,6 +486,14 @@ def _numeric(sympy: Any) -> tuple[Identity, ...]:
             check_followed,
             stated,
             {"what their values estimate": values_estimated},
+        ),
+        Identity(
+            "T4",
+            "local weights, off-policy",
+            r"-E_\mu[w(u)\,s] \text{ with the table's weight, its constant too}",
+            check_weights,
+            0.0,
+            {"another constant": 1.0},
         ),
         Identity(
             "T4",

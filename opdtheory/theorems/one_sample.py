@@ -15,7 +15,9 @@ from opdtheory.theorems.cases import Law, Pair, enclose, interval, values_of
 
 __all__ = [
     "SMOOTH",
+    "centred",
     "chi2",
+    "covariance",
     "expectation",
     "first_rows",
     "intervals",
@@ -41,6 +43,18 @@ SMOOTH = ("reverse_kl", "forward_kl", "jsd", "chi2")
 def expectation(p: Sequence[Any], values: Sequence[Any]) -> Any:
     r"""$E_p[x]$."""
     return sum(a * x for a, x in zip(p, values, strict=True))
+
+
+def centred(p: Sequence[Any], values: Sequence[Any]) -> list[Any]:
+    r"""$x - E_p[x]$."""
+    mean = expectation(p, values)
+    return [x - mean for x in values]
+
+
+def covariance(p: Sequence[Any], left: Sequence[Any], right: Sequence[Any]) -> Any:
+    r"""$E_p[x y] - E_p[x]\,E_p[y]$."""
+    products = [x * y for x, y in zip(left, right, strict=True)]
+    return expectation(p, products) - expectation(p, left) * expectation(p, right)
 
 
 def ratios(p: Sequence[Any], q: Sequence[Any]) -> list[Any]:
@@ -126,15 +140,13 @@ def weights_enclosed(name: str, p: Law, q: Law) -> list[Any]:
 
 
 def three_atoms() -> tuple[Any, Any, Any]:
-    r"""Sympy symbols for three atoms: probabilities that sum to one, weights, and vectors $s_a$ with $E_p[s] = 0$.
+    r"""Sympy symbols for three atoms: probabilities that sum to one, weights, and scores $s_a$ of two components.
 
-    Each score has two components, free but for its mean: any family, not only softmax.
+    The scores are free, so that what holds for them holds for any family, not only for softmax.
     """
     import sympy
 
     p0, p1 = sympy.symbols("p0 p1", positive=True)
     p = [p0, p1, 1 - p0 - p1]
     w = list(sympy.symbols("w0:3", real=True))
-    s = [list(sympy.symbols(f"s{a}_0:2", real=True)) for a in range(2)]
-    s.append([-(p[0] * s[0][k] + p[1] * s[1][k]) / p[2] for k in range(2)])
-    return p, w, s
+    return p, w, [list(sympy.symbols(f"s{a}_0:2", real=True)) for a in range(3)]

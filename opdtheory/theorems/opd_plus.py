@@ -31,6 +31,12 @@ __all__ = ["theorems"]
 
 SymbolicWeight = Callable[["sympy.Expr", "sympy.Symbol"], "sympy.Expr"]
 
+_TWINS: dict[str, SymbolicWeight] = {
+    "sign of f flipped": lambda f, u: u * f.diff(u) + f,
+    "u f' dropped (stop-gradient)": lambda f, u: -f,
+    "f dropped": lambda f, u: u * f.diff(u),
+}
+
 
 def _check_identity(weight: Weight) -> Tally:
     tally = Tally()
@@ -205,13 +211,6 @@ def _weight(f: sympy.Expr, u: sympy.Symbol) -> sympy.Expr:
 
 def theorems() -> list[Theorem]:
     """T1 and T1b."""
-    import sympy
-
-    symbolic_twins: dict[str, SymbolicWeight] = {
-        "sign of f flipped": lambda f, u: u * sympy.diff(f, u) + f,
-        "u f' dropped (stop-gradient)": lambda f, u: -f,
-        "f dropped": lambda f, u: u * sympy.diff(f, u),
-    }
     return [
         Theorem(
             number="T1",
@@ -244,7 +243,7 @@ def theorems() -> list[Theorem]:
                     r"\partial D/\partial z_a = -p_a (w_a - E_p w)",
                     _check_rational,
                     _weight,
-                    symbolic_twins,
+                    _TWINS,
                     "exact",
                     0.0,
                 ),
@@ -254,7 +253,7 @@ def theorems() -> list[Theorem]:
                     r"\partial D/\partial z_a = -p_a (w_a - E_p w)",
                     _check_enclosed,
                     _weight,
-                    symbolic_twins,
+                    _TWINS,
                     "rigorous",
                     1e-40,
                 ),

@@ -102,9 +102,9 @@ def _check_mean_is_kl(value: Callable[[Any, Any], Any]) -> Tally:
 def _check_may_cost(rises: Callable[[list[Fraction], list[Fraction]], bool]) -> Tally:
     r"""Whether $E_p[w]$ as a baseline raises the variance: for $\chi^2$ it does on one pair and does not on another."""
     tally = Tally()
-    sevenths, eighths = [Fraction(n, 7) for n in (2, 4, 1)], [Fraction(n, 8) for n in (1, 6, 1)]
+    sevenths, eighths = tuple(Fraction(n, 7) for n in (2, 4, 1)), tuple(Fraction(n, 8) for n in (1, 6, 1))
     for p, q in ((sevenths, eighths), *rational_laws()):
-        w = [u * u - 1 for u in ratios(p, q)]
+        w = weights("chi2", p, q)
         mean = expectation(p, w)
         tally.require((variance(p, [x - mean for x in w]) > variance(p, w)) == rises(list(p), w))
     return tally
@@ -184,6 +184,7 @@ def _check_tied(difference: Callable[[Fraction, Fraction, Fraction], Fraction]) 
         later = [parts(q) for q in second]
         middle = [expectation(p, [m[k] for m, _ in later]) for k in range(size)]
         moves = [[m[k] - middle[k] for k in range(size)] for m, _ in later]
+        tally.equal([expectation(p, column) for column in zip(*moves, strict=True)], [Fraction(0)] * size)
         whole = expectation(p, [square(move) for move in moves])
         sampled = sum(
             p[a] * p[b] * square([noise[a][k] + moves[a][k] + later[a][1][b][k] for k in range(size)])
@@ -206,21 +207,25 @@ def _given_history() -> bool:
     """Two steps of two tokens, everything undefined: a baseline of the history leaves the mean, row by row."""
     import sympy
 
-    p, b0, b1 = sympy.symbols("p b0 b1", real=True)
-    first, later = [p, 1 - p], [sympy.Symbol(f"r{a}", positive=True) for a in range(2)]
-    slope = sympy.Symbol("x", real=True)
+    t, b, reach = sympy.Symbol("theta", real=True), sympy.symbols("b0:2"), sympy.symbols("p0:2")
+    later = [sympy.Function(f"r{a}", positive=True)(t) for a in range(2)]
     total = sum(
-        first[a] * chance * (b0 if a == 0 else b1) * chance_slope / chance
+        reach[a] * chance * b[a] * sympy.diff(sympy.log(chance), t)
         for a in range(2)
-        for chance, chance_slope in ((later[a], slope), (1 - later[a], -slope))
+        for chance in (later[a], 1 - later[a])
     )
     return sympy.simplify(total) == 0
 
 
 def _later_token_biases() -> bool:
-    r"""$E[b(y_2) s_1]$ is not zero when the law of $y_2$ depends on $y_1$: an instance."""
-    p, r0, r1 = Fraction(1, 2), Fraction(1, 3), Fraction(3, 4)
-    return p * r0 * (1 - p) - (1 - p) * r1 * p != 0
+    r"""$b(y_2) = 1$ for one of two tokens: $E[b(y_2) s_1] = p(1-p)(r_0 - r_1)$, with the chance $r_a$ after $a$."""
+    import sympy
+
+    p, r0, r1 = sympy.symbols("p r0 r1")
+    found = expectation(
+        [p, 1 - p], [r * s for r, s in zip((r0, r1), (score([p, 1 - p], a)[0] for a in range(2)), strict=True)]
+    )
+    return sympy.expand(found - p * (1 - p) * (r0 - r1)) == 0
 
 
 def _mean_is_best_for_squares() -> bool:
@@ -287,7 +292,7 @@ def _history() -> Theorem:
             ),
             Step(
                 r"E_p[b(y_{>n})\,s_n] \ne 0 \text{ in general}",
-                "the law of later tokens depends on y_n; an instance in fractions",
+                "the law of later tokens depends on y_n: two tokens, a baseline that tells the second ones apart",
                 _later_token_biases,
             ),
             Step(

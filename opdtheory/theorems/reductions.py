@@ -70,10 +70,13 @@ def _check_rate(claim: tuple[Coefficient, ...]) -> Tally:
             error = batch_mean(atoms, size, "token_mean") - m.n / m.l
             left.append(error - sum((term(m) / size**k for k, term in enumerate(claim, 1)), Fraction(0)))
         faster = 2 ** (len(claim) + 1)
-        for before, after in itertools.pairwise(left):
-            # The next order of the expansion moves the ratio from its limit by a multiple of 1/B.
-            tally.require(after != 0 and abs(before / after / faster - 1) < Fraction(1, 8))
-        tally.require(abs(left[1] / left[2] / faster - 1) < abs(left[0] / left[1] / faster - 1))
+        tally.require(0 not in left)
+        # The next order of the expansion moves the ratio from its limit by a multiple of 1/B, which halves in turn.
+        gaps = [before / after / faster - 1 for before, after in itertools.pairwise(left) if after]
+        tally.require(all(abs(gap) < Fraction(1, 8) for gap in gaps))
+        tally.require(
+            len(gaps) == 2 and Fraction(2, 5) * gaps[0] ** 2 < gaps[1] * gaps[0] < Fraction(3, 5) * gaps[0] ** 2
+        )
     return tally
 
 

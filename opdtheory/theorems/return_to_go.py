@@ -177,8 +177,8 @@ def _step_symmetry() -> bool:
     y0, y1 = sympy.symbols("y_0 y_1", real=True)
     p = [1 / (1 + sympy.exp(z1 - z0)), 1 / (1 + sympy.exp(z0 - z1))]
     d0, d1 = sympy.Function("D0")(y0), sympy.Function("D1")(y1)
-    own = sympy.Function("D")(z0, z1)
-    first = sympy.diff(own, z0) + gamma * p[0] * (d0 - p[0] * d0 - p[1] * d1)
+    # The first row's own divergence holds none of the later logits.
+    first = gamma * p[0] * (d0 - p[0] * d0 - p[1] * d1)
     asymmetries = [
         sympy.diff(first, y) - sympy.diff(chance * sympy.diff(d, y), z0)
         for chance, d, y in ((p[0], d0, y0), (p[1], d1, y1))

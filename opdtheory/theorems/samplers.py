@@ -10,12 +10,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from opdtheory import divergences
 from opdtheory.estimators import estimator
 from opdtheory.exact import TabularPolicy, exact_gradient, expected_gradient
 from opdtheory.exact.tree import Tree
-from opdtheory.theorems.cases import RATIONAL, Law, catalogue, pairs, rational_laws, values_of
+from opdtheory.theorems.cases import RATIONAL, Law, catalogue, pairs, rational_laws
 from opdtheory.theorems.kept_tokens import in_logits
+from opdtheory.theorems.one_sample import weights
 from opdtheory.theorems.theorem import Identity, Step, Tally, Theorem
 
 __all__ = ["theorems"]
@@ -27,7 +27,7 @@ _Importance = Literal["token", "prefix"] | None
 def _samplers(law: Law) -> Iterator[Law]:
     """Temperature one half, and the top k tokens renormalised (each is also a top-p law)."""
     yield tuple(a * a / sum(b * b for b in law) for a in law)
-    order = sorted(range(len(law)), key=lambda a: -law[a])
+    order = sorted(range(len(law)), key=law.__getitem__, reverse=True)
     for k in range(1, len(law)):
         inside = sum((law[a] for a in order[:k]), Fraction(0))
         yield tuple(law[a] / inside if a in order[:k] else Fraction(0) for a in range(len(law)))
@@ -35,19 +35,15 @@ def _samplers(law: Law) -> Iterator[Law]:
 
 def _check_sampler(weighted: bool, missing: Missing) -> Tally:
     r"""$E_\mu[(p/\mu) w s]$, or without the ratio, plus the claimed missing part against $E_p[w s]$, in fractions."""
-    import sympy
-
-    tally, u = Tally(), divergences.symbol()
+    tally = Tally()
     for name in RATIONAL:
-        f = divergences.divergence(name).expr
-        w = u * sympy.diff(f, u) - f
         for student, teacher in rational_laws():
-            weights = [values_of(w, {u: b / a}) for a, b in zip(student, teacher, strict=True)]
-            exact = in_logits(student, weights)
+            w = weights(name, student, teacher)
+            exact = in_logits(student, w)
             for sampler in _samplers(student):
                 rho = [a / m if weighted and m else Fraction(1) for a, m in zip(student, sampler, strict=True)]
-                mean = _scored(student, [m * r * x for m, r, x in zip(sampler, rho, weights, strict=True)])
-                gap = missing(student, sampler, weights)
+                mean = _scored(student, [m * r * x for m, r, x in zip(sampler, rho, w, strict=True)])
+                gap = missing(student, sampler, w)
                 tally.equal([a + b for a, b in zip(mean, gap, strict=True)], exact)
     return tally
 

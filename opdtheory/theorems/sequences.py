@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
@@ -367,8 +368,8 @@ def _ends() -> Theorem:
                 "longer caps",
                 r"D_f(Q_{\le T}\|P_{\le T}) \le D_f(Q_{\le T+1}\|P_{\le T+1})",
                 checks.check_cap,
-                1,
-                {"reversed": -1},
+                operator.le,
+                {"reversed": operator.ge},
             ),
         ),
     )

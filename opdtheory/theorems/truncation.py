@@ -15,7 +15,7 @@ from opdtheory.divergences import Divergence
 from opdtheory.exact import TabularPolicy
 from opdtheory.theorems import truncated_forms
 from opdtheory.theorems.cases import catalogue, enclose, interval, rational_laws, values_of
-from opdtheory.theorems.kept_tokens import TEACHER, in_logits, kept, topk_gradient, zeros
+from opdtheory.theorems.kept_tokens import TEACHER, in_logits, kept, topk_gradient
 from opdtheory.theorems.minimisers import critical_ratio, minimise
 from opdtheory.theorems.theorem import Identity, Step, Tally, Theorem
 
@@ -55,10 +55,9 @@ def _check_critical_in_fractions(law_on: Callable[[Fraction, Fraction, Fraction]
             head = [law_on(b, inside, critical) for b in teacher[:k]]
             rest = 1 - sum(head)
             tally.require(rest >= 0)
-            share = rest / (len(teacher) - k)
             slopes = [values_of(slope, {p: a, q: b}) for a, b in zip(head, teacher[:k], strict=True)]
-            law = [*head, *[share] * (len(teacher) - k)]
-            tally.equal(in_logits(law, [*slopes, *zeros(len(teacher) - k)]), zeros(len(law)))
+            # However the rest is spread, its slope is zero.
+            tally.equal(in_logits([*head, rest], [*slopes, Fraction(0)]), [Fraction(0)] * (k + 1))
             lowest = sum(values_of(term, {p: a, q: b}) for a, b in zip(head, teacher[:k], strict=True))
             for other, _ in rational_laws():
                 if len(other) == len(teacher):
@@ -111,12 +110,8 @@ def _check_descended(level: Callable[[float, float], float]) -> Tally:
         inside = float(q[:2].sum())
         claimed = q[:2] / level(critical_ratio(divergence), inside)
         for found in _minimisers(divergence, 2):
-            tally.compare(_with_rest(found[:2]), _with_rest(claimed))
+            tally.compare(found[:2], claimed)
     return tally
-
-
-def _with_rest(head: Tensor) -> Tensor:
-    return torch.cat([head, (1 - head.sum()).unsqueeze(0)])
 
 
 def _check_at_teacher(pull: Callable[[float], float]) -> Tally:
@@ -145,7 +140,12 @@ def _lagrange() -> bool:
     w = u * sympy.diff(f(u), u) - f(u)
     lagrangian = p0 * f(q0 / p0) + p1 * f(q1 / p1) + multiplier * (p0 + p1 + p2 - 1)
     on = [sympy.diff(lagrangian, p).doit() - multiplier + w.subs(u, q / p).doit() for p, q in ((p0, q0), (p1, q1))]
-    return all(sympy.simplify(e) == 0 for e in on) and sympy.diff(lagrangian, p2) == multiplier
+    mass = sympy.diff(lagrangian, multiplier)
+    return (
+        all(sympy.simplify(e) == 0 for e in on)
+        and sympy.diff(lagrangian, p2) == multiplier
+        and mass == p0 + p1 + p2 - 1
+    )
 
 
 def _convex() -> bool:

@@ -61,7 +61,8 @@ def two_steps(ends: bool = False, environment: bool = False) -> TwoSteps:
     names = ("a", "b0", "b1", "b2", "b3")
     probabilities = [sympy.Function(name, positive=True)(theta) for name in names]
     teacher = sympy.symbols("q_a q_0 q_1 q_2 q_3", positive=True)
-    world = sympy.symbols("k_0 k_1", positive=True)
+    world = iter(sympy.symbols("k_0:4", positive=True))
+    rest = iter(range(1, len(names)))
 
     def both(i: int) -> list[tuple[sympy.Expr, sympy.Expr]]:
         p, q = probabilities[i], teacher[i]
@@ -72,9 +73,8 @@ def two_steps(ends: bool = False, environment: bool = False) -> TwoSteps:
         if ends and i == 0:
             sequences.append(([p], [u]))
             continue
-        written = [(0, world[i]), (1, 1 - world[i])] if environment else [(0, sympy.S.One)]
-        for k, w in written:
-            row = 1 + 2 * i + k if environment else 1 + i
-            middle: list[list[sympy.Expr]] = [[w], [sympy.S.One]] if environment else [[], []]
-            sequences += [([p, *middle[0], p2], [u, *middle[1], u2]) for p2, u2 in both(row)]
+        # Two tokens of the environment, of any chances.
+        for _ in range(2 if environment else 1):
+            middle: list[list[sympy.Expr]] = [[next(world)], [sympy.S.One]] if environment else [[], []]
+            sequences += [([p, *middle[0], p2], [u, *middle[1], u2]) for p2, u2 in both(next(rest))]
     return TwoSteps(sequences, theta, sympy.Function("f"))

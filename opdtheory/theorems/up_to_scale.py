@@ -30,7 +30,7 @@ def _check_rational(claim: tuple[Fraction, Fraction]) -> Tally:
     weight = u * sympy.diff(f, u) - f
     for student, teacher in rational_laws():
         ratios = [b / a for a, b in zip(student, teacher, strict=True)]
-        rewards = [-values_of(f, {u: r}) - gauge * (r - 1) for r in ratios]
+        rewards = [-values_of(f, {u: r}) - gauge * r for r in ratios]  # up to a constant
         weights = [scale * values_of(weight, {u: r}) for r in ratios]
         mean_reward, mean = (sum(a * v for a, v in zip(student, vs, strict=True)) for vs in (rewards, weights))
         tally.equal([v - mean_reward for v in rewards], [v - mean for v in weights])
@@ -72,7 +72,7 @@ def _certified(divergence: Divergence) -> bool:
     if sympy.diff(columns[2], u, 2) == 0:
         del columns[2]
     for points in itertools.combinations(_POINTS, len(columns)):
-        rows = [[enclose(column, {u: interval(x)}) + interval(0) for column in columns] for x in points]
+        rows = [[enclose(column, {u: interval(x)}) for column in columns] for x in points]
         determinant = _determinant(rows)
         if bool(determinant.a > 0 or determinant.b < 0):
             return True
@@ -114,7 +114,7 @@ def _powers_solve() -> bool:
     b = sympy.Symbol("b")
     k = 1 / (1 - a)
     f = b * (u**a - 1)
-    constant = sympy.simplify(sympy.diff(f + k * (u * sympy.diff(f, u) - f), u)) == 0
+    constant = f.subs(u, 1) == 0 and sympy.simplify(sympy.diff(f + k * (u * sympy.diff(f, u) - f), u)) == 0
     # Two solutions with f(1) = 0 differ in b only: of the homogeneous equation every solution over u^a is constant.
     g = sympy.Function("g")(u)
     homogeneous = sympy.solve(g + k * (u * g.diff(u) - g), g.diff(u))[0]
@@ -128,7 +128,7 @@ def _sign_of_scale() -> bool:
 
     u, below, above = sympy.symbols("u below above", positive=True)
     a = sympy.Symbol("a", real=True)
-    curvature = sympy.simplify(sympy.diff((u**a - 1) / (a * (a - 1)), u, 2) - u ** (a - 2)) == 0
+    curvature = sympy.simplify(sympy.diff(u**a / (a * (a - 1)), u, 2) - u ** (a - 2)) == 0
     k = 1 / (1 - a)
     return bool(curvature and k.subs(a, 1 - below).is_positive and sympy.simplify(k.subs(a, 1 + above)).is_negative)
 

@@ -157,18 +157,25 @@ def _check_least(value: OfPair) -> Tally:
 
 
 def _check_score_bound(bound: OfPair) -> Tally:
-    """No constant makes the score-function estimator quieter than the bound."""
+    """No constant makes the score-function estimator quieter than the bound, which a uniform student attains."""
     tally = Tally()
     for p, q in _apart_laws():
         tally.require(_least_variance(p, q) >= bound(p, q))
+    for _, q in rational_laws():
+        uniform = [Fraction(1, len(q))] * len(q)
+        tally.equal(_least_variance(uniform, q), bound(uniform, q))
     return tally
 
 
 def _apart_laws() -> Iterator[tuple[Sequence[Fraction], Sequence[Fraction]]]:
     yield from rational_laws()
     for rare in (Fraction(1, 100), Fraction(1, 10**6)):
-        yield (1 - 2 * rare, rare, rare), (Fraction(1, 3), Fraction(1, 3), Fraction(1, 3))
-        yield (1 - rare - Fraction(1, 4), Fraction(1, 4), rare), (Fraction(1, 4), Fraction(1, 4), Fraction(1, 2))
+        yield _law(1 / rare, 1, 1), _law(1, 1, 1)
+        yield _law(3 / rare, 1 / rare, 4), _law(1, 1, 2)
+
+
+def _law(*parts: int | Fraction) -> tuple[Fraction, ...]:
+    return tuple(Fraction(part) / sum(parts) for part in parts)
 
 
 def _score_bound(p: Sequence[Any], q: Sequence[Any]) -> Any:
@@ -202,19 +209,19 @@ def _least_over_vectors(p: Sequence[Any], q: Sequence[Any]) -> Any:
     return chi2(p, q) * (1 - square(_tilted(p, q)))
 
 
-def _members(p: Sequence[Fraction]) -> Iterator[tuple[list[Fraction], list[list[Fraction]]]]:
-    r"""Estimators $T_a = -u_a (s_a - \kappa) + d_a/p_a$ with $\sum_a d_a = -\kappa$: vectors $\kappa$ and $d_a$."""
+def _members(p: Sequence[Fraction]) -> Iterator[tuple[list[Fraction], list[list[Fraction]], Sequence[Fraction]]]:
+    r"""Estimators $T_a = -u_a (s_a - \kappa) + d_a/p_a$ with $\sum_a d_a = -\kappa$: vectors $\kappa$ and $d_a$.
+
+    Each with the teacher for which it has no variance: the student itself, or a uniform one.
+    """
     count = len(p)
     for step in (0, 1, 3):
-        kappa = [Fraction(step * k, count + 1) for k in range(count)]
-        for tuned in (False, True):
-            # Tuned: no variance where the teacher is uniform.
-            d = [[(x - c) / count for x, c in zip(score(p, a), kappa, strict=True)] for a in range(count)]
-            if not tuned:
-                d = [[a * (x - c) for x, c in zip(score(p, i), kappa, strict=True)] for i, a in enumerate(p)]
+        kappa = [Fraction(step * k, 5) for k in range(count)]
+        for quiet in (p, _law(*[1] * count)):
+            d = [[b * (x - c) for x, c in zip(score(p, i), kappa, strict=True)] for i, b in enumerate(quiet)]
             rest = [sum(row[k] for row in d) + kappa[k] for k in range(count)]
-            d[0] = [x - r for x, r in zip(d[0], rest, strict=True)]
-            yield kappa, d
+            d = [[x - a * r for x, r in zip(row, rest, strict=True)] for a, row in zip(p, d, strict=True)]
+            yield kappa, d, quiet
 
 
 def _values(
@@ -232,13 +239,15 @@ def _moments(p: Sequence[Fraction], rows: list[list[Fraction]]) -> tuple[list[Fr
 
 
 def _check_family(offset: Fraction) -> Tally:
-    """Every member has the forward KL's gradient as its mean, whatever the teacher; d summing to something else not."""
+    """Each has the forward KL's gradient as its mean, whatever the teacher, and is quiet where it should be."""
     tally = Tally()
     for p, q in rational_laws():
-        for kappa, d in _members(p):
+        for kappa, d, quiet in _members(p):
             moved = [[x + offset for x in row] for row in d]
-            mean, _ = _moments(p, _values(p, q, kappa, moved))
-            tally.equal(mean, [a - b for a, b in zip(p, q, strict=True)])
+            for teacher in (q, quiet):
+                mean, spread = _moments(p, _values(p, teacher, kappa, moved))
+                tally.equal(mean, [a - b for a, b in zip(p, teacher, strict=True)])
+            tally.equal(spread, 0)
     return tally
 
 
@@ -250,8 +259,9 @@ def _check_dimension(value: Callable[[int, int], int]) -> Tally:
     for count, degree in itertools.product((2, 3, 4), (2, 4)):
         q = list(sympy.symbols(f"q0:{count - 1}"))
         q.append(1 - sum(q))
-        free = sympy.symbols(f"c0:{count * (degree + 1)}")
-        total = sum(free[a * (degree + 1) + j] * q[a] ** j for a in range(count) for j in range(degree + 1))
+        rows = [sympy.symbols(f"c{a}_0:{degree + 1}") for a in range(count)]
+        free = [c for row in rows for c in row]
+        total = sum(c * x**j for x, row in zip(q, rows, strict=True) for j, c in enumerate(row))
         conditions = sympy.Poly(sympy.expand(total), *q[:-1]).coeffs()
         rank = sympy.Matrix([[sympy.diff(c, x) for x in free] for c in conditions]).rank()
         tally.equal(len(free) - rank, value(count, degree))
@@ -264,11 +274,16 @@ def _check_two_teachers(bound: OfPair) -> Tally:
 
     tally = Tally()
     for p, q in _apart_laws():
-        for kappa, d in _members(p):
+        for kappa, d, _ in _members(p):
             (_, there), (_, here) = (_moments(p, _values(p, each, kappa, d)) for each in (q, p))
             spread = (iv.sqrt(interval(there)) + iv.sqrt(interval(here))) ** 2
             # Rounding outwards may leave equality undecided: only what is certainly below refutes.
             tally.require(not spread < interval(Fraction(bound(p, q))))
+        # Without variance at p, and of the least at q: it attains the bound.
+        r = _tilted(p, q)
+        kappa = [sum(b * score(p, a)[k] for a, b in enumerate(r)) for k in range(len(p))]
+        d = [[a * (x - c) for x, c in zip(score(p, i), kappa, strict=True)] for i, a in enumerate(p)]
+        tally.equal(_moments(p, _values(p, q, kappa, d))[1], bound(p, q))
     return tally
 
 
@@ -290,7 +305,7 @@ def _first_order() -> bool:
     chain = sympy.diff(w.subs(u, 1 + size * v[0]).doit(), size).doit() - v[0] * (1 + size * v[0]) * sympy.diff(
         f(u), u, 2
     ).subs(u, 1 + size * v[0])
-    return sympy.simplify(slope - claimed) == 0 and sympy.simplify(chain.subs(size, 0).doit()) == 0
+    return sympy.simplify(slope - claimed) == 0 and sympy.simplify(chain.doit()) == 0
 
 
 def _forward_norms() -> bool:
@@ -324,7 +339,8 @@ def _affine_mean() -> bool:
     # The weights of the atoms are y/(x+y) and x/(x+y); multiplied by x + y:
     condition = y * w(1 - x) + x * w(1 + y) - (x + y) * w(1)
     second = sympy.diff(condition, y, 2).doit() / x
-    return sympy.simplify(second - sympy.diff(w(u), u, 2).subs(u, 1 + y).doit()) == 0
+    bends = sympy.simplify(second - sympy.diff(w(u), u, 2).subs(u, 1 + y).doit()) == 0
+    return bends and sympy.expand(condition.replace(w, lambda at: 3 * at + 5)) == 0
 
 
 def _centred_closed_form() -> bool:
@@ -382,8 +398,8 @@ def _softmax_spread() -> bool:
     r"""$\mathrm{tr\,Var}_r(e_a - p) = 1 - |r|^2$."""
     import sympy
 
-    r0, r1, p0, p1 = sympy.symbols("r0 r1 p0 p1")
-    r, p = [r0, r1, 1 - r0 - r1], [p0, p1, 1 - p0 - p1]
+    r0, r1 = sympy.symbols("r0 r1")
+    r, p = [r0, r1, 1 - r0 - r1], sympy.symbols("p0:3")
     mean = [sum(r[a] * score(p, a)[k] for a in range(3)) for k in range(3)]
     spread = sum(r[a] * (score(p, a)[k] - mean[k]) ** 2 for a in range(3) for k in range(3))
     return sympy.expand(spread - (1 - square(r))) == 0

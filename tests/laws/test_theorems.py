@@ -103,7 +103,9 @@ def test_a_false_step_or_check_fails_its_theorem():
         check = Identity("T0", "one", "x = 1", tally, value, {"two": 2}, "exact", 0.0)
         return Theorem("T0", "one", "x = 1", ("none",), "here", "nothing", (step,), (check,))
 
-    assert statement(True, 1).run().passed
+    found = statement(True, 1).run()
+    assert found.passed
+    assert 0 <= found.seconds < 60 and 0 <= found.identities[0].seconds < 60
     assert not statement(False, 1).run().passed
     assert not statement(True, 3).run().passed
 
@@ -117,9 +119,74 @@ def test_intervals_refute_only_what_they_part():
     overlapping, disjoint = Tally(), Tally()
     overlapping.enclose(one, iv.mpf([1.5, 3]))
     disjoint.enclose(one, iv.mpf([2.5, 3]))
-    assert math.isfinite(overlapping.error) and overlapping.error > 0
+    # The joint width, relative to the right one's lower end.
+    assert overlapping.error == pytest.approx(2.5 / 1.5)
     assert disjoint.error == math.inf
 
 
 def test_results_are_plain_numbers():
     assert json.dumps(vars(result()))
+
+
+def test_a_page_tells_everything():
+    one = Theorem(
+        "T0",
+        "one",
+        "x = 1",
+        ("first", "second"),
+        "here.",
+        "Nothing.",
+        (Step("1 = 1", "arithmetic.", lambda: True), Step("2 = 2", "more", lambda: True, in_words=True)),
+    )
+    checks = [result(twins={"sign": math.inf, "term": 0.5}), result(error=0.0, kind="exact", tolerance=0.0)]
+    steps = [step.run() for step in one.derivation]
+    assert page(one, TheoremResult("T0", "one", steps, checks, 0.0)).splitlines() == [
+        "# T0: one",
+        "",
+        "$$",
+        "x = 1",
+        "$$",
+        "",
+        "**Hypotheses.** first; second.",
+        "",
+        "**Source.** here.",
+        "",
+        "**What to do.** Nothing.",
+        "",
+        "## Derivation",
+        "",
+        "Each step is decided by sympy unless it says otherwise.",
+        "",
+        "**1.** Arithmetic.",
+        "",
+        "$$",
+        "1 = 1",
+        "$$",
+        "",
+        "**2.** More. *(Proved in words; the machine checks a lemma or an instance.)*",
+        "",
+        "$$",
+        "2 = 2",
+        "$$",
+        "",
+        "## Checks",
+        "",
+        "| check | claim | how | cases | largest error | tolerance |",
+        "|---|---|---|---|---|---|",
+        "| name | $x = x$ | numeric, float64 | 3 | 1.0e-15 | 1.0e-12 |",
+        "| name | $x = x$ | exact, in fractions | 3 | 0 | 0 |",
+        "",
+        "## False twins",
+        "",
+        "Wrong forms of the same claims; the same checks must find them wrong by far more than rounding.",
+        "",
+        "| check | false twin | off by |",
+        "|---|---|---|",
+        "| name | sign | refuted outright |",
+        "| name | term | 5.0e-01 |",
+        "| name | sign flipped | 5.0e-01 |",
+    ]
+    assert page(one, TheoremResult("T0", "one", steps, checks, 0.0)).endswith(" |\n")
+    assert index((one,)) == (
+        "# The theorems\n\n| | theorem | what to do |\n|---|---|---|\n| [T0](t0.md) | one | Nothing. |\n"
+    )

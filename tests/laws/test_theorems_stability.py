@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from hypothesis import Phase, assume, find, given, settings
 from hypothesis import strategies as st
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from opdtheory import TabularPolicy, divergence, estimator, exact_gradient, expected_gradient
 from opdtheory.exact.tree import Tree
 from opdtheory.testing import divergences, gradient_gap, policies, policy_pairs
+from opdtheory.theorems.flows import TEACHER, distance, far_students, flow
 from opdtheory.theorems.stability import theorems
 from tests.tolerances import ALGEBRA, FINITE_DIFFERENCE
 
@@ -174,3 +176,22 @@ def test_that_assertion_refutes_stop_gradient():
 @given(policy_pairs(vocab_size=(2, 3), horizon=(1, 2)))
 def test_it_does_not_refute_stop_gradient_for_the_reverse_kl(pair):
     assert comes_nearer(*pair, expected_gradient(estimator("opd", "reverse_kl"), *pair))
+
+
+def test_the_simulated_flow_is_of_the_fourth_order():
+    start, log_q = far_students()[:3], torch.tensor(TEACHER, dtype=torch.float64).log()
+    ends = [flow(start, log_q, lambda t: t, 4.0, steps)[-1] for steps in (16, 32, 64)]
+    ratio = (ends[0] - ends[1]).norm() / (ends[1] - ends[2]).norm()
+    assert 13 < float(ratio) < 20
+
+
+def test_distances_ignore_a_constant_and_collapsed_students_rest():
+    log_q = torch.tensor(TEACHER, dtype=torch.float64).log()
+    assert float(distance(log_q + 3.0, log_q)) < 1e-15
+    error = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
+    assert float(distance(log_q + error + 3.0, log_q)) == pytest.approx(2.0)
+    # Whose log-ratio passes 10 on a token that the teacher wants; a teacher that wants it little does not count.
+    gone = torch.tensor([[-15.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
+    assert torch.equal(flow(gone, log_q, lambda t: t, 1.0, 2)[-1], gone)
+    rare = torch.tensor([1e-6, 0.4, 0.4, 0.2], dtype=torch.float64).log()
+    assert not torch.equal(flow(gone, rare, lambda t: t, 1.0, 2)[-1], gone)

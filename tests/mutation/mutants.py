@@ -90,7 +90,7 @@ def _code(node: ast.AST, function: str, statement: ast.stmt) -> Iterator[tuple[s
             # The twins of a theorem are false already; another falsehood in their place proves nothing.
             if isinstance(child, ast.Dict) and isinstance(node, ast.Call) and ast.unparse(node.func) == "Identity":
                 continue
-            if isinstance(child, ast.Assign) and ast.unparse(child.targets[0]).isupper():
+            if isinstance(child, (ast.Assign, ast.AnnAssign)) and _assigned(child).isupper():
                 continue
             if _is_last_axis(node, child):
                 continue
@@ -100,6 +100,10 @@ def _code(node: ast.AST, function: str, statement: ast.stmt) -> Iterator[tuple[s
             around = child if isinstance(child, ast.stmt) else statement
             yield inside, child, around
             yield from _code(child, inside, around)
+
+
+def _assigned(statement: ast.Assign | ast.AnnAssign) -> str:
+    return ast.unparse(statement.target if isinstance(statement, ast.AnnAssign) else statement.targets[0])
 
 
 def _is_last_axis(call: ast.AST, argument: ast.AST) -> bool:

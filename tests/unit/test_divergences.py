@@ -554,3 +554,19 @@ def test_families_are_the_names_that_take_a_parameter() -> None:
         if name in divergences.families():
             with pytest.raises(InvalidArgumentError, match="is missing"):
                 divergences.divergence(name)
+
+
+@pytest.mark.parametrize("d", SHORT, ids=_ids)
+def test_the_curvature_slopes_at_its_ends_as_it_grows(d: Divergence) -> None:
+    ends = torch.tensor([-INF, INF], dtype=torch.float64, requires_grad=True)
+    curvature = d.curvature(ends)
+    (slope,) = torch.autograd.grad(curvature.sum(), ends)
+    sides = zip((-INF, INF), curvature.tolist(), strict=True)
+    assert slope.tolist() == [side if math.isinf(value) else 0.0 for side, value in sides]
+
+
+def test_weights_of_the_alpha_family_at_the_ends() -> None:
+    ends = torch.tensor([-INF, INF], dtype=torch.float64)
+    limits = {0.0: [-INF, INF], 0.5: [-2.0, INF], -0.5: [-INF, 2.0], 1e-320: [-INF, INF], -1e-320: [-INF, INF]}
+    for order, expected in limits.items():
+        assert divergence("alpha", alpha=order).weight(ends).tolist() == expected

@@ -18,6 +18,7 @@ from opdtheory.auditing.panel import panel
 from opdtheory.errors import BudgetExceededError, InvalidArgumentError, LossError
 from opdtheory.estimators import estimator_names
 from opdtheory.exact import Enumeration, enumerated_value, expected_gradient, gradient_moments, random_pair
+from opdtheory.exact.enumeration import shown_tables
 from opdtheory.exact.oracle import full_vocabulary_variance
 from opdtheory.testing import divergences as any_divergence
 from opdtheory.testing import gradient_gap
@@ -498,3 +499,14 @@ def test_panels_out_of_range_are_refused(argument, settings):
     with pytest.raises(InvalidArgumentError) as caught:
         panel(**settings)
     assert caught.value.argument == argument
+
+
+def test_opinions_of_what_an_environment_writes_differ_by_policy_and_position():
+    policy = TabularPolicy([torch.zeros(3**n, 3, dtype=torch.float64) for n in range(2)], environment=(0, 1))
+    shown = {role: shown_tables(policy, role) for role in ("student", "teacher", "behavior")}
+    assert torch.equal(shown["behavior"][1], policy.logits[1])
+    first = [table[0].tolist() for role in ("student", "teacher") for table in shown[role]]
+    assert len(set(map(tuple, first))) == 4
+    for role in ("student", "teacher"):
+        moved = shown_tables(TabularPolicy([z + 5.0 for z in policy.logits], environment=(0, 1)), role)
+        torch.testing.assert_close(moved[1], shown[role][1] + 5.0)

@@ -15,6 +15,7 @@ from torch import nn
 from opdtheory import ModulePolicy, Rollouts, TabularPolicy, estimator, exact_gradient, expected_gradient, random_pair
 from opdtheory.errors import BudgetExceededError, InvalidArgumentError, LossError
 from opdtheory.exact import gradient_moments
+from opdtheory.exact.expectation import _companies
 from opdtheory.testing import gradient_gap, policy_pairs
 from tests.tolerances import ENUMERATION
 
@@ -478,3 +479,13 @@ def test_evaluations_count_the_calls():
 
     student, teacher = random_pair(3, 2, seed=0)
     assert gradient_moments(loss, student, teacher).evaluations == len(calls)
+
+
+def test_companies_in_which_rollouts_are_looked_at():
+    assert len(_companies(5, 2)) == 15  # every pair with repetition
+    companies = _companies(6, 2)
+    assert list(map(len, companies)) == [2] * 6 + [3, 3, 2, 2, 2]
+    companies = _companies(50, 3)
+    assert [int(company[0]) for company in companies[:8]] == [0, 7, 14, 21, 28, 35, 42, 49]
+    for first, last in ((8, 10), (10, 13)):
+        assert sorted(torch.cat(companies[first:last]).tolist()) == list(range(50))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from opdtheory.divergences.logspace import (
     TwoFloat,
+    _two_product,
     box_cox,
     exp_product,
     exp_remainder,
@@ -40,6 +41,17 @@ def errors(function: Callable[[Tensor], Tensor], truth: Callable[[mpmath.mpf], m
                 continue
             largest = max(largest, float(mpmath.fabs(mpmath.mpf(value) - exact) / mpmath.fabs(exact)) * 2.0**53)
     return largest
+
+
+def test_two_product_is_exact() -> None:
+    ts = [0.1, -3.7, 123.456, 7e-9, -0.3333333333333333]
+    for hi in (0.3, -2.7182818284590455, 1e-5, 1.1e151 / 1e151):
+        product, error = _two_product(torch.tensor(ts, dtype=torch.float64), TwoFloat(hi, 0.0))
+        for t, a, b in zip(ts, product.tolist(), error.tolist(), strict=True):
+            assert Fraction(a) + Fraction(b) == Fraction(hi) * Fraction(t)
+    for lo in (1e-17, -2e-18):
+        _, error = _two_product(torch.tensor(ts, dtype=torch.float64), TwoFloat(0.5, lo))
+        assert error.tolist() == [lo * t for t in ts]
 
 
 def _mpf(value: Fraction) -> mpmath.mpf:
@@ -110,3 +122,10 @@ def test_mul_exp_keeps_what_e_to_the_t_would_lose() -> None:
 
 def test_sigmoid() -> None:
     assert errors(sigmoid, lambda t: 1 / (1 + mpmath.exp(-t))) < 8
+
+
+def test_a_mixture_with_next_to_nothing_of_the_ratio() -> None:
+    a, t = 1e-305, 701.0
+    found = float(log_mixture(torch.tensor(t, dtype=torch.float64), a, 1.0))
+    assert found == pytest.approx(float(t + mpmath.log(a + mpmath.exp(-t))), rel=1e-14)
+    assert abs(found - float(t + mpmath.log(a))) > 1

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from itertools import pairwise
+
 import pytest
 import sympy
 import torch
@@ -15,8 +18,10 @@ from opdtheory.divergences import (
     is_convex,
     same_divergence,
     same_up_to_scale,
+    transform,
     weight_of,
 )
+from opdtheory.divergences.custom import number
 from opdtheory.errors import InvalidArgumentError
 
 u = divergences.u
@@ -229,3 +234,31 @@ def test_quadrature_refuses(argument: str, weight: object, log_u: torch.Tensor) 
     with pytest.raises(InvalidArgumentError) as caught:
         implied_generator_values(weight, log_u)
     assert caught.value.argument == argument
+
+
+def test_a_dent_beside_one_and_one_far_away_are_found() -> None:
+    # f'' = 1 - 2 w^3/((u - 1)^2 + w^2)^(3/2): negative for |u - 1| < 0.77 w only.
+    width = Rational(1, 10**4)
+    assert not is_convex((u - 1) ** 2 / 2 - 2 * width * sqrt((u - 1) ** 2 + width**2))
+    assert is_convex((u - 1) ** 2 / 2 - width * sqrt((u - 1) ** 2 + width**2) / 2)
+    points = transform._grid()
+    assert points[0] == -60 and points[-1] == 60 and points == sorted(points)
+    assert max(b - a for a, b in pairwise(points)) < 0.125
+
+
+def test_numbers_may_be_infinite() -> None:
+    assert [number(x) for x in (sympy.oo, -sympy.oo, log(2) / 2)] == [math.inf, -math.inf, math.log(2) / 2]
+
+
+def test_quadrature_where_the_integral_vanishes() -> None:
+    values = implied_generator_values(lambda t: t.exp() * torch.sin(2 * math.pi * t), torch.tensor([1.0, 2.0, -1.0]))
+    assert float(values.abs().max()) < 1e-12
+
+
+def test_a_piece_far_from_one_is_met_inside() -> None:
+    weight = Max(0, Min(1, u - 3))
+    log_u = torch.tensor([3.25, 3.5, 3.9, 6.0, 20.0], dtype=torch.float64).log()
+    closed = sympy.lambdify(u, implied_generator(weight), "mpmath")
+    values = implied_generator_values(lambda t: (t.exp() - 3).clamp(0, 1), log_u, breaks=(math.log(3), math.log(4)))
+    expected = [float(closed(x)) for x in log_u.exp().tolist()]
+    torch.testing.assert_close(values, torch.tensor(expected, dtype=torch.float64), rtol=1e-10, atol=1e-12)
