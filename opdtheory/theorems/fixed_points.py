@@ -19,6 +19,7 @@ from opdtheory.theorems import one_sample
 from opdtheory.theorems.cases import Law, catalogue, enclose, every_case, interval, rational_laws, values_of
 from opdtheory.theorems.flows import TEACHER, distance, drift, far_students, flow
 from opdtheory.theorems.one_sample import covariance, expectation, intervals, ratios
+from opdtheory.theorems.stability_checks import local_weight
 from opdtheory.theorems.theorem import Identity, Step, Tally, Theorem
 
 if TYPE_CHECKING:
@@ -45,8 +46,7 @@ def _increasing() -> dict[str, sympy.Expr]:
     """Strictly increasing weights that take fractions to fractions, with several values at the teacher."""
     u = divergences.symbol()
     rational = {name: divergences.divergence(name).expr for name in ("chi2", "neyman_chi2", "le_cam")}
-    found = {name: u * f.diff(u) - f for name, f in rational.items()}
-    return found | {"forward KL": u, "Neyman, shifted": found["neyman_chi2"] - 3}
+    return {name: divergences.weight_of(f) for name, f in rational.items()} | {"forward KL": u}
 
 
 def _clamp(value: Fraction, low: Fraction, high: Fraction) -> Fraction:
@@ -219,7 +219,7 @@ def _path(name: str, label: str, centred: bool) -> Tensor:
 def _stopped_path(name: str) -> Tensor:
     log_q = torch.tensor(TEACHER, dtype=torch.float64).log()
     divergence = divergences.divergence(name)
-    return distance(flow(far_students(), log_q, lambda t: -divergence.generator(t), 15.0, 75), log_q)
+    return distance(flow(far_students(), log_q, local_weight("opd", divergence), 15.0, 75), log_q)
 
 
 def _check_never_grows(paths: Callable[[str, str, bool], Tensor]) -> Tally:
@@ -303,7 +303,7 @@ def _distance_law() -> bool:
     covariance = sum(a * t * v for a, t, v in zip(p, log_u, w, strict=True)) - mean * sum(
         a * t for a, t in zip(p, log_u, strict=True)
     )
-    return sympy.expand(slope + covariance) == 0
+    return sympy.expand(sum(velocity)) == 0 and sympy.expand(slope + covariance) == 0
 
 
 def _association() -> bool:

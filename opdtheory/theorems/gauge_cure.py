@@ -52,6 +52,7 @@ _FALSE_THRESHOLDS: dict[str, Threshold] = {
     "sign of f'(∞) flipped": lambda f, u: -_threshold(f, u),
     "f'(1) in place of f'(∞)": lambda f, u: _right_of_kinks(f).diff(u).subs(u, 1) * -1,
     "half of it": lambda f, u: _threshold(f, u) / 2,
+    "no more than one below it": lambda f, u: _threshold(f, u) - 1,
     "a cure for all": lambda f, u: _threshold(f, u) if _threshold(f, u).is_finite else f.subs(u, 1) * 0 - 10,
 }
 

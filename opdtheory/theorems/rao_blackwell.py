@@ -222,9 +222,8 @@ def _later_token_biases() -> bool:
     import sympy
 
     p, r0, r1 = sympy.symbols("p r0 r1")
-    found = expectation(
-        [p, 1 - p], [r * s for r, s in zip((r0, r1), (score([p, 1 - p], a)[0] for a in range(2)), strict=True)]
-    )
+    first, later = [p, 1 - p], (r0, r1)
+    found = expectation(first, [later[a] * score(first, a)[0] for a in range(2)])
     return sympy.expand(found - p * (1 - p) * (r0 - r1)) == 0
 
 

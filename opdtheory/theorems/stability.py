@@ -134,8 +134,7 @@ def _second_order() -> bool:
     import sympy
 
     e, (first, second) = sympy.Symbol("e"), sympy.symbols("r s", real=True)
-    q, x = list(sympy.symbols("q0:2", positive=True)), list(sympy.symbols("x0:2", real=True))
-    q.append(1 - q[0] - q[1])
+    q, x = sympy.symbols("q0:3", positive=True), list(sympy.symbols("x0:2", real=True))
     x.append(-(q[0] * x[0] + q[1] * x[1]) / q[2])
     p = [b * (1 - e * y) for b, y in zip(q, x, strict=True)]
     # The constant w(1) drops out; u - 1 = e x + O(e^2).
@@ -163,11 +162,9 @@ def _leading_order() -> bool:
         mean = sum(a * v for a, v in zip(p, weights, strict=True))
         pull = sum(a * ell * (v - mean) for a, ell, v in zip(p, logs, weights, strict=True))
         leading = sum(c * t ** (m + 1) for c, t in zip(q, x, strict=True))
-        lower = [sympy.diff(pull, e, n).subs(e, 0) for n in range(m + 1)]
-        if any(sympy.simplify(term) != 0 for term in lower):
-            return False
-        if sympy.simplify(sympy.diff(pull, e, m + 1).subs(e, 0) / sympy.factorial(m + 1) - leading) != 0:
-            return False
+        for n, claimed in enumerate([*(0 for _ in range(m)), 0, leading]):
+            if sympy.simplify(sympy.diff(pull, e, n).subs(e, 0) / sympy.factorial(n) - claimed) != 0:
+                return False
     return True
 
 

@@ -32,6 +32,7 @@ __all__ = [
     "check_jacobian",
     "check_rates",
     "check_spectrum",
+    "local_weight",
     "slope",
     "symbolic_weight",
 ]
@@ -57,7 +58,8 @@ def symbolic_weight(name: str, f: sympy.Expr, u: sympy.Symbol) -> sympy.Expr:
     return -f if name == "opd" else u * sympy.diff(f, u) - f
 
 
-def _weight(name: str, divergence: Divergence) -> Callable[[Tensor], Tensor]:
+def local_weight(name: str, divergence: Divergence) -> Callable[[Tensor], Tensor]:
+    r"""The same as a function of $\log u$."""
     return divergence.weight if name == "opd_plus" else lambda log_u: -divergence.generator(log_u)
 
 
@@ -179,7 +181,7 @@ def slope(name: str, divergence: Divergence) -> float:
 FALSE_SLOPES: dict[str, NumericSlope] = {
     "sign flipped": lambda name, d: -slope(name, d),
     "f''(1) for stop-gradient too": lambda name, d: slope("opd_plus", d),
-    "w(1) in place of w'(1)": lambda name, d: float(_weight(name, d)(_AT_TEACHER)),
+    "w(1) in place of w'(1)": lambda name, d: float(local_weight(name, d)(_AT_TEACHER)),
 }
 
 
@@ -189,7 +191,7 @@ def check_autograd(claimed: NumericSlope) -> Tally:
     q = torch.tensor(TEACHER, dtype=torch.float64)
     for divergence in _smooth():
         for name in _ESTIMATORS:
-            field = functools.partial(drift, log_q=q.log(), weight=_weight(name, divergence))
+            field = functools.partial(drift, log_q=q.log(), weight=local_weight(name, divergence))
             derived = torch.autograd.functional.jacobian(field, q.log())
             tally.compare(derived, -claimed(name, divergence) * (q.diag() - torch.outer(q, q)))
     return tally
@@ -222,7 +224,7 @@ def _modes() -> tuple[Tensor, Tensor, Tensor]:
 def _growth(name: str, divergence: Divergence) -> Tensor:
     """The logarithm of how much the distance to the teacher grows in eight units of time, in each mode."""
     log_q, _, vectors = _modes()
-    path = flow(log_q + 1e-6 * vectors, log_q, _weight(name, divergence), 8.0, 20)
+    path = flow(torch.add(log_q, vectors, alpha=1e-6), log_q, local_weight(name, divergence), 8.0, 20)
     return (distance(path[-1], log_q) / distance(path[0], log_q)).log()
 
 
@@ -251,7 +253,7 @@ _POLYNOMIAL: dict[str, Callable[[Tensor], Tensor]] = {
 def _all_approach(weight: str) -> bool:
     """Whether every one of eight students around the teacher ends nearer to it than it began."""
     log_q, _, vectors = _modes()
-    start = log_q + 0.2 * torch.cat([vectors, -vectors])
+    start = torch.add(log_q, torch.cat([vectors, -vectors]), alpha=0.2)
     path = distance(flow(start, log_q, _POLYNOMIAL[weight], 200.0, 400), log_q)
     return bool((path[-1] < path[0]).all())
 

@@ -187,6 +187,7 @@ def _level() -> bool:
     shifted = u * sympy.diff(g, u) - g
     return (
         sympy.simplify(sympy.diff(w, u) - u * sympy.diff(f(u), u, 2)) == 0
+        and g.subs(u, 1) == f(1)
         and sympy.simplify(shifted - w - c) == 0
         and sympy.simplify(w.subs(u, 1).doit() - sympy.diff(f(u), u).subs(u, 1) + f(1)) == 0
     )

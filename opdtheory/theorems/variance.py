@@ -239,7 +239,7 @@ def _centring_is_a_gauge() -> bool:
     gauged = f(u) - c * (u - 1)
     moved = (u * sympy.diff(gauged, u) - gauged) - (u * sympy.diff(f(u), u) - f(u))
     at_one = (u * sympy.diff(f(u), u) - f(u)).subs(u, 1).doit() - sympy.diff(f(u), u).subs(u, 1)
-    return sympy.simplify(moved + c) == 0 and sympy.simplify(at_one.subs(f(1), 0)) == 0
+    return gauged.subs(u, 1) == f(1) and sympy.simplify(moved + c) == 0 and sympy.simplify(at_one.subs(f(1), 0)) == 0
 
 
 def _forward_square() -> bool:

@@ -17,7 +17,7 @@ from opdtheory.testing import divergences, gradient_gap, policies, policy_pairs
 from opdtheory.theorems.batches import Atoms, Moments, batch_mean, first_order
 from opdtheory.theorems.cases import autograd_gradient
 from opdtheory.theorems.return_to_go import practised_field
-from opdtheory.theorems.trees import field_of, gradient_of, rational_tree, trees
+from opdtheory.theorems.trees import Dual, Linear, field_of, gradient_of, rational_tree, trees
 from tests.tolerances import ENUMERATION
 
 SMALL = policy_pairs(vocab_size=(2, 3), horizon=(1, 3))
@@ -299,3 +299,12 @@ def test_a_mean_over_each_rollout_weighs_it_by_its_length(pair, d):
 @given(divergences())
 def test_it_is_not_the_divergence_itself(d):
     assert not sequence_mean_descends(far_pair(eos=0), d, 0)
+
+
+def test_dual_numbers_differentiate():
+    x, y = Dual(Fraction(2), Fraction(3)), Dual(Fraction(5), Fraction(-1, 2))
+    assert x + y == Dual(Fraction(7), Fraction(5, 2)) and x - y == Dual(Fraction(-3), Fraction(7, 2))
+    assert x * y == Dual(Fraction(10), Fraction(14)) and x.under(Fraction(4)) == Dual(Fraction(2), Fraction(-3))
+    # T1b: the weight's slope is u f''.
+    assert x.weight().slope == Linear({(2, Fraction(2)): Fraction(6)})
+    assert x.weight().value == Linear({(1, Fraction(2)): Fraction(2), (0, Fraction(2)): Fraction(-1)})
