@@ -36,7 +36,7 @@ Role = Literal["teacher", "student"]
 _FORMAT = 1
 
 _TEACHER_STEPS = {"arithmetic": 1200, "tools": 1500, "modular": 1500}
-_STUDENT_STEPS = {"arithmetic": 500, "tools": 300, "modular": 400}
+_STUDENT_STEPS = {"arithmetic": 700, "tools": 500, "modular": 700}
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def recipe_for(task: str, role: Role, seed: int = 0) -> Recipe:
         return Recipe(task, role, seed, width=96, layers=3, heads=4, steps=_TEACHER_STEPS[task])
     if role == "student":
         steps = _STUDENT_STEPS[task]
-        return Recipe(task, role, seed, width=48, layers=2, heads=2, steps=steps, learning_rate=5e-3)
+        return Recipe(task, role, seed, width=48, layers=2, heads=4, steps=steps)
     raise InvalidArgumentError("role", f"is {role!r}; 'teacher' or 'student' is needed")
 
 
