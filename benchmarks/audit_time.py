@@ -29,8 +29,8 @@ from opdtheory.errors import OpdTheoryError  # noqa: E402
 from opdtheory.testing.laws import claim_settings  # noqa: E402
 from opdtheory.verification import shipped_estimators  # noqa: E402
 
-# Seconds on an idle core: of a loss that couples a group of four, and of any other. An audit has one thread, so CPU time
-# tells what they would be where other processes take the core away.
+# Seconds on an idle core: of a loss that couples a group of four, and of any other. An audit has one thread, so CPU
+# time tells what they would be where other processes take the core away.
 GROUP, GROUP_LIMIT, LIMIT = 4, 10.0, 3.0
 
 # Beside their own claims the estimators are audited against wrong ones, where the search for a name and for remedies

@@ -20,6 +20,7 @@ _HOMES = {
     "ModulePolicy": "opdtheory.exact",
     "Rollouts": "opdtheory.rollouts",
     "TabularPolicy": "opdtheory.exact",
+    "TrainConfig": "opdtheory.training.config",
     "audit": "opdtheory.auditing",
     "bind": "opdtheory.adapters",
     "divergence": "opdtheory.divergences",
@@ -35,7 +36,9 @@ _HOMES = {
     "from_top_k": "opdtheory.adapters",
     "implied_generator": "opdtheory.divergences",
     "random_pair": "opdtheory.exact",
+    "train": "opdtheory.training.trainer",
     "u": "opdtheory.divergences",
+    "validate": "opdtheory.training.validation",
 }
 _MODULES = ("divergences", "testing")
 
@@ -68,6 +71,9 @@ if TYPE_CHECKING:
     from opdtheory.exact import expected_gradient as expected_gradient
     from opdtheory.exact import random_pair as random_pair
     from opdtheory.rollouts import Rollouts as Rollouts
+    from opdtheory.training.config import TrainConfig as TrainConfig
+    from opdtheory.training.trainer import train as train
+    from opdtheory.training.validation import validate as validate
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The command line: `opdtheory verify`, `opdtheory audit` and `opdtheory table`.
+"""The command line: `opdtheory verify`, `audit`, `table`, `train` and `reproduce`.
 
 Exit status: 0 if what was asked holds, 1 if it does not, 2 for a usage error. Nothing beyond the core
 is needed; with rich installed the tables are coloured.
@@ -51,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     from opdtheory import __version__
+    from opdtheory.training import command, reproduce
 
     parser = argparse.ArgumentParser(
         prog="opdtheory", description="What an on-policy-distillation loss really does, by exact expectation."
@@ -105,6 +106,25 @@ def _parser() -> argparse.ArgumentParser:
         "--write-baseline", type=Path, metavar="FILE", help="record what is found in FILE, beside what it holds"
     )
     audit.set_defaults(run=_audit)
+
+    train = commands.add_parser(
+        "train",
+        help="distil a teacher into a small language model with any estimator",
+        description="Train a student on its own samples, scored by a teacher. The value none unsets an option.",
+        epilog="exit status: 0 when the run is finished, 1 if a step cannot be taken, 2 for a wrong option",
+    )
+    command.add_options(train)
+    train.set_defaults(run=command.run)
+
+    again = commands.add_parser(
+        "reproduce",
+        help="train every arm of the experiment and write the page of what reproduces",
+        description="Run every arm of the experiment in a process of its own, and write the page. Finished arms are "
+        "kept: the same command goes on where it was stopped.",
+        epilog="exit status: 0 if every arm has a row, 1 if one has none, 2 for a wrong option",
+    )
+    reproduce.add_options(again)
+    again.set_defaults(run=reproduce.run)
     return parser
 
 

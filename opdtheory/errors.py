@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-__all__ = ["BudgetExceededError", "InvalidArgumentError", "LossError", "OpdTheoryError"]
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = ["BudgetExceededError", "InvalidArgumentError", "LossError", "OpdTheoryError", "TrainingError"]
 
 
 class OpdTheoryError(Exception):
@@ -28,3 +33,11 @@ class BudgetExceededError(OpdTheoryError, ValueError):
 
 class LossError(OpdTheoryError, ValueError):
     """A loss under audit is not a deterministic, differentiable scalar; the message names the cause."""
+
+
+class TrainingError(OpdTheoryError, RuntimeError):
+    """A training step cannot be taken: a loss, gradient or rollout is unusable; `path` is the file that holds it."""
+
+    def __init__(self, message: str, path: Path | None = None) -> None:
+        super().__init__(message)
+        self.path = path

@@ -359,6 +359,21 @@ def test_function_transforms(d: Divergence) -> None:
     assert torch.allclose(hessian.diagonal(), d.log_slope(t) + d.curvature(t), rtol=1e-15)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # torch's own forward mode uses it
+@pytest.mark.parametrize("d", SHORT, ids=_ids)
+def test_values_and_dual_numbers_agree_with_the_recorded_function(d: Divergence) -> None:
+    recorded = d.weight(AWAY.clone().requires_grad_())
+    assert recorded.requires_grad and not d.weight(AWAY).requires_grad
+    with torch.no_grad():
+        unrecorded = d.weight(AWAY.clone().requires_grad_())
+    assert not unrecorded.requires_grad
+    assert torch.equal(d.weight(AWAY), recorded) and torch.equal(unrecorded, recorded)
+    forward_ad = torch.autograd.forward_ad
+    with forward_ad.dual_level():
+        values, slope = forward_ad.unpack_dual(d.weight(forward_ad.make_dual(AWAY, torch.ones_like(AWAY))))
+    assert torch.equal(values, recorded) and torch.equal(slope, d.curvature(AWAY))
+
+
 def test_a_masked_infinity_gets_no_gradient() -> None:
     t = torch.tensor([0.5, INF, -INF], requires_grad=True)
     values = divergences.jeffreys.generator(t)

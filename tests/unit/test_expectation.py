@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -175,6 +176,29 @@ def test_single_rollouts_of_any_pair(pair, loss):
 @pytest.mark.parametrize("loss", SEPARABLE, ids=label)
 def test_separable_losses_are_recognised_in_batches(loss):
     assert_agrees(loss, *random_pair(2, 2, eos=0, seed=1), batch_size=2, separable=True)
+
+
+def test_rounding_of_a_narrow_loss_is_no_coupling():
+    def narrow(loss):
+        def in_float32(r):
+            return loss(dataclasses.replace(r, **{k: x.float() for k, x in vars(r).items() if x.is_floating_point()}))
+
+        return in_float32
+
+    pair = random_pair(3, 2, eos=0, seed=1)
+    wide = gradient_moments(k2, *pair, 2)
+    found = gradient_moments(narrow(k2), *pair, 2)
+    assert wide.separable and found.separable and found.evaluations == wide.evaluations
+    for a, b in zip(found.mean, wide.mean, strict=True):
+        assert float((a - b).abs().max()) < 1e-5 * float(b.abs().max())
+    # What couples by more than float32 rounds is still seen, and so is any coupling in float64.
+    for size, loss in ((1e-3, narrow(k2)), (1e-7, k2)):
+
+        def twin(r, size=size, loss=loss):
+            value = loss(r)
+            return value * (1.0 + size * r.student_logprobs.detach().sum()).to(value.dtype)
+
+        assert not gradient_moments(twin, *pair, 2).separable
 
 
 @pytest.mark.parametrize(("eos", "horizon", "batch_size"), [(None, 2, 2), (0, 2, 2), (0, 2, 3), (0, 3, 2)])

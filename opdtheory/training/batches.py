@@ -1,0 +1,116 @@
+"""The batch of one step: its prompts and every random number come from the seed, the step and the prompt's index."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from opdtheory.errors import InvalidArgumentError
+from opdtheory.training.config import TrainConfig
+from opdtheory.training.models import LanguageModel, Samples, left_pad
+from opdtheory.training.tasks import Example, Task
+
+__all__ = ["demonstrate", "parts", "respond", "seed_of", "step_examples", "uniforms"]
+
+
+def seed_of(*parts: object) -> int:
+    """A seed for one purpose, the same in every process and version of Python.
+
+    Example:
+        >>> seed_of(0, "sample", 3, 1) == seed_of(0, "sample", 3, 1) != seed_of(0, "sample", 31)
+        True
+    """
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def step_examples(task: Task, config: TrainConfig, step: int) -> list[Example]:
+    """The problems of a step's global batch."""
+    return task.examples("train", config.prompts_per_step, seed_of(config.seed, "prompts", step))
+
+
+def uniforms(seed: int, step: int | str, prompts: Sequence[int], each: int, length: int) -> Float[Tensor, "B T"]:
+    """Numbers in [0, 1) that `sample` inverts, `each` rows for every prompt of these global indices.
+
+    A generator for each prompt makes a response the same whichever process samples it, beside whichever others.
+    """
+    rows = []
+    for prompt in prompts:
+        generator = torch.Generator().manual_seed(seed_of(seed, "sample", step, prompt))
+        rows.append(torch.rand(each, length, dtype=torch.float64, generator=generator))
+    return torch.cat(rows)
+
+
+@torch.no_grad()
+def respond(
+    student: LanguageModel, task: Task, examples: Sequence[Example], config: TrainConfig, draws: Tensor | None
+) -> Samples:
+    """One response of the student to each example, sampled with the given uniforms, or greedy without them."""
+    return student.sample(
+        task_prompts(student, examples),
+        max_new_tokens=longest(task, config),
+        uniforms=draws,
+        temperature=config.temperature if draws is not None else 1.0,
+        greedy=draws is None,
+        environment=task.environment,
+    )
+
+
+def demonstrate(
+    student: LanguageModel, task: Task, examples: Sequence[Example], seed: int, step: int, first: int
+) -> Samples:
+    """The task's own demonstrations in the place of responses; `first` is the global index of the first example."""
+    vocabulary, device, dtype = student.vocabulary, student.device, student.dtype
+    tokens, masks = [], []
+    for number, example in enumerate(examples, start=first):
+        rng = random.Random(seed_of(seed, "demonstration", step, number))
+        pieces = [(vocabulary.encode(text), own) for text, own in task.demonstration(example, rng)]
+        tokens.append([token for ids, _ in pieces for token in ids] + [vocabulary.eos])
+        masks.append([float(own) for ids, own in pieces for _ in ids] + [1.0])
+    width = max(map(len, tokens))
+    prompts, prompt_mask = left_pad(task_prompts(student, examples), vocabulary.pad, device=device, dtype=dtype)
+
+    def padded(rows: list[list[float]], fill: float, kind: torch.dtype) -> Tensor:
+        return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], dtype=kind, device=device)
+
+    return Samples(
+        prompts=prompts,
+        prompt_mask=prompt_mask,
+        tokens=padded([list(map(float, row)) for row in tokens], vocabulary.pad, torch.int64),
+        mask=padded(masks, 0.0, dtype),
+        present=padded([[1.0] * len(row) for row in tokens], 0.0, dtype),
+        logprobs=torch.zeros(len(tokens), width, dtype=dtype, device=device),
+        ended=torch.ones(len(tokens), dtype=torch.bool, device=device),
+    )
+
+
+def parts(samples: Samples, size: int | None) -> Iterator[Samples]:
+    """The rows in consecutive parts of `size`, each without the padding that it does not need."""
+    size = len(samples) if size is None else size
+    for start in range(0, len(samples), size):
+        yield samples.rows(slice(start, start + size))
+
+
+def longest(task: Task, config: TrainConfig) -> int:
+    """The cap on a response's length, in tokens."""
+    return task.max_response if config.max_new_tokens is None else config.max_new_tokens
+
+
+def task_prompts(model: LanguageModel, examples: Sequence[Example]) -> list[list[int]]:
+    """The prompts in the model's own tokens.
+
+    Raises:
+        InvalidArgumentError: the model's vocabulary spells a prompt not at all.
+    """
+    prompts = []
+    for example in examples:
+        try:
+            prompts.append(model.vocabulary.encode(example.prompt))
+        except InvalidArgumentError as error:
+            raise InvalidArgumentError("task", f"its prompts are not in the student's vocabulary; {error}") from None
+    return prompts

@@ -1,0 +1,55 @@
+"""How good a student is: accuracy on the test split, greedy and sampled, and its distance from the teacher there."""
+
+from __future__ import annotations
+
+import torch
+
+from opdtheory.training.batches import parts, respond, uniforms
+from opdtheory.training.config import TrainConfig
+from opdtheory.training.distributed import Processes
+from opdtheory.training.measures import distances
+from opdtheory.training.metrics import wilson
+from opdtheory.training.models import LanguageModel, rollouts
+from opdtheory.training.tasks import Task
+
+__all__ = ["evaluate"]
+
+_SPLIT_SEED = 0  # every run and every seed is tested on the same problems
+_SUMS = ("greedy", "sampled", "count", "tokens", "reverse_kl", "forward_kl", "entropy")
+
+
+@torch.no_grad()
+def evaluate(
+    student: LanguageModel, teacher: LanguageModel, task: Task, config: TrainConfig, processes: Processes
+) -> dict[str, float]:
+    r"""Test accuracy with 95 % Wilson intervals, and the KLs to the teacher on the student's own test prefixes.
+
+    Returns:
+        `greedy_accuracy`, `greedy_low`, `greedy_high`, the same for `test_sampled`, and in nats a token
+        `test_reverse_kl`, `test_forward_kl` and `test_entropy`.
+    """
+    examples = task.examples("test", config.eval_examples, _SPLIT_SEED)
+    mine = processes.share(len(examples))
+    sums = dict.fromkeys(_SUMS, 0.0)
+    size = max(1, config.microbatch or config.batch_size)
+    for start in range(mine.start, mine.stop, size):
+        some = range(start, min(start + size, mine.stop))
+        chosen = [examples[number] for number in some]
+        length = config.max_new_tokens or task.max_response
+        draws = uniforms(config.seed, "evaluation", some, 1, length)
+        for name, noise in (("greedy", None), ("sampled", draws)):
+            samples = respond(student, task, chosen, config, noise)
+            sums[name] += sum(task.correct(chosen, samples))
+        sums["count"] += len(chosen)
+        for piece in parts(samples, size):
+            scored = rollouts(student, teacher, piece, temperature=config.temperature)
+            sums["tokens"] += float(scored.mask.sum())
+            for name, value in distances(scored).items():
+                sums[name] += float(value)
+    total = torch.tensor([sums[name] for name in _SUMS], dtype=torch.float64, device=processes.device)
+    sums = dict(zip(_SUMS, processes.total(total).tolist(), strict=True))
+    report = {}
+    for name, label in (("greedy", "greedy"), ("sampled", "test_sampled")):
+        report[f"{label}_accuracy"] = sums[name] / sums["count"]
+        report[f"{label}_low"], report[f"{label}_high"] = wilson(round(sums[name]), round(sums["count"]))
+    return report | {f"test_{name}": sums[name] / sums["tokens"] for name in ("reverse_kl", "forward_kl", "entropy")}

@@ -1,0 +1,71 @@
+"""What a run leaves behind when a step fails: the step, the prompts and the tokens, in a file that the error names."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from opdtheory.errors import TrainingError
+from opdtheory.training.models import LanguageModel, Samples, response_logits
+from opdtheory.training.tasks import Example
+
+__all__ = ["failure"]
+
+
+def failure(
+    problem: str,
+    folder: Path | None,
+    step: int,
+    rank: int,
+    models: tuple[LanguageModel, LanguageModel],
+    examples: Sequence[Example],
+    samples: Samples,
+) -> TrainingError:
+    """The error of a step that cannot be taken, with its batch saved as JSON: rows with bad logits come first.
+
+    Args:
+        problem: what is wrong, for the message.
+        folder: of the run; None takes a new temporary one.
+        step: counted from 1, as in the metrics.
+        rank: of the process whose share of the batch this is.
+        models: student and teacher, with the parameters before the step.
+        examples: the problem of each row.
+        samples: the rows.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="opdtheory-")) if folder is None else folder
+    folder.mkdir(parents=True, exist_ok=True)
+    finite = {who: _finite_rows(model, samples) for who, model in zip(("student", "teacher"), models, strict=True)}
+    vocabulary, lengths = models[0].vocabulary, samples.present.sum(-1).long().tolist()
+    rows: list[dict[str, object]] = []
+    for row, example in enumerate(examples):
+        tokens = samples.tokens[row, : lengths[row]].tolist()
+        rows.append(
+            {
+                "row": row,
+                **{f"{who}_logits_finite": flags[row] for who, flags in finite.items()},
+                "prompt": example.prompt,
+                "response": vocabulary.decode(tokens),
+                "prompt_tokens": samples.prompts[row][samples.prompt_mask[row] > 0].tolist(),
+                "tokens": tokens,
+                "mask": [int(value) for value in samples.mask[row, : lengths[row]].tolist()],
+            }
+        )
+    rows.sort(key=lambda entry: bool(entry["student_logits_finite"] and entry["teacher_logits_finite"]))
+    path = folder / f"failure_step_{step:08d}_rank_{rank}.json"
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(json.dumps({"step": step, "problem": problem, "rows": rows}, indent=1), encoding="utf-8")
+    os.replace(temporary, path)
+    return TrainingError(f"step {step}: {problem}; its prompts and tokens are in {path}", path)
+
+
+@torch.no_grad()
+def _finite_rows(model: LanguageModel, samples: Samples) -> list[bool]:
+    finite: Tensor = torch.isfinite(response_logits(model, samples)).all(-1) | (samples.mask == 0)
+    flags: list[bool] = finite.all(-1).tolist()
+    return flags

@@ -1,0 +1,63 @@
+"""The student and the teacher that a configuration names, on the device, in the dtype, with one vocabulary."""
+
+from __future__ import annotations
+
+import torch
+
+from opdtheory.errors import InvalidArgumentError
+from opdtheory.training.config import TrainConfig
+from opdtheory.training.distributed import Processes
+from opdtheory.training.models import LanguageModel, check_same_vocabulary
+from opdtheory.training.supervised import load_pair
+from opdtheory.training.tasks import Task
+
+__all__ = ["load_models"]
+
+
+def load_models(
+    config: TrainConfig,
+    task: Task,
+    team: Processes,
+    student: LanguageModel | None = None,
+    teacher: LanguageModel | None = None,
+) -> tuple[LanguageModel, LanguageModel]:
+    """The models given, else those that the configuration names, else the task's own pair.
+
+    Raises:
+        InvalidArgumentError: a model cannot be found, or the two vocabularies, or a model's and the task's, differ.
+    """
+    student = _named(config.student, config) if student is None and config.student is not None else student
+    teacher = _named(config.teacher, config) if teacher is None and config.teacher is not None else teacher
+    if student is None or teacher is None:
+        own = _pair(config, task, team)
+        student, teacher = own[0] if student is None else student, own[1] if teacher is None else teacher
+    check_same_vocabulary(student, teacher)
+    _check_task(student, task)
+    dtype = getattr(torch, config.dtype)
+    return student.to(team.device, dtype), teacher.to(team.device, dtype).requires_grad_(False)
+
+
+def _named(name: str, config: TrainConfig) -> LanguageModel:
+    from opdtheory.training.huggingface import HuggingFaceModel, smollm2
+
+    dtype = getattr(torch, config.dtype)
+    if name == "smollm2":
+        return smollm2(cache=config.cache, dtype=dtype)
+    return HuggingFaceModel.from_pretrained(name, dtype=dtype)
+
+
+def _pair(config: TrainConfig, task: Task, team: Processes) -> tuple[LanguageModel, LanguageModel]:
+    # What is not in the cache is trained once, by the first process.
+    pair = load_pair(task, config.pair_seed, cache=config.cache) if team.is_first else None
+    team.wait()
+    return load_pair(task, config.pair_seed, cache=config.cache) if pair is None else pair
+
+
+def _check_task(student: LanguageModel, task: Task) -> None:
+    for example in task.examples("train", 1, 0):
+        try:
+            student.vocabulary.encode(example.prompt)
+        except InvalidArgumentError as error:
+            raise InvalidArgumentError(
+                "student", f"cannot read the prompts of the task {task.name}, such as {example.prompt!r}: {error}"
+            ) from None

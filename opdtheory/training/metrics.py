@@ -1,0 +1,164 @@
+"""What a run reports: JSON lines that survive a kill, a progress bar, TensorBoard events, Wilson intervals."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import NormalDist
+from typing import IO, Any
+
+from opdtheory.errors import InvalidArgumentError
+
+__all__ = ["Metrics", "wilson"]
+
+_SHOWN = ("reverse_kl", "sampled_accuracy", "greedy_accuracy", "gradient_norm", "clip_fraction", "response_length")
+
+
+def wilson(correct: int, total: int, level: float = 0.95) -> tuple[float, float]:
+    r"""Wilson's interval for a proportion: it stays in [0, 1] and has a width also at 0 and at 1.
+
+    $$\frac{\hat p + \frac{z^2}{2n} \pm z\sqrt{\frac{\hat p(1-\hat p)}{n} + \frac{z^2}{4n^2}}}{1 + z^2/n}$$
+
+    Raises:
+        InvalidArgumentError: `total` is not positive or `correct` is not in `[0, total]`.
+
+    References:
+        Wilson, JASA 22 (1927) 209.
+
+    Example:
+        >>> wilson(0, 100)
+        (0.0, 0.037)
+    """
+    if total < 1:
+        raise InvalidArgumentError("total", f"is {total}; at least one trial is needed")
+    if not 0 <= correct <= total:
+        raise InvalidArgumentError("correct", f"is {correct}; a count in [0, {total}] is needed")
+    z = NormalDist().inv_cdf(0.5 + level / 2)
+    share, spread = correct / total, z * z / total
+    half = z * math.sqrt(share * (1 - share) / total + spread / (4 * total))
+    low, high = ((share + spread / 2 + sign * half) / (1 + spread) for sign in (-1, 1))
+    return 0.0 if correct == 0 else low, 1.0 if correct == total else high
+
+
+class Metrics:
+    """The rows of a run, one mapping for each finished step, in a list and in the files that were asked for.
+
+    Args:
+        folder: gets `metrics.jsonl`; what a killed run left there after `step` is cut off. None keeps no file.
+        step: steps that are finished already.
+        steps: how many there will be.
+        tensorboard: write event files into `folder/tensorboard`.
+        progress: show a bar where standard error is a terminal and rich is installed.
+
+    Raises:
+        InvalidArgumentError: TensorBoard is asked for and not installed, or there is no folder for it.
+    """
+
+    def __init__(
+        self, folder: Path | None, step: int, steps: int, *, tensorboard: bool = False, progress: bool = False
+    ) -> None:
+        self._board = _tensorboard(folder, step) if tensorboard else None
+        self.rows: list[dict[str, Any]] = []
+        self._file: IO[str] | None = None
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.rows, self._file = _reopen(folder / "metrics.jsonl", step)
+        self._bar: Any = None
+        self._task: Any = None
+        if progress:
+            self._bar, self._task = _progress_bar(step, steps)
+        self._shown: dict[str, float] = {}
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Record a step; the line is complete in the file once this returns. Infinite values become null."""
+        clean = {key: _finite(value) for key, value in row.items()}
+        self.rows.append(clean)
+        if self._file is not None:
+            self._file.write(json.dumps(clean, allow_nan=False) + "\n")
+            self._file.flush()
+        if self._board is not None:
+            for key, value in clean.items():
+                if isinstance(value, (int, float)) and key != "step":
+                    self._board.add_scalar(key, value, clean["step"])
+        if self._bar is not None:
+            self._shown.update({key: clean[key] for key in _SHOWN if clean.get(key) is not None})
+            text = "  ".join(f"{key.replace('_', ' ')} {value:.3g}" for key, value in self._shown.items())
+            self._bar.update(self._task, completed=clean["step"], metrics=text)
+
+    def sync(self) -> None:
+        """Return once the rows are on the disk: before the checkpoint of their step, so that none can be missing."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the files and the bar."""
+        if self._file is not None:
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _reopen(path: Path, step: int) -> tuple[list[dict[str, Any]], IO[str]]:
+    """The rows up to a step, and the file with whatever follows them cut off: later steps, or half a line."""
+    rows: list[dict[str, Any]] = []
+    kept = 0
+    if path.exists():
+        for line in path.read_bytes().splitlines(keepends=True):
+            row = _row(line)
+            if row is None or row["step"] > step:
+                break
+            rows.append(row)
+            kept += len(line)
+    file = open(path, "a", encoding="utf-8")
+    file.truncate(kept)
+    return rows, file
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+
+
+def _tensorboard(folder: Path | None, step: int) -> Any:
+    if folder is None:
+        raise InvalidArgumentError("tensorboard", "needs out, the folder of the run")
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise InvalidArgumentError("tensorboard", 'is not installed: pip install "opdtheory[tensorboard]"') from None
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+
+def _progress_bar(step: int, steps: int) -> tuple[Any, Any]:
+    if not sys.stderr.isatty():
+        return None, None
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    except ImportError:
+        return None, None
+    bar = Progress(
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[metrics]}"),
+        console=Console(stderr=True),
+    )
+    bar.start()
+    return bar, bar.add_task("training", total=steps, completed=step, metrics="")

@@ -1,0 +1,145 @@
+r"""What a run descends: an estimator of the library by name, or one of the experiment's controls."""
+
+from __future__ import annotations
+
+import io
+import re
+import tokenize
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from opdtheory.divergences import Divergence, divergence, names
+from opdtheory.errors import InvalidArgumentError
+from opdtheory.estimators import Claim, Estimator, estimator
+from opdtheory.estimators.sampled import ScoreFunction
+from opdtheory.rollouts import Rollouts
+from opdtheory.training.config import Control
+
+__all__ = ["divergence_text", "group_losses", "needs_groups", "objective", "parse_divergence", "summed"]
+
+_FUNCTIONS = ("log", "exp", "sqrt", "Abs", "Max", "Min")
+_FIELDS = (
+    *("tokens", "mask", "student_logits", "teacher_logits"),
+    *("student_logprobs", "teacher_logprobs", "behavior_logprobs"),
+)
+
+
+def parse_divergence(text: str) -> Divergence:
+    r"""A divergence from a catalogue name or label, or from a generator $f(u)$ written as an expression.
+
+    Expressions may hold `u`, numbers, `+ - * / **`, parentheses, and `log exp sqrt Abs Max Min`; nothing else is
+    evaluated.
+
+    Raises:
+        InvalidArgumentError: neither a known name nor such an expression, or no generator of a divergence.
+
+    Example:
+        >>> parse_divergence("u*log(u) - 2*(u-1)").name
+        'u*log(u) - 2*(u-1)'
+    """
+    name = re.match(r"\w+", text.strip())
+    if name is not None and name[0] in names():
+        return divergence(text.strip())
+    words = set(re.findall(r"[^\W\d]\w*", text))
+    if "u" not in words:
+        return divergence(text)  # refused, with the nearest name
+    import sympy
+
+    from opdtheory.divergences import symbol
+
+    allowed = {"u", *_FUNCTIONS}
+    if words - allowed or not re.fullmatch(r"[\w\s.+\-*/(),]*", text):
+        strange = ", ".join(sorted(words - allowed)) or "a sign beside + - * / ** ( ) ,"
+        raise InvalidArgumentError("divergence", f"{text!r} holds {strange}; u, numbers, {', '.join(_FUNCTIONS)} may")
+    try:
+        code = _exact_numbers(text)
+        scope = {"u": symbol(), "Rational": sympy.Rational, **{name: getattr(sympy, name) for name in _FUNCTIONS}}
+        expression = sympy.sympify(eval(compile(code, "divergence", "eval"), {"__builtins__": {}}, scope))
+    except (SyntaxError, TypeError, ValueError, ZeroDivisionError, tokenize.TokenError) as error:
+        raise InvalidArgumentError("divergence", f"{text!r} is no expression in u: {error}") from None
+    return Divergence.from_expr(expression, name=text)
+
+
+def divergence_text(given: Divergence) -> str:
+    """The text from which `parse_divergence` makes this divergence again.
+
+    Raises:
+        InvalidArgumentError: no divergence.
+    """
+    if not isinstance(given, Divergence):
+        raise InvalidArgumentError("divergence", f"got {given!r}; a name, an expression in u or a Divergence is needed")
+    return given.label if given.name in names() else str(given.expr)
+
+
+def objective(
+    name: str,
+    given: str | None,
+    options: Mapping[str, Any],
+    control: Control | None = None,
+    advantage: float | None = None,
+) -> Estimator:
+    r"""The loss of a run.
+
+    The control `constant_advantage` descends $-A \sum_n \log p(y_n|h_n)$ with one constant $A$ for every token: its
+    expected gradient is zero on-policy. The control `supervised` is the cross-entropy of demonstrations.
+
+    Raises:
+        InvalidArgumentError: as `opdtheory.estimator`, or an option that the control leaves no meaning.
+    """
+    if control is None:
+        if advantage is not None:
+            raise InvalidArgumentError(
+                "advantage", f"is {advantage:g}; it applies to control='constant_advantage' only"
+            )
+        return estimator(name, None if given is None else parse_divergence(given), **options)
+    if given is not None:
+        raise InvalidArgumentError("divergence", f"is {given!r}; it does not apply to control={control!r}")
+    for option, value in options.items():
+        if option != "reduction" and value not in (None, False):
+            raise InvalidArgumentError(option, f"is {value!r}; it does not apply to control={control!r}")
+    if control == "constant_advantage" and advantage is None:
+        raise InvalidArgumentError("advantage", "control='constant_advantage' needs it, such as -1.0")
+    weight = 1.0 if advantage is None else advantage
+    verdict: Literal["zero", "biased"] = "biased" if control == "supervised" else "zero"
+    claim = Claim(divergence("reverse_kl"), "token_local", verdict, "T4", assumptions=("on-policy", "fixed length"))
+    return Estimator(control, claim, lambda rollouts: -weight * rollouts.student_logprobs, options["reduction"])
+
+
+def needs_groups(loss: Estimator) -> bool:
+    """Whether the loss of one rollout depends on the others in its group."""
+    rule = loss.token_loss
+    return isinstance(rule, ScoreFunction) and (rule.zscore or rule.baseline in ("group_mean", "leave_one_out"))
+
+
+def group_losses(loss: Estimator, rollouts: Rollouts, group_size: int) -> Float[Tensor, "B T"]:
+    """The loss of each token, with baselines and z-scores taken within each run of `group_size` rollouts."""
+    if not needs_groups(loss) or len(rollouts.tokens) == group_size:
+        return loss.token_loss(rollouts)
+    # `split`, not slices: its backward pass joins the pieces once.
+    pieces = zip(*(getattr(rollouts, name).split(group_size) for name in _FIELDS), strict=True)
+    groups = (Rollouts.unchecked(**dict(zip(_FIELDS, piece, strict=True))) for piece in pieces)
+    return torch.cat([loss.token_loss(group) for group in groups])
+
+
+def summed(loss: Estimator, rollouts: Rollouts, group_size: int) -> Float[Tensor, ""]:
+    r"""The numerator of the loss of a batch, to be divided by that of the whole batch: rollouts, or unmasked tokens.
+
+    Numerators of the parts of a batch add up, means do not.
+    """
+    values = group_losses(loss, rollouts, group_size)
+    values = torch.where(rollouts.mask > 0, values, torch.zeros_like(values))
+    if loss.reduction == "sequence_mean":
+        values = values.sum(-1) / rollouts.mask.sum(-1).clamp_min(1)
+    return values.sum()
+
+
+def _exact_numbers(text: str) -> str:
+    """The expression with every number as an exact fraction."""
+    parts = []
+    for token in tokenize.generate_tokens(io.StringIO(text.strip()).readline):
+        parts.append(f"Rational({token.string!r})" if token.type == tokenize.NUMBER else token.string)
+    return " ".join(parts)

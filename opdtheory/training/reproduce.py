@@ -1,0 +1,73 @@
+"""`opdtheory reproduce`: the options, and what is printed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from opdtheory.errors import OpdTheoryError
+from opdtheory.training.reproduce_plan import plan_of
+
+__all__ = ["add_options", "run"]
+
+HOLDS, FAILS, USAGE = 0, 1, 2
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `opdtheory reproduce`."""
+    parser.add_argument("--quick", action="store_true", help="a shorter plan: fewer steps, seeds, arms and problems")
+    parser.add_argument(
+        "--out", type=Path, default=Path("reports/reproduction"), metavar="DIR", help="folder of the rows (%(default)s)"
+    )
+    parser.add_argument("--page", type=Path, metavar="FILE", help="page to write (reproduction.md in the folder)")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes at a time (one per core)")
+    parser.add_argument("--seeds", type=int, metavar="N", help="other than the plan's")
+    parser.add_argument("--steps", type=int, metavar="N", help="of each arm, other than the plan's")
+    parser.add_argument("--task", action="append", metavar="NAME", help="one of the tasks only; may be repeated")
+    parser.add_argument("--device", default="auto", metavar="NAME", help="of the arms (%(default)s)")
+    parser.add_argument("--cache", metavar="DIR", help="folder of trained teachers and students")
+    parser.add_argument("--no-run", action="store_true", help="run nothing, write the page of the rows that are there")
+    parser.add_argument("--json", action="store_true", help="print the table as JSON")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the experiment as the options say; returns the exit status."""
+    from opdtheory.training.reproduce_runner import reproduce, stored
+
+    try:
+        name = "quick" if options.quick else "full"
+        plan = plan_of(name, seeds=options.seeds, steps=options.steps, tasks=options.task)
+        if options.no_run:
+            outcome = stored(plan, options.out, cache=options.cache)
+        else:
+            outcome = reproduce(
+                plan,
+                options.out,
+                workers=options.workers,
+                cache=options.cache,
+                device=options.device,
+                report=lambda line: print(line, file=sys.stderr, flush=True),
+            )
+    except OpdTheoryError as error:
+        print(f"opdtheory reproduce: {error}", file=sys.stderr)
+        return USAGE
+    except KeyboardInterrupt:
+        print("opdtheory reproduce: stopped; the same command goes on with the arms that are missing", file=sys.stderr)
+        return FAILS
+    if not outcome.rows:
+        print("opdtheory reproduce: there is no row to write a page of", file=sys.stderr)
+        return FAILS
+    from opdtheory.training.reproduce_claims import as_text
+    from opdtheory.training.reproduce_page import write_page
+    from opdtheory.training.reproduce_table import summaries
+
+    table = summaries(outcome.rows)
+    print(json.dumps([each.to_dict() for each in table], indent=2) if options.json else as_text(table))
+    path = write_page(outcome, options.page or options.out / "reproduction.md")
+    print(f"wrote {path}", file=sys.stderr if options.json else sys.stdout)
+    for name, reason in outcome.missing.items():
+        if reason != "not run":
+            print(f"{name}: {reason}", file=sys.stderr)
+    return FAILS if outcome.missing and not options.no_run else HOLDS

@@ -1,0 +1,297 @@
+r"""The reference trainer. `training_step` is one step from prompts to new parameters; the rest starts and ends a run.
+
+Every loss is a sum over rollouts or tokens divided by a count of the *global* batch, so its gradient is the same
+however the batch is split over backward passes and processes. Every random number is seeded by the run's seed, the
+step and the prompt's index in the global batch, so a step is the same whoever takes it, and after any resume.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opdtheory.errors import InvalidArgumentError
+from opdtheory.estimators import Estimator
+from opdtheory.rollouts import Rollouts, gather_logprobs
+from opdtheory.training import checkpoint
+from opdtheory.training.batches import demonstrate, longest, parts, respond, step_examples, uniforms
+from opdtheory.training.config import TrainConfig
+from opdtheory.training.distributed import Processes, processes
+from opdtheory.training.evaluation import evaluate
+from opdtheory.training.failures import failure
+from opdtheory.training.loading import load_models
+from opdtheory.training.measures import Tally, clipped, distances, step_report
+from opdtheory.training.metrics import Metrics
+from opdtheory.training.models import LanguageModel, Samples, response_logits
+from opdtheory.training.objective import summed
+from opdtheory.training.tasks import Example, Task
+from opdtheory.training.tasks import task as task_of
+from opdtheory.training.validation.observer import validate_run
+
+__all__ = ["Observer", "Run", "TrainResult", "train", "training_step"]
+
+
+@dataclass
+class Run:
+    """What a step works with.
+
+    Attributes:
+        config: the settings.
+        processes: this process among those of the run.
+        task: makes prompts and verifies answers.
+        student: the model that is trained, in place.
+        teacher: the model that scores, frozen.
+        loss: what is descended.
+        optimizer: AdamW over the student's parameters.
+        metrics: rows of finished steps.
+    """
+
+    config: TrainConfig
+    processes: Processes
+    task: Task
+    student: LanguageModel
+    teacher: LanguageModel
+    loss: Estimator
+    optimizer: torch.optim.Optimizer
+    metrics: Metrics
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of the run, if one was named."""
+        return None if self.config.out is None else Path(self.config.out)
+
+
+Observer = Callable[[Run, int], Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished run.
+
+    Attributes:
+        student: the trained model.
+        config: the settings.
+        rows: the metrics of every step, as in `metrics.jsonl`; an evaluation of the start has step 0.
+    """
+
+    student: LanguageModel = field(repr=False)
+    config: TrainConfig
+    rows: list[dict[str, Any]] = field(repr=False)
+
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The rows that hold an evaluation."""
+        return [row for row in self.rows if "greedy_accuracy" in row]
+
+
+def training_step(run: Run, step: int) -> dict[str, float]:
+    """Take step number `step`, counted from 0, and return its metrics."""
+    config, loss = run.config, run.loss
+    for settings in run.optimizer.param_groups:
+        settings["lr"] = config.learning_rate_at(step)
+
+    # 1. The student answers this process's share of the step's prompts, several times each if there are groups.
+    examples, samples = collect(run, step)
+
+    # 2. What the loss is divided by: a count of the global batch, known before the first backward pass.
+    tokens = float(run.processes.total(samples.mask.sum(dtype=torch.float64)))
+    denominator = tokens if loss.reduction == "token_mean" else config.batch_size
+
+    pieces = list(parts(samples, config.microbatch))
+    teacher_logits: dict[int, Tensor] = {}
+    tallies, norms = [], []
+    for update in range(config.updates_per_batch):
+        tally = Tally.empty(run.processes.device)
+        run.optimizer.zero_grad(set_to_none=True)
+        for number, piece in enumerate(pieces):
+            # 3. The teacher scores the student's prefixes, once for all updates.
+            scores = teacher_logits.get(number)
+            if scores is None:
+                scores = score(run, piece)
+            if config.updates_per_batch > 1:
+                teacher_logits[number] = scores
+
+            # 4. The student's own logits, with gradient, and the estimator's loss.
+            try:
+                rollouts = as_rollouts(run, piece, scores)
+                value = summed(loss, rollouts, config.rollouts_per_prompt) / denominator
+            except InvalidArgumentError as error:  # NaN in the logits, say
+                raise fail(run, step, str(error), examples, samples) from error
+            value.backward()
+            tally.add(loss=value, clipped=clipped(loss, rollouts), tokens=rollouts.mask.sum())
+            if update == 0 and config.control != "supervised":
+                tally.add(**distances(rollouts))
+
+        # 5. The sum over processes is the gradient of the global batch; then one AdamW step.
+        if update == 0:
+            tally.add(present=samples.present.sum(), rollouts=len(samples))
+            tally.add(correct=sum(run.task.correct(examples, samples)))
+        run.processes.total(tally.sums)
+        run.processes.sum_gradients(run.student.parameters())
+        limit = float("inf") if config.clip_gradient is None else config.clip_gradient
+        norm = float(torch.nn.utils.clip_grad_norm_(run.student.parameters(), limit))
+        if not (abs(tally["loss"]) < float("inf") and norm < float("inf")):  # NaN fails both
+            problem = f"the loss is {tally['loss']:g} and the gradient's norm {norm:g} in update {update + 1}"
+            raise fail(run, step, problem, examples, samples)
+        run.optimizer.step()
+        tallies.append(tally)
+        norms.append(norm)
+    report = step_report(tallies, norms) | {"learning_rate": config.learning_rate_at(step)}
+    if config.control == "supervised":  # there are no rollouts to speak of
+        return {key: report[key] for key in ("loss", "gradient_norm", "learning_rate", "tokens")}
+    return report
+
+
+def collect(run: Run, step: int) -> tuple[list[Example], Samples]:
+    """This process's rollouts of a step and the problem of each: the groups of its prompts, or demonstrations."""
+    config, each = run.config, run.config.rollouts_per_prompt
+    mine = run.processes.share(config.prompts_per_step)
+    chosen = step_examples(run.task, config, step)[mine.start : mine.stop]
+    examples = [example for example in chosen for _ in range(each)]
+    if config.control == "supervised":
+        return examples, demonstrate(run.student, run.task, examples, config.seed, step, mine.start * each)
+    draws = uniforms(config.seed, step, mine, each, longest(run.task, config))
+    samples = respond(run.student, run.task, examples, config, draws)
+    empty = (samples.mask.sum(-1) == 0).nonzero().flatten().tolist()
+    if empty:
+        problem = f"{len(empty)} of {len(samples)} rollouts hold no token of the student, the first to the prompt "
+        raise fail(run, step, problem + repr(examples[empty[0]].prompt), examples, samples)
+    return examples, samples
+
+
+@torch.no_grad()
+def score(run: Run, piece: Samples) -> Tensor:
+    """The teacher's logits at every response position, divided by the temperature."""
+    return response_logits(run.teacher, piece) / run.config.temperature
+
+
+def as_rollouts(run: Run, piece: Samples, teacher_logits: Tensor) -> Rollouts:
+    """The estimator's input: the piece with both models' logits, the student's differentiable.
+
+    The log-probabilities that sampled are those of the behaviour policy: the student itself before its first update.
+    """
+    logits = response_logits(run.student, piece) / run.config.temperature
+    if run.config.check_rollouts:
+        return Rollouts.from_logits(piece.tokens, logits, teacher_logits, piece.mask, piece.logprobs)
+    return Rollouts.unchecked(
+        tokens=piece.tokens,
+        mask=piece.mask,
+        student_logits=logits,
+        teacher_logits=teacher_logits,
+        student_logprobs=gather_logprobs(logits, piece.tokens, piece.mask),
+        teacher_logprobs=gather_logprobs(teacher_logits, piece.tokens, piece.mask),
+        behavior_logprobs=piece.logprobs,
+    )
+
+
+def fail(run: Run, step: int, problem: str, examples: Sequence[Example], samples: Samples) -> Exception:
+    """The error of a step that cannot be taken, its batch saved."""
+    models = (run.student, run.teacher)
+    return failure(problem, run.folder, step + 1, run.processes.rank, models, examples, samples)
+
+
+def train(
+    config: TrainConfig,
+    *,
+    student: LanguageModel | None = None,
+    teacher: LanguageModel | None = None,
+    task: Task | None = None,
+    observers: Sequence[Observer] = (),
+) -> TrainResult:
+    """Train a student on its own samples, scored by a teacher; go on where a run in the same folder was stopped.
+
+    Under `torchrun` every process calls this and gets the same result; the first one writes the files.
+
+    Args:
+        config: all settings.
+        student: trained in place; by default the one that `config` names.
+        teacher: by default the one that `config` names.
+        task: by default the one that `config` names.
+        observers: called after each step with the run and the steps finished; what they return joins the metrics.
+
+    Raises:
+        InvalidArgumentError: the models or the task do not fit together, or the folder holds another run.
+        TrainingError: a step cannot be taken: a rollout is empty, a loss or gradient not finite. The error names a
+            file that holds the prompts and the tokens.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    folder = None if config.out is None else Path(config.out)
+    with contextlib.ExitStack() as held:
+        team = held.enter_context(processes(config.device))
+        held.enter_context(checkpoint.locked(folder if team.is_first else None))
+        run, first = held.enter_context(started(config, team, student, teacher, task))
+        for step in range(first, config.steps):
+            began = time.perf_counter()
+            row: dict[str, Any] = {"step": step + 1, **training_step(run, step)}
+            row["seconds"] = time.perf_counter() - began
+            if config.is_due(step + 1, config.eval_every) and config.eval_examples:
+                row |= evaluate(run.student, run.teacher, run.task, config, team)
+            if config.validate_every and config.is_due(step + 1, config.validate_every):
+                row |= validate_run(run, step + 1)
+            for observer in observers:
+                row |= observer(run, step + 1)
+            finish_step(run, step + 1, row)
+        return TrainResult(run.student, config, run.metrics.rows)
+
+
+@contextlib.contextmanager
+def started(
+    config: TrainConfig,
+    team: Processes,
+    student: LanguageModel | None,
+    teacher: LanguageModel | None,
+    task: Task | None,
+) -> Iterator[tuple[Run, int]]:
+    """A run that is ready for its next step, and the number of steps finished."""
+    if team.size > config.prompts_per_step:
+        raise InvalidArgumentError(
+            "prompts_per_step", f"is {config.prompts_per_step}; each of {team.size} processes needs at least one"
+        )
+    task = task_of(config.task) if task is None else task
+    student, teacher = load_models(config, task, team, student, teacher)
+    optimizer = torch.optim.AdamW(
+        student.parameters(), lr=0.0, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay, foreach=True
+    )
+    folder = None if config.out is None else Path(config.out)
+    saved = checkpoint.newest(folder / "checkpoints") if folder is not None and team.is_first else None
+    saved = team.from_first(saved)
+    first = 0
+    if saved is not None:
+        saved.check_config(config.identity(), str(folder))
+        student.load_state_dict(saved.student)
+        optimizer.load_state_dict(saved.optimizer)
+        first = saved.step
+    kept = folder if team.is_first else None
+    board, bar = (wanted and team.is_first for wanted in (config.tensorboard, config.progress))
+    metrics = Metrics(kept, first, config.steps, tensorboard=board, progress=bar)
+    if kept is not None:
+        (kept / "config.toml").write_text(config.to_toml(), encoding="utf-8")
+    run = Run(config, team, task, student, teacher, config.loss(), optimizer, metrics)
+    try:
+        metrics.rows = team.from_first(metrics.rows)
+        if config.eval_examples and not metrics.rows:
+            metrics.add({"step": 0, **evaluate(student, teacher, task, config, team)})
+        yield run, first
+    finally:
+        metrics.close()
+
+
+def finish_step(run: Run, finished: int, row: dict[str, Any]) -> None:
+    """Record a step and write its checkpoint if one is due; a step is finished once its checkpoint is."""
+    run.metrics.add(row)
+    if run.folder is not None and run.config.is_due(finished, run.config.checkpoint_every):
+        if run.processes.is_first:
+            run.metrics.sync()
+            state = checkpoint.Checkpoint(
+                finished, run.config.identity(), run.student.state_dict(), run.optimizer.state_dict()
+            )
+            checkpoint.save(run.folder / "checkpoints", state, run.config.keep_checkpoints)
+        run.processes.wait()

@@ -1,0 +1,98 @@
+"""`opdtheory.validate`: one estimator, one pair of models, a few prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from opdtheory.divergences import Divergence
+from opdtheory.errors import InvalidArgumentError
+from opdtheory.estimators import Estimator
+from opdtheory.estimators import estimator as estimator_named
+from opdtheory.training.models import Environment, LanguageModel
+from opdtheory.training.validation.comparison import compare
+from opdtheory.training.validation.expectation import Loss
+from opdtheory.training.validation.prefixes import Prefixes
+from opdtheory.training.validation.report import Validation
+
+__all__ = ["validate"]
+
+
+def validate(
+    student: LanguageModel,
+    teacher: LanguageModel,
+    prompts: Sequence[str] | Sequence[Sequence[int]],
+    estimator: str | Estimator,
+    divergence: str | Divergence | None = None,
+    *,
+    loss: Loss | None = None,
+    max_new_tokens: int = 16,
+    behavior: LanguageModel | None = None,
+    temperature: float = 1.0,
+    environment: Environment | None = None,
+    parameters: Callable[[str], bool] | None = None,
+    draws: int = 256,
+    directions: int = 8,
+    seed: int = 0,
+    **options: Any,
+) -> Validation:
+    r"""Whether an estimator's gradient in a language model's parameters is what theory says.
+
+    The student answers the prompts. At the prefixes of these answers, four gradients in the student's parameters are
+    compared: the exact one of the declared objective, by autograd over the whole vocabulary; that plus the bias which
+    theory predicts, $E_p[u f'(u) s]$ for the stop-gradient estimator (T2); the expectation of the estimator's own
+    code, summed over every next token; and the mean of the estimator over sampled next tokens. Confidence intervals
+    are for projections on fixed random directions, on the exact gradient and on the predicted bias. Variances are
+    sums over the vocabulary, not sample variances, which heavy-tailed weights deceive.
+
+    Args:
+        student: whose gradient it is, in the parameters that require one.
+        teacher: the model that scores, of the same vocabulary.
+        prompts: texts or token ids; one answer each.
+        estimator: a name of `opdtheory.estimator_names()`, or an `Estimator`, whose weight depends on the next token
+            alone. For the others see `validate_by_enumeration`.
+        divergence: where the name needs one.
+        loss: run this function of `Rollouts` in the estimator's place: a trainer's own code, say, of which the
+            estimator states the claim. It sums over tokens and averages over rollouts.
+        max_new_tokens: cap on the answers.
+        behavior: the model that samples, if not the student.
+        temperature: divides all logits.
+        environment: answers calls in the rollouts.
+        parameters: which parameters count, by name; by default all.
+        draws: of the next token at each prefix.
+        directions: random ones.
+        seed: of everything random.
+        **options: of `opdtheory.estimator`.
+
+    Raises:
+        InvalidArgumentError: the estimator looks beyond the next token, the models do not fit, or an option is wrong.
+
+    Example:
+        >>> import opdtheory as opd
+        >>> from opdtheory.training import CharacterVocabulary, Transformer, TransformerConfig
+        >>> digits = CharacterVocabulary("0123456789+=")
+        >>> student, teacher = (Transformer(TransformerConfig(8, 1, 1, 16), digits, seed=s).double() for s in (0, 1))
+        >>> found = opd.validate(student, teacher, ["1+2=", "3+4="], "opd", "forward_kl", max_new_tokens=4)
+        >>> found.verdict, found.bias > 0.1, abs(found.bias - found.predicted_bias) < 1e-9
+        ('agree', True, True)
+    """
+    if isinstance(estimator, Estimator):
+        if divergence is not None or options:
+            given = "divergence" if divergence is not None else next(iter(options))
+            raise InvalidArgumentError(given, "applies to an estimator by name only")
+        chosen = estimator
+    else:
+        chosen = estimator_named(estimator, divergence, **options)
+    tokens = [student.vocabulary.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+    prefixes = Prefixes.sample(
+        student,
+        teacher,
+        tokens,
+        max_new_tokens=max_new_tokens,
+        behavior=behavior,
+        temperature=temperature,
+        environment=environment,
+        parameters=parameters,
+        seed=seed,
+    )
+    return compare(prefixes, chosen, loss, draws=draws, directions=directions, seed=seed)

@@ -1,0 +1,210 @@
+r"""An estimator's own code, run on every next token of a prefix: exact moments over the vocabulary.
+
+The loss is a black box of `Rollouts`. Its sensitivity $\kappa_a = \partial\,\mathrm{loss}/\partial \log p(a|h)$ at
+token $a$ gives the gradient $\kappa_a (e_a - p)$ in the prefix's logits, and the sum over the vocabulary gives mean
+and variance without sampling: the heavy tails of forward-KL and chi-squared weights are in them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from opdtheory.errors import InvalidArgumentError, LossError
+from opdtheory.rollouts import Rollouts
+
+__all__ = ["Known", "Loss", "Moments", "Pairs", "Singles", "moments", "sensitivity"]
+
+Loss = Callable[[Rollouts], Tensor]
+
+
+class Moments(Protocol):
+    """The law of an estimator's gradient at each of N prefixes, in the logits of the next token."""
+
+    def mean(self) -> Float[Tensor, "N V"]:
+        """The expected gradient in the logits."""
+
+    def variance(self, along: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
+        """The variance of the gradient's product with a direction in the logits of each prefix."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """A gradient that the prefix alone decides: no variance over the next token (T7c)."""
+
+    gradient: Float[Tensor, "N V"]
+
+    def mean(self) -> Float[Tensor, "N V"]:
+        """The gradient itself."""
+        return self.gradient
+
+    def variance(self, along: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
+        """Zero."""
+        return torch.zeros_like(along[:, 0])
+
+
+@dataclass(frozen=True)
+class Singles:
+    """One token, of the law `mu`, at a time.
+
+    Attributes:
+        p: the student's probabilities, `(N, V)`.
+        mu: those of the law that samples.
+        kappa: the sensitivity to each token's log-probability.
+    """
+
+    p: Float[Tensor, "N V"]
+    mu: Float[Tensor, "N V"]
+    kappa: Float[Tensor, "N V"]
+
+    def mean(self) -> Float[Tensor, "N V"]:
+        """As `Moments.mean`."""
+        return _scores(self.mu * self.kappa, self.p)
+
+    def variance(self, along: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
+        """As `Moments.variance`."""
+        products = self.kappa * _centred(along, self.p)
+        mean = (self.mu * products).sum(-1, keepdim=True)
+        return (self.mu * (products - mean).square()).sum(-1)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Groups of two tokens at one prefix, of which the estimator takes the mean.
+
+    Attributes:
+        p: the student's probabilities, `(N, V)`.
+        first: the sensitivity of the first token beside each second one, `(N, V, V)`.
+        second: that of the second token.
+    """
+
+    p: Float[Tensor, "N V"]
+    first: Float[Tensor, "N V V"]
+    second: Float[Tensor, "N V V"]
+
+    def mean(self) -> Float[Tensor, "N V"]:
+        """As `Moments.mean`."""
+        beside = torch.einsum("nab,nb->na", self.first, self.p) + torch.einsum("nab,na->nb", self.second, self.p)
+        return _scores(self.p * beside / 2, self.p)
+
+    def variance(self, along: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
+        """As `Moments.variance`."""
+        centred = _centred(along, self.p)
+        products = (self.first * centred.unsqueeze(-1) + self.second * centred.unsqueeze(-2)) / 2
+        law = self.p.unsqueeze(-1) * self.p.unsqueeze(-2)
+        mean = (law * products).sum((-1, -2), keepdim=True)
+        return (law * (products - mean).square()).sum((-1, -2))
+
+
+def moments(
+    loss: Loss, log_p: Float[Tensor, "N V"], log_q: Float[Tensor, "N V"], log_mu: Float[Tensor, "N V"], group: int = 1
+) -> Moments:
+    """The moments of a loss that sums over tokens and averages over rollouts, at each prefix.
+
+    Args:
+        loss: of `Rollouts`; it sees one prefix at a time and every next token, or every pair of them.
+        log_p: the student's log-probabilities, float64.
+        log_q: the teacher's.
+        log_mu: those of the law that samples.
+        group: 1, or 2 for a loss that compares the rollouts of a group.
+
+    Raises:
+        InvalidArgumentError: another size of the group.
+        LossError: the loss uses both the logits and the sampled token's log-probability, or neither.
+    """
+    if group not in (1, 2):
+        raise InvalidArgumentError("group", f"is {group!r}; 1 or 2 is needed, larger groups are not summed over")
+    vocabulary = log_p.shape[-1]
+    every = torch.arange(vocabulary, device=log_p.device)
+    if group == 1:
+        tokens = every.unsqueeze(-1)
+    else:
+        tokens = torch.stack([every.repeat_interleave(vocabulary), every.repeat(vocabulary)])
+    uses_token, uses_logits = _reads(loss, log_p, log_q, log_mu, group)
+    if uses_token == uses_logits:
+        what = "both the logits and" if uses_token else "neither the logits nor"
+        raise LossError(f"the loss has a gradient in {what} the sampled tokens' log-probabilities")
+    if uses_logits:
+        return Known(torch.cat([_known(loss, *rows) for rows in _rows(log_p, log_q, log_mu)]))
+    found = []
+    for p, q, mu in _rows(log_p, log_q, log_mu):
+        found.append(len(tokens) * sensitivity(loss, tokens, None, p, q, mu))
+    kappa = torch.stack(found)
+    if group == 1:
+        return Singles(log_p.exp(), log_mu.exp(), kappa.squeeze(-1))
+    first, second = kappa.view(len(log_p), 2, vocabulary, vocabulary).unbind(1)
+    return Pairs(log_p.exp(), first, second)
+
+
+def sensitivity(
+    loss: Loss, tokens: Int64[Tensor, "B T"], mask: Tensor | None, log_p: Tensor, log_q: Tensor, log_mu: Tensor
+) -> Float[Tensor, "B T"]:
+    """The gradient of a loss in the student's log-probability of each sampled token.
+
+    The rows are `(B, T, V)`, or `(1, V)`, one prefix for every token.
+    """
+    shape = (*tokens.shape, log_p.shape[-1])
+    rows = [x.expand(shape) for x in (log_p, log_q, log_mu)]
+    p, q, mu = (x.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) for x in rows)
+    leaf = p.clone().requires_grad_()
+    with torch.enable_grad():
+        value = loss(_rollouts(tokens, mask, rows[0], rows[1], leaf, q, mu))
+        (gradient,) = torch.autograd.grad(value, leaf)
+    return gradient
+
+
+def _known(loss: Loss, log_p: Tensor, log_q: Tensor, log_mu: Tensor) -> Tensor:
+    """The gradient in the logits of one prefix of a loss that reads no token."""
+    leaf = log_p.unsqueeze(0).clone().requires_grad_()
+    zeros = torch.zeros(1, 1, dtype=log_p.dtype, device=log_p.device)
+    with torch.enable_grad():
+        value = loss(_rollouts(zeros.long(), None, leaf, log_q.unsqueeze(0), zeros, zeros, zeros))
+        (gradient,) = torch.autograd.grad(value, leaf)
+    return gradient.squeeze(0)
+
+
+def _reads(loss: Loss, log_p: Tensor, log_q: Tensor, log_mu: Tensor, group: int) -> tuple[bool, bool]:
+    """Whether the loss has a gradient in the sampled token's log-probability, and in the logits."""
+    rows = [x[:1].unsqueeze(0).expand(group, 1, -1) for x in (log_p, log_q, log_mu)]
+    tokens = rows[0][0].topk(group, dim=-1).indices.T
+    leaves = [rows[0].clone().requires_grad_(), rows[0].gather(-1, tokens.unsqueeze(-1)).squeeze(-1).requires_grad_()]
+    q, mu = (x.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) for x in rows[1:])
+    with torch.enable_grad():
+        value = loss(_rollouts(tokens, None, leaves[0], rows[1], leaves[1], q, mu))
+        if not value.requires_grad:
+            return False, False
+        logits, token = torch.autograd.grad(value, leaves, allow_unused=True)
+    return token is not None, logits is not None
+
+
+def _rollouts(
+    tokens: Tensor, mask: Tensor | None, z_p: Tensor, z_q: Tensor, p: Tensor, q: Tensor, mu: Tensor
+) -> Rollouts:
+    return Rollouts.unchecked(
+        tokens=tokens,
+        mask=torch.ones(tokens.shape, dtype=p.dtype, device=p.device) if mask is None else mask,
+        student_logits=z_p,
+        teacher_logits=z_q,
+        student_logprobs=p,
+        teacher_logprobs=q,
+        behavior_logprobs=mu,
+    )
+
+
+def _rows(*values: Tensor) -> list[tuple[Tensor, ...]]:
+    return list(zip(*(x.unsqueeze(1).unbind(0) for x in values), strict=True))
+
+
+def _scores(weights: Tensor, p: Tensor) -> Tensor:
+    r"""$\sum_a x_a (e_a - p)$ in the logits."""
+    return weights - p * weights.sum(-1, keepdim=True)
+
+
+def _centred(along: Tensor, p: Tensor) -> Tensor:
+    along = along.to(p.dtype)
+    return along - (p * along).sum(-1, keepdim=True)

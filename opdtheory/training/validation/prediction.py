@@ -1,0 +1,158 @@
+r"""What the theory says an estimator's expected gradient is, written down without the estimator's own code.
+
+An estimator whose weight depends on the next token's probabilities alone has the expected gradient
+$-E_p[A s] = g_{\mathrm{exact}} + E_p[(w_f(u) - A) s]$ at each prefix. For the stop-gradient estimator the second
+term is $E_p[u f'(u) s]$ (T2). The weights here come from the statements of the theory (T1, T2, T4, T7-T9) and the
+divergence's own weight and slope; what the estimators compute is compared with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opdtheory.divergences import Divergence
+from opdtheory.errors import InvalidArgumentError
+from opdtheory.estimators import Estimator
+
+__all__ = [
+    "VOCABULARY",
+    "group_factor",
+    "is_token_local",
+    "predicted_weight",
+    "ratio_correction",
+    "ratio_weight",
+    "settings",
+    "standardised",
+]
+
+_TOP = ("topk_truncated", "topk_renormalised", "topk_tail")
+_WHOLE_ROLLOUT = ("return_to_go", "sequence_opd_plus")
+VOCABULARY = ("full_vocab", *_TOP)
+
+
+def settings(estimator: Estimator) -> dict[str, Any]:
+    """The options that an estimator was made with, by name."""
+    return dict(estimator.options)
+
+
+def is_token_local(estimator: Estimator) -> bool:
+    """Whether the weight of a token depends on its own prefix and probabilities alone, batches aside."""
+    return estimator.name not in _WHOLE_ROLLOUT or settings(estimator).get("gamma") == 0.0
+
+
+def predicted_weight(estimator: Estimator, log_p: Tensor, log_q: Tensor) -> Tensor:
+    r"""The weight $A_a$ of every next token, whose mean times the score is descended, before importance ratios.
+
+    Baselines that bias nothing are left out (T7a, T7b). Of a group, the factor of the mean that includes a rollout
+    itself and the z-score are not in it; see `group_factor` and `standardised`.
+
+    Args:
+        estimator: whose claim is spelled out.
+        log_p: the student's log-probabilities, `(N, V)`, float64.
+        log_q: the teacher's, likewise.
+
+    Raises:
+        InvalidArgumentError: the weight is no function of one token's probabilities.
+    """
+    if not is_token_local(estimator):
+        raise InvalidArgumentError(
+            "estimator", f"{estimator!r} weighs a token by what comes after it; only full enumeration predicts it"
+        )
+    options, divergence, log_u = settings(estimator), estimator.claim.divergence, log_q - log_p
+    if estimator.name in _TOP:
+        return _top_weight(estimator.name, options, divergence, log_p, log_q)
+    if estimator.name == "power":
+        weight = (options["alpha"] * log_q).exp() - (options["alpha"] * log_p).exp()
+    elif estimator.name in ("topk_reward", "constant_advantage"):
+        return torch.zeros_like(log_u)  # constant in the token: no gradient (T4, T9e)
+    else:
+        weight = ratio_weight(estimator.name, options, divergence, log_u)
+    if "clip_weight" in options:
+        weight = weight.clamp(*options["clip_weight"])
+    return weight
+
+
+def ratio_weight(name: str, options: Mapping[str, Any], divergence: Divergence, log_u: Tensor) -> Tensor:
+    """The weight as a function of the ratio, with the clip of the log-ratio: T1, T2 and the table of T4."""
+    bound = options.get("clip_log_ratio")
+    inside = log_u if bound is None else log_u.clamp(-bound, bound)
+    differentiated: dict[str, Callable[[Tensor], Tensor]] = {
+        "k1_loss": lambda x: torch.full_like(x, -1.0),
+        "k2_loss": lambda x: x,
+        "k3_loss": lambda x: x.exp() - 1,
+    }
+    if name in differentiated:  # outside the clamp there is no gradient, so that constants count: not u, but u - 1
+        weight = differentiated[name](inside)
+        return weight if bound is None else torch.where(log_u.abs() <= bound, weight, 0.0)
+    if name == "opd":
+        return divergence.weight(inside) - divergence.log_slope(inside)  # T2: off the exact weight by u f'(u)
+    if name in ("opd_plus", "opd_plus_centred", "full_vocab", "return_to_go"):
+        return divergence.weight(inside)
+    if name == "box_cox":
+        order = options["alpha"]
+        return inside if order == 0 else ((order * inside).exp() - 1) / order
+    rewards: dict[str, Callable[[Tensor], Tensor]] = {
+        "k1_reward": lambda x: x,
+        "k2_reward": lambda x: -x.square() / 2,
+        "k3_reward": lambda x: x - x.exp() + 1,
+        "sign": torch.sign,
+    }
+    if name not in rewards:
+        raise InvalidArgumentError("estimator", f"is {name!r}, of which the theory holds no weight")
+    return rewards[name](inside)
+
+
+def standardised(weight: Tensor, law: Tensor, eps: float) -> Tensor:
+    r"""The expected z-score of each entry in a group of two, the other being drawn from `law` (T7e).
+
+    With two rollouts $\sigma = |A - A'|/\sqrt 2$, so that the z-score is all but the sign of the difference:
+    $\sum_{a'} \mathrm{law}_{a'}\, \frac{(A_a - A_{a'})/2}{|A_a - A_{a'}|/\sqrt2 + \epsilon}$.
+
+    Args:
+        weight: `(..., K)`.
+        law: probabilities of the entries, `(..., K)`.
+        eps: as in the z-score.
+    """
+    gap = weight.unsqueeze(-1) - weight.unsqueeze(-2)
+    return (law.unsqueeze(-2) * (gap / 2) / (gap.abs() / 2**0.5 + eps)).sum(-1)
+
+
+def _top_weight(name: str, options: Mapping[str, Any], divergence: Divergence, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """T9: the gradient of each truncated divergence, with the set held fixed, as a weight of every token."""
+    k = options["k"]
+    if k >= log_p.shape[-1]:
+        return divergence.weight(log_q - log_p)
+    ranking = log_p if options.get("support") == "student" else log_q
+    chosen = torch.zeros_like(log_p, dtype=torch.bool).scatter(-1, ranking.topk(k, dim=-1).indices, True)
+    log_u = log_q - log_p
+    if name == "topk_truncated":
+        return torch.where(chosen, divergence.weight(log_u), 0.0)
+    inside_p = log_p.masked_fill(~chosen, -torch.inf).logsumexp(-1, keepdim=True)
+    inside_q = log_q.masked_fill(~chosen, -torch.inf).logsumexp(-1, keepdim=True)
+    if name == "topk_tail":
+        rest = [x.masked_fill(chosen, -torch.inf).logsumexp(-1, keepdim=True) for x in (log_p, log_q)]
+        return divergence.weight(torch.where(chosen, log_u, rest[1] - rest[0]))
+    weight = divergence.weight(torch.where(chosen, log_u + inside_p - inside_q, 0.0))
+    law = torch.where(chosen, (log_p - inside_p).exp(), 0.0)
+    centred = weight - (law * weight).sum(-1, keepdim=True)
+    return torch.where(chosen, centred / inside_p.exp(), 0.0)
+
+
+def ratio_correction(importance: str | None, weight: Tensor, ratio: Tensor, clip_range: float) -> Tensor:
+    r"""What multiplies the weight of a token that $\mu$ drew, given $\rho = p/\mu$ of the kind asked for (T8)."""
+    if importance is None:
+        return torch.ones_like(ratio)
+    if importance != "ppo":
+        return ratio
+    # The clip is active where a step along the advantage would leave the interval.
+    active = ((weight > 0) & (ratio > 1 + clip_range)) | ((weight < 0) & (ratio < 1 - clip_range))
+    return torch.where(active, 0.0, ratio)
+
+
+def group_factor(estimator: Estimator, size: int) -> float:
+    """The factor of a mean that includes the rollout itself, in groups of one length (T7e)."""
+    return (size - 1) / size if settings(estimator).get("baseline") == "group_mean" else 1.0

@@ -1,0 +1,234 @@
+"""Prefixes that a student meets in its own rollouts: both laws of the next token there, and its parameters' map."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from opdtheory.divergences import Divergence
+from opdtheory.errors import InvalidArgumentError
+from opdtheory.exact.tree import pointwise
+from opdtheory.training.models import (
+    Environment,
+    LanguageModel,
+    Samples,
+    check_same_vocabulary,
+    response_logits,
+)
+
+__all__ = ["Prefixes"]
+
+Vector = list[Tensor]
+
+_ROWS = 16  # prefixes whose whole vocabulary is differentiated at once
+
+
+@dataclass(frozen=True)
+class Prefixes:
+    r"""N prefixes from B rollouts, with a map between directions in parameters and in the logits at the prefixes.
+
+    Attributes:
+        student: whose parameters are differentiated.
+        samples: the rollouts.
+        names: of the parameters that count.
+        temperature: divides the logits of all models.
+        log_p: the student's next-token log-probabilities, `(N, V)`, float64.
+        log_q: the teacher's.
+        log_mu: of the law that sampled the rollouts.
+    """
+
+    student: LanguageModel
+    samples: Samples
+    names: tuple[str, ...]
+    temperature: float
+    log_p: Float[Tensor, "N V"]
+    log_q: Float[Tensor, "N V"]
+    log_mu: Float[Tensor, "N V"]
+
+    @classmethod
+    def sample(
+        cls,
+        student: LanguageModel,
+        teacher: LanguageModel,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        behavior: LanguageModel | None = None,
+        temperature: float = 1.0,
+        environment: Environment | None = None,
+        parameters: Callable[[str], bool] | None = None,
+        seed: int = 0,
+    ) -> Prefixes:
+        """The prefixes of one response to each prompt.
+
+        Args:
+            student: its parameters that require a gradient count.
+            teacher: the model that scores.
+            prompts: token ids.
+            max_new_tokens: cap on a response's length.
+            behavior: the model that samples; by default the student.
+            temperature: divides all logits, in sampling and in the loss.
+            environment: answers calls; its tokens are no prefixes.
+            parameters: which names count; by default all.
+            seed: of the samples.
+
+        Raises:
+            InvalidArgumentError: the vocabularies differ, no parameter counts, or no rollout holds a token.
+        """
+        check_same_vocabulary(student, teacher)
+        samples = (behavior or student).sample(
+            prompts,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            environment=environment,
+            generator=torch.Generator(device=student.device).manual_seed(seed),
+        )
+        width = max(1, int(samples.present.sum(-1).max()))
+        samples = samples.rows(slice(None)) if width < samples.tokens.shape[1] else samples
+        if not bool(samples.mask.any()):
+            raise InvalidArgumentError("prompts", f"{len(prompts)} rollouts hold no token of the student")
+        names = tuple(
+            name
+            for name, parameter in student.named_parameters()
+            if parameter.requires_grad and (parameters is None or parameters(name))
+        )
+        if not names:
+            raise InvalidArgumentError("parameters", "choose none of the student's that require a gradient")
+        live = samples.mask > 0
+
+        def law(model: LanguageModel) -> Tensor:
+            with torch.no_grad(), _differentiable(model):
+                return torch.log_softmax(response_logits(model, samples)[live].double() / temperature, dim=-1)
+
+        log_p = law(student)
+        log_mu = log_p if behavior is None or behavior is student else law(behavior)
+        return cls(student, samples, names, temperature, log_p, law(teacher), log_mu)
+
+    def __len__(self) -> int:
+        return self.log_p.shape[0]
+
+    @property
+    def on_policy(self) -> bool:
+        """Whether the student itself sampled."""
+        return self.log_mu is self.log_p
+
+    @cached_property
+    def live(self) -> Tensor:
+        """Which positions of the rollouts are prefixes, `(B, T)`; in their order, row by row."""
+        return self.samples.mask > 0
+
+    @cached_property
+    def rollout(self) -> Int64[Tensor, " N"]:
+        """The rollout of each prefix."""
+        return self.live.nonzero()[:, 0]
+
+    @cached_property
+    def parameters(self) -> Vector:
+        """The parameters that count."""
+        found = dict(self.student.named_parameters())
+        return [found[name] for name in self.names]
+
+    @cached_property
+    def grids(self) -> tuple[Tensor, Tensor, Tensor]:
+        """All three laws at every position of the rollouts, `(B, T, V)`, uniform where there is no prefix."""
+
+        def spread(log: Tensor) -> Tensor:
+            grid = log.new_full((*self.live.shape, log.shape[-1]), -math.log(log.shape[-1]))
+            grid[self.live] = log
+            return grid
+
+        log_p = spread(self.log_p)
+        return log_p, spread(self.log_q), log_p if self.on_policy else spread(self.log_mu)
+
+    @property
+    def dimension(self) -> int:
+        """How many numbers they are."""
+        return sum(parameter.numel() for parameter in self.parameters)
+
+    def shares(self, reduction: str) -> Float[Tensor, " N"]:
+        """What the loss of each prefix is multiplied by in the loss of the batch of all rollouts (T11)."""
+        rollouts, ones = len(self.samples), torch.ones(len(self), dtype=torch.float64, device=self.log_p.device)
+        if reduction == "token_sum":
+            return ones / rollouts
+        if reduction == "token_mean":
+            return ones / len(self)
+        lengths = self.live.sum(-1).double()
+        return 1 / (rollouts * lengths[self.rollout])
+
+    def pull_back(self, logits: Float[Tensor, "N V"]) -> Vector:
+        r"""$J^\top c$: the gradient in the parameters, from that in the logits at every prefix."""
+        weights = (logits / self.temperature).to(self._logits.dtype)
+        return list(
+            torch.autograd.grad(self._logits, self.parameters, weights, retain_graph=True, materialize_grads=True)
+        )
+
+    def push_forward(self, direction: Vector) -> Float[Tensor, "N V"]:
+        r"""$J v$: how the logits at every prefix, divided by the temperature, move along a direction."""
+        weights, gradients = self._transposed
+        some = [(g, v) for g, v in zip(gradients, direction, strict=True) if g.requires_grad]
+        outputs, tangents = [g for g, _ in some], [v for _, v in some]
+        (moved,) = torch.autograd.grad(outputs, weights, tangents, retain_graph=True)
+        return moved / self.temperature
+
+    def random(self, number: int, seed: int = 0) -> Vector:
+        """A fixed random direction of length one, uniform on the sphere."""
+        generator = torch.Generator().manual_seed(1_000_003 * seed + number)
+        found = [torch.randn(p.shape, generator=generator, dtype=p.dtype).to(p.device) for p in self.parameters]
+        size = math.sqrt(sum(float(x.double().square().sum()) for x in found))
+        return [x.div_(size) for x in found]
+
+    @cached_property
+    def _logits(self) -> Tensor:
+        """The student's logits at the prefixes, with their graph, which stays."""
+        with torch.enable_grad(), _differentiable(self.student):
+            return response_logits(self.student, self.samples)[self.live]
+
+    def exact(self, divergence: Divergence) -> Float[Tensor, "N V"]:
+        """The gradient of the divergence at each prefix in the student's logits, by autograd over the vocabulary."""
+        if divergence not in self._exact:
+            found = []
+            for p, q in zip(self.log_p.split(_ROWS), self.log_q.split(_ROWS), strict=True):
+                leaf = p.clone().requires_grad_()
+                with torch.enable_grad():
+                    value = pointwise(divergence, torch.log_softmax(leaf, dim=-1), q).sum()
+                    found.append(torch.autograd.grad(value, leaf)[0])
+            self._exact.clear()
+            self._exact[divergence] = torch.cat(found)
+        return self._exact[divergence]
+
+    @cached_property
+    def _exact(self) -> dict[Divergence, Tensor]:
+        """The last gradient asked for: estimators of one divergence follow each other."""
+        return {}
+
+    @cached_property
+    def _transposed(self) -> tuple[Tensor, Vector]:
+        """Weights of the logits and the gradient that they give, linear in them: its own gradient is $J v$."""
+        weights = torch.zeros_like(self._logits, requires_grad=True)
+        with torch.enable_grad():
+            gradients = torch.autograd.grad(
+                self._logits, self.parameters, weights, create_graph=True, materialize_grads=True
+            )
+        return weights, list(gradients)
+
+
+@contextlib.contextmanager
+def _differentiable(model: LanguageModel) -> Iterator[None]:
+    """Attention written out: fused kernels are not differentiated twice."""
+    config = getattr(getattr(model, "network", None), "config", None)
+    before = getattr(config, "_attn_implementation", None)
+    if config is None or before in (None, "eager"):
+        yield
+        return
+    config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
