@@ -25,7 +25,9 @@ settings.load_profile("default")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests of the library's own messages where an annotation would be refused first."""
+    """Notebooks first; skip the tests of the library's own messages where an annotation would be refused first."""
+    # They share a kernel, so one worker runs them all: the others must have something left to do.
+    items.sort(key=lambda item: "test_notebooks" not in item.nodeid)
     if CHECKED:
         # The run-time checker samples lists with `random`, which hypothesis warns of inside a strategy.
         random = pytest.mark.filterwarnings("ignore:Do not use the `random` module")
