@@ -14,7 +14,7 @@ from opdtheory.training.reproduce_table import Summary
 __all__ = ["FIGURES", "write_figures"]
 
 _LINES = {"opd": ("tab:red", "-"), "opd_plus": ("tab:blue", "-"), "full_vocab": ("0.35", "--")}
-_COLOURS = {"collapses": "tab:red", "trains": "tab:blue", "stays": "0.4", "mixed": "tab:orange"}
+_COLOURS = {"collapses": "tab:red", "trains": "tab:blue", "stays": "0.4", "declines": "tab:orange", "mixed": "0.4"}
 _DPI = 110
 
 
@@ -114,7 +114,7 @@ FIGURES: dict[str, tuple[Callable[[Any, Sequence[Summary]], Any], str]] = {
     "accuracy": (
         _accuracy,
         "Sampled accuracy at the end, a point for each seed, with the 95 % interval of the mean; the line is the "
-        "students' start. Blue: above it in every seed, red: below it in every seed.",
+        "students' start. Blue: trains, red: collapses, orange: declines.",
     ),
     "distance": (
         _curves("reverse_kl", "KL(p|q), nats a token", True),

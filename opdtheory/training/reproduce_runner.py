@@ -119,26 +119,24 @@ def stored(plan: Plan, out: Path, *, cache: str | None = None, problems: dict[st
 def _jobs(plan: Plan, folder: Path, cache: str | None, device: str) -> Iterator[Job]:
     from opdtheory.training.storage import cache_folder
     from opdtheory.training.storage import stored as is_stored
-    from opdtheory.training.supervised import recipe_for
+    from opdtheory.training.supervised import Role, recipe_for
 
-    arms = [arm for arm in plan.arms() if _stored_row(arm, folder) is None]
-    recipes = {
-        (arm.task, role, seed): recipe_for(arm.task, role, seed)
-        for role in ("teacher", "student")
-        for arm in arms
-        for seed in [0 if role == "teacher" else arm.seed]
-    }
-    there = {key for key, recipe in recipes.items() if is_stored(cache_folder(cache) / f"{recipe.key}.safetensors")}
-    for key in recipes:
-        if key in there:
+    known = set[tuple[str, Role, int]]()
+    for arm in plan.arms():
+        if _stored_row(arm, folder) is not None:
             continue
-        task, role, seed = key
-        yield Job(_model_name(*key), {"task": task, "role": role, "seed": seed, "cache": cache})
-    for arm in arms:
-        needed = {(arm.task, "teacher", 0), (arm.task, "student", arm.seed)} - there
+        pair: list[tuple[str, Role, int]] = [(arm.task, "teacher", 0), (arm.task, "student", arm.seed)]
+        needed = []
+        for task, role, seed in pair:
+            if is_stored(cache_folder(cache) / f"{recipe_for(task, role, seed).key}.safetensors"):
+                continue
+            needed.append(f"{role} {seed} of {task}")
+            if (task, role, seed) not in known:  # before the first arm that needs it
+                known.add((task, role, seed))
+                yield Job(needed[-1], {"task": task, "role": role, "seed": seed, "cache": cache})
         out = str(folder / f"{arm.key}.json")
         description = {"arm": arm.to_dict(), "cache": cache, "device": device, "out": out}
-        yield Job(_label(arm), description, frozenset(_model_name(*key) for key in needed), arm)
+        yield Job(_label(arm), description, frozenset(needed), arm)
 
 
 def _run(jobs: Sequence[Job], folder: Path, workers: int) -> Iterator[tuple[Job, str | None]]:
@@ -257,10 +255,6 @@ def _says(job: Job, folder: Path) -> str:
 
 def _label(arm: Arm) -> str:
     return f"{arm.task}, {arm.name}, seed {arm.seed}"
-
-
-def _model_name(task: str, role: str, seed: int) -> str:
-    return f"{role} {seed} of {task}"
 
 
 def _file_name(job: Job) -> str:

@@ -153,19 +153,26 @@ def problems_of(row: Mapping[str, Any]) -> int:
 
 
 def _verdict(done: Sequence[Mapping[str, Any]], failed: int) -> str:
-    """Whether the sampled accuracy ends above or below the student's own, its 95 % intervals apart."""
+    """Whether the sampled accuracy ends above or below the student's own, its 95 % intervals apart.
+
+    A student that falls below in every seed collapses if its KL to the teacher also more than doubles, else declines.
+    """
     total = len(done) + failed
     if failed:
         return f"fails: no finished run in {failed} of {total} seeds"
-    above = below = away = 0
+    above = below = away = doubled = 0
     for row in done:
         first, last = (_interval(row, when) for when in ("start", "end"))
         above += last[0] > first[1]
         below += last[1] < first[0]
-        away += row["end"]["test_reverse_kl"] > row["start"]["test_reverse_kl"]
+        distances = [row[when]["test_reverse_kl"] for when in ("start", "end")]
+        far = [math.inf if value is None else value for value in distances]  # what is not finite is stored as None
+        away += far[1] > far[0]
+        doubled += far[1] > 2 * far[0]
     moved = f"further from the teacher in {away} of {total}" if away else "closer to the teacher in all"
     if below == total:
-        return f"collapses: below the student's start in {below} of {total} seeds, {moved}"
+        word = "collapses" if doubled == total else "declines"
+        return f"{word}: below the student's start in {below} of {total} seeds, {moved}"
     if above == total:
         return f"trains: above the student's start in {above} of {total} seeds, {moved}"
     if not above and not below:

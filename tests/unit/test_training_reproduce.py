@@ -82,16 +82,11 @@ def test_the_plan_is_the_whole_grid_with_one_budget_of_rollouts():
     assert len({arm.key for arm in arms}) == len(arms) == 2 * 3 * (15 + len(CONTROLS) + len(TWINS))
     grid = {(arm.task, arm.seed, arm.name) for arm in arms if arm.group == "grid"}
     assert len(grid) == 2 * 3 * len(DIVERGENCES) * len(ESTIMATORS)
-    configs = [arm.config() for arm in arms]
-    assert (
-        len(
-            {
-                (config.batch_size * config.steps, config.learning_rate, config.clip_gradient)
-                for config in configs.values()
-            }
-        )
-        == 1
-    )
+    shared = {"task": "", "pair_seed": 0, "seed": 0}
+    assert all({**arm.fields, **shared} == {**ARMS[arm.name].fields, **shared} for arm in arms)
+    configs = {name: arm.config() for name, arm in ARMS.items()}
+    budgets = {(each.batch_size * each.steps, each.learning_rate, each.clip_gradient) for each in configs.values()}
+    assert len(budgets) == 1
     # The estimators that can be clipped are, all alike, but for the arm that is there to see what the clip does.
     unclipped = {name for name, config in configs.items() if config.clip_log_ratio != 6.0}
     assert unclipped == {f"{name}/full_vocab" for name in DIVERGENCES} | {
@@ -166,6 +161,9 @@ def test_verdicts_follow_from_the_rows():
     )
     assert table["jsd/opd_plus"].word == "trains"
     assert {each.name: each.word for each in summaries(world(**{"jsd/opd": 0.205}))}["jsd/opd"] == "stays"
+    lost = row("jsd/opd", 0.0)
+    lost["end"]["test_reverse_kl"] = 1.39  # from 0.7
+    assert summaries([lost])[0].word == "declines"
     mixed = [row("jsd/opd", 0.9, 0), row("jsd/opd", 0.0, 1)]
     assert summaries(mixed)[0].word == "mixed"
     failed = [row("jsd/opd", 0.9, 0), {**row("jsd/opd", 0.9, 1), "status": "failed", "error": "the loss is nan"}]
@@ -184,6 +182,11 @@ def test_nothing_below_the_noise_floor_is_claimed():
     assert found[("OPD+ gains a little for the reverse KL", "arithmetic")] == "does not reproduce"
     better = claims(summaries(world(**{"reverse_kl/opd_plus": 0.7})))
     assert [verdict for claim, _, verdict, _ in better if claim.startswith("OPD+")] == ["reproduces"]
+    # A floor above all that the baseline itself gains leaves nothing to compare.
+    dull = claims(
+        summaries(world(**{"reverse_kl/opd": 0.21, TWINS["reverse_kl/opd"]: 0.21, "reverse_kl/opd_plus": 0.21}))
+    )
+    assert [verdict for claim, _, verdict, _ in dull if claim.startswith("OPD+")] == ["not resolved"]
     assert noise_floor(summaries([each for each in rows if each["group"] != "twin"])) is None
 
 
