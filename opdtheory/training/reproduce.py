@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 from opdtheory.errors import OpdTheoryError
@@ -42,14 +46,15 @@ def run(options: argparse.Namespace) -> int:
         if options.no_run:
             outcome = stored(plan, options.out, cache=options.cache)
         else:
-            outcome = reproduce(
-                plan,
-                options.out,
-                workers=options.workers,
-                cache=options.cache,
-                device=options.device,
-                report=lambda line: print(line, file=sys.stderr, flush=True),
-            )
+            with _terminated_like_interrupted():
+                outcome = reproduce(
+                    plan,
+                    options.out,
+                    workers=options.workers,
+                    cache=options.cache,
+                    device=options.device,
+                    report=lambda line: print(line, file=sys.stderr, flush=True),
+                )
     except OpdTheoryError as error:
         print(f"opdtheory reproduce: {error}", file=sys.stderr)
         return USAGE
@@ -71,3 +76,16 @@ def run(options: argparse.Namespace) -> int:
         if reason != "not run":
             print(f"{name}: {reason}", file=sys.stderr)
     return FAILS if outcome.missing and not options.no_run else HOLDS
+
+
+@contextlib.contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """Let a SIGTERM end the processes as Ctrl-C does, not leave them behind; threads other than the main cannot."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
