@@ -84,6 +84,7 @@ def subjects() -> Iterator[Subject]:
     yield from wrong_claims()
     yield from under_settings()
     yield from groups()
+    yield from adapters()
     yield from published()
 
 
@@ -132,6 +133,28 @@ def groups() -> Iterator[Subject]:
                 yield Subject("groups", f"{short(e)}, G={GROUP}", e, follows, "token_local", settings)
     mean = opd.estimator("opd_plus", "jsd", reduction="token_mean")
     yield Subject("groups", f"{short(mean)}, G={GROUP}", mean, "jsd", "token_local", settings)
+
+
+def adapters() -> Iterator[Subject]:
+    """Losses of other shapes, of which one inverts two output layers at every call."""
+
+    def forward_kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+        return (log_q.exp() * (log_q - log_p)).sum(-1)
+
+    adapted = {
+        "from_logprobs": opd.from_logprobs(lambda p, q: (p - q).square() / 2),
+        "from_logits": opd.from_logits(lambda p, q, labels: forward_kl(p.log_softmax(-1), q.log_softmax(-1))),
+        "from_advantage": opd.from_advantage(lambda p, q: q - p, detach=True),
+        "from_hidden": opd.from_hidden(
+            lambda x, head, y, other, labels: forward_kl((x @ head.T).log_softmax(-1), (y @ other.T).log_softmax(-1))
+        ),
+        "from_top_k": opd.from_top_k(
+            lambda z, ids, log_q, labels: forward_kl(z.log_softmax(-1).gather(-1, ids), log_q), k=2
+        ),
+    }
+    for name, loss in adapted.items():
+        for claim in ("forward_kl", "reverse_kl"):
+            yield Subject("adapters", f"{name} as {claim}", loss, claim)
 
 
 def published() -> Iterator[Subject]:

@@ -322,8 +322,9 @@ def _hidden(name: str, logits: Float[Tensor, "B T V"], seed: int) -> tuple[Tenso
     left, right = torch.linalg.qr(torch.randn(2, size, size, generator=generator, dtype=torch.float64)).Q
     ends = torch.tensor(_LARGEST_SINGULAR_VALUE, dtype=torch.float64).log()
     values = torch.linspace(-float(ends), float(ends), size, dtype=torch.float64).exp()
-    head = left @ values.diag() @ right.T
-    hidden = logits @ torch.linalg.inv(head).T.to(logits)
+    head = (left * values) @ right.T
+    # The two factors are orthogonal, which makes the inverse a product too.
+    hidden = logits @ ((left / values) @ right.T).to(logits)
     return hidden, head.to(logits)
 
 

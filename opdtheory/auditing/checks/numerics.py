@@ -22,9 +22,10 @@ __all__ = ["DTYPES", "DtypeResult", "numerics", "realistic_logits"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# Tokens and vocabulary of the realistic batch; a loss that is slow on the vocabulary of the trial gets the small one.
+# Tokens and vocabulary of the realistic batch, and the vocabulary for a loss that would be slow on that one: seconds of
+# one call, foreseen from two smaller vocabularies of which the second is twice the first.
 _TOKENS, _VOCABULARY, _SMALL_VOCABULARY = 16, 2048, 128
-_TRIAL_VOCABULARY, _SLOW_SECONDS = 256, 0.03
+_TRIAL_VOCABULARIES, _SLOW_SECONDS = (128, 256), 0.1
 
 # log p of the likelier of the two policies: ordinary, near one, and of a token that both find very rare; and the
 # log-ratios, of either sign, that are tried there.
@@ -155,15 +156,24 @@ def realistic_logits(
 
 
 def _is_slow(loss: Loss, batch_size: int, seed: int) -> bool:
-    """Whether the cost grows with the vocabulary as in a loss that builds and inverts an output layer."""
-    batch = _realistic_batch(torch.float64, batch_size, _TRIAL_VOCABULARY, seed)
-    seconds = []
+    """Whether a call would be long over the whole vocabulary, as of a loss that builds and inverts an output layer."""
+    first, second = (_seconds(loss, batch_size, vocabulary, seed) for vocabulary in _TRIAL_VOCABULARIES)
+    # Between a constant cost and a cubic one, however the clock ticked.
+    growth = min(max(second / max(first, 1e-9), 1.0), 8.0)
+    doublings = math.log2(_VOCABULARY / _TRIAL_VOCABULARIES[1])
+    return second * growth**doublings > _SLOW_SECONDS
+
+
+def _seconds(loss: Loss, batch_size: int, vocabulary: int, seed: int) -> float:
+    """CPU time of one call, the quicker of two."""
+    batch = _realistic_batch(torch.float64, batch_size, vocabulary, seed)
+    taken = []
     for _ in range(2):
-        start = time.perf_counter()
+        start = time.process_time()
         with contextlib.suppress(_RefusalError):
             _gradient(loss, batch)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds) > _SLOW_SECONDS
+        taken.append(time.process_time() - start)
+    return min(taken)
 
 
 def _realistic_batch(dtype: torch.dtype, batch_size: int, vocabulary: int, seed: int) -> Rollouts:
