@@ -64,7 +64,7 @@ class Subject:
 
     @property
     def limit(self) -> float:
-        return GROUP_LIMIT if self.settings.get("batch_size", 1) >= GROUP else LIMIT
+        return GROUP_LIMIT if self.settings.get("batch_size", 1) == GROUP else LIMIT
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,7 @@ def subjects() -> Iterator[Subject]:
     yield from wrong_claims()
     yield from under_settings()
     yield from groups()
+    yield from sampled()
     yield from adapters()
     yield from published()
 
@@ -133,6 +134,17 @@ def groups() -> Iterator[Subject]:
                 yield Subject("groups", f"{short(e)}, G={GROUP}", e, follows, "token_local", settings)
     mean = opd.estimator("opd_plus", "jsd", reduction="token_mean")
     yield Subject("groups", f"{short(mean)}, G={GROUP}", mean, "jsd", "token_local", settings)
+
+
+def sampled() -> Iterator[Subject]:
+    """Batches that are too many to enumerate, right and wrong."""
+    for settings in ({"batch_size": 16, "eos": 0}, {"batch_size": 12, "eos": 0, "off_policy": 0.3}):
+        given = ", ".join(f"{key}={value}" for key, value in settings.items())
+        for name in ("opd", "opd_plus"):
+            for follows in ("reverse_kl", "forward_kl", "jsd"):
+                for options in ({"baseline": "leave_one_out"}, {"baseline": "group_mean"}, {"zscore": True}):
+                    e = opd.estimator(name, follows, **options)
+                    yield Subject("sampled", f"{short(e)}, {given}", e, follows, "token_local", settings)
 
 
 def adapters() -> Iterator[Subject]:
@@ -220,7 +232,7 @@ def table(timings: list[Timing]) -> str:
 
 def summary(timings: list[Timing]) -> str:
     parts = []
-    for limit, what in ((LIMIT, "single rollouts and pairs"), (GROUP_LIMIT, f"groups of {GROUP}")):
+    for limit, what in ((LIMIT, "all others"), (GROUP_LIMIT, f"groups of {GROUP}")):
         held = [t for t in timings if t.subject.limit == limit]
         if held:
             worst = max(held, key=lambda t: t.cpu)

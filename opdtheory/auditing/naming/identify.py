@@ -149,7 +149,9 @@ class ExactGradients:
         return self._found[key]
 
 
-def recover_weight(loss: Loss, batch_size: int, off_policy: float, seed: int, tolerance: float) -> RecoveredWeight:
+def recover_weight(
+    loss: Loss, batch_size: int, off_policy: float, seed: int, tolerance: float, *, laws: int = 3
+) -> RecoveredWeight:
     r"""Recover $w(u_a) = -G_a / p_a + \text{const}$ from the expected gradient $G$ on one-step bandits.
 
     Args:
@@ -158,12 +160,13 @@ def recover_weight(loss: Loss, batch_size: int, off_policy: float, seed: int, to
         off_policy: noise of the sampling policy's logits.
         seed: of the bandits.
         tolerance: relative error of the loss's gradient that is rounding.
+        laws: students of equal log-ratios that are compared, two at least.
 
     Raises:
         LossError: as `gradient_moments`.
     """
     parts = bandit_parts(batch_size)
-    found = [_curves(loss, part, batch_size, off_policy, seed) for part in parts]
+    found = [_curves(loss, part, batch_size, off_policy, seed, laws) for part in parts]
     # Every part holds 0, where its curves are zero.
     log_u, order = torch.cat([part[part != 0.0] for part in parts] + [torch.zeros(1, dtype=torch.float64)]).sort()
     values = [c[:, part != 0.0] for c, part in zip(found, parts, strict=True)]
@@ -194,10 +197,10 @@ def recover_weight(loss: Loss, batch_size: int, off_policy: float, seed: int, to
 _NOTHING = torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64)
 
 
-def _curves(loss: Loss, log_u: Tensor, batch_size: int, off_policy: float, seed: int) -> Tensor:
+def _curves(loss: Loss, log_u: Tensor, batch_size: int, off_policy: float, seed: int, laws: int) -> Tensor:
     """The weight at log-ratios with 0 in the middle, less its value there, from each law of the bandits."""
     return torch.stack(
-        [_advantage(loss, case, batch_size, len(log_u) // 2) for case in bandits(log_u, off_policy, seed)]
+        [_advantage(loss, case, batch_size, len(log_u) // 2) for case in bandits(log_u, off_policy, seed)[-laws:]]
     )
 
 

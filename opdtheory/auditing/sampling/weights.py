@@ -123,7 +123,7 @@ def sampled_weight(
     *,
     confidence: float,
     seconds: float,
-    most: int = 160,
+    most: int = 96,
 ) -> SampledWeight:
     r"""Intervals for the weight $w(u_a) - w(1) = -G_a/p_a + G_1/p_1$ on one-step policies, from drawn batches.
 
@@ -136,7 +136,8 @@ def sampled_weight(
         seed: of everything drawn.
         confidence: joint level of all intervals.
         seconds: wall-clock budget.
-        most: observations of each policy after which no more are made, however wide the intervals are.
+        most: observations of each policy after which no more are made. Where even these would leave intervals too wide
+            to conclude from, fewer are.
 
     Raises:
         LossError: the loss is no differentiable, finite scalar.
@@ -178,8 +179,10 @@ def sampled_weight(
                 at = basis @ stream.known
                 low, high = at + low - _SAME * size, at + high + _SAME * size
                 middle = (low + high) / 2.0
-                sharp = float((high - low).max()) / 2.0 <= _PRECISE * float(middle.max() - middle.min()) / 2.0
-                if sharp or aimed >= most or time.perf_counter() - start > seconds:
+                # Widths fall with the root of the number: what would stay too wide to conclude from is left as it is.
+                wide = float((high - low).max()) / max(float(middle.max() - middle.min()), 1e-300)
+                hopeless = wide > _PRECISE * math.sqrt(most / aimed)
+                if wide <= _PRECISE or hopeless or aimed >= most or time.perf_counter() - start > seconds:
                     break
                 aimed = min(most, math.ceil(_GROWTH * aimed))
             ends.append((low, high))
