@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # No torch here: the command line reads the fields for its help.
 __all__ = ["ESTIMATOR_OPTIONS", "RUNTIME", "Control", "TrainConfig"]
 
-Control = Literal["constant_advantage", "supervised"]
+Control = Literal["constant_advantage", "supervised", "exact_opd"]
 _NUMBER_NEEDED = {int: "a whole number", float: "a finite number"}
 
 
@@ -86,8 +86,8 @@ class TrainConfig:
     support: Literal["teacher", "student"] | None = _option(None, "whose k likeliest tokens")
     control: Control | None = _option(
         None,
-        "a control in place of the estimator: every token has the advantage --advantage, or the loss is that of "
-        "more demonstrations, as many as rollouts",
+        "a control in place of the estimator: every token has the advantage --advantage; or the loss is that of more "
+        "demonstrations, as many as rollouts; or OPD's reward is summed over the whole vocabulary, without noise",
     )
     advantage: float | None = _option(None, "the constant of the control constant_advantage")
     # Rollouts

@@ -15,6 +15,7 @@ from torch import Tensor
 from opdtheory.divergences import Divergence, divergence, names
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.estimators import Claim, Estimator, estimator
+from opdtheory.estimators.base import unmasked
 from opdtheory.estimators.sampled import ScoreFunction
 from opdtheory.rollouts import Rollouts
 from opdtheory.training.config import Control
@@ -85,7 +86,9 @@ def objective(
     r"""The loss of a run.
 
     The control `constant_advantage` descends $-A \sum_n \log p(y_n|h_n)$ with one constant $A$ for every token: its
-    expected gradient is zero on-policy. The control `supervised` is the cross-entropy of demonstrations.
+    expected gradient is zero on-policy. The control `supervised` is the cross-entropy of demonstrations. The control
+    `exact_opd` is the expectation of OPD at each history, $\sum_a p(a|h_n)\,f(u_a)$ with the gradient of $f$ stopped:
+    OPD's bias without its variance (T2).
 
     Raises:
         InvalidArgumentError: as `opdtheory.estimator`, or an option that the control leaves no meaning.
@@ -96,17 +99,40 @@ def objective(
                 "advantage", f"is {advantage:g}; it applies to control='constant_advantage' only"
             )
         return estimator(name, None if given is None else parse_divergence(given), **options)
+    if control == "exact_opd":
+        return _exact_opd(given, options)
     if given is not None:
         raise InvalidArgumentError("divergence", f"is {given!r}; it does not apply to control={control!r}")
-    for option, value in options.items():
-        if option != "reduction" and value not in (None, False):
-            raise InvalidArgumentError(option, f"is {value!r}; it does not apply to control={control!r}")
+    _refuse_others(options, control, ("reduction",))
     if control == "constant_advantage" and advantage is None:
         raise InvalidArgumentError("advantage", "control='constant_advantage' needs it, such as -1.0")
     weight = 1.0 if advantage is None else advantage
     verdict: Literal["zero", "biased"] = "biased" if control == "supervised" else "zero"
     claim = Claim(divergence("reverse_kl"), "token_local", verdict, "T4", assumptions=("on-policy", "fixed length"))
     return Estimator(control, claim, lambda rollouts: -weight * rollouts.student_logprobs, options["reduction"])
+
+
+def _exact_opd(given: str | None, options: Mapping[str, Any]) -> Estimator:
+    if given is None:
+        raise InvalidArgumentError("divergence", "control='exact_opd' needs one")
+    _refuse_others(options, "exact_opd", ("reduction", "clip_log_ratio"))
+    followed = estimator("opd", parse_divergence(given), **options)
+    clip: float | None = options.get("clip_log_ratio")
+
+    def token_loss(rollouts: Rollouts) -> Float[Tensor, "B T"]:
+        logits = (unmasked(rollouts, z) for z in (rollouts.student_logits, rollouts.teacher_logits))
+        log_p, log_q = (torch.log_softmax(z, -1) for z in logits)
+        log_u = (log_q - log_p).detach()
+        log_u = log_u if clip is None else log_u.clamp(-clip, clip)
+        return (log_p.exp() * followed.claim.divergence.generator(log_u)).sum(-1)
+
+    return Estimator("exact_opd", followed.claim, token_loss, options["reduction"])
+
+
+def _refuse_others(options: Mapping[str, Any], control: str, kept: tuple[str, ...]) -> None:
+    for option, value in options.items():
+        if option not in kept and value not in (None, False):
+            raise InvalidArgumentError(option, f"is {value!r}; it does not apply to control={control!r}")
 
 
 def needs_groups(loss: Estimator) -> bool:

@@ -49,6 +49,12 @@ CONTROLS: dict[str, dict[str, Any]] = {
     "forward_kl -7(u-1)/opd": {"estimator": "opd", "divergence": "u*log(u) - 7*(u-1)"},
     "forward_kl -2(u-1)/opd": {"estimator": "opd", "divergence": "u*log(u) - 2*(u-1)"},
     "jsd -log(2)/2(u-1)/opd": {"estimator": "opd", "divergence": _JSD_CURED},
+    "forward_kl/opd, whole vocabulary": {
+        "control": "exact_opd",
+        "divergence": "forward_kl",
+        "clip_log_ratio": _CLIP,
+    },
+    "jsd/opd, whole vocabulary": {"control": "exact_opd", "divergence": "jsd", "clip_log_ratio": _CLIP},
     "supervised": {"control": "supervised"},
     "constant advantage -1": {"control": "constant_advantage", "advantage": -1.0},
     "sign": {"estimator": "sign"},

@@ -64,15 +64,17 @@ def local_weight(config: TrainConfig, log_u: Float[Tensor, "*shape"]) -> Float[T
     """The weight that the arm's expected gradient gives a token, clip included; None for demonstrations."""
     if config.control == "supervised":
         return None
-    if config.control is not None:
+    if config.control == "constant_advantage":
         return torch.zeros_like(log_u)
     loss = config.loss()
+    if config.control == "exact_opd":
+        return ratio_weight("opd", {"clip_log_ratio": config.clip_log_ratio}, loss.claim.divergence, log_u)
     return ratio_weight(loss.name, dict(loss.options), loss.claim.divergence, log_u)
 
 
 def reading(config: TrainConfig) -> Reading:
     """Look at the weight of a configuration on the range of log-ratios that its clip leaves, or on six nats."""
-    if config.control is not None:
+    if config.control in ("constant_advantage", "supervised"):
         return Reading("supervised" if config.control == "supervised" else "zero")
     bound = config.clip_log_ratio or _SHOWN
     log_u = torch.linspace(-bound, bound, 2401, dtype=torch.float64)

@@ -75,6 +75,8 @@ def test_what_is_no_divergence_is_refused(text: str) -> None:
         ({"divergence": None, "control": "constant_advantage"}, "advantage"),
         ({"divergence": None, "control": "supervised", "clip_log_ratio": 6.0}, "clip_log_ratio"),
         ({"divergence": "jsd", "control": "supervised"}, "divergence"),
+        ({"divergence": None, "control": "exact_opd"}, "divergence"),
+        ({"divergence": "jsd", "control": "exact_opd", "zscore": True, "rollouts_per_prompt": 2}, "zscore"),
         ({"divergence": 3}, "divergence"),
     ],
 )

@@ -53,6 +53,7 @@ CASES = [
     },
     {"control": "constant_advantage", "advantage": -1.0},
     {"control": "supervised"},
+    {"control": "exact_opd", "divergence": "jsd", "clip_log_ratio": 2.0},
 ]
 REDUCTIONS = ("token_mean", "token_sum", "sequence_mean")
 
@@ -144,6 +145,25 @@ def test_constant_advantage_is_the_k1_loss() -> None:
     assert _distance(constant, k1) < ALGEBRA
     reward, _, _ = gradients(settings.replace(estimator="k1_reward"))
     assert _distance(reward, k1) > 1e-3
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_exact_opd_is_the_expectation_of_opd(clip: float | None) -> None:
+    settings = config(estimator="opd", divergence="forward_kl", clip_log_ratio=clip)
+    logits = torch.randn(2, 1, 1, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    student, teacher = logits[0].requires_grad_(), logits[1]
+
+    def gradient(settings: opd.TrainConfig, token: int) -> torch.Tensor:
+        rollouts = opd.Rollouts.from_logits(torch.tensor([[token]]), student, teacher)
+        return torch.autograd.grad(settings.loss()(rollouts), student)[0]
+
+    p = student.detach().softmax(-1).flatten()
+    expected = sum(p[a] * gradient(settings, a) for a in range(5))
+    exact = [gradient(settings.replace(control="exact_opd"), a) for a in (0, 3)]
+    assert torch.equal(exact[0], exact[1])
+    assert float((exact[0] - expected).abs().max()) < 1e-15
+    corrected = gradient(settings.replace(estimator="full_vocab", clip_log_ratio=None), 0)
+    assert float((exact[0] - corrected).abs().max()) > 1e-2
 
 
 def test_more_supervision_learns_the_demonstrations() -> None:
