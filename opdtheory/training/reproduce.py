@@ -32,17 +32,22 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", action="append", metavar="NAME", help="one of the tasks only; may be repeated")
     parser.add_argument("--device", default="auto", metavar="NAME", help="of the arms (%(default)s)")
     parser.add_argument("--cache", metavar="DIR", help="folder of trained teachers and students")
+    parser.add_argument(
+        "--adopt", type=Path, metavar="FILE", help="rows beside another page (its .jsonl) that need not be run again"
+    )
     parser.add_argument("--no-run", action="store_true", help="run nothing, write the page of the rows that are there")
     parser.add_argument("--json", action="store_true", help="print the table as JSON")
 
 
 def run(options: argparse.Namespace) -> int:
     """Run the experiment as the options say; returns the exit status."""
-    from opdtheory.training.reproduce_runner import reproduce, stored
+    from opdtheory.training.reproduce_runner import adopt, reproduce, stored
 
     try:
         name = "quick" if options.quick else "full"
         plan = plan_of(name, seeds=options.seeds, steps=options.steps, tasks=options.task)
+        if options.adopt is not None:
+            print(f"{adopt(options.adopt, options.out)} rows adopted", file=sys.stderr)
         if options.no_run:
             outcome = stored(plan, options.out, cache=options.cache)
         else:

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from opdtheory.errors import InvalidArgumentError
 from opdtheory.training.reproduce_plan import Arm, Plan
 
-__all__ = ["Outcome", "reproduce", "stored"]
+__all__ = ["Outcome", "adopt", "reproduce", "stored"]
 
 COMMAND = (sys.executable, "-m", "opdtheory.training.reproduce_arm")
 _WAIT = 0.1  # seconds between looks at the processes
@@ -114,6 +115,35 @@ def stored(plan: Plan, out: Path, *, cache: str | None = None, problems: dict[st
         else:
             missing[_label(arm)] = (problems or {}).get(_label(arm), "not run")
     return Outcome(plan, rows, missing, _records(rows, cache), _sessions(out))
+
+
+def adopt(path: Path, out: Path) -> int:
+    """Put the rows and sessions of a page's JSON lines into a folder that lacks them; how many rows.
+
+    A row counts for an arm only if it is of the same settings and models, so that others are run again.
+
+    Raises:
+        InvalidArgumentError: the file is missing or holds something else.
+    """
+    try:
+        head, *rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+        arms = [(_arm_of(row), row) for row in rows]
+        sessions = [json.dumps(session) + "\n" for session in head["sessions"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        problem = f"{path} holds no rows of the experiment ({type(error).__name__}: {error})"
+        raise InvalidArgumentError("adopt", f"{problem}; the file of JSON lines beside a page is needed") from None
+    folder = out / "arms"
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = [(arm, row) for arm, row in arms if not (folder / f"{arm.key}.json").exists()]
+    for arm, row in missing:
+        (folder / f"{arm.key}.json").write_text(json.dumps(row, allow_nan=False), encoding="utf-8")
+    if missing and not (out / "sessions.jsonl").exists():
+        (out / "sessions.jsonl").write_text("".join(sessions), encoding="utf-8")
+    return len(missing)
+
+
+def _arm_of(row: dict[str, Any]) -> Arm:
+    return Arm(row["name"], row["group"], row["task"], row["seed"], row["identity"]["fields"])
 
 
 def _jobs(plan: Plan, folder: Path, cache: str | None, device: str) -> Iterator[Job]:

@@ -24,7 +24,7 @@ from opdtheory.training.metrics import wilson
 from opdtheory.training.reproduce_claims import claims, difference, noise_floor
 from opdtheory.training.reproduce_page import page_of, read_outcome, write_page
 from opdtheory.training.reproduce_plan import CONTROLS, DIVERGENCES, ESTIMATORS, FULL, QUICK, TWINS, plan_of
-from opdtheory.training.reproduce_runner import Outcome, reproduce, stored
+from opdtheory.training.reproduce_runner import Outcome, adopt, reproduce, stored
 from opdtheory.training.reproduce_table import share_of, summaries
 from opdtheory.training.reproduce_theory import objective_value, reading
 from opdtheory.training.tasks import Addition
@@ -265,6 +265,8 @@ def test_an_arm_measures_its_start_and_its_end(tiny):
     assert summaries([found])[0].seeds == (0,)
     more = reproduce_arm.run_arm(small(tiny, "supervised"), device="cpu")
     assert more["bias"] is None and more["objective"] == [None, None]
+    whole = reproduce_arm.run_arm(small(tiny, "forward_kl/opd, whole vocabulary"), device="cpu")
+    assert whole["bias"] is None and whole["objective"][0] == found["objective"][0]
 
 
 def test_the_optimal_baseline_leaves_the_least_variance(tiny):
@@ -356,6 +358,20 @@ def test_rows_of_another_configuration_are_not_taken_for_these(stand_in, tmp_pat
         assert stored(stand_in, tmp_path / "out").rows == []
     path.write_text(json.dumps(made)[:-9])
     assert stored(stand_in, tmp_path / "out").rows == []
+
+
+def test_rows_beside_a_page_are_adopted_for_the_same_arms_only(stand_in, tmp_path, capsys):
+    first = dataclasses.replace(stand_in, divergences=("reverse_kl",))
+    page = write_page(reproduce(first, tmp_path / "first", workers=1), tmp_path / "docs" / "page.md")
+    rows, out = page.with_suffix(".jsonl"), tmp_path / "second"
+    assert adopt(rows, out) == 2 and adopt(rows, out) == 0
+    found = stored(stand_in, out)
+    assert {each["name"] for each in found.rows} == {"reverse_kl/opd", "reverse_kl/opd_plus"}
+    assert len(found.missing) == 2 and found.sessions == stored(first, tmp_path / "first").sessions
+    longer = dataclasses.replace(stand_in, steps=stand_in.steps + 1)
+    assert stored(longer, out).rows == []
+    assert main(["reproduce", "--no-run", "--adopt", str(tmp_path / "none.jsonl"), "--out", str(out)]) == 2
+    assert "none.jsonl" in capsys.readouterr().err
 
 
 def test_an_interrupt_ends_the_processes_and_keeps_the_rows(stand_in, tmp_path, monkeypatch):
