@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,12 @@ def without_numbers(text: str) -> list[str]:
             del cells[2]
         kept.append(" | ".join(cells))
     return kept
+
+
+def test_a_check_says_how_long_it_took():
+    start = time.perf_counter()
+    one = theorem("T1b").identities[0].run()
+    assert 0.0 < one.seconds < time.perf_counter() - start
 
 
 def test_every_theorem_has_a_derivation_checks_and_words():

@@ -10,10 +10,12 @@ from hypothesis import Phase, assume, find, given, settings
 from hypothesis import strategies as st
 
 from opdtheory import TabularPolicy, divergence, estimator, exact_gradient, expected_gradient
+from opdtheory.divergences import symbol
 from opdtheory.exact.tree import Tree
 from opdtheory.testing import divergences, gradient_gap, policies, policy_pairs
 from opdtheory.theorems.flows import TEACHER, distance, far_students, flow
 from opdtheory.theorems.stability import theorems
+from opdtheory.theorems.stability_checks import local_weight, symbolic_weight
 from tests.tolerances import ALGEBRA, FINITE_DIFFERENCE
 
 THEOREMS = theorems()
@@ -51,6 +53,22 @@ def linear_response_gap(teacher, d, name, direction, slope) -> float:
 
 def slope_at_teacher(name, d) -> float:
     return float(d.curvature(AT_TEACHER) if name == "opd_plus" else -d.log_slope(AT_TEACHER))
+
+
+@pytest.mark.parametrize("name", ["opd", "opd_plus"])
+def test_the_symbolic_weight_is_that_of_the_estimator(name):
+    u = symbol()
+    weight = symbolic_weight(name, divergence("jsd").expr, u)
+    log_u = torch.tensor([-1.5, 0.5, 2.0], dtype=torch.float64)
+    symbolic = [float(weight.subs(u, x)) for x in log_u.exp().tolist()]
+    numeric = local_weight(name, divergence("jsd"))(log_u).tolist()
+    assert symbolic == pytest.approx(numeric, abs=ALGEBRA)
+    # The estimator itself: on one step its expected gradient is -p (w - E_p w).
+    student, teacher = (TabularPolicy.random(3, 1, seed=seed) for seed in (0, 1))
+    p, q = (policy.logits[0].softmax(-1).flatten() for policy in (student, teacher))
+    w = torch.tensor([float(weight.subs(u, x)) for x in (q / p).tolist()], dtype=torch.float64)
+    (found,) = expected_gradient(estimator(name, "jsd"), student, teacher)
+    assert float((found.flatten() + p * (w - (p * w).sum())).abs().max()) < ALGEBRA
 
 
 def false_slope(name, d) -> float:

@@ -119,7 +119,7 @@ class Session:
         while waiting or running:
             while waiting and len(running) < self.workers:
                 mutant = waiting.pop()
-                guards = self._affordable(covering(str(mutant.path), mutant.lines, self.records))
+                guards = self._guards(mutant)
                 if not guards:
                     self._tell(mutant, "no check runs it")
                     continue
@@ -133,10 +133,10 @@ class Session:
             if len(self.outcomes) % 100 == 0:
                 print(f"... {len(self.outcomes)} of {len(self.found)} in {time.time() - start:.0f} s", flush=True)
 
-    def _affordable(self, guards: list[Check]) -> list[Check]:
-        """The quickest of the checks; what survives them all would take minutes to hold against the rest."""
+    def _guards(self, mutant: Mutant) -> list[Check]:
+        """The quickest checks of a mutant; what survives them all would take minutes to hold against the rest."""
         spent, kept = 0.0, []
-        for check in guards:
+        for check in covering(str(mutant.path), mutant.lines, self.records, self._ran_early(mutant)):
             spent += self.records[check].seconds
             if kept and spent > self.budget:
                 break
@@ -176,7 +176,7 @@ class Session:
         """Stop if a check fails on a module that was imported anew without any change: it would kill every mutant."""
         waiting = {mutant.path: mutant for mutant in self.found if self._ran_early(mutant)}
         for mutant in waiting.values():
-            guards = self._affordable(covering(str(mutant.path), mutant.lines, self.records))
+            guards = self._guards(mutant)
             fork(
                 lambda mutant=mutant, guards=guards: int(self._anew_fails(mutant, source_tree(mutant.path), guards)),
                 900,

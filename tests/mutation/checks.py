@@ -158,14 +158,14 @@ def fails(check: Check, collected: dict[str, Any]) -> bool:
         return True
 
 
-def covering(path: str, lines: Iterable[int], records: dict[Check, Record]) -> list[Check]:
+def covering(path: str, lines: Iterable[int], records: dict[Check, Record], early: bool = False) -> list[Check]:
     """The checks that run any of the lines: of a theorem its own parts first, else the tests, the quickest first.
 
-    A line that ran at the import alone, and so in no check, is held against all that run its module.
+    A line that ran `early`, at the import, is held against all that run its module: any may use what it left.
     """
     wanted = {(path, line) for line in lines}
     found = [c for c, r in records.items() if not wanted.isdisjoint(r.lines)]
-    if not found:
+    if early or not found:
         found = [c for c, r in records.items() if any(file == path for file, _ in r.lines)]
     near = Unit if "theorems" in path else Item
     return sorted(found, key=lambda c: (not isinstance(c, near), records[c].seconds))

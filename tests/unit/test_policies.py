@@ -81,12 +81,12 @@ def test_scale_goes_from_uniform_to_nearly_deterministic():
 
 
 def test_pairs_share_their_zeros_and_keep_their_distance():
-    student, teacher = random_pair(4, 3, eos=0, distance=1e-3, zeros=2, seed=3)
+    student, teacher = random_pair(5, 3, eos=0, distance=1e-3, zeros=2, seed=3)
     for ours, theirs in zip(student.logits, teacher.logits, strict=True):
         assert torch.equal(torch.isneginf(ours), torch.isneginf(theirs))
         assert torch.isneginf(ours).sum(-1).eq(2).all()
-        assert 0 < float((ours - theirs)[:, :2].abs().max()) < 1e-2
-    assert (teacher.vocab_size, teacher.horizon, teacher.eos) == (4, 3, 0)
+        assert 0 < float((ours - theirs)[:, :3].abs().max()) < 1e-2
+    assert (teacher.vocab_size, teacher.horizon, teacher.eos) == (5, 3, 0)
 
 
 def test_distance_zero_is_the_same_policy():
