@@ -154,11 +154,11 @@ def _schulman() -> bool:
 
     p, q = sympy.symbols("p q", positive=True)
     u = q / p
-    generator = divergences.divergence("reverse_kl").expr
-    k3 = generator + divergences.symbol() - 1
+    x = divergences.symbol()
+    k3 = divergences.divergence("reverse_kl").expr + x - 1
     term = p * (u - 1) * sympy.log(u)
     both = p * sympy.log(p / q) + q * sympy.log(q / p)
-    least = divergences.is_convex(k3) and k3.subs(divergences.symbol(), 1) == 0
+    least = divergences.is_convex(k3) and k3.subs(x, 1) == 0 and sympy.diff(k3, x).subs(x, 1) == 0
     return bool(least and sympy.simplify(sympy.expand_log(term - both, force=True)) == 0)
 
 

@@ -253,8 +253,11 @@ _CASES: dict[str, tuple[str, float | None]] = {
 
 
 @functools.cache
-def _approach(label: str, c: float) -> bool:
-    """Whether every far student is nearer to the teacher after the flow than before, under a gauge of `c`."""
+def _ends(label: str, c: float) -> tuple[bool, bool]:
+    """After the flow under a gauge of `c`: whether every far student is nearer to the teacher, and whether one is not.
+
+    Those that have not moved are neither nearer nor further away.
+    """
     name, clip = _CASES[label]
     divergence = divergences.divergence(name)
 
@@ -264,7 +267,7 @@ def _approach(label: str, c: float) -> bool:
 
     log_q = torch.tensor(TEACHER, dtype=torch.float64).log()
     path = distance(flow(far_students(), log_q, weight, 12.0, 100), log_q)
-    return bool((path[-1] < path[0]).all())
+    return bool((path[-1] < path[0]).all()), bool((path[-1] > path[0] + 1.0).any())
 
 
 _LOG2 = math.log(2.0)
@@ -282,8 +285,8 @@ def _check_cured(gauges: dict[str, float]) -> Tally:
     """Far students leave in the usual gauge and come back in the curing one."""
     tally = Tally()
     for label, c in gauges.items():
-        tally.require(not _approach(label, 0.0))
-        tally.require(_approach(label, c))
+        tally.require(_ends(label, 0.0) == (False, True))
+        tally.require(_ends(label, c) == (True, False))
     return tally
 
 

@@ -283,7 +283,9 @@ def _check_two_teachers(bound: OfPair) -> Tally:
         r = _tilted(p, q)
         kappa = [sum(b * score(p, a)[k] for a, b in enumerate(r)) for k in range(len(p))]
         d = [[a * (x - c) for x, c in zip(score(p, i), kappa, strict=True)] for i, a in enumerate(p)]
-        tally.equal(_moments(p, _values(p, q, kappa, d))[1], bound(p, q))
+        mean, spread = _moments(p, _values(p, q, kappa, d))
+        tally.equal(mean, [a - b for a, b in zip(p, q, strict=True)])
+        tally.equal(spread, bound(p, q))
     return tally
 
 
