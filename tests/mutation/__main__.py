@@ -49,7 +49,7 @@ from tests.mutation.patch import exchange, import_anew
 from tests.mutation.report import Outcome, is_success, summary, write_page
 
 PACKAGES = ("opdtheory/divergences", "opdtheory/exact", "opdtheory/theorems")
-OPTIONS = ["-x", "-q", "-s", "-p", "no:cacheprovider", "-p", "no:xdist", "--no-header", "--no-summary"]
+OPTIONS = ["-x", "-q", "-s", "-m", "", "-p", "no:cacheprovider", "-p", "no:xdist", "--no-header", "--no-summary"]
 RECORDS = Path("reports/mutation-records")
 PAGE = "::test_theorem_holds_and_its_twins_are_refuted"
 MEMORY = 6 << 30
@@ -69,7 +69,12 @@ class Session:
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         """In place of pytest's own loop."""
         self.collected_lines = self.watch.stop()
-        self.items = {item.nodeid: item for item in session.items}
+        # Slow tests are too slow to be held against thousands of mutants, but for the pages, whose parts are run anyhow.
+        self.items = {
+            item.nodeid: item
+            for item in session.items
+            if PAGE in item.nodeid or item.get_closest_marker("slow") is None
+        }
         clear_caches()
         self.records = self._record(units(), list(map(Item, self.items)))
         self._require_sound_imports()
