@@ -69,7 +69,7 @@ class Session:
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         """In place of pytest's own loop."""
         self.collected_lines = self.watch.stop()
-        # Slow tests are too slow to be held against thousands of mutants, but for the pages, whose parts are run anyhow.
+        # Slow tests cannot be held against thousands of mutants, but for the pages, whose parts are run anyhow.
         self.items = {
             item.nodeid: item
             for item in session.items
