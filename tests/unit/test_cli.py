@@ -117,14 +117,14 @@ def test_wrong_names_are_usage_errors(losses: str, capsys: pytest.CaptureFixture
 @pytest.fixture(scope="module")
 def verification() -> Verification:
     """Two quick theorems and a few estimators; tests/laws runs all of them."""
-    return verify(["T1b", "T3b", "k1_loss", "k3_loss", "opd_plus"])
+    return verify(["T1b", "T8c", "k1_loss", "k3_loss", "opd_plus"])
 
 
 def test_what_is_selected_is_verified(verification: Verification) -> None:
     failed = [f"{r.number} {r.name}" for r in verification.theorems if not r.passed]
     failed += [f"{r.name}: {r.claim.verdict}, audit {r.audit.verdict}" for r in verification.estimators if not r.passed]
     assert verification.passed, failed
-    assert [r.number for r in verification.theorems] == ["T1b", "T3b"]
+    assert [r.number for r in verification.theorems] == ["T1b", "T8c"]
     assert {r.audit.name.split("'")[1] for r in verification.estimators} == {"k1_loss", "k3_loss", "opd_plus"}
     assert verification.twins_refuted >= len(verification.identities) + len(verification.estimators)
 
@@ -154,7 +154,7 @@ def test_unknown_selections_are_usage_errors(capsys: pytest.CaptureFixture[str])
 def test_verification_as_json(verification: Verification) -> None:
     record = json.loads(json.dumps(verification.to_dict(), allow_nan=False))
     assert record["passed"] is True
-    assert [theorem["number"] for theorem in record["theorems"]] == ["T1b", "T3b"]
+    assert [theorem["number"] for theorem in record["theorems"]] == ["T1b", "T8c"]
     assert all(step["holds"] for theorem in record["theorems"] for step in theorem["derivation"])
 
 
