@@ -13,11 +13,11 @@ from torch.autograd import forward_ad
 from opdtheory.divergences import Divergence
 from opdtheory.divergences import divergence as as_divergence
 from opdtheory.kernels import arguments
+from opdtheory.kernels.attached import graph_is_kept, scaled
 from opdtheory.kernels.curvature import hessian_product
-from opdtheory.kernels.laws import default_rows
-from opdtheory.kernels.sweep import Evaluator, matrices, sweep
+from opdtheory.kernels.sweep import Evaluator, sweep
 
-__all__ = ["Settings", "fused_divergence", "scaled", "values_and_gradient"]
+__all__ = ["Settings", "differentiable_values", "fused_divergence", "values_and_gradient"]
 
 
 class Settings(NamedTuple):
@@ -93,9 +93,20 @@ def fused_divergence(
     arguments.check_chunk(chunk_size)
     shape, dtype = tuple(student_logits.shape[:-1]), arguments.sum_dtype(student_logits, teacher_logits)
     weights = arguments.weights_of(mask, shape, student_logits.device, dtype)
+    if torch.compiler.is_compiling():
+        from opdtheory.kernels.compiled import compiled_values
+
+        return compiled_values(
+            student_logits, teacher_logits.detach(), weights, divergence, float(temperature), chunk_size
+        )
     settings = Settings(as_divergence(divergence), float(temperature), chunk_size)
-    wanted = _differentiated(student_logits)
-    return _Values.apply(student_logits, teacher_logits.detach(), weights, settings, wanted)[0]
+    return differentiable_values(student_logits, teacher_logits.detach(), weights, settings)
+
+
+def differentiable_values(student: Tensor, teacher: Tensor, weights: Tensor | None, settings: Settings) -> Tensor:
+    """The values, with a graph behind them where one is asked for."""
+    values: Tensor = _Values.apply(student, teacher, weights, settings, _differentiated(student))[0]
+    return values
 
 
 def values_and_gradient(
@@ -113,8 +124,6 @@ def values_and_gradient(
 
 # Of versions that lack it every call may be within a transform.
 _transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
-# Without it the graph may be kept: then nothing may be overwritten.
-_graph_is_kept: Callable[[], bool] = getattr(torch._C, "_get_current_graph_task_keep_graph", lambda: True)
 
 
 def _differentiated(student: Tensor) -> bool:
@@ -149,7 +158,7 @@ class _Values(torch.autograd.Function):
         if torch.is_grad_enabled() or _transforms_active():
             found = _Gradient.apply(gradient, upstream, student, teacher, weights, ctx.settings)
         else:
-            found = scaled(gradient, upstream, in_place=not _graph_is_kept())
+            found = scaled(gradient, upstream, in_place=not graph_is_kept())
         return found, None, None, None, None
 
     @staticmethod
@@ -240,16 +249,3 @@ def _leading(info: Any, in_dims: tuple[Any, ...], inputs: tuple[Any, ...]) -> li
         else:
             moved.append(each.movedim(dim, 0))
     return moved
-
-
-def scaled(gradient: Tensor, upstream: Tensor, in_place: bool) -> Tensor:
-    """The gradient of each position times what comes from upstream, without a pass where that is one everywhere."""
-    if upstream.device.type == "cpu" and bool((upstream == 1).all()):
-        return gradient if in_place else gradient.clone()
-    out = gradient if in_place else torch.empty_like(gradient)
-    rows = default_rows(gradient.shape[-1], gradient.device)
-    for (source, target), (factor,) in matrices([gradient, out], [upstream.contiguous()]):
-        for start in range(0, source.shape[0], rows):
-            part = slice(start, start + rows)
-            target[part] = (source[part] * factor[part].unsqueeze(-1)).to(out.dtype)
-    return out

@@ -16,10 +16,12 @@ __all__ = [
     "affine",
     "default_rows",
     "laws_of",
+    "laws_within",
     "narrow",
     "row_dot",
     "row_sum",
     "scaled_exp",
+    "wide_like",
 ]
 
 Row: TypeAlias = "float | Tensor"
@@ -119,7 +121,7 @@ class Laws:
             out.mul_(self.scale)
         shift = self._peak(0) - self._peak(1) + _log(self.quotient)
         rounded = narrow(shift, out)
-        return out.add_(rounded), shift - _wide(rounded, self.total)
+        return out.add_(rounded), shift - wide_like(rounded, self.total)
 
     def excess(self) -> Tensor:
         """Write `q - p` into `x`."""
@@ -147,7 +149,7 @@ class Laws:
         return row_dot(self.q, terms)
 
     def _peak(self, which: int) -> Row:
-        return 0.0 if self.peaks is None else _wide(self.peaks[which], self.total)
+        return 0.0 if self.peaks is None else wide_like(self.peaks[which], self.total)
 
 
 def laws_of(student: Tensor, teacher: Tensor, scale: float, buffers: Buffers, guarded: bool = False) -> Laws:
@@ -168,8 +170,20 @@ def laws_of(student: Tensor, teacher: Tensor, scale: float, buffers: Buffers, gu
         scaled_exp(buffers.p, student, scale, peaks[0])
         scaled_exp(buffers.q, teacher, scale, peaks[1])
         total, other = row_sum(buffers.p), row_sum(buffers.q)
-    quotient = _wide(narrow(total / other, buffers.q), total)
+    quotient = wide_like(narrow(total / other, buffers.q), total)
     return Laws(buffers, student, teacher, scale, peaks, total, quotient, guarded)
+
+
+def laws_within(
+    student: Tensor, teacher: Tensor, scale: float, buffers: Buffers, peaks: list[Tensor], totals: list[Tensor]
+) -> Laws:
+    """The laws of a part of the vocabulary, from the peaks and the sums of exponentials of all of it, `(R, 1)` each."""
+    narrow_peaks = peaks[0].to(buffers.p.dtype), peaks[1].to(buffers.p.dtype)
+    scaled_exp(buffers.p, student, scale, narrow_peaks[0])
+    scaled_exp(buffers.q, teacher, scale, narrow_peaks[1])
+    total: Row = totals[0].item() if _single(student) else totals[0].double()
+    quotient = wide_like(narrow(total / wide_like(totals[1], total), buffers.q), total)
+    return Laws(buffers, student, teacher, scale, narrow_peaks, total, quotient, guarded=True)
 
 
 def scaled_exp(out: Tensor, logits: Tensor, scale: float, peak: Tensor | None = None) -> None:
@@ -220,8 +234,8 @@ def _single(a: Tensor) -> bool:
     return a.shape[0] == 1 and a.device.type == "cpu"
 
 
-def _wide(column: Tensor, like: Row) -> Row:
-    # In the form that other numbers of the rows have.
+def wide_like(column: Tensor, like: Row) -> Row:
+    """A column of numbers in the form that other numbers of the rows have."""
     return column.item() if isinstance(like, float) else column.double()
 
 

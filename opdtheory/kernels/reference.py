@@ -12,7 +12,7 @@ from opdtheory.divergences import Divergence
 from opdtheory.kernels.forms import Filled, Form
 from opdtheory.kernels.laws import Laws, row_sum
 
-__all__ = ["LogLaws", "log_laws", "reference_form", "under_student", "weight_masses"]
+__all__ = ["LogLaws", "log_laws", "reference_form", "terms", "under_student", "weight_masses"]
 
 # Beyond, e^t nears the end of float64: what is left of f(u)/u is its limit, or a straight line in log u.
 _FARTHEST = 700.0
@@ -46,12 +46,12 @@ def reference_form(divergence: Divergence) -> Form:
         logs = log_laws(laws)
         # Forms work on the scale of the buffers.
         mass = weight_masses(divergence, logs).mul_(laws.total)
-        return Filled(mass, laws.total * row_sum(_terms(divergence, logs)), row_sum(mass))
+        return Filled(mass, laws.total * row_sum(terms(divergence, logs)), row_sum(mass))
 
     return Form("mass", 1.0, fill)
 
 
-def _terms(divergence: Divergence, logs: LogLaws) -> Tensor:
+def terms(divergence: Divergence, logs: LogLaws) -> Tensor:
     """The terms $p f(q/p)$."""
     terms = under_student(divergence.generator(logs.log_u.clamp(max=_FARTHEST)), logs)
     far = logs.log_u > _FARTHEST

@@ -68,7 +68,7 @@ def sweep(
     rows = chunk or default_rows(vocabulary, student.device)
     chunks = _Chunks(evaluator, vocabulary, student.device)
     wide = [student, teacher] + ([] if gradient is None else [gradient])
-    narrow = [values] + ([] if weights is None else [weights])
+    narrow = [values] + ([] if weights is None else [weights.contiguous()])
     for wides, narrows in matrices(wide, narrow):
         weight = None if weights is None else narrows[1]
         for part, weighed in runs(weight, narrows[0].shape[0], rows):
