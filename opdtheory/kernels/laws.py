@@ -32,6 +32,7 @@ _CPU_ELEMENTS, _DEVICE_ELEMENTS = 2**17, 2**24
 # Sums of exponentials in float32: below, tokens that count would underflow; above, products could overflow.
 _LEAST, _MOST = 1e-10, 1e20
 _FLOOR = 1e-25
+_NEAR = 8.0  # nats between the normalisers of student and teacher
 
 
 class Buffers(NamedTuple):
@@ -110,16 +111,20 @@ class Laws:
         r"""Write $\log u$ into `h`; with it comes what the rounding of the normalisers took from it.
 
         From the difference of the logits, which is exact where student and teacher are close, and finite where
-        probabilities underflow.
+        probabilities underflow. Logits that are far apart by a constant are first brought together.
         """
-        out = self.buffers.h
-        if self.student.dtype == self.teacher.dtype == out.dtype:
-            torch.sub(self.teacher, self.student, out=out)
-        else:
-            out.copy_(self.teacher).sub_(self.student)
-        if self.scale != 1.0:
-            out.mul_(self.scale)
+        out, student, teacher = self.buffers.h, self.student, self.teacher
         shift = self._peak(0) - self._peak(1) + _log(self.quotient)
+        if teacher.dtype != out.dtype or self.scale != 1.0:
+            teacher = out.copy_(teacher).mul_(self.scale)
+        if student.dtype != out.dtype or self.scale != 1.0:
+            student = self.buffers.x.copy_(student).mul_(self.scale)
+        if _largest(shift) < _NEAR:
+            torch.sub(teacher, student, out=out)
+        else:
+            whole = shift.round() if isinstance(shift, Tensor) else float(round(shift))
+            torch.add(teacher, narrow(whole, out), out=out).sub_(student)
+            shift = shift - whole
         rounded = narrow(shift, out)
         return out.add_(rounded), shift - wide_like(rounded, self.total)
 
@@ -170,8 +175,7 @@ def laws_of(student: Tensor, teacher: Tensor, scale: float, buffers: Buffers, gu
         scaled_exp(buffers.p, student, scale, peaks[0])
         scaled_exp(buffers.q, teacher, scale, peaks[1])
         total, other = row_sum(buffers.p), row_sum(buffers.q)
-    quotient = wide_like(narrow(total / other, buffers.q), total)
-    return Laws(buffers, student, teacher, scale, peaks, total, quotient, guarded)
+    return Laws(buffers, student, teacher, scale, peaks, total, _quotient(total, other, buffers.q), guarded)
 
 
 def laws_within(
@@ -182,7 +186,7 @@ def laws_within(
     scaled_exp(buffers.p, student, scale, narrow_peaks[0])
     scaled_exp(buffers.q, teacher, scale, narrow_peaks[1])
     total: Row = totals[0].item() if _single(student) else totals[0].double()
-    quotient = wide_like(narrow(total / wide_like(totals[1], total), buffers.q), total)
+    quotient = _quotient(total, wide_like(totals[1], total), buffers.q)
     return Laws(buffers, student, teacher, scale, narrow_peaks, total, quotient, guarded=True)
 
 
@@ -222,6 +226,17 @@ def row_dot(a: Tensor, b: Tensor) -> Row:
 def row_sum(a: Tensor) -> Row:
     """The sum of each row."""
     return a.sum().item() if _single(a) else a.sum(-1, keepdim=True).double()
+
+
+def _quotient(total: Row, other: Row, buffer: Tensor) -> Row:
+    """The quotient in the dtype of the buffer; one where it is an ulp away, of which products are rounded unevenly."""
+    rounded = narrow(total / other, buffer)
+    rounded = torch.where((rounded - 1).abs() > torch.finfo(buffer.dtype).eps, rounded, 1.0)
+    return wide_like(rounded, total)
+
+
+def _largest(row: Row) -> float:
+    return abs(row) if isinstance(row, float) else float(row.abs().max())
 
 
 def _in_range(row: Row) -> bool:
