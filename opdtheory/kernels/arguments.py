@@ -10,7 +10,7 @@ from torch import Tensor
 
 from opdtheory.errors import InvalidArgumentError
 
-__all__ = ["check_chunk", "check_logits", "check_matching", "check_temperature", "sum_dtype", "weights_of"]
+__all__ = ["check_chunk", "check_logits", "check_matching", "check_temperature", "check_weights", "sum_dtype", "weights_of"]
 
 
 def check_logits(name: str, logits: object) -> None:
@@ -70,3 +70,9 @@ def weights_of(mask: object, shape: tuple[int, ...], device: torch.device, dtype
     if mask.device != device:
         raise InvalidArgumentError("mask", f"is on {mask.device}, the student on {device}; move one of them")
     return mask.to(dtype)
+
+
+def check_weights(weights: Tensor | None) -> None:
+    """Refuse weights that are not finite; their values are looked at."""
+    if weights is not None and not bool(torch.isfinite(weights).all()):
+        raise InvalidArgumentError("mask", "holds NaN or infinite weights; finite ones are needed")

@@ -14,7 +14,7 @@ from opdtheory.kernels.sweep import matrices
 __all__ = ["attached", "graph_is_kept", "last", "scaled"]
 
 # Without it the graph may be kept: then nothing may be overwritten.
-graph_is_kept: Callable[[], bool] = getattr(torch._C, "_get_current_graph_task_keep_graph", lambda: True)
+graph_is_kept: Callable[[], bool] = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
 def attached(name: str, logits: Tensor, values: Tensor, gradient: Tensor) -> Tensor:

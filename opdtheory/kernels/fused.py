@@ -113,6 +113,7 @@ def values_and_gradient(
     student: Tensor, teacher: Tensor, weights: Tensor | None, settings: Settings, wanted: bool
 ) -> tuple[Tensor, Tensor]:
     """The values, and their gradient or, if that is not wanted, an empty tensor."""
+    arguments.check_weights(weights)
     values = torch.empty(student.shape[:-1], dtype=torch.float64, device=student.device)
     gradient = torch.empty(student.shape if wanted else (0,), dtype=student.dtype, device=student.device)
     dtype = arguments.sum_dtype(student, teacher)

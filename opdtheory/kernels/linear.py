@@ -90,6 +90,7 @@ def fused_linear_divergence(
     arguments.check_chunk(chunk_size)
     dtype = arguments.sum_dtype(student_head, teacher_head)
     weights = arguments.weights_of(mask, batch, student_hidden.device, dtype)
+    arguments.check_weights(weights)
     recorded = torch.is_grad_enabled()
     wanted = recorded and student_hidden.requires_grad, recorded and student_head.requires_grad
     job = _Job(as_divergence(divergence), float(temperature), chunk_size, _product_dtype(student_head), wanted)

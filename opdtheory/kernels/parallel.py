@@ -74,6 +74,7 @@ def fused_parallel_divergence(
         raise InvalidArgumentError("group", "there is no process group; call torch.distributed.init_process_group")
     dtype = arguments.sum_dtype(student_logits, teacher_logits)
     weights = arguments.weights_of(mask, tuple(student_logits.shape[:-1]), student_logits.device, dtype)
+    arguments.check_weights(weights)
     scale, wanted = 1.0 / temperature, student_logits.requires_grad and torch.is_grad_enabled()
     evaluator = Evaluator.of(as_divergence(divergence), dtype, scale)
     with torch.no_grad():

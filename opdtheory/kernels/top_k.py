@@ -76,6 +76,7 @@ def fused_top_k_divergence(
     chosen = as_divergence(divergence)
     dtype = arguments.sum_dtype(student_logits)
     weights = arguments.weights_of(mask, tuple(student_logits.shape[:-1]), student_logits.device, dtype)
+    arguments.check_weights(weights)
     wanted = student_logits.requires_grad and torch.is_grad_enabled()
     with torch.no_grad():
         log_q = _with_tail(teacher_logprobs, student_logits.shape[-1])
