@@ -10,7 +10,15 @@ from torch import Tensor
 
 from opdtheory.errors import InvalidArgumentError
 
-__all__ = ["check_chunk", "check_logits", "check_matching", "check_temperature", "check_weights", "sum_dtype", "weights_of"]
+__all__ = [
+    "check_chunk",
+    "check_logits",
+    "check_matching",
+    "check_temperature",
+    "check_weights",
+    "sum_dtype",
+    "weights_of",
+]
 
 
 def check_logits(name: str, logits: object) -> None:

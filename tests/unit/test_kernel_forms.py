@@ -34,7 +34,9 @@ SLOW = (
 FINITE = [name for name in LABELS if math.isfinite(divergence(name).at_zero + divergence(name).slope_at_infinity)]
 
 
-def logits(*shape: int, spread: float = 2.0, seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+def logits(
+    *shape: int, spread: float = 2.0, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     student, teacher = (spread * torch.randn(*shape, generator=generator, dtype=torch.float64) for _ in range(2))
     return student.to(dtype), teacher.to(dtype)
