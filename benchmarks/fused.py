@@ -219,7 +219,7 @@ def _memory() -> int:
 def accuracy(names: tuple[str, ...], tokens: int = 16, vocabulary: int = 20_000) -> list[str]:
     """Worst errors against float64 of the very same logits."""
     lines = [
-        "| | value, float32 | gradient, float32 | value near the teacher | gradient, bfloat16 | by autograd in float32 |",
+        "| | value | gradient | value near the teacher | gradient in bfloat16 | value by autograd |",
         "|---|---|---|---|---|---|",
     ]
     for name in names:
@@ -228,12 +228,14 @@ def accuracy(names: tuple[str, ...], tokens: int = 16, vocabulary: int = 20_000)
         wide, narrow = _errors(student, teacher, name), _errors(student.bfloat16(), teacher.bfloat16(), name)
         plain = _plain_error(student, teacher, name)
         close = _errors(student, near, name)[0]
-        lines.append(f"| {_shown(name)} | {wide[0]:.0e} | {wide[1]:.0e} | {close:.0e} | {narrow[1]:.0e} | {plain:.0e} |")
+        lines.append(
+            f"| {_shown(name)} | {wide[0]:.0e} | {wide[1]:.0e} | {close:.0e} | {narrow[1]:.0e} | {plain:.0e} |"
+        )
     return [
-        f"Worst errors over {tokens} rows of {vocabulary:,} words against float64 of the same logits: of the value over "
-        "one plus the value (near the teacher: the value is about 1e-4 of what it was, and the error absolute), of the "
-        "gradient of a row in norm, over its norm. Last, the value's error by autograd of the textbook formula in "
-        "float32 (log-softmax, p f(q/p), sum).",
+        f"Worst errors in float32 over {tokens} rows of {vocabulary:,} words, against float64 of the same logits: of "
+        "the value, over one plus the value, also where the log-ratios are a hundredth (values there are about 1e-4 of "
+        "what they were); of a row's gradient in norm, over its norm, also for logits and gradient in bfloat16; and of "
+        "the value by the textbook formula (log-softmax, p f(q/p), sum).",
         "",
         *lines,
     ]

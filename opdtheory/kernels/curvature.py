@@ -55,7 +55,7 @@ def hessian_product(
 
 
 def _chunk(divergence: Divergence, student: Tensor, teacher: Tensor, vector: Tensor, scale: float) -> Tensor:
-    buffers = Buffers.allocate(student.shape[0], student.shape[1], torch.float64, student.device)
+    buffers = Buffers.allocate(student.shape, torch.float64, student.device)
     logs = log_laws(laws_of(student, teacher, scale, buffers))
     p = logs.log_p.exp()
     mass = weight_masses(divergence, logs)

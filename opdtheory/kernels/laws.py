@@ -3,6 +3,7 @@ r"""A chunk of positions: the laws of student and teacher, in buffers that serve
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
@@ -25,7 +26,7 @@ __all__ = [
 ]
 
 Row: TypeAlias = "float | Tensor"
-"""A number for each row: `(R, 1)`, float64. For a single row on a CPU a Python float, which costs microseconds less."""
+"""A number for each row of a chunk: `(R, 1)`, float64; of a single row `(V,)` a Python float, which is quicker."""
 
 # Elements of a buffer: on a CPU four of them should stay in the cache of a core or two, elsewhere launches count.
 _CPU_ELEMENTS, _DEVICE_ELEMENTS = 2**17, 2**24
@@ -36,7 +37,7 @@ _NEAR = 8.0  # nats between the normalisers of student and teacher
 
 
 class Buffers(NamedTuple):
-    """Four buffers for a chunk, `(R, V)` each."""
+    """Four buffers for a chunk, `(R, V)` each, or for a single row, `(V,)`."""
 
     p: Tensor
     q: Tensor
@@ -44,9 +45,12 @@ class Buffers(NamedTuple):
     x: Tensor
 
     @classmethod
-    def allocate(cls, rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> Buffers:
-        """New ones, not initialised."""
-        return cls(*(torch.empty(rows, vocabulary, dtype=dtype, device=device) for _ in range(4)))
+    def allocate(
+        cls, shape: Sequence[int], dtype: torch.dtype, device: torch.device, h: Tensor | None = None
+    ) -> Buffers:
+        """New ones, not initialised, but for an `h` that is there already."""
+        p, q, x = (torch.empty(*shape, dtype=dtype, device=device) for _ in range(3))
+        return cls(p, q, torch.empty_like(p) if h is None else h, x)
 
     def head(self, rows: int) -> Buffers:
         """The same for fewer rows."""
@@ -158,7 +162,7 @@ class Laws:
 
 
 def laws_of(student: Tensor, teacher: Tensor, scale: float, buffers: Buffers, guarded: bool = False) -> Laws:
-    """The laws of a chunk of logits `(R, V)`.
+    """The laws of a chunk of logits, `(R, V)` or `(V,)`.
 
     Exponentials of the logits as they are need neither the maximum nor the subtraction of it, and do not round what
     they are of; where a sum of them is not well within range, those below the maximum are taken.
@@ -185,9 +189,8 @@ def laws_within(
     narrow_peaks = peaks[0].to(buffers.p.dtype), peaks[1].to(buffers.p.dtype)
     scaled_exp(buffers.p, student, scale, narrow_peaks[0])
     scaled_exp(buffers.q, teacher, scale, narrow_peaks[1])
-    total: Row = totals[0].item() if _single(student) else totals[0].double()
-    quotient = _quotient(total, wide_like(totals[1], total), buffers.q)
-    return Laws(buffers, student, teacher, scale, narrow_peaks, total, quotient, guarded=True)
+    quotient = _quotient(totals[0], totals[1], buffers.q)
+    return Laws(buffers, student, teacher, scale, narrow_peaks, totals[0], quotient, guarded=True)
 
 
 def scaled_exp(out: Tensor, logits: Tensor, scale: float, peak: Tensor | None = None) -> None:
@@ -218,21 +221,22 @@ def narrow(row: Row, like: Tensor) -> Tensor:
 
 def row_dot(a: Tensor, b: Tensor) -> Row:
     r"""The sums $\sum_a x_a y_a$ of each row."""
-    if _single(a):
-        return torch.dot(a[0], b[0]).item()
-    return (a * b).sum(-1, keepdim=True).double()
+    return torch.dot(a, b).item() if a.ndim == 1 else (a * b).sum(-1, keepdim=True).double()
 
 
 def row_sum(a: Tensor) -> Row:
     """The sum of each row."""
-    return a.sum().item() if _single(a) else a.sum(-1, keepdim=True).double()
+    return a.sum().item() if a.ndim == 1 else a.sum(-1, keepdim=True).double()
 
 
 def _quotient(total: Row, other: Row, buffer: Tensor) -> Row:
     """The quotient in the dtype of the buffer; one where it is an ulp away, of which products are rounded unevenly."""
-    rounded = narrow(total / other, buffer)
-    rounded = torch.where((rounded - 1).abs() > torch.finfo(buffer.dtype).eps, rounded, 1.0)
-    return wide_like(rounded, total)
+    eps, row = torch.finfo(buffer.dtype).eps, total / other
+    if isinstance(row, float):
+        rounded = narrow(row, buffer).item()
+        return rounded if abs(rounded - 1) > eps else 1.0
+    rows = row.to(buffer.dtype)
+    return torch.where((rows - 1).abs() > eps, rows, 1.0).double()
 
 
 def _largest(row: Row) -> float:
@@ -243,10 +247,6 @@ def _in_range(row: Row) -> bool:
     if isinstance(row, float):
         return _LEAST < row < _MOST
     return bool(((row > _LEAST) & (row < _MOST)).all())
-
-
-def _single(a: Tensor) -> bool:
-    return a.shape[0] == 1 and a.device.type == "cpu"
 
 
 def wide_like(column: Tensor, like: Row) -> Row:

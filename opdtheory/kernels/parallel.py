@@ -17,7 +17,7 @@ from opdtheory.errors import InvalidArgumentError
 from opdtheory.kernels import arguments
 from opdtheory.kernels.attached import attached
 from opdtheory.kernels.forms import Filled
-from opdtheory.kernels.laws import Buffers, Laws, default_rows, laws_within, scaled_exp, wide_like
+from opdtheory.kernels.laws import Buffers, Laws, default_rows, laws_within, scaled_exp
 from opdtheory.kernels.outside import outside_graphs
 from opdtheory.kernels.sweep import Evaluator, finish, matrices, runs
 
@@ -129,7 +129,7 @@ class _Part:
         for evaluator, weights in plans:
             for laws, grad, (weight, mean) in self._chunks(evaluator.dtype, weights, [weights, sums[1]], gradient):
                 filled = evaluator.form.fill(laws)
-                whole = Filled(filled.h, filled.value, laws.total * wide_like(mean, laws.total))
+                whole = Filled(filled.h, filled.value, laws.total * mean)
                 finish(laws, evaluator.form, whole, weight, grad)
         return values, gradient
 
@@ -146,7 +146,7 @@ class _Part:
         self, dtype: torch.dtype, weights: Tensor, columns: list[Tensor], gradient: Tensor | None = None
     ) -> Iterator[tuple[Laws, Tensor, list[Tensor]]]:
         """The laws of the positions that have a weight, with their gradient and their part of each column."""
-        buffers = Buffers.allocate(self._rows, self._student.shape[-1], dtype, self._student.device)
+        buffers = Buffers.allocate((self._rows, self._student.shape[-1]), dtype, self._student.device)
         wide = [self._student, self._teacher, self._student if gradient is None else gradient]
         narrow = [weights, *self._peaks, *self._totals, *columns]
         for (student, teacher, grad), (weight, *numbers) in matrices(wide, narrow):
@@ -161,7 +161,7 @@ class _Part:
     def _exponentials(self, dtype: torch.dtype) -> Tensor:
         """The sums of this rank's exponentials, less the maximum of all ranks, `(2, ...)`."""
         sums = torch.zeros_like(self._peaks)
-        buffer = Buffers.allocate(self._rows, self._student.shape[-1], dtype, self._student.device).p
+        buffer = Buffers.allocate((self._rows, self._student.shape[-1]), dtype, self._student.device).p
         for logits, peak, total in zip((self._student, self._teacher), self._peaks, sums, strict=True):
             for (part,), (weight, high, sum_) in matrices([logits], [self._weights, peak, total]):
                 for rows, weighed in runs(weight, part.shape[0], self._rows):

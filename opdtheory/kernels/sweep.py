@@ -64,39 +64,52 @@ def sweep(
     Raises:
         InvalidArgumentError: a row of another weight than zero holds NaN, +inf or only -inf.
     """
-    vocabulary = student.shape[-1]
-    rows = chunk or default_rows(vocabulary, student.device)
-    chunks = _Chunks(evaluator, vocabulary, student.device)
+    rows = chunk or default_rows(student.shape[-1], student.device)
+    # The gradient serves as a buffer, unless it takes the place of logits that are still read.
+    spare = gradient is not student and gradient is not None and gradient.dtype == evaluator.dtype
+    chunks = _Chunks(evaluator, spare)
     wide = [student, teacher] + ([] if gradient is None else [gradient])
     narrow = [values] + ([] if weights is None else [weights.contiguous()])
-    for wides, narrows in matrices(wide, narrow):
-        weight = None if weights is None else narrows[1]
-        for part, weighed in runs(weight, narrows[0].shape[0], rows):
-            grad = None if gradient is None else wides[2][part]
-            if not weighed:
-                narrows[0][part] = 0.0
-                if grad is not None:
-                    grad.zero_()
-                continue
-            factor = None if weight is None else weight[part].unsqueeze(-1)
-            value = chunks(wides[0][part], wides[1][part], factor, grad)
-            narrows[0][part] = value if isinstance(value, float) else value.squeeze(-1)
+    for wides, (found, *weight) in matrices(wide, narrow):
+        if rows == 1 and student.device.type == "cpu":
+            _singly(chunks, wides, found, weight[0].tolist() if weight else None)
+            continue
+        for part, weighed in runs(weight[0] if weight else None, found.shape[0], rows):
+            ours, theirs, *grad = (each[part] for each in wides)
+            if weighed:
+                factor = weight[0][part].double().unsqueeze(-1) if weight else 1.0
+                found[part] = chunks(ours, theirs, factor, grad[0] if grad else None).squeeze(-1)  # type: ignore[union-attr]
+            else:
+                found[part] = 0.0
+                for each in grad:
+                    each.zero_()
+
+
+def _singly(chunks: _Chunks, wides: list[Tensor], found: Tensor, weights: list[float] | None) -> None:
+    """Row by row, with plain numbers for what is one number per row."""
+    values = []
+    for row, (ours, theirs, *grad) in enumerate(zip(*(each.unbind() for each in wides), strict=True)):
+        factor = weights[row] if weights else 1.0
+        if factor:
+            values.append(chunks(ours, theirs, factor, grad[0] if grad else None))
+        else:
+            values.append(0.0)
+            for each in grad:
+                each.zero_()
+    found.copy_(torch.tensor(values, dtype=found.dtype))
 
 
 class _Chunks:
     """Evaluates one chunk after another in the same buffers."""
 
-    def __init__(self, evaluator: Evaluator, vocabulary: int, device: torch.device) -> None:
-        self._evaluator = evaluator
-        self._buffers = Buffers.allocate(0, vocabulary, evaluator.dtype, device)
+    def __init__(self, evaluator: Evaluator, spare: bool) -> None:
+        self._evaluator, self._spare = evaluator, spare
+        self._buffers: Buffers | None = None
         self._guarded = False
 
-    def __call__(self, student: Tensor, teacher: Tensor, weight: Tensor | None, grad: Tensor | None) -> Row:
-        """The values of the rows; their gradient is left in `grad`."""
-        rows, vocabulary = student.shape
-        if self._buffers.p.shape[0] < rows:
-            self._buffers = Buffers.allocate(rows, vocabulary, self._evaluator.dtype, student.device)
-        form, buffers = self._evaluator.form, self._buffers.head(rows)
+    def __call__(self, student: Tensor, teacher: Tensor, weight: Row, grad: Tensor | None) -> Row:
+        """The values of the rows times their weights; the gradient of that is left in `grad`."""
+        form, buffers = self._evaluator.form, self._sized(student, grad if self._spare else None)
         laws = laws_of(student, teacher, self._evaluator.scale, buffers, self._guarded)
         filled = form.fill(laws)
         # One number tells of every NaN and infinity, as each would have entered a sum.
@@ -110,36 +123,43 @@ class _Chunks:
                 return self._again(student, teacher, weight, grad)
         if grad is not None:
             finish(laws, form, filled, weight, grad)
-        value = filled.value / laws.total
-        return value if weight is None else weight.double() * value
+        return weight * filled.value / laws.total
 
-    def _again(self, student: Tensor, teacher: Tensor, weight: Tensor | None, grad: Tensor | None) -> Tensor:
-        """Rows that the fast form does not master: without the tokens that neither law has, or exactly."""
-        values = []
-        for row in range(student.shape[0]):
-            part = slice(row, row + 1)
-            one, other = student[part], teacher[part]
-            kept = (~(torch.isneginf(one) & torch.isneginf(other))).squeeze(0).nonzero().squeeze(-1)
-            compact = kept.numel() < one.shape[-1]
-            evaluator = self._evaluator if compact else self._evaluator.exact()
-            if compact:
-                one, other = one[:, kept], other[:, kept]
-            inner = None if grad is None else torch.empty_like(one, dtype=grad.dtype)
-            chunks = _Chunks(evaluator, one.shape[-1], one.device)
-            value = chunks(one, other, None if weight is None else weight[part], inner)
-            values.append(torch.as_tensor(value, dtype=torch.float64, device=one.device).view(1, 1))
-            if grad is not None and inner is not None:
-                grad[part] = 0.0
-                grad[part, kept] = inner
-        return torch.cat(values)
+    def _sized(self, like: Tensor, h: Tensor | None) -> Buffers:
+        if self._buffers is None or self._buffers.p.shape[0] < like.shape[0]:
+            self._buffers = Buffers.allocate(like.shape, self._evaluator.dtype, like.device, h)
+        buffers = self._buffers.head(like.shape[0])
+        return buffers if h is None else buffers._replace(h=h)
+
+    def _again(self, student: Tensor, teacher: Tensor, weight: Row, grad: Tensor | None) -> Row:
+        """Rows that the fast form does not master."""
+        if student.ndim == 1:
+            assert isinstance(weight, float)
+            return self._row_again(student, teacher, weight, grad)
+        rows = range(student.shape[0])
+        weights = [weight] * len(rows) if isinstance(weight, float) else weight.flatten().tolist()
+        values = [
+            self._row_again(student[row], teacher[row], weights[row], None if grad is None else grad[row])
+            for row in rows
+        ]
+        return torch.tensor(values, dtype=torch.float64, device=student.device).unsqueeze(-1)
+
+    def _row_again(self, student: Tensor, teacher: Tensor, weight: float, grad: Tensor | None) -> Row:
+        """Without the tokens that neither law has, or exactly."""
+        kept = (~(torch.isneginf(student) & torch.isneginf(teacher))).nonzero().squeeze(-1)
+        compact = kept.numel() < student.numel()
+        evaluator = self._evaluator if compact else self._evaluator.exact()
+        inner = None if grad is None else torch.empty(kept.numel(), dtype=grad.dtype, device=grad.device)
+        value = _Chunks(evaluator, spare=False)(student[kept], teacher[kept], weight, inner)
+        if grad is not None and inner is not None:
+            grad.zero_()[kept] = inner
+        return value
 
 
-def finish(laws: Laws, form: Form, filled: Filled, weight: Tensor | None, out: Tensor) -> None:
+def finish(laws: Laws, form: Form, filled: Filled, weight: Row, out: Tensor) -> None:
     """Write the gradient of a chunk from what its form found; the mean may be that of a larger vocabulary."""
     p, h = laws.p, filled.h
-    factor, mean = form.factor * laws.scale / laws.total, filled.mean / laws.total
-    if weight is not None:
-        factor = factor * (weight.item() if isinstance(factor, float) else weight.double())
+    factor, mean = weight * form.factor * laws.scale / laws.total, filled.mean / laws.total
     target = out if out.dtype == p.dtype else h
     if form.kind == "weight":
         torch.mul(affine(h, -factor, factor * mean), p, out=target)
@@ -157,11 +177,12 @@ def _finite(row: Row) -> bool:
 
 def _refuse_unusable(laws: Laws) -> None:
     for name, logits in (("student_logits", laws.student), ("teacher_logits", laws.teacher)):
-        bad = int((~torch.isfinite(logits.amax(-1))).sum())
-        if bad:
+        unusable = ~torch.isfinite(logits.amax(-1))
+        if bool(unusable.any()):
             raise InvalidArgumentError(
                 name,
-                f"{bad} of {logits.shape[0]} rows looked at hold NaN, +inf or only -inf; logits must be finite or -inf",
+                f"{int(unusable.sum())} of {unusable.numel()} rows looked at hold NaN, +inf or only -inf; logits must "
+                "be finite or -inf",
             )
 
 
