@@ -163,7 +163,7 @@ class _Values(torch.autograd.Function):
         return found, None, None, None, None
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: None) -> tuple[Tensor, None]:
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> tuple[Tensor, None]:
         (gradient,) = ctx.saved_tensors
         return (gradient * tangent).sum(-1), None
 
@@ -194,7 +194,7 @@ class _Gradient(torch.autograd.Function):
         return None, (gradient * vectors).sum(-1).to(upstream.dtype), product, None, None, None
 
     @staticmethod
-    def jvp(ctx: Any, _: None, by_upstream: Tensor | None, by_student: Tensor | None, *__: None) -> Tensor:
+    def jvp(ctx: Any, _: Any, by_upstream: Tensor | None, by_student: Tensor | None, *__: Any) -> Tensor:
         gradient, upstream, student, teacher, weights = ctx.saved_tensors
         total = torch.zeros_like(gradient)
         if by_upstream is not None:
