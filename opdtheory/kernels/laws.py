@@ -161,25 +161,52 @@ class Laws:
         return 0.0 if self.peaks is None else wide_like(self.peaks[which], self.total)
 
 
-def laws_of(student: Tensor, teacher: Tensor, scale: float, buffers: Buffers, guarded: bool = False) -> Laws:
+def laws_of(
+    student: Tensor, teacher: Tensor, scale: float, buffers: Buffers, guarded: bool = False, shifted: bool = False
+) -> Laws:
     """The laws of a chunk of logits, `(R, V)` or `(V,)`.
 
     Exponentials of the logits as they are need neither the maximum nor the subtraction of it, and do not round what
-    they are of; where a sum of them is not well within range, those below the maximum are taken.
+    they are of. Where a sum of them is not well within range, those below the maximum are taken, and at once if
+    `shifted` says so.
     """
-    peaks = None
-    scaled_exp(buffers.p, student, scale)
-    scaled_exp(buffers.q, teacher, scale)
+    peaks = (_peak(student, scale, buffers.p), _peak(teacher, scale, buffers.q)) if shifted else None
+    scaled_exp(buffers.p, student, scale, peaks[0] if peaks else None)
+    scaled_exp(buffers.q, teacher, scale, peaks[1] if peaks else None)
     total, other = row_sum(buffers.p), row_sum(buffers.q)
-    if not (_in_range(total) and _in_range(other)):
-        peaks = (
-            scale * student.amax(-1, keepdim=True).to(buffers.p.dtype),
-            scale * teacher.amax(-1, keepdim=True).to(buffers.p.dtype),
-        )
+    if not shifted and not (_in_range(total) and _in_range(other)):
+        return laws_of(student, teacher, scale, buffers, guarded, shifted=True)
+    return Laws(buffers, student, teacher, scale, peaks, total, _quotient(total, other, buffers.q), guarded)
+
+
+def _peak(self, which: int) -> Row:
+    return 0.0 if self.peaks is None else wide_like(self.peaks[which], self.total)
+
+
+def laws_of(
+    student: Tensor, teacher: Tensor, scale: float, buffers: Buffers, guarded: bool = False, shifted: bool = False
+) -> Laws:
+    """The laws of a chunk of logits, `(R, V)` or `(V,)`.
+
+    Exponentials of the logits as they are need neither the maximum nor the subtraction of it, and do not round what
+    they are of. Where a sum of them is not well within range, those below the maximum are taken, and at once if
+    `shifted` says so.
+    """
+    peaks: tuple[Tensor, Tensor] | tuple[None, None] = (None, None)
+    for attempt in (True,) if shifted else (False, True):
+        if attempt:
+            peaks = _peak(student, scale, buffers.p), _peak(teacher, scale, buffers.q)
         scaled_exp(buffers.p, student, scale, peaks[0])
         scaled_exp(buffers.q, teacher, scale, peaks[1])
         total, other = row_sum(buffers.p), row_sum(buffers.q)
-    return Laws(buffers, student, teacher, scale, peaks, total, _quotient(total, other, buffers.q), guarded)
+        if _in_range(total) and _in_range(other):
+            break
+    found = None if peaks[0] is None else peaks
+    return Laws(buffers, student, teacher, scale, found, total, _quotient(total, other, buffers.q), guarded)
+
+
+def _peak(logits: Tensor, scale: float, like: Tensor) -> Tensor:
+    return scale * logits.amax(-1, keepdim=True).to(like.dtype)
 
 
 def laws_within(

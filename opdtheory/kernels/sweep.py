@@ -22,6 +22,7 @@ __all__ = ["Evaluator", "finish", "matrices", "runs", "sweep"]
 class Evaluator:
     """How a divergence is evaluated: the form, the dtype it is rounded in, and the form where that one fails."""
 
+    divergence: Divergence
     form: Form
     dtype: torch.dtype
     reference: Form
@@ -33,12 +34,12 @@ class Evaluator:
         reference = reference_form(divergence)
         fast = None if dtype == torch.float64 else fast_form(divergence)
         if fast is None:
-            return cls(reference, torch.float64, reference, scale)
-        return cls(fast, torch.float32, reference, scale)
+            return cls(divergence, reference, torch.float64, reference, scale)
+        return cls(divergence, fast, torch.float32, reference, scale)
 
     def exact(self) -> Evaluator:
         """The same by the reference form."""
-        return Evaluator(self.reference, torch.float64, self.reference, self.scale)
+        return Evaluator(self.divergence, self.reference, torch.float64, self.reference, self.scale)
 
 
 def sweep(
@@ -105,25 +106,32 @@ class _Chunks:
     def __init__(self, evaluator: Evaluator, spare: bool) -> None:
         self._evaluator, self._spare = evaluator, spare
         self._buffers: Buffers | None = None
-        self._guarded = False
+        # What one chunk needs, its neighbours will need.
+        self._guarded = self._shifted = False
 
     def __call__(self, student: Tensor, teacher: Tensor, weight: Row, grad: Tensor | None) -> Row:
         """The values of the rows times their weights; the gradient of that is left in `grad`."""
-        form, buffers = self._evaluator.form, self._sized(student, grad if self._spare else None)
-        laws = laws_of(student, teacher, self._evaluator.scale, buffers, self._guarded)
-        filled = form.fill(laws)
-        # One number tells of every NaN and infinity, as each would have entered a sum.
-        if not _finite(filled.value + filled.mean):
-            _refuse_unusable(laws)
-            if form.guardable and not self._guarded:
-                # What one chunk needed, its neighbours will need.
-                self._guarded = True
-                return self(student, teacher, weight, grad)
-            if form is not self._evaluator.reference:
-                return self._again(student, teacher, weight, grad)
+        form = self._evaluator.form
+        laws, filled = self._filled(student, teacher, grad)
+        if not _finite(filled) and form.guardable and not self._guarded:
+            self._guarded = True
+            laws, filled = self._filled(student, teacher, grad)
+        if not _finite(filled) and form is not self._evaluator.reference:
+            laws, filled = self._filled(*self._without_harmless(student, teacher), grad)
+            if not _finite(filled):
+                return _Chunks(self._evaluator.exact(), spare=False)(student, teacher, weight, grad)
         if grad is not None:
             finish(laws, form, filled, weight, grad)
         return weight * filled.value / laws.total
+
+    def _filled(self, student: Tensor, teacher: Tensor, grad: Tensor | None) -> tuple[Laws, Filled]:
+        buffers = self._sized(student, grad if self._spare else None)
+        laws = laws_of(student, teacher, self._evaluator.scale, buffers, self._guarded, self._shifted)
+        self._shifted = laws.peaks is not None
+        filled = self._evaluator.form.fill(laws)
+        if not _finite(filled):
+            _refuse_unusable(laws)
+        return laws, filled
 
     def _sized(self, like: Tensor, h: Tensor | None) -> Buffers:
         if self._buffers is None or self._buffers.p.shape[0] < like.shape[0]:
@@ -131,29 +139,21 @@ class _Chunks:
         buffers = self._buffers.head(like.shape[0])
         return buffers if h is None else buffers._replace(h=h)
 
-    def _again(self, student: Tensor, teacher: Tensor, weight: Row, grad: Tensor | None) -> Row:
-        """Rows that the fast form does not master."""
-        if student.ndim == 1:
-            assert isinstance(weight, float)
-            return self._row_again(student, teacher, weight, grad)
-        rows = range(student.shape[0])
-        weights = [weight] * len(rows) if isinstance(weight, float) else weight.flatten().tolist()
-        values = [
-            self._row_again(student[row], teacher[row], weights[row], None if grad is None else grad[row])
-            for row in rows
-        ]
-        return torch.tensor(values, dtype=torch.float64, device=student.device).unsqueeze(-1)
+    def _without_harmless(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits that are finite where a token that a law lacks costs no more than a finite amount.
 
-    def _row_again(self, student: Tensor, teacher: Tensor, weight: float, grad: Tensor | None) -> Row:
-        """Without the tokens that neither law has, or exactly."""
-        kept = (~(torch.isneginf(student) & torch.isneginf(teacher))).nonzero().squeeze(-1)
-        compact = kept.numel() < student.numel()
-        evaluator = self._evaluator if compact else self._evaluator.exact()
-        inner = None if grad is None else torch.empty(kept.numel(), dtype=grad.dtype, device=grad.device)
-        value = _Chunks(evaluator, spare=False)(student[kept], teacher[kept], weight, inner)
-        if grad is not None and inner is not None:
-            grad.zero_()[kept] = inner
-        return value
+        Such a token keeps a probability of exactly zero, but a log-ratio that may be multiplied by that.
+        """
+        absent, lacking = torch.isneginf(student), torch.isneginf(teacher)
+        both, divergence = absent & lacking, self._evaluator.divergence
+        absent = absent if math.isfinite(divergence.slope_at_infinity) else both
+        lacking = lacking if math.isfinite(divergence.at_zero) else both
+        return student.masked_fill(absent, _lowest(student)), teacher.masked_fill(lacking, _lowest(teacher))
+
+
+def _lowest(like: Tensor) -> float:
+    """A logit whose exponential is zero, but whose multiples are finite."""
+    return max(torch.finfo(like.dtype).min, -1e30)
 
 
 def finish(laws: Laws, form: Form, filled: Filled, weight: Row, out: Tensor) -> None:
@@ -171,7 +171,9 @@ def finish(laws: Laws, form: Form, filled: Filled, weight: Row, out: Tensor) -> 
         out.copy_(target)
 
 
-def _finite(row: Row) -> bool:
+def _finite(filled: Filled) -> bool:
+    """Whether all is; one number tells of every NaN and infinity, as each would have entered a sum."""
+    row = filled.value + filled.mean
     return math.isfinite(row if isinstance(row, float) else float(row.sum()))
 
 

@@ -13,11 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import opdtheory as opd
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.estimators.vocabulary import perspective
+from tests.conftest import CHECKED
 from tests.tolerances import ALGEBRA
 
 INF = math.inf
 # Forward mode in torch loads a part of torch.jit.
 forward_mode = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+# What checks annotations at run time cannot be traced.
+compiles = pytest.mark.skipif(CHECKED, reason="OPDTHEORY_TYPECHECK: the compiler cannot trace the checks")
 NAMES = ("reverse_kl", "forward_kl", "jsd", "chi2", "alpha(alpha=0.3)", "skew_jsd(beta=0.1)")
 
 
@@ -127,6 +130,7 @@ def test_absent_tokens_have_second_derivatives_too() -> None:
         assert worst(found[2], torch.zeros(4)) == 0
 
 
+@compiles
 @pytest.mark.parametrize("backend", ("aot_eager",))
 @pytest.mark.parametrize("name", ("jsd", "alpha(alpha=0.3)"))
 def test_compiles_to_one_graph(backend: str, name: str) -> None:
@@ -145,6 +149,7 @@ def test_compiles_to_one_graph(backend: str, name: str) -> None:
             assert worst(compiled(student, teacher), loss(student, teacher)) == 0
 
 
+@compiles
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 def test_own_divergences_compile_with_a_break() -> None:
     student, teacher = pair(3, 6)

@@ -10,8 +10,11 @@ from torch import Tensor
 
 import opdtheory as opd
 from opdtheory.errors import InvalidArgumentError
+from tests.conftest import CHECKED
 from tests.tolerances import ALGEBRA
 
+# What checks annotations at run time cannot be traced.
+compiles = pytest.mark.skipif(CHECKED, reason="OPDTHEORY_TYPECHECK: the compiler cannot trace the checks")
 NAMES = ("reverse_kl", "forward_kl", "jsd", "total_variation")
 
 
@@ -109,6 +112,7 @@ def test_narrow_dtypes_and_autocast(dtype: torch.dtype) -> None:
         assert all(a.dtype == torch.float32 and worst(a, b) < 20 * eps for a, b in zip(slopes, theirs, strict=True))
 
 
+@compiles
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 def test_compiled_graphs_break_there() -> None:
     hidden, *others = case(6)

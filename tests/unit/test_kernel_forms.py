@@ -52,7 +52,7 @@ def by_form(
     form: Form, d: Divergence, student: Tensor, teacher: Tensor, dtype: torch.dtype = torch.float64, tau: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Values and gradient of a form whose buffers are of the given dtype."""
-    evaluator = Evaluator(form, dtype, reference_form(d), 1 / tau)
+    evaluator = Evaluator(d, form, dtype, reference_form(d), 1 / tau)
     values, gradient = torch.empty(student.shape[:-1], dtype=torch.float64), torch.empty_like(student)
     sweep(evaluator, student, teacher, None, None, values, gradient)
     return values, gradient
