@@ -179,32 +179,6 @@ def laws_of(
     return Laws(buffers, student, teacher, scale, peaks, total, _quotient(total, other, buffers.q), guarded)
 
 
-def _peak(self, which: int) -> Row:
-    return 0.0 if self.peaks is None else wide_like(self.peaks[which], self.total)
-
-
-def laws_of(
-    student: Tensor, teacher: Tensor, scale: float, buffers: Buffers, guarded: bool = False, shifted: bool = False
-) -> Laws:
-    """The laws of a chunk of logits, `(R, V)` or `(V,)`.
-
-    Exponentials of the logits as they are need neither the maximum nor the subtraction of it, and do not round what
-    they are of. Where a sum of them is not well within range, those below the maximum are taken, and at once if
-    `shifted` says so.
-    """
-    peaks: tuple[Tensor, Tensor] | tuple[None, None] = (None, None)
-    for attempt in (True,) if shifted else (False, True):
-        if attempt:
-            peaks = _peak(student, scale, buffers.p), _peak(teacher, scale, buffers.q)
-        scaled_exp(buffers.p, student, scale, peaks[0])
-        scaled_exp(buffers.q, teacher, scale, peaks[1])
-        total, other = row_sum(buffers.p), row_sum(buffers.q)
-        if _in_range(total) and _in_range(other):
-            break
-    found = None if peaks[0] is None else peaks
-    return Laws(buffers, student, teacher, scale, found, total, _quotient(total, other, buffers.q), guarded)
-
-
 def _peak(logits: Tensor, scale: float, like: Tensor) -> Tensor:
     return scale * logits.amax(-1, keepdim=True).to(like.dtype)
 
