@@ -28,8 +28,10 @@ __all__ = [
 Row: TypeAlias = "float | Tensor"
 """A number for each row of a chunk: `(R, 1)`, float64; of a single row `(V,)` a Python float, which is quicker."""
 
-# Elements of a buffer: on a CPU four of them should stay in the cache of a core or two, elsewhere launches count.
-_CPU_ELEMENTS, _DEVICE_ELEMENTS = 2**17, 2**24
+# Elements of a buffer: on a CPU four of them should stay near the core, elsewhere launches count.
+_CPU_ELEMENTS, _DEVICE_ELEMENTS = 2**18, 2**24
+# Of a row that is worth taking by itself, for each thread [measured]: one number per row is then a plain one.
+_SINGLE = 2**14
 # Sums of exponentials in float32: below, tokens that count would underflow; above, products could overflow.
 _LEAST, _MOST = 1e-10, 1e20
 _FLOOR = 1e-25
@@ -59,8 +61,9 @@ class Buffers(NamedTuple):
 
 def default_rows(vocabulary: int, device: torch.device) -> int:
     """How many positions make a chunk where the caller does not say."""
-    elements = _CPU_ELEMENTS * min(torch.get_num_threads(), 2) if device.type == "cpu" else _DEVICE_ELEMENTS
-    return max(1, elements // vocabulary)
+    if device.type != "cpu":
+        return max(1, _DEVICE_ELEMENTS // vocabulary)
+    return 1 if vocabulary >= _SINGLE * torch.get_num_threads() else max(1, _CPU_ELEMENTS // vocabulary)
 
 
 @dataclass
