@@ -34,6 +34,10 @@ _HOMES = {
     "from_logits": "opdtheory.adapters",
     "from_logprobs": "opdtheory.adapters",
     "from_top_k": "opdtheory.adapters",
+    "fused_divergence": "opdtheory.kernels",
+    "fused_linear_divergence": "opdtheory.kernels",
+    "fused_parallel_divergence": "opdtheory.kernels",
+    "fused_top_k_divergence": "opdtheory.kernels",
     "implied_generator": "opdtheory.divergences",
     "random_pair": "opdtheory.exact",
     "train": "opdtheory.training.trainer",
@@ -70,6 +74,10 @@ if TYPE_CHECKING:
     from opdtheory.exact import exact_value as exact_value
     from opdtheory.exact import expected_gradient as expected_gradient
     from opdtheory.exact import random_pair as random_pair
+    from opdtheory.kernels import fused_divergence as fused_divergence
+    from opdtheory.kernels import fused_linear_divergence as fused_linear_divergence
+    from opdtheory.kernels import fused_parallel_divergence as fused_parallel_divergence
+    from opdtheory.kernels import fused_top_k_divergence as fused_top_k_divergence
     from opdtheory.rollouts import Rollouts as Rollouts
     from opdtheory.training.config import TrainConfig as TrainConfig
     from opdtheory.training.trainer import train as train

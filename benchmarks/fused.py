@@ -1,0 +1,342 @@
+"""Time, memory and error of the whole-vocabulary losses, beside TRL's and beside the floor, in one process.
+
+`python benchmarks/fused.py` takes turns: every repeat runs each subject once, forward and backward, so that a machine
+that slows down slows all of them. It prints medians and plain ratios, and with `--write docs/performance.md` puts them
+into that page. The floor is what any loss of whole vocabularies does: two log-softmaxes, row by row into buffers that
+stay in the cache, and one gradient, allocated and written once; a row for each thread, as a row's softmax has one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import math
+import os
+import platform
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+import opdtheory as opd  # noqa: E402
+
+DIVERGENCES = (
+    "jsd",
+    "skew_jsd(beta=0.1)",
+    "forward_kl",
+    "reverse_kl",
+    "skew_forward_kl(lam=0.1)",
+    "skew_reverse_kl(lam=0.1)",
+    "jeffreys",
+    "chi2",
+    "neyman_chi2",
+    "hellinger",
+    "total_variation",
+    "le_cam",
+    "alpha(alpha=0.3)",
+    "alpha(alpha=1.5)",
+)
+# The marks: against TRL, against the floor, and beyond the gradient in MB (1e6 bytes).
+OF_TRL, OF_FLOOR, BEYOND = 0.08, 1.5, 8.0
+BEGIN, END = "<!-- begin: benchmarks/fused.py -->", "<!-- end: benchmarks/fused.py -->"
+
+Run = Callable[[], None]
+
+
+def logits(tokens: int, vocabulary: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """A student and a teacher near it, with the spread of a language model's logits."""
+    generator = torch.Generator().manual_seed(0)
+    student = torch.empty(tokens, vocabulary, dtype=dtype)
+    teacher = torch.empty(tokens, vocabulary, dtype=dtype)
+    for row in range(tokens):
+        ours = 3 * torch.randn(vocabulary, generator=generator)
+        student[row] = ours
+        teacher[row] = ours + torch.randn(vocabulary, generator=generator)
+    return student.requires_grad_(), teacher
+
+
+def fused(student: Tensor, teacher: Tensor, name: str) -> Run:
+    weights = torch.full(student.shape[:-1], 1 / len(student))
+
+    def run() -> None:
+        opd.fused_divergence(student, teacher, name, mask=weights).sum().backward()
+
+    return run
+
+
+def trl(student: Tensor, teacher: Tensor) -> Run:
+    from trl.experimental.gkd.gkd_trainer import GKDTrainer
+
+    return lambda: GKDTrainer.generalized_jsd_loss(student, teacher).backward()
+
+
+def floor(student: Tensor, teacher: Tensor) -> Run:
+    rows = torch.get_num_threads()
+    first, second = torch.empty(rows, student.shape[-1]), torch.empty(rows, student.shape[-1])
+
+    def run() -> None:
+        with torch.no_grad():
+            gradient = torch.empty_like(student)
+            for part in (slice(row, row + rows) for row in range(0, len(student), rows)):
+                count = len(student[part])
+                torch.log_softmax(student[part], -1, out=first[:count])
+                torch.log_softmax(teacher[part], -1, out=second[:count])
+                torch.add(first[:count], second[:count], out=gradient[part])
+
+    return run
+
+
+def copied(student: Tensor, teacher: Tensor) -> Run:
+    """No loss: what reading the logits and writing a gradient takes."""
+
+    def run() -> None:
+        with torch.no_grad():
+            torch.add(student, teacher)
+
+    return run
+
+
+def seconds(run: Run, student: Tensor) -> float:
+    student.grad = None
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def peak(run: Run, student: Tensor) -> float:
+    """The resident memory, in MB, that a run takes at its peak beyond what there was before; NaN if unknown."""
+    student.grad = None
+    try:
+        # What the allocator keeps of freed memory would hide what a run takes.
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+        before = _status("VmRSS")
+        run()
+        return (_status("VmHWM") - before) / 1e6
+    except (OSError, AttributeError):
+        return math.nan
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return 1024 * int(line.split()[1])
+    raise OSError(field)
+
+
+def in_turn(subjects: dict[str, Run], student: Tensor, repeats: int) -> dict[str, float]:
+    """Medians of alternated repeats, after one run of each that is not counted."""
+    taken: dict[str, list[float]] = {name: [] for name in subjects}
+    for repeat in range(repeats + 1):
+        for name, run in subjects.items():
+            spent = seconds(run, student)
+            if repeat:
+                taken[name].append(spent)
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def compared(tokens: int, vocabulary: int, repeats: int, names: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """The table of all subjects, and the divergences that miss a mark."""
+    student, teacher = logits(tokens, vocabulary)
+    subjects: dict[str, Run] = {"TRL": trl(student, teacher), "floor": floor(student, teacher)}
+    subjects["read and write"] = copied(student, teacher)
+    subjects |= {name: fused(student, teacher, name) for name in names}
+    times = in_turn(subjects, student, repeats)
+    memory = {name: peak(run, student) for name, run in subjects.items()}
+    gradient = student.numel() * student.element_size() / 1e6
+    lines = [
+        f"{tokens} tokens x {vocabulary:,} words, float32, forward and backward; medians of {repeats} alternated "
+        f"repeats; the gradient takes {gradient:.0f} MB.",
+        "",
+        "| | ms | of TRL's time | of the floor's | extra MB | of TRL's memory | beyond the gradient, MB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    missed = []
+    for name, took in times.items():
+        more = memory[name] - gradient
+        lines.append(
+            f"| {_shown(name)} | {1e3 * took:.0f} | {took / times['TRL']:.3f} | {took / times['floor']:.2f} "
+            f"| {memory[name]:.0f} | {memory[name] / memory['TRL']:.3f} | {more:.1f} |"
+        )
+        if name in names and (took > OF_TRL * times["TRL"] or took > OF_FLOOR * times["floor"] or more > BEYOND):
+            missed.append(name)
+    verdict = f"Missed by: {', '.join(missed)}." if missed else "Met by every divergence."
+    marks = f"Marks: at most {OF_TRL} of TRL's time, {OF_FLOOR} of the floor's, {BEYOND:g} MB beyond the gradient. "
+    return [*lines, "", marks + verdict], missed
+
+
+def scaling(repeats: int, vocabulary: int, largest: int) -> list[str]:
+    """The time of the JSD by tokens and by vocabulary, and the exponents of both."""
+    lines = ["| tokens | words | dtype | ms | ns per logit |", "|---|---|---|---|---|"]
+    points: dict[str, list[tuple[float, float]]] = {"tokens": [], "vocabulary": []}
+    shapes = [(tokens, vocabulary, "tokens") for tokens in _doublings(64, largest, 4)]
+    shapes += [(256, words, "vocabulary") for words in (9_496, 37_984, 151_936) if words <= vocabulary]
+    for tokens, words, axis in shapes:
+        dtype = torch.float32 if 3 * 4 * tokens * words < 0.6 * _memory() else torch.bfloat16
+        student, teacher = logits(tokens, words, dtype)
+        run = fused(student, teacher, "jsd")
+        took = in_turn({"jsd": run}, student, repeats)["jsd"]
+        if dtype == torch.float32:
+            points[axis].append((tokens if axis == "tokens" else words, took))
+        logit = 1e9 * took / student.numel()
+        lines.append(f"| {tokens:,} | {words:,} | {str(dtype)[6:]} | {1e3 * took:.1f} | {logit:.2f} |")
+        del student, teacher, run
+    exponents = ", ".join(f"{_slope(found):.2f} in the {axis}" for axis, found in points.items() if len(found) > 1)
+    return [*lines, "", f"Time grows with the power {exponents} (float32; least squares on logarithms)."]
+
+
+def _doublings(first: int, last: int, factor: int) -> list[int]:
+    found = []
+    while first < last:
+        found.append(first)
+        first *= factor
+    return [*found, last]
+
+
+def _slope(points: list[tuple[float, float]]) -> float:
+    x, y = ([math.log(pair[which]) for pair in points] for which in (0, 1))
+    return statistics.linear_regression(x, y).slope
+
+
+def _memory() -> int:
+    """Bytes that are available, or 8 GB where that is not known."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024 * int(line.split()[1])
+    except OSError:
+        pass
+    return 8_000_000_000
+
+
+def accuracy(names: tuple[str, ...], tokens: int = 16, vocabulary: int = 20_000) -> list[str]:
+    """Worst errors against float64 of the very same logits."""
+    lines = [
+        "| | value | gradient | value near the teacher | gradient in bfloat16 | value by autograd |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in names:
+        student, teacher = logits(tokens, vocabulary)
+        near = (student.detach() + 1e-2 * (teacher - student.detach())).requires_grad_(False)
+        wide, narrow = _errors(student, teacher, name), _errors(student.bfloat16(), teacher.bfloat16(), name)
+        plain = _plain_error(student, teacher, name)
+        close = _errors(student, near, name)[0]
+        lines.append(
+            f"| {_shown(name)} | {wide[0]:.0e} | {wide[1]:.0e} | {close:.0e} | {narrow[1]:.0e} | {plain:.0e} |"
+        )
+    return [
+        f"Worst errors in float32 over {tokens} rows of {vocabulary:,} words, against float64 of the same logits: of "
+        "the value, over one plus the value, also where the log-ratios are a hundredth (values there are about 1e-4 of "
+        "what they were); of a row's gradient in norm, over its norm, also for logits and gradient in bfloat16; and of "
+        "the value by the textbook formula (log-softmax, p f(q/p), sum).",
+        "",
+        *lines,
+    ]
+
+
+def _errors(student: Tensor, teacher: Tensor, name: str) -> tuple[float, float]:
+    found = []
+    for dtype in (student.dtype, torch.float64):
+        z = student.detach().to(dtype).requires_grad_()
+        values = opd.fused_divergence(z, teacher.to(dtype), name)
+        values.sum().backward()
+        found.append((values.detach().double(), z.grad.double()))  # type: ignore[union-attr]
+    (values, slope), (exact, wanted) = found
+    norm = (slope - wanted).norm(dim=-1) / wanted.norm(dim=-1)
+    return float(((values - exact).abs() / (1 + exact)).max()), float(norm.max())
+
+
+def _plain_error(student: Tensor, teacher: Tensor, name: str) -> float:
+    log_p, log_q = torch.log_softmax(student.detach(), -1), torch.log_softmax(teacher, -1)
+    exact = opd.fused_divergence(student.detach().double(), teacher.double(), name)
+    plain = (log_p.exp() * opd.divergence(name).generator(log_q - log_p)).sum(-1)
+    return float(((plain - exact).abs() / (1 + exact)).max())
+
+
+def profiled(names: list[str], tokens: int, vocabulary: int) -> list[str]:
+    """Which operations take the time, for each of some divergences."""
+    lines = ["| | operations, with their share of the time |", "|---|---|"]
+    student, teacher = logits(tokens, vocabulary)
+    for name in names:
+        run = fused(student, teacher, name)
+        seconds(run, student)
+        student.grad = None
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            run()
+        events = sorted(profile.key_averages(), key=lambda event: -event.self_cpu_time_total)
+        total = sum(event.self_cpu_time_total for event in events)
+        shares = (f"{event.key.removeprefix('aten::')} {event.self_cpu_time_total / total:.0%}" for event in events[:8])
+        lines.append(f"| {_shown(name)} | {', '.join(shares)} |")
+    return lines
+
+
+def _shown(name: str) -> str:
+    return f"`{name}`" if name in DIVERGENCES else name
+
+
+def machine() -> str:
+    name = platform.processor() or platform.machine()
+    try:
+        models = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")]
+        name = models[0].split(":")[1].strip() if models else name
+    except OSError:
+        pass
+    return f"{name}, {os.cpu_count()} cores, torch {torch.__version__} with {torch.get_num_threads()} threads"
+
+
+def write(page: Path, text: str) -> None:
+    """Replace the page's section between the two marks."""
+    old = page.read_text(encoding="utf-8")
+    head, tail = old.split(BEGIN)[0], old.split(END)[1]
+    page.write_text(f"{head}{BEGIN}\n\n{text}\n\n{END}{tail}", encoding="utf-8")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    assert __doc__
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=256, metavar="N")
+    parser.add_argument("--vocabulary", type=int, default=151_936, metavar="V")
+    parser.add_argument("--repeats", type=int, default=7, metavar="N", help="alternated, at least 5 for the page")
+    parser.add_argument("--only", nargs="+", choices=DIVERGENCES, default=DIVERGENCES, metavar="DIVERGENCE")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--largest", type=int, default=8_192, metavar="N", help="tokens of the largest batch")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the tables into this page")
+    options = parser.parse_args(arguments)
+    if options.write and options.repeats < 5:
+        parser.error("--write needs --repeats of at least 5")
+    names = tuple(options.only)
+    sections, missed = [[f"On {machine()}, by `python benchmarks/fused.py`."]], []
+    if "time" in options.parts:
+        table, missed = compared(options.tokens, options.vocabulary, options.repeats, names)
+        sections.append(["### Time and memory", "", *table])
+    if "profile" in options.parts:
+        rows = profiled(list(dict.fromkeys(("jsd", *missed))), min(options.tokens, 64), options.vocabulary)
+        sections.append(["### Where the time goes", "", *rows])
+    if "scaling" in options.parts:
+        rows = scaling(max(3, options.repeats // 2), options.vocabulary, options.largest)
+        sections.append(["### Scaling of the JSD", "", *rows])
+    if "accuracy" in options.parts:
+        sections.append(["### Errors", "", *accuracy(names)])
+    text = "\n\n".join("\n".join(section) for section in sections)
+    print(text)
+    if options.write:
+        write(options.write, text)
+    return int(bool(missed))
+
+
+PARTS = ("time", "profile", "scaling", "accuracy")
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    sys.exit(main())

@@ -1,0 +1,65 @@
+r"""Second derivatives: the Hessian of a divergence in the student's logits, times a vector.
+
+With the weight $w$, the curvature $\kappa = u^2 f''(u) = \mathrm{d}w/\mathrm{d}\log u$ and means under $p$,
+
+$$(H v)_a = p_a (r_a - E_p r), \qquad r = (v - E_p v)(\kappa - w + E_p w)$$
+
+which is the derivative of $-p_a (w_a - E_p w)$ along $v$.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from opdtheory.divergences import Divergence
+from opdtheory.kernels.laws import Buffers, default_rows, laws_of
+from opdtheory.kernels.reference import log_laws, under_student, weight_masses
+from opdtheory.kernels.sweep import matrices, runs
+
+__all__ = ["hessian_product"]
+
+
+def hessian_product(
+    divergence: Divergence,
+    student: Tensor,
+    teacher: Tensor,
+    weights: Tensor | None,
+    vectors: Tensor,
+    scale: float,
+    chunk: int | None,
+) -> Tensor:
+    r"""The products $m_n H_n v_n$ of each position, in the dtype of the student; evaluated in float64.
+
+    Args:
+        divergence: the generator.
+        student: logits, `(..., V)`.
+        teacher: logits of the same shape.
+        weights: $m$, `(...)`, or None for ones.
+        vectors: $v$, `(..., V)`.
+        scale: the inverse temperature.
+        chunk: how many positions at a time.
+    """
+    out = torch.empty(student.shape, dtype=student.dtype, device=student.device)
+    rows = chunk or default_rows(student.shape[-1], student.device)
+    ones = torch.ones(student.shape[:-1], dtype=torch.float64, device=student.device)
+    for wide, narrow in matrices([student, teacher, vectors, out], [ones if weights is None else weights.double()]):
+        ours, theirs, vector, product = wide
+        for part, weighed in runs(narrow[0], ours.shape[0], rows):
+            if weighed:
+                result = _chunk(divergence, ours[part], theirs[part], vector[part].double(), scale)
+                product[part] = (narrow[0][part].unsqueeze(-1) * result).to(out.dtype)
+            else:
+                product[part] = 0.0
+    return out
+
+
+def _chunk(divergence: Divergence, student: Tensor, teacher: Tensor, vector: Tensor, scale: float) -> Tensor:
+    buffers = Buffers.allocate(student.shape, torch.float64, student.device)
+    logs = log_laws(laws_of(student, teacher, scale, buffers))
+    p = logs.log_p.exp()
+    mass = weight_masses(divergence, logs)
+    bend = under_student(divergence.curvature(logs.log_u), logs)
+    centred = vector - (p * vector).sum(-1, keepdim=True)
+    r = centred * (bend - mass + p * mass.sum(-1, keepdim=True))
+    return scale**2 * (r - p * r.sum(-1, keepdim=True))

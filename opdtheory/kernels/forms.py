@@ -1,0 +1,253 @@
+r"""Each divergence as a few passes over probabilities: its value and its gradient in the student's logits (T1).
+
+With $u = q/p$ a form leaves $h$ in a buffer, and the gradient is
+
+$$\frac{\partial D}{\partial z_a} = c\, p_a (E_p h - h_a) \quad\text{or}\quad c\,(p_a \textstyle\sum_b h_b - h_a)$$
+
+as `h` is the weight $w_f(u)$ or the mass $p\,w_f(u)$, each up to the factor $c$ and a constant of the weight.
+Values and means are sums over the vocabulary, so that parts of it may be added up.
+
+The forms are rounded in the dtype of the buffers. Three choices keep digits near $u = 1$: values are summed in the
+gauge $f'(1) = 0$, in which an error of a normaliser counts to second order only (T3); squares are products with
+$q - p$; and at $p = q$ gradients are exactly zero. Logits of `-inf` and probabilities that underflow give finite
+results where $f(0)$ and $f'(\infty)$ are finite, else a result that is not finite, and never a wrong one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from opdtheory.divergences import Divergence
+from opdtheory.kernels.laws import Laws, Row, affine, row_dot, row_sum
+
+__all__ = ["Filled", "Form", "fast_form"]
+
+# Outside, differences that count would be lost in rounding: the reference form takes over.
+_SHARE = 1 / 16
+_LARGEST_ORDER = 4.0
+
+
+class Filled(NamedTuple):
+    """What a form found: `h`, and per row the value and the sum of `h` under `p` (or of `h` itself, if a mass)."""
+
+    h: Tensor
+    value: Row
+    mean: Row
+
+
+@dataclass(frozen=True)
+class Form:
+    r"""How a divergence is evaluated on a chunk.
+
+    Attributes:
+        kind: whether `h` is a weight or a mass.
+        factor: the $c$ of the gradient.
+        fill: from the laws to `h`, value and mean, all of them times the laws' total except a weight.
+        guardable: whether guarded quotients make every result finite.
+    """
+
+    kind: Literal["weight", "mass"]
+    factor: float
+    fill: Callable[[Laws], Filled]
+    guardable: bool = False
+
+
+def fast_form(divergence: Divergence) -> Form | None:
+    """The form of a divergence of the catalogue, or None where only the reference form is accurate."""
+    if divergence._own_expr is not None:
+        return None
+    if divergence.name in _FIXED:
+        return _FIXED[divergence.name]
+    (parameter,) = divergence.parameters.values()
+    if divergence.name == "alpha":
+        return _alpha(parameter)
+    if parameter == 0.0 and divergence.name in _AT_ZERO:
+        return _AT_ZERO[divergence.name]
+    inside = _SHARE <= parameter <= 1 - _SHARE
+    return _SKEW[divergence.name](parameter) if inside and divergence.name in _SKEW else None
+
+
+def _forward_kl(laws: Laws) -> Filled:
+    # p w = q; without p, which is constant in w: q - p. The value is that of u log u - u + 1.
+    log_u, missing = laws.log_ratio()
+    terms = row_dot(laws.q, log_u) + missing * row_sum(laws.q)
+    excess = laws.excess()
+    mean = row_sum(excess)
+    return Filled(excess, terms - mean, mean)
+
+
+def _reverse_kl(laws: Laws) -> Filled:
+    # w = log u up to a constant; the value is that of u - 1 - log u.
+    log_u, missing = laws.log_ratio()
+    mean = row_dot(laws.p, log_u)
+    return Filled(log_u, row_sum(laws.excess()) - mean - missing * row_sum(laws.p), mean)
+
+
+def _jeffreys(laws: Laws) -> Filled:
+    # p w = (q - p) + p log u, and D is the sum of (q - p) log u.
+    log_u, excess = laws.log_ratio()[0], laws.excess()
+    value = row_dot(excess, log_u)
+    mean = row_sum(excess) + row_dot(laws.p, log_u)
+    return Filled(torch.addcmul(excess, laws.p, log_u, out=log_u), value, mean)
+
+
+def _chi2(laws: Laws) -> Filled:
+    # p (u^2 - 1) = (q - p)(u + 1), and D is the sum of (q - p)(u - 1).
+    ratio, excess = laws.log_ratio()[0].exp_(), laws.excess()
+    product, difference = row_dot(excess, ratio), row_sum(excess)
+    return Filled(torch.addcmul(excess, excess, ratio, out=ratio), product - difference, product + difference)
+
+
+def _neyman_chi2(laws: Laws) -> Filled:
+    # p (1 - 1/u) = (q - p)/u, and D is the sum of (q - p)(1 - 1/u).
+    inverse, excess = laws.log_ratio()[0].neg_().exp_(), laws.excess()
+    mean = row_dot(excess, inverse)
+    return Filled(inverse.mul_(excess), row_sum(excess) - mean, mean)
+
+
+def _hellinger(laws: Laws) -> Filled:
+    # p (sqrt(u) - 1) = sqrt(p) (sqrt(q) - sqrt(p))
+    root = torch.sqrt(laws.p, out=laws.buffers.h)
+    difference = torch.sqrt(laws.q, out=laws.buffers.x).sub_(root)
+    value = row_dot(difference, difference)
+    mass = root.mul_(difference)
+    return Filled(mass, value, row_sum(mass))
+
+
+def _total_variation(laws: Laws) -> Filled:
+    excess = laws.excess()
+    sign = torch.sign(excess, out=laws.buffers.h)
+    return Filled(sign, row_dot(excess, sign) / 2, row_dot(laws.p, sign))
+
+
+def _le_cam(laws: Laws) -> Filled:
+    # With r = (q - p)/(q + p): w = r (r + 2), and D is the sum of (q - p) r.
+    excess, total = laws.excess(), torch.add(laws.p, laws.q, out=laws.buffers.h)
+    ratio = torch.div(excess, laws.guard(total), out=total)
+    value = row_dot(excess, ratio)
+    weight = ratio.addcmul_(ratio, ratio, value=0.5)
+    return Filled(weight, value, row_dot(laws.p, weight))
+
+
+def _skew_jsd(beta: float) -> Form:
+    rest = 1.0 - beta
+
+    def fill(laws: Laws) -> Filled:
+        # log u and log(m/p) come from the same quotient: its rounding counts to second order only.
+        ratio = laws.teacher_over(laws.student_divisor())
+        teacher = laws.teacher_sum(torch.log(ratio, out=laws.buffers.x))
+        weight = affine(ratio, beta, rest).log_()
+        mean = row_dot(laws.p, weight)
+        return Filled(weight, beta * (teacher - laws.teacher_sum(weight)) - rest * mean, mean)
+
+    return Form("weight", rest, fill, guardable=True)
+
+
+def _skew_forward_kl(lam: float) -> Form:
+    rest = 1.0 - lam
+
+    def fill(laws: Laws) -> Filled:
+        # With r = q/m: w = (1 - lam) r; the value is that of f - (1 - lam)(u - 1).
+        difference = row_sum(laws.excess())
+        mixture = torch.lerp(laws.p, laws.q, lam, out=laws.buffers.h)
+        ratio = laws.teacher_over(laws.guard(mixture))
+        value = row_dot(laws.q, torch.log(ratio, out=laws.buffers.x)) - rest * difference
+        weight = ratio.sub_(1.0)
+        return Filled(weight, value, row_dot(laws.p, weight))
+
+    return Form("weight", rest, fill, guardable=True)
+
+
+def _skew_reverse_kl(lam: float) -> Form:
+    rest = 1.0 - lam
+
+    def fill(laws: Laws) -> Filled:
+        # With v = m/p: w = log v + lam/v - 1; the value is that of f + (1 - lam)(u - 1).
+        difference = row_sum(laws.excess())
+        mixture = laws.teacher_over(laws.student_divisor())
+        mixture = affine(mixture, rest, lam)
+        log_mixture = torch.log(mixture, out=laws.buffers.x)
+        value = rest * difference - row_dot(laws.p, log_mixture)
+        weight = log_mixture.add_(mixture.reciprocal_().sub_(1.0), alpha=lam)
+        return Filled(weight, value, row_dot(laws.p, weight))
+
+    return Form("weight", 1.0, fill, guardable=True)
+
+
+def _alpha(order: float) -> Form | None:
+    if order in _ORDERS:
+        name, multiple = _ORDERS[order]
+        return _multiple(_FIXED[name], multiple)
+    if abs(order) > _LARGEST_ORDER or min(abs(order), abs(order - 1)) < _SHARE:
+        return None
+    return _alpha_by_student(order) if order < 0.5 else _alpha_by_teacher(order)
+
+
+def _alpha_by_student(order: float) -> Form:
+    def fill(laws: Laws) -> Filled:
+        # a w = u^a - 1, and D = E_p[w]/(a - 1).
+        weight = _power(laws, order)
+        mean = row_dot(laws.p, weight)
+        difference = row_sum(laws.excess())
+        return Filled(weight, (mean / order - difference) / (order - 1), mean)
+
+    return Form("weight", 1 / order, fill)
+
+
+def _alpha_by_teacher(order: float) -> Form:
+    def fill(laws: Laws) -> Filled:
+        # a p w = (q - p) + q (u^(a-1) - 1)
+        power = _power(laws, order - 1)
+        terms, excess = row_dot(laws.q, power), laws.excess()
+        difference = row_sum(excess)
+        mass = torch.addcmul(excess, laws.q, power, out=power)
+        return Filled(mass, (terms / (order - 1) - difference) / order, difference + terms)
+
+    return Form("mass", 1 / order, fill)
+
+
+def _power(laws: Laws, exponent: float) -> Tensor:
+    """The difference `u**exponent - 1` in `h`."""
+    log_u, missing = laws.log_ratio()
+    # The exponents are not small, so that expm1, five times as slow, would gain digits near u = 1 only.
+    return affine(log_u, exponent, exponent * missing).exp_().sub_(1.0)
+
+
+def _multiple(form: Form, factor: float) -> Form:
+    def fill(laws: Laws) -> Filled:
+        filled = form.fill(laws)
+        return filled._replace(value=factor * filled.value)
+
+    return form if factor == 1.0 else Form(form.kind, factor * form.factor, fill)
+
+
+_FIXED: dict[str, Form] = {
+    "reverse_kl": Form("weight", 1.0, _reverse_kl),
+    "forward_kl": Form("mass", 1.0, _forward_kl),
+    "jsd": _skew_jsd(0.5),
+    "chi2": Form("mass", 1.0, _chi2),
+    "neyman_chi2": Form("mass", 2.0, _neyman_chi2),
+    "hellinger": Form("mass", 1.0, _hellinger),
+    "total_variation": Form("weight", 0.5, _total_variation),
+    "le_cam": Form("weight", 2.0, _le_cam, guardable=True),
+    "jeffreys": Form("mass", 1.0, _jeffreys),
+}
+_AT_ZERO: dict[str, Form] = {"skew_forward_kl": _FIXED["forward_kl"], "skew_reverse_kl": _FIXED["reverse_kl"]}
+_SKEW: dict[str, Callable[[float], Form]] = {
+    "skew_jsd": _skew_jsd,
+    "skew_forward_kl": _skew_forward_kl,
+    "skew_reverse_kl": _skew_reverse_kl,
+}
+# Members of the power family that are multiples of others, up to gauge.
+_ORDERS: dict[float, tuple[str, float]] = {
+    -1.0: ("neyman_chi2", 0.5),
+    0.0: ("reverse_kl", 1.0),
+    0.5: ("hellinger", 2.0),
+    1.0: ("forward_kl", 1.0),
+    2.0: ("chi2", 0.5),
+}

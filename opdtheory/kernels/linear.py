@@ -1,0 +1,204 @@
+r"""The divergence of next-token laws from hidden states and output layers, without the logits of a batch."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+from opdtheory.divergences import Divergence
+from opdtheory.divergences import divergence as as_divergence
+from opdtheory.errors import InvalidArgumentError
+from opdtheory.kernels import arguments
+from opdtheory.kernels.attached import graph_is_kept, last
+from opdtheory.kernels.outside import outside_graphs
+from opdtheory.kernels.sweep import Evaluator, sweep
+
+__all__ = ["fused_linear_divergence"]
+
+# Of a chunk of logits: large enough that a matrix product does not wait for the output layer to be read.
+_ELEMENTS = 2**23
+
+
+@outside_graphs
+def fused_linear_divergence(
+    student_hidden: Float[Tensor, "*batch D"],
+    student_head: Float[Tensor, "V D"],
+    teacher_hidden: Float[Tensor, "*batch E"],
+    teacher_head: Float[Tensor, "V E"],
+    divergence: str | Divergence,
+    mask: Shaped[Tensor, "*batch"] | None = None,
+    temperature: float = 1.0,
+    chunk_size: int | None = None,
+) -> Float[Tensor, "*batch"]:
+    r"""`fused_divergence` of the logits $z = W h$, of which only a chunk of positions is ever held.
+
+    $$\ell_n = m_n D_f(q_n \| p_n), \qquad
+    \frac{\partial \ell}{\partial h_n} = W^\top g_n, \quad
+    \frac{\partial \ell}{\partial W} = \sum_n g_n h_n^\top, \quad
+    g_n = -\frac{m_n}{\tau}\, p_n (w_f(u_n) - E_{p_n} w_f)$$
+
+    In nats, to be minimised; the teacher is detached. The forward pass finds the gradients of hidden states and of the
+    head together with the values, and holds those gradients, two chunks of logits and a few buffers. They are for
+    upstream gradients that are the same at all positions of non-zero weight, as of a sum or a mean: others make the
+    backward pass do the work again. Logits and $g$ are in the dtype of the head (under autocast, in its dtype), sums
+    over positions in float32; a head of float64 is float64 throughout. First derivatives only; no `torch.vmap`.
+
+    Args:
+        student_hidden: $h$, any leading shape.
+        student_head: $W$, the weight of `torch.nn.Linear(D, V, bias=False)`, of the same dtype.
+        teacher_hidden: the teacher's, of the same leading shape; its width may be another.
+        teacher_head: the teacher's.
+        divergence: an object or a catalogue name.
+        mask: a weight for each position; where it is zero nothing is computed.
+        temperature: $\tau$, divides both logits.
+        chunk_size: how many positions at a time; by default so many that a chunk has 8 million logits.
+
+    Returns:
+        $\ell$, float64 if a head is, else float32.
+
+    Raises:
+        InvalidArgumentError: a shape, dtype or number that does not fit, or logits that are NaN or +inf.
+
+    References: T1 and T12 of the theory.
+
+    Example:
+        >>> import torch
+        >>> hidden = torch.tensor([[1.0, 2.0]], requires_grad=True)
+        >>> head, teacher_head = torch.eye(3, 2), torch.ones(3, 2)
+        >>> loss = fused_linear_divergence(hidden, head, torch.ones(1, 2), teacher_head, "reverse_kl")
+        >>> loss.sum().backward()
+        >>> hidden.grad
+        tensor([[-0.1408,  0.2826]])
+    """
+    _check(student_hidden, student_head, "student")
+    _check(teacher_hidden, teacher_head, "teacher")
+    batch = tuple(student_hidden.shape[:-1])
+    if tuple(teacher_hidden.shape[:-1]) != batch:
+        found = tuple(teacher_hidden.shape)
+        raise InvalidArgumentError("teacher_hidden", f"has shape {found}; {(*batch, 'E')} is needed as of the student")
+    if teacher_head.shape[0] != student_head.shape[0]:
+        raise InvalidArgumentError(
+            "teacher_head",
+            f"has {teacher_head.shape[0]} rows, the student's {student_head.shape[0]}: not one vocabulary",
+        )
+    if teacher_hidden.device != student_hidden.device:
+        raise InvalidArgumentError("teacher_hidden", f"is on {teacher_hidden.device}, not {student_hidden.device}")
+    arguments.check_temperature(temperature)
+    arguments.check_chunk(chunk_size)
+    dtype = arguments.sum_dtype(student_head, teacher_head)
+    weights = arguments.weights_of(mask, batch, student_hidden.device, dtype)
+    arguments.check_weights(weights)
+    recorded = torch.is_grad_enabled()
+    wanted = recorded and student_hidden.requires_grad, recorded and student_head.requires_grad
+    job = _Job(as_divergence(divergence), float(temperature), chunk_size, _product_dtype(student_head), wanted)
+    values: Tensor = _Linear.apply(
+        student_hidden, student_head, teacher_hidden.detach(), teacher_head.detach(), weights, job
+    )
+    return values
+
+
+class _Job(NamedTuple):
+    """What a call asked for beside its tensors, and the dtype of its matrix products."""
+
+    divergence: Divergence
+    temperature: float
+    chunk_size: int | None
+    dtype: torch.dtype
+    wanted: tuple[bool, bool]
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, head: Tensor, other: Tensor, other_head: Tensor, weights: Tensor | None, job: _Job
+    ) -> Tensor:
+        values, by_hidden, by_head = _work(hidden, head, other, other_head, weights, job)
+        ctx.save_for_backward(hidden, head, other, other_head, weights, by_hidden, by_head)
+        ctx.job = job
+        return values.to(arguments.sum_dtype(head, other_head))
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+        hidden, head, other, other_head, weights, *found = ctx.saved_tensors
+        with torch.no_grad():
+            factors = upstream if weights is None else upstream[weights != 0]
+            first = factors.flatten()[0] if factors.numel() else factors.new_ones(())
+            if bool((factors != first).any()):
+                weights = upstream if weights is None else upstream * weights
+                found = _work(hidden, head, other, other_head, weights, ctx.job)[1:]
+            elif bool(first != 1):
+                kept = graph_is_kept()
+                found = [each if each is None else each * first if kept else each.mul_(first) for each in found]
+        sources = upstream, hidden, head
+        by_hidden, by_head = (
+            None if each is None else last("fused_linear_divergence", each, *sources) for each in found
+        )
+        return by_hidden, by_head, None, None, None, None
+
+
+def _work(
+    hidden: Tensor,
+    head: Tensor,
+    other: Tensor,
+    other_head: Tensor,
+    weights: Tensor | None,
+    job: _Job,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Values `(...)`, and the gradients of their weighted sum in the hidden states and the head, where wanted."""
+    evaluator = Evaluator.of(job.divergence, arguments.sum_dtype(head, other_head), 1.0 / job.temperature)
+    values = torch.zeros(hidden.shape[:-1], dtype=torch.float64, device=hidden.device)
+    by_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if job.wanted[0] else None
+    sums = torch.float64 if job.dtype == torch.float64 else torch.float32
+    by_head = torch.zeros(head.shape, dtype=sums, device=head.device) if job.wanted[1] else None
+    looked = (
+        torch.arange(values.numel(), device=hidden.device) if weights is None else weights.flatten().nonzero()[:, 0]
+    )
+    rows = job.chunk_size or max(1, _ELEMENTS // head.shape[0])
+    # The casts of autocast, once.
+    student, teacher = head.to(job.dtype), other_head.to(job.dtype)
+    logits = [torch.empty(min(rows, len(looked)), len(head), dtype=job.dtype, device=head.device) for _ in range(2)]
+    flat, other_flat = hidden.reshape(-1, hidden.shape[-1]), other.reshape(-1, other.shape[-1])
+    with torch.autocast(hidden.device.type, enabled=False):
+        for part in looked.split(rows):
+            states = flat[part].to(job.dtype)
+            ours = torch.mm(states, student.T, out=logits[0][: len(part)])
+            theirs = torch.mm(other_flat[part].to(job.dtype), teacher.T, out=logits[1][: len(part)])
+            weight = None if weights is None else weights.flatten()[part]
+            found = torch.empty(len(part), dtype=torch.float64, device=hidden.device)
+            # The logits make room for their gradient.
+            sweep(evaluator, ours, theirs, weight, None, found, ours if any(job.wanted) else None)
+            values.view(-1)[part] = found
+            if by_hidden is not None:
+                by_hidden.view(-1, hidden.shape[-1])[part] = torch.mm(ours, student).to(hidden.dtype)
+            if by_head is not None:
+                _add_product(by_head, ours.T, states)
+    return values, by_hidden, None if by_head is None else by_head.to(head.dtype)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += torch.mm(left, right)
+
+
+def _product_dtype(head: Tensor) -> torch.dtype:
+    kind = head.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.dtype
+
+
+def _check(hidden: object, head: object, whose: str) -> None:
+    arguments.check_logits(f"{whose}_hidden", hidden)
+    arguments.check_logits(f"{whose}_head", head)
+    assert isinstance(hidden, Tensor) and isinstance(head, Tensor)
+    if head.ndim != 2 or head.shape[0] == 0 or head.shape[1] != hidden.shape[-1]:
+        raise InvalidArgumentError(
+            f"{whose}_head", f"has shape {tuple(head.shape)}; (V, {hidden.shape[-1]}) is needed for {whose}_hidden"
+        )
+    if head.dtype != hidden.dtype and not torch.is_autocast_enabled(head.device.type):
+        raise InvalidArgumentError(f"{whose}_head", f"has dtype {head.dtype}, {whose}_hidden {hidden.dtype}")
+    if head.device != hidden.device:
+        raise InvalidArgumentError(f"{whose}_head", f"is on {head.device}, {whose}_hidden on {hidden.device}")

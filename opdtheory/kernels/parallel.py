@@ -1,0 +1,184 @@
+r"""The divergence from logits whose vocabulary lies in parts on the ranks of a process group."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+from opdtheory.divergences import Divergence
+from opdtheory.divergences import divergence as as_divergence
+from opdtheory.errors import InvalidArgumentError
+from opdtheory.kernels import arguments
+from opdtheory.kernels.attached import attached
+from opdtheory.kernels.forms import Filled
+from opdtheory.kernels.laws import Buffers, Laws, default_rows, laws_within, scaled_exp
+from opdtheory.kernels.outside import outside_graphs
+from opdtheory.kernels.sweep import Evaluator, finish, matrices, runs
+
+__all__ = ["fused_parallel_divergence"]
+
+
+@outside_graphs
+def fused_parallel_divergence(
+    student_logits: Float[Tensor, "*batch V_local"],
+    teacher_logits: Float[Tensor, "*batch V_local"],
+    divergence: str | Divergence,
+    group: dist.ProcessGroup | None = None,
+    mask: Shaped[Tensor, "*batch"] | None = None,
+    temperature: float = 1.0,
+    chunk_size: int | None = None,
+) -> Float[Tensor, "*batch"]:
+    r"""`fused_divergence` of logits of which each rank of a group holds a part of the vocabulary.
+
+    $$\ell_n = m_n \sum_{\text{ranks}} \sum_{a \in V_{\text{rank}}} p_n(a)\, f\!\left(\frac{q_n(a)}{p_n(a)}\right)$$
+
+    Three all-reduces of two numbers per position: the maxima, the sums of exponentials, and the value with the mean
+    weight (T1), each a sum over the vocabulary; one more of the last where terms are infinite or overflow. Logits are
+    never gathered. Each rank gets the same values, and the gradient of its own part; all must call at once, with the
+    same mask, and send the same gradient from upstream. The parts may differ in size, but student and teacher must
+    be split alike. Accuracy, `-inf`, `mask` and dtypes are as in `fused_divergence`; first derivatives only.
+
+    Args:
+        student_logits: this rank's part of $z$, any leading shape.
+        teacher_logits: this rank's part of the teacher's logits.
+        divergence: an object or a catalogue name.
+        group: the ranks that share the vocabulary; the default group if None.
+        mask: a weight for each position.
+        temperature: divides both logits.
+        chunk_size: how many positions at a time.
+
+    Returns:
+        $\ell$, float64 if any logits are, else float32; nats.
+
+    Raises:
+        InvalidArgumentError: a shape, dtype or number that does not fit, no process group, or a row that holds NaN,
+            +inf or, over all ranks, only `-inf`; the last on every rank.
+
+    References: T1 and T12 of the theory.
+
+    Example:
+        >>> fused_parallel_divergence(student_part, teacher_part, "jsd").sum().backward()  # doctest: +SKIP
+    """
+    arguments.check_logits("student_logits", student_logits)
+    arguments.check_logits("teacher_logits", teacher_logits)
+    arguments.check_matching("teacher_logits", teacher_logits, "student_logits", student_logits)
+    arguments.check_temperature(temperature)
+    arguments.check_chunk(chunk_size)
+    if not (dist.is_available() and dist.is_initialized()):
+        raise InvalidArgumentError("group", "there is no process group; call torch.distributed.init_process_group")
+    dtype = arguments.sum_dtype(student_logits, teacher_logits)
+    weights = arguments.weights_of(mask, tuple(student_logits.shape[:-1]), student_logits.device, dtype)
+    arguments.check_weights(weights)
+    scale, wanted = 1.0 / temperature, student_logits.requires_grad and torch.is_grad_enabled()
+    evaluator = Evaluator.of(as_divergence(divergence), dtype, scale)
+    with torch.no_grad():
+        part = _Part(student_logits, teacher_logits, weights, group, chunk_size, scale)
+        values, gradient = part.evaluated(evaluator, wanted)
+    return (
+        values.to(dtype)
+        if gradient is None
+        else attached("fused_parallel_divergence", student_logits, values.to(dtype), gradient)
+    )
+
+
+class _Part:
+    """This rank's logits, with the normalisers of all ranks."""
+
+    def __init__(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        weights: Tensor | None,
+        group: dist.ProcessGroup | None,
+        chunk: int | None,
+        scale: float,
+    ) -> None:
+        self._student, self._teacher, self._group, self._scale = student, teacher, group, scale
+        self._rows = chunk or default_rows(student.shape[-1], student.device)
+        batch = student.shape[:-1]
+        self._weights = student.new_ones(batch, dtype=torch.float64) if weights is None else weights.double()
+        peaks = torch.stack([student.amax(-1).double(), teacher.amax(-1).double()])
+        # What the maximum of several ranks makes of NaN is not said; an infinity stays one.
+        self._peaks = self._reduced(torch.where(torch.isnan(peaks), math.inf, peaks), dist.ReduceOp.MAX)
+        self._refuse_unusable()
+        self._peaks = scale * self._peaks
+        self._totals = self._reduced(self._exponentials(arguments.sum_dtype(student, teacher)), dist.ReduceOp.SUM)
+
+    def evaluated(self, evaluator: Evaluator, wanted: bool) -> tuple[Tensor, Tensor | None]:
+        """Values times weights, and their gradient in this rank's logits if it is wanted."""
+        sums = self._sums(evaluator, self._weights)
+        plans = [(evaluator, self._weights)]
+        exact = ~torch.isfinite(sums.sum(0))
+        if evaluator.form is not evaluator.reference and bool(exact.any()):
+            # All ranks have the same sums, and so agree on another round.
+            plans = [
+                (evaluator, self._weights.masked_fill(exact, 0.0)),
+                (evaluator.exact(), self._weights.masked_fill(~exact, 0.0)),
+            ]
+            sums = torch.where(exact, self._sums(*plans[1]), sums)
+        values = torch.where(self._weights != 0, self._weights * sums[0], 0.0)
+        if not wanted:
+            return values, None
+        gradient = torch.zeros_like(self._student, memory_format=torch.contiguous_format)
+        for evaluator, weights in plans:
+            for laws, grad, (weight, mean) in self._chunks(evaluator.dtype, weights, [weights, sums[1]], gradient):
+                filled = evaluator.form.fill(laws)
+                whole = Filled(filled.h, filled.value, laws.total * mean)
+                finish(laws, evaluator.form, whole, weight, grad)
+        return values, gradient
+
+    def _sums(self, evaluator: Evaluator, weights: Tensor) -> Tensor:
+        """Value and mean of each position over all ranks, `(2, ...)`."""
+        sums = torch.zeros_like(self._totals)
+        for laws, _, (value, mean) in self._chunks(evaluator.dtype, weights, [sums[0], sums[1]]):
+            filled = evaluator.form.fill(laws)
+            value.copy_(torch.as_tensor(filled.value / laws.total))
+            mean.copy_(torch.as_tensor(filled.mean / laws.total))
+        return self._reduced(sums, dist.ReduceOp.SUM)
+
+    def _chunks(
+        self, dtype: torch.dtype, weights: Tensor, columns: list[Tensor], gradient: Tensor | None = None
+    ) -> Iterator[tuple[Laws, Tensor, list[Tensor]]]:
+        """The laws of the positions that have a weight, with their gradient and their part of each column."""
+        buffers = Buffers.allocate((self._rows, self._student.shape[-1]), dtype, self._student.device)
+        wide = [self._student, self._teacher, self._student if gradient is None else gradient]
+        narrow = [weights, *self._peaks, *self._totals, *columns]
+        for (student, teacher, grad), (weight, *numbers) in matrices(wide, narrow):
+            for part, weighed in runs(weight, student.shape[0], self._rows):
+                if weighed:
+                    of_rows = [each[part].unsqueeze(-1) for each in numbers]
+                    peaks, totals, rest = of_rows[:2], of_rows[2:4], of_rows[4:]
+                    head = buffers.head(part.stop - part.start)
+                    laws = laws_within(student[part], teacher[part], self._scale, head, peaks, totals)
+                    yield laws, grad[part], rest
+
+    def _exponentials(self, dtype: torch.dtype) -> Tensor:
+        """The sums of this rank's exponentials, less the maximum of all ranks, `(2, ...)`."""
+        sums = torch.zeros_like(self._peaks)
+        buffer = Buffers.allocate((self._rows, self._student.shape[-1]), dtype, self._student.device).p
+        for logits, peak, total in zip((self._student, self._teacher), self._peaks, sums, strict=True):
+            for (part,), (weight, high, sum_) in matrices([logits], [self._weights, peak, total]):
+                for rows, weighed in runs(weight, part.shape[0], self._rows):
+                    if weighed:
+                        out = buffer[: rows.stop - rows.start]
+                        scaled_exp(out, part[rows], self._scale, high[rows].unsqueeze(-1).to(dtype))
+                        sum_[rows] = out.sum(-1).double()
+        return sums
+
+    def _reduced(self, numbers: Tensor, by: Any) -> Tensor:
+        dist.all_reduce(numbers, op=by, group=self._group)
+        return numbers
+
+    def _refuse_unusable(self) -> None:
+        for name, peaks in zip(("student_logits", "teacher_logits"), self._peaks, strict=True):
+            bad = int((~torch.isfinite(peaks) & (self._weights != 0)).sum())
+            if bad:
+                raise InvalidArgumentError(
+                    name, f"{bad} of {peaks.numel()} rows hold, on some rank, NaN or +inf, or on every rank only -inf"
+                )

@@ -1,0 +1,95 @@
+r"""Any divergence on a chunk, by its own functions of $\log u$ in float64, with T10's conventions."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from opdtheory.divergences import Divergence
+from opdtheory.kernels.forms import Filled, Form
+from opdtheory.kernels.laws import Laws, row_sum
+
+__all__ = ["LogLaws", "log_laws", "reference_form", "terms", "under_student", "weight_masses"]
+
+# Beyond, e^t nears the end of float64: what is left of f(u)/u is its limit, or a straight line in log u.
+_FARTHEST = 700.0
+
+
+class LogLaws(NamedTuple):
+    """Log-probabilities of a chunk in float64, and which tokens both laws have, `(R, V)` each."""
+
+    log_p: Tensor
+    log_q: Tensor
+    log_u: Tensor
+    both: Tensor
+
+
+def log_laws(laws: Laws) -> LogLaws:
+    """From the logits of the chunk; the log-ratio is 0 where a law lacks the token."""
+    log_p = laws.student.double() * laws.scale - laws.student_normaliser()
+    log_q = laws.teacher.double() * laws.scale - laws.teacher_normaliser()
+    both = (log_p > -math.inf) & (log_q > -math.inf)
+    return LogLaws(log_p, log_q, torch.where(both, log_q - log_p, 0.0), both)
+
+
+def reference_form(divergence: Divergence) -> Form:
+    r"""The terms $p f(u)$ and the masses $p\,w_f(u)$ as the divergence's own methods give them; for float64 buffers.
+
+    $p = 0 < q$ gives the value $f'(\infty)\,q$ and no gradient, $p > 0 = q$ the value $p f(0)$ and its gradient, both
+    zero nothing. A term that is infinite has the value inf and no gradient.
+    """
+
+    def fill(laws: Laws) -> Filled:
+        logs = log_laws(laws)
+        # Forms work on the scale of the buffers.
+        mass = weight_masses(divergence, logs).mul_(laws.total)
+        return Filled(mass, laws.total * row_sum(terms(divergence, logs)), row_sum(mass))
+
+    return Form("mass", 1.0, fill)
+
+
+def terms(divergence: Divergence, logs: LogLaws) -> Tensor:
+    """The terms $p f(q/p)$."""
+    terms = under_student(divergence.generator(logs.log_u.clamp(max=_FARTHEST)), logs)
+    far = logs.log_u > _FARTHEST
+    if bool(far.any()):
+        height, _ = _per_ratio(divergence, logs.log_u[far])
+        terms = terms.masked_scatter(far, logs.log_q[far].exp() * height)
+    terms = terms + _boundary(~logs.both, logs.log_p, divergence.at_zero)
+    return terms + _boundary(~logs.both, logs.log_q, divergence.slope_at_infinity)
+
+
+def weight_masses(divergence: Divergence, logs: LogLaws) -> Tensor:
+    r"""The masses $p\,w_f(q/p)$, zero where the term of the value is infinite."""
+    mass = under_student(divergence.weight(logs.log_u.clamp(max=_FARTHEST)), logs)
+    far = logs.log_u > _FARTHEST
+    if bool(far.any()):
+        _, slope = _per_ratio(divergence, logs.log_u[far])
+        mass = mass.masked_scatter(far, logs.log_q[far].exp() * slope)
+    mass = mass + _boundary(~logs.both, logs.log_p, -divergence.at_zero)
+    return torch.where(torch.isfinite(mass), mass, 0.0)
+
+
+def under_student(values: Tensor, logs: LogLaws) -> Tensor:
+    """Values of the tokens times `p`, zero for those that not both laws have; infinite only if the product is."""
+    # The root is multiplied in twice, as p may underflow where its product does not.
+    root = torch.where(logs.both, logs.log_p / 2, -math.inf).exp()
+    return torch.where(root > 0, values * root * root, 0.0)
+
+
+def _per_ratio(divergence: Divergence, log_u: Tensor) -> tuple[Tensor, Tensor]:
+    """The quotients `f(u)/u` and `w(u)/u` of huge ratios: limits, or a straight line in `log u` and its slope."""
+    if math.isfinite(divergence.slope_at_infinity):
+        return torch.full_like(log_u, divergence.slope_at_infinity), torch.zeros_like(log_u)
+    end = torch.full_like(log_u, _FARTHEST)
+    slope = divergence.weight(end) * torch.exp(-end)
+    return divergence.generator(end) * torch.exp(-end) + slope * (log_u - end), slope
+
+
+def _boundary(where: Tensor, log_mass: Tensor, limit: float) -> Tensor:
+    mass = torch.where(where, log_mass, -math.inf).exp()
+    # 0 * inf must be 0.
+    return mass * limit if math.isfinite(limit) else torch.zeros_like(mass).masked_fill(mass > 0, limit)

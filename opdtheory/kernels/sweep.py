@@ -1,0 +1,211 @@
+r"""Values and gradients of many positions, chunk by chunk."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from opdtheory.divergences import Divergence
+from opdtheory.errors import InvalidArgumentError
+from opdtheory.kernels.forms import Filled, Form, fast_form
+from opdtheory.kernels.laws import Buffers, Laws, Row, affine, default_rows, laws_of, narrow
+from opdtheory.kernels.reference import reference_form
+
+__all__ = ["Evaluator", "finish", "matrices", "runs", "sweep"]
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """How a divergence is evaluated: the form, the dtype it is rounded in, and the form where that one fails."""
+
+    divergence: Divergence
+    form: Form
+    dtype: torch.dtype
+    reference: Form
+    scale: float
+
+    @classmethod
+    def of(cls, divergence: Divergence, dtype: torch.dtype, scale: float) -> Evaluator:
+        """The fast form in float32 for logits of that width or narrower, else the reference form in float64."""
+        reference = reference_form(divergence)
+        fast = None if dtype == torch.float64 else fast_form(divergence)
+        if fast is None:
+            return cls(divergence, reference, torch.float64, reference, scale)
+        return cls(divergence, fast, torch.float32, reference, scale)
+
+    def exact(self) -> Evaluator:
+        """The same by the reference form."""
+        return Evaluator(self.divergence, self.reference, torch.float64, self.reference, self.scale)
+
+
+def sweep(
+    evaluator: Evaluator,
+    student: Tensor,
+    teacher: Tensor,
+    weights: Tensor | None,
+    chunk: int | None,
+    values: Tensor,
+    gradient: Tensor | None,
+) -> None:
+    r"""Fill in the value of each position, times its weight, and the gradient of that in the student's logits.
+
+    Args:
+        evaluator: what to compute.
+        student: logits, `(..., V)`.
+        teacher: logits of the same shape.
+        weights: `(...)` floating, or None for ones; positions of weight zero are not looked at.
+        chunk: how many positions at a time.
+        values: `(...)`, float64, overwritten.
+        gradient: like `student`, overwritten, or None; it may be `student` itself.
+
+    Raises:
+        InvalidArgumentError: a row of another weight than zero holds NaN, +inf or only -inf.
+    """
+    rows = chunk or default_rows(student.shape[-1], student.device)
+    # The gradient serves as a buffer, unless it takes the place of logits that are still read.
+    spare = gradient is not student and gradient is not None and gradient.dtype == evaluator.dtype
+    chunks = _Chunks(evaluator, spare)
+    wide = [student, teacher] + ([] if gradient is None else [gradient])
+    narrow = [values] + ([] if weights is None else [weights.contiguous()])
+    for wides, (found, *weight) in matrices(wide, narrow):
+        if rows == 1 and student.device.type == "cpu":
+            _singly(chunks, wides, found, weight[0].tolist() if weight else None)
+            continue
+        for part, weighed in runs(weight[0] if weight else None, found.shape[0], rows):
+            ours, theirs, *grad = (each[part] for each in wides)
+            if weighed:
+                factor = weight[0][part].double().unsqueeze(-1) if weight else 1.0
+                found[part] = chunks(ours, theirs, factor, grad[0] if grad else None).squeeze(-1)  # type: ignore[union-attr]
+            else:
+                found[part] = 0.0
+                for each in grad:
+                    each.zero_()
+
+
+def _singly(chunks: _Chunks, wides: list[Tensor], found: Tensor, weights: list[float] | None) -> None:
+    """Row by row, with plain numbers for what is one number per row."""
+    values = []
+    for row, (ours, theirs, *grad) in enumerate(zip(*(each.unbind() for each in wides), strict=True)):
+        factor = weights[row] if weights else 1.0
+        if factor:
+            values.append(chunks(ours, theirs, factor, grad[0] if grad else None))
+        else:
+            values.append(0.0)
+            for each in grad:
+                each.zero_()
+    found.copy_(torch.tensor(values, dtype=found.dtype))
+
+
+class _Chunks:
+    """Evaluates one chunk after another in the same buffers."""
+
+    def __init__(self, evaluator: Evaluator, spare: bool) -> None:
+        self._evaluator, self._spare = evaluator, spare
+        self._buffers: Buffers | None = None
+        # What one chunk needs, its neighbours will need.
+        self._guarded = self._shifted = False
+
+    def __call__(self, student: Tensor, teacher: Tensor, weight: Row, grad: Tensor | None) -> Row:
+        """The values of the rows times their weights; the gradient of that is left in `grad`."""
+        form = self._evaluator.form
+        laws, filled = self._filled(student, teacher, grad)
+        if not _finite(filled) and form.guardable and not self._guarded:
+            self._guarded = True
+            laws, filled = self._filled(student, teacher, grad)
+        if not _finite(filled) and form is not self._evaluator.reference:
+            laws, filled = self._filled(*self._without_harmless(student, teacher), grad)
+            if not _finite(filled):
+                return _Chunks(self._evaluator.exact(), spare=False)(student, teacher, weight, grad)
+        if grad is not None:
+            finish(laws, form, filled, weight, grad)
+        return weight * filled.value / laws.total
+
+    def _filled(self, student: Tensor, teacher: Tensor, grad: Tensor | None) -> tuple[Laws, Filled]:
+        buffers = self._sized(student, grad if self._spare else None)
+        laws = laws_of(student, teacher, self._evaluator.scale, buffers, self._guarded, self._shifted)
+        self._shifted = laws.peaks is not None
+        filled = self._evaluator.form.fill(laws)
+        if not _finite(filled):
+            _refuse_unusable(laws)
+        return laws, filled
+
+    def _sized(self, like: Tensor, h: Tensor | None) -> Buffers:
+        if self._buffers is None or self._buffers.p.shape[0] < like.shape[0]:
+            self._buffers = Buffers.allocate(like.shape, self._evaluator.dtype, like.device, h)
+        buffers = self._buffers.head(like.shape[0])
+        return buffers if h is None else buffers._replace(h=h)
+
+    def _without_harmless(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits that are finite where a token that a law lacks costs no more than a finite amount.
+
+        Such a token keeps a probability of exactly zero, but a log-ratio that may be multiplied by that.
+        """
+        absent, lacking = torch.isneginf(student), torch.isneginf(teacher)
+        both, divergence = absent & lacking, self._evaluator.divergence
+        absent = absent if math.isfinite(divergence.slope_at_infinity) else both
+        lacking = lacking if math.isfinite(divergence.at_zero) else both
+        return student.masked_fill(absent, _lowest(student)), teacher.masked_fill(lacking, _lowest(teacher))
+
+
+def _lowest(like: Tensor) -> float:
+    """A logit whose exponential is zero, but whose multiples are finite."""
+    return max(torch.finfo(like.dtype).min, -1e30)
+
+
+def finish(laws: Laws, form: Form, filled: Filled, weight: Row, out: Tensor) -> None:
+    """Write the gradient of a chunk from what its form found; the mean may be that of a larger vocabulary."""
+    p, h = laws.p, filled.h
+    factor, mean = weight * form.factor * laws.scale / laws.total, filled.mean / laws.total
+    target = out if out.dtype == p.dtype else h
+    if form.kind == "weight":
+        torch.mul(affine(h, -factor, factor * mean), p, out=target)
+    elif isinstance(factor, float):
+        torch.add(p.mul_(factor * mean), h, alpha=-factor, out=target)
+    else:
+        torch.mul(p.mul_(narrow(mean, p)).sub_(h), narrow(factor, p), out=target)
+    if target is not out:
+        out.copy_(target)
+
+
+def _finite(filled: Filled) -> bool:
+    """Whether all is; one number tells of every NaN and infinity, as each would have entered a sum."""
+    row = filled.value + filled.mean
+    return math.isfinite(row if isinstance(row, float) else float(row.sum()))
+
+
+def _refuse_unusable(laws: Laws) -> None:
+    for name, logits in (("student_logits", laws.student), ("teacher_logits", laws.teacher)):
+        unusable = ~torch.isfinite(logits.amax(-1))
+        if bool(unusable.any()):
+            raise InvalidArgumentError(
+                name,
+                f"{int(unusable.sum())} of {unusable.numel()} rows looked at hold NaN, +inf or only -inf; logits must "
+                "be finite or -inf",
+            )
+
+
+def matrices(wide: list[Tensor], narrow: list[Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Views of tensors `(..., V)` and `(...)` as matrices and vectors, in as few pieces as need no copy."""
+    try:
+        pieces = [each.view(-1, each.shape[-1]) for each in wide], [each.view(-1) for each in narrow]
+    except RuntimeError:
+        for index in range(wide[0].shape[0]):
+            yield from matrices([each[index] for each in wide], [each[index] for each in narrow])
+    else:
+        yield pieces
+
+
+def runs(weights: Tensor | None, count: int, rows: int) -> Iterator[tuple[slice, bool]]:
+    """Consecutive positions, at most `rows` of them, that all have a weight other than zero, or all have none."""
+    flags = [True] * count if weights is None else (weights != 0).tolist()
+    start = 0
+    while start < count:
+        stop = start + 1
+        while stop < count and flags[stop] == flags[start] and (stop - start < rows or not flags[start]):
+            stop += 1
+        yield slice(start, stop), flags[start]
+        start = stop

@@ -1,0 +1,172 @@
+r"""The divergence on a teacher's likeliest tokens and one bucket for the rest, from the payload of a teacher server."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float, Int64, Shaped
+from torch import Tensor
+
+from opdtheory.divergences import Divergence
+from opdtheory.divergences import divergence as as_divergence
+from opdtheory.errors import InvalidArgumentError
+from opdtheory.kernels import arguments
+from opdtheory.kernels.attached import attached
+from opdtheory.kernels.laws import default_rows
+from opdtheory.kernels.outside import outside_graphs
+from opdtheory.kernels.reference import LogLaws, terms, weight_masses
+from opdtheory.kernels.sweep import matrices, runs
+
+__all__ = ["fused_top_k_divergence"]
+
+_EXCESS = 1e-3  # rounding of log-probabilities in bfloat16 may take their sum this far above one
+
+
+@outside_graphs
+def fused_top_k_divergence(
+    student_logits: Float[Tensor, "*batch V"],
+    teacher_ids: Int64[Tensor, "*batch k"],
+    teacher_logprobs: Float[Tensor, "*batch k"],
+    divergence: str | Divergence,
+    mask: Shaped[Tensor, "*batch"] | None = None,
+    temperature: float = 1.0,
+    chunk_size: int | None = None,
+) -> Float[Tensor, "*batch"]:
+    r"""The divergence of the laws on the teacher's `k` tokens and one bucket for all others, at each position (T9d).
+
+    $$\ell_n = m_n \Bigl[\sum_{a \in S_n} p(a) f\!\left(\tfrac{q(a)}{p(a)}\right)
+    + p(\bar S_n)\, f\!\left(\tfrac{q(\bar S_n)}{p(\bar S_n)}\right)\Bigr]$$
+
+    A coarse-graining: at most the whole divergence, zero at the teacher, and its gradient is exact for it. In nats, to
+    be minimised. Of the teacher only $S$ and $\log q$ on it are needed; its tail has what they leave of one, and
+    nothing if `k` is the whole vocabulary or if rounding leaves nothing, which makes the reverse KL infinite. The
+    `k + 1` terms are evaluated in float64, the student's law in float32 (float64 for logits of that). First derivatives
+    only; the backward pass and `mask` are as in `fused_divergence`.
+
+    Args:
+        student_logits: $z$, any leading shape.
+        teacher_ids: $S$, the tokens, no two the same.
+        teacher_logprobs: $\log q$ of them, nats, `-inf` allowed, detached; at the teacher's own temperature.
+        divergence: an object or a catalogue name.
+        mask: a weight for each position, as in `fused_divergence`.
+        temperature: divides the student's logits.
+        chunk_size: how many positions at a time.
+
+    Returns:
+        $\ell$, float64 if the logits are, else float32.
+
+    Raises:
+        InvalidArgumentError: a shape, dtype or number that does not fit, a token twice or outside the vocabulary,
+            log-probabilities that sum to more than one, or a row of logits that holds NaN, +inf or only `-inf`.
+
+    References: T9 of the theory.
+
+    Example:
+        >>> import torch
+        >>> student = torch.tensor([[0.0, 1.0, 2.0]], requires_grad=True)
+        >>> ids, logprobs = torch.tensor([[0]]), torch.tensor([[0.5]]).log()
+        >>> fused_top_k_divergence(student, ids, logprobs, "forward_kl")
+        tensor([0.5578], grad_fn=...)
+    """
+    arguments.check_logits("student_logits", student_logits)
+    arguments.check_temperature(temperature)
+    arguments.check_chunk(chunk_size)
+    _check_payload(student_logits, teacher_ids, teacher_logprobs)
+    chosen = as_divergence(divergence)
+    dtype = arguments.sum_dtype(student_logits)
+    weights = arguments.weights_of(mask, tuple(student_logits.shape[:-1]), student_logits.device, dtype)
+    arguments.check_weights(weights)
+    wanted = student_logits.requires_grad and torch.is_grad_enabled()
+    with torch.no_grad():
+        log_q = _with_tail(teacher_logprobs, student_logits.shape[-1])
+        values = student_logits.new_zeros(student_logits.shape[:-1], dtype=torch.float64)
+        gradient = torch.zeros_like(student_logits, memory_format=torch.contiguous_format) if wanted else None
+        wide = [student_logits, teacher_ids.contiguous(), log_q] + ([] if gradient is None else [gradient])
+        narrow = [values] + ([] if weights is None else [weights.contiguous()])
+        rows = chunk_size or default_rows(student_logits.shape[-1], student_logits.device)
+        for (logits, ids, teacher, *grads), (found, *weight) in matrices(wide, narrow):
+            for part, weighed in runs(weight[0] if weight else None, found.shape[0], rows):
+                if weighed:
+                    law = _Coarse(logits[part], ids[part], teacher[part], dtype, 1.0 / temperature)
+                    factor = weight[0][part].double().unsqueeze(-1) if weight else 1.0
+                    found[part] = (factor * law.value(chosen)).squeeze(-1)
+                    if grads:
+                        law.write_gradient(chosen, factor / temperature, grads[0][part])
+    return (
+        values.to(dtype)
+        if gradient is None
+        else attached("fused_top_k_divergence", student_logits, values.to(dtype), gradient)
+    )
+
+
+class _Coarse:
+    """A chunk of positions: the laws on `k` tokens and a bucket, and the student's law within the bucket."""
+
+    def __init__(self, logits: Tensor, ids: Tensor, log_q: Tensor, dtype: torch.dtype, scale: float) -> None:
+        scaled = logits.to(dtype) * scale
+        peak = scaled.amax(-1, keepdim=True)
+        bad = int((~torch.isfinite(peak)).sum())
+        if bad:
+            raise InvalidArgumentError(
+                "student_logits", f"{bad} of {len(peak)} rows looked at hold NaN, +inf or only -inf"
+            )
+        kept = (scaled.gather(-1, ids) - peak).double()
+        scaled.scatter_(-1, ids, -math.inf)
+        # From a maximum of its own, as all of the bucket may be far below the chosen tokens.
+        highest = scaled.amax(-1, keepdim=True)
+        highest = torch.where(torch.isneginf(highest), peak, highest)
+        self._within = scaled.sub_(highest).exp_()
+        mass = self._within.sum(-1, keepdim=True)
+        rest = mass.double().log() + (highest - peak).double()
+        self._ids = ids
+        self._share = torch.where(mass > 0, 1 / mass, 0.0).double()
+        log_p = torch.log_softmax(torch.cat([kept, rest], dim=-1), dim=-1)
+        both = (log_p > -math.inf) & (log_q > -math.inf)
+        self._laws = LogLaws(log_p, log_q, torch.where(both, log_q - log_p, 0.0), both)
+
+    def value(self, divergence: Divergence) -> Tensor:
+        return terms(divergence, self._laws).sum(-1, keepdim=True)
+
+    def write_gradient(self, divergence: Divergence, factor: Tensor | float, out: Tensor) -> None:
+        """A token of the bucket has its share of the bucket's gradient."""
+        mass = weight_masses(divergence, self._laws)
+        coarse = factor * (self._laws.log_p.exp() * mass.sum(-1, keepdim=True) - mass)
+        out.copy_(self._within.mul_((coarse[:, -1:] * self._share).to(self._within.dtype)))
+        out.scatter_(-1, self._ids, coarse[:, :-1].to(out.dtype))
+
+
+def _with_tail(logprobs: Tensor, vocabulary: int) -> Tensor:
+    """Log-probabilities in float64, `(..., k + 1)`, with that of all other tokens at the end."""
+    log_q = logprobs.detach().double()
+    total = log_q.exp().sum(-1, keepdim=True)
+    if bool((total > 1 + _EXCESS).any()):
+        raise InvalidArgumentError(
+            "teacher_logprobs", f"sum to a probability of {float(total.max()):.6g}, more than one; nats are needed"
+        )
+    tail = (1 - total).clamp(min=0.0) if logprobs.shape[-1] < vocabulary else torch.zeros_like(total)
+    return torch.cat([log_q, tail.log()], dim=-1)
+
+
+def _check_payload(logits: Tensor, ids: object, logprobs: object) -> None:
+    shape, vocabulary = tuple(logits.shape[:-1]), logits.shape[-1]
+    if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
+        found = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+        raise InvalidArgumentError("teacher_ids", f"got {found}; an int64 tensor of shape {(*shape, 'k')} is needed")
+    if ids.ndim != logits.ndim or tuple(ids.shape[:-1]) != shape or ids.shape[-1] == 0:
+        raise InvalidArgumentError("teacher_ids", f"has shape {tuple(ids.shape)}; {(*shape, 'k')} is needed")
+    arguments.check_logits("teacher_logprobs", logprobs)
+    assert isinstance(logprobs, Tensor)
+    arguments.check_matching("teacher_logprobs", logprobs, "teacher_ids", ids)
+    if ids.device != logits.device:
+        raise InvalidArgumentError("teacher_ids", f"is on {ids.device}, student_logits on {logits.device}")
+    if not ids.numel():
+        return
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocabulary:
+        raise InvalidArgumentError("teacher_ids", f"range over [{low}, {high}]; tokens in [0, {vocabulary}) are needed")
+    ordered = ids.sort(-1).values
+    if bool((ordered[..., 1:] == ordered[..., :-1]).any()):
+        raise InvalidArgumentError("teacher_ids", "name a token twice at a position; its probability would count twice")
+    if bool(torch.isnan(logprobs).any()):
+        raise InvalidArgumentError("teacher_logprobs", "hold NaN; log-probabilities are needed")

@@ -1,0 +1,154 @@
+"""The divergence from hidden states and heads, against the same from logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import opdtheory as opd
+from opdtheory.errors import InvalidArgumentError
+from tests.conftest import CHECKED
+from tests.tolerances import ALGEBRA
+
+# What checks annotations at run time cannot be traced.
+compiles = pytest.mark.skipif(CHECKED, reason="OPDTHEORY_TYPECHECK: the compiler cannot trace the checks")
+NAMES = ("reverse_kl", "forward_kl", "jsd", "total_variation")
+
+
+def case(*batch: int, dtype: torch.dtype = torch.float64, vocabulary: int = 7) -> list[Tensor]:
+    """Student's hidden states and head, teacher's hidden states and head."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((*batch, 4), (vocabulary, 4), (*batch, 3), (vocabulary, 3))
+    tensors = [torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+    return [tensors[0].requires_grad_(), tensors[1].requires_grad_(), *tensors[2:]]
+
+
+def by_logits(hidden: Tensor, head: Tensor, other: Tensor, other_head: Tensor, name: str, **options: Any) -> Tensor:
+    return opd.fused_divergence(hidden @ head.T, other @ other_head.T, name, **options)
+
+
+def worst(a: Tensor, b: Tensor) -> float:
+    return float((a.detach() - b.detach()).abs().max())
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("chunk", (None, 1, 4))
+@pytest.mark.parametrize("upstream", ("ones", "mean", "varied"))
+def test_it_is_the_divergence_of_the_logits(name: str, chunk: int | None, upstream: str) -> None:
+    tensors = case(2, 5)
+    mask = torch.tensor([[1, 0, 1, 0.5, 1], [1, 1, 0, 0, -1]])
+    factors = {"ones": torch.ones(2, 5), "mean": torch.full((2, 5), 0.1), "varied": torch.arange(10.0).view(2, 5)}
+    options = {"mask": mask, "temperature": 1.3}
+    found = opd.fused_linear_divergence(*tensors, name, chunk_size=chunk, **options)
+    wanted = by_logits(*tensors, name, **options)
+    assert found.shape == (2, 5) and worst(found, wanted) < ALGEBRA
+    slopes = [torch.autograd.grad(each, tensors[:2], factors[upstream].double()) for each in (found, wanted)]
+    for mine, theirs in zip(*slopes, strict=True):
+        assert worst(mine, theirs) < ALGEBRA
+        assert worst(1.01 * mine, theirs) > 1e-5
+
+
+def test_a_factor_that_varies_is_not_taken_for_one() -> None:
+    """The false twin scales the gradients of the first position's factor."""
+    tensors = case(6)
+    loss = opd.fused_linear_divergence(*tensors, "jsd")
+    varied = torch.tensor([2.0, 1.0, 1.0, 1.0, 1.0, 1.0], dtype=torch.float64)
+    right = torch.autograd.grad(loss, tensors[1], varied, retain_graph=True)[0]
+    wrong = 2 * torch.autograd.grad(loss, tensors[1], torch.ones_like(varied))[0]
+    assert worst(right, wrong) > 1e-3
+
+
+def test_differences_and_refused_second_derivatives() -> None:
+    hidden, head, other, other_head = case(3)
+
+    def loss(x: Tensor, w: Tensor) -> Tensor:
+        return opd.fused_linear_divergence(x, w, other, other_head, "jsd")
+
+    assert torch.autograd.gradcheck(loss, (hidden, head))
+    slope = torch.autograd.grad(loss(hidden, head).sum(), hidden, create_graph=True)[0]
+    with pytest.raises(NotImplementedError, match="fused_linear_divergence has first derivatives only"):
+        slope.square().sum().backward()
+
+
+def test_a_kept_graph_can_be_used_again() -> None:
+    tensors = case(6)
+    loss = opd.fused_linear_divergence(*tensors, "jsd").sum()
+    twice = torch.autograd.grad(2 * loss, tensors[:2], retain_graph=True)
+    once = torch.autograd.grad(loss, tensors[:2])
+    assert all(worst(a, 2 * b) < ALGEBRA for a, b in zip(twice, once, strict=True))
+
+
+def test_only_what_is_asked_for() -> None:
+    hidden, head, other, other_head = case(6)
+    frozen = opd.fused_linear_divergence(hidden, head.detach(), other, other_head, "jsd").sum()
+    wanted = by_logits(hidden, head, other, other_head, "jsd").sum()
+    slopes = [torch.autograd.grad(each, hidden)[0] for each in (frozen, wanted)]
+    assert worst(*slopes) < ALGEBRA
+    with torch.no_grad():
+        assert not opd.fused_linear_divergence(hidden, head, other, other_head, "jsd").requires_grad
+    nothing = opd.fused_linear_divergence(hidden, head, other, other_head, "jsd", mask=torch.zeros(6))
+    assert nothing.abs().sum() == 0 and torch.autograd.grad(nothing.sum(), head)[0].abs().sum() == 0
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+def test_narrow_dtypes_and_autocast(dtype: torch.dtype) -> None:
+    tensors = case(40, dtype=dtype, vocabulary=50)
+    found = opd.fused_linear_divergence(*tensors, "jsd")
+    exact = by_logits(*(each.double() for each in tensors), "jsd")
+    eps = torch.finfo(dtype).eps
+    assert found.dtype == torch.float32 and worst(found, exact) < 4 * eps + 1e-6
+    mine = torch.autograd.grad(found.sum(), tensors[:2])
+    theirs = torch.autograd.grad(exact.sum(), tensors[:2])
+    assert all(a.dtype == dtype and worst(a.double(), b.double()) < 20 * eps for a, b in zip(mine, theirs, strict=True))
+    if dtype == torch.bfloat16:
+        wide = [each.detach().float().requires_grad_() for each in tensors]
+        with torch.autocast("cpu", dtype=dtype):
+            inside = opd.fused_linear_divergence(*wide, "jsd")
+        assert torch.equal(inside, found)
+        slopes = torch.autograd.grad(inside.sum(), wide[:2])
+        assert all(a.dtype == torch.float32 and worst(a, b) < 20 * eps for a, b in zip(slopes, theirs, strict=True))
+
+
+@compiles
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_compiled_graphs_break_there() -> None:
+    hidden, *others = case(6)
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda x: 2 * opd.fused_linear_divergence(2 * x, *others, "jsd").sum(), backend="aot_eager"
+    )
+    found = torch.autograd.grad(compiled(hidden), hidden)[0]
+    wanted = torch.autograd.grad(2 * by_logits(2 * hidden, *others, "jsd").sum(), hidden)[0]
+    assert worst(found, wanted) < ALGEBRA
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ({"student_hidden": torch.zeros(2, 4, dtype=torch.int64)}, "student_hidden"),
+        ({"student_head": torch.zeros(5, 3)}, "student_head"),
+        ({"student_head": torch.zeros(5, 4, 1)}, "student_head"),
+        ({"student_head": torch.zeros(5, 4, dtype=torch.float64)}, "student_head"),
+        ({"teacher_hidden": torch.zeros(3, 3)}, "teacher_hidden"),
+        ({"teacher_head": torch.zeros(6, 3)}, "teacher_head"),
+        ({"mask": torch.ones(3)}, "mask"),
+        ({"temperature": 0}, "temperature"),
+        ({"chunk_size": -1}, "chunk_size"),
+        ({"divergence": "nothing"}, "divergence"),
+    ],
+)
+def test_what_does_not_fit_is_refused(arguments: dict[str, Any], name: str) -> None:
+    given = {
+        "student_hidden": torch.zeros(2, 4),
+        "student_head": torch.zeros(5, 4),
+        "teacher_hidden": torch.zeros(2, 3),
+        "teacher_head": torch.zeros(5, 3),
+        "divergence": "jsd",
+    }
+    with pytest.raises(InvalidArgumentError) as refused:
+        opd.fused_linear_divergence(**{**given, **arguments})
+    assert refused.value.argument == name
