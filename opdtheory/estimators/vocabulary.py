@@ -19,14 +19,16 @@ from opdtheory.rollouts import Rollouts
 __all__ = ["Support", "TopK", "TopKReward", "VocabularyLoss", "perspective"]
 
 Support = Literal["teacher", "student"]
-_FARTHEST_LOG_U = 300.0
+_FARTHEST_LOG_U = 300.0  # beyond, p may underflow
+_LARGEST_LOG_U = 700.0  # beyond, u itself overflows
 
 
 def perspective(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> Tensor:
     r"""The term $p f(q/p)$ of each token, differentiable in `log_p`, with T10's conventions at zero probability.
 
     $p = 0 < q$ gives $f'(\infty)\, q$ and $p > 0 = q$ gives $p f(0)$; both zero give 0. A term that is infinite has the
-    value inf and no gradient. Where $u$ is so large that $p$ may underflow, the term is $q \cdot f(u)/u$. Narrow dtypes
+    value inf and no gradient, as has one whose $f(u)$ overflows, beyond $u = 10^{154}$ for $\chi^2$. Where $u$ is so
+    large that $p$ may underflow, the term is $q \cdot f(u)/u$. Narrow dtypes
     are evaluated in float64 and rounded once: $f(u)$ alone leaves float16 where $p f(u)$ does not.
 
     Args:
@@ -117,10 +119,13 @@ class TopKReward:
 
 
 def _generator_over_u(divergence: Divergence, log_u: Tensor) -> Tensor:
-    """f(u)/u, continued linearly in log u where f itself would overflow (exact for the forward KL)."""
-    near = log_u.clamp(max=_FARTHEST_LOG_U)
+    """f(u)/u, continued linearly in log u where u overflows (exact for the forward KL); inf where f(u) is too large."""
+    near = log_u.clamp(max=_LARGEST_LOG_U)
+    overflows = torch.isinf(divergence.generator(near).detach())
+    near = torch.where(overflows, 0.0, near)
     slope = (divergence.weight(near) * torch.exp(-near)).detach()
-    return divergence.generator(near) * torch.exp(-near) + slope * (log_u - near)
+    ratio = divergence.generator(near) * torch.exp(-near) + slope * (torch.where(overflows, 0.0, log_u) - near)
+    return ratio.masked_fill(overflows, torch.inf)
 
 
 def _boundary(where: Tensor, log_mass: Tensor, limit: float) -> Tensor:

@@ -574,6 +574,27 @@ def test_wide_ratios_neither_overflow_nor_vanish(name: str, dtype: torch.dtype) 
     assert float(grad[1]) == pytest.approx(wanted, abs=1e-6)
 
 
+@pytest.mark.parametrize("gap", [250.0, 301.0, 340.0])
+def test_terms_that_grow_faster_than_the_ratio_are_exact_until_the_generator_overflows(gap: float) -> None:
+    log_p = torch.tensor([-gap], dtype=torch.float64, requires_grad=True)
+    log_q = torch.tensor([-0.5], dtype=torch.float64)
+    term = perspective(divergences.divergence("chi2"), log_p, log_q)
+    square = math.exp(gap - 1.0)  # q^2 / p, beside which q and p vanish
+    assert float(term.detach()) == pytest.approx(square, rel=1e-12)
+    (grad,) = torch.autograd.grad(term.sum(), log_p)
+    assert float(grad) == pytest.approx(-square, rel=1e-12)
+    forward = perspective(divergences.divergence("forward_kl"), log_p.detach(), log_q)
+    assert float(forward) == pytest.approx(math.exp(-0.5) * (gap - 0.5), rel=1e-12)
+
+
+def test_a_term_whose_generator_overflows_is_infinite_and_has_no_gradient() -> None:
+    log_p = torch.tensor([-400.0, -1e-3], dtype=torch.float64, requires_grad=True)
+    term = perspective(divergences.divergence("chi2"), log_p, torch.tensor([-0.5, -0.9], dtype=torch.float64))
+    (grad,) = torch.autograd.grad(term.sum(), log_p)
+    assert float(term[0].detach()) == math.inf and float(grad[0]) == 0.0
+    assert math.isfinite(float(term[1].detach())) and float(grad[1]) != 0.0
+
+
 EPS = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7, torch.float32: 2.0**-23}
 
 
