@@ -8,6 +8,8 @@ from opdtheory.estimators import Estimator
 from opdtheory.verification import check_estimator, shipped_estimators
 
 
+# `make verify` does this too.
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", list(shipped_estimators()), ids=repr)
 def test_claim_holds_and_its_twin_is_refuted(loss: Estimator) -> None:
     result = check_estimator(loss)

@@ -29,6 +29,9 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 SECONDS = 120
 
+# Trains nine models.
+_LONG = ("10_train_a_small_model",)
+
 
 # What one notebook leaves in a kernel is gone before the next one: its names, its outputs and its figures.
 _FORGET = nbformat.v4.new_notebook(
@@ -99,7 +102,10 @@ def test_there_are_notebooks():
 # The kernel's sockets and asyncio's loop are closed late, by their finalisers.
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::RuntimeWarning")
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[pytest.mark.slow] if path.stem in _LONG else [], id=path.stem) for path in NOTEBOOKS],
+)
 def test_notebooks_run_and_print_what_is_stored(path, kernel):
     notebook = nbformat.read(path, as_version=4)
     stored = outputs(notebook)
