@@ -29,7 +29,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 SECONDS = 120
 
-# Trains nine models.
+# Trains eight models.
 _LONG = ("10_train_a_small_model",)
 
 
