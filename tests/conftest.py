@@ -19,7 +19,9 @@ from hypothesis import settings  # noqa: E402
 # Workers share the cores among themselves; the tensors here are too small to gain from threads.
 torch.set_num_threads(1)
 
-settings.register_profile("default", max_examples=15, deadline=None, derandomize=True)
+# The mutation run draws more.
+EXAMPLES = int(os.environ.get("OPDTHEORY_EXAMPLES", "15"))
+settings.register_profile("default", max_examples=EXAMPLES, deadline=None, derandomize=True)
 settings.register_profile("thorough", max_examples=1000, deadline=None)
 settings.load_profile("default")
 

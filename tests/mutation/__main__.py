@@ -258,6 +258,7 @@ def main() -> int:
         warnings.simplefilter("ignore")
         torch.func.jvp(torch.sin, (torch.zeros(1),), (torch.ones(1),))
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    os.environ.setdefault("OPDTHEORY_EXAMPLES", "25")
     start = time.time()
     session = Session(found, options.workers, options.log, options.budget)
     watch = Coverage()
