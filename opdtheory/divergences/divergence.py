@@ -211,7 +211,7 @@ class Divergence:
         if not log_u.is_floating_point():
             raise InvalidArgumentError("log_u", f"has dtype {log_u.dtype}; a floating dtype is needed")
         # Under vmap only a function with a rule for it sees an ordinary tensor.
-        if _transforms_active():
+        if transforms_active():
             return _Transformed.apply(log_u, self, kind)
         recorded = log_u.requires_grad and torch.is_grad_enabled()
         if recorded or forward_ad.unpack_dual(log_u).tangent is not None:
@@ -225,8 +225,8 @@ class Divergence:
         return self._remake
 
 
-# Of versions that lack it every call may be within a transform.
-_transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+# Whether a transform of `torch.func` runs; of versions that cannot tell, every call may be within one.
+transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
 
 def _values(log_u: Tensor, divergence: Divergence, kind: str) -> Tensor:

@@ -24,7 +24,7 @@ def hessian_product(
     divergence: Divergence,
     student: Tensor,
     teacher: Tensor,
-    weights: Tensor | None,
+    weights: Tensor,
     vectors: Tensor,
     scale: float,
     chunk: int | None,
@@ -35,15 +35,14 @@ def hessian_product(
         divergence: the generator.
         student: logits, `(..., V)`.
         teacher: logits of the same shape.
-        weights: $m$, `(...)`, or None for ones.
+        weights: $m$, `(...)`.
         vectors: $v$, `(..., V)`.
         scale: the inverse temperature.
         chunk: how many positions at a time.
     """
     out = torch.empty(student.shape, dtype=student.dtype, device=student.device)
     rows = chunk or default_rows(student.shape[-1], student.device)
-    ones = torch.ones(student.shape[:-1], dtype=torch.float64, device=student.device)
-    for wide, narrow in matrices([student, teacher, vectors, out], [ones if weights is None else weights.double()]):
+    for wide, narrow in matrices([student, teacher, vectors, out], [weights.double()]):
         ours, theirs, vector, product = wide
         for part, weighed in runs(narrow[0], ours.shape[0], rows):
             if weighed:

@@ -2,7 +2,6 @@ r"""The divergence of whole next-token laws from logits, with its gradient found
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +11,7 @@ from torch.autograd import forward_ad
 
 from opdtheory.divergences import Divergence
 from opdtheory.divergences import divergence as as_divergence
+from opdtheory.divergences.divergence import transforms_active
 from opdtheory.kernels import arguments
 from opdtheory.kernels.attached import graph_is_kept, scaled
 from opdtheory.kernels.curvature import hessian_product
@@ -123,12 +123,8 @@ def values_and_gradient(
     return values.to(dtype), gradient
 
 
-# Of versions that lack it every call may be within a transform.
-_transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
-
-
 def _differentiated(student: Tensor) -> bool:
-    if _transforms_active():
+    if transforms_active():
         return True
     recorded = student.requires_grad and torch.is_grad_enabled()
     return recorded or forward_ad.unpack_dual(student).tangent is not None
@@ -156,7 +152,7 @@ class _Values(torch.autograd.Function):
         if upstream is None:
             return None, None, None, None, None
         gradient, student, teacher, weights = ctx.saved_tensors
-        if torch.is_grad_enabled() or _transforms_active():
+        if torch.is_grad_enabled() or transforms_active():
             found = _Gradient.apply(gradient, upstream, student, teacher, weights, ctx.settings)
         else:
             found = scaled(gradient, upstream, in_place=not graph_is_kept())
