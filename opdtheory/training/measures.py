@@ -13,6 +13,7 @@ from opdtheory.estimators import Estimator
 from opdtheory.estimators.base import unmasked
 from opdtheory.estimators.sampled import Differentiated, RatioAdvantage, ReturnToGo, ScoreFunction, SequenceWeight
 from opdtheory.rollouts import Rollouts
+from opdtheory.training.objective import ExactScore
 
 __all__ = ["Tally", "clipped", "distances", "step_report"]
 
@@ -102,7 +103,7 @@ def clipped(loss: Estimator, rollouts: Rollouts) -> Float[Tensor, ""]:
 
 
 def _log_ratio_bound(rule: object) -> float | None:
-    if isinstance(rule, ScoreFunction):
+    if isinstance(rule, (ScoreFunction, ExactScore)):
         rule = rule.advantage
     if isinstance(rule, (Differentiated, RatioAdvantage, ReturnToGo, SequenceWeight)):
         return rule.clip_log_ratio

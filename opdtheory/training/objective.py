@@ -6,6 +6,7 @@ import io
 import re
 import tokenize
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -16,11 +17,11 @@ from opdtheory.divergences import Divergence, divergence, names
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.estimators import Claim, Estimator, estimator
 from opdtheory.estimators.base import unmasked
-from opdtheory.estimators.sampled import ScoreFunction
+from opdtheory.estimators.sampled import RatioAdvantage, ScoreFunction
 from opdtheory.rollouts import Rollouts
 from opdtheory.training.config import Control
 
-__all__ = ["divergence_text", "group_losses", "needs_groups", "objective", "parse_divergence", "summed"]
+__all__ = ["ExactScore", "divergence_text", "group_losses", "needs_groups", "objective", "parse_divergence", "summed"]
 
 _FUNCTIONS = ("log", "exp", "sqrt", "Abs", "Max", "Min")
 _FIELDS = (
@@ -117,16 +118,22 @@ def _exact_opd(given: str | None, options: Mapping[str, Any]) -> Estimator:
         raise InvalidArgumentError("divergence", "control='exact_opd' needs one")
     _refuse_others(options, "exact_opd", ("reduction", "clip_log_ratio"))
     followed = estimator("opd", parse_divergence(given), **options)
-    clip: float | None = options.get("clip_log_ratio")
+    rule = followed.token_loss
+    assert isinstance(rule, ScoreFunction) and isinstance(rule.advantage, RatioAdvantage)
+    return Estimator("exact_opd", followed.claim, ExactScore(rule.advantage), options["reduction"])
 
-    def token_loss(rollouts: Rollouts) -> Float[Tensor, "B T"]:
+
+@dataclass(frozen=True)
+class ExactScore:
+    r"""The expectation of a score function's loss at each history, $-\sum_a p(a|h_n)\,A(a|h_n)$ with $A$ detached."""
+
+    advantage: RatioAdvantage
+
+    def __call__(self, rollouts: Rollouts) -> Float[Tensor, "B T"]:
+        """Its gradient is the expected one of a sampled token, without the noise."""
         logits = (unmasked(rollouts, z) for z in (rollouts.student_logits, rollouts.teacher_logits))
         log_p, log_q = (torch.log_softmax(z, -1) for z in logits)
-        log_u = (log_q - log_p).detach()
-        log_u = log_u if clip is None else log_u.clamp(-clip, clip)
-        return (log_p.exp() * followed.claim.divergence.generator(log_u)).sum(-1)
-
-    return Estimator("exact_opd", followed.claim, token_loss, options["reduction"])
+        return -(log_p.exp() * self.advantage.at(log_p.detach(), log_q.detach())).sum(-1)
 
 
 def _refuse_others(options: Mapping[str, Any], control: str, kept: tuple[str, ...]) -> None:

@@ -162,6 +162,10 @@ def test_exact_opd_is_the_expectation_of_opd(clip: float | None) -> None:
     exact = [gradient(settings.replace(control="exact_opd"), a) for a in (0, 3)]
     assert torch.equal(exact[0], exact[1])
     assert float((exact[0] - expected).abs().max()) < 1e-15
+    # Of the same tokens the same ones are clipped.
+    rollouts = opd.Rollouts.from_logits(torch.arange(5).unsqueeze(0), student.expand(1, 5, 5), teacher.expand(1, 5, 5))
+    counts = [int(clipped(each.loss(), rollouts)) for each in (settings, settings.replace(control="exact_opd"))]
+    assert counts[0] == counts[1] and (counts[0] > 0) == (clip is not None)
     corrected = gradient(settings.replace(estimator="full_vocab", clip_log_ratio=None), 0)
     assert float((exact[0] - corrected).abs().max()) > 1e-2
 
