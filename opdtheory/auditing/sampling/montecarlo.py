@@ -50,7 +50,9 @@ _ROLLOUTS_AT_ONCE = 256
 # Rollouts on which it is looked whether a loss is the mean of its batches' losses.
 _TRIED = 16
 
-# Rollouts whose mean is one observation where each batch needs a call of its own: their means are nearer to normal.
+# Where each batch needs a call of its own, this many are one observation, as their mean is nearer to normal; large
+# batches are so already, and need no more than this many rollouts.
+_BATCHES_APART = 8
 _ROLLOUTS_APART = 64
 
 # Bias in all dimensions together, relative to the exact gradient, above which no loss is called exact: few directions
@@ -406,7 +408,7 @@ def _catalogue(case: Case, sampler: Sampler, granularity: str) -> dict[tuple[str
 def _sized(look: Look, separable: bool) -> Look:
     """The look with as many batches in one observation as are worth it."""
     if not separable:
-        return replace(look, batches=math.ceil(_ROLLOUTS_APART / look.batch_size))
+        return replace(look, batches=min(_BATCHES_APART, math.ceil(_ROLLOUTS_APART / look.batch_size)))
     most = min(_ROLLOUTS_AT_ONCE, _LOGITS_AT_ONCE // (look.sampler.horizon * look.sampler.student.shape[-1]))
     return replace(look, batches=max(1, most // look.batch_size), at_once=True)
 
