@@ -123,9 +123,13 @@ def _jsd_expr() -> sympy.Expr:
 def _jsd_generator(t: Tensor) -> Tensor:
     # Near u = 1 with s = t/2: e^s (s sinh s - cosh s log cosh s), a difference of squares in the ratio 2 : 1.
     s = t.clamp(-2.0, 2.0) / 2
-    log_cosh = torch.log1p(2 * torch.sinh(s / 2) ** 2)
-    near = torch.exp(s) * (s * torch.sinh(s) - torch.cosh(s) * log_cosh)
-    far = mul_exp(-log_mixture(-t, 0.5, 0.5) / 2, t) - log_mixture(t, 0.5, 0.5) / 2
+    half_sinh = torch.sinh(s / 2)
+    square = half_sinh * half_sinh
+    cosh = 1 + 2 * square
+    near = torch.exp(s) * (2 * s * half_sinh * torch.sqrt(1 + square) - cosh * torch.log1p(2 * square))
+    # With L = log((1 + e^-|t|)/2) the mixtures' logarithms are L or L + |t|. Beyond 3000 e^t is infinite, or zero.
+    low = torch.log((1 + torch.exp(-t.abs())) / 2)
+    far = -mul_exp((low - t.clamp(-3000.0, 0.0)) / 2, t) - (t.clamp(0.0, 3000.0) + low) / 2
     return torch.where(t.abs() < 2.0, near, far)
 
 

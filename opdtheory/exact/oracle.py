@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -13,7 +11,9 @@ from opdtheory.divergences import divergence as as_divergence
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.exact import chain
 from opdtheory.exact.policies import MarkovPolicy, Policy
-from opdtheory.exact.tree import LEAF_BUDGET, Tree, check_pair, pointwise, row_gradient
+from opdtheory.exact.recursions import tree_gradient
+from opdtheory.exact.subtrees import SWEEP_BUDGET, swept_gradient, swept_value
+from opdtheory.exact.tree import Tree, check_pair, row_gradient
 
 __all__ = [
     "OBJECTIVES",
@@ -48,7 +48,7 @@ def exact_value(
     divergence: str | Divergence,
     objective: str = "token_local",
     gamma: float = 1.0,
-    budget: int = LEAF_BUDGET,
+    budget: int = SWEEP_BUDGET,
 ) -> Float[Tensor, ""]:
     r"""The objective itself, in nats for the KL divergences, by a sweep over the prefix tree.
 
@@ -78,7 +78,7 @@ def exact_value(
     with torch.no_grad():
         if isinstance(student, MarkovPolicy) and isinstance(teacher, MarkovPolicy):
             return chain.value(student, teacher, divergence, objective, gamma)
-        return _tree_value(Tree.build(student, teacher, budget), divergence, objective, gamma)
+        return swept_value(student, teacher, divergence, objective, gamma, budget)
 
 
 def exact_gradient(
@@ -87,7 +87,7 @@ def exact_gradient(
     divergence: str | Divergence,
     objective: str = "token_local",
     gamma: float = 1.0,
-    budget: int = LEAF_BUDGET,
+    budget: int = SWEEP_BUDGET,
 ) -> list[Tensor]:
     r"""The gradient to descend, in closed form: $-E_p[\sum_n A_n s_n]$ with the exact weight $A_n$.
 
@@ -119,7 +119,7 @@ def exact_gradient(
             gradient = chain.gradient(student, teacher, divergence, objective, gamma)
     else:
         with torch.no_grad():
-            levels = tree_gradient(Tree.build(student, teacher, budget), divergence, objective, gamma)
+            levels = swept_gradient(student, teacher, divergence, objective, gamma, budget)
         gradient = student.pull_back(levels)
     if not all(torch.isfinite(g).all() for g in gradient):
         raise InvalidArgumentError(
@@ -128,64 +128,6 @@ def exact_gradient(
             "probability under one of them only (T10)",
         )
     return gradient
-
-
-def _tree_value(tree: Tree, divergence: Divergence, objective: str, gamma: float) -> Tensor:
-    total = torch.zeros((), dtype=torch.float64)
-    for n in range(tree.horizon):
-        if objective == "sequence":
-            children = tree.log_p[n].shape
-            terms = pointwise(
-                divergence, tree.prefix_log_p[n + 1].view(children), tree.prefix_log_q[n + 1].view(children)
-            )
-            total += terms[tree.ends(n)].sum()
-        else:
-            discount = gamma**n if objective == "token_return" else 1.0
-            total += discount * (tree.reach(n) * tree.rows_divergence(divergence, n)).sum()
-    return total
-
-
-def tree_gradient(tree: Tree, divergence: Divergence, objective: str, gamma: float = 1.0) -> list[Tensor]:
-    """`exact_gradient` in the table of logits, on a tree that is already built and with checked arguments."""
-    if objective == "sequence":
-        return _sequence_gradient(tree, divergence)
-    gradient: list[Tensor] = []
-    # Discounted sum of the divergences of the rows still to come, from each prefix of the level below.
-    to_come = torch.zeros(tree.live[-1].shape, dtype=torch.float64)
-    for n in reversed(range(tree.horizon)):
-        log_p, reach = tree.log_p[n], tree.reach(n).unsqueeze(-1)
-        row = row_gradient(divergence, log_p, tree.log_q[n])
-        # `token_local` neither discounts a row nor lets a token answer for the rows that follow.
-        if objective == "token_return":
-            p, later = log_p.exp(), gamma * to_come.view(log_p.shape)
-            mean_later = (p * later).sum(-1, keepdim=True)
-            row = gamma**n * (row + p * (later - mean_later))
-            to_come = tree.rows_divergence(divergence, n) + mean_later.squeeze(-1)
-            to_come = torch.where(tree.live[n], to_come, 0.0)
-        gradient.append(torch.where(reach > 0, reach * row, 0.0))
-    return gradient[::-1]
-
-
-def _sequence_gradient(tree: Tree, divergence: Divergence) -> list[Tensor]:
-    gradient: list[Tensor] = []
-    # E_P[w(U); y passes through the prefix], summed upwards from the complete sequences.
-    mass = torch.zeros(tree.live[-1].shape, dtype=torch.float64)
-    for n in reversed(range(tree.horizon)):
-        shape = tree.log_p[n].shape
-        log_p, log_q = tree.prefix_log_p[n + 1], tree.prefix_log_q[n + 1]
-        possible = ~torch.isneginf(log_p)
-        weight = divergence.weight(torch.where(possible, log_q - log_p, 0.0))
-        complete = torch.where(possible, log_p.exp() * weight, 0.0)
-        if math.isinf(divergence.slope_at_infinity):
-            complete = torch.where(~possible & ~torch.isneginf(log_q), torch.inf, complete)
-        complete = complete.view(shape)
-        through = torch.where(tree.ends(n), complete, mass.view(shape))
-        mass = through.sum(-1)
-        if n in tree.environment:
-            gradient.append(torch.zeros_like(through))
-        else:
-            gradient.append(-(through - tree.log_p[n].exp() * mass.unsqueeze(-1)))
-    return gradient[::-1]
 
 
 def full_vocabulary_variance(student: Policy, teacher: Policy, divergence: str | Divergence) -> float:

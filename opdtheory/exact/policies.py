@@ -17,6 +17,9 @@ __all__ = ["MarkovPolicy", "ModulePolicy", "Policy", "TabularPolicy", "random_pa
 # Rows of logits that one policy may hold; 2**25 float64 rows of eight tokens are 2 GB.
 ROW_BUDGET = 2**25
 
+# Prefixes on which a module is evaluated at once where their activations are kept for the gradient.
+PREFIXES_AT_ONCE = 2**13
+
 
 class Policy(abc.ABC):
     r"""A distribution over sequences of at most `horizon` tokens, $p(y) = \prod_n p(y_n \mid h_n)$.
@@ -38,12 +41,20 @@ class Policy(abc.ABC):
         """The tensors that gradients are taken with respect to."""
 
     @abc.abstractmethod
+    def rows(self, level: int, start: int, stop: int) -> Float[Tensor, "_ V"]:
+        """Next-token logits, float64, of the prefixes `start` to `stop` of a length, read as base-`V` numbers."""
+
     def tables(self) -> list[Float[Tensor, "_ V"]]:
         """Next-token logits of every prefix, differentiable in `parameters()`.
 
         Level `n` has shape `(V**n, V)`, float64; a row is the prefix read as a base-`V` number.
         Rows whose prefix has already ended are present: padded positions read them.
+
+        Raises:
+            BudgetExceededError: more rows than one policy may hold.
         """
+        _check_row_count(self.vocab_size, self.horizon)
+        return [self.rows(n, 0, self.vocab_size**n) for n in range(self.horizon)]
 
     @abc.abstractmethod
     def pull_back(self, levels: list[Float[Tensor, "_ V"]]) -> list[Tensor]:
@@ -129,7 +140,8 @@ class TabularPolicy(Policy):
         generator = torch.Generator().manual_seed(seed)
         logits = []
         for n in range(horizon):
-            level = scale * torch.randn(vocab_size**n, vocab_size, generator=generator, dtype=torch.float64)
+            # In place, as the last level may be most of the memory there is.
+            level = torch.randn(vocab_size**n, vocab_size, generator=generator, dtype=torch.float64).mul_(scale)
             if zeros:
                 level[:, -zeros:] = -torch.inf
             logits.append(level)
@@ -145,7 +157,8 @@ class TabularPolicy(Policy):
         """
         _check_scale("distance", distance)
         generator = torch.Generator().manual_seed(seed)
-        noisy = [z + distance * torch.randn(z.shape, generator=generator, dtype=z.dtype) for z in self.logits]
+        noise = (torch.randn(z.shape, generator=generator, dtype=z.dtype) for z in self.logits)
+        noisy = [some.mul_(distance).add_(z) for some, z in zip(noise, self.logits, strict=True)]
         for n in self.environment:
             noisy[n] = self.logits[n]
         return TabularPolicy(noisy, eos=self.eos, environment=self.environment)
@@ -157,6 +170,10 @@ class TabularPolicy(Policy):
     def tables(self) -> list[Float[Tensor, "_ V"]]:
         """The logits themselves."""
         return self.logits
+
+    def rows(self, level: int, start: int, stop: int) -> Float[Tensor, "_ V"]:
+        """A view of the logits."""
+        return self.logits[level][start:stop]
 
     def pull_back(self, levels: list[Float[Tensor, "_ V"]]) -> list[Tensor]:
         """The levels themselves."""
@@ -223,12 +240,11 @@ class MarkovPolicy(Policy):
         """`[initial, transition]`."""
         return self.logits
 
-    def tables(self) -> list[Float[Tensor, "_ V"]]:
-        """The chain unrolled: the row of a prefix is the row of its last token."""
-        _check_row_count(self.vocab_size, self.horizon)
-        return [self.initial.unsqueeze(0)] + [
-            self.transition.repeat(self.vocab_size ** (n - 1), 1) for n in range(1, self.horizon)
-        ]
+    def rows(self, level: int, start: int, stop: int) -> Float[Tensor, "_ V"]:
+        """The rows of the prefixes' last tokens."""
+        if level == 0:
+            return self.initial.unsqueeze(0)[start:stop]
+        return self.transition[torch.arange(start, stop) % self.vocab_size]
 
     def pull_back(self, levels: list[Float[Tensor, "_ V"]]) -> list[Tensor]:
         """The first row, and the sum over all rows that share a last token."""
@@ -280,27 +296,10 @@ class ModulePolicy(Policy):
         """The module's parameters that require gradients, in the module's order."""
         return [p for p in self.module.parameters() if p.requires_grad]
 
-    def tables(self) -> list[Float[Tensor, "_ V"]]:
-        """The module evaluated on every prefix of fewer than `horizon` tokens."""
-        _check_row_count(self.vocab_size, self.horizon)
+    def rows(self, level: int, start: int, stop: int) -> Float[Tensor, "_ V"]:
+        """The module evaluated on some prefixes of one length."""
         device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
-        return [self._level(n, device) for n in range(self.horizon)]
-
-    def pull_back(self, levels: list[Float[Tensor, "_ V"]]) -> list[Tensor]:
-        """By automatic differentiation of the module.
-
-        Raises:
-            InvalidArgumentError: the module has no parameter that requires a gradient.
-        """
-        parameters = self.parameters()
-        if not parameters:
-            raise InvalidArgumentError("module", "has no parameter that requires a gradient")
-        with torch.enable_grad():
-            tables = self.tables()
-        return list(torch.autograd.grad(tables, parameters, levels, allow_unused=True, materialize_grads=True))
-
-    def _level(self, n: int, device: torch.device) -> Tensor:
-        tokens = prefixes(self.vocab_size, n).to(device)
+        tokens = prefixes(self.vocab_size, level, start, stop).to(device)
         prompt = torch.tensor(self.prompt, dtype=torch.int64, device=device).expand(tokens.shape[0], -1)
         logits = self.module(torch.cat([prompt, tokens], dim=1))
         if not isinstance(logits, Tensor):
@@ -309,6 +308,28 @@ class ModulePolicy(Policy):
             logits = logits[:, -1]
         _check_logits("module(prefixes)", logits.double(), (tokens.shape[0], self.vocab_size))
         return logits.double()
+
+    def pull_back(self, levels: list[Float[Tensor, "_ V"]]) -> list[Tensor]:
+        """By automatic differentiation of the module, some prefixes at a time, of which no more is held.
+
+        Raises:
+            InvalidArgumentError: the module has no parameter that requires a gradient.
+        """
+        parameters = self.parameters()
+        if not parameters:
+            raise InvalidArgumentError("module", "has no parameter that requires a gradient")
+        total = [torch.zeros_like(p) for p in parameters]
+        for n, level in enumerate(levels):
+            for start in range(0, len(level), PREFIXES_AT_ONCE):
+                some = level[start : start + PREFIXES_AT_ONCE]
+                with torch.enable_grad():
+                    rows = self.rows(n, start, start + len(some))
+                if not rows.requires_grad:
+                    continue
+                found = torch.autograd.grad(rows, parameters, some, allow_unused=True, materialize_grads=True)
+                for whole, part in zip(total, found, strict=True):
+                    whole += part
+        return total
 
     def __repr__(self) -> str:
         return (
@@ -351,9 +372,9 @@ def random_pair(
     return student, student.perturbed(distance, seed=2 * seed + 1)
 
 
-def prefixes(vocab_size: int, length: int) -> Int64[Tensor, "prefixes length"]:
-    """All prefixes of a length, in the order of the rows: base-`V` digits, most significant first."""
-    index = torch.arange(vocab_size**length)
+def prefixes(vocab_size: int, length: int, start: int = 0, stop: int | None = None) -> Int64[Tensor, "prefixes length"]:
+    """Prefixes of a length, by default all, in the order of the rows: base-`V` digits, most significant first."""
+    index = torch.arange(start, vocab_size**length if stop is None else stop)
     powers = vocab_size ** torch.arange(length - 1, -1, -1)
     return (index.unsqueeze(1) // powers) % vocab_size
 

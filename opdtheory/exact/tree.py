@@ -2,12 +2,15 @@
 
 Level `n` holds the `V**n` prefixes of length `n` in the order of the tables' rows, so that the
 children of prefix `h` are the rows `h * V + a` of the next level. All work is done on whole levels.
+A tree may also begin at some prefixes of one length, side by side, and end before sequences do: so
+trees that are too large to hold are worked through part by part (`opdtheory.exact.subtrees`).
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +19,7 @@ from opdtheory.divergences import Divergence
 from opdtheory.errors import BudgetExceededError, InvalidArgumentError
 from opdtheory.exact.policies import Policy
 
-__all__ = ["LEAF_BUDGET", "Tree", "check_pair", "pointwise", "row_gradient"]
+__all__ = ["LEAF_BUDGET", "Roots", "Tree", "check_pair", "pointwise", "row_gradient"]
 
 # Sequences that one tree may hold: about 1 GB of float64 for the handful of arrays per level.
 LEAF_BUDGET = 2**24
@@ -83,6 +86,20 @@ def row_gradient(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> Tensor
     return gradient
 
 
+def _log_softmax(logits: Tensor) -> Tensor:
+    """Log-probabilities of many short rows, for which torch's own function takes four times as long."""
+    shifted = logits - logits.amax(-1, keepdim=True)
+    return shifted - shifted.exp().sum(-1, keepdim=True).log()
+
+
+class Roots(NamedTuple):
+    """The prefixes that a tree begins at: their log-probabilities, and whether they can be extended, `(R,)` each."""
+
+    log_p: Tensor
+    log_q: Tensor
+    live: Tensor
+
+
 @dataclass(frozen=True)
 class Tree:
     """Both policies' conditional log-probabilities and the log-probability of each prefix.
@@ -96,6 +113,8 @@ class Tree:
         prefix_log_q: teacher's, likewise.
         live: whether a prefix can still be extended, level `n` of shape `(V**n,)`.
         environment: levels whose tokens the environment writes, by the law in `log_p`, which `log_q` repeats.
+        first: length of the prefixes that the tree begins at, by which its levels are discounted.
+        cut: whether sequences go on below the last level.
     """
 
     eos: int | None
@@ -105,6 +124,8 @@ class Tree:
     prefix_log_q: list[Tensor]
     live: list[Tensor]
     environment: tuple[int, ...] = ()
+    first: int = 0
+    cut: bool = False
 
     @classmethod
     def build(cls, student: Policy, teacher: Policy, budget: int = LEAF_BUDGET) -> Tree:
@@ -123,21 +144,34 @@ class Tree:
                 budget,
                 "lower the horizon, use MarkovPolicy, or raise budget",
             )
-        log_p = [torch.log_softmax(z, dim=-1) for z in student.tables()]
-        log_q = [torch.log_softmax(z, dim=-1) for z in teacher.tables()]
-        for n in student.environment:
+        roots = Roots(torch.zeros(1), torch.zeros(1), torch.ones(1, dtype=torch.bool))
+        return cls.grown(student.tables(), teacher.tables(), roots, student.eos, student.environment)
+
+    @classmethod
+    def grown(
+        cls,
+        student: list[Tensor],
+        teacher: list[Tensor],
+        roots: Roots,
+        eos: int | None,
+        environment: tuple[int, ...] = (),
+        first: int = 0,
+        cut: bool = False,
+    ) -> Tree:
+        """The tree of two tables' rows below some prefixes, the levels of the environment counted from there."""
+        log_p, log_q = [_log_softmax(z) for z in student], [_log_softmax(z) for z in teacher]
+        for n in environment:
             # One law for both, to the last bit, so that its ratio is exactly one.
             log_p[n] = log_q[n] = log_p[n].detach()
-        live = [torch.ones(1, dtype=torch.bool)]
-        prefix_log_p, prefix_log_q = [torch.zeros(1, dtype=torch.float64)], [torch.zeros(1, dtype=torch.float64)]
+        prefix_log_p, prefix_log_q, live = [roots.log_p.double()], [roots.log_q.double()], [roots.live]
         for n, (p, q) in enumerate(zip(log_p, log_q, strict=True)):
             prefix_log_p.append((prefix_log_p[-1].unsqueeze(-1) + p).flatten())
             prefix_log_q.append((prefix_log_q[-1].unsqueeze(-1) + q).flatten())
             children = live[-1].unsqueeze(-1).expand_as(p).clone()
-            if student.eos is not None and n not in student.environment:
-                children[:, student.eos] = False
+            if eos is not None and n not in environment:
+                children[:, eos] = False
             live.append(children.flatten())
-        return cls(student.eos, log_p, log_q, prefix_log_p, prefix_log_q, live, student.environment)
+        return cls(eos, log_p, log_q, prefix_log_p, prefix_log_q, live, environment, first, cut)
 
     @property
     def horizon(self) -> int:
@@ -154,7 +188,7 @@ class Tree:
         """Whether the child of a level's prefix completes a sequence, `(V**level, V)`."""
         shape = self.log_p[level].shape
         live = self.live[level].unsqueeze(-1)
-        if level + 1 == self.horizon:
+        if level + 1 == self.horizon and not self.cut:
             return live.expand(shape)
         return live & ~self.live[level + 1].view(shape)
 

@@ -1,0 +1,110 @@
+"""The objectives' recursions on one tree: what its levels add, given what lies below it."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from opdtheory.divergences import Divergence
+from opdtheory.exact.tree import Tree, pointwise, row_gradient
+
+__all__ = ["Swept", "swept_up", "tree_gradient", "tree_value"]
+
+
+def tree_value(tree: Tree, divergence: Divergence, objective: str, gamma: float = 1.0) -> Tensor:
+    """What a tree's levels add to `exact_value`, 0-d."""
+    total = torch.zeros((), dtype=torch.float64)
+    for n in range(tree.horizon):
+        if objective == "sequence":
+            total += _complete_terms(tree, divergence, n)
+        else:
+            discount = gamma ** (tree.first + n) if objective == "token_return" else 1.0
+            total += discount * (tree.reach(n) * tree.rows_divergence(divergence, n)).sum()
+    return total
+
+
+def _complete_terms(tree: Tree, divergence: Divergence, level: int) -> Tensor:
+    r"""The terms of $D_f(Q\|P)$ of the sequences that end at a level."""
+    shape = tree.log_p[level].shape
+    log_p, log_q = tree.prefix_log_p[level + 1].view(shape), tree.prefix_log_q[level + 1].view(shape)
+    ends = tree.ends(level)
+    if tree.cut or level + 1 < tree.horizon:
+        # Above the last level only one token ends a sequence.
+        if tree.eos is None or level in tree.environment:
+            return torch.zeros((), dtype=torch.float64)
+        log_p, log_q, ends = log_p[:, tree.eos], log_q[:, tree.eos], ends[:, tree.eos]
+    return torch.where(ends, pointwise(divergence, log_p, log_q), 0.0).sum()
+
+
+class Swept(NamedTuple):
+    """What a tree's levels give to the gradient, and what the levels above need of them.
+
+    Attributes:
+        levels: the gradient in the table's rows.
+        above: for each root, the discounted divergences to come (`token_return`), or $E_P[w(U); y$ passes through
+            the root$]$ (`sequence`); None for `token_local`, whose rows stand alone.
+    """
+
+    levels: list[Tensor]
+    above: Tensor | None
+
+
+def swept_up(
+    tree: Tree, divergence: Divergence, objective: str, gamma: float = 1.0, below: Tensor | None = None
+) -> Swept:
+    """The gradient from the last level to the first.
+
+    Args:
+        tree: whose levels.
+        divergence: with its weight.
+        objective: one of `OBJECTIVES`.
+        gamma: discount of `token_return`.
+        below: the `above` of the trees below, in order, for a tree that is cut.
+    """
+    if objective == "sequence":
+        return _sequence(tree, divergence, below)
+    gradient: list[Tensor] = []
+    # Discounted sum of the divergences of the rows still to come, from each prefix of the level below.
+    to_come = torch.zeros(tree.live[-1].shape, dtype=torch.float64) if below is None else below
+    for n in reversed(range(tree.horizon)):
+        log_p, reach = tree.log_p[n], tree.reach(n).unsqueeze(-1)
+        row = row_gradient(divergence, log_p, tree.log_q[n])
+        # `token_local` neither discounts a row nor lets a token answer for the rows that follow.
+        if objective == "token_return":
+            p, later = log_p.exp(), gamma * to_come.view(log_p.shape)
+            mean_later = (p * later).sum(-1, keepdim=True)
+            row = gamma ** (tree.first + n) * (row + p * (later - mean_later))
+            to_come = tree.rows_divergence(divergence, n) + mean_later.squeeze(-1)
+            to_come = torch.where(tree.live[n], to_come, 0.0)
+        gradient.append(torch.where(reach > 0, reach * row, 0.0))
+    return Swept(gradient[::-1], to_come if objective == "token_return" else None)
+
+
+def _sequence(tree: Tree, divergence: Divergence, below: Tensor | None) -> Swept:
+    gradient: list[Tensor] = []
+    # E_P[w(U); y passes through the prefix], summed upwards from the complete sequences.
+    mass = torch.zeros(tree.live[-1].shape, dtype=torch.float64) if below is None else below
+    for n in reversed(range(tree.horizon)):
+        shape = tree.log_p[n].shape
+        log_p, log_q = tree.prefix_log_p[n + 1], tree.prefix_log_q[n + 1]
+        possible = ~torch.isneginf(log_p)
+        weight = divergence.weight(torch.where(possible, log_q - log_p, 0.0))
+        complete = torch.where(possible, log_p.exp() * weight, 0.0)
+        if math.isinf(divergence.slope_at_infinity):
+            complete = torch.where(~possible & ~torch.isneginf(log_q), torch.inf, complete)
+        complete = complete.view(shape)
+        through = torch.where(tree.ends(n), complete, mass.view(shape))
+        mass = through.sum(-1)
+        if n in tree.environment:
+            gradient.append(torch.zeros_like(through))
+        else:
+            gradient.append(-(through - tree.log_p[n].exp() * mass.unsqueeze(-1)))
+    return Swept(gradient[::-1], mass)
+
+
+def tree_gradient(tree: Tree, divergence: Divergence, objective: str, gamma: float = 1.0) -> list[Tensor]:
+    """`exact_gradient` in the table of logits, on a whole tree and with checked arguments."""
+    return swept_up(tree, divergence, objective, gamma).levels

@@ -1,0 +1,102 @@
+"""Trees of any size: the few levels at the top, and below them some subtrees at a time.
+
+A subtree is as small as caches are, so that this is how trees that would fit into memory are worked through too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from opdtheory.divergences import Divergence
+from opdtheory.errors import BudgetExceededError
+from opdtheory.exact.policies import Policy
+from opdtheory.exact.recursions import swept_up, tree_value
+from opdtheory.exact.tree import Roots, Tree, check_pair
+
+__all__ = ["SWEEP_BUDGET", "swept_gradient", "swept_value"]
+
+# Sequences that a sweep may visit: half a minute, and 1 GB for a gradient.
+SWEEP_BUDGET = 2**27
+
+# Sequences below the roots that are worked on at once: a handful of arrays of 512 kB.
+_AT_ONCE = 2**16
+
+
+def swept_value(
+    student: Policy, teacher: Policy, divergence: Divergence, objective: str, gamma: float, budget: int
+) -> Tensor:
+    """`exact_value` on the tree of a pair; arguments as there, checked but for the pair and the budget."""
+    _check(student, teacher, budget)
+    top = _top(student, teacher)
+    total = tree_value(top, divergence, objective, gamma)
+    for _, below in _subtrees(student, teacher, top):
+        total += tree_value(below, divergence, objective, gamma)
+    return total
+
+
+def swept_gradient(
+    student: Policy, teacher: Policy, divergence: Divergence, objective: str, gamma: float, budget: int
+) -> list[Tensor]:
+    """`exact_gradient` in the table of logits; arguments as `swept_value`."""
+    _check(student, teacher, budget)
+    top, size = _top(student, teacher), student.vocab_size
+    levels = [torch.zeros(size**n, size, dtype=torch.float64) for n in range(top.horizon, student.horizon)]
+    above = torch.zeros(top.live[-1].shape, dtype=torch.float64) if top.cut else None
+    for start, subtrees in _subtrees(student, teacher, top):
+        swept = swept_up(subtrees, divergence, objective, gamma)
+        for whole, part in zip(levels, swept.levels, strict=True):
+            first = start * (len(part) // len(subtrees.live[0]))
+            whole[first : first + len(part)] = part
+        if above is not None and swept.above is not None:
+            above[start : start + len(swept.above)] = swept.above
+    return swept_up(top, divergence, objective, gamma, above).levels + levels
+
+
+def _check(student: Policy, teacher: Policy, budget: int) -> None:
+    check_pair(student, teacher)
+    leaves = student.vocab_size**student.horizon
+    if leaves > budget:
+        raise BudgetExceededError(
+            f"the prefix tree of V={student.vocab_size}, T={student.horizon}",
+            leaves,
+            budget,
+            "lower the horizon, use MarkovPolicy, or raise budget",
+        )
+
+
+def _top(student: Policy, teacher: Policy) -> Tree:
+    """The levels above the subtrees: all of them, if the tree is small."""
+    size, depth = student.vocab_size, student.horizon
+    if size**depth > _AT_ONCE:
+        depth -= 1
+        while size ** (student.horizon - depth + 1) <= _AT_ONCE:
+            depth -= 1
+    tables = [[policy.rows(n, 0, size**n) for n in range(depth)] for policy in (student, teacher)]
+    roots = Roots(torch.zeros(1), torch.zeros(1), torch.ones(1, dtype=torch.bool))
+    environment = tuple(n for n in student.environment if n < depth)
+    return Tree.grown(*tables, roots, student.eos, environment, cut=depth < student.horizon)
+
+
+def _subtrees(student: Policy, teacher: Policy, top: Tree) -> Iterator[tuple[int, Tree]]:
+    """The number of the first root and the trees below some neighbouring roots, but for roots that have all ended."""
+    if not top.cut:
+        return
+    depth, size = top.horizon, student.vocab_size
+    roots = Roots(top.prefix_log_p[-1], top.prefix_log_q[-1], top.live[-1])
+    each = max(1, _AT_ONCE // size ** (student.horizon - depth))
+    environment = tuple(n - depth for n in student.environment if n >= depth)
+    for start in range(0, len(roots.live), each):
+        some = Roots(*(values[start : start + each] for values in roots))
+        if not some.live.any():
+            continue
+        tables = [
+            [
+                policy.rows(n, start * size ** (n - depth), (start + len(some.live)) * size ** (n - depth))
+                for n in range(depth, student.horizon)
+            ]
+            for policy in (student, teacher)
+        ]
+        yield start, Tree.grown(*tables, some, student.eos, environment, first=depth)
