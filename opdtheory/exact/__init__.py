@@ -2,12 +2,14 @@
 
 from opdtheory.exact.enumeration import Enumeration, enumerated_value
 from opdtheory.exact.expectation import GradientMoments, Loss, expected_gradient, gradient_moments
+from opdtheory.exact.finite_state import FiniteStatePolicy, MarkovPolicy
 from opdtheory.exact.oracle import OBJECTIVES, exact_gradient, exact_value
-from opdtheory.exact.policies import MarkovPolicy, ModulePolicy, Policy, TabularPolicy, random_pair
+from opdtheory.exact.policies import ModulePolicy, Policy, TabularPolicy, random_pair
 
 __all__ = [
     "OBJECTIVES",
     "Enumeration",
+    "FiniteStatePolicy",
     "GradientMoments",
     "Loss",
     "MarkovPolicy",

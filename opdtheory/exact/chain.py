@@ -1,81 +1,197 @@
-r"""Dynamic programming for a pair of Markov policies, at horizons that nobody can enumerate.
+r"""Dynamic programming for two finite-state policies, at horizons that nobody can enumerate.
 
-The token objectives need how often each row is visited and what is still to come from each token.
-The sequence objective factors along the chain only for some generators: $\log U$ adds, so the KL
-divergences are sums over rows; $U^\alpha$ multiplies, so the power divergences are products of
-matrices. Every other generator is refused.
+Pairs of states are the rows. The token objectives need how often each row is visited and what is still to come from
+each. The sequence objective factors along the chain only for some generators: $\log U$ adds, so the KL divergences
+are sums over rows; $U^\alpha$ multiplies, so the power divergences are products over rows. Every other generator is
+refused.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from opdtheory.divergences import Divergence
-from opdtheory.errors import InvalidArgumentError
-from opdtheory.exact.policies import MarkovPolicy
+from opdtheory.divergences import divergence as as_divergence
+from opdtheory.errors import BudgetExceededError, InvalidArgumentError
+from opdtheory.exact.finite_state import FiniteStatePolicy
 from opdtheory.exact.tree import pointwise, row_gradient
 
-__all__ = ["gradient", "value"]
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
+
+__all__ = ["Chain", "gradient", "value"]
 
 # Generators that are a multiple of a Cressie-Read one up to gauge: name -> (alpha, factor).
 _POWERS = {"chi2": (2.0, 2.0), "neyman_chi2": (-1.0, 2.0), "hellinger": (0.5, 0.5)}
 
+# Numbers that one sweep may keep, visits of every row at every position: 1 GB.
+_KEPT = 2**27
 
-def value(student: MarkovPolicy, teacher: MarkovPolicy, divergence: Divergence, objective: str, gamma: float) -> Tensor:
+
+@dataclass(frozen=True)
+class Chain:
+    """Both policies' conditional log-probabilities on the pairs of states that can occur together.
+
+    Attributes:
+        log_p: student, `(S, V)`; row 0 is the start.
+        log_q: teacher, likewise.
+        successors: the row that follows a row and a token, `(S, V)`; `S` where the sequence has ended.
+        student_states: the student's state of each row, `(S,)`.
+        horizon: length cap `T`.
+    """
+
+    log_p: Tensor
+    log_q: Tensor
+    successors: Tensor
+    student_states: Tensor
+    horizon: int
+
+    @classmethod
+    def build(cls, student: FiniteStatePolicy, teacher: FiniteStatePolicy) -> Chain:
+        """The chain of a pair that `check_pair` accepts."""
+        ours, theirs, successors = _pairs(student, teacher)
+        if student.eos is not None:
+            successors[:, student.eos] = len(ours)
+        log_p, log_q = (torch.log_softmax(policy.state_logits.detach(), -1) for policy in (student, teacher))
+        return cls(log_p[ours], log_q[theirs], successors, ours, student.horizon)
+
+    @property
+    def rows(self) -> int:
+        """How many rows there are."""
+        return len(self.log_p)
+
+    def visits(self, log_law: Tensor) -> Iterator[Tensor]:
+        """Probability under a law that each position reads each row, `(S,)`, position by position."""
+        forward = self._steps(log_law).T.tocsr()
+        visits = np.zeros(self.rows)
+        visits[0] = 1.0
+        for _ in range(self.horizon):
+            yield torch.from_numpy(visits)
+            visits = (forward @ visits)[:-1]
+
+    def to_come(self, own: Tensor, gamma: float) -> Iterator[np.ndarray]:
+        r"""Discounted sum of the rows' own costs from each row on, `(S + 1,)`, *after* each position, last one first."""
+        backward, costs = self._steps(self.log_p), own.numpy()
+        after = np.zeros(self.rows + 1)
+        for _ in range(self.horizon):
+            yield after
+            after = np.append(costs + gamma * (backward @ after), 0.0)
+
+    def _steps(self, log_law: Tensor) -> csr_array:
+        """Probabilities of going from each row to each, `(S, S + 1)`, the end among them."""
+        from scipy.sparse import csr_array
+
+        law, size = log_law.exp().numpy(), log_law.shape[-1]
+        # Tokens that lead to one row are added up.
+        where = (np.repeat(np.arange(self.rows), size), self.successors.numpy().ravel())
+        return csr_array((law.ravel(), where), shape=(self.rows, self.rows + 1))
+
+    def kept_visits(self, log_law: Tensor) -> Tensor:
+        """`visits` of all positions, `(T, S)`, within a budget."""
+        size = self.horizon * self.rows
+        if size > _KEPT:
+            what = f"keeping the visits of {self.rows} rows at {self.horizon} positions"
+            raise BudgetExceededError(what, size, _KEPT, "lower the horizon or the number of states")
+        return torch.stack(list(self.visits(log_law)))
+
+    def by_state(self, rows: Tensor, states: int) -> Tensor:
+        """Sums over the rows that share a state of the student."""
+        total = torch.zeros(states, rows.shape[-1], dtype=torch.float64)
+        return total.index_add_(0, self.student_states, rows)
+
+
+def value(
+    student: FiniteStatePolicy, teacher: FiniteStatePolicy, divergence: Divergence, objective: str, gamma: float
+) -> Tensor:
     """The objective's value; arguments as `exact_value`, which checks them."""
-    log_p, log_q = _rows(student), _rows(teacher)
+    chain = Chain.build(student, teacher)
     if objective == "sequence":
-        return _sum([factor * part for factor, part, _ in _sequence_parts(student, log_p, log_q, divergence)])
-    discount = gamma if objective == "token_return" else 1.0
-    visits = _discounted(_occupancy(log_p, student.horizon, student.eos), discount).sum(0)
-    rows = pointwise(divergence, log_p, log_q).sum(-1)
-    return torch.where(visits > 0, visits * rows, 0.0).sum()
+        return _sum([factor * part for factor, part, _ in _sequence_parts(chain, divergence)])
+    return _value(chain, divergence, gamma if objective == "token_return" else 1.0)
 
 
 def gradient(
-    student: MarkovPolicy, teacher: MarkovPolicy, divergence: Divergence, objective: str, gamma: float
+    student: FiniteStatePolicy, teacher: FiniteStatePolicy, divergence: Divergence, objective: str, gamma: float
 ) -> list[Tensor]:
-    """The gradient in `[initial, transition]`; arguments as `exact_gradient`, which checks them."""
-    log_p, log_q = _rows(student), _rows(teacher)
+    """The gradient in `student.parameters()`; arguments as `exact_gradient`, which checks them."""
+    chain = Chain.build(student, teacher)
     if objective == "sequence":
-        rows = _sum([factor * part for factor, _, part in _sequence_parts(student, log_p, log_q, divergence)])
+        rows = _sum([factor * part for factor, _, part in _sequence_parts(chain, divergence)])
     else:
-        discount = gamma if objective == "token_return" else 1.0
-        occupancy = _discounted(_occupancy(log_p, student.horizon, student.eos), discount)
-        visits = occupancy.sum(0).unsqueeze(-1)
-        rows = torch.where(visits > 0, visits * row_gradient(divergence, log_p, log_q), 0.0)
-        if objective == "token_return":
-            rows += _later_rows(student, divergence, log_p, log_q, occupancy, gamma)
-    return [rows[0], rows[1:]]
+        rows = _gradient(chain, divergence, objective, gamma)
+    return student.by_parameter(chain.by_state(rows, len(student.successors)))
 
 
-def _later_rows(
-    student: MarkovPolicy, divergence: Divergence, log_p: Tensor, log_q: Tensor, occupancy: Tensor, gamma: float
-) -> Tensor:
+def _pairs(student: FiniteStatePolicy, teacher: FiniteStatePolicy) -> tuple[Tensor, Tensor, Tensor]:
+    """The states of the two that can occur together, the start first, and the pair that follows each and a token."""
+    if student.start == teacher.start == 0 and torch.equal(student.successors, teacher.successors):
+        states = torch.arange(len(student.successors))
+        return states, states, student.successors.clone()
+    width = len(teacher.successors)
+    found = torch.tensor([student.start * width + teacher.start])
+    edge = found
+    while len(edge):
+        ours, theirs = student.successors[edge // width], teacher.successors[edge % width]
+        after = (ours * width + theirs).unique()
+        edge = after[~torch.isin(after, found)]
+        found = torch.cat([found, edge])
+    ordered, position = found.sort()
+    after = student.successors[found // width] * width + teacher.successors[found % width]
+    return found // width, found % width, position[torch.searchsorted(ordered, after)]
+
+
+def _discounted_visits(chain: Chain, gamma: float) -> Tensor:
+    total, discount = torch.zeros(chain.rows, dtype=torch.float64), 1.0
+    for visits in chain.visits(chain.log_p):
+        total += discount * visits
+        discount *= gamma
+    return total
+
+
+def _value(chain: Chain, divergence: Divergence, gamma: float) -> Tensor:
+    visits = _discounted_visits(chain, gamma)
+    rows = pointwise(divergence, chain.log_p, chain.log_q).sum(-1)
+    return torch.where(visits > 0, visits * rows, 0.0).sum()
+
+
+def _gradient(chain: Chain, divergence: Divergence, objective: str, gamma: float) -> Tensor:
+    discount = gamma if objective == "token_return" else 1.0
+    visits = _discounted_visits(chain, discount)
+    met = (visits > 0).unsqueeze(-1)
+    rows = torch.where(met, visits.unsqueeze(-1) * row_gradient(divergence, chain.log_p, chain.log_q), 0.0)
+    if objective == "token_return":
+        own = torch.where(visits > 0, pointwise(divergence, chain.log_p, chain.log_q).sum(-1), 0.0)
+        rows += _later_rows(chain, own, gamma)
+    return rows
+
+
+def _later_rows(chain: Chain, own: Tensor, gamma: float) -> Tensor:
     """The part of `token_return`'s gradient by which a token answers for the rows that follow it."""
-    own = torch.where(occupancy.sum(0) > 0, pointwise(divergence, log_p, log_q).sum(-1), 0.0)[1:]
-    p, horizon = log_p.exp(), student.horizon
-    to_come = torch.zeros(horizon, student.vocab_size, dtype=torch.float64)
-    for n in reversed(range(horizon - 1)):
-        to_come[n] = own + gamma * (p[1:] @ to_come[n + 1])
-        if student.eos is not None:
-            to_come[n, student.eos] = 0.0
-    expected = gamma * occupancy.T @ to_come
+    visits, successors = chain.kept_visits(chain.log_p).numpy(), chain.successors.numpy()
+    sums, terms = np.zeros(successors.shape), np.empty(successors.shape)
+    for n, after in zip(reversed(range(chain.horizon)), chain.to_come(own, gamma), strict=True):
+        np.take(after, successors, out=terms, mode="clip")
+        terms *= gamma ** (n + 1) * visits[n][:, np.newaxis]
+        sums += terms
+    p, expected = chain.log_p.exp(), torch.from_numpy(sums)
     return p * (expected - (p * expected).sum(-1, keepdim=True))
 
 
-def _sequence_parts(
-    student: MarkovPolicy, log_p: Tensor, log_q: Tensor, divergence: Divergence
-) -> list[tuple[float, Tensor, Tensor]]:
-    """`(factor, value, gradient)` of the factoring divergences that add up to this one."""
-    name, horizon, eos = divergence.name, student.horizon, student.eos
+def _sequence_parts(chain: Chain, divergence: Divergence) -> list[tuple[float, Tensor, Tensor]]:
+    """`(factor, value, gradient by row)` of the factoring divergences that add up to this one."""
+    name = divergence.name
     if name == "reverse_kl":
-        return [(1.0, *_reverse(log_p, log_q, horizon, eos))]
+        return [(1.0, *_reverse(chain))]
     if name == "forward_kl":
-        return [(1.0, *_forward(log_p, log_q, horizon, eos))]
+        return [(1.0, *_forward(chain))]
     if name == "jeffreys":
-        return [(1.0, *_forward(log_p, log_q, horizon, eos)), (1.0, *_reverse(log_p, log_q, horizon, eos))]
+        return [(1.0, *_forward(chain)), (1.0, *_reverse(chain))]
     if name == "alpha":
         alpha, factor = divergence.parameters["alpha"], 1.0
     elif name in _POWERS:
@@ -83,63 +199,63 @@ def _sequence_parts(
     else:
         raise InvalidArgumentError(
             "divergence",
-            f"{divergence.label} between whole sequences does not factor along a Markov chain; "
+            f"{divergence.label} between whole sequences does not factor along a chain; "
             f"use a KL, jeffreys, alpha, {', '.join(_POWERS)}, or tabulate() a short chain",
         )
     if alpha == 0.0:
-        return [(factor, *_reverse(log_p, log_q, horizon, eos))]
+        return [(factor, *_reverse(chain))]
     if alpha == 1.0:
-        return [(factor, *_forward(log_p, log_q, horizon, eos))]
-    return [(factor, *_power(log_p, log_q, horizon, eos, alpha))]
+        return [(factor, *_forward(chain))]
+    return [(factor, *_power(chain, alpha))]
 
 
-def _reverse(log_p: Tensor, log_q: Tensor, horizon: int, eos: int | None) -> tuple[Tensor, Tensor]:
-    r"""$KL(P\|Q) = E_P \sum_n -\log u_n$ and its gradient, by the chain rule."""
-    occupancy = _occupancy(log_p, horizon, eos)
-    unseen = torch.isneginf(log_p) | (occupancy.sum(0) == 0).unsqueeze(-1)
-    p, cost = log_p.exp(), torch.where(unseen, 0.0, log_p - log_q)
-    rows = (p * cost).sum(-1)
-    to_come = torch.zeros(horizon, p.shape[-1], dtype=torch.float64)
-    for n in reversed(range(horizon - 1)):
-        to_come[n] = rows[1:] + p[1:] @ to_come[n + 1]
-        if eos is not None:
-            to_come[n, eos] = 0.0
-    visits = occupancy.sum(0)
-    expected = visits.unsqueeze(-1) * cost + occupancy.T @ to_come
-    return (visits * rows).sum(), p * (expected - (p * expected).sum(-1, keepdim=True))
+def _reverse(chain: Chain) -> tuple[Tensor, Tensor]:
+    r"""$KL(P\|Q) = E_P \sum_n -\log u_n$ by the chain rule: the return of the rows' own, undiscounted."""
+    reverse_kl = as_divergence("reverse_kl")
+    return _value(chain, reverse_kl, 1.0), _gradient(chain, reverse_kl, "token_return", 1.0)
 
 
-def _forward(log_p: Tensor, log_q: Tensor, horizon: int, eos: int | None) -> tuple[Tensor, Tensor]:
+def _forward(chain: Chain) -> tuple[Tensor, Tensor]:
     r"""$KL(Q\|P) = E_Q \sum_n \log u_n$ and its gradient: the rows weighted by the teacher's visits."""
-    q = log_q.exp()
-    visits = _occupancy(log_q, horizon, eos).sum(0).unsqueeze(-1)
+    log_p, log_q, q = chain.log_p, chain.log_q, chain.log_q.exp()
+    visits = _sum(chain.visits(log_q)).unsqueeze(-1)
     terms = torch.where(torch.isneginf(log_q) | (visits == 0), 0.0, q * (log_q - log_p))
     return (visits * terms).sum(), torch.where(torch.isinf(terms), torch.inf, visits * (log_p.exp() - q))
 
 
-def _power(log_p: Tensor, log_q: Tensor, horizon: int, eos: int | None, alpha: float) -> tuple[Tensor, Tensor]:
+def _power(chain: Chain, alpha: float) -> tuple[Tensor, Tensor]:
     r"""$(E_P U^\alpha - 1)/(\alpha(\alpha-1))$ and its gradient $-\frac1\alpha E_P[U^\alpha s]$, in log space."""
-    log_k = (1.0 - alpha) * log_p + alpha * log_q
-    both_zero = torch.isneginf(log_p) & torch.isneginf(log_q)
-    log_k = torch.where(both_zero, -torch.inf, log_k)
-    vocab_size = log_p.shape[-1]
-    after = torch.zeros(horizon, vocab_size, dtype=torch.float64)  # log E[U^alpha of the rest | last token]
-    for n in reversed(range(horizon - 1)):
-        after[n] = torch.logsumexp(_log_product(log_k[1:], after[n + 1]), dim=-1)
-        if eos is not None:
-            after[n, eos] = 0.0
-    before = torch.full((horizon, vocab_size + 1), -torch.inf, dtype=torch.float64)
-    before[0, 0] = 0.0
-    for n in range(1, horizon):
-        before[n, 1:] = torch.logsumexp(_log_product(before[n - 1].unsqueeze(-1), log_k), dim=0)
-        if eos is not None:
-            before[n, 1 + eos] = -torch.inf
+    log_k = (1.0 - alpha) * chain.log_p + alpha * chain.log_q
+    log_k = torch.where(torch.isneginf(chain.log_p) & torch.isneginf(chain.log_q), -torch.inf, log_k)
+    before = _power_visits(chain, log_k)
     # E_P[U^alpha; row s, token a], one position at a time in log space: the factors alone may overflow.
-    through = torch.logsumexp(_log_product(before.unsqueeze(-1), after.unsqueeze(1)), dim=0)
-    mass = _log_product(log_k, through).exp()
-    log_total = torch.logsumexp(_log_product(log_k[0], after[0]), dim=-1)
-    gradient = -(mass - log_p.exp() * mass.sum(-1, keepdim=True)) / alpha
-    return torch.expm1(log_total) / (alpha * (alpha - 1.0)), gradient
+    log_mass = torch.full_like(log_k, -torch.inf)
+    after = torch.zeros(chain.rows + 1, dtype=torch.float64)  # log E[U^alpha of the rest | row]
+    for n in reversed(range(chain.horizon)):
+        through = _log_product(log_k, after[chain.successors])
+        log_mass = torch.logaddexp(log_mass, _log_product(before[n].unsqueeze(-1), through))
+        after[:-1] = torch.logsumexp(through, -1)
+    mass = log_mass.exp()
+    gradient = -(mass - chain.log_p.exp() * mass.sum(-1, keepdim=True)) / alpha
+    return torch.expm1(after[0]) / (alpha * (alpha - 1.0)), gradient
+
+
+def _power_visits(chain: Chain, log_k: Tensor) -> Tensor:
+    r"""$\log E_P[U^\alpha$ so far; position `n` reads row `s`$]$, `(T, S)`."""
+    if chain.horizon * chain.rows > _KEPT:
+        what = f"keeping the powers of {chain.rows} rows at {chain.horizon} positions"
+        raise BudgetExceededError(what, chain.horizon * chain.rows, _KEPT, "lower the horizon or the number of states")
+    before = torch.full((chain.horizon, chain.rows + 1), -torch.inf, dtype=torch.float64)
+    before[0, 0] = 0.0
+    successors = chain.successors.flatten()
+    for n in range(1, chain.horizon):
+        terms = _log_product(before[n - 1, :-1].unsqueeze(-1), log_k).flatten()
+        largest = before[n].scatter_reduce(0, successors, terms, "amax")
+        # What no sequence of positive weight leads to stays at -inf, and one infinite term wins.
+        shift = torch.where(torch.isfinite(largest), largest, 0.0)
+        sums = torch.zeros_like(largest).index_add_(0, successors, (terms - shift[successors]).exp())
+        before[n] = shift + sums.log()
+    return before[:, :-1]
 
 
 def _log_product(left: Tensor, right: Tensor) -> Tensor:
@@ -147,26 +263,9 @@ def _log_product(left: Tensor, right: Tensor) -> Tensor:
     return torch.where(torch.isneginf(left) | torch.isneginf(right), -torch.inf, left + right)
 
 
-def _rows(policy: MarkovPolicy) -> Tensor:
-    """Log-probabilities of all rows, `(V+1, V)`: the first token's, then one row per last token."""
-    return torch.log_softmax(torch.cat([policy.initial.unsqueeze(0), policy.transition]), dim=-1)
-
-
-def _occupancy(log_p: Tensor, horizon: int, eos: int | None) -> Tensor:
-    """Probability that position `n` reads row `s`, `(T, V+1)`."""
-    p = log_p.exp()
-    occupancy = torch.zeros(horizon, p.shape[0], dtype=torch.float64)
-    occupancy[0, 0] = 1.0
-    for n in range(1, horizon):
-        occupancy[n, 1:] = occupancy[n - 1] @ p
-        if eos is not None:
-            occupancy[n, 1 + eos] = 0.0
-    return occupancy
-
-
-def _discounted(occupancy: Tensor, gamma: float) -> Tensor:
-    return occupancy * gamma ** torch.arange(len(occupancy), dtype=torch.float64).unsqueeze(-1)
-
-
-def _sum(parts: list[Tensor]) -> Tensor:
-    return torch.stack(parts).sum(0)
+def _sum(parts: Iterator[Tensor] | list[Tensor]) -> Tensor:
+    total: Tensor | None = None
+    for part in parts:
+        total = part.clone() if total is None else total + part
+    assert total is not None
+    return total

@@ -10,7 +10,8 @@ from opdtheory.divergences import Divergence
 from opdtheory.divergences import divergence as as_divergence
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.exact import chain
-from opdtheory.exact.policies import MarkovPolicy, Policy
+from opdtheory.exact.finite_state import FiniteStatePolicy
+from opdtheory.exact.policies import Policy
 from opdtheory.exact.recursions import tree_gradient
 from opdtheory.exact.subtrees import SWEEP_BUDGET, swept_gradient, swept_value
 from opdtheory.exact.tree import Tree, check_pair, row_gradient
@@ -55,7 +56,8 @@ def exact_value(
     $$\textstyle \sum_n E_{h_n\sim p} D_f(q\|p)(h_n), \quad E_p\sum_n\gamma^{n-1} f(u_n), \quad D_f(Q\|P)$$
 
     for `token_local`, `token_return` and `sequence`. Tokens that an environment wrote add nothing and count as
-    positions of the discount (T6f). Two `MarkovPolicy` are handled by dynamic programming, at any horizon.
+    positions of the discount (T6f). Two `FiniteStatePolicy` are handled by
+    dynamic programming, at any horizon.
 
     Args:
         student: the policy `p`.
@@ -76,7 +78,7 @@ def exact_value(
     check_objective(objective, gamma)
     check_pair(student, teacher)
     with torch.no_grad():
-        if isinstance(student, MarkovPolicy) and isinstance(teacher, MarkovPolicy):
+        if isinstance(student, FiniteStatePolicy) and isinstance(teacher, FiniteStatePolicy):
             return chain.value(student, teacher, divergence, objective, gamma)
         return swept_value(student, teacher, divergence, objective, gamma, budget)
 
@@ -114,7 +116,7 @@ def exact_gradient(
     divergence = as_divergence(divergence)
     check_objective(objective, gamma)
     check_pair(student, teacher)
-    if isinstance(student, MarkovPolicy) and isinstance(teacher, MarkovPolicy):
+    if isinstance(student, FiniteStatePolicy) and isinstance(teacher, FiniteStatePolicy):
         with torch.no_grad():
             gradient = chain.gradient(student, teacher, divergence, objective, gamma)
     else:

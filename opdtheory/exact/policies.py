@@ -1,4 +1,4 @@
-"""Autoregressive policies small enough to know exactly: tables, Markov chains and wrapped modules."""
+"""Autoregressive policies small enough to know exactly: tables and wrapped modules."""
 
 from __future__ import annotations
 
@@ -12,7 +12,17 @@ from torch import Tensor, nn
 
 from opdtheory.errors import BudgetExceededError, InvalidArgumentError
 
-__all__ = ["MarkovPolicy", "ModulePolicy", "Policy", "TabularPolicy", "random_pair"]
+__all__ = [
+    "ModulePolicy",
+    "Policy",
+    "TabularPolicy",
+    "check_eos",
+    "check_logits",
+    "check_scale",
+    "check_sizes",
+    "prefixes",
+    "random_pair",
+]
 
 # Rows of logits that one policy may hold; 2**25 float64 rows of eight tokens are 2 GB.
 ROW_BUDGET = 2**25
@@ -97,8 +107,8 @@ class TabularPolicy(Policy):
             raise InvalidArgumentError("logits", "is empty; one tensor per position is needed")
         vocab_size = logits[0].shape[-1]
         for n, level in enumerate(logits):
-            _check_logits(f"logits[{n}]", level, (vocab_size**n, vocab_size))
-        _check_eos(eos, vocab_size)
+            check_logits(f"logits[{n}]", level, (vocab_size**n, vocab_size))
+        check_eos(eos, vocab_size)
         self.logits = list(logits)
         self.vocab_size = vocab_size
         self.horizon = len(logits)
@@ -132,9 +142,9 @@ class TabularPolicy(Policy):
                 leaves no token, or `environment` holds what is no position.
             BudgetExceededError: the tables would hold too many rows.
         """
-        _check_sizes(vocab_size, horizon)
+        check_sizes(vocab_size, horizon)
         _check_row_count(vocab_size, horizon)
-        _check_scale("scale", scale)
+        check_scale("scale", scale)
         if not 0 <= zeros <= vocab_size - 1:
             raise InvalidArgumentError("zeros", f"is {zeros}; it must lie in [0, {vocab_size - 1}]")
         generator = torch.Generator().manual_seed(seed)
@@ -155,7 +165,7 @@ class TabularPolicy(Policy):
         Raises:
             InvalidArgumentError: `distance` is negative or not finite.
         """
-        _check_scale("distance", distance)
+        check_scale("distance", distance)
         generator = torch.Generator().manual_seed(seed)
         noise = (torch.randn(z.shape, generator=generator, dtype=z.dtype) for z in self.logits)
         noisy = [some.mul_(distance).add_(z) for some, z in zip(noise, self.logits, strict=True)]
@@ -182,77 +192,6 @@ class TabularPolicy(Policy):
     def __repr__(self) -> str:
         written = f", environment={self.environment}" if self.environment else ""
         return f"TabularPolicy(vocab_size={self.vocab_size}, horizon={self.horizon}, eos={self.eos}{written})"
-
-
-class MarkovPolicy(Policy):
-    r"""A chain whose row depends on the last token only: $p(y_n \mid h_n) = p(y_n \mid y_{n-1})$.
-
-    Args:
-        initial: logits of the first token, `(V,)`, float64.
-        transition: logits of the next token given the last one, `(V, V)`, float64.
-        horizon: length cap `T`.
-        eos: the token that ends a sequence, or None.
-
-    Raises:
-        InvalidArgumentError: a wrong shape or dtype, or a row without a finite entry.
-    """
-
-    def __init__(
-        self,
-        initial: Float[Tensor, " V"],
-        transition: Float[Tensor, "V V"],
-        horizon: int,
-        eos: int | None = None,
-    ) -> None:
-        """See the class."""
-        vocab_size = transition.shape[-1]
-        _check_sizes(vocab_size, horizon)
-        _check_logits("initial", initial, (vocab_size,))
-        _check_logits("transition", transition, (vocab_size, vocab_size))
-        _check_eos(eos, vocab_size)
-        self.initial = initial
-        self.transition = transition
-        self.vocab_size = vocab_size
-        self.horizon = horizon
-        self.eos = eos
-
-    @classmethod
-    def random(
-        cls, vocab_size: int, horizon: int, eos: int | None = None, scale: float = 1.0, seed: int = 0
-    ) -> MarkovPolicy:
-        """Independent Gaussian logits of standard deviation `scale`.
-
-        Raises:
-            InvalidArgumentError: a size is below one, or `scale` is negative or not finite.
-        """
-        _check_sizes(vocab_size, horizon)
-        _check_scale("scale", scale)
-        generator = torch.Generator().manual_seed(seed)
-        rows = scale * torch.randn(vocab_size + 1, vocab_size, generator=generator, dtype=torch.float64)
-        return cls(rows[0], rows[1:], horizon, eos=eos)
-
-    @property
-    def logits(self) -> list[Tensor]:
-        """`[initial, transition]`."""
-        return [self.initial, self.transition]
-
-    def parameters(self) -> list[Tensor]:
-        """`[initial, transition]`."""
-        return self.logits
-
-    def rows(self, level: int, start: int, stop: int) -> Float[Tensor, "_ V"]:
-        """The rows of the prefixes' last tokens."""
-        if level == 0:
-            return self.initial.unsqueeze(0)[start:stop]
-        return self.transition[torch.arange(start, stop) % self.vocab_size]
-
-    def pull_back(self, levels: list[Float[Tensor, "_ V"]]) -> list[Tensor]:
-        """The first row, and the sum over all rows that share a last token."""
-        shared = [level.view(-1, self.vocab_size, self.vocab_size).sum(0) for level in levels[1:]]
-        return [levels[0][0], torch.stack(shared).sum(0) if shared else torch.zeros_like(self.transition)]
-
-    def __repr__(self) -> str:
-        return f"MarkovPolicy(vocab_size={self.vocab_size}, horizon={self.horizon}, eos={self.eos})"
 
 
 class ModulePolicy(Policy):
@@ -284,8 +223,8 @@ class ModulePolicy(Policy):
         prompt: Iterable[int] = (),
     ) -> None:
         """See the class."""
-        _check_sizes(vocab_size, horizon)
-        _check_eos(eos, vocab_size)
+        check_sizes(vocab_size, horizon)
+        check_eos(eos, vocab_size)
         self.module = module
         self.vocab_size = vocab_size
         self.horizon = horizon
@@ -306,7 +245,7 @@ class ModulePolicy(Policy):
             raise InvalidArgumentError("module", f"returned {type(logits).__name__}; a tensor of logits is needed")
         if logits.ndim == 3:
             logits = logits[:, -1]
-        _check_logits("module(prefixes)", logits.double(), (tokens.shape[0], self.vocab_size))
+        check_logits("module(prefixes)", logits.double(), (tokens.shape[0], self.vocab_size))
         return logits.double()
 
     def pull_back(self, levels: list[Float[Tensor, "_ V"]]) -> list[Tensor]:
@@ -379,7 +318,8 @@ def prefixes(vocab_size: int, length: int, start: int = 0, stop: int | None = No
     return (index.unsqueeze(1) // powers) % vocab_size
 
 
-def _check_logits(name: str, logits: Tensor, shape: tuple[int, ...]) -> None:
+def check_logits(name: str, logits: Tensor, shape: tuple[int, ...]) -> None:
+    """Refuse logits of a wrong shape or dtype, or with a row that is no law."""
     if not isinstance(logits, Tensor) or tuple(logits.shape) != shape:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise InvalidArgumentError(name, f"got {got}; a tensor of shape {shape} is needed")
@@ -389,7 +329,8 @@ def _check_logits(name: str, logits: Tensor, shape: tuple[int, ...]) -> None:
         raise InvalidArgumentError(name, "has a row with NaN, +inf or only -inf")
 
 
-def _check_sizes(vocab_size: int, horizon: int) -> None:
+def check_sizes(vocab_size: int, horizon: int) -> None:
+    """Refuse sizes below one."""
     for name, value in (("vocab_size", vocab_size), ("horizon", horizon)):
         if not isinstance(value, int) or value < 1:
             raise InvalidArgumentError(name, f"is {value!r}; a positive integer is needed")
@@ -406,7 +347,8 @@ def _check_row_count(vocab_size: int, horizon: int) -> None:
         )
 
 
-def _check_scale(name: str, value: float) -> None:
+def check_scale(name: str, value: float) -> None:
+    """Refuse a standard deviation that is negative or not finite."""
     if not (math.isfinite(value) and value >= 0):
         raise InvalidArgumentError(name, f"is {value!r}; a finite number of at least 0 is needed")
 
@@ -420,6 +362,7 @@ def _positions(environment: Iterable[int], horizon: int) -> tuple[int, ...]:
     return tuple(sorted(set(given)))
 
 
-def _check_eos(eos: int | None, vocab_size: int) -> None:
+def check_eos(eos: int | None, vocab_size: int) -> None:
+    """Refuse an end-of-sequence token that is no token."""
     if eos is not None and not 0 <= eos < vocab_size:
         raise InvalidArgumentError("eos", f"is {eos}; it must be None or lie in [0, {vocab_size})")

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from opdtheory.errors import BudgetExceededError, InvalidArgumentError
 from opdtheory.exact.enumeration import shown_tables
-from opdtheory.exact.policies import MarkovPolicy, Policy
+from opdtheory.exact.finite_state import MarkovPolicy
+from opdtheory.exact.policies import Policy
 from opdtheory.exact.tree import LEAF_BUDGET, check_pair
 from opdtheory.rollouts import Rollouts, gather_logprobs
 

@@ -63,7 +63,7 @@ def _check(student: Policy, teacher: Policy, budget: int) -> None:
             f"the prefix tree of V={student.vocab_size}, T={student.horizon}",
             leaves,
             budget,
-            "lower the horizon, use MarkovPolicy, or raise budget",
+            "lower the horizon, use a FiniteStatePolicy, or raise budget",
         )
 
 

@@ -142,7 +142,7 @@ class Tree:
                 f"the prefix tree of V={student.vocab_size}, T={student.horizon}",
                 leaves,
                 budget,
-                "lower the horizon, use MarkovPolicy, or raise budget",
+                "lower the horizon, use a FiniteStatePolicy, or raise budget",
             )
         roots = Roots(torch.zeros(1), torch.zeros(1), torch.ones(1, dtype=torch.bool))
         return cls.grown(student.tables(), teacher.tables(), roots, student.eos, student.environment)

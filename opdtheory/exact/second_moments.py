@@ -1,0 +1,219 @@
+r"""The variance of one rollout's gradient at any horizon, by a recursion over the states of a pair.
+
+With $x_n$ the state, $s_n = e_{y_n} - p(x_n)$ the score in the row of $x_n$ and $R_{n+1} = \sum_{m>n}
+\gamma^{m-n-1} c(u_m)$ the cost to come, one rollout's gradient is $-G_1$ of
+
+$$G_n = k(x_n) + (o(x_n, y_n) - \gamma R_{n+1})\, s_n + \gamma\, G_{n+1},$$
+
+where $k$ is what is summed over tokens exactly and $o$ what only the sampled token brings. Scores of positions in
+one state are not orthogonal, so $E|G_n|^2$ asks for $E[G_{n+1} \mid x_{n+1}]$, and with a cost to come also for
+$E[R_{n+1}]$, $E[R_{n+1}^2]$ and $E[R_{n+1} G_{n+1}]$: all of them linear recursions from the last position up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from opdtheory.errors import BudgetExceededError, InvalidArgumentError
+from opdtheory.exact.chain import Chain
+from opdtheory.exact.finite_state import FiniteStatePolicy
+from opdtheory.exact.tree import check_pair
+
+__all__ = ["RolloutMoments", "rollout_moments"]
+
+# Numbers in one table of expected gradients, by row of the pair, state and token: 256 MB.
+_TABLE_BUDGET = 2**25
+
+OfLogU = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class RolloutMoments:
+    """First two moments of one rollout's gradient, exactly.
+
+    Attributes:
+        mean: the expected gradient, a list like `student.parameters()`.
+        variance: trace of the covariance; of the mean over `B` independent rollouts it is `1/B` of that.
+        second_moment: `E |g|^2`.
+    """
+
+    mean: list[Tensor]
+    variance: float
+    second_moment: float
+
+
+def rollout_moments(
+    student: FiniteStatePolicy,
+    teacher: FiniteStatePolicy,
+    weight: OfLogU,
+    cost: OfLogU | None = None,
+    gamma: float = 1.0,
+    summed_tokens: int = 0,
+) -> RolloutMoments:
+    r"""Mean and variance of $g = -\sum_n \gamma^{n-1} A_n s_n$ under the student, at any horizon.
+
+    $A_n = w(u_n) - \sum_{m>n} \gamma^{m-n} c(u_m)$ with the given $w$ and $c$: OPD is $w = -f$, OPD+ is $w = w_f$, and
+    $c = f$ makes either a return-to-go (T6). The gradient is in the parameters that the positions share, so that the
+    scores of different positions are correlated. Against the enumeration of `gradient_moments` nothing grows with the
+    number of sequences: the cost is linear in the horizon.
+
+    Args:
+        student: the policy `p` that is trained and sampled.
+        teacher: the policy `q`.
+        weight: the function $w$ of `log_u`, as a divergence's `weight`.
+        cost: the function $c$ of `log_u`, as a divergence's `generator`; by default nothing is to come.
+        gamma: discount in [0, 1]; other than 1 with a cost only, as in `token_return`.
+        summed_tokens: how many of the student's most probable tokens of each row have their own term summed instead
+            of sampled; all of them are the whole-vocabulary gradient (T7c). The cost to come stays sampled.
+
+    Raises:
+        InvalidArgumentError: policies that do not match or are no `FiniteStatePolicy`, a number out of range, or a
+            weight or cost that is not finite at a token that can be sampled.
+        BudgetExceededError: too many states for the table of expected gradients.
+
+    Example:
+        >>> import opdtheory as opd
+        >>> student, teacher = (opd.MarkovPolicy.random(4, 10_000, seed=s) for s in (0, 1))
+        >>> jsd = opd.divergence("jsd")
+        >>> sampled, summed = (rollout_moments(student, teacher, jsd.weight, summed_tokens=k) for k in (0, 4))
+        >>> sampled.variance > summed.variance
+        True
+    """
+    _check(student, teacher, gamma, summed_tokens, cost)
+    chain = Chain.build(student, teacher)
+    states, size = student.successors.shape
+    if (chain.rows + 1) * states * size > _TABLE_BUDGET:
+        what = f"expected gradients of {states} states by {size} tokens from each of {chain.rows} rows"
+        count = (chain.rows + 1) * states * size
+        raise BudgetExceededError(what, count, _TABLE_BUDGET, "lower the number of states or the vocabulary")
+    with torch.no_grad():
+        recursion = _Recursion(chain, states, weight, cost, gamma, summed_tokens)
+        for _ in range(chain.horizon):
+            recursion.step()
+    mean = [-g for g in student.by_parameter(recursion.mean[0])]
+    second = float(recursion.square[0])
+    norm = sum(float(g.square().sum()) for g in mean)
+    return RolloutMoments(mean, max(second - norm, 0.0), second)
+
+
+class _Recursion:
+    """What is expected from each row on, the end of the sequence being the last row, where nothing comes.
+
+    Attributes:
+        mean: $E[G_n]$, `(S + 1, states, V)`.
+        square: $E|G_n|^2$, `(S + 1,)`.
+    """
+
+    def __init__(
+        self, chain: Chain, states: int, weight: OfLogU, cost: OfLogU | None, gamma: float, summed: int
+    ) -> None:
+        self.chain, self.gamma = chain, gamma
+        self.p: Float[Tensor, "S V"] = chain.log_p.exp()
+        possible = self.p > 0
+        log_u = torch.where(possible, chain.log_q - chain.log_p, 0.0)
+        weights = _finite("weight", weight, log_u, possible)
+        self.cost = None if cost is None else _finite("cost", cost, log_u, possible)
+        kept = torch.zeros_like(possible).scatter_(-1, self.p.topk(summed).indices, True)
+        self.own = torch.where(kept, 0.0, weights)
+        self.summed = _centred(self.p, torch.where(kept, weights, 0.0))
+        # |e_a - p|^2
+        self.norms = 1.0 - 2.0 * self.p + self.p.square().sum(-1, keepdim=True)
+        self.rows = torch.arange(chain.rows)
+        self.onward = self._steps(self.p)
+        self.priced = None if self.cost is None else self._steps(self.p * self.cost)
+        self.mean = torch.zeros(chain.rows + 1, states, self.p.shape[-1], dtype=torch.float64)
+        self.square = torch.zeros(chain.rows + 1, dtype=torch.float64)
+        # Of the cost to come: its moments, and its product with the gradient.
+        self.first, self.second = torch.zeros_like(self.square), torch.zeros_like(self.square)
+        self.product = torch.zeros_like(self.mean)
+
+    def step(self) -> None:
+        """From the position after to the one before."""
+        p, gamma, after = self.p, self.gamma, self.chain.successors
+        first, second = self.first[after], self.second[after]
+        factor = self.own - gamma * first
+        sampled = _centred(p, factor)
+        squared = self.own.square() - 2.0 * gamma * self.own * first + gamma**2 * second
+        square = (
+            self.summed.square().sum(-1) + 2.0 * (self.summed * sampled).sum(-1) + (p * squared * self.norms).sum(-1)
+        )
+        square += 2.0 * gamma * self._with_later()
+        square += gamma**2 * (p * self.square[after]).sum(-1)
+        mean = gamma * self._carried(self.onward, self.mean)
+        mean[self.rows, self.chain.student_states] += self.summed + sampled
+        if self.cost is not None and self.priced is not None:
+            # E[(c + gamma R)(k + (o - gamma R) s)] in the row's own state, E[(c + gamma R) gamma G] in all.
+            own = self.cost * self.own + gamma * first * (self.own - self.cost) - gamma**2 * second
+            cost = (p * (self.cost + gamma * first)).sum(-1)
+            product = gamma**2 * self._carried(self.onward, self.product)
+            product += gamma * self._carried(self.priced, self.mean)
+            product[self.rows, self.chain.student_states] += cost.unsqueeze(-1) * self.summed + _centred(p, own)
+            later = (p * (self.cost.square() + 2.0 * gamma * self.cost * first + gamma**2 * second)).sum(-1)
+            self.product[:-1], self.first[:-1], self.second[:-1] = product, cost, later
+        self.mean[:-1], self.square[:-1] = mean, square
+
+    def _with_later(self) -> Tensor:
+        """The products of a position's part with all that follows in the parameters of the same state."""
+        p, after = self.p, self.chain.successors
+        carried = self._at_own_state(self.mean, p)
+        total = (self.summed * self._expected_later()).sum(-1) + (p * self.own * carried).sum(-1)
+        if self.cost is not None:
+            total -= self.gamma * (p * self._at_own_state(self.product, p)).sum(-1)
+        return total
+
+    def _expected_later(self) -> Tensor:
+        """The part of $E[G_{n+1} | x_n]$ in the parameters of $x_n$, `(S, V)`."""
+        return torch.einsum("xy,yxv->xv", self.onward, self.mean[:, self.chain.student_states])
+
+    def _at_own_state(self, table: Tensor, p: Tensor) -> Tensor:
+        r"""The product $\langle s_n, G \rangle$ with a table's gradient after each token, `(S, V)`."""
+        states, after = self.chain.student_states.unsqueeze(-1), self.chain.successors
+        along = torch.einsum("xv,yxv->xy", p, table[:, self.chain.student_states])
+        tokens = torch.arange(p.shape[-1])
+        return table[after, states, tokens] - along.gather(1, after)
+
+    def _carried(self, steps: Tensor, table: Tensor) -> Tensor:
+        return (steps @ table.flatten(1)).view(-1, *table.shape[1:])
+
+    def _steps(self, weights: Tensor) -> Tensor:
+        """The sum of the weights of the tokens that lead from each row to each, `(S, S + 1)`."""
+        steps = torch.zeros(self.chain.rows, self.chain.rows + 1, dtype=torch.float64)
+        return steps.scatter_add_(1, self.chain.successors, weights)
+
+
+def _centred(p: Tensor, weight: Tensor) -> Tensor:
+    r"""The expectation $\sum_a p_a w_a (e_a - p)$."""
+    return p * (weight - (p * weight).sum(-1, keepdim=True))
+
+
+def _finite(name: str, function: OfLogU, log_u: Tensor, possible: Tensor) -> Tensor:
+    values = torch.where(possible, function(log_u), 0.0)
+    if not bool(torch.isfinite(values).all()):
+        at = float(log_u[~torch.isfinite(values)][0])
+        raise InvalidArgumentError(name, f"is not finite at log u = {at}, of a token that the student can sample")
+    return values
+
+
+def _check(student: object, teacher: object, gamma: float, summed_tokens: int, cost: OfLogU | None) -> None:
+    for name, policy in (("student", student), ("teacher", teacher)):
+        if not isinstance(policy, FiniteStatePolicy):
+            raise InvalidArgumentError(name, f"is a {type(policy).__name__}; a FiniteStatePolicy is needed")
+    assert isinstance(student, FiniteStatePolicy) and isinstance(teacher, FiniteStatePolicy)
+    check_pair(student, teacher)
+    if not 0.0 <= gamma <= 1.0:
+        raise InvalidArgumentError("gamma", f"is {gamma!r}; it must lie in [0, 1]")
+    if gamma != 1.0 and cost is None:
+        raise InvalidArgumentError("gamma", f"is {gamma!r}, but without a cost there is nothing to discount")
+    if (
+        isinstance(summed_tokens, bool)
+        or not isinstance(summed_tokens, int)
+        or not 0 <= summed_tokens <= student.vocab_size
+    ):
+        raise InvalidArgumentError(
+            "summed_tokens", f"is {summed_tokens!r}; an integer in [0, {student.vocab_size}] is needed"
+        )
