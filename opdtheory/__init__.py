@@ -16,6 +16,7 @@ _HOMES = {
     "Claim": "opdtheory.estimators",
     "Divergence": "opdtheory.divergences",
     "Estimator": "opdtheory.estimators",
+    "FiniteStatePolicy": "opdtheory.exact",
     "MarkovPolicy": "opdtheory.exact",
     "ModulePolicy": "opdtheory.exact",
     "Rollouts": "opdtheory.rollouts",
@@ -40,6 +41,7 @@ _HOMES = {
     "fused_top_k_divergence": "opdtheory.kernels",
     "implied_generator": "opdtheory.divergences",
     "random_pair": "opdtheory.exact",
+    "rollout_moments": "opdtheory.exact",
     "train": "opdtheory.training.trainer",
     "u": "opdtheory.divergences",
     "validate": "opdtheory.training.validation",
@@ -67,6 +69,7 @@ if TYPE_CHECKING:
     from opdtheory.estimators import Estimator as Estimator
     from opdtheory.estimators import estimator as estimator
     from opdtheory.estimators import estimator_names as estimator_names
+    from opdtheory.exact import FiniteStatePolicy as FiniteStatePolicy
     from opdtheory.exact import MarkovPolicy as MarkovPolicy
     from opdtheory.exact import ModulePolicy as ModulePolicy
     from opdtheory.exact import TabularPolicy as TabularPolicy
@@ -74,6 +77,7 @@ if TYPE_CHECKING:
     from opdtheory.exact import exact_value as exact_value
     from opdtheory.exact import expected_gradient as expected_gradient
     from opdtheory.exact import random_pair as random_pair
+    from opdtheory.exact import rollout_moments as rollout_moments
     from opdtheory.kernels import fused_divergence as fused_divergence
     from opdtheory.kernels import fused_linear_divergence as fused_linear_divergence
     from opdtheory.kernels import fused_parallel_divergence as fused_parallel_divergence

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from opdtheory.divergences import Divergence
+from opdtheory.divergences.divergence import transforms_active
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.estimators import offpolicy
 from opdtheory.estimators.base import unmasked
@@ -43,7 +44,11 @@ def perspective(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> Tensor:
     log_u = torch.where(both, log_q, zero) - torch.where(both, log_p, zero)
     far = log_u > _FARTHEST_LOG_U
     terms = torch.where(both, log_p, zero).exp() * divergence.generator(torch.where(far, zero, log_u))
-    if bool(far.any()):
+    if transforms_active():
+        # Under vmap no branch may depend on values.
+        beyond = _generator_over_u(divergence, torch.where(far, log_u, _FARTHEST_LOG_U))
+        terms = torch.where(far, beyond * torch.where(far, log_q, zero).exp(), terms)
+    elif bool(far.any()):
         terms = terms.masked_scatter(far, _generator_over_u(divergence, log_u[far]) * log_q[far].exp())
     terms = torch.where(both, terms, zero)
     terms = terms + _boundary(in_p & ~in_q, log_p, divergence.at_zero)
@@ -77,7 +82,8 @@ class TopK:
         if self.form == "tail":
             rest = log_p.scatter(-1, chosen, -torch.inf)
             return torch.cat([kept, _log_sum_exp(rest)], dim=-1)
-        if bool((kept == -torch.inf).all(-1).any()):
+        # Under vmap values cannot be looked at: such a row is NaN there, and `rollout_gradients` refuses it.
+        if not transforms_active() and bool((kept == -torch.inf).all(-1).any()):
             raise InvalidArgumentError("support", f"the {whose} gives all {self.k} chosen tokens probability zero")
         return torch.log_softmax(kept, dim=-1)
 

@@ -4,7 +4,9 @@ from opdtheory.exact.enumeration import Enumeration, enumerated_value
 from opdtheory.exact.expectation import GradientMoments, Loss, expected_gradient, gradient_moments
 from opdtheory.exact.finite_state import FiniteStatePolicy, MarkovPolicy
 from opdtheory.exact.oracle import OBJECTIVES, exact_gradient, exact_value
+from opdtheory.exact.per_rollout import SampledMoments, rollout_gradients, sampled_moments
 from opdtheory.exact.policies import ModulePolicy, Policy, TabularPolicy, random_pair
+from opdtheory.exact.second_moments import RolloutMoments, rollout_moments
 
 __all__ = [
     "OBJECTIVES",
@@ -15,6 +17,8 @@ __all__ = [
     "MarkovPolicy",
     "ModulePolicy",
     "Policy",
+    "RolloutMoments",
+    "SampledMoments",
     "TabularPolicy",
     "enumerated_value",
     "exact_gradient",
@@ -22,4 +26,7 @@ __all__ = [
     "expected_gradient",
     "gradient_moments",
     "random_pair",
+    "rollout_gradients",
+    "rollout_moments",
+    "sampled_moments",
 ]

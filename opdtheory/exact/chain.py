@@ -76,7 +76,7 @@ class Chain:
             visits = (forward @ visits)[:-1]
 
     def to_come(self, own: Tensor, gamma: float) -> Iterator[np.ndarray]:
-        r"""Discounted sum of the rows' own costs from each row on, `(S + 1,)`, *after* each position, last one first."""
+        """Discounted sum of the rows' own costs from the next row on, `(S + 1,)`, the last position first."""
         backward, costs = self._steps(self.log_p), own.numpy()
         after = np.zeros(self.rows + 1)
         for _ in range(self.horizon):
@@ -161,19 +161,22 @@ def _value(chain: Chain, divergence: Divergence, gamma: float) -> Tensor:
 
 
 def _gradient(chain: Chain, divergence: Divergence, objective: str, gamma: float) -> Tensor:
-    discount = gamma if objective == "token_return" else 1.0
-    visits = _discounted_visits(chain, discount)
+    kept = chain.kept_visits(chain.log_p) if objective == "token_return" else None
+    if kept is None:
+        visits = _discounted_visits(chain, 1.0)
+    else:
+        visits = gamma ** torch.arange(chain.horizon, dtype=torch.float64) @ kept
     met = (visits > 0).unsqueeze(-1)
     rows = torch.where(met, visits.unsqueeze(-1) * row_gradient(divergence, chain.log_p, chain.log_q), 0.0)
-    if objective == "token_return":
+    if kept is not None:
         own = torch.where(visits > 0, pointwise(divergence, chain.log_p, chain.log_q).sum(-1), 0.0)
-        rows += _later_rows(chain, own, gamma)
+        rows += _later_rows(chain, own, gamma, kept.numpy())
     return rows
 
 
-def _later_rows(chain: Chain, own: Tensor, gamma: float) -> Tensor:
+def _later_rows(chain: Chain, own: Tensor, gamma: float, visits: np.ndarray) -> Tensor:
     """The part of `token_return`'s gradient by which a token answers for the rows that follow it."""
-    visits, successors = chain.kept_visits(chain.log_p).numpy(), chain.successors.numpy()
+    successors = chain.successors.numpy()
     sums, terms = np.zeros(successors.shape), np.empty(successors.shape)
     for n, after in zip(reversed(range(chain.horizon)), chain.to_come(own, gamma), strict=True):
         np.take(after, successors, out=terms, mode="clip")

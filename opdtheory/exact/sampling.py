@@ -6,6 +6,7 @@ position reads, so that a loss which leaks over padding puts a gradient where th
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -168,11 +169,27 @@ class Sampler:
         return [levels[0][0], levels[1]] if self.chain else levels
 
     def _sample(self, tokens: Tensor, rows: Tensor, mask: Tensor) -> Sample:
-        off_policy = self.behavior is not self.student
-        logits, teacher_logits = self.student[rows], self.teacher[rows]
-        teacher_logprobs = gather_logprobs(teacher_logits, tokens, mask)
-        behavior_logprobs = gather_logprobs(self.behavior[rows], tokens, mask) if off_policy else None
-        return Sample(_rollouts(tokens, mask, logits, teacher_logits, teacher_logprobs, behavior_logprobs), rows)
+        behavior_logprobs = None if self.behavior is self.student else self._logprobs("behavior", rows, tokens, mask)
+        return Sample(
+            _rollouts(
+                tokens,
+                mask,
+                self.student[rows],
+                self.teacher[rows],
+                self._logprobs("teacher", rows, tokens, mask),
+                behavior_logprobs,
+            ),
+            rows,
+        )
+
+    def _logprobs(self, whose: str, rows: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+        """As `gather_logprobs` of the rows, but each row of the table is normalised once for all rollouts."""
+        logprobs = self._normalised[whose][rows, tokens]
+        return torch.where((mask == 0) & torch.isneginf(logprobs), 0.0, logprobs)
+
+    @functools.cached_property
+    def _normalised(self) -> dict[str, Tensor]:
+        return {whose: torch.log_softmax(getattr(self, whose), -1) for whose in ("teacher", "behavior")}
 
 
 def sample_rollouts(

@@ -159,20 +159,19 @@ class _Recursion:
 
     def _with_later(self) -> Tensor:
         """The products of a position's part with all that follows in the parameters of the same state."""
-        p, after = self.p, self.chain.successors
-        carried = self._at_own_state(self.mean, p)
-        total = (self.summed * self._expected_later()).sum(-1) + (p * self.own * carried).sum(-1)
+        p = self.p
+        total = (self.summed * self._expected_later()).sum(-1) + (p * self.own * self._along_score(self.mean)).sum(-1)
         if self.cost is not None:
-            total -= self.gamma * (p * self._at_own_state(self.product, p)).sum(-1)
+            total -= self.gamma * (p * self._along_score(self.product)).sum(-1)
         return total
 
     def _expected_later(self) -> Tensor:
         """The part of $E[G_{n+1} | x_n]$ in the parameters of $x_n$, `(S, V)`."""
         return torch.einsum("xy,yxv->xv", self.onward, self.mean[:, self.chain.student_states])
 
-    def _at_own_state(self, table: Tensor, p: Tensor) -> Tensor:
-        r"""The product $\langle s_n, G \rangle$ with a table's gradient after each token, `(S, V)`."""
-        states, after = self.chain.student_states.unsqueeze(-1), self.chain.successors
+    def _along_score(self, table: Tensor) -> Tensor:
+        r"""The product of $s_n$ with what a table expects after each token, `(S, V)`."""
+        p, states, after = self.p, self.chain.student_states.unsqueeze(-1), self.chain.successors
         along = torch.einsum("xv,yxv->xy", p, table[:, self.chain.student_states])
         tokens = torch.arange(p.shape[-1])
         return table[after, states, tokens] - along.gather(1, after)

@@ -74,29 +74,29 @@ def _top(student: Policy, teacher: Policy) -> Tree:
         depth -= 1
         while size ** (student.horizon - depth + 1) <= _AT_ONCE:
             depth -= 1
-    tables = [[policy.rows(n, 0, size**n) for n in range(depth)] for policy in (student, teacher)]
     roots = Roots(torch.zeros(1), torch.zeros(1), torch.ones(1, dtype=torch.bool))
-    environment = tuple(n for n in student.environment if n < depth)
-    return Tree.grown(*tables, roots, student.eos, environment, cut=depth < student.horizon)
+    return _grown(student, teacher, roots, 0, 0, depth)
 
 
 def _subtrees(student: Policy, teacher: Policy, top: Tree) -> Iterator[tuple[int, Tree]]:
     """The number of the first root and the trees below some neighbouring roots, but for roots that have all ended."""
     if not top.cut:
         return
-    depth, size = top.horizon, student.vocab_size
     roots = Roots(top.prefix_log_p[-1], top.prefix_log_q[-1], top.live[-1])
-    each = max(1, _AT_ONCE // size ** (student.horizon - depth))
-    environment = tuple(n - depth for n in student.environment if n >= depth)
+    each = max(1, _AT_ONCE // student.vocab_size ** (student.horizon - top.horizon))
     for start in range(0, len(roots.live), each):
         some = Roots(*(values[start : start + each] for values in roots))
-        if not some.live.any():
-            continue
-        tables = [
-            [
-                policy.rows(n, start * size ** (n - depth), (start + len(some.live)) * size ** (n - depth))
-                for n in range(depth, student.horizon)
-            ]
-            for policy in (student, teacher)
-        ]
-        yield start, Tree.grown(*tables, some, student.eos, environment, first=depth)
+        if some.live.any():
+            yield start, _grown(student, teacher, some, start, top.horizon, student.horizon)
+
+
+def _grown(student: Policy, teacher: Policy, roots: Roots, start: int, first: int, stop: int) -> Tree:
+    """The levels `first` to `stop` below some neighbouring prefixes, of which `start` is the first one's number."""
+
+    def tables(policy: Policy) -> list[Tensor]:
+        widths = (policy.vocab_size ** (n - first) for n in range(first, stop))
+        return [policy.rows(first + n, start * w, (start + len(roots.live)) * w) for n, w in enumerate(widths)]
+
+    environment = tuple(n - first for n in student.environment if first <= n < stop)
+    cut = stop < student.horizon
+    return Tree.grown(tables(student), tables(teacher), roots, student.eos, environment, first, cut)
