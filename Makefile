@@ -70,6 +70,7 @@ mutation: $(VENV)/.installed-dev ## break the library term by term; writes docs/
 bench: $(VENV)/.installed-dev ## time and memory beside TRL's, medians of alternated repeats; writes docs/performance.md
 	$(BIN)/python benchmarks/fused.py --write docs/performance.md
 	$(BIN)/python benchmarks/oracle.py --write docs/performance.md
+	$(BIN)/python benchmarks/growth.py --write docs/performance.md
 
 docs: $(VENV)/.installed-dev ## the documentation, into site/
 	$(BIN)/mkdocs build --strict
