@@ -7,7 +7,7 @@ INPUTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help verify test test-slow lint format typecheck-runtime gallery mutation bench docs wheel clean
+.PHONY: help verify test test-slow lint format typecheck-runtime gallery mutation fuzz bench docs wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -66,6 +66,9 @@ gallery: $(GALLERY)/.installed ## audit every published loss; writes docs/galler
 
 mutation: $(VENV)/.installed-dev ## break the library term by term; writes docs/mutation.md (about an hour)
 	$(BIN)/python -m tests.mutation --log reports/mutation.jsonl --page docs/mutation.md
+
+fuzz: $(VENV)/.installed-dev ## 100,000 generated calls of the public border: each is right, or refused by name
+	$(BIN)/python -m tests.fuzz --calls 100000
 
 bench: $(VENV)/.installed-dev ## time and memory beside TRL's, medians of alternated repeats; writes docs/performance.md
 	$(BIN)/python benchmarks/fused.py --write docs/performance.md

@@ -48,11 +48,12 @@ class Rollouts:
     def __post_init__(self) -> None:
         _check_tokens(self.tokens)
         shape = tuple(self.tokens.shape)
+        device = self.tokens.device
         for name in ("mask", "student_logprobs", "teacher_logprobs", "behavior_logprobs"):
-            _check_floating(name, getattr(self, name), shape)
+            _check_floating(name, getattr(self, name), shape, device)
         for name in ("student_logits", "teacher_logits"):
             logits = getattr(self, name)
-            _check_floating(name, logits, (*shape, _vocabulary(name, logits)))
+            _check_floating(name, logits, (*shape, _vocabulary(name, logits)), device)
             _check_rows(name, logits)
         _check_same_vocabulary(self.student_logits, self.teacher_logits)
         _check_range(self.tokens, self.student_logits.shape[-1])
@@ -79,13 +80,13 @@ class Rollouts:
         """
         _check_tokens(tokens)
         for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
-            _check_floating(name, logits, (*tokens.shape, _vocabulary(name, logits)))
+            _check_floating(name, logits, (*tokens.shape, _vocabulary(name, logits)), tokens.device)
         _check_same_vocabulary(student_logits, teacher_logits)
         _check_range(tokens, student_logits.shape[-1])
         if mask is None:
             mask = torch.ones(tokens.shape, dtype=student_logits.dtype, device=student_logits.device)
         else:
-            _check_floating("mask", mask, tuple(tokens.shape))
+            _check_floating("mask", mask, tuple(tokens.shape), tokens.device)
         student_logprobs = gather_logprobs(student_logits, tokens, mask)
         return cls(
             tokens=tokens,
@@ -188,6 +189,8 @@ def _check_tokens(tokens: Tensor) -> None:
         raise InvalidArgumentError("tokens", f"got {got}; a tensor of shape (B, T) is needed")
     if tokens.dtype != torch.int64:
         raise InvalidArgumentError("tokens", f"has dtype {tokens.dtype}; torch.int64 is needed")
+    if tokens.device.type == "meta":
+        raise InvalidArgumentError("tokens", "is on the meta device, which holds no values")
     if tokens.numel() == 0:
         raise InvalidArgumentError(
             "tokens", f"has shape {tuple(tokens.shape)}; at least one rollout and token is needed"
@@ -201,12 +204,14 @@ def _vocabulary(name: str, logits: Tensor) -> int:
     return logits.shape[-1]
 
 
-def _check_floating(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
+def _check_floating(name: str, value: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
     if not isinstance(value, Tensor) or tuple(value.shape) != shape:
         got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise InvalidArgumentError(name, f"got {got}; a tensor of shape {shape} is needed to match tokens")
     if not value.dtype.is_floating_point:
         raise InvalidArgumentError(name, f"has dtype {value.dtype}; a floating dtype is needed")
+    if value.device != device:
+        raise InvalidArgumentError(name, f"is on {value.device}, tokens on {device}; move one of them")
 
 
 def _check_same_vocabulary(student_logits: Tensor, teacher_logits: Tensor) -> None:

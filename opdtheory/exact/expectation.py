@@ -112,7 +112,9 @@ def gradient_moments(
         BudgetExceededError: more batches than `budget`.
         LossError: as `expected_gradient`.
     """
-    if not isinstance(batch_size, int) or batch_size < 1:
+    if not callable(loss):
+        raise InvalidArgumentError("loss", f"is a {type(loss).__name__}; a function of Rollouts is needed")
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise InvalidArgumentError("batch_size", f"is {batch_size!r}; a positive integer is needed")
     with one_thread():
         everything = Enumeration.build(student, teacher, behavior, min(budget, SEQUENCE_BUDGET))

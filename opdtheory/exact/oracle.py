@@ -18,6 +18,7 @@ from opdtheory.exact.tree import Tree, check_pair, row_gradient
 
 __all__ = [
     "OBJECTIVES",
+    "check_discount",
     "check_objective",
     "exact_gradient",
     "exact_value",
@@ -37,10 +38,15 @@ def check_objective(objective: str, gamma: float = 1.0) -> None:
     """
     if objective not in OBJECTIVES:
         raise InvalidArgumentError("objective", f"is {objective!r}; one of {', '.join(OBJECTIVES)} is needed")
-    if not 0.0 <= gamma <= 1.0:
-        raise InvalidArgumentError("gamma", f"is {gamma!r}; it must lie in [0, 1]")
+    check_discount(gamma)
     if gamma != 1.0 and objective != "token_return":
         raise InvalidArgumentError("gamma", f"is {gamma!r}, but {objective} has no discount")
+
+
+def check_discount(gamma: object) -> None:
+    """Refuse what is no number in [0, 1]."""
+    if isinstance(gamma, bool) or not isinstance(gamma, (int, float)) or not 0.0 <= gamma <= 1.0:
+        raise InvalidArgumentError("gamma", f"is {gamma!r}; a number in [0, 1] is needed")
 
 
 def exact_value(

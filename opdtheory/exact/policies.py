@@ -103,9 +103,14 @@ class TabularPolicy(Policy):
         self, logits: Sequence[Float[Tensor, "_ V"]], eos: int | None = None, environment: Iterable[int] = ()
     ) -> None:
         """See the class."""
-        if not logits:
-            raise InvalidArgumentError("logits", "is empty; one tensor per position is needed")
-        vocab_size = logits[0].shape[-1]
+        if not isinstance(logits, (list, tuple)) or not logits:
+            kind = f"a {type(logits).__name__}" if not isinstance(logits, (list, tuple)) else "empty"
+            raise InvalidArgumentError("logits", f"is {kind}; a list of one tensor per position is needed")
+        first = logits[0]
+        if not isinstance(first, Tensor) or first.ndim != 2 or first.shape[-1] == 0:
+            got = tuple(first.shape) if isinstance(first, Tensor) else type(first).__name__
+            raise InvalidArgumentError("logits[0]", f"got {got}; a tensor of shape (1, V) is needed")
+        vocab_size = first.shape[-1]
         for n, level in enumerate(logits):
             check_logits(f"logits[{n}]", level, (vocab_size**n, vocab_size))
         check_eos(eos, vocab_size)
@@ -332,7 +337,7 @@ def check_logits(name: str, logits: Tensor, shape: tuple[int, ...]) -> None:
 def check_sizes(vocab_size: int, horizon: int) -> None:
     """Refuse sizes below one."""
     for name, value in (("vocab_size", vocab_size), ("horizon", horizon)):
-        if not isinstance(value, int) or value < 1:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InvalidArgumentError(name, f"is {value!r}; a positive integer is needed")
 
 
@@ -349,12 +354,15 @@ def _check_row_count(vocab_size: int, horizon: int) -> None:
 
 def check_scale(name: str, value: float) -> None:
     """Refuse a standard deviation that is negative or not finite."""
-    if not (math.isfinite(value) and value >= 0):
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (number and math.isfinite(value) and value >= 0):
         raise InvalidArgumentError(name, f"is {value!r}; a finite number of at least 0 is needed")
 
 
 def _positions(environment: Iterable[int], horizon: int) -> tuple[int, ...]:
     """The positions in ascending order, each once."""
+    if isinstance(environment, str) or not isinstance(environment, Iterable):
+        raise InvalidArgumentError("environment", f"is {environment!r}; a sequence of positions is needed")
     given = tuple(environment)
     for n in given:
         if isinstance(n, bool) or not isinstance(n, int) or not 0 <= n < horizon:
@@ -364,5 +372,7 @@ def _positions(environment: Iterable[int], horizon: int) -> tuple[int, ...]:
 
 def check_eos(eos: int | None, vocab_size: int) -> None:
     """Refuse an end-of-sequence token that is no token."""
-    if eos is not None and not 0 <= eos < vocab_size:
-        raise InvalidArgumentError("eos", f"is {eos}; it must be None or lie in [0, {vocab_size})")
+    if eos is None:
+        return
+    if isinstance(eos, bool) or not isinstance(eos, int) or not 0 <= eos < vocab_size:
+        raise InvalidArgumentError("eos", f"is {eos!r}; it must be None or an integer in [0, {vocab_size})")

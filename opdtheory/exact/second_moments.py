@@ -22,6 +22,7 @@ from torch import Tensor
 from opdtheory.errors import BudgetExceededError, InvalidArgumentError
 from opdtheory.exact.chain import Chain
 from opdtheory.exact.finite_state import FiniteStatePolicy
+from opdtheory.exact.oracle import check_discount
 from opdtheory.exact.tree import check_pair
 
 __all__ = ["RolloutMoments", "rollout_moments"]
@@ -191,7 +192,13 @@ def _centred(p: Tensor, weight: Tensor) -> Tensor:
 
 
 def _finite(name: str, function: OfLogU, log_u: Tensor, possible: Tensor) -> Tensor:
-    values = torch.where(possible, function(log_u), 0.0)
+    if not callable(function):
+        raise InvalidArgumentError(name, f"is a {type(function).__name__}; a function of log_u is needed")
+    values = function(log_u)
+    if not isinstance(values, Tensor) or values.shape != log_u.shape or not values.is_floating_point():
+        got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise InvalidArgumentError(name, f"gave {got}; floating values of shape {tuple(log_u.shape)} are needed")
+    values = torch.where(possible, values.double(), 0.0)
     if not bool(torch.isfinite(values).all()):
         at = float(log_u[~torch.isfinite(values)][0])
         raise InvalidArgumentError(name, f"is not finite at log u = {at}, of a token that the student can sample")
@@ -204,8 +211,7 @@ def _check(student: object, teacher: object, gamma: float, summed_tokens: int, c
             raise InvalidArgumentError(name, f"is a {type(policy).__name__}; a FiniteStatePolicy is needed")
     assert isinstance(student, FiniteStatePolicy) and isinstance(teacher, FiniteStatePolicy)
     check_pair(student, teacher)
-    if not 0.0 <= gamma <= 1.0:
-        raise InvalidArgumentError("gamma", f"is {gamma!r}; it must lie in [0, 1]")
+    check_discount(gamma)
     if gamma != 1.0 and cost is None:
         raise InvalidArgumentError("gamma", f"is {gamma!r}, but without a cost there is nothing to discount")
     if (

@@ -129,7 +129,8 @@ class Laws:
         if _largest(shift) < _NEAR:
             torch.sub(teacher, student, out=out)
         else:
-            whole = shift.round() if isinstance(shift, Tensor) else float(round(shift))
+            # A shift that is no number makes the value none, for which the row is refused.
+            whole = shift.round() if isinstance(shift, Tensor) else _rounded(shift)
             torch.add(teacher, narrow(whole, out), out=out).sub_(student)
             shift = shift - whole
         rounded = narrow(shift, out)
@@ -256,6 +257,10 @@ def _in_range(row: Row) -> bool:
 def wide_like(column: Tensor, like: Row) -> Row:
     """A column of numbers in the form that other numbers of the rows have."""
     return column.item() if isinstance(like, float) else column.double()
+
+
+def _rounded(number: float) -> float:
+    return float(round(number)) if math.isfinite(number) else math.nan
 
 
 def _log(row: Row) -> Row:

@@ -46,7 +46,9 @@ def reference_form(divergence: Divergence) -> Form:
         logs = log_laws(laws)
         # Forms work on the scale of the buffers.
         mass = weight_masses(divergence, logs).mul_(laws.total)
-        return Filled(mass, laws.total * row_sum(terms(divergence, logs)), row_sum(mass))
+        # A law whose normaliser is no number would pass for one without tokens: its value is NaN instead.
+        unusable = 0.0 * (laws.student_normaliser() + laws.teacher_normaliser())
+        return Filled(mass, laws.total * row_sum(terms(divergence, logs)) + unusable, row_sum(mass))
 
     return Form("mass", 1.0, fill)
 
