@@ -7,7 +7,7 @@ INPUTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help verify test test-slow lint format typecheck-runtime gallery mutation fuzz bench docs wheel clean
+.PHONY: help verify test test-slow lint format typecheck-runtime gallery mutation fuzz bench accuracy docs wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -74,6 +74,11 @@ bench: $(VENV)/.installed-dev ## time and memory beside TRL's, medians of altern
 	$(BIN)/python benchmarks/fused.py --write docs/performance.md
 	$(BIN)/python benchmarks/oracle.py --write docs/performance.md
 	$(BIN)/python benchmarks/growth.py --write docs/performance.md
+
+# The ball arithmetic is for this alone, and not where sympy would take it up.
+accuracy: $(VENV)/.installed-dev ## errors of every function in units in the last place; writes docs/accuracy.md
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target build/accuracy "python-flint>=0.8"
+	PYTHONPATH=build/accuracy $(BIN)/python benchmarks/accuracy.py --write docs/accuracy.md
 
 docs: $(VENV)/.installed-dev ## the documentation, into site/
 	$(BIN)/mkdocs build --strict

@@ -178,10 +178,12 @@ def _later_rows(chain: Chain, own: Tensor, gamma: float, visits: np.ndarray) -> 
     """The part of `token_return`'s gradient by which a token answers for the rows that follow it."""
     successors = chain.successors.numpy()
     sums, terms = np.zeros(successors.shape), np.empty(successors.shape)
-    for n, after in zip(reversed(range(chain.horizon)), chain.to_come(own, gamma), strict=True):
-        np.take(after, successors, out=terms, mode="clip")
-        terms *= gamma ** (n + 1) * visits[n][:, np.newaxis]
-        sums += terms
+    # An infinite cost leaves NaN, for which the gradient is refused.
+    with np.errstate(invalid="ignore"):
+        for n, after in zip(reversed(range(chain.horizon)), chain.to_come(own, gamma), strict=True):
+            np.take(after, successors, out=terms, mode="clip")
+            terms *= gamma ** (n + 1) * visits[n][:, np.newaxis]
+            sums += terms
     p, expected = chain.log_p.exp(), torch.from_numpy(sums)
     return p * (expected - (p * expected).sum(-1, keepdim=True))
 

@@ -65,6 +65,9 @@ def _check_environment(student: Policy, other: Policy, name: str) -> None:
 
 def pointwise(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> Tensor:
     r"""The terms $p\,f(q/p)$ of $D_f(q\|p)$, with $q f'(\infty)$ where $p = 0 < q$ and 0 where both vanish (T10)."""
+    if math.isfinite(log_p.sum() + log_q.sum()):
+        # No probability is zero, as nearly always.
+        return log_p.exp() * divergence.generator(log_q - log_p)
     both_zero = torch.isneginf(log_p) & torch.isneginf(log_q)
     only_q = torch.isneginf(log_p) & ~torch.isneginf(log_q)
     log_u = torch.where(both_zero | only_q, 0.0, log_q - log_p)
