@@ -47,8 +47,8 @@ def test_narrow_dtypes_are_rounded_once(member):
         for function in FUNCTIONS:
             high = getattr(d, function)(narrow.double()).numpy()
             off = errors(getattr(d, function)(narrow).double().numpy(), high, np.zeros_like(high), dtype)
-            # Torch takes float64 to bfloat16 by way of float32, which may round a tie the other way.
-            assert float(off.max()) <= 0.5 + 2.0**-16, (dtype, function)
+            # Torch takes float64 to the 16-bit dtypes by way of float32, which may round a near tie the other way.
+            assert float(off.max()) <= 0.5 + 2.0**-12, (dtype, function)
 
 
 def test_a_naive_generator_is_far_beyond_the_mark():
