@@ -65,7 +65,7 @@ def _check_environment(student: Policy, other: Policy, name: str) -> None:
 
 def pointwise(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> Tensor:
     r"""The terms $p\,f(q/p)$ of $D_f(q\|p)$, with $q f'(\infty)$ where $p = 0 < q$ and 0 where both vanish (T10)."""
-    if math.isfinite(log_p.sum() + log_q.sum()):
+    if math.isfinite(log_p.detach().sum() + log_q.detach().sum()):
         # No probability is zero, as nearly always.
         return log_p.exp() * divergence.generator(log_q - log_p)
     both_zero = torch.isneginf(log_p) & torch.isneginf(log_q)
