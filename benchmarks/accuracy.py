@@ -148,27 +148,24 @@ class Reference:
             bits *= 2
 
     def _scaled(self, t: float) -> Sequence[Any]:
-        near, far = self._balls(math.copysign(_FAR / 2, t)), self._balls(math.copysign(_FAR, t))
+        """Continued from three points: constant, linear, or a power of u that leaves float64 at either end."""
+        far = math.copysign(_FAR, t)
         found = []
-        for a, b in zip(near, far, strict=True):
-            if a == 0 or b == 0 or abs(b / a - 1) < 1e-6:
-                found.append(b)
-            elif abs(b / a - 2) < 1e-3:
-                slope = (b - a) / self._flint.arb(math.copysign(_FAR / 2, t))
-                found.append(b + slope * (self._flint.arb(t) - self._flint.arb(math.copysign(_FAR, t))))
+        for a, b, c in zip(*(self._balls(share * far) for share in (0.25, 0.5, 1.0)), strict=True):
+            if b == 0 or c == 0 or abs(c / b - 1) < 1e-6:
+                found.append(c)
+            elif abs((c - b) / (b - a) - 2) < 1e-6:
+                found.append(c + (c - b) / self._flint.arb(far / 2) * (self._flint.arb(t) - self._flint.arb(far)))
             else:
-                # It grows or falls like a power of u.
-                found.append(b if abs(b) > abs(a) else self._flint.arb(0))
+                found.append(
+                    self._flint.arb(math.copysign(math.inf, float(c))) if abs(c) > abs(b) else self._flint.arb(0)
+                )
         return found
 
     def _limits(self, t: float) -> list[float]:
-        near, far = self._balls(math.copysign(_FAR / 2, t)), self._balls(math.copysign(_FAR, t))
+        near, far = self._scaled(math.copysign(1e6, t)), self._scaled(math.copysign(1e300, t))
         return [
-            float(b)
-            if a == 0 or abs(b / a - 1) < 1e-6
-            else math.copysign(math.inf, float(b))
-            if abs(b) > abs(a)
-            else 0.0
+            float(b) if float(a) == float(b) else math.copysign(math.inf, float(b))
             for a, b in zip(near, far, strict=True)
         ]
 
