@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from opdtheory.divergences import Divergence
-from opdtheory.errors import BudgetExceededError
 from opdtheory.exact.policies import Policy
 from opdtheory.exact.recursions import swept_up, tree_value
-from opdtheory.exact.tree import Roots, Tree, check_pair
+from opdtheory.exact.tree import Roots, Tree, check_leaves
 
 __all__ = ["SWEEP_BUDGET", "swept_gradient", "swept_value"]
 
@@ -29,7 +28,7 @@ def swept_value(
     student: Policy, teacher: Policy, divergence: Divergence, objective: str, gamma: float, budget: int
 ) -> Tensor:
     """`exact_value` on the tree of a pair; arguments as there, checked but for the pair and the budget."""
-    _check(student, teacher, budget)
+    check_leaves(student, budget)
     top = _top(student, teacher)
     total = tree_value(top, divergence, objective, gamma)
     for _, below in _subtrees(student, teacher, top):
@@ -41,7 +40,7 @@ def swept_gradient(
     student: Policy, teacher: Policy, divergence: Divergence, objective: str, gamma: float, budget: int
 ) -> list[Tensor]:
     """`exact_gradient` in the table of logits; arguments as `swept_value`."""
-    _check(student, teacher, budget)
+    check_leaves(student, budget)
     top, size = _top(student, teacher), student.vocab_size
     levels = [torch.zeros(size**n, size, dtype=torch.float64) for n in range(top.horizon, student.horizon)]
     above = torch.zeros(top.live[-1].shape, dtype=torch.float64) if top.cut else None
@@ -53,18 +52,6 @@ def swept_gradient(
         if above is not None and swept.above is not None:
             above[start : start + len(swept.above)] = swept.above
     return swept_up(top, divergence, objective, gamma, above).levels + levels
-
-
-def _check(student: Policy, teacher: Policy, budget: int) -> None:
-    check_pair(student, teacher)
-    leaves = student.vocab_size**student.horizon
-    if leaves > budget:
-        raise BudgetExceededError(
-            f"the prefix tree of V={student.vocab_size}, T={student.horizon}",
-            leaves,
-            budget,
-            "lower the horizon, use a FiniteStatePolicy, or raise budget",
-        )
 
 
 def _top(student: Policy, teacher: Policy) -> Tree:

@@ -19,7 +19,7 @@ from opdtheory.divergences import Divergence
 from opdtheory.errors import BudgetExceededError, InvalidArgumentError
 from opdtheory.exact.policies import Policy
 
-__all__ = ["LEAF_BUDGET", "Roots", "Tree", "check_pair", "pointwise", "row_gradient"]
+__all__ = ["LEAF_BUDGET", "Roots", "Tree", "check_leaves", "check_pair", "pointwise", "row_gradient"]
 
 # Sequences that one tree may hold: about 1 GB of float64 for the handful of arrays per level.
 LEAF_BUDGET = 2**24
@@ -61,6 +61,22 @@ def _check_environment(student: Policy, other: Policy, name: str) -> None:
                 name,
                 f"has another law than the student at position {n}, which the environment writes: off by {gap:.3g}",
             )
+
+
+def check_leaves(student: Policy, budget: int) -> None:
+    """Refuse a tree of more sequences than a budget.
+
+    Raises:
+        BudgetExceededError: with both counts.
+    """
+    leaves = student.vocab_size**student.horizon
+    if leaves > budget:
+        raise BudgetExceededError(
+            f"the prefix tree of V={student.vocab_size}, T={student.horizon}",
+            leaves,
+            budget,
+            "lower the horizon, use a FiniteStatePolicy, or raise budget",
+        )
 
 
 def pointwise(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -139,14 +155,7 @@ class Tree:
             BudgetExceededError: more than `budget` sequences.
         """
         check_pair(student, teacher)
-        leaves = student.vocab_size**student.horizon
-        if leaves > budget:
-            raise BudgetExceededError(
-                f"the prefix tree of V={student.vocab_size}, T={student.horizon}",
-                leaves,
-                budget,
-                "lower the horizon, use a FiniteStatePolicy, or raise budget",
-            )
+        check_leaves(student, budget)
         roots = Roots(torch.zeros(1), torch.zeros(1), torch.ones(1, dtype=torch.bool))
         return cls.grown(student.tables(), teacher.tables(), roots, student.eos, student.environment)
 
