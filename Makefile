@@ -7,7 +7,7 @@ INPUTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help verify test test-slow lint format typecheck-runtime gallery mutation fuzz bench accuracy docs wheel clean
+.PHONY: help verify test test-slow lint format typecheck-runtime gallery mutation fuzz device bench accuracy docs wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -69,6 +69,13 @@ mutation: $(VENV)/.installed-dev ## break the library term by term; writes docs/
 
 fuzz: $(VENV)/.installed-dev ## 100,000 generated calls of the public border: each is right, or refused by name
 	$(BIN)/python -m tests.fuzz --calls 100000
+
+# Triton comes with torch for GPUs; where there is none it interprets the programs, and is for this alone.
+device: $(VENV)/.installed-dev ## the tests for a GPU, interpreted on the CPU where there is none
+	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' && \
+	  $(BIN)/python -m pytest tests/unit/test_device.py || { \
+	  $(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target build/device "triton>=3.9" && \
+	  PYTHONPATH=build/device OPDTHEORY_TEST_DEVICE=cpu TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/unit/test_device.py; }
 
 bench: $(VENV)/.installed-dev ## time and memory beside TRL's, medians of alternated repeats; writes docs/performance.md
 	$(BIN)/python benchmarks/fused.py --write docs/performance.md

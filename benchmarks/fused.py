@@ -3,7 +3,8 @@
 `python benchmarks/fused.py` takes turns: every repeat runs each subject once, forward and backward, so that a machine
 that slows down slows all of them. It prints medians and plain ratios, and with `--write docs/performance.md` puts them
 into that page. The floor is what any loss of whole vocabularies does: two log-softmaxes, row by row into buffers that
-stay in the cache, and one gradient, allocated and written once; a row for each thread, as a row's softmax has one.
+stay in the cache, and one gradient, allocated and written once; a row for each thread, as a row's softmax has one. On
+a GPU (`--device cuda`) a chunk of rows takes the place of a row, and memory is what torch allocates there.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
@@ -44,11 +46,13 @@ DIVERGENCES = (
 )
 # The marks: against TRL, against the floor, and beyond the gradient in MB (1e6 bytes).
 OF_TRL, OF_FLOOR, BEYOND = 0.08, 1.5, 8.0
+# Logits on a GPU that the floor takes at a time.
+CHUNK = 2**24
 
 
 def logits(tokens: int, vocabulary: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """A student and a teacher near it, with the spread of a language model's logits."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     student = torch.empty(tokens, vocabulary, dtype=dtype)
     teacher = torch.empty(tokens, vocabulary, dtype=dtype)
     for row in range(tokens):
@@ -74,7 +78,7 @@ def trl(student: Tensor, teacher: Tensor) -> Run:
 
 
 def floor(student: Tensor, teacher: Tensor) -> Run:
-    rows = torch.get_num_threads()
+    rows = torch.get_num_threads() if student.device.type == "cpu" else max(1, CHUNK // student.shape[-1])
     first, second = torch.empty(rows, student.shape[-1]), torch.empty(rows, student.shape[-1])
 
     def run() -> None:
@@ -171,6 +175,8 @@ def _doublings(first: int, last: int, factor: int) -> list[int]:
 
 def _memory() -> int:
     """Bytes that are available, or 8 GB where that is not known."""
+    if torch.get_default_device().type == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
@@ -232,13 +238,21 @@ def profiled(names: list[str], tokens: int, vocabulary: int) -> list[str]:
         run = fused(student, teacher, name)
         run()
         student.grad = None
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        with torch.profiler.profile() as profile:
             run()
-        events = sorted(profile.key_averages(), key=lambda event: -event.self_cpu_time_total)
-        total = sum(event.self_cpu_time_total for event in events)
-        shares = (f"{event.key.removeprefix('aten::')} {event.self_cpu_time_total / total:.0%}" for event in events[:8])
+        spent = {event.key.removeprefix("aten::"): _self_time(event) for event in profile.key_averages()}
+        longest = sorted(spent, key=lambda key: -spent[key])[:8]
+        shares = (f"{key} {spent[key] / sum(spent.values()):.0%}" for key in longest)
         lines.append(f"| {_shown(name)} | {', '.join(shares)} |")
     return lines
+
+
+def _self_time(event: Any) -> float:
+    """The time that an operation itself takes: of its kernels on a GPU, else on the processor."""
+    if torch.get_default_device().type == "cpu":
+        return float(event.self_cpu_time_total)
+    # The kernels have events of their own; those of operations would count them twice.
+    return float(event.self_device_time_total) if event.key.startswith("aten::") else 0.0
 
 
 def _shown(name: str) -> str:
@@ -255,11 +269,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--largest", type=int, default=8_192, metavar="N", help="tokens of the largest batch")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="put the tables into this page")
+    parser.add_argument("--device", default="cpu", metavar="NAME", help="where the losses are computed (%(default)s)")
     options = parser.parse_args(arguments)
     if options.write and options.repeats < 5:
         parser.error("--write needs --repeats of at least 5")
     names = tuple(options.only)
-    sections, missed = [[f"On {machine()}, by `python benchmarks/fused.py`."]], []
+    torch.set_default_device(options.device)
+    torch.empty(1)  # a GPU is in use from here on
+    command = "benchmarks/fused.py" + ("" if options.device == "cpu" else f" --device {options.device}")
+    sections, missed = [[f"On {machine()}, by `python {command}`."]], []
     if "time" in options.parts:
         table, missed = compared(options.tokens, options.vocabulary, options.repeats, names)
         sections.append(["### Time and memory", "", *table])
@@ -274,7 +292,7 @@ def main(arguments: list[str] | None = None) -> int:
     text = "\n\n".join("\n".join(section) for section in sections)
     print(text)
     if options.write:
-        write(options.write, "benchmarks/fused.py", text)
+        write(options.write, command, text)
     return 0
 
 

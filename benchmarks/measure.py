@@ -24,14 +24,22 @@ def machine() -> str:
         name = models[0].split(":")[1].strip() if models else name
     except OSError:
         pass
-    return f"{name}, {os.cpu_count()} cores, torch {torch.__version__} with {torch.get_num_threads()} threads"
+    gpu = f"{torch.cuda.get_device_name()}, beside " if torch.cuda.is_initialized() else ""
+    return f"{gpu}{name}, {os.cpu_count()} cores, torch {torch.__version__} with {torch.get_num_threads()} threads"
 
 
 def seconds(run: Run) -> float:
-    """Wall-clock time of one run."""
+    """Wall-clock time of one run, until a GPU in use has done what it was given."""
+    _settle()
     start = time.perf_counter()
     run()
+    _settle()
     return time.perf_counter() - start
+
+
+def _settle() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def in_turn(subjects: dict[str, Run], repeats: int, before: Run = lambda: None) -> dict[str, float]:
@@ -47,7 +55,15 @@ def in_turn(subjects: dict[str, Run], repeats: int, before: Run = lambda: None) 
 
 
 def peak(run: Run) -> float:
-    """The resident memory, in MB, that a run takes at its peak beyond what there was before; NaN if unknown."""
+    """The memory, in MB, that a run takes at its peak beyond what there was before; NaN if unknown.
+
+    Resident memory, or where a GPU is in use what torch has allocated there.
+    """
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        run()
+        return (torch.cuda.max_memory_allocated() - held) / 1e6
     try:
         # What the allocator keeps of freed memory would hide what a run takes.
         ctypes.CDLL(None).malloc_trim(0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from jaxtyping import Float, Int64
@@ -104,6 +104,10 @@ class Rollouts:
         rollouts = object.__new__(cls)
         rollouts.__dict__.update(fields)
         return rollouts
+
+    def to(self, device: torch.device | str) -> Rollouts:
+        """The same rollouts on another device, differentiable in the tensors here: to audit a loss that runs there."""
+        return Rollouts.unchecked(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
 
     @property
     def log_u(self) -> Float[Tensor, "B T"]:

@@ -241,7 +241,7 @@ class ModulePolicy(Policy):
         return [p for p in self.module.parameters() if p.requires_grad]
 
     def rows(self, level: int, start: int, stop: int) -> Float[Tensor, "_ V"]:
-        """The module evaluated on some prefixes of one length."""
+        """The module evaluated, where it is, on some prefixes of one length; the rows are on the CPU."""
         device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
         tokens = prefixes(self.vocab_size, level, start, stop).to(device)
         prompt = torch.tensor(self.prompt, dtype=torch.int64, device=device).expand(tokens.shape[0], -1)
@@ -250,8 +250,9 @@ class ModulePolicy(Policy):
             raise InvalidArgumentError("module", f"returned {type(logits).__name__}; a tensor of logits is needed")
         if logits.ndim == 3:
             logits = logits[:, -1]
-        check_logits("module(prefixes)", logits.double(), (tokens.shape[0], self.vocab_size))
-        return logits.double()
+        logits = logits.cpu().double()
+        check_logits("module(prefixes)", logits, (tokens.shape[0], self.vocab_size))
+        return logits
 
     def pull_back(self, levels: list[Float[Tensor, "_ V"]]) -> list[Tensor]:
         """By automatic differentiation of the module, some prefixes at a time, of which no more is held.
@@ -330,6 +331,8 @@ def check_logits(name: str, logits: Tensor, shape: tuple[int, ...]) -> None:
         raise InvalidArgumentError(name, f"got {got}; a tensor of shape {shape} is needed")
     if logits.dtype != torch.float64:
         raise InvalidArgumentError(name, f"has dtype {logits.dtype}; exact policies are float64, call .double()")
+    if logits.device.type != "cpu":
+        raise InvalidArgumentError(name, f"is on {logits.device}; exact policies live on the CPU, call .cpu()")
     if not torch.isfinite(logits.detach().amax(-1)).all():
         raise InvalidArgumentError(name, "has a row with NaN, +inf or only -inf")
 

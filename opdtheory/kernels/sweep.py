@@ -2,6 +2,7 @@ r"""Values and gradients of many positions, chunk by chunk."""
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -71,19 +72,54 @@ def sweep(
     chunks = _Chunks(evaluator, spare)
     wide = [student, teacher] + ([] if gradient is None else [gradient])
     narrow = [values] + ([] if weights is None else [weights.contiguous()])
-    for wides, (found, *weight) in matrices(wide, narrow):
-        if rows == 1 and student.device.type == "cpu":
+    for wides, narrows in matrices(wide, narrow):
+        if evaluator.dtype == torch.float32 and has_programs(student.device):
+            _by_programs(evaluator, wides, narrows, rows)
+        elif rows == 1 and student.device.type == "cpu":
+            found, *weight = narrows
             _singly(chunks, wides, found, weight[0].tolist() if weight else None)
-            continue
-        for part, weighed in runs(weight[0] if weight else None, found.shape[0], rows):
-            ours, theirs, *grad = (each[part] for each in wides)
-            if weighed:
-                factor = weight[0][part].double().unsqueeze(-1) if weight else 1.0
-                found[part] = chunks(ours, theirs, factor, grad[0] if grad else None).squeeze(-1)  # type: ignore[union-attr]
-            else:
-                found[part] = 0.0
-                for each in grad:
-                    each.zero_()
+        else:
+            _by_chunks(chunks, wides, narrows, rows)
+
+
+def has_programs(device: torch.device) -> bool:
+    """Whether whole rows can be given to programs of `opdtheory.kernels.gpu`."""
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+
+
+def _by_programs(evaluator: Evaluator, wides: list[Tensor], narrows: list[Tensor], rows: int) -> None:
+    """A row to a program, and those by chunks whose results are not finite there."""
+    from opdtheory.kernels.gpu import run_program
+
+    (student, teacher, *grad), (found, *weight) = wides, narrows
+    left = run_program(
+        evaluator.divergence,
+        student,
+        teacher,
+        evaluator.scale,
+        weight[0] if weight else None,
+        found,
+        grad[0] if grad else None,
+    )
+    if len(left):
+        some, few = [each[left] for each in wides], [each[left] for each in narrows]
+        _by_chunks(_Chunks(evaluator, spare=False), some, few, rows)
+        found[left] = few[0]
+        for whole, part in zip(grad, some[2:], strict=True):
+            whole[left] = part
+
+
+def _by_chunks(chunks: _Chunks, wides: list[Tensor], narrows: list[Tensor], rows: int) -> None:
+    found, *weight = narrows
+    for part, weighed in runs(weight[0] if weight else None, found.shape[0], rows):
+        ours, theirs, *grad = (each[part] for each in wides)
+        if weighed:
+            factor = weight[0][part].double().unsqueeze(-1) if weight else 1.0
+            found[part] = chunks(ours, theirs, factor, grad[0] if grad else None).squeeze(-1)  # type: ignore[union-attr]
+        else:
+            found[part] = 0.0
+            for each in grad:
+                each.zero_()
 
 
 def _singly(chunks: _Chunks, wides: list[Tensor], found: Tensor, weights: list[float] | None) -> None:
