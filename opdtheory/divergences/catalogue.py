@@ -698,7 +698,7 @@ def divergence(name: str | Divergence, **parameters: float) -> Divergence:
             raise InvalidArgumentError(next(iter(parameters)), f"{name.label} is an object and takes no parameters")
         return name
     if isinstance(name, str) and (label := _LABEL.fullmatch(name)) and not parameters:
-        name, parameters = label[1], {label[2]: float(label[3])}
+        return _labelled(label[1], label[2], float(label[3]))
     if not isinstance(name, str) or name not in _ENTRIES:
         raise InvalidArgumentError("divergence", _unknown(name))
     entry = _ENTRIES[name]
@@ -711,6 +711,12 @@ def divergence(name: str | Divergence, **parameters: float) -> Divergence:
         if key not in parameters:
             raise InvalidArgumentError(key, f'is missing; write divergence("{name}", {key}=...)')
     return entry if isinstance(entry, Divergence) else entry(**parameters)
+
+
+@functools.lru_cache(maxsize=256)
+def _labelled(name: str, key: str, number: float) -> Divergence:
+    """A member by its label, kept: a loss names one at every step."""
+    return divergence(name, **{key: number})
 
 
 def _unknown(name: object) -> str:

@@ -12,7 +12,8 @@ digits, and at the teacher the gradient is exactly zero. Rows whose result is no
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import functools
+from typing import NamedTuple
 
 import torch
 import triton
@@ -20,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from opdtheory.divergences import Divergence
+from opdtheory.divergences import divergence as as_divergence
 
 __all__ = ["Program", "program_of", "run_program"]
 
@@ -45,8 +47,10 @@ class Program(NamedTuple):
     slope_at_infinity: float
 
 
-def program_of(divergence: Divergence) -> Program:
-    """The program of a divergence for which there is a fast form."""
+@functools.lru_cache(maxsize=256)
+def program_of(label: str) -> Program:
+    """The program of a divergence of the catalogue for which there is a fast form."""
+    divergence = as_divergence(label)
     kind, parameter = divergence.name, next(iter(divergence.parameters.values()), 0.0)
     if kind == "jsd":
         kind, parameter = "skew_jsd", 0.5
@@ -56,7 +60,7 @@ def program_of(divergence: Divergence) -> Program:
         kind = "power_of_student" if parameter < 0.5 else "power_of_teacher"
     elif kind in ("skew_forward_kl", "skew_reverse_kl") and not parameter:
         kind = kind.removeprefix("skew_")
-    slope = float(divergence.log_slope(torch.zeros((), dtype=torch.float64)))
+    slope = float(divergence.log_slope(torch.zeros((), dtype=torch.float64, device="cpu")))
     return Program(kind, parameter, divergence.at_zero + slope, divergence.slope_at_infinity - slope)
 
 
@@ -74,10 +78,9 @@ def run_program(
     Rows that are left have not been written to, so that the gradient may be the student's logits here too.
     """
     rows, words = student.shape
-    program = program_of(divergence)
+    program = program_of(divergence.label)
     left = torch.empty(rows, dtype=torch.bool, device=student.device)
     slopes, factors = student if gradient is None else gradient, values if weights is None else weights
-    options = {} if student.device.type == "cpu" else {"enable_fp_fusion": False}
     _program[(rows,)](
         student,
         teacher,
@@ -99,50 +102,31 @@ def run_program(
         WANTED=gradient is not None,
         BLOCK=_BLOCK,
         num_warps=_WARPS,
-        **options,
     )
     return left.nonzero()[:, 0]
 
 
 @triton.jit
-def _exp(x: Any) -> Any:
+def _exp(x):
     """To two units in the last place; the machine's own loses as many as its argument is large."""
     # Far below, the rest of the product would be inf - inf.
-    x = tl.where(x < -200.0, -200.0, x)
+    x = tl.maximum(x, -200.0, propagate_nan=tl.PropagateNan.ALL)
     exponent = x * _LOG2E
     rest = tl.fma(x, _LOG2E, -exponent) + x * _LOG2E_REST
     return tl.exp2(exponent) * (1.0 + rest * _LN2)
 
 
 @triton.jit
-def _log_mixture(log_u: Any, ratio: Any, share: Any, rest: Any) -> Any:
+def _log_mixture(log_u, ratio, share, rest):
     """The logarithm of `rest + share * u`, for u of any size and zero at u = 1; with `ratio = exp(-|log u|)`."""
-    below = tl.log(1.0 + share * (ratio - 1.0))
-    above = log_u + tl.log(1.0 + rest * (ratio - 1.0))
-    return tl.where(log_u > 0.0, above, below)
+    lesser = tl.where(log_u > 0.0, rest, share)
+    return tl.maximum(log_u, 0.0) + tl.log(1.0 + lesser * (ratio - 1.0))
 
 
 @triton.jit
-def _terms(
-    ours: Any,
-    theirs: Any,
-    top: Any,
-    other_top: Any,
-    quotient: Any,
-    whole: Any,
-    shift: Any,
-    shift_rest: Any,
-    a: Any,
-    b: Any,
-    at_zero: Any,
-    slope_at_infinity: Any,
-    KIND: tl.constexpr,
-) -> Any:
-    """Of each word `p`, its term of the value and its mass, all of them times the student's total."""
-    p = _exp(ours - top)
-    q = _exp(theirs - other_top) * quotient
+def _terms(p, q, log_u, a, b, KIND: tl.constexpr):
+    """Of words that both laws have, each one's term of the value and its mass."""
     d = q - p
-    log_u = ((theirs + whole) - ours + shift) + shift_rest
     if KIND == "forward_kl":
         value = q * log_u - d
         mass = d
@@ -178,15 +162,16 @@ def _terms(
         value = a * q * (log_u - weight) - b * p * weight
         mass = b * p * weight
     elif KIND == "skew_forward_kl":
-        log_mixture = _log_mixture(log_u, _exp(-tl.abs(log_u)), a, b)
         mixture = p + a * d
-        value = q * (log_u - log_mixture) - b * d
+        value = q * (log_u - _log_mixture(log_u, _exp(-tl.abs(log_u)), a, b)) - b * d
         mass = tl.where(mixture == 0.0, 0.0, b * b * p * d / mixture)
     elif KIND == "skew_reverse_kl":
         ratio = _exp(-tl.abs(log_u))
         log_mixture = _log_mixture(log_u, ratio, b, a)
         # 1/v - 1 of the mixture v = a + b u
-        inverse = tl.where(log_u > 0.0, -b * (1.0 - ratio) / (a * ratio + b), b * (1.0 - ratio) / (a + b * ratio))
+        above = log_u > 0.0
+        gap = b * (1.0 - ratio)
+        inverse = tl.where(above, -gap, gap) / (tl.where(above, b, a) + tl.where(above, a, b) * ratio)
         value = b * d - p * log_mixture
         mass = p * (log_mixture + a * inverse)
     elif KIND == "power_of_student":
@@ -197,46 +182,86 @@ def _terms(
         excess = q * (_exp(-b * log_u) - 1.0)
         mass = (d + excess) / a
         value = (-excess / b - d) / a
-    # T10: a word that one law lacks.
-    absent, lacking = ours == -_INF, theirs == -_INF
-    value = tl.where(lacking, p * at_zero, value)
-    mass = tl.where(absent, 0.0, tl.where(lacking, -p * at_zero, mass))
-    value = tl.where(absent, tl.where(lacking, 0.0, q * slope_at_infinity), value)
+    return value, mass
+
+
+@triton.jit
+def _loaded(logits, step, start, words, BLOCK: tl.constexpr):
+    """A block of logits in float32; beyond the last word, ones whose exponentials are zero."""
+    at = start + tl.arange(0, BLOCK)
+    return tl.load(logits + at * step, mask=at < words, other=_LOWEST).to(tl.float32)
+
+
+@triton.jit
+def _reference(logits, step, words, scale, BLOCK: tl.constexpr):
+    """A logit near the largest: no exponential below it overflows unless another is 88 nats above."""
+    top = tl.max(_loaded(logits, step, 0, words, BLOCK), 0) * scale
+    return tl.where(top > _LOWEST / 2, top, 0.0)
+
+
+@triton.jit
+def _block(
+    student,
+    teacher,
+    student_word,
+    teacher_word,
+    start,
+    words,
+    scale,
+    top,
+    other_top,
+    quotient,
+    whole,
+    shift,
+    shift_rest,
+    holes,
+    a,
+    b,
+    at_zero,
+    slope_at_infinity,
+    KIND: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Of a block of words `p`, the terms of the value and the masses, all of them times the student's total."""
+    ours = _loaded(student, student_word, start, words, BLOCK)
+    theirs = _loaded(teacher, teacher_word, start, words, BLOCK)
+    p = _exp(ours * scale - top)
+    q = _exp(theirs * scale - other_top) * quotient
+    value, mass = _terms(p, q, ((theirs + whole) - ours) * scale + shift + shift_rest, a, b, KIND)
+    if holes:
+        # T10: a word that one law lacks.
+        absent, lacking = ours == -_INF, theirs == -_INF
+        value = tl.where(lacking, p * at_zero, value)
+        mass = tl.where(absent, 0.0, tl.where(lacking, -p * at_zero, mass))
+        value = tl.where(absent, tl.where(lacking, 0.0, q * slope_at_infinity), value)
     return p, value, mass
 
 
 @triton.jit
-def _grown(peak: Any, total: Any, x: Any) -> Any:
-    """Peaks and sums of exponentials below them, with one more word each."""
-    higher = tl.maximum(peak, x)
-    return higher, total * _exp(peak - higher) + _exp(x - higher)
-
-
-@triton.jit
 def _program(
-    student: Any,
-    teacher: Any,
-    gradient: Any,
-    weights: Any,
-    values: Any,
-    left: Any,
-    student_row: Any,
-    student_word: Any,
-    teacher_row: Any,
-    teacher_word: Any,
-    gradient_row: Any,
-    gradient_word: Any,
-    words: Any,
-    scale: Any,
-    a: Any,
-    b: Any,
-    at_zero: Any,
-    slope_at_infinity: Any,
+    student,
+    teacher,
+    gradient,
+    weights,
+    values,
+    left,
+    student_row,
+    student_word,
+    teacher_row,
+    teacher_word,
+    gradient_row,
+    gradient_word,
+    words,
+    scale,
+    a,
+    b,
+    at_zero,
+    slope_at_infinity,
     KIND: tl.constexpr,
     WEIGHED: tl.constexpr,
     WANTED: tl.constexpr,
     BLOCK: tl.constexpr,
-) -> None:
+):
     row = tl.program_id(0).to(tl.int64)
     student += row * student_row
     teacher += row * teacher_row
@@ -253,52 +278,58 @@ def _program(
                 at = start + every
                 tl.store(gradient + at * gradient_word, tl.zeros((BLOCK,), tl.float32), mask=at < words)
     else:
-        peak = tl.full((BLOCK,), _LOWEST, tl.float32)
-        other_peak = tl.full((BLOCK,), _LOWEST, tl.float32)
+        top = _reference(student, student_word, words, scale, BLOCK)
+        other_top = _reference(teacher, teacher_word, words, scale, BLOCK)
         sums = tl.zeros((BLOCK,), tl.float32)
         other_sums = tl.zeros((BLOCK,), tl.float32)
+        lowest = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, words, BLOCK):
-            at = start + every
-            ours = tl.load(student + at * student_word, mask=at < words, other=-_INF).to(tl.float32) * scale
-            theirs = tl.load(teacher + at * teacher_word, mask=at < words, other=-_INF).to(tl.float32) * scale
-            peak, sums = _grown(peak, sums, ours)
-            other_peak, other_sums = _grown(other_peak, other_sums, theirs)
-        top, other_top = tl.max(peak, 0), tl.max(other_peak, 0)
-        total = tl.sum((sums * _exp(peak - top)).to(tl.float64), 0)
-        other_total = tl.sum((other_sums * _exp(other_peak - other_top)).to(tl.float64), 0)
+            ours = _loaded(student, student_word, start, words, BLOCK)
+            theirs = _loaded(teacher, teacher_word, start, words, BLOCK)
+            sums += _exp(ours * scale - top)
+            other_sums += _exp(theirs * scale - other_top)
+            lowest = tl.minimum(lowest, tl.minimum(ours, theirs))
+        total = tl.sum(sums.to(tl.float64), 0)
+        other_total = tl.sum(other_sums.to(tl.float64), 0)
+        holes = tl.min(lowest, 0) == -_INF
         # As rounded, and one where it is an ulp away, of which products are rounded unevenly.
         quotient = (total / other_total).to(tl.float32)
         quotient = tl.where(tl.abs(quotient - 1.0) > _EPS, quotient, 1.0)
         # What the normalisers add to a log-ratio. Logits that are far apart by a constant are first brought together.
         full = top.to(tl.float64) - other_top.to(tl.float64) + tl.log(quotient.to(tl.float64))
-        whole = tl.where(tl.abs(full) < _NEAR, 0.0, tl.floor(full + 0.5))
-        shift = (full - whole).to(tl.float32)
-        shift_rest = (full - whole - shift.to(tl.float64)).to(tl.float32)
+        whole = tl.where(tl.abs(full) < _NEAR, 0.0, tl.floor(full / scale + 0.5))
+        full -= whole * scale
+        shift = full.to(tl.float32)
+        shift_rest = (full - shift.to(tl.float64)).to(tl.float32)
         whole = whole.to(tl.float32)
 
         sums = tl.zeros((BLOCK,), tl.float32)
         other_sums = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, words, BLOCK):
-            at = start + every
-            ours = tl.load(student + at * student_word, mask=at < words, other=-_INF).to(tl.float32) * scale
-            theirs = tl.load(teacher + at * teacher_word, mask=at < words, other=-_INF).to(tl.float32) * scale
-            p, value, mass = _terms(
-                ours,
-                theirs,
+            p, terms, masses = _block(
+                student,
+                teacher,
+                student_word,
+                teacher_word,
+                start,
+                words,
+                scale,
                 top,
                 other_top,
                 quotient,
                 whole,
                 shift,
                 shift_rest,
+                holes,
                 a,
                 b,
                 at_zero,
                 slope_at_infinity,
                 KIND,
+                BLOCK,
             )
-            sums += value
-            other_sums += mass
+            sums += terms
+            other_sums += masses
         value = tl.sum(sums.to(tl.float64), 0) / total
         mean = tl.sum(other_sums.to(tl.float64), 0) / total
         # Every NaN and infinity has entered a sum. A law without words has no total.
@@ -309,22 +340,27 @@ def _program(
             if WANTED:
                 factor, center = (-weight * scale / total).to(tl.float32), mean.to(tl.float32)
                 for start in range(0, words, BLOCK):
-                    at = start + every
-                    ours = tl.load(student + at * student_word, mask=at < words, other=-_INF).to(tl.float32) * scale
-                    theirs = tl.load(teacher + at * teacher_word, mask=at < words, other=-_INF).to(tl.float32) * scale
-                    p, _, mass = _terms(
-                        ours,
-                        theirs,
+                    p, terms, masses = _block(
+                        student,
+                        teacher,
+                        student_word,
+                        teacher_word,
+                        start,
+                        words,
+                        scale,
                         top,
                         other_top,
                         quotient,
                         whole,
                         shift,
                         shift_rest,
+                        holes,
                         a,
                         b,
                         at_zero,
                         slope_at_infinity,
                         KIND,
+                        BLOCK,
                     )
-                    tl.store(gradient + at * gradient_word, factor * (mass - center * p), mask=at < words)
+                    at = start + every
+                    tl.store(gradient + at * gradient_word, factor * (masses - center * p), mask=at < words)

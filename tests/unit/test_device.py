@@ -165,8 +165,8 @@ def test_a_wrong_program_is_found_out(twin: str, monkeypatch: pytest.MonkeyPatch
         pytest.skip("no program runs here")
     from opdtheory.kernels import gpu
 
-    def wrong(divergence: Any) -> Any:
-        program = right(divergence)
+    def wrong(label: str) -> Any:
+        program = right(label)
         changes = {"parameter": {"parameter": 0.11}, "boundary": {"at_zero": 0.0}, "kind": {"kind": "jeffreys"}}
         return program._replace(**changes[twin])
 

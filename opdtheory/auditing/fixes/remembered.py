@@ -65,7 +65,7 @@ class _Replay(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return None, None, *(grad.to(g.dtype) * g for g in ctx.gradients)
+        return None, None, *(grad.to(g) * g for g in ctx.gradients)
 
 
 def content(values: dict[str, Any]) -> bytes:
