@@ -50,20 +50,22 @@ OF_TRL, OF_FLOOR, BEYOND = 0.08, 1.5, 8.0
 CHUNK = 2**24
 
 
-def logits(tokens: int, vocabulary: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+def logits(
+    tokens: int, vocabulary: int, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[Tensor, Tensor]:
     """A student and a teacher near it, with the spread of a language model's logits."""
-    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
-    student = torch.empty(tokens, vocabulary, dtype=dtype)
-    teacher = torch.empty(tokens, vocabulary, dtype=dtype)
+    generator = torch.Generator(device).manual_seed(0)
+    student = torch.empty(tokens, vocabulary, dtype=dtype, device=device)
+    teacher = torch.empty(tokens, vocabulary, dtype=dtype, device=device)
     for row in range(tokens):
-        ours = 3 * torch.randn(vocabulary, generator=generator)
-        student[row] = ours
-        teacher[row] = ours + torch.randn(vocabulary, generator=generator)
+        ours, noise = (torch.randn(vocabulary, generator=generator, device=device) for _ in range(2))
+        student[row] = 3 * ours
+        teacher[row] = 3 * ours + noise
     return student.requires_grad_(), teacher
 
 
 def fused(student: Tensor, teacher: Tensor, name: str) -> Run:
-    weights = torch.full(student.shape[:-1], 1 / len(student))
+    weights = torch.full(student.shape[:-1], 1 / len(student), device=student.device)
 
     def run() -> None:
         opd.fused_divergence(student, teacher, name, mask=weights).sum().backward()
@@ -79,7 +81,7 @@ def trl(student: Tensor, teacher: Tensor) -> Run:
 
 def floor(student: Tensor, teacher: Tensor) -> Run:
     rows = torch.get_num_threads() if student.device.type == "cpu" else max(1, CHUNK // student.shape[-1])
-    first, second = torch.empty(rows, student.shape[-1]), torch.empty(rows, student.shape[-1])
+    first, second = (torch.empty(rows, student.shape[-1], device=student.device) for _ in range(2))
 
     def run() -> None:
         with torch.no_grad():
@@ -112,9 +114,11 @@ def fresh(student: Tensor) -> Run:
     return forget
 
 
-def compared(tokens: int, vocabulary: int, repeats: int, names: tuple[str, ...]) -> tuple[list[str], list[str]]:
+def compared(
+    tokens: int, vocabulary: int, repeats: int, names: tuple[str, ...], device: str
+) -> tuple[list[str], list[str]]:
     """The table of all subjects, and the divergences that miss a mark."""
-    student, teacher = logits(tokens, vocabulary)
+    student, teacher = logits(tokens, vocabulary, device=device)
     subjects: dict[str, Run] = {"TRL": trl(student, teacher), "floor": floor(student, teacher)}
     subjects["read and write"] = copied(student, teacher)
     subjects |= {name: fused(student, teacher, name) for name in names}
@@ -134,8 +138,9 @@ def compared(tokens: int, vocabulary: int, repeats: int, names: tuple[str, ...])
     missed = []
     for name, took in times.items():
         more = memory[name] - gradient
+        digits = 0 if took > 0.05 else 2
         lines.append(
-            f"| {_shown(name)} | {1e3 * took:.0f} | {took / times['TRL']:.3f} | {took / times['floor']:.2f} "
+            f"| {_shown(name)} | {1e3 * took:.{digits}f} | {took / times['TRL']:.3f} | {took / times['floor']:.2f} "
             f"| {memory[name]:.0f} | {memory[name] / memory['TRL']:.3f} | {more:.1f} |"
         )
         if name in names and (took > OF_TRL * times["TRL"] or took > OF_FLOOR * times["floor"] or more > BEYOND):
@@ -145,15 +150,15 @@ def compared(tokens: int, vocabulary: int, repeats: int, names: tuple[str, ...])
     return [*lines, "", marks + verdict], missed
 
 
-def scaling(repeats: int, vocabulary: int, largest: int) -> list[str]:
+def scaling(repeats: int, vocabulary: int, largest: int, device: str) -> list[str]:
     """The time of the JSD by tokens and by vocabulary, and the exponents of both."""
     lines = ["| tokens | words | dtype | ms | ns per logit |", "|---|---|---|---|---|"]
     points: dict[str, list[tuple[float, float]]] = {"tokens": [], "vocabulary": []}
     shapes = [(tokens, vocabulary, "tokens") for tokens in _doublings(64, largest, 4)]
     shapes += [(256, words, "vocabulary") for words in (9_496, 37_984, 151_936) if words <= vocabulary]
     for tokens, words, axis in shapes:
-        dtype = torch.float32 if 3 * 4 * tokens * words < 0.6 * _memory() else torch.bfloat16
-        student, teacher = logits(tokens, words, dtype)
+        dtype = torch.float32 if 3 * 4 * tokens * words < 0.6 * _memory(device) else torch.bfloat16
+        student, teacher = logits(tokens, words, dtype, device)
         run = fused(student, teacher, "jsd")
         took = in_turn({"jsd": run}, repeats, fresh(student))["jsd"]
         if dtype == torch.float32:
@@ -173,9 +178,9 @@ def _doublings(first: int, last: int, factor: int) -> list[int]:
     return [*found, last]
 
 
-def _memory() -> int:
+def _memory(device: str) -> int:
     """Bytes that are available, or 8 GB where that is not known."""
-    if torch.get_default_device().type == "cuda":
+    if torch.device(device).type == "cuda":
         return int(torch.cuda.mem_get_info()[0])
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
@@ -186,14 +191,14 @@ def _memory() -> int:
     return 8_000_000_000
 
 
-def accuracy(names: tuple[str, ...], tokens: int = 16, vocabulary: int = 20_000) -> list[str]:
+def accuracy(names: tuple[str, ...], device: str, tokens: int = 16, vocabulary: int = 20_000) -> list[str]:
     """Worst errors against float64 of the very same logits."""
     lines = [
         "| | value | gradient | value near the teacher | gradient in bfloat16 | value by autograd |",
         "|---|---|---|---|---|---|",
     ]
     for name in names:
-        student, teacher = logits(tokens, vocabulary)
+        student, teacher = logits(tokens, vocabulary, device=device)
         near = (student.detach() + 1e-2 * (teacher - student.detach())).requires_grad_(False)
         wide, narrow = _errors(student, teacher, name), _errors(student.bfloat16(), teacher.bfloat16(), name)
         plain = _plain_error(student, teacher, name)
@@ -230,29 +235,29 @@ def _plain_error(student: Tensor, teacher: Tensor, name: str) -> float:
     return float(((plain - exact).abs() / (1 + exact)).max())
 
 
-def profiled(names: list[str], tokens: int, vocabulary: int) -> list[str]:
+def profiled(names: list[str], tokens: int, vocabulary: int, device: str) -> list[str]:
     """Which operations take the time, for each of some divergences."""
     lines = ["| | operations, with their share of the time |", "|---|---|"]
-    student, teacher = logits(tokens, vocabulary)
+    student, teacher = logits(tokens, vocabulary, device=device)
     for name in names:
         run = fused(student, teacher, name)
         run()
         student.grad = None
         with torch.profiler.profile() as profile:
             run()
-        spent = {event.key.removeprefix("aten::"): _self_time(event) for event in profile.key_averages()}
+        spent = _self_times(profile.key_averages(), student.device.type)
         longest = sorted(spent, key=lambda key: -spent[key])[:8]
         shares = (f"{key} {spent[key] / sum(spent.values()):.0%}" for key in longest)
         lines.append(f"| {_shown(name)} | {', '.join(shares)} |")
     return lines
 
 
-def _self_time(event: Any) -> float:
-    """The time that an operation itself takes: of its kernels on a GPU, else on the processor."""
-    if torch.get_default_device().type == "cpu":
-        return float(event.self_cpu_time_total)
-    # The kernels have events of their own; those of operations would count them twice.
-    return float(event.self_device_time_total) if event.key.startswith("aten::") else 0.0
+def _self_times(events: list[Any], kind: str) -> dict[str, float]:
+    """What each operation takes itself; on a GPU what each kernel takes there, and beside it the processor's share."""
+    if kind == "cpu":
+        return {event.key.removeprefix("aten::"): event.self_cpu_time_total for event in events}
+    kernels = {event.key: event.self_device_time_total for event in events if event.device_type.name == "CUDA"}
+    return {key.split("<")[0].split("(")[0].removeprefix("void "): time for key, time in kernels.items()}
 
 
 def _shown(name: str) -> str:
@@ -274,21 +279,21 @@ def main(arguments: list[str] | None = None) -> int:
     if options.write and options.repeats < 5:
         parser.error("--write needs --repeats of at least 5")
     names = tuple(options.only)
-    torch.set_default_device(options.device)
-    torch.empty(1)  # a GPU is in use from here on
+    torch.empty(1, device=options.device)  # a GPU is in use from here on
     command = "benchmarks/fused.py" + ("" if options.device == "cpu" else f" --device {options.device}")
     sections, missed = [[f"On {machine()}, by `python {command}`."]], []
     if "time" in options.parts:
-        table, missed = compared(options.tokens, options.vocabulary, options.repeats, names)
+        table, missed = compared(options.tokens, options.vocabulary, options.repeats, names, options.device)
         sections.append(["### Time and memory", "", *table])
     if "profile" in options.parts:
-        rows = profiled(list(dict.fromkeys(("jsd", *missed))), min(options.tokens, 64), options.vocabulary)
+        some = list(dict.fromkeys(("jsd", *missed)))
+        rows = profiled(some, min(options.tokens, 64), options.vocabulary, options.device)
         sections.append(["### Where the time goes", "", *rows])
     if "scaling" in options.parts:
-        rows = scaling(max(3, options.repeats // 2), options.vocabulary, options.largest)
+        rows = scaling(max(3, options.repeats // 2), options.vocabulary, options.largest, options.device)
         sections.append(["### Scaling of the JSD", "", *rows])
     if "accuracy" in options.parts:
-        sections.append(["### Errors", "", *accuracy(names)])
+        sections.append(["### Errors", "", *accuracy(names, options.device)])
     text = "\n\n".join("\n".join(section) for section in sections)
     print(text)
     if options.write:

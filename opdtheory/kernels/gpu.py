@@ -26,7 +26,7 @@ from opdtheory.divergences import divergence as as_divergence
 __all__ = ["Program", "program_of", "run_program"]
 
 # Words that a program looks at together, and warps that it has [measured on an H100].
-_BLOCK, _WARPS = 4096, 8
+_BLOCK, _WARPS = 2048, 8
 
 _LOG2E = tl.constexpr(1.4426950216293335)
 _LOG2E_REST = tl.constexpr(1.9259629911266175e-08)
@@ -73,11 +73,13 @@ def run_program(
     values: Tensor,
     gradient: Tensor | None,
 ) -> Tensor:
-    """Fill in values and gradients as `sweep` does, of matrices and vectors; the rows that are left, by number.
+    """Fill in values and gradients as `sweep` does, of matrices and vectors; tells which rows are left.
 
     Rows that are left have not been written to, so that the gradient may be the student's logits here too.
     """
     rows, words = student.shape
+    # Products and sums are fused where the programs say so only: at the teacher, q - p is to be exactly zero.
+    options: dict[str, bool] = {} if student.device.type == "cpu" else {"enable_fp_fusion": False}
     program = program_of(divergence.label)
     left = torch.empty(rows, dtype=torch.bool, device=student.device)
     slopes, factors = student if gradient is None else gradient, values if weights is None else weights
@@ -102,8 +104,9 @@ def run_program(
         WANTED=gradient is not None,
         BLOCK=_BLOCK,
         num_warps=_WARPS,
+        **options,
     )
-    return left.nonzero()[:, 0]
+    return left
 
 
 @triton.jit
@@ -112,15 +115,15 @@ def _exp(x):
     # Far below, the rest of the product would be inf - inf.
     x = tl.maximum(x, -200.0, propagate_nan=tl.PropagateNan.ALL)
     exponent = x * _LOG2E
-    rest = tl.fma(x, _LOG2E, -exponent) + x * _LOG2E_REST
-    return tl.exp2(exponent) * (1.0 + rest * _LN2)
+    rest = tl.fma(x, _LOG2E_REST, tl.fma(x, _LOG2E, -exponent))
+    return tl.exp2(exponent) * tl.fma(rest, _LN2, 1.0)
 
 
 @triton.jit
 def _log_mixture(log_u, ratio, share, rest):
     """The logarithm of `rest + share * u`, for u of any size and zero at u = 1; with `ratio = exp(-|log u|)`."""
     lesser = tl.where(log_u > 0.0, rest, share)
-    return tl.maximum(log_u, 0.0) + tl.log(1.0 + lesser * (ratio - 1.0))
+    return tl.maximum(log_u, 0.0) + tl.log(tl.fma(lesser, ratio - 1.0, 1.0))
 
 
 @triton.jit
@@ -225,9 +228,9 @@ def _block(
     """Of a block of words `p`, the terms of the value and the masses, all of them times the student's total."""
     ours = _loaded(student, student_word, start, words, BLOCK)
     theirs = _loaded(teacher, teacher_word, start, words, BLOCK)
-    p = _exp(ours * scale - top)
-    q = _exp(theirs * scale - other_top) * quotient
-    value, mass = _terms(p, q, ((theirs + whole) - ours) * scale + shift + shift_rest, a, b, KIND)
+    p = _exp(tl.fma(ours, scale, -top))
+    q = _exp(tl.fma(theirs, scale, -other_top)) * quotient
+    value, mass = _terms(p, q, tl.fma((theirs + whole) - ours, scale, shift) + shift_rest, a, b, KIND)
     if holes:
         # T10: a word that one law lacks.
         absent, lacking = ours == -_INF, theirs == -_INF
@@ -286,8 +289,8 @@ def _program(
         for start in range(0, words, BLOCK):
             ours = _loaded(student, student_word, start, words, BLOCK)
             theirs = _loaded(teacher, teacher_word, start, words, BLOCK)
-            sums += _exp(ours * scale - top)
-            other_sums += _exp(theirs * scale - other_top)
+            sums += _exp(tl.fma(ours, scale, -top))
+            other_sums += _exp(tl.fma(theirs, scale, -other_top))
             lowest = tl.minimum(lowest, tl.minimum(ours, theirs))
         total = tl.sum(sums.to(tl.float64), 0)
         other_total = tl.sum(other_sums.to(tl.float64), 0)

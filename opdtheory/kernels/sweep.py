@@ -101,7 +101,7 @@ def _by_programs(evaluator: Evaluator, wides: list[Tensor], narrows: list[Tensor
         found,
         grad[0] if grad else None,
     )
-    if len(left):
+    if bool(left.any()):
         some, few = [each[left] for each in wides], [each[left] for each in narrows]
         _by_chunks(_Chunks(evaluator, spare=False), some, few, rows)
         found[left] = few[0]
