@@ -14,7 +14,6 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
@@ -26,7 +25,8 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 import opdtheory as opd  # noqa: E402
-from benchmarks.measure import Run, in_turn, machine, peak, slope, write  # noqa: E402
+from benchmarks.measure import operations, slope, write  # noqa: E402
+from opdtheory.benchmark import Run, in_turn, machine, peak  # noqa: E402
 
 DIVERGENCES = (
     "jsd",
@@ -241,23 +241,8 @@ def profiled(names: list[str], tokens: int, vocabulary: int, device: str) -> lis
     student, teacher = logits(tokens, vocabulary, device=device)
     for name in names:
         run = fused(student, teacher, name)
-        run()
-        student.grad = None
-        with torch.profiler.profile() as profile:
-            run()
-        spent = _self_times(profile.key_averages(), student.device.type)
-        longest = sorted(spent, key=lambda key: -spent[key])[:8]
-        shares = (f"{key} {spent[key] / sum(spent.values()):.0%}" for key in longest)
-        lines.append(f"| {_shown(name)} | {', '.join(shares)} |")
+        lines.append(f"| {_shown(name)} | {operations(run, fresh(student))} |")
     return lines
-
-
-def _self_times(events: list[Any], kind: str) -> dict[str, float]:
-    """What each operation takes itself; on a GPU what each kernel takes there, and beside it the processor's share."""
-    if kind == "cpu":
-        return {event.key.removeprefix("aten::"): event.self_cpu_time_total for event in events}
-    kernels = {event.key: event.self_device_time_total for event in events if event.device_type.name == "CUDA"}
-    return {key.split("<")[0].split("(")[0].removeprefix("void "): time for key, time in kernels.items()}
 
 
 def _shown(name: str) -> str:

@@ -1,4 +1,4 @@
-"""The command line: `opdtheory verify`, `audit`, `table`, `train` and `reproduce`.
+"""The command line: `opdtheory verify`, `audit`, `table`, `train`, `reproduce` and `bench`.
 
 Exit status: 0 if what was asked holds, 1 if it does not, 2 for a usage error. Nothing beyond the core
 is needed; with rich installed the tables are coloured.
@@ -125,7 +125,32 @@ def _parser() -> argparse.ArgumentParser:
     )
     reproduce.add_options(again)
     again.set_defaults(run=reproduce.run)
+
+    bench = commands.add_parser(
+        "bench",
+        help="time the whole-vocabulary losses on this machine",
+        description="Time, memory and error of fused_divergence, side by side with the textbook formula by autograd.",
+        epilog="exit status: 0 if every gradient is right, 1 if one is not, 2 for a wrong option; times decide nothing",
+    )
+    bench.add_argument(
+        "divergences", nargs="*", metavar="DIVERGENCE", help="names or labels; a choice of the catalogue if none"
+    )
+    bench.add_argument("--tokens", type=int, default=64, metavar="N", help="rows of logits (%(default)s)")
+    bench.add_argument("--vocabulary", type=int, default=151_936, metavar="V", help="words of a row (%(default)s)")
+    bench.add_argument("--repeats", type=int, default=5, metavar="N", help="of each, alternated (%(default)s)")
+    bench.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16", "float64"), default="float32", help="(%(default)s)"
+    )
+    bench.add_argument("--device", default="cpu", metavar="NAME", help="where the losses are computed (%(default)s)")
+    bench.add_argument("--json", action="store_true", help="print the rows as JSON")
+    bench.set_defaults(run=_bench)
     return parser
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from opdtheory.benchmark import run
+
+    return run(options)
 
 
 def _audit(options: argparse.Namespace) -> int:
