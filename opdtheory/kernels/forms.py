@@ -15,6 +15,7 @@ results where $f(0)$ and $f'(\infty)$ are finite, else a result that is not fini
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -49,12 +50,14 @@ class Form:
         factor: the $c$ of the gradient.
         fill: from the laws to `h`, value and mean, all of them times the laws' total except a weight.
         guardable: whether guarded quotients make every result finite.
+        by_log_ratio: whether it asks for log-ratios.
     """
 
     kind: Literal["weight", "mass"]
     factor: float
     fill: Callable[[Laws], Filled]
     guardable: bool = False
+    by_log_ratio: bool = False
 
 
 def fast_form(divergence: Divergence) -> Form | None:
@@ -196,7 +199,7 @@ def _alpha_by_student(order: float) -> Form:
         difference = row_sum(laws.excess())
         return Filled(weight, (mean / order - difference) / (order - 1), mean)
 
-    return Form("weight", 1 / order, fill)
+    return Form("weight", 1 / order, fill, by_log_ratio=True)
 
 
 def _alpha_by_teacher(order: float) -> Form:
@@ -208,7 +211,7 @@ def _alpha_by_teacher(order: float) -> Form:
         mass = torch.addcmul(excess, laws.q, power, out=power)
         return Filled(mass, (terms / (order - 1) - difference) / order, difference + terms)
 
-    return Form("mass", 1 / order, fill)
+    return Form("mass", 1 / order, fill, by_log_ratio=True)
 
 
 def _power(laws: Laws, exponent: float) -> Tensor:
@@ -223,19 +226,19 @@ def _multiple(form: Form, factor: float) -> Form:
         filled = form.fill(laws)
         return filled._replace(value=factor * filled.value)
 
-    return form if factor == 1.0 else Form(form.kind, factor * form.factor, fill)
+    return form if factor == 1.0 else dataclasses.replace(form, factor=factor * form.factor, fill=fill)
 
 
 _FIXED: dict[str, Form] = {
-    "reverse_kl": Form("weight", 1.0, _reverse_kl),
-    "forward_kl": Form("mass", 1.0, _forward_kl),
+    "reverse_kl": Form("weight", 1.0, _reverse_kl, by_log_ratio=True),
+    "forward_kl": Form("mass", 1.0, _forward_kl, by_log_ratio=True),
     "jsd": _skew_jsd(0.5),
-    "chi2": Form("mass", 1.0, _chi2),
-    "neyman_chi2": Form("mass", 2.0, _neyman_chi2),
+    "chi2": Form("mass", 1.0, _chi2, by_log_ratio=True),
+    "neyman_chi2": Form("mass", 2.0, _neyman_chi2, by_log_ratio=True),
     "hellinger": Form("mass", 1.0, _hellinger),
     "total_variation": Form("weight", 0.5, _total_variation),
     "le_cam": Form("weight", 2.0, _le_cam, guardable=True),
-    "jeffreys": Form("mass", 1.0, _jeffreys),
+    "jeffreys": Form("mass", 1.0, _jeffreys, by_log_ratio=True),
 }
 _AT_ZERO: dict[str, Form] = {"skew_forward_kl": _FIXED["forward_kl"], "skew_reverse_kl": _FIXED["reverse_kl"]}
 _SKEW: dict[str, Callable[[float], Form]] = {

@@ -81,6 +81,7 @@ class Laws:
         total: the sum of the student's exponentials.
         quotient: what brings the teacher's exponentials to the same total, as rounded.
         guarded: whether to keep quotients from being 0/0, by a floor far below rounding and far above underflow.
+        subtracted: whether `h` holds the difference of the logits, taken while they were read for the first time.
     """
 
     buffers: Buffers
@@ -91,6 +92,7 @@ class Laws:
     total: Row
     quotient: Row
     guarded: bool = False
+    subtracted: bool = False
     _pending: bool = True  # whether `buffers.q` still waits for the quotient
 
     @property
@@ -120,21 +122,28 @@ class Laws:
         From the difference of the logits, which is exact where student and teacher are close, and finite where
         probabilities underflow. Logits that are far apart by a constant are first brought together.
         """
-        out, student, teacher = self.buffers.h, self.student, self.teacher
+        out = self.buffers.h
         shift = self._peak(0) - self._peak(1) + _log(self.quotient)
+        if not (self.subtracted and _largest(shift) < _NEAR):
+            shift = self._subtract(shift)
+        self.subtracted = False
+        rounded = narrow(shift, out)
+        return out.add_(rounded), shift - wide_like(rounded, self.total)
+
+    def _subtract(self, shift: Row) -> Row:
+        """Write the difference of the logits into `h`; what is still to be added to it."""
+        out, student, teacher = self.buffers.h, self.student, self.teacher
         if teacher.dtype != out.dtype or self.scale != 1.0:
             teacher = out.copy_(teacher).mul_(self.scale)
         if student.dtype != out.dtype or self.scale != 1.0:
             student = self.buffers.x.copy_(student).mul_(self.scale)
         if _largest(shift) < _NEAR:
             torch.sub(teacher, student, out=out)
-        else:
-            # A shift that is no number makes the value none, for which the row is refused.
-            whole = shift.round() if isinstance(shift, Tensor) else _rounded(shift)
-            torch.add(teacher, narrow(whole, out), out=out).sub_(student)
-            shift = shift - whole
-        rounded = narrow(shift, out)
-        return out.add_(rounded), shift - wide_like(rounded, self.total)
+            return shift
+        # A shift that is no number makes the value none, for which the row is refused.
+        whole = shift.round() if isinstance(shift, Tensor) else _rounded(shift)
+        torch.add(teacher, narrow(whole, out), out=out).sub_(student)
+        return shift - whole
 
     def excess(self) -> Tensor:
         """Write `q - p` into `x`."""
@@ -166,21 +175,32 @@ class Laws:
 
 
 def laws_of(
-    student: Tensor, teacher: Tensor, scale: float, buffers: Buffers, guarded: bool = False, shifted: bool = False
+    student: Tensor,
+    teacher: Tensor,
+    scale: float,
+    buffers: Buffers,
+    guarded: bool = False,
+    shifted: bool = False,
+    by_log_ratio: bool = False,
 ) -> Laws:
-    """The laws of a chunk of logits, `(R, V)` or `(V,)`.
+    """The laws of a chunk of logits, `(R, V)` or `(V,)`; `by_log_ratio` says that log-ratios will be asked for.
 
     Exponentials of the logits as they are need neither the maximum nor the subtraction of it, and do not round what
     they are of. Where a sum of them is not well within range, those below the maximum are taken, and at once if
     `shifted` says so.
     """
+    # Once exponentials are there, the logits have left the cache.
+    subtracted = by_log_ratio and scale == 1.0 and student.dtype == teacher.dtype == buffers.h.dtype
+    if subtracted:
+        torch.sub(teacher, student, out=buffers.h)
     peaks = (_peak(student, scale, buffers.p), _peak(teacher, scale, buffers.q)) if shifted else None
     scaled_exp(buffers.p, student, scale, peaks[0] if peaks else None)
     scaled_exp(buffers.q, teacher, scale, peaks[1] if peaks else None)
     total, other = row_sum(buffers.p), row_sum(buffers.q)
     if not shifted and not (_in_range(total) and _in_range(other)):
-        return laws_of(student, teacher, scale, buffers, guarded, shifted=True)
-    return Laws(buffers, student, teacher, scale, peaks, total, _quotient(total, other, buffers.q), guarded)
+        return laws_of(student, teacher, scale, buffers, guarded, shifted=True, by_log_ratio=by_log_ratio)
+    quotient = _quotient(total, other, buffers.q)
+    return Laws(buffers, student, teacher, scale, peaks, total, quotient, guarded, subtracted)
 
 
 def _peak(logits: Tensor, scale: float, like: Tensor) -> Tensor:

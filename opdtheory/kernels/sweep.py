@@ -162,9 +162,12 @@ class _Chunks:
 
     def _filled(self, student: Tensor, teacher: Tensor, grad: Tensor | None) -> tuple[Laws, Filled]:
         buffers = self._sized(student, grad if self._spare else None)
-        laws = laws_of(student, teacher, self._evaluator.scale, buffers, self._guarded, self._shifted)
+        form = self._evaluator.form
+        laws = laws_of(
+            student, teacher, self._evaluator.scale, buffers, self._guarded, self._shifted, form.by_log_ratio
+        )
         self._shifted = laws.peaks is not None
-        filled = self._evaluator.form.fill(laws)
+        filled = form.fill(laws)
         if not _finite(filled):
             _refuse_unusable(laws)
         return laws, filled
