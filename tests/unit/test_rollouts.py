@@ -317,3 +317,12 @@ def test_unchecked_rollouts_are_the_same_rollouts():
     assert torch.equal(again.log_u, r.log_u) and torch.equal(again.labels, r.labels)
     with pytest.raises(dataclasses.FrozenInstanceError):
         again.mask = r.mask
+
+
+def test_they_move_to_another_device_and_gradients_come_back():
+    batch = make()
+    moved = batch.to("cpu")
+    assert all(torch.equal(getattr(moved, name), getattr(batch, name)) for name in FIELDS)
+    assert {getattr(batch.to("meta"), name).device.type for name in FIELDS} == {"meta"}
+    (gradient,) = torch.autograd.grad(moved.student_logits.square().sum(), batch.student_logits)
+    assert torch.equal(gradient, 2 * batch.student_logits)
