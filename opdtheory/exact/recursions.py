@@ -70,16 +70,18 @@ def swept_up(
     # Discounted sum of the divergences of the rows still to come, from each prefix of the level below.
     to_come = torch.zeros(tree.live[-1].shape, dtype=torch.float64) if below is None else below
     for n in reversed(range(tree.horizon)):
-        log_p, reach = tree.log_p[n], tree.reach(n).unsqueeze(-1)
-        row = row_gradient(divergence, log_p, tree.log_q[n])
+        p, reach = tree.log_p[n].exp(), tree.reach(n).unsqueeze(-1)
+        row = row_gradient(divergence, tree.log_p[n], tree.log_q[n], p)
         # `token_local` neither discounts a row nor lets a token answer for the rows that follow.
         if objective == "token_return":
-            p, later = log_p.exp(), gamma * to_come.view(log_p.shape)
+            later = gamma * to_come.view(p.shape)
             mean_later = (p * later).sum(-1, keepdim=True)
             row = gamma ** (tree.first + n) * (row + p * (later - mean_later))
-            to_come = tree.rows_divergence(divergence, n) + mean_later.squeeze(-1)
+            to_come = tree.rows_divergence(divergence, n, p) + mean_later.squeeze(-1)
             to_come = torch.where(tree.live[n], to_come, 0.0)
-        gradient.append(torch.where(reach > 0, reach * row, 0.0))
+        row = reach * row
+        # Prefixes that are never reached may have an infinite row.
+        gradient.append(row if math.isfinite(row.sum()) else torch.where(reach > 0, row, 0.0))
     return Swept(gradient[::-1], to_come if objective == "token_return" else None)
 
 

@@ -79,25 +79,40 @@ def check_leaves(student: Policy, budget: int) -> None:
         )
 
 
-def pointwise(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> Tensor:
-    r"""The terms $p\,f(q/p)$ of $D_f(q\|p)$, with $q f'(\infty)$ where $p = 0 < q$ and 0 where both vanish (T10)."""
-    if math.isfinite(log_p.detach().sum() + log_q.detach().sum()):
-        # No probability is zero, as nearly always.
-        return log_p.exp() * divergence.generator(log_q - log_p)
+def _positive(log_p: Tensor, log_q: Tensor) -> bool:
+    """Whether no probability is zero, as nearly always."""
+    return math.isfinite(log_p.detach().sum() + log_q.detach().sum())
+
+
+# Sums of exponentials whose logarithm loses no digits, so that the largest logit need not be subtracted.
+_MODERATE = 1e-9, 1e9
+
+
+def pointwise(divergence: Divergence, log_p: Tensor, log_q: Tensor, p: Tensor | None = None) -> Tensor:
+    r"""The terms $p\,f(q/p)$ of $D_f(q\|p)$, with $q f'(\infty)$ where $p = 0 < q$ and 0 where both vanish (T10).
+
+    Here and below, `p` spares the exponentials where the caller has them.
+    """
+    p = log_p.exp() if p is None else p
+    if _positive(log_p, log_q):
+        return p * divergence.generator(log_q - log_p)
     both_zero = torch.isneginf(log_p) & torch.isneginf(log_q)
     only_q = torch.isneginf(log_p) & ~torch.isneginf(log_q)
     log_u = torch.where(both_zero | only_q, 0.0, log_q - log_p)
-    terms = log_p.exp() * divergence.generator(log_u)
+    terms = p * divergence.generator(log_u)
     if only_q.any():
         terms = torch.where(only_q, log_q.exp() * divergence.slope_at_infinity, terms)
     return torch.where(both_zero, 0.0, terms)
 
 
-def row_gradient(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> Tensor:
+def row_gradient(divergence: Divergence, log_p: Tensor, log_q: Tensor, p: Tensor | None = None) -> Tensor:
     r"""Gradient of $D_f(q\|p)$ in the logits of each row: $-p_a (w(u_a) - E_p w)$ (T1); infinite where $D_f$ is."""
+    p = log_p.exp() if p is None else p
+    if _positive(log_p, log_q):
+        weight = divergence.weight(log_q - log_p)
+        return -p * (weight - (p * weight).sum(-1, keepdim=True))
     absent = torch.isneginf(log_p)
     weight = divergence.weight(torch.where(absent, 0.0, log_q - log_p))
-    p = log_p.exp()
     gradient = -p * (weight - (p * weight).sum(-1, keepdim=True))
     if math.isinf(divergence.slope_at_infinity):
         # The term q f'(inf) of an absent token is a constant in p, but an infinite one.
@@ -107,6 +122,9 @@ def row_gradient(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> Tensor
 
 def _log_softmax(logits: Tensor) -> Tensor:
     """Log-probabilities of many short rows, for which torch's own function takes four times as long."""
+    total = logits.exp().sum(-1, keepdim=True)
+    if logits.numel() and _MODERATE[0] < total.detach().min() and total.detach().max() < _MODERATE[1]:
+        return logits - total.log()
     shifted = logits - logits.amax(-1, keepdim=True)
     return shifted - shifted.exp().sum(-1, keepdim=True).log()
 
@@ -204,7 +222,7 @@ class Tree:
             return live.expand(shape)
         return live & ~self.live[level + 1].view(shape)
 
-    def rows_divergence(self, divergence: Divergence, level: int) -> Tensor:
+    def rows_divergence(self, divergence: Divergence, level: int, p: Tensor | None = None) -> Tensor:
         """$D_f$ of each row of a level, zero for prefixes that the student cannot reach."""
-        values = pointwise(divergence, self.log_p[level], self.log_q[level]).sum(-1)
+        values = pointwise(divergence, self.log_p[level], self.log_q[level], p).sum(-1)
         return torch.where(self.reach(level) > 0, values, 0.0)

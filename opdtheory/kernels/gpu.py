@@ -191,7 +191,8 @@ def _terms(p, q, log_u, a, b, KIND: tl.constexpr):
 @triton.jit
 def _loaded(logits, step, start, words, BLOCK: tl.constexpr):
     """A block of logits in float32; beyond the last word, ones whose exponentials are zero."""
-    at = start + tl.arange(0, BLOCK)
+    # Far from the start of their row, if rows are not contiguous.
+    at = start + tl.arange(0, BLOCK).to(tl.int64)
     return tl.load(logits + at * step, mask=at < words, other=_LOWEST).to(tl.float32)
 
 
@@ -269,7 +270,7 @@ def _program(
     student += row * student_row
     teacher += row * teacher_row
     gradient += row * gradient_row
-    every = tl.arange(0, BLOCK)
+    every = tl.arange(0, BLOCK).to(tl.int64)
     weight = tl.full((), 1.0, tl.float64)
     if WEIGHED:
         weight = tl.load(weights + row).to(tl.float64)

@@ -7,6 +7,8 @@ which the programs of the GPU are interpreted on the CPU.
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +176,18 @@ def test_a_wrong_program_is_found_out(twin: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(gpu, "program_of", wrong)
     value, slope, _ = errors("skew_jsd(beta=0.1)", *situations()["without tokens"], DEVICE)
     assert value > 1e-6 and slope > 1e-5
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU compiles what it runs")
+def test_programs_compile_for_a_gpu() -> None:
+    """An interpreter takes what the compiler does not."""
+    script = Path(__file__).with_name("compile_programs.py")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(script.parents[2]), environment.get("PYTHONPATH", "")])
+    done = subprocess.run([sys.executable, script, *NAMES], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    # One for each name but the JSD, which is a skewed one, and two of other dtypes and strides.
+    assert done.stdout.count("compiled") == len(NAMES) + 1
 
 
 def test_unusable_rows_are_refused() -> None:
