@@ -31,6 +31,7 @@ TESTS = [
     "tests/unit/test_expectation.py",
     "tests/unit/test_environment.py",
     "tests/unit/test_montecarlo.py",
+    "tests/unit/test_scale.py",
     "tests/laws/test_theorems.py",
     "tests/laws/test_theorems_local.py",
     "tests/laws/test_theorems_sequences.py",
