@@ -88,9 +88,9 @@ def rollout_moments(
     _check(student, teacher, gamma, summed_tokens, cost)
     chain = Chain.build(student, teacher)
     states, size = student.successors.shape
-    if (chain.rows + 1) * states * size > _TABLE_BUDGET:
+    count = (chain.rows + 1) * states * size
+    if count > _TABLE_BUDGET:
         what = f"expected gradients of {states} states by {size} tokens from each of {chain.rows} rows"
-        count = (chain.rows + 1) * states * size
         raise BudgetExceededError(what, count, _TABLE_BUDGET, "lower the number of states or the vocabulary")
     with torch.no_grad():
         recursion = _Recursion(chain, states, weight, cost, gamma, summed_tokens)

@@ -12,7 +12,15 @@ from torch import nn
 import opdtheory as opd
 from opdtheory import FiniteStatePolicy, MarkovPolicy, ModulePolicy, TabularPolicy, exact_gradient, exact_value
 from opdtheory.errors import BudgetExceededError, InvalidArgumentError, LossError
-from opdtheory.exact import gradient_moments, policies, random_pair, rollout_gradients, sampled_moments, subtrees
+from opdtheory.exact import (
+    gradient_moments,
+    policies,
+    random_pair,
+    rollout_gradients,
+    sampled_moments,
+    second_moments,
+    subtrees,
+)
 from opdtheory.exact.chain import Chain
 from opdtheory.exact.enumeration import Enumeration
 from opdtheory.exact.recursions import tree_gradient, tree_value
@@ -124,6 +132,17 @@ def test_a_tree_beyond_the_budget_is_refused_with_its_size():
         exact_value(student, ModulePolicy(Recurrent(), 10, 9), "jsd")
 
 
+@pytest.mark.parametrize("shift", [-900.0, 30.0, 900.0])
+def test_a_constant_of_a_row_changes_nothing(shift):
+    """Whose exponentials would be zero or infinite."""
+    student, teacher = random_pair(3, 3, seed=5)
+    moved = TabularPolicy([level + shift * (1 + n % 2) for n, level in enumerate(student.logits)])
+    for objective in ("token_return", "sequence"):
+        found, wanted = (exact_gradient(policy, teacher, "jsd", objective) for policy in (moved, student))
+        # Logits around 1800 are rounded to 2e-13.
+        assert gradient_gap(found, wanted) <= 1e-11
+
+
 # Automata.
 
 AUTOMATA = {
@@ -134,6 +153,11 @@ AUTOMATA = {
         FiniteStatePolicy.ngram(3, T, 2, eos=eos, seed=1),
     ],
     "other states": lambda eos, T: [FiniteStatePolicy.random(3, T, k, eos=eos, seed=k) for k in (4, 3)],
+    "other starts": lambda eos, T: [
+        FiniteStatePolicy(random.table, random.successors, T, start=k - 1, eos=eos)
+        for k in (4, 3)
+        for random in [FiniteStatePolicy.random(3, T, k, seed=k)]
+    ],
     "no memory": lambda eos, T: [FiniteStatePolicy.ngram(3, T, 0, eos=eos, seed=s) for s in (0, 1)],
 }
 by_automata = pytest.mark.parametrize("pair", AUTOMATA.values(), ids=AUTOMATA)
@@ -353,6 +377,16 @@ def test_what_has_no_moments_is_refused_by_name(change, named):
         rollout_moments(**{"student": student, "teacher": teacher, "weight": torch.expm1, **change})
 
 
+def test_the_budget_of_moments_counts_the_rows_and_the_end(monkeypatch):
+    pair = [FiniteStatePolicy.ngram(3, 10, 1, seed=s) for s in (0, 1)]
+    # From each of four rows, and from the end: expected gradients of four states by three tokens.
+    monkeypatch.setattr(second_moments, "_TABLE_BUDGET", 5 * 4 * 3)
+    rollout_moments(*pair, torch.expm1)
+    monkeypatch.setattr(second_moments, "_TABLE_BUDGET", 5 * 4 * 3 - 1)
+    with pytest.raises(BudgetExceededError, match="60"):
+        rollout_moments(*pair, torch.expm1)
+
+
 def test_moments_of_too_many_states_are_refused():
     with pytest.raises(BudgetExceededError, match="states"):
         rollout_moments(*(FiniteStatePolicy.ngram(16, 10, 3, seed=s) for s in (0, 1)), torch.expm1)
@@ -415,6 +449,19 @@ def test_moments_of_rollouts_agree_with_enumeration():
         difference = sum(float((a - b).square().sum()) for a, b in zip(sampled.mean, exact.mean, strict=True))
         assert difference <= 4 * exact.variance / sampled.rollouts
         assert sampled.variance_error < exact.variance / 50
+
+
+def test_the_variance_of_a_few_rollouts_is_without_bias():
+    student, teacher = random_pair(3, 2, seed=1)
+    estimator, sampler = opd.estimator("opd_plus", "jsd"), Sampler.build(student, teacher)
+    sample = sampler.draw(5, torch.Generator().manual_seed(7))
+    gradients = rollout_gradients(estimator, sample)
+    tables = torch.stack([sampler.scatter(sample.rows[n : n + 1], gradients[n : n + 1]) for n in range(5)])
+    found = sampled_moments(estimator, student, teacher, 5, seed=7)
+    assert found.variance == pytest.approx(float(tables.var(0, correction=1).sum()), rel=1e-12)
+    assert found.variance != pytest.approx(float(tables.var(0, correction=0).sum()), rel=1e-3)
+    norms = tables.square().sum((1, 2))
+    assert found.variance_error == pytest.approx(float(norms.std()) / 5**0.5, rel=1e-12)
 
 
 def test_rollouts_off_policy_have_the_sampling_law():
