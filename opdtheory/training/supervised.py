@@ -35,7 +35,7 @@ Role = Literal["teacher", "student"]
 # Raised when the same recipe would give other weights: a new initialisation, loss or order of the examples.
 _FORMAT = 1
 
-_TEACHER_STEPS = {"arithmetic": 1200, "tools": 1500, "modular": 1500}
+_TEACHER_STEPS = {"arithmetic": 1200, "tools": 1500, "modular": 4000}
 _STUDENT_STEPS = {"arithmetic": 700, "tools": 500, "modular": 700}
 
 
