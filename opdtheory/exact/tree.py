@@ -79,9 +79,9 @@ def check_leaves(student: Policy, budget: int) -> None:
         )
 
 
-def _positive(log_p: Tensor, log_q: Tensor) -> bool:
-    """Whether no probability is zero, as nearly always."""
-    return math.isfinite(log_p.detach().sum() + log_q.detach().sum())
+def _positive(log_p: Tensor) -> bool:
+    """Whether the student lacks no token, as nearly always; where the teacher does, `u = 0` is a ratio like others."""
+    return math.isfinite(log_p.detach().sum())
 
 
 # Sums of exponentials whose logarithm loses no digits, so that the largest logit need not be subtracted.
@@ -94,7 +94,7 @@ def pointwise(divergence: Divergence, log_p: Tensor, log_q: Tensor, p: Tensor | 
     Here and below, `p` spares the exponentials where the caller has them.
     """
     p = log_p.exp() if p is None else p
-    if _positive(log_p, log_q):
+    if _positive(log_p):
         return p * divergence.generator(log_q - log_p)
     both_zero = torch.isneginf(log_p) & torch.isneginf(log_q)
     only_q = torch.isneginf(log_p) & ~torch.isneginf(log_q)
@@ -108,7 +108,7 @@ def pointwise(divergence: Divergence, log_p: Tensor, log_q: Tensor, p: Tensor | 
 def row_gradient(divergence: Divergence, log_p: Tensor, log_q: Tensor, p: Tensor | None = None) -> Tensor:
     r"""Gradient of $D_f(q\|p)$ in the logits of each row: $-p_a (w(u_a) - E_p w)$ (T1); infinite where $D_f$ is."""
     p = log_p.exp() if p is None else p
-    if _positive(log_p, log_q):
+    if _positive(log_p):
         weight = divergence.weight(log_q - log_p)
         return -p * (weight - (p * weight).sum(-1, keepdim=True))
     absent = torch.isneginf(log_p)

@@ -247,3 +247,12 @@ def test_noise_is_as_large_as_the_distance():
     spread, error = _spread([a - b for a, b in zip(teacher.logits, student.logits, strict=True)])
     assert abs(spread - 1.0) < 4 * error
     assert not torch.isneginf(torch.cat([level.flatten() for level in student.logits])).any()
+
+
+def test_pairs_of_different_seeds_differ_in_both_policies():
+    noises = []
+    for seed in (0, 1):
+        student, teacher = random_pair(3, 1, seed=seed)
+        noises.append(teacher.logits[0] - student.logits[0])
+    assert not torch.equal(*noises)
+    assert not torch.equal(random_pair(3, 1, seed=0)[0].logits[0], random_pair(3, 1, seed=1)[0].logits[0])

@@ -132,6 +132,29 @@ def test_a_tree_beyond_the_budget_is_refused_with_its_size():
         exact_value(student, ModulePolicy(Recurrent(), 10, 9), "jsd")
 
 
+@pytest.mark.parametrize(
+    ("at_once", "top", "roots", "trees"), [(243, 5, 0, 0), (30, 2, 1, 9), (20, 3, 2, 14), (9, 3, 1, 27), (1, 4, 1, 81)]
+)
+def test_a_tree_is_cut_where_its_parts_fit(monkeypatch, at_once, top, roots, trees):
+    """What is worked on together has as many sequences as are allowed, and no more unless one token has."""
+    pair = random_pair(3, 5, seed=2)
+    grown = []
+    build = subtrees._grown
+
+    def watched(*arguments):
+        grown.append(build(*arguments))
+        return grown[-1]
+
+    monkeypatch.setattr(subtrees, "_AT_ONCE", at_once)
+    monkeypatch.setattr(subtrees, "_grown", watched)
+    exact_value(*pair, "jsd")
+    first, *parts = grown
+    assert first.horizon == top and first.cut == (top < 5) and len(parts) == trees
+    if parts:
+        assert len(parts[0].live[0]) == roots and parts[0].horizon == 5 - top
+        assert all(3 * len(part.live[-2]) <= max(at_once, 3) for part in parts)
+
+
 @pytest.mark.parametrize("shift", [-900.0, 30.0, 900.0])
 def test_a_constant_of_a_row_changes_nothing(shift):
     """Whose exponentials would be zero or infinite."""
