@@ -39,7 +39,7 @@ def evaluate(
         draws = uniforms(config.seed, "evaluation", some, 1, length)
         for name, noise in (("greedy", None), ("sampled", draws)):
             samples = respond(student, task, chosen, config, noise)
-            sums[name] += sum(task.correct(chosen, samples))
+            sums[name] += sum(task.correct(chosen, samples, student.vocabulary))
         sums["count"] += len(chosen)
         for piece in parts(samples, size):
             scored = rollouts(student, teacher, piece, temperature=config.temperature)

@@ -132,7 +132,7 @@ def training_step(run: Run, step: int) -> dict[str, float]:
         # 5. The sum over processes is the gradient of the global batch; then one AdamW step.
         if update == 0:
             tally.add(present=samples.present.sum(), rollouts=len(samples))
-            tally.add(correct=sum(run.task.correct(examples, samples)))
+            tally.add(correct=sum(run.task.correct(examples, samples, run.student.vocabulary)))
         run.processes.total(tally.sums)
         run.processes.sum_gradients(run.student.parameters())
         limit = float("inf") if config.clip_gradient is None else config.clip_gradient

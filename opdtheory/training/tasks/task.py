@@ -100,9 +100,17 @@ class Task(ABC):
         """The prompts as tokens."""
         return [self.vocabulary.encode(example.prompt) for example in examples]
 
-    def correct(self, examples: Sequence[Example], samples: Samples) -> list[bool]:
-        """Whether each response is right; one that was cut off is not."""
-        texts, ended = samples.texts(self.vocabulary), samples.ended.tolist()
+    def correct(
+        self, examples: Sequence[Example], samples: Samples, vocabulary: Vocabulary | None = None
+    ) -> list[bool]:
+        """Whether each response is right; one that was cut off is not.
+
+        Args:
+            examples: the problems.
+            samples: a response to each.
+            vocabulary: of the model that responded, if it has not the task's.
+        """
+        texts, ended = samples.texts(vocabulary or self.vocabulary), samples.ended.tolist()
         return [done and self.verify(example, text) for example, text, done in zip(examples, texts, ended, strict=True)]
 
 
