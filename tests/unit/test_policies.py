@@ -254,5 +254,5 @@ def test_pairs_of_different_seeds_differ_in_both_policies():
     for seed in (0, 1):
         student, teacher = random_pair(3, 1, seed=seed)
         noises.append(teacher.logits[0] - student.logits[0])
-    assert not torch.equal(*noises)
+    assert float((noises[0] - noises[1]).abs().max()) > 0.1
     assert not torch.equal(random_pair(3, 1, seed=0)[0].logits[0], random_pair(3, 1, seed=1)[0].logits[0])
