@@ -81,7 +81,7 @@ def demonstrate(
     return Samples(
         prompts=prompts,
         prompt_mask=prompt_mask,
-        tokens=padded([list(map(float, row)) for row in tokens], vocabulary.pad, torch.int64),
+        tokens=padded([list(map(float, row)) for row in tokens], float(vocabulary.pad), torch.int64),
         mask=padded(masks, 0.0, dtype),
         present=padded([[1.0] * len(row) for row in tokens], 0.0, dtype),
         logprobs=torch.zeros(len(tokens), width, dtype=dtype, device=device),

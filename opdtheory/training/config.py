@@ -168,7 +168,9 @@ class TrainConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
         """A configuration of named values; an unknown name is refused."""
         _refuse_unknown(values)
-        return cls(**values)
+        # JSON and TOML have no tuples.
+        given: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        return cls(**given)
 
     @classmethod
     def from_toml(cls, path: str | Path, **overrides: Any) -> TrainConfig:

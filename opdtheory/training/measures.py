@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from opdtheory.estimators import Estimator
@@ -31,7 +31,7 @@ class Tally:
         """All sums zero."""
         return cls(torch.zeros(len(_SUMS), dtype=torch.float64, device=device))
 
-    def add(self, **values: float | Tensor) -> None:
+    def add(self, **values: int | float | Tensor) -> None:
         """Add to the named sums, without waiting for the device."""
         for name, value in values.items():
             self.sums[_SUMS.index(name)] += value.detach() if isinstance(value, Tensor) else value
@@ -84,7 +84,7 @@ def _expected(log_p: Tensor, values: Tensor) -> Float[Tensor, "B T"]:
 
 
 @torch.no_grad()
-def clipped(loss: Estimator, rollouts: Rollouts) -> Float[Tensor, ""]:
+def clipped(loss: Estimator, rollouts: Rollouts) -> Int64[Tensor, ""]:
     """How many unmasked tokens some clip of the estimator acts on: log-ratio, weight, or PPO's of the ratio p/mu."""
     rule = loss.token_loss
     live = rollouts.mask > 0

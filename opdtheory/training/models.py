@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -27,6 +27,7 @@ __all__ = [
 ]
 
 
+@runtime_checkable
 class Environment(Protocol):
     """What answers the policy within an episode, from the row's text alone.
 

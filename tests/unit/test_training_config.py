@@ -39,6 +39,10 @@ def test_numbers_in_a_generator_are_exact() -> None:
     assert parse_divergence("-log(u) + 0.1*(u-1)").expr.subs(symbol(), 1) == 0
     given = opd.Divergence.from_expr(symbol() ** 2 - symbol())
     assert parse_divergence(divergence_text(given)).expr == given.expr
+
+
+@pytest.mark.bad_input  # the field is a text; an object becomes one
+def test_a_divergence_is_kept_as_its_text() -> None:
     assert TrainConfig(divergence=opd.divergence("alpha", alpha=0.5)).divergence == "alpha(alpha=0.5)"
 
 

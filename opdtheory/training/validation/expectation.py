@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int64
@@ -23,6 +23,7 @@ __all__ = ["Known", "Loss", "Moments", "Pairs", "Singles", "moments", "sensitivi
 Loss = Callable[[Rollouts], Tensor]
 
 
+@runtime_checkable
 class Moments(Protocol):
     """The law of an estimator's gradient at each of N prefixes, in the logits of the next token."""
 
