@@ -216,7 +216,7 @@ def _meets(inside: Formula, constant: float, curve: Curve, index: int, step: int
         return float(inside.values(np.array([t]))[0]) + constant - plateau
 
     def fits(t: float, at: int) -> bool:
-        return abs(gap(t)) <= tolerance * curve.scale[at]
+        return bool(abs(gap(t)) <= tolerance * curve.scale[at])
 
     if fits(near, index):
         return _short(float(near), lambda t: fits(t, index))

@@ -56,7 +56,7 @@ class Moments:
         return (self.squares / max(self.count - 1, 1)).sqrt()
 
 
-def mixture_radius(count: Tensor | float, alpha: float, rho: float) -> Tensor:
+def mixture_radius(count: Tensor | int | float, alpha: float, rho: float) -> Tensor:
     r"""Half the interval's width in standard deviations.
 
     $$\sqrt{\frac{n\rho^2+1}{n^2\rho^2}\log\frac{n\rho^2+1}{\alpha^2}}$$
@@ -80,7 +80,7 @@ def mixture_radius(count: Tensor | float, alpha: float, rho: float) -> Tensor:
     return (grown / (n * n * rho**2) * (grown.log() - 2.0 * math.log(alpha))).sqrt()
 
 
-def tightest_rho(count: float, alpha: float) -> float:
+def tightest_rho(count: int | float, alpha: float) -> float:
     r"""The $\rho$ that makes `mixture_radius` smallest at `count` observations.
 
     With $x = n\rho^2$ it solves $x = \log((x+1)/\alpha^2)$.
@@ -126,7 +126,7 @@ def asymptotic_interval(moments: Moments, alpha: float, rho: float, start: int) 
     return moments.mean - width, moments.mean + width
 
 
-def bounded_interval(total: float, count: int, alpha: float) -> tuple[float, float]:
+def bounded_interval(total: int | float, count: int, alpha: float) -> tuple[float, float]:
     r"""A nonasymptotic confidence sequence for the mean of observations in [0, 1], by a beta mixture.
 
     The means `m` are kept for which
