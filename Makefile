@@ -73,11 +73,11 @@ fuzz: $(VENV)/.installed-dev ## 100,000 generated calls of the public border: ea
 # Triton comes with torch for GPUs; where there is none it interprets the programs, and is for this alone.
 device: $(VENV)/.installed-dev ## the tests for a GPU, interpreted on the CPU where there is none
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
-	  $(BIN)/python -m pytest -n auto --maxprocesses 8 tests/unit/test_device.py; \
+	  $(BIN)/python -m pytest -n auto --maxprocesses 8 tests/laws/test_device.py; \
 	else \
 	  $(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target build/device "triton>=3.9" && \
 	  PYTHONPATH=build/device OPDTHEORY_TEST_DEVICE=cpu TRITON_INTERPRET=1 \
-	    $(BIN)/python -m pytest -n auto --maxprocesses 8 tests/unit/test_device.py; \
+	    $(BIN)/python -m pytest -n auto --maxprocesses 8 tests/laws/test_device.py; \
 	fi
 
 bench: $(VENV)/.installed-dev ## time and memory beside TRL's, medians of alternated repeats; writes docs/performance.md

@@ -26,8 +26,8 @@ if str(ROOT) not in sys.path:
 import opdtheory as opd  # noqa: E402
 from examples.published_losses import gallery  # noqa: E402
 from opdtheory.errors import OpdTheoryError  # noqa: E402
-from opdtheory.testing.laws import claim_settings  # noqa: E402
-from opdtheory.verification import shipped_estimators  # noqa: E402
+from opdtheory.testing.assertions import claim_settings  # noqa: E402
+from opdtheory.verification.verify import shipped_estimators  # noqa: E402
 
 # Seconds on an idle core: of a loss that couples a group of four, and of any other. An audit has one thread, so CPU
 # time tells what they would be where other processes take the core away.
@@ -91,7 +91,7 @@ def subjects() -> Iterator[Subject]:
 
 def zoo() -> Iterator[Subject]:
     for e in shipped_estimators():
-        yield Subject("zoo", short(e), e, e.claim.divergence, e.claim.granularity, claim_settings(e.claim))
+        yield Subject("zoo", e.label, e, e.claim.divergence, e.claim.granularity, claim_settings(e.claim))
 
 
 def wrong_claims() -> Iterator[Subject]:
@@ -99,7 +99,7 @@ def wrong_claims() -> Iterator[Subject]:
         for follows in CLAIMS:
             e = opd.estimator(name, follows, **({"gamma": 1.0} if name == "return_to_go" else {}))
             for claim, granularity in zip(CLAIMS, (*GRANULARITIES, "token_local"), strict=True):
-                yield Subject("claims", f"{short(e)} as {claim}, {granularity}", e, claim, granularity)
+                yield Subject("claims", f"{e.label} as {claim}, {granularity}", e, claim, granularity)
 
 
 def under_settings() -> Iterator[Subject]:
@@ -120,7 +120,7 @@ def under_settings() -> Iterator[Subject]:
     for settings in SETTINGS:
         given = ", ".join(f"{key}={value}" for key, value in settings.items())
         for e in (*losses, *coupled) if settings.get("batch_size", 1) > 1 else losses:
-            name = f"{short(e)}, {given}"
+            name = f"{e.label}, {given}"
             yield Subject("settings", name, e, e.claim.divergence, e.claim.granularity, settings)
 
 
@@ -131,9 +131,9 @@ def groups() -> Iterator[Subject]:
         for follows in ("reverse_kl", "forward_kl", "jsd"):
             for options in ({"baseline": "leave_one_out"}, {"baseline": "group_mean"}, {"zscore": True}):
                 e = opd.estimator(name, follows, **options)
-                yield Subject("groups", f"{short(e)}, G={GROUP}", e, follows, "token_local", settings)
+                yield Subject("groups", f"{e.label}, G={GROUP}", e, follows, "token_local", settings)
     mean = opd.estimator("opd_plus", "jsd", reduction="token_mean")
-    yield Subject("groups", f"{short(mean)}, G={GROUP}", mean, "jsd", "token_local", settings)
+    yield Subject("groups", f"{mean.label}, G={GROUP}", mean, "jsd", "token_local", settings)
 
 
 def sampled() -> Iterator[Subject]:
@@ -144,7 +144,7 @@ def sampled() -> Iterator[Subject]:
             for follows in ("reverse_kl", "forward_kl", "jsd"):
                 for options in ({"baseline": "leave_one_out"}, {"baseline": "group_mean"}, {"zscore": True}):
                     e = opd.estimator(name, follows, **options)
-                    yield Subject("sampled", f"{short(e)}, {given}", e, follows, "token_local", settings)
+                    yield Subject("sampled", f"{e.label}, {given}", e, follows, "token_local", settings)
 
 
 def adapters() -> Iterator[Subject]:
@@ -186,12 +186,6 @@ def published() -> Iterator[Subject]:
         if any(entry.package == package and entry.version is not None for entry in gallery.ENTRIES):
             for function in functions:
                 yield Subject("published", f"{package}: {function}", getattr(module, function), "reverse_kl")
-
-
-def short(estimator: opd.Estimator) -> str:
-    """`opd(jsd, gamma=1.0)` of `estimator('opd', 'jsd', gamma=1.0)`."""
-    name, _, options = repr(estimator).removeprefix("estimator(").removesuffix(")").replace("'", "").partition(", ")
-    return f"{name}({options})"
 
 
 def measured(subject: Subject, details: bool, repeats: int) -> Timing:

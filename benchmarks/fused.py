@@ -26,7 +26,7 @@ if str(ROOT) not in sys.path:
 
 import opdtheory as opd  # noqa: E402
 from benchmarks.measure import operations, slope, write  # noqa: E402
-from opdtheory.benchmark import Run, in_turn, machine, peak  # noqa: E402
+from opdtheory.machine import Run, in_turn, machine, peak  # noqa: E402
 
 DIVERGENCES = (
     "jsd",

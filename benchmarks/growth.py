@@ -23,7 +23,7 @@ if str(ROOT) not in sys.path:
 import opdtheory as opd  # noqa: E402
 from benchmarks.fused import fresh, fused, logits, trl  # noqa: E402
 from benchmarks.measure import slope, write  # noqa: E402
-from opdtheory.benchmark import Run, in_turn, machine, peak  # noqa: E402
+from opdtheory.machine import Run, in_turn, machine, peak  # noqa: E402
 
 # Divergences of different cost: the cheapest form, the dearest, and TRL's own.
 SHOWN = ("total_variation", "jsd", "skew_reverse_kl(lam=0.1)")

@@ -1,4 +1,4 @@
-"""What the benchmarks share beside `opdtheory.benchmark`: profiles, exponents, a section of a page."""
+"""What the benchmarks share beside `opdtheory.commands.bench`: profiles, exponents, a section of a page."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from opdtheory.benchmark import Run
+from opdtheory.machine import Run
 
 
 def operations(run: Run, before: Run = lambda: None, most: int = 8) -> str:

@@ -23,9 +23,9 @@ if str(ROOT) not in sys.path:
 
 import opdtheory as opd  # noqa: E402
 from benchmarks.measure import operations, write  # noqa: E402
-from opdtheory.benchmark import Run, in_turn, machine, seconds  # noqa: E402
 from opdtheory.exact import rollout_gradients  # noqa: E402
 from opdtheory.exact.sampling import Sampler  # noqa: E402
+from opdtheory.machine import Run, in_turn, machine, seconds  # noqa: E402
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "chi2", "hellinger", "total_variation", "le_cam", "jeffreys")
 OBJECTIVES = ("token_local", "token_return", "sequence")

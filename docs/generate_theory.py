@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from opdtheory.theorems import theorems
-from opdtheory.theorems.pages import index, page, slug
+from opdtheory.verification.markdown import index, page, slug
 
 FOLDER = Path(__file__).parent / "theory"
 

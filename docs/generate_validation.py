@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from opdtheory.training.validation import cases
-from opdtheory.training.validation.page import page
+from opdtheory.reproduction import validation_cases as cases
+from opdtheory.reproduction.validation_page import page
 from opdtheory.training.validation.report import Validation
 
 FOLDER = Path(__file__).parent

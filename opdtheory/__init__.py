@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from opdtheory.version import __version__
 
 # Where each public name lives; modules load at the first use of one of their names (PEP 562).
 _HOMES = {

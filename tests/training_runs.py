@@ -9,9 +9,10 @@ import torch
 
 from opdtheory.training.config import TrainConfig
 from opdtheory.training.distributed import processes
+from opdtheory.training.models.transformer import Transformer, TransformerConfig
+from opdtheory.training.run import Run
 from opdtheory.training.tasks import Addition
-from opdtheory.training.trainer import Run, started, train, training_step
-from opdtheory.training.transformer import Transformer, TransformerConfig
+from opdtheory.training.trainer import started, train, training_step
 
 TASK = Addition(2)
 SMALL = {

@@ -14,23 +14,16 @@ from opdtheory.auditing.checks.numerics import numerics
 from opdtheory.auditing.checks.soundness import soundness
 from opdtheory.auditing.effects.dependence import dependence
 from opdtheory.auditing.fixes.remedies import remedies
+from opdtheory.auditing.naming.bandits import is_dear
 from opdtheory.auditing.naming.combine import best_combination
-from opdtheory.auditing.naming.identify import (
-    ExactGradients,
-    Fit,
-    Match,
-    RecoveredWeight,
-    best_match,
-    explains_panel,
-    fit_scale,
-    flat,
-    recover_weight,
-)
+from opdtheory.auditing.naming.fit import Fit, fit_scale, flat
+from opdtheory.auditing.naming.identify import ExactGradients, Match, best_match
+from opdtheory.auditing.naming.objective import Aim
+from opdtheory.auditing.naming.recover import RecoveredWeight, explains_panel, recover_weight
 from opdtheory.auditing.naming.weight_form import describe
-from opdtheory.auditing.panel import Case, is_dear, panel
 from opdtheory.auditing.report import FAITHFUL, Audit, PairResult
-from opdtheory.auditing.sampling.aims import Aim
 from opdtheory.auditing.sampling.whole import sampled
+from opdtheory.auditing.scenario import Case, _Settings
 from opdtheory.divergences import Divergence
 from opdtheory.divergences import divergence as as_divergence
 from opdtheory.errors import BudgetExceededError, InvalidArgumentError, LossError
@@ -149,30 +142,6 @@ def quick_verdict(
     with one_thread():
         settings = _Settings(batch_size, eos, off_policy, gamma, seed)
         return _compare(BlackBox(loss), as_divergence(objective), granularity, settings).verdict
-
-
-@dataclass(frozen=True)
-class _Settings:
-    """How the panel is drawn: arguments of `audit`, and whether pairs may be as large as for single rollouts."""
-
-    batch_size: int
-    eos: int | None
-    off_policy: float
-    gamma: float
-    seed: int
-    prompts: int = 1
-    environment: tuple[int, ...] = ()
-    shared_prompt: bool = False
-    separable: bool = False
-
-    def to_dict(self) -> dict[str, Any]:
-        """The arguments of `audit`."""
-        return {key: value for key, value in vars(self).items() if key != "separable"}
-
-    def panel(self, batch_size: int, eos: int | None) -> list[Case]:
-        """Pairs of policies for batches of this size that end with this token."""
-        size = 1 if self.separable else batch_size
-        return panel(size, eos, self.off_policy, self.seed, self.prompts, self.environment, self.shared_prompt)
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,15 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from opdtheory.rendering import text
+
 if TYPE_CHECKING:
     from opdtheory.auditing.checks.numerics import DtypeResult
     from opdtheory.auditing.checks.soundness import Check
     from opdtheory.auditing.effects.dependence import Dependence
-    from opdtheory.auditing.fixes.remedies import Remedy
     from opdtheory.auditing.naming.weight_form import WeightForm
 
-__all__ = ["FAITHFUL", "VERDICTS", "Audit", "PairResult"]
+__all__ = ["FAITHFUL", "VERDICTS", "Audit", "PairResult", "Remedy"]
 
 SCHEMA_VERSION = 1
 
@@ -54,6 +55,26 @@ class PairResult:
     cosine: float
     variance: float
     full_vocabulary_variance: float
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """One change to a loss that is not faithful to its claim.
+
+    Attributes:
+        kind: `sign scale position reduction padding importance slope advantage granularity clip detach differentiate k2
+            tail vocabulary baseline`, two of them joined by a comma, `claim`, `gauge` or `replace`.
+        text: an imperative sentence with the formula and the theorem.
+        verdict: of the changed loss against the claim; of `claim`, against the other claim.
+        relative_bias: of the changed loss at scale one.
+        verified: whether an audit of the changed loss found it faithful.
+    """
+
+    kind: str
+    text: str
+    verdict: str
+    relative_bias: float
+    verified: bool
 
 
 @dataclass(frozen=True)
@@ -191,20 +212,14 @@ class Audit:
             )
             for p in self.pairs
         ]
-        widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-        lines = [
-            "  ".join(
-                cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in (header, *rows)
-        ]
-        parts = [rule, "", _wrap(self.summary())]
+        lines = text.table((header, *rows), align="lr")
+        parts = [rule, "", text.paragraph(self.summary())]
         parts += ["", *lines] if rows else []
         if self.remedies:
-            parts += ["", "What would make it right:", *(_item(remedy.text) for remedy in self.remedies)]
+            parts += ["", "What would make it right:", *(text.item(remedy.text) for remedy in self.remedies)]
         narrow = [f"{r.dtype}: {r.words}" for r in self.numerics if r.regime == "realistic" and _matters(r)]
         if narrow:
-            parts += ["", "On realistic logits in narrow dtypes:", *map(_item, narrow)]
+            parts += ["", "On realistic logits in narrow dtypes:", *map(text.item, narrow)]
         return "\n".join(parts)
 
     def _claim(self) -> str:
@@ -326,15 +341,3 @@ def _plain(value: object) -> object:
 def _matters(result: DtypeResult) -> bool:
     """Whether a narrow dtype does more to the gradient than round it."""
     return bool(result.overflow or result.lost_gradient or result.sign_changed)
-
-
-def _wrap(text: str) -> str:
-    import textwrap
-
-    return textwrap.fill(text, width=96)
-
-
-def _item(text: str) -> str:
-    import textwrap
-
-    return textwrap.fill(text, width=96, initial_indent="- ", subsequent_indent="  ")

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     import sympy
 
 __all__ = [
+    "FAMILIES",
     "alpha",
     "chi2",
     "divergence",
@@ -723,3 +724,15 @@ def _unknown(name: object) -> str:
     close = difflib.get_close_matches(str(name), _ENTRIES, n=1)
     hint = f"did you mean {close[0]!r}? Known" if close else "known"
     return f"got {name!r}; {hint} names: {', '.join(_ENTRIES)}"
+
+
+_SOUGHT = {
+    "skew_jsd": (1e-3, 1.0 - 1e-3),
+    "alpha": (-4.0, 4.0),
+    "skew_forward_kl": (0.0, 1.0 - 1e-3),
+    "skew_reverse_kl": (0.0, 1.0 - 1e-3),
+}
+
+
+# Parameterised families of the catalogue, their parameter and the interval in which it is sought.
+FAMILIES = {name: (parameter, *_SOUGHT[name]) for name, parameter in families().items()}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from opdtheory.choices import Granularity, Reduction, Verdict
 from opdtheory.divergences import Divergence
 from opdtheory.rollouts import Rollouts
 
@@ -21,16 +22,10 @@ __all__ = [
     "SEVERAL_STEPS",
     "Claim",
     "Estimator",
-    "Granularity",
-    "Reduction",
     "TokenLoss",
-    "Verdict",
     "unmasked",
 ]
 
-Granularity = Literal["token_local", "token_return", "sequence"]
-Verdict = Literal["exact", "exact_up_to_scale", "other_objective", "zero", "biased"]
-Reduction = Literal["token_sum", "token_mean", "sequence_mean"]
 TokenLoss = Callable[[Rollouts], Tensor]
 
 ON_POLICY = "on-policy"
@@ -38,6 +33,9 @@ ON_POLICY_OR_ONE_STEP = "on-policy or one step"
 FIXED_LENGTH = "fixed length"
 SEVERAL_STEPS = "more than one step"
 BATCH_OF_TWO = "batch of at least 2"
+
+# Estimators whose weights look at the whole rollout.
+_WHOLE_ROLLOUT = ("return_to_go", "sequence_opd_plus")
 
 
 @dataclass(frozen=True)
@@ -115,6 +113,22 @@ class Estimator:
         if self.reduction == "token_sum":
             return rollouts.token_sum(values)
         return rollouts.token_mean(values) if self.reduction == "token_mean" else rollouts.sequence_mean(values)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The options that it was made with, by name."""
+        return dict(self.options)
+
+    @property
+    def is_token_local(self) -> bool:
+        """Whether a token's weight depends on its own history and probabilities alone, batches aside."""
+        return self.name not in _WHOLE_ROLLOUT or self.settings.get("gamma") == 0.0
+
+    @property
+    def label(self) -> str:
+        """The estimator as tables name it: `opd(jsd, clip_log_ratio=6.0)`."""
+        shown = (str(value) if key == "divergence" else f"{key}={value}" for key, value in self.options)
+        return f"{self.name}({', '.join(shown)})" if self.options else self.name
 
     def __repr__(self) -> str:
         arguments = [repr(self.name)]

@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from opdtheory.choices import Verdict
 from opdtheory.divergences import Divergence, divergence, families, names
 from opdtheory.estimators.base import (
     BATCH_OF_TWO,
@@ -20,7 +21,6 @@ from opdtheory.estimators.base import (
     SEVERAL_STEPS,
     Claim,
     TokenLoss,
-    Verdict,
 )
 from opdtheory.estimators.sampled import (
     Differentiated,

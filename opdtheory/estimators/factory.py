@@ -11,10 +11,11 @@ from typing import Any, Literal
 
 import torch
 
+from opdtheory.choices import Reduction
 from opdtheory.divergences import Divergence
 from opdtheory.divergences import divergence as divergence_of
 from opdtheory.errors import InvalidArgumentError
-from opdtheory.estimators.base import Estimator, Reduction, TokenLoss
+from opdtheory.estimators.base import Estimator, TokenLoss
 from opdtheory.estimators.claims import claim_of
 from opdtheory.estimators.offpolicy import Importance
 from opdtheory.estimators.sampled import (

@@ -24,7 +24,6 @@ __all__ = ["LEAF_BUDGET", "Roots", "Tree", "check_leaves", "check_pair", "pointw
 # Sequences that one tree may hold: about 1 GB of float64 for the handful of arrays per level.
 LEAF_BUDGET = 2**24
 
-
 # Two tables of one environment differ by rounding only.
 _SAME_LAW = 1e-12
 

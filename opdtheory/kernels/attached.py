@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opdtheory.kernels.laws import default_rows
+from opdtheory.kernels.distributions import default_rows
 from opdtheory.kernels.sweep import matrices
 
 __all__ = ["attached", "graph_is_kept", "last", "scaled"]

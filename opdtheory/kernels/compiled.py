@@ -10,7 +10,7 @@ from torch import Tensor
 from opdtheory.divergences import Divergence
 from opdtheory.divergences import divergence as as_divergence
 from opdtheory.kernels import arguments
-from opdtheory.kernels.fused import Settings, differentiable_values, values_and_gradient
+from opdtheory.kernels.values import Settings, differentiable_values, values_and_gradient
 
 __all__ = ["compiled_values"]
 

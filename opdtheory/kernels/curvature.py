@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from opdtheory.divergences import Divergence
-from opdtheory.kernels.laws import Buffers, default_rows, laws_of
+from opdtheory.kernels.distributions import Buffers, default_rows, laws_of
 from opdtheory.kernels.reference import log_laws, under_student, weight_masses
 from opdtheory.kernels.sweep import matrices, runs
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from opdtheory.divergences import Divergence
-from opdtheory.kernels.laws import Laws, Row, affine, row_dot, row_sum
+from opdtheory.kernels.distributions import Laws, Row, affine, row_dot, row_sum
 
 __all__ = ["Filled", "Form", "fast_form"]
 

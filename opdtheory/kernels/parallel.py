@@ -16,8 +16,8 @@ from opdtheory.divergences import divergence as as_divergence
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.kernels import arguments
 from opdtheory.kernels.attached import attached
+from opdtheory.kernels.distributions import Buffers, Laws, default_rows, laws_within, scaled_exp
 from opdtheory.kernels.forms import Filled
-from opdtheory.kernels.laws import Buffers, Laws, default_rows, laws_within, scaled_exp
 from opdtheory.kernels.outside import outside_graphs
 from opdtheory.kernels.sweep import Evaluator, finish, matrices, runs
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from opdtheory.divergences import Divergence
+from opdtheory.kernels.distributions import Laws, row_sum
 from opdtheory.kernels.forms import Filled, Form
-from opdtheory.kernels.laws import Laws, row_sum
 
 __all__ = ["LogLaws", "log_laws", "reference_form", "terms", "under_student", "weight_masses"]
 

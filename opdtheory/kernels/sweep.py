@@ -12,8 +12,8 @@ from torch import Tensor
 
 from opdtheory.divergences import Divergence
 from opdtheory.errors import InvalidArgumentError
+from opdtheory.kernels.distributions import Buffers, Laws, Row, affine, default_rows, laws_of, narrow
 from opdtheory.kernels.forms import Filled, Form, fast_form
-from opdtheory.kernels.laws import Buffers, Laws, Row, affine, default_rows, laws_of, narrow
 from opdtheory.kernels.reference import reference_form
 
 __all__ = ["Evaluator", "finish", "matrices", "runs", "sweep"]

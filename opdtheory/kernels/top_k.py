@@ -13,7 +13,7 @@ from opdtheory.divergences import divergence as as_divergence
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.kernels import arguments
 from opdtheory.kernels.attached import attached
-from opdtheory.kernels.laws import default_rows
+from opdtheory.kernels.distributions import default_rows
 from opdtheory.kernels.outside import outside_graphs
 from opdtheory.kernels.reference import LogLaws, terms, weight_masses
 from opdtheory.kernels.sweep import matrices, runs

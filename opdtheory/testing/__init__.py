@@ -8,12 +8,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from opdtheory.testing.laws import assert_claim as assert_claim
-    from opdtheory.testing.laws import assert_minimises as assert_minimises
-    from opdtheory.testing.laws import assert_same_gradient as assert_same_gradient
-    from opdtheory.testing.laws import assert_unbiased as assert_unbiased
-    from opdtheory.testing.laws import claim_settings as claim_settings
-    from opdtheory.testing.laws import gradient_gap as gradient_gap
+    from opdtheory.testing.assertions import assert_claim as assert_claim
+    from opdtheory.testing.assertions import assert_minimises as assert_minimises
+    from opdtheory.testing.assertions import assert_same_gradient as assert_same_gradient
+    from opdtheory.testing.assertions import assert_unbiased as assert_unbiased
+    from opdtheory.testing.assertions import claim_settings as claim_settings
+    from opdtheory.testing.assertions import gradient_gap as gradient_gap
     from opdtheory.testing.marks import opd_loss as opd_loss
     from opdtheory.testing.strategies import divergences as divergences
     from opdtheory.testing.strategies import policies as policies
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 # The pytest plugin lives in this package and must load in milliseconds, so nothing here imports torch by itself.
 _HOMES = {
-    "assert_claim": "laws",
-    "assert_minimises": "laws",
-    "assert_same_gradient": "laws",
-    "assert_unbiased": "laws",
-    "claim_settings": "laws",
+    "assert_claim": "assertions",
+    "assert_minimises": "assertions",
+    "assert_same_gradient": "assertions",
+    "assert_unbiased": "assertions",
+    "claim_settings": "assertions",
     "divergences": "strategies",
-    "gradient_gap": "laws",
+    "gradient_gap": "assertions",
     "opd_loss": "marks",
     "policies": "strategies",
     "policy_pairs": "strategies",

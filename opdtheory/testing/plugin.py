@@ -17,7 +17,7 @@ import pytest
 
 if TYPE_CHECKING:
     from opdtheory.auditing import Audit
-    from opdtheory.auditing.baseline import Judgement, KnownVerdict
+    from opdtheory.auditing.known_biases import Judgement, KnownVerdict
     from opdtheory.testing.marks import LossClaim
 
 __all__ = ["LossAudit", "pytest_addoption", "pytest_configure"]
@@ -121,7 +121,7 @@ class _Audits:
         """Read the baseline before anything is audited: a wrong file is a usage error."""
         if self.baseline is None:
             return
-        from opdtheory.auditing.baseline import read_baseline
+        from opdtheory.auditing.known_biases import read_baseline
         from opdtheory.errors import InvalidArgumentError
 
         try:
@@ -146,7 +146,7 @@ class _Audits:
 
     def judge(self, key: str, report: Audit, claim: LossClaim) -> Judgement:
         """The audit against its mark and the record of that name."""
-        from opdtheory.auditing.baseline import Judgement, judge
+        from opdtheory.auditing.known_biases import Judgement, judge
 
         judgement = judge(report, self.known.get(key), claim.is_met_by)
         if self.written is not None and not judgement.passes:
@@ -155,14 +155,14 @@ class _Audits:
 
     def record(self, report: Audit) -> str:
         """What the baseline would say of this audit, as text."""
-        from opdtheory.auditing.baseline import KnownVerdict
+        from opdtheory.auditing.known_biases import KnownVerdict
 
         return json.dumps(vars(KnownVerdict.of(report)))
 
     def write_page(self, key: str, report: Audit, claim: LossClaim) -> None:
         """The page of one audit, named after it, if pages were asked for."""
         if self.pages is not None:
-            from opdtheory.auditing.page import write_audit
+            from opdtheory.auditing.views import write_audit
 
             divergence = None if isinstance(claim.claims, str) else claim.claims
             write_audit(report, self.pages / f"{_file_name(key)}.html", divergence=divergence)
@@ -186,7 +186,7 @@ class _Audits:
         """Write the baseline, once all findings are in."""
         if self.written is None or hasattr(self.config, "workerinput"):
             return
-        from opdtheory.auditing.baseline import KnownVerdict, write_baseline
+        from opdtheory.auditing.known_biases import KnownVerdict, write_baseline
 
         write_baseline(self.written, {key: KnownVerdict(**json.loads(found[2])) for key, found in self.found.items()})
 
@@ -209,7 +209,7 @@ class _Audits:
 
 
 def _failure(report: Audit, claim: LossClaim, judgement: Judgement) -> str:
-    from opdtheory.auditing.baseline import STATUSES
+    from opdtheory.auditing.known_biases import STATUSES
 
     return (
         f"{STATUSES[judgement.status]}: {judgement.detail}\n"

@@ -6,6 +6,7 @@ import functools
 import importlib
 import re
 
+from opdtheory.errors import InvalidArgumentError
 from opdtheory.theorems.theorem import Identity, IdentityResult, Step, StepResult, Tally, Theorem, TheoremResult
 
 __all__ = [
@@ -19,26 +20,54 @@ __all__ = [
     "theorems",
 ]
 
-# One module per statement of the theory; each gathers those of its parts. The other modules help them.
+# The table of contents: every module that states theorems, by family.
 _MODULES = (
-    "opd_plus",
-    "stop_gradient",
-    "gauge",
-    "implied",
-    "stability",
-    "sequences",
-    "variance",
-    "offpolicy",
-    "truncation",
-    "support",
+    "gradient.opd_plus",
+    "gradient.stop_gradient",
+    "gradient.up_to_scale",
+    "gradient.gauge",
+    "gradient.control_variate",
+    "weight.implied",
+    "weight.bregman",
+    "stability.attraction",
+    "stability.gauge_cure",
+    "stability.fixed_points",
+    "sequences.objectives",
+    "sequences.return_to_go",
+    "sequences.chain_rule",
+    "variance.constants",
+    "variance.rao_blackwell",
+    "variance.groups",
+    "variance.optimal_baselines",
+    "samplers.offpolicy",
+    "samplers.support",
+    "samplers.truncated_sampling",
+    "truncation.top_k",
+    "truncation.forms",
     "reductions",
     "vocabulary",
 )
 
 
+def theorems(*numbers: str) -> tuple[Theorem, ...]:
+    """Every theorem in order of its number, T1, T1b, T2 and so on, or only those named.
+
+    Raises:
+        InvalidArgumentError: there is no theorem of that number.
+
+    Example:
+        >>> [theorem.name for theorem in theorems("T1", "T4")]
+        ['OPD+ identity', 'implied divergence']
+    """
+    everything = {theorem.number: theorem for theorem in _all()}
+    for number in numbers:
+        if number not in everything:
+            raise InvalidArgumentError("numbers", f"got {number!r}; the theorems are {', '.join(everything)}")
+    return tuple(everything[number] for number in numbers or everything)
+
+
 @functools.cache
-def theorems() -> tuple[Theorem, ...]:
-    """Every theorem, in order of its number: T1, T1b, T2 and so on."""
+def _all() -> tuple[Theorem, ...]:
     modules = [importlib.import_module(f"opdtheory.theorems.{name}") for name in _MODULES]
     found = [theorem for module in modules for theorem in module.theorems()]
     return tuple(sorted(found, key=_order))

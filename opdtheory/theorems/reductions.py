@@ -16,8 +16,8 @@ from opdtheory.divergences import Divergence
 from opdtheory.estimators import estimator
 from opdtheory.exact import Enumeration, TabularPolicy, exact_gradient, expected_gradient, random_pair
 from opdtheory.rollouts import Rollouts
-from opdtheory.theorems.batches import Atoms, Moments, Reduction, batch_mean, first_order, second_order
-from opdtheory.theorems.cases import Pair, autograd_gradient
+from opdtheory.theorems.instances.batches import Atoms, Moments, Reduction, batch_mean, first_order, second_order
+from opdtheory.theorems.instances.cases import Pair, autograd_gradient
 from opdtheory.theorems.theorem import Identity, Step, Tally, Theorem
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from opdtheory.divergences import Divergence
 from opdtheory.estimators import estimator
 from opdtheory.exact import exact_gradient, exact_value, expected_gradient
 from opdtheory.rollouts import Rollouts
-from opdtheory.theorems.cases import RATIONAL, catalogue, interval, pairs, rational_laws, values_of
-from opdtheory.theorems.kept_tokens import in_logits
+from opdtheory.theorems.instances.cases import RATIONAL, catalogue, interval, pairs, rational_laws, values_of
+from opdtheory.theorems.instances.kept_tokens import in_logits
 from opdtheory.theorems.theorem import Identity, Step, Tally, Theorem
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ __all__ = ["theorems"]
 Detached = Literal["nothing", "outer p", "ratio"]
 End = Literal[0, 1]
 Claims = Callable[["sympy.Expr"], "sympy.Expr"]
-
 
 # Backpropagation over the vocabulary.
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.training.config import TrainConfig
-from opdtheory.training.models import LanguageModel, Samples, left_pad
+from opdtheory.training.models.language_model import LanguageModel
+from opdtheory.training.models.samples import Samples, left_pad
 from opdtheory.training.tasks import Example, Task
 
 __all__ = ["demonstrate", "parts", "respond", "seed_of", "step_examples", "uniforms"]

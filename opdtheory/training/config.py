@@ -16,15 +16,16 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from opdtheory.choices import Control
 from opdtheory.errors import InvalidArgumentError
+from opdtheory.estimators import Estimator
 
 if TYPE_CHECKING:
     from opdtheory.estimators import Estimator
 
 # No torch here: the command line reads the fields for its help.
-__all__ = ["ESTIMATOR_OPTIONS", "RUNTIME", "Control", "TrainConfig"]
+__all__ = ["ESTIMATOR_OPTIONS", "RUNTIME", "TrainConfig", "check_can_validate"]
 
-Control = Literal["constant_advantage", "supervised", "exact_opd"]
 _NUMBER_NEEDED = {int: "a whole number", float: "a finite number"}
 
 
@@ -216,8 +217,6 @@ class TrainConfig:
                 "warmup_steps", f"is {self.warmup_steps}; at most steps={self.steps} can be warm-up"
             )
         if self.validate_every:
-            from opdtheory.training.validation.observer import check_can_validate
-
             check_can_validate(self.loss())
         if self.control is not None and self.updates_per_batch > 1:
             raise InvalidArgumentError("updates_per_batch", f"is {self.updates_per_batch}; a control takes one")
@@ -303,3 +302,14 @@ def _number(name: str, value: Any, kind: type, limits: Mapping[str, Any]) -> int
         if limit in limits and not holds(limits[limit]):
             raise InvalidArgumentError(name, f"is {value!r}; {words} {limits[limit]:g} is needed")
     return int(value) if kind is int else float(value)
+
+
+def check_can_validate(loss: Estimator) -> None:
+    """Refuse to validate a run whose loss looks beyond the next token, or at no rollouts at all.
+
+    Raises:
+        InvalidArgumentError: names `validate_every`.
+    """
+    if loss.name == "supervised" or not loss.is_token_local:
+        why = "it has no rollouts" if loss.name == "supervised" else "its weights look beyond the next token"
+        raise InvalidArgumentError("validate_every", f"does not apply to {loss.name}: {why}")

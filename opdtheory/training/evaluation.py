@@ -7,9 +7,9 @@ import torch
 from opdtheory.training.batches import parts, respond, uniforms
 from opdtheory.training.config import TrainConfig
 from opdtheory.training.distributed import Processes
+from opdtheory.training.intervals import wilson
 from opdtheory.training.measures import distances
-from opdtheory.training.metrics import wilson
-from opdtheory.training.models import LanguageModel, rollouts
+from opdtheory.training.models.language_model import LanguageModel, rollouts
 from opdtheory.training.tasks import Task
 
 __all__ = ["evaluate"]

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from opdtheory.errors import TrainingError
-from opdtheory.training.models import LanguageModel, Samples, response_logits
+from opdtheory.training.models.language_model import LanguageModel, response_logits
+from opdtheory.training.models.samples import Samples
 from opdtheory.training.tasks import Example
 
 __all__ = ["failure"]

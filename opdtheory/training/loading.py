@@ -7,8 +7,8 @@ import torch
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.training.config import TrainConfig
 from opdtheory.training.distributed import Processes
-from opdtheory.training.models import LanguageModel, check_same_vocabulary
-from opdtheory.training.supervised import load_pair
+from opdtheory.training.models.language_model import LanguageModel, check_same_vocabulary
+from opdtheory.training.pairs import load_pair
 from opdtheory.training.tasks import Task
 
 __all__ = ["load_models"]
@@ -38,7 +38,7 @@ def load_models(
 
 
 def _named(name: str, config: TrainConfig) -> LanguageModel:
-    from opdtheory.training.huggingface import HuggingFaceModel, smollm2
+    from opdtheory.training.models.huggingface import HuggingFaceModel, smollm2
 
     dtype = getattr(torch, config.dtype)
     if name == "smollm2":

@@ -8,40 +8,13 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from statistics import NormalDist
 from typing import IO, Any
 
 from opdtheory.errors import InvalidArgumentError
 
-__all__ = ["Metrics", "wilson"]
+__all__ = ["Metrics"]
 
 _SHOWN = ("reverse_kl", "sampled_accuracy", "greedy_accuracy", "gradient_norm", "clip_fraction", "response_length")
-
-
-def wilson(correct: int, total: int, level: float = 0.95) -> tuple[float, float]:
-    r"""Wilson's interval for a proportion: it stays in [0, 1] and has a width also at 0 and at 1.
-
-    $$\frac{\hat p + \frac{z^2}{2n} \pm z\sqrt{\frac{\hat p(1-\hat p)}{n} + \frac{z^2}{4n^2}}}{1 + z^2/n}$$
-
-    Raises:
-        InvalidArgumentError: `total` is not positive or `correct` is not in `[0, total]`.
-
-    References:
-        Wilson, JASA 22 (1927) 209.
-
-    Example:
-        >>> wilson(0, 100)
-        (0.0, 0.037)
-    """
-    if total < 1:
-        raise InvalidArgumentError("total", f"is {total}; at least one trial is needed")
-    if not 0 <= correct <= total:
-        raise InvalidArgumentError("correct", f"is {correct}; a count in [0, {total}] is needed")
-    z = NormalDist().inv_cdf(0.5 + level / 2)
-    share, spread = correct / total, z * z / total
-    half = z * math.sqrt(share * (1 - share) / total + spread / (4 * total))
-    low, high = ((share + spread / 2 + sign * half) / (1 + spread) for sign in (-1, 1))
-    return 0.0 if correct == 0 else low, 1.0 if correct == total else high
 
 
 class Metrics:

@@ -13,13 +13,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from opdtheory.choices import Control
 from opdtheory.divergences import Divergence, divergence, names
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.estimators import Claim, Estimator, estimator
 from opdtheory.estimators.base import unmasked
 from opdtheory.estimators.sampled import RatioAdvantage, ScoreFunction
 from opdtheory.rollouts import Rollouts
-from opdtheory.training.config import Control
 
 __all__ = ["ExactScore", "divergence_text", "group_losses", "needs_groups", "objective", "parse_divergence", "summed"]
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ import torch
 from torch import Tensor
 
 from opdtheory.errors import InvalidArgumentError
-from opdtheory.estimators import Estimator
 from opdtheory.rollouts import Rollouts, gather_logprobs
 from opdtheory.training import checkpoint
 from opdtheory.training.batches import demonstrate, longest, parts, respond, step_examples, uniforms
@@ -29,66 +27,15 @@ from opdtheory.training.failures import failure
 from opdtheory.training.loading import load_models
 from opdtheory.training.measures import Tally, clipped, distances, step_report
 from opdtheory.training.metrics import Metrics
-from opdtheory.training.models import LanguageModel, Samples, response_logits
+from opdtheory.training.models.language_model import LanguageModel, response_logits
+from opdtheory.training.models.samples import Samples
 from opdtheory.training.objective import summed
+from opdtheory.training.run import Observer, Run, TrainResult
 from opdtheory.training.tasks import Example, Task
 from opdtheory.training.tasks import task as task_of
 from opdtheory.training.validation.observer import validate_run
 
-__all__ = ["Observer", "Run", "TrainResult", "train", "training_step"]
-
-
-@dataclass
-class Run:
-    """What a step works with.
-
-    Attributes:
-        config: the settings.
-        processes: this process among those of the run.
-        task: makes prompts and verifies answers.
-        student: the model that is trained, in place.
-        teacher: the model that scores, frozen.
-        loss: what is descended.
-        optimizer: AdamW over the student's parameters.
-        metrics: rows of finished steps.
-    """
-
-    config: TrainConfig
-    processes: Processes
-    task: Task
-    student: LanguageModel
-    teacher: LanguageModel
-    loss: Estimator
-    optimizer: torch.optim.Optimizer
-    metrics: Metrics
-
-    @property
-    def folder(self) -> Path | None:
-        """The folder of the run, if one was named."""
-        return None if self.config.out is None else Path(self.config.out)
-
-
-Observer = Callable[[Run, int], Mapping[str, float]]
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """A finished run.
-
-    Attributes:
-        student: the trained model.
-        config: the settings.
-        rows: the metrics of every step, as in `metrics.jsonl`; an evaluation of the start has step 0.
-    """
-
-    student: LanguageModel = field(repr=False)
-    config: TrainConfig
-    rows: list[dict[str, Any]] = field(repr=False)
-
-    @property
-    def evaluations(self) -> list[dict[str, Any]]:
-        """The rows that hold an evaluation."""
-        return [row for row in self.rows if "greedy_accuracy" in row]
+__all__ = ["train", "training_step"]
 
 
 def training_step(run: Run, step: int) -> dict[str, float]:

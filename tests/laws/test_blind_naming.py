@@ -20,16 +20,11 @@ from opdtheory import divergences
 from opdtheory.auditing import Audit, quick_verdict
 from opdtheory.auditing.effects.dependence import dependence
 from opdtheory.auditing.naming.combine import best_combination
-from opdtheory.auditing.naming.identify import (
-    ExactGradients,
-    RecoveredWeight,
-    best_match,
-    fit_scale,
-    flat,
-    recover_weight,
-)
+from opdtheory.auditing.naming.fit import fit_scale, flat
+from opdtheory.auditing.naming.identify import ExactGradients, best_match
+from opdtheory.auditing.naming.recover import RecoveredWeight, recover_weight
 from opdtheory.auditing.naming.weight_form import WeightForm, describe
-from opdtheory.auditing.panel import panel
+from opdtheory.auditing.scenario import panel
 from opdtheory.divergences import Divergence
 from opdtheory.estimators import Claim, Estimator, estimator, estimator_names
 from opdtheory.estimators.claims import local_weight
@@ -37,8 +32,8 @@ from opdtheory.estimators.sampled import Differentiated, PowerAdvantage, RatioAd
 from opdtheory.estimators.vocabulary import VocabularyLoss
 from opdtheory.exact import exact_gradient, gradient_moments, random_pair
 from opdtheory.rollouts import Rollouts
-from opdtheory.testing.laws import claim_settings
-from opdtheory.verification import shipped_estimators
+from opdtheory.testing.assertions import claim_settings
+from opdtheory.verification.verify import shipped_estimators
 
 Loss = Callable[[Rollouts], Tensor]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from opdtheory.estimators import Estimator
-from opdtheory.verification import check_estimator, shipped_estimators
+from opdtheory.verification.verify import check_estimator, shipped_estimators
 
 
 # `make verify` does this too.

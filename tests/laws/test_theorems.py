@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from opdtheory.theorems import Identity, IdentityResult, Step, StepResult, Theorem, TheoremResult, theorems
-from opdtheory.theorems.pages import index, page, slug
+from opdtheory.verification.markdown import index, page, slug
 from tests.laws.test_docs import same
 
 PAGES = Path(__file__).resolve().parents[2] / "docs" / "theory"

@@ -14,10 +14,10 @@ from opdtheory import exact_gradient, exact_value, expected_gradient
 from opdtheory.estimators import estimator
 from opdtheory.exact import TabularPolicy, enumerated_value, random_pair
 from opdtheory.testing import divergences, gradient_gap, policies, policy_pairs
-from opdtheory.theorems.batches import Atoms, Moments, batch_mean, first_order
-from opdtheory.theorems.cases import autograd_gradient
-from opdtheory.theorems.return_to_go import practised_field
-from opdtheory.theorems.trees import Dual, Linear, field_of, gradient_of, rational_tree, trees
+from opdtheory.theorems.instances.batches import Atoms, Moments, batch_mean, first_order
+from opdtheory.theorems.instances.cases import autograd_gradient
+from opdtheory.theorems.instances.trees import Dual, Linear, field_of, gradient_of, rational_tree, trees
+from opdtheory.theorems.sequences.return_to_go import practised_field
 from tests.tolerances import ENUMERATION
 
 SMALL = policy_pairs(vocab_size=(2, 3), horizon=(1, 3))

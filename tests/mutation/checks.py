@@ -23,15 +23,15 @@ LIBRARY = str(ROOT / "opdtheory")
 
 # The tests that hold the divergences, the oracle and the theorems to independent numbers.
 TESTS = [
-    "tests/unit/test_logspace.py",
-    "tests/unit/test_divergences.py",
-    "tests/unit/test_transform.py",
-    "tests/unit/test_oracle.py",
-    "tests/unit/test_policies.py",
-    "tests/unit/test_expectation.py",
-    "tests/unit/test_environment.py",
-    "tests/unit/test_montecarlo.py",
-    "tests/unit/test_scale.py",
+    "tests/divergences/test_logspace.py",
+    "tests/divergences/test_catalogue.py",
+    "tests/divergences/test_transform.py",
+    "tests/exact/test_oracle.py",
+    "tests/exact/test_policies.py",
+    "tests/exact/test_expectation.py",
+    "tests/laws/test_environment.py",
+    "tests/auditing/sampling/test_montecarlo.py",
+    "tests/laws/test_scale.py",
     "tests/laws/test_theorems.py",
     "tests/laws/test_theorems_local.py",
     "tests/laws/test_theorems_sequences.py",
@@ -96,9 +96,7 @@ def units() -> list[Unit]:
 def _caches() -> list[Any]:
     # `isinstance` would ask odd objects of other packages for their class.
     found = [thing for thing in gc.get_objects() if type(thing) is functools._lru_cache_wrapper]
-    return [
-        c for c in found if (getattr(c, "__module__", None) or "").startswith(("opdtheory", "tests.laws", "tests.unit"))
-    ]
+    return [c for c in found if (getattr(c, "__module__", None) or "").startswith(("opdtheory", "tests.laws", "tests"))]
 
 
 def clear_caches() -> None:

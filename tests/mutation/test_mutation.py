@@ -28,7 +28,7 @@ def in_a_fork(work) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-@pytest.mark.parametrize("path", ["opdtheory/exact/recursions.py", "opdtheory/theorems/gauge.py"])
+@pytest.mark.parametrize("path", ["opdtheory/exact/recursions.py", "opdtheory/theorems/gradient/gauge.py"])
 def test_each_mutant_is_another_module(path):
     source = ast.unparse(source_tree(Path(path)))
     found = list(mutants(Path(path), terms=True))

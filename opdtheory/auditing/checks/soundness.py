@@ -8,8 +8,8 @@ from dataclasses import replace
 from opdtheory.auditing.black_box import ZERO
 from opdtheory.auditing.checks.batch_checks import BATCH_CHECKS
 from opdtheory.auditing.checks.subject import Check, Subject, norm
-from opdtheory.auditing.naming.identify import fit_scale, flat
-from opdtheory.auditing.panel import Case
+from opdtheory.auditing.naming.fit import fit_scale, flat
+from opdtheory.auditing.scenario import Case
 from opdtheory.divergences import Divergence
 from opdtheory.errors import BudgetExceededError, InvalidArgumentError
 from opdtheory.exact import Enumeration, GradientMoments, Loss, TabularPolicy, gradient_moments

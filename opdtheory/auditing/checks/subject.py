@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from opdtheory.auditing.naming.identify import flat
-from opdtheory.auditing.panel import Case
+from opdtheory.auditing.naming.fit import flat
+from opdtheory.auditing.scenario import Case
 from opdtheory.divergences import Divergence
 from opdtheory.exact import Enumeration, GradientMoments, Loss, exact_gradient, random_pair
 

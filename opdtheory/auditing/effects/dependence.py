@@ -11,7 +11,7 @@ from opdtheory.errors import InvalidArgumentError
 from opdtheory.exact import Loss
 
 if TYPE_CHECKING:
-    from opdtheory.auditing.naming.identify import RecoveredWeight
+    from opdtheory.auditing.naming.recover import RecoveredWeight
 
 __all__ = ["Dependence", "dependence"]
 
@@ -69,7 +69,7 @@ def dependence(
 
     Example:
         >>> import opdtheory as opd
-        >>> from opdtheory.auditing.naming.identify import recover_weight
+        >>> from opdtheory.auditing.naming.recover import recover_weight
         >>> loss = opd.estimator("power", alpha=0.5)
         >>> dependence(loss, recover_weight(loss, 1, 0.0, 0, 1e-9)).student_and_teacher
         'density-power divergence, alpha=0.5'

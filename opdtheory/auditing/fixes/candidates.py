@@ -22,7 +22,7 @@ from opdtheory.auditing.fixes.corrections import (
 from opdtheory.auditing.fixes.facts import Candidate, Facts, alike
 from opdtheory.auditing.fixes.substitutes import backpropagated, unstandardised, value_as_reward, whole_vocabulary
 from opdtheory.auditing.fixes.trial import attempt
-from opdtheory.auditing.panel import bandits
+from opdtheory.auditing.naming.bandits import bandits
 from opdtheory.estimators.offpolicy import importance_weight, prefix_weight
 from opdtheory.exact import Loss, gradient_moments
 from opdtheory.rollouts import Rollouts

@@ -8,7 +8,7 @@ from typing import Any
 
 from opdtheory.auditing.fixes.corrections import Curve
 from opdtheory.auditing.fixes.trial import Trial, attempt
-from opdtheory.auditing.naming.identify import recover_weight
+from opdtheory.auditing.naming.recover import recover_weight
 from opdtheory.divergences import Divergence
 from opdtheory.exact import Loss
 

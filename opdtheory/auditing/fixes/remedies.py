@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from opdtheory.auditing.fixes.candidates import candidates, gauge
@@ -12,6 +11,7 @@ from opdtheory.auditing.fixes.facts import Candidate, Facts, alike, on_policy_cu
 from opdtheory.auditing.fixes.remembered import Remembered
 from opdtheory.auditing.fixes.substitutes import bucket_added, last_resort, topk_form
 from opdtheory.auditing.fixes.trial import Trial, attempt
+from opdtheory.auditing.report import Remedy
 from opdtheory.divergences import Divergence
 from opdtheory.divergences import divergence as as_divergence
 from opdtheory.errors import InvalidArgumentError
@@ -22,7 +22,7 @@ from opdtheory.exact.threads import one_thread
 if TYPE_CHECKING:
     from opdtheory.auditing.report import Audit
 
-__all__ = ["Remedy", "remedies"]
+__all__ = ["remedies"]
 
 # Verdicts from better to worse; a fix must be better than what it fixes, and faithful.
 _RANK = {"exact": 0, "exact_up_to_scale": 1}
@@ -34,26 +34,6 @@ _BLIND = ("reduction", "padding", "importance")
 # Changes tried for one loss; each costs a call of the verdict, most of them one pair's worth.
 _TRIALS = 40
 _COUPLED_TRIALS = 14
-
-
-@dataclass(frozen=True)
-class Remedy:
-    """One change to a loss that is not faithful to its claim.
-
-    Attributes:
-        kind: `sign scale position reduction padding importance slope advantage granularity clip detach differentiate k2
-            tail vocabulary baseline`, two of them joined by a comma, `claim`, `gauge` or `replace`.
-        text: an imperative sentence with the formula and the theorem.
-        verdict: of the changed loss against the claim; of `claim`, against the other claim.
-        relative_bias: of the changed loss at scale one.
-        verified: whether an audit of the changed loss found it faithful.
-    """
-
-    kind: str
-    text: str
-    verdict: str
-    relative_bias: float
-    verified: bool
 
 
 def remedies(

@@ -12,7 +12,7 @@ from opdtheory.auditing.fixes import changes
 from opdtheory.auditing.fixes.facts import Candidate, Facts, alike
 from opdtheory.auditing.fixes.topk import TopKForm, recognise, tail_bucket
 from opdtheory.auditing.fixes.trial import attempt
-from opdtheory.auditing.panel import bandits
+from opdtheory.auditing.naming.bandits import bandits
 from opdtheory.estimators import estimator
 from opdtheory.estimators.sampled import k2, k3
 from opdtheory.exact import Enumeration

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from opdtheory.auditing.fixes import changes
-from opdtheory.auditing.naming.identify import fit_scale
+from opdtheory.auditing.naming.fit import fit_scale
 from opdtheory.divergences import Divergence
 from opdtheory.estimators import estimator
 from opdtheory.estimators.vocabulary import Support, perspective

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from opdtheory.auditing.black_box import ZERO
-from opdtheory.auditing.naming.identify import fit_scale, flat
-from opdtheory.auditing.panel import Case, panel
+from opdtheory.auditing.naming.fit import fit_scale, flat
+from opdtheory.auditing.scenario import Case, panel
 from opdtheory.divergences import Divergence
 from opdtheory.exact import Enumeration, Loss, exact_gradient, gradient_moments, random_pair
 

@@ -16,22 +16,14 @@ import torch
 
 from opdtheory import divergences
 from opdtheory.divergences import Divergence, symbol, weight_of
+from opdtheory.divergences.catalogue import FAMILIES
 
 if TYPE_CHECKING:
     import sympy
 
-__all__ = ["FAMILIES", "PARAMETRIC", "Atom", "as_number", "catalogue_atom", "catalogue_atoms", "fixed_atoms"]
+__all__ = ["PARAMETRIC", "Atom", "as_number", "catalogue_atom", "catalogue_atoms", "fixed_atoms"]
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
-
-_SOUGHT = {
-    "skew_jsd": (1e-3, 1.0 - 1e-3),
-    "alpha": (-4.0, 4.0),
-    "skew_forward_kl": (0.0, 1.0 - 1e-3),
-    "skew_reverse_kl": (0.0, 1.0 - 1e-3),
-}
-# Parameterised families of the catalogue, their parameter and the interval in which it is sought.
-FAMILIES = {name: (parameter, *_SOUGHT[name]) for name, parameter in divergences.families().items()}
 
 
 @dataclass(frozen=True)

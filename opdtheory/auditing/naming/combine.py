@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from opdtheory import divergences
-from opdtheory.auditing.naming.atoms import FAMILIES
 from opdtheory.auditing.naming.formula import label_of_terms, simple_ratio
 from opdtheory.auditing.naming.identify import ExactGradients
+from opdtheory.divergences.catalogue import FAMILIES
 from opdtheory.exact import OBJECTIVES
 
 __all__ = ["Combination", "best_combination"]

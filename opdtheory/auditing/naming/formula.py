@@ -10,16 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from opdtheory import divergences
-from opdtheory.auditing.naming.atoms import (
-    FAMILIES,
-    PARAMETRIC,
-    Atom,
-    as_number,
-    catalogue_atom,
-    catalogue_atoms,
-    fixed_atoms,
-)
+from opdtheory.auditing.naming.atoms import PARAMETRIC, Atom, as_number, catalogue_atom, catalogue_atoms, fixed_atoms
 from opdtheory.auditing.naming.sparse import Curve, Subset, all_matter, best_subset, fit, fit_parameter, ratios, snap
+from opdtheory.divergences.catalogue import FAMILIES
 
 if TYPE_CHECKING:
     import sympy

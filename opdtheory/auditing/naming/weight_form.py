@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from opdtheory import divergences
-from opdtheory.auditing.naming.atoms import FAMILIES, catalogue_atoms, fixed_atoms
+from opdtheory.auditing.naming.atoms import catalogue_atoms, fixed_atoms
 from opdtheory.auditing.naming.formula import (
     Formula,
     columns_of,
@@ -21,12 +21,13 @@ from opdtheory.auditing.naming.formula import (
 )
 from opdtheory.auditing.naming.shape import Shape, shape_of
 from opdtheory.auditing.naming.sparse import Curve, fit
+from opdtheory.divergences.catalogue import FAMILIES
 from opdtheory.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     import sympy
 
-    from opdtheory.auditing.naming.identify import RecoveredWeight
+    from opdtheory.auditing.naming.recover import RecoveredWeight
 
 __all__ = ["WeightForm", "describe"]
 
@@ -109,7 +110,7 @@ def describe(recovered: RecoveredWeight, tolerance: float = 1e-9) -> WeightForm:
 
     Example:
         >>> import opdtheory as opd
-        >>> from opdtheory.auditing.naming.identify import recover_weight
+        >>> from opdtheory.auditing.naming.recover import recover_weight
         >>> describe(recover_weight(opd.estimator("k3_reward"), 1, 0.0, 0, 1e-9)).label
         'reverse_kl - forward_kl'
     """

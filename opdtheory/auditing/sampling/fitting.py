@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from opdtheory import divergences
-from opdtheory.auditing.naming.atoms import FAMILIES
-from opdtheory.auditing.sampling.aims import Aim, Knob
+from opdtheory.auditing.naming.objective import Aim, Knob
 from opdtheory.auditing.sampling.montecarlo import Search
 from opdtheory.divergences import Divergence
+from opdtheory.divergences.catalogue import FAMILIES
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.exact import OBJECTIVES
 from opdtheory.exact.oracle import tree_gradient

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from opdtheory import divergences
-from opdtheory.auditing.panel import Case
-from opdtheory.auditing.sampling.aims import Aim
+from opdtheory.auditing.naming.objective import Aim
 from opdtheory.auditing.sampling.bounds import Bounds, Target, certified, certified_whole, relative_bias, scale_range
 from opdtheory.auditing.sampling.confidence import asymptotic_interval, bounded_interval, tightest_rho
 from opdtheory.auditing.sampling.montecarlo_result import MonteCarloResult, worded
@@ -26,6 +25,7 @@ from opdtheory.auditing.sampling.projections import (
     fit_controls,
     splits_into_batches,
 )
+from opdtheory.auditing.scenario import Case
 from opdtheory.divergences import Divergence
 from opdtheory.divergences import divergence as as_divergence
 from opdtheory.errors import BudgetExceededError, InvalidArgumentError

@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from opdtheory.auditing.panel import Case
 from opdtheory.auditing.sampling.confidence import Moments
+from opdtheory.auditing.scenario import Case
 from opdtheory.divergences import Divergence
 from opdtheory.divergences import divergence as as_divergence
 from opdtheory.errors import LossError

@@ -7,10 +7,12 @@ from typing import Any
 
 from opdtheory.auditing.black_box import BlackBox
 from opdtheory.auditing.naming.combine import best_combination
-from opdtheory.auditing.naming.identify import ExactGradients, RecoveredWeight, best_match, flat, recover_weight
+from opdtheory.auditing.naming.fit import flat
+from opdtheory.auditing.naming.identify import ExactGradients, best_match
+from opdtheory.auditing.naming.objective import Aim
+from opdtheory.auditing.naming.recover import RecoveredWeight, recover_weight
 from opdtheory.auditing.naming.weight_form import describe
-from opdtheory.auditing.panel import Case
-from opdtheory.auditing.sampling.aims import Aim
+from opdtheory.auditing.scenario import Case
 from opdtheory.errors import OpdTheoryError
 from opdtheory.exact import gradient_moments
 

@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from opdtheory.auditing.naming.identify import RecoveredWeight
-from opdtheory.auditing.panel import bandits
-from opdtheory.auditing.sampling.aims import Aim
+from opdtheory.auditing.naming.bandits import bandits
+from opdtheory.auditing.naming.objective import Aim
+from opdtheory.auditing.naming.recover import RecoveredWeight
 from opdtheory.auditing.sampling.confidence import asymptotic_interval, bounded_interval, tightest_rho
 from opdtheory.auditing.sampling.projections import TABLE_BUDGET, Look, Residuals, controls, fit_controls
 from opdtheory.exact import Loss

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 
 from opdtheory.auditing.black_box import BlackBox
-from opdtheory.auditing.naming.identify import RecoveredWeight
-from opdtheory.auditing.panel import Case
-from opdtheory.auditing.sampling.aims import Aim
+from opdtheory.auditing.naming.objective import Aim
+from opdtheory.auditing.naming.recover import RecoveredWeight
+from opdtheory.auditing.sampling.followed import name_followed, small_batch
 from opdtheory.auditing.sampling.montecarlo import Search
 from opdtheory.auditing.sampling.montecarlo_result import MonteCarloResult
-from opdtheory.auditing.sampling.naming import name_followed, small_batch
 from opdtheory.auditing.sampling.scout import Scout
 from opdtheory.auditing.sampling.weights import SampledWeight, sampled_weight
+from opdtheory.auditing.scenario import Case
 
 __all__ = ["SampledAudit", "sampled"]
 

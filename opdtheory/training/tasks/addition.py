@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 
 from opdtheory.errors import InvalidArgumentError
+from opdtheory.training.models.vocabulary import CharacterVocabulary
 from opdtheory.training.tasks.task import Example, Task
-from opdtheory.training.vocabulary import CharacterVocabulary
 
 __all__ = ["Addition"]
 

@@ -6,8 +6,8 @@ import random
 import re
 
 from opdtheory.errors import InvalidArgumentError
+from opdtheory.training.models.vocabulary import CharacterVocabulary
 from opdtheory.training.tasks.task import Example, Task
-from opdtheory.training.vocabulary import CharacterVocabulary
 
 __all__ = ["Modular"]
 

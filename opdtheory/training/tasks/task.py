@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from opdtheory.errors import BudgetExceededError, InvalidArgumentError
-from opdtheory.training.models import Environment, Samples
-from opdtheory.training.vocabulary import Vocabulary
+from opdtheory.training.models.samples import Environment, Samples
+from opdtheory.training.models.vocabulary import Vocabulary
 
 __all__ = ["Example", "Split", "Task", "split_of"]
 

@@ -7,8 +7,8 @@ import re
 from dataclasses import dataclass
 
 from opdtheory.errors import InvalidArgumentError
+from opdtheory.training.models.vocabulary import CharacterVocabulary
 from opdtheory.training.tasks.task import Example, Task
-from opdtheory.training.vocabulary import CharacterVocabulary
 
 __all__ = ["Calculator", "Tools"]
 

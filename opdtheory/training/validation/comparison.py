@@ -30,15 +30,13 @@ from opdtheory.training.validation.expectation import Known, Loss, Moments, Sing
 from opdtheory.training.validation.prediction import (
     VOCABULARY,
     group_factor,
-    is_token_local,
     predicted_weight,
     ratio_correction,
-    settings,
     standardised,
 )
 from opdtheory.training.validation.prefixes import Prefixes
 from opdtheory.training.validation.report import Validation
-from opdtheory.training.validation.vectors import difference, dot, estimator_text, norm
+from opdtheory.training.validation.vectors import difference, dot, norm
 
 __all__ = ["LEVEL", "compare", "predicted_logit_gradient", "random_images"]
 
@@ -75,7 +73,7 @@ def compare(
         InvalidArgumentError: the estimator looks beyond the next token.
         LossError: the loss has no gradient that can be read.
     """
-    if not is_token_local(estimator):
+    if not estimator.is_token_local:
         raise InvalidArgumentError(
             "estimator",
             f"{estimator!r} weighs a token by what comes after it; validate_by_enumeration takes it on tiny models",
@@ -134,7 +132,7 @@ def compare(
         interval = (shift - width, shift + width)
         foreseen = float(((predicted - exact) * along).sum()) / unit
     return Validation(
-        estimator=estimator_text(estimator),
+        estimator=estimator.label,
         claimed=estimator.claim.verdict,
         objective=f"{estimator.claim.granularity} {estimator.claim.divergence.label}",
         method="prefixes",
@@ -167,7 +165,7 @@ def random_images(prefixes: Prefixes, directions: int, seed: int) -> list[Tensor
 
 def predicted_logit_gradient(estimator: Estimator, prefixes: Prefixes) -> Float[Tensor, "N V"]:
     r"""The exact gradient at each prefix and the bias of theory, $E_p[(w_f - A) s]$, in the student's logits."""
-    options, divergence = settings(estimator), estimator.claim.divergence
+    options, divergence = estimator.settings, estimator.claim.divergence
     log_p, log_q = prefixes.log_p, prefixes.log_q
     p, weight = log_p.exp(), predicted_weight(estimator, log_p, log_q)
     if options.get("zscore"):

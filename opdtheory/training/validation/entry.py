@@ -9,7 +9,8 @@ from opdtheory.divergences import Divergence
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.estimators import Estimator
 from opdtheory.estimators import estimator as estimator_named
-from opdtheory.training.models import Environment, LanguageModel
+from opdtheory.training.models.language_model import LanguageModel
+from opdtheory.training.models.samples import Environment
 from opdtheory.training.validation.comparison import compare
 from opdtheory.training.validation.expectation import Loss
 from opdtheory.training.validation.prefixes import Prefixes

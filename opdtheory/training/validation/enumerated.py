@@ -13,20 +13,18 @@ from opdtheory.errors import InvalidArgumentError
 from opdtheory.estimators import Estimator
 from opdtheory.exact import ModulePolicy, exact_gradient, expected_gradient
 from opdtheory.exact.enumeration import Enumeration
-from opdtheory.training.models import LanguageModel, check_same_vocabulary
+from opdtheory.training.models.language_model import LanguageModel, check_same_vocabulary
 from opdtheory.training.objective import needs_groups
 from opdtheory.training.validation.expectation import Loss
 from opdtheory.training.validation.prediction import (
     VOCABULARY,
     group_factor,
-    is_token_local,
     predicted_weight,
     ratio_correction,
-    settings,
     standardised,
 )
 from opdtheory.training.validation.report import Validation
-from opdtheory.training.validation.vectors import difference, dot, estimator_text, norm
+from opdtheory.training.validation.vectors import difference, dot, norm
 
 __all__ = ["validate_by_enumeration"]
 
@@ -88,7 +86,7 @@ def validate_by_enumeration(
     size, found = norm(exact), norm(expected)
     unit = size if size > 0 else 1.0
     return Validation(
-        estimator=estimator_text(estimator),
+        estimator=estimator.label,
         claimed=claim.verdict,
         objective=f"{claim.granularity} {claim.divergence.label}",
         method="enumeration",
@@ -116,12 +114,12 @@ def validate_by_enumeration(
 
 def _predicted_tables(estimator: Estimator, everything: Enumeration, grouped: bool) -> list[Tensor]:
     """What theory says of the expected gradient, in the table of the student's logits."""
-    options, mask, tokens = settings(estimator), everything.mask, everything.tokens
+    options, mask, tokens = estimator.settings, everything.mask, everything.tokens
     laws = (everything.student_tables, everything.teacher_tables, everything.behavior_tables)
     log_p, log_q, log_mu = (torch.log_softmax(everything.gather_logits([t.detach() for t in x]), -1) for x in laws)
     at = tokens.clamp_min(0).unsqueeze(-1)
     own, other, drew = (torch.where(mask > 0, x.gather(-1, at).squeeze(-1), 0.0) for x in (log_p, log_q, log_mu))
-    if is_token_local(estimator):
+    if estimator.is_token_local:
         vocabulary = log_p.shape[-1]
         table = predicted_weight(estimator, log_p.view(-1, vocabulary), log_q.view(-1, vocabulary)).view(log_p.shape)
         weight = torch.where(mask > 0, table.gather(-1, at).squeeze(-1), 0.0)
@@ -152,7 +150,7 @@ def _predicted_tables(estimator: Estimator, everything: Enumeration, grouped: bo
 
 def _whole_rollout_weight(estimator: Estimator, log_u: Tensor, mask: Tensor) -> Float[Tensor, "S T"]:
     r"""T6: $\gamma^{n-1}[w(u_n) - \sum_{m>n}\gamma^{m-n} f(u_m)]$, the outer discount if asked for, or $w(U)$."""
-    options, divergence = settings(estimator), estimator.claim.divergence
+    options, divergence = estimator.settings, estimator.claim.divergence
     bound = options.get("clip_log_ratio", math.inf)
     log_u = log_u.clamp(-bound, bound)
     if estimator.name == "sequence_opd_plus":

@@ -4,30 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from opdtheory.errors import InvalidArgumentError
-from opdtheory.estimators import Estimator
 from opdtheory.training.validation.comparison import compare
-from opdtheory.training.validation.prediction import is_token_local
 from opdtheory.training.validation.prefixes import Prefixes
 
 if TYPE_CHECKING:
-    from opdtheory.training.trainer import Run
+    from opdtheory.training.run import Run
 
-__all__ = ["check_can_validate", "validate_run"]
+__all__ = ["validate_run"]
 
 # Enough for a confidence interval, few enough to be cheap beside a step.
 _PROMPTS, _DRAWS, _DIRECTIONS = 8, 64, 4
-
-
-def check_can_validate(loss: Estimator) -> None:
-    """Refuse to validate a run whose loss looks beyond the next token, or at no rollouts at all.
-
-    Raises:
-        InvalidArgumentError: names `validate_every`.
-    """
-    if loss.name == "supervised" or not is_token_local(loss):
-        why = "it has no rollouts" if loss.name == "supervised" else "its weights look beyond the next token"
-        raise InvalidArgumentError("validate_every", f"does not apply to {loss.name}: {why}")
 
 
 def validate_run(run: Run, finished: int) -> dict[str, float]:

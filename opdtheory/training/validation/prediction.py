@@ -18,30 +18,10 @@ from opdtheory.divergences import Divergence
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.estimators import Estimator
 
-__all__ = [
-    "VOCABULARY",
-    "group_factor",
-    "is_token_local",
-    "predicted_weight",
-    "ratio_correction",
-    "ratio_weight",
-    "settings",
-    "standardised",
-]
+__all__ = ["VOCABULARY", "group_factor", "predicted_weight", "ratio_correction", "ratio_weight", "standardised"]
 
 _TOP = ("topk_truncated", "topk_renormalised", "topk_tail")
-_WHOLE_ROLLOUT = ("return_to_go", "sequence_opd_plus")
 VOCABULARY = ("full_vocab", *_TOP)
-
-
-def settings(estimator: Estimator) -> dict[str, Any]:
-    """The options that an estimator was made with, by name."""
-    return dict(estimator.options)
-
-
-def is_token_local(estimator: Estimator) -> bool:
-    """Whether the weight of a token depends on its own prefix and probabilities alone, batches aside."""
-    return estimator.name not in _WHOLE_ROLLOUT or settings(estimator).get("gamma") == 0.0
 
 
 def predicted_weight(estimator: Estimator, log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -58,11 +38,11 @@ def predicted_weight(estimator: Estimator, log_p: Tensor, log_q: Tensor) -> Tens
     Raises:
         InvalidArgumentError: the weight is no function of one token's probabilities.
     """
-    if not is_token_local(estimator):
+    if not estimator.is_token_local:
         raise InvalidArgumentError(
             "estimator", f"{estimator!r} weighs a token by what comes after it; only full enumeration predicts it"
         )
-    options, divergence, log_u = settings(estimator), estimator.claim.divergence, log_q - log_p
+    options, divergence, log_u = estimator.settings, estimator.claim.divergence, log_q - log_p
     if estimator.name in _TOP:
         return _top_weight(estimator.name, options, divergence, log_p, log_q)
     if estimator.name == "power":
@@ -155,4 +135,4 @@ def ratio_correction(importance: str | None, weight: Tensor, ratio: Tensor, clip
 
 def group_factor(estimator: Estimator, size: int) -> float:
     """The factor of a mean that includes the rollout itself, in groups of one length (T7e)."""
-    return (size - 1) / size if settings(estimator).get("baseline") == "group_mean" else 1.0
+    return (size - 1) / size if estimator.settings.get("baseline") == "group_mean" else 1.0

@@ -15,13 +15,8 @@ from torch import Tensor
 from opdtheory.divergences import Divergence
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.exact.tree import pointwise
-from opdtheory.training.models import (
-    Environment,
-    LanguageModel,
-    Samples,
-    check_same_vocabulary,
-    response_logits,
-)
+from opdtheory.training.models.language_model import LanguageModel, check_same_vocabulary, response_logits
+from opdtheory.training.models.samples import Environment, Samples
 
 __all__ = ["Prefixes"]
 

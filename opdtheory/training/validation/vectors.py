@@ -7,14 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from opdtheory.estimators import Estimator
-
-__all__ = ["difference", "dot", "estimator_text", "norm"]
-
-
-def estimator_text(estimator: Estimator) -> str:
-    """The estimator as `opd, jsd, clip_log_ratio=6.0`."""
-    return repr(estimator).removeprefix("estimator(").removesuffix(")").replace("'", "").replace("divergence=", "")
+__all__ = ["difference", "dot", "norm"]
 
 
 def dot(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:

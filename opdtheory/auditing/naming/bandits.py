@@ -1,0 +1,109 @@
+"""The enumerated student-teacher pairs that an audit looks at."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from opdtheory.auditing.scenario import Case, _batches
+from opdtheory.exact import TabularPolicy
+
+__all__ = ["STEP", "bandit_parts", "bandits", "far_bandit", "far_grid", "is_dear", "log_u_grid"]
+
+_BANDIT_EVALUATIONS = 250
+
+# Points that a grid has at least, and batches of so many tokens that a bandit may cost where sampling would do.
+_FEWEST_POINTS = 5
+_AFFORDABLE_BATCHES = 1_000
+
+# Batch size from which the grid is split into bandits of three tokens, and its wide points then.
+_SPLIT_FROM = 3
+_SPLIT_POINTS = 17
+
+# Points of the wide part of the grid, odd, and its end.
+_GRID_POINTS = 33
+_GRID_LIMIT = 4.0
+
+# Log-ratios beyond the grid, of either sign, at which a formula is tried and clamps are looked for.
+_FAR = (4.5, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 10.5, 11.0, 11.5, 12.0)
+
+# Share of the teacher's law (above) or of the student's (below) that a far token has.
+_FAR_SHARE = 0.02
+
+# Keeps the wide points a millionth off the round log-ratios at which losses clip: on such a bound, rounding alone
+# would decide on which side a token falls.
+_OFF_ROUND = 1.0 + 2.0**-20
+
+# Spacing of the four points around 0 from which the slope at the teacher is taken.
+STEP = 0.01
+
+
+def is_dear(batch_size: int) -> bool:
+    """Whether recovering the weight of a loss that couples batches of this size takes seconds."""
+    return _batches(_FEWEST_POINTS, batch_size) > _AFFORDABLE_BATCHES
+
+
+def log_u_grid(batch_size: int = 1) -> Float[Tensor, " points"]:
+    """Log-ratios at which the weight is recovered: symmetric, 0 in the middle, `STEP` and `2 STEP` beside it."""
+    wide = _GRID_POINTS if batch_size < _SPLIT_FROM else _SPLIT_POINTS  # 0 is in both parts
+    while batch_size > 1 and wide > 1 and _bandit_evaluations(wide + 4, batch_size) > _BANDIT_EVALUATIONS:
+        wide -= 2
+    middle = STEP * torch.arange(-2, 3, dtype=torch.float64)
+    above = _OFF_ROUND * torch.linspace(0.0, _GRID_LIMIT, wide // 2 + 1, dtype=torch.float64)[1:]
+    return torch.cat([-above.flip(0), middle, above])
+
+
+def bandit_parts(batch_size: int) -> list[Float[Tensor, " points"]]:
+    """The grid in parts that are symmetric and hold 0, each for bandits of its own.
+
+    Batches of three and more out of few tokens are few: three at a time, `(-t, 0, t)`, cover a fine grid.
+    """
+    log_u = log_u_grid(batch_size)
+    if batch_size < _SPLIT_FROM:
+        return [log_u]
+    return [torch.stack([-t, torch.zeros_like(t), t]) for t in log_u[len(log_u) // 2 + 1 :]]
+
+
+def _bandit_evaluations(points: int, batch_size: int) -> int:
+    """Batches that the bandits of one law take."""
+    if batch_size < _SPLIT_FROM:
+        return _batches(points, batch_size)
+    return points // 2 * _batches(3, batch_size)
+
+
+def far_grid(sign: int) -> Float[Tensor, " points"]:
+    """Log-ratios of one sign from the end of the grid on, outwards."""
+    return sign * _OFF_ROUND * torch.tensor((_GRID_LIMIT, *_FAR), dtype=torch.float64)
+
+
+def far_bandit(log_u: Float[Tensor, " points"], off_policy: float, seed: int) -> Case:
+    """A one-step pair whose tokens have the log-ratios given, all of one sign, and a last one that balances the laws.
+
+    All but that one have a small share in the law that favours them, so that none outweighs the others.
+    """
+    share = torch.full_like(log_u, _FAR_SHARE)
+    p, q = (share * (-log_u).exp(), share) if bool((log_u > 0).all()) else (share, share * log_u.exp())
+    student, teacher = (
+        TabularPolicy([torch.cat([law, 1.0 - law.sum(0, keepdim=True)]).log().unsqueeze(0)]) for law in (p, q)
+    )
+    behavior = student.perturbed(off_policy, seed=seed + 1) if off_policy else None
+    return Case(student, teacher, behavior, "far bandit")
+
+
+def bandits(log_u: Float[Tensor, " points"], off_policy: float, seed: int) -> list[Case]:
+    r"""One-step pairs with one token per grid point, whose log-ratios are the grid exactly.
+
+    With $p_a \propto r_a e^{-t_a/2}$, $q_a \propto r_a e^{t_a/2}$ and both $t$ and $r$ symmetric about the
+    middle, the normalisers agree and $\log u_a = t_a$. Different $r$ sweep $p$ apart from $u$.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    cases = []
+    for spread in (0.0, 0.7, 1.4):
+        noise = spread * torch.randn(log_u.shape, generator=generator, dtype=torch.float64)
+        log_r = (noise + noise.flip(0)) / 2
+        student = TabularPolicy([(log_r - log_u / 2).unsqueeze(0)])
+        teacher = TabularPolicy([(log_r + log_u / 2).unsqueeze(0)])
+        behavior = student.perturbed(off_policy, seed=seed + 1) if off_policy else None
+        cases.append(Case(student, teacher, behavior, f"bandit, spread {spread:g}"))
+    return cases

@@ -1,5 +1,0 @@
-"""An audit as one self-contained HTML file."""
-
-from opdtheory.auditing.page.render import render_audit, write_audit
-
-__all__ = ["render_audit", "write_audit"]

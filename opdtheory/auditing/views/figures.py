@@ -1,0 +1,292 @@
+"""The curves of an audit, and the figures of its page as inline SVG. The figures need matplotlib (extra `plots`)."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from opdtheory.auditing.report import FAITHFUL, Audit
+from opdtheory.divergences import Divergence
+from opdtheory.divergences import divergence as as_divergence
+from opdtheory.errors import OpdTheoryError
+from opdtheory.rendering.svg import svg_of
+
+__all__ = ["Curves", "Figure", "curves", "figures"]
+
+# A generator is integrated from the recovered weight only as far as it can be drawn.
+_GENERATOR_LIMIT = 2.5
+_GENERATOR_POINTS = 1001
+
+# Log-ratios that set the height of the figure of the weight; what is higher further out is cut off.
+_WINDOW = 2.5
+_HEADROOM = 1.25
+
+# A recovered weight below this is rounding.
+_ROUNDING = 1e-9
+
+# Relative biases are drawn on a logarithmic axis that ends here.
+_SMALLEST = 1e-17
+
+# Colours that no figure would have by chance; each becomes a variable of the page's style sheet.
+_COLOURS = {
+    "#010101": "var(--ink)",
+    "#020202": "var(--muted)",
+    "#030303": "var(--rule)",
+    "#040404": "var(--claimed)",
+    "#050505": "var(--found)",
+}
+_INK, _MUTED, _RULE, _CLAIMED, _FOUND = _COLOURS
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What is drawn of the weight, on one grid of log-ratios.
+
+    Attributes:
+        log_u: the grid.
+        weight: the recovered weight, zero at `u = 1`.
+        claimed: the claimed divergence's weight at the loss's scale, zero at `u = 1`; None if it is not known.
+        generator_log_u: a finer grid.
+        generator: the implied generator `V[w]`, zero with its slope at `u = 1`; None if the weight is no
+            function of the ratio, or known at too few points.
+        claimed_generator: the claimed one in the same gauge and at the same scale.
+    """
+
+    log_u: Float[Tensor, " points"]
+    weight: Float[Tensor, " points"]
+    claimed: Float[Tensor, " points"] | None
+    generator_log_u: Float[Tensor, " fine"]
+    generator: Float[Tensor, " fine"] | None
+    claimed_generator: Float[Tensor, " fine"] | None
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure of the page.
+
+    Attributes:
+        title: its heading.
+        alt: what it shows, for those who do not see it.
+        svg: the `<svg>` element.
+    """
+
+    title: str
+    alt: str
+    svg: str
+
+
+def curves(report: Audit, divergence: str | Divergence | None = None) -> Curves:
+    r"""The recovered weight and its implied generator $V[w](u) = u\int_1^u w(t)/t^2\,dt$ (T4), with the claimed ones.
+
+    Args:
+        report: the audit.
+        divergence: the claimed one, where its label does not say it, as of a generator of one's own.
+    """
+    log_u, weight = report.weight["log_u"], report.weight["weight"]
+    claim = _claimed(report, divergence)
+    scale = report.scale if report.verdict in FAITHFUL else 1.0
+    origin = torch.zeros((), dtype=torch.float64)
+    claimed = None if claim is None else scale * (claim.weight(log_u) - claim.weight(origin))
+    fine, generator = _implied(report)
+    in_gauge = None
+    if claim is not None:
+        in_gauge = scale * (claim.generator(fine) - claim.log_slope(origin) * fine.expm1())
+    return Curves(log_u, weight, claimed, fine, generator, in_gauge)
+
+
+def _claimed(report: Audit, divergence: str | Divergence | None) -> Divergence | None:
+    try:
+        return as_divergence(report.objective if divergence is None else divergence)
+    except OpdTheoryError:
+        return None
+
+
+def _implied(report: Audit) -> tuple[Tensor, Tensor | None]:
+    log_u, weight = report.weight["log_u"], report.weight["weight"]
+    limit = min(_GENERATOR_LIMIT, float(log_u[-1])) if len(log_u) else 0.0
+    fine = torch.linspace(-limit, limit, _GENERATOR_POINTS, dtype=torch.float64)
+    if not report.weight["depends_on_ratio_only"] or limit < 1.0:
+        return fine, None
+    from scipy.integrate import cumulative_simpson
+    from scipy.interpolate import PchipInterpolator
+
+    # In s = log t the integrand is w e^-s ds.
+    integrand = PchipInterpolator(log_u.numpy(), weight.numpy())(fine.numpy()) * (-fine).exp().numpy()
+    integral = torch.from_numpy(cumulative_simpson(integrand, x=fine.numpy(), initial=0.0))
+    return fine, fine.exp() * (integral - integral[_GENERATOR_POINTS // 2])
+
+
+def figures(report: Audit, drawn: Curves) -> list[Figure]:
+    """The figures of an audit: weight, implied generator, bias and variance by pair.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    import matplotlib
+
+    style: dict[Any, Any] = {
+        "svg.hashsalt": "opdtheory",
+        "svg.fonttype": "none",
+        "font.family": "sans-serif",
+        "font.size": 10,
+        "mathtext.fontset": "dejavusans",
+        "text.color": _INK,
+        "axes.labelcolor": _INK,
+        "axes.edgecolor": _MUTED,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.linewidth": 0.8,
+        "axes.unicode_minus": True,
+        "xtick.color": _MUTED,
+        "ytick.color": _MUTED,
+        "xtick.labelcolor": _INK,
+        "ytick.labelcolor": _INK,
+        "grid.color": _RULE,
+        "grid.linewidth": 0.6,
+        "legend.frameon": False,
+        "lines.linewidth": 2.0,
+    }
+    with matplotlib.rc_context(style):
+        found = [
+            _weight(report, drawn),
+            _generator(drawn),
+            _bias(report),
+            _variance(report),
+        ]
+    return [figure for figure in found if figure is not None]
+
+
+def _weight(report: Audit, drawn: Curves) -> Figure | None:
+    if len(drawn.log_u) == 0 or float(drawn.log_u[-1]) < 1.0:
+        return None
+    sheet, axis = _sheet()
+    inside = drawn.log_u.abs() <= _WINDOW
+    if drawn.claimed is not None:
+        axis.plot(drawn.log_u, drawn.claimed, color=_CLAIMED, linewidth=4.5, alpha=0.55, label="claimed")
+    style = "-" if report.weight["depends_on_ratio_only"] else "--"
+    axis.plot(drawn.log_u, drawn.weight, style, color=_FOUND, label="recovered")
+    ends = [report.weight[key] for key in ("low", "high") if key in report.weight]
+    if ends:
+        axis.fill_between(drawn.log_u, *ends, color=_FOUND, alpha=0.2, linewidth=0.0, label="interval")
+    _heights(axis, [c[inside] for c in (drawn.weight, drawn.claimed, *ends) if c is not None], zero=True)
+    _frame(axis, "log u", "w(u) − w(1)")
+    axis.legend(loc="best")
+    sides = f"from {float(drawn.weight[inside][0]):.3g} at log u = {float(drawn.log_u[inside][0]):.3g} "
+    sides += f"to {float(drawn.weight[inside][-1]):.3g} at log u = {float(drawn.log_u[inside][-1]):.3g}"
+    shape = "never falls" if report.weight["non_decreasing"] else "falls in places"
+    alt = f"Recovered weight of a token against the log-ratio: {sides}; it {shape}."
+    return Figure("Weight on a token", alt, _svg(sheet, "weight"))
+
+
+def _generator(drawn: Curves) -> Figure | None:
+    if drawn.generator is None:
+        return None
+    sheet, axis = _sheet()
+    inside = drawn.generator_log_u.abs() <= 2.0
+    if drawn.claimed_generator is not None:
+        label = "claimed"
+        axis.plot(
+            drawn.generator_log_u, drawn.claimed_generator, color=_CLAIMED, linewidth=4.5, alpha=0.55, label=label
+        )
+    axis.plot(drawn.generator_log_u, drawn.generator, color=_FOUND, label="implied")
+    _heights(axis, [c[inside] for c in (drawn.generator, drawn.claimed_generator) if c is not None])
+    _frame(axis, "log u", "V(u)")
+    axis.legend(loc="best")
+    low = float(drawn.generator.min())
+    sign = "it is nowhere negative" if low >= -_ROUNDING else f"it falls to {low:.3g}"
+    return Figure(
+        "Implied generator", f"Generator that the recovered weight belongs to: {sign}.", _svg(sheet, "generator")
+    )
+
+
+def _bias(report: Audit) -> Figure | None:
+    values = [max(pair.relative_bias, _SMALLEST) for pair in report.pairs if math.isfinite(pair.relative_bias)]
+    if not values or len(values) < len(report.pairs):
+        return None
+    sheet, axis = _sheet()
+    rows = list(range(1, len(values) + 1))
+    axis.set_xscale("log")
+    axis.hlines(rows, _SMALLEST, values, color=_FOUND, linewidth=2.5, alpha=0.45)
+    axis.plot(values, rows, "o", color=_FOUND, markersize=7)
+    axis.axvline(report.tolerance, color=_CLAIMED, linestyle="--", linewidth=1.4)
+    axis.text(report.tolerance, 0.3, "rounding", ha="center", va="bottom", color=_INK, fontsize=9)
+    axis.set_xlim(_SMALLEST, max(10.0, 3.0 * max(values)))
+    axis.set_xticks([1e-16, 1e-12, 1e-8, 1e-4, 1.0])
+    _rows(axis, rows)
+    _frame(axis, "relative bias", "pair")
+    alt = f"Relative bias of {len(values)} pairs, from {min(values):.1e} to {max(values):.1e}; "
+    alt += f"up to {report.tolerance:.0e} is rounding."
+    return Figure("Bias by pair", alt, _svg(sheet, "bias"))
+
+
+def _variance(report: Audit) -> Figure | None:
+    pairs = [(pair.variance, pair.full_vocabulary_variance) for pair in report.pairs]
+    if not pairs or not all(0.0 < value < math.inf for pair in pairs for value in pair):
+        return None
+    sheet, axis = _sheet()
+    rows = list(range(1, len(pairs) + 1))
+    own, whole = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    axis.set_xscale("log")
+    axis.hlines(rows, whole, own, color=_MUTED, linewidth=1.2, alpha=0.6)
+    axis.plot(whole, rows, "D", color=_CLAIMED, markersize=6, label="whole vocabulary")
+    axis.plot(own, rows, "o", color=_FOUND, markersize=7, label="this loss")
+    _rows(axis, rows)
+    _frame(axis, "variance of one batch's gradient", "pair")
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 0.98), ncols=2, handletextpad=0.4, borderpad=0.0)
+    ratios = [a / b for a, b in pairs]
+    alt = "Variance of the loss's gradient against that of the whole-vocabulary estimator of the claim: "
+    alt += f"{min(ratios):.3g} to {max(ratios):.3g} times."
+    return Figure("Variance by pair", alt, _svg(sheet, "variance"))
+
+
+def _sheet() -> tuple[Any, Any]:
+    # Not pyplot: no global state, and no display.
+    from matplotlib.figure import Figure as Sheet
+
+    sheet = Sheet(figsize=(4.5, 3.0))
+    sheet.subplots_adjust(left=0.125, right=0.97, bottom=0.17, top=0.9)
+    sheet.patch.set_alpha(0.0)
+    axis = sheet.subplots()
+    axis.patch.set_alpha(0.0)
+    return sheet, axis
+
+
+def _frame(axis: Any, x: str, y: str) -> None:
+    axis.set_xlabel(x)
+    # Above the axis, where it reads from left to right and no tick is too wide for it.
+    axis.text(-0.1, 1.03, y, transform=axis.transAxes, ha="left", va="bottom")
+    axis.grid(True, axis="both" if axis.get_xscale() == "linear" else "x")
+    axis.set_axisbelow(True)
+    axis.minorticks_off()
+
+
+def _rows(axis: Any, rows: list[int]) -> None:
+    axis.set_yticks(rows, [str(row) for row in rows])
+    axis.set_ylim(len(rows) + 0.6, 0.4)
+    axis.tick_params(axis="y", length=0)
+
+
+def _heights(axis: Any, values: list[Tensor], zero: bool = False) -> None:
+    low, high = min(float(v.min()) for v in values), max(float(v.max()) for v in values)
+    if high - low < _ROUNDING:
+        low, high = -1.0, 1.0
+    if zero:
+        low, high = min(low, 0.0), max(high, 0.0)
+    middle, half = (low + high) / 2, _HEADROOM * (high - low) / 2
+    axis.set_ylim(middle - half, middle + half)
+
+
+def _svg(sheet: Any, prefix: str) -> str:
+    # Several figures share one page: their ids must differ, and their colours follow the page's.
+    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}-", svg_of(sheet))
+    text = re.sub(r"<metadata>.*?</metadata>\s*|<style.*?</style>\s*", "", text, flags=re.DOTALL)
+    text = re.sub(r"font-family: [^;\"]+", "font-family: inherit", text)
+    for colour, variable in _COLOURS.items():
+        text = text.replace(colour, variable)
+    return text.replace("<svg ", '<svg aria-hidden="true" ', 1)

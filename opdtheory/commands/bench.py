@@ -1,0 +1,96 @@
+r"""`opdtheory bench`: whole-vocabulary losses against the textbook formula by autograd, on the machine at hand."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from opdtheory.commands.console import FAILS, HOLDS, USAGE
+from opdtheory.errors import OpdTheoryError
+from opdtheory.rendering import text
+
+if TYPE_CHECKING:
+    from opdtheory.commands.console import Commands
+    from opdtheory.kernels.comparison import Comparison
+
+__all__ = ["add_parser", "run"]
+
+
+def add_parser(commands: Commands) -> None:
+    """Add the command and its options."""
+    parser = commands.add_parser(
+        "bench",
+        help="time the whole-vocabulary losses on this machine",
+        description="Time, memory and error of fused_divergence, side by side with the textbook formula by autograd.",
+        epilog="exit status: 0 if every gradient is right, 1 if one is not, 2 for a wrong option; times decide nothing",
+    )
+    parser.add_argument(
+        "divergences", nargs="*", metavar="DIVERGENCE", help="names or labels; a choice of the catalogue if none"
+    )
+    parser.add_argument("--tokens", type=int, default=64, metavar="N", help="rows of logits (%(default)s)")
+    parser.add_argument("--vocabulary", type=int, default=151_936, metavar="V", help="words of a row (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="of each, alternated (%(default)s)")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16", "float64"), default="float32", help="(%(default)s)"
+    )
+    parser.add_argument("--device", default="cpu", metavar="NAME", help="where the losses are computed (%(default)s)")
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Compare as the options say, print the table; the exit status is 1 if a gradient is wrong."""
+    from opdtheory.kernels.comparison import DIVERGENCES, DTYPES, compare
+    from opdtheory.machine import machine
+
+    try:
+        rows = compare(
+            options.divergences or DIVERGENCES,
+            tokens=options.tokens,
+            vocabulary=options.vocabulary,
+            repeats=options.repeats,
+            dtype=DTYPES[options.dtype],
+            device=options.device,
+        )
+    except OpdTheoryError as error:
+        print(f"opdtheory bench: {error}", file=sys.stderr)
+        return USAGE
+    if options.json:
+        print(json.dumps({"machine": machine(), "rows": [_as_json(row) for row in rows]}, indent=2))
+    else:
+        print(f"{options.tokens} x {options.vocabulary:,} words, {options.dtype}, forward and backward")
+        print(machine(), end="\n\n")
+        print(_as_text(rows))
+    return HOLDS if all(row.agrees for row in rows) else FAILS
+
+
+def _as_json(row: Comparison) -> dict[str, Any]:
+    # JSON has no NaN.
+    values = {name: None if value != value else value for name, value in dataclasses.asdict(row).items()}
+    return {**values, "agrees": row.agrees}
+
+
+_COLUMNS = ("divergence", "ms", "textbook", "of its time", "MB", "textbook", "of its memory", "gradient off by", "")
+
+
+def _as_text(rows: Sequence[Comparison]) -> str:
+    table = [_COLUMNS]
+    for row in rows:
+        table.append(
+            (
+                row.divergence,
+                f"{row.milliseconds:.2f}",
+                f"{row.textbook_milliseconds:.2f}",
+                f"{row.milliseconds / row.textbook_milliseconds:.3f}",
+                f"{row.megabytes:.0f}",
+                f"{row.textbook_megabytes:.0f}",
+                f"{row.megabytes / row.textbook_megabytes:.3f}" if row.textbook_megabytes else "-",
+                f"{row.difference:.0e}",
+                "" if row.agrees else f"WRONG: more than {row.allowed:.0e}",
+            )
+        )
+    return "\n".join(text.table(table))

@@ -1,0 +1,107 @@
+"""`opdtheory reproduce`: the options, and what is printed."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from opdtheory.commands.console import FAILS, HOLDS, USAGE
+from opdtheory.errors import OpdTheoryError
+from opdtheory.reproduction.plan import plan_of
+
+if TYPE_CHECKING:
+    from opdtheory.commands.console import Commands
+
+__all__ = ["add_parser", "run"]
+
+
+def add_parser(commands: Commands) -> None:
+    """Add the command and its options."""
+    parser = commands.add_parser(
+        "reproduce",
+        help="train every arm of the experiment and write the page of what reproduces",
+        description="Run every arm of the experiment in a process of its own, and write the page. Finished arms are "
+        "kept: the same command goes on where it was stopped.",
+        epilog="exit status: 0 if every arm has a row, 1 if one has none, 2 for a wrong option",
+    )
+    parser.add_argument("--quick", action="store_true", help="a shorter plan: fewer steps, seeds, arms and problems")
+    parser.add_argument(
+        "--out", type=Path, default=Path("reports/reproduction"), metavar="DIR", help="folder of the rows (%(default)s)"
+    )
+    parser.add_argument("--page", type=Path, metavar="FILE", help="page to write (reproduction.md in the folder)")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes at a time (one per core)")
+    parser.add_argument("--seeds", type=int, metavar="N", help="other than the plan's")
+    parser.add_argument("--steps", type=int, metavar="N", help="of each arm, other than the plan's")
+    parser.add_argument("--task", action="append", metavar="NAME", help="one of the tasks only; may be repeated")
+    parser.add_argument("--device", default="auto", metavar="NAME", help="of the arms (%(default)s)")
+    parser.add_argument("--cache", metavar="DIR", help="folder of trained teachers and students")
+    parser.add_argument(
+        "--adopt", type=Path, metavar="FILE", help="rows beside another page (its .jsonl) that need not be run again"
+    )
+    parser.add_argument("--no-run", action="store_true", help="run nothing, write the page of the rows that are there")
+    parser.add_argument("--json", action="store_true", help="print the table as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the experiment as the options say; returns the exit status."""
+    from opdtheory.reproduction.runner import adopt, reproduce, stored
+
+    try:
+        name = "quick" if options.quick else "full"
+        plan = plan_of(name, seeds=options.seeds, steps=options.steps, tasks=options.task)
+        if options.adopt is not None:
+            print(f"{adopt(options.adopt, options.out)} rows adopted", file=sys.stderr)
+        if options.no_run:
+            outcome = stored(plan, options.out, cache=options.cache)
+        else:
+            with _terminated_like_interrupted():
+                outcome = reproduce(
+                    plan,
+                    options.out,
+                    workers=options.workers,
+                    cache=options.cache,
+                    device=options.device,
+                    report=lambda line: print(line, file=sys.stderr, flush=True),
+                )
+    except OpdTheoryError as error:
+        print(f"opdtheory reproduce: {error}", file=sys.stderr)
+        return USAGE
+    except KeyboardInterrupt:
+        print("opdtheory reproduce: stopped; the same command goes on with the arms that are missing", file=sys.stderr)
+        return FAILS
+    if not outcome.rows:
+        print("opdtheory reproduce: there is no row to write a page of", file=sys.stderr)
+        return FAILS
+    from opdtheory.reproduction.claims import as_text
+    from opdtheory.reproduction.page import write_page
+    from opdtheory.reproduction.summary import summaries
+
+    table = summaries(outcome.rows)
+    print(json.dumps([each.to_dict() for each in table], indent=2) if options.json else as_text(table))
+    path = write_page(outcome, options.page or options.out / "reproduction.md")
+    print(f"wrote {path}", file=sys.stderr if options.json else sys.stdout)
+    for name, reason in outcome.missing.items():
+        if reason != "not run":
+            print(f"{name}: {reason}", file=sys.stderr)
+    return FAILS if outcome.missing and not options.no_run else HOLDS
+
+
+@contextlib.contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """Let a SIGTERM end the processes as Ctrl-C does, not leave them behind; threads other than the main cannot."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,82 @@
+"""`opdtheory table`: what each local estimator follows, derived symbolically."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
+
+from opdtheory.commands.console import HOLDS
+from opdtheory.rendering import text
+from opdtheory.rendering.markdown import markdown_table
+
+if TYPE_CHECKING:
+    from opdtheory.commands.console import Commands
+    from opdtheory.verification.estimators import Row
+
+__all__ = ["Format", "add_parser", "render", "run"]
+
+
+def add_parser(commands: Commands) -> None:
+    """Add the command and its options."""
+    parser = commands.add_parser("table", help="what each local estimator follows, derived symbolically")
+    parser.add_argument("--format", choices=("text", "markdown", "latex"), default="text", help="(%(default)s)")
+    parser.add_argument("--json", action="store_true", help="print the table as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the table as the options say; returns the exit status."""
+    from opdtheory.verification.estimators import rows
+
+    table = rows()
+    print(json.dumps([row.to_dict() for row in table], indent=2) if options.json else render(table, options.format))
+    return HOLDS
+
+
+Format = Literal["text", "markdown", "latex"]
+
+_HEADER = ("estimator", "weight w(u)", "implied generator V[w]", "what it is", "at the teacher", "E_p[w²] is")
+
+# Longer formulas are cut in text and Markdown; LaTeX has them whole.
+_WIDEST = 44
+
+
+def render(table: list[Row], style: Format = "text") -> str:
+    """The table as plain text, Markdown or a LaTeX `tabular`."""
+    if style == "latex":
+        return _latex(table)
+    lines = [_HEADER, *(_cells(row) for row in table)]
+    if style == "markdown":
+        return markdown_table(_HEADER, lines[1:])
+    return "\n".join(text.table(lines))
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    return (
+        row.estimator.label,
+        _short(str(row.weight)),
+        _short(str(row.implied)),
+        row.verdict,
+        row.stability,
+        row.second_moment,
+    )
+
+
+def _short(formula: str) -> str:
+    return formula if len(formula) <= _WIDEST else formula[: _WIDEST - 2] + " …"
+
+
+def _latex(table: list[Row]) -> str:
+    import sympy
+
+    escape: Callable[[str], str] = lambda words: (  # noqa: E731
+        words.replace("_", r"\_").replace("→", r"$\to$").replace("∞", r"$\infty$").replace("²", "$^2$")
+    )
+    lines = [" & ".join(escape(cell) for cell in _HEADER) + r" \\ \midrule"]
+    for row in table:
+        formulas = [f"${sympy.latex(expr)}$" for expr in (row.weight, row.implied)]
+        words = [escape(words) for words in (row.verdict, row.stability, row.second_moment)]
+        lines.append(" & ".join([rf"\texttt{{{escape(row.estimator.label)}}}", *formulas, *words]) + r" \\")
+    return "\n".join([r"\begin{tabular}{llllll} \toprule", *lines, r"\bottomrule", r"\end{tabular}"])

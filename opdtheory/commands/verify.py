@@ -1,0 +1,151 @@
+"""`opdtheory verify`: check every identity and refute every false twin."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from opdtheory.commands.console import FAILS, HOLDS, USAGE
+from opdtheory.commands.console import console as console_of
+from opdtheory.rendering import text
+
+if TYPE_CHECKING:
+    from opdtheory.commands.console import Commands
+    from opdtheory.verification.verify import Verification
+
+__all__ = ["add_parser", "run"]
+
+
+def add_parser(commands: Commands) -> None:
+    """Add the command and its options."""
+    parser = commands.add_parser("verify", help="check every identity and refute every false twin")
+    parser.add_argument(
+        "select", nargs="*", metavar="NAME", help="theorems (T4) and estimators (opd_plus); all if none"
+    )
+    parser.add_argument("--workers", type=int, metavar="N", help="processes to share the work among (one per core)")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON")
+    parser.add_argument(
+        "--report", type=Path, default=Path("reports/verify.html"), metavar="FILE", help="page to write (%(default)s)"
+    )
+    parser.add_argument("--no-report", action="store_true", help="write no page")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Verify as the options say; returns the exit status."""
+    from opdtheory.errors import OpdTheoryError
+    from opdtheory.verification.verify import verify
+
+    console = None if options.json else console_of()
+    workers = options.workers if options.workers is not None else len(os.sched_getaffinity(0))
+    try:
+        if console is not None and console.is_terminal:
+            with console.status("verifying") as status:
+                done = functools.partial(_show_progress, status)
+                result = verify(options.select, workers=workers, progress=done)
+        else:
+            result = verify(options.select, workers=workers)
+    except OpdTheoryError as error:
+        print(f"opdtheory verify: {error}", file=sys.stderr)
+        return USAGE
+    if options.json:
+        print(json.dumps(result.to_dict(), indent=2))
+    elif console is not None:
+        _print_rich(console, result)
+    else:
+        _print_plain(result)
+    if not options.no_report:
+        from opdtheory.verification.page import write_page
+
+        path = write_page(result, options.report)
+        print(f"wrote {path}", file=sys.stderr if options.json else sys.stdout)
+    return HOLDS if result.passed else FAILS
+
+
+def _show_progress(status: Any, item: str) -> None:
+    status.update(f"verified {item}")
+
+
+_THEOREM_HEADER = ("", "theorem", "check", "how", "error", "cases", "false twins", "s")
+
+_ESTIMATOR_HEADER = ("", "estimator", "claimed for", "audit's verdict", "false twin")
+
+
+def _theorem_rows(result: Verification) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    for theorem in result.theorems:
+        steps = f"{sum(step.holds for step in theorem.steps)} of {len(theorem.steps)} steps"
+        seconds = f"{theorem.seconds:.1f}"
+        rows.append((_mark(theorem.passed), theorem.number, theorem.name, f"derived: {steps}", "", "", "", seconds))
+        for r in theorem.identities:
+            twins = f"{len(r.twins) - len(r.survivors)} of {len(r.twins)} refuted"
+            rows.append((_mark(r.passed), "", r.name, r.kind, _error(r.error), str(r.cases), twins, f"{r.seconds:.1f}"))
+    return rows
+
+
+def _error(value: float) -> str:
+    return "0" if value == 0.0 else f"{value:.1e}"
+
+
+def _estimator_rows(result: Verification) -> list[tuple[str, ...]]:
+    return [
+        (
+            _mark(r.passed),
+            r.label,
+            r.claim.divergence.label + ("" if r.claim.granularity == "token_local" else f", {r.claim.granularity}"),
+            r.audit.verdict.replace("_", " ")
+            + (f": {r.audit.descends}" if r.audit.verdict == "other_objective" else ""),
+            "refuted" if r.twin_refuted else "SURVIVES",
+        )
+        for r in result.estimators
+    ]
+
+
+def _mark(passed: bool) -> str:
+    return "ok" if passed else "FAILED"
+
+
+def _summary(result: Verification) -> str:
+    steps = [step for theorem in result.theorems for step in theorem.steps]
+    return (
+        f"{sum(r.passed for r in result.theorems)} of {len(result.theorems)} theorems hold "
+        f"({sum(step.holds for step in steps)} of {len(steps)} steps, "
+        f"{sum(r.passed for r in result.identities)} of {len(result.identities)} checks), "
+        f"{sum(r.passed for r in result.estimators)} of {len(result.estimators)} estimators keep their claim, "
+        f"{result.twins_refuted} false twins refuted, in {result.seconds:.0f} s"
+    )
+
+
+def _print_rich(console: Any, result: Verification) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    for title, header, rows in (
+        ("Theorems", _THEOREM_HEADER, _theorem_rows(result)),
+        ("Estimators", _ESTIMATOR_HEADER, _estimator_rows(result)),
+    ):
+        table = Table(title=title, title_justify="left")
+        for column in header:
+            table.add_column(column, overflow="fold")
+        for row in rows:
+            mark = Text(row[0], style="green" if row[0] == "ok" else "bold red")
+            # A theorem's own row heads those of its checks.
+            table.add_row(
+                mark, *(Text(cell) for cell in row[1:]), style="bold" if row[1] and header[1] == "theorem" else ""
+            )
+        console.print(table)
+    console.print(Text(_summary(result), style="bold green" if result.passed else "bold red"))
+
+
+def _print_plain(result: Verification) -> None:
+    for header, rows in (
+        (_THEOREM_HEADER, _theorem_rows(result)),
+        (_ESTIMATOR_HEADER, _estimator_rows(result)),
+    ):
+        print(*text.table((header, *rows)), sep="\n", end="\n\n")
+    print(_summary(result))

@@ -1,0 +1,88 @@
+"""Time and memory of a call on this machine, several calls side by side, and the machine's name."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Hashable, Mapping
+from pathlib import Path
+from typing import TypeAlias, TypeVar
+
+import torch
+
+__all__ = ["Name", "Run", "in_turn", "machine", "peak", "seconds"]
+
+Run: TypeAlias = Callable[[], object]
+
+
+def machine() -> str:
+    """Processor, cores, torch and its threads, and the GPU if one is in use."""
+    name = platform.processor() or platform.machine()
+    try:
+        models = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")]
+        name = models[0].split(":")[1].strip() if models else name
+    except OSError:
+        pass
+    gpu = f"{torch.cuda.get_device_name()}, beside " if torch.cuda.is_initialized() else ""
+    return f"{gpu}{name}, {os.cpu_count()} cores, torch {torch.__version__} with {torch.get_num_threads()} threads"
+
+
+def seconds(call: Run) -> float:
+    """Wall-clock time of one run, until a GPU in use has done what it was given."""
+    _settle()
+    start = time.perf_counter()
+    call()
+    _settle()
+    return time.perf_counter() - start
+
+
+def _settle() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+Name = TypeVar("Name", bound=Hashable)
+
+
+def in_turn(subjects: Mapping[Name, Run], repeats: int, before: Run = lambda: None) -> dict[Name, float]:
+    """Medians of alternated repeats, after one run of each that is not counted; `before` each the clock stands."""
+    taken: dict[Name, list[float]] = {name: [] for name in subjects}
+    for repeat in range(repeats + 1):
+        for name, call in subjects.items():
+            before()
+            spent = seconds(call)
+            if repeat:
+                taken[name].append(spent)
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def peak(call: Run) -> float:
+    """The memory, in MB, that a run takes at its peak beyond what there was before; NaN if unknown.
+
+    Resident memory, or where a GPU is in use what torch has allocated there.
+    """
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        call()
+        return (torch.cuda.max_memory_allocated() - held) / 1e6
+    try:
+        # What the allocator keeps of freed memory would hide what a run takes.
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+        before = _status("VmRSS")
+        call()
+        return (_status("VmHWM") - before) / 1e6
+    except (OSError, AttributeError):
+        return math.nan
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return 1024 * int(line.split()[1])
+    raise OSError(field)

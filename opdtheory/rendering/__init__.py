@@ -1,0 +1,1 @@
+"""Text, Markdown, HTML and SVG; nothing here knows what it prints."""

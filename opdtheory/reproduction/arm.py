@@ -1,0 +1,181 @@
+"""One job of the experiment in a process of its own: `python -m opdtheory.reproduction.arm < job.json`.
+
+A job trains a model that the cache lacks, or runs one arm and writes its row. A step that cannot be taken, a loss that
+is not finite, say, makes a row too: it is a result.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opdtheory.errors import TrainingError
+from opdtheory.reproduction.plan import OPTIMAL, Arm
+from opdtheory.reproduction.theory import local_weight, objective_value
+from opdtheory.training.config import TrainConfig
+from opdtheory.training.models.language_model import LanguageModel
+from opdtheory.training.pairs import load_model, load_pair, recipe_for
+from opdtheory.training.tasks import Task
+from opdtheory.training.tasks import task as task_of
+from opdtheory.training.trainer import train
+from opdtheory.training.validation import Prefixes, compare
+
+__all__ = ["machine", "main", "model_keys", "optimal_baseline", "run_arm"]
+
+_CURVE = (
+    *("reverse_kl", "forward_kl", "entropy", "gradient_norm"),
+    *("clip_fraction", "response_length", "sampled_accuracy"),
+)
+_POINTS = 40  # of a curve
+_DIGITS = 5
+_BIAS_ROLLOUTS, _BIAS_DIRECTIONS, _BIAS_DRAWS = 32, 4, 4
+_OBJECTIVE_ROLLOUTS = 128
+_PROBE_SEED = 12345  # of the rollouts on which bias and objective are measured
+
+
+def model_keys(task: str, seed: int) -> dict[str, str]:
+    """The names of the student and the teacher of an arm, which change with their recipes."""
+    return {"student": recipe_for(task, "student", seed).key, "teacher": recipe_for(task, "teacher", 0).key}
+
+
+def run_arm(arm: Arm, *, cache: str | None = None, device: str = "auto") -> dict[str, Any]:
+    """Train one arm and measure it at the start and at the end; its row as JSON values."""
+    wall, processor = time.perf_counter(), time.process_time()
+    task = task_of(arm.task)
+    student, teacher = load_pair(arm.task, arm.seed, cache=cache)
+    config = arm.config(device=device, cache=cache, progress=False)
+    row: dict[str, Any] = {
+        **{name: value for name, value in arm.to_dict().items() if name != "fields"},
+        "identity": arm.identity,
+        "models": model_keys(arm.task, arm.seed),
+        "status": "finished",
+        "machine": machine(),
+    }
+    try:
+        probe = _probe(config, task, student, teacher, _BIAS_ROLLOUTS)
+        if arm.fields.get("baseline_value") == OPTIMAL:
+            row["baseline_value"] = optimal_baseline(config, probe)
+            config = config.replace(baseline_value=row["baseline_value"])
+        row["bias"] = _bias(config, probe)
+        row["objective"] = [_objective(config, task, student, teacher)]
+        result = train(config, student=student, teacher=teacher, task=task)
+        row["objective"].append(_objective(config, task, result.student, teacher))
+        row |= {"start": result.evaluations[0], "end": result.evaluations[-1], "curve": _curve(result.rows)}
+        row["end"] = {name: value for name, value in row["end"].items() if name not in _CURVE}
+        row["means"] = {name: _mean([each.get(name) for each in result.rows[1:]]) for name in _CURVE}
+    except TrainingError as error:
+        row |= {"status": "failed", "error": str(error)}
+    row["seconds"] = time.perf_counter() - wall
+    row["processor_seconds"] = time.process_time() - processor
+    rounded: dict[str, Any] = _rounded(row)
+    return rounded
+
+
+def optimal_baseline(config: TrainConfig, prefixes: Prefixes) -> float:
+    r"""The constant that leaves the least variance at the start, $E_p[w|s|^2] / E_p[|s|^2]$ (T7a).
+
+    $s = J^\top (e_a - p)$ is the score in the parameters; its square is the mean over random directions $v$ of
+    $\langle e_a - p, Jv\rangle^2$ times their number.
+    """
+    weight = local_weight(config, prefixes.log_q - prefixes.log_p)
+    assert weight is not None
+    p = prefixes.log_p.exp()
+    square: Tensor = torch.zeros_like(p)
+    for number in range(_BIAS_DIRECTIONS):
+        image = prefixes.push_forward(prefixes.random(number)).to(p.dtype)
+        square += (image - (p * image).sum(-1, keepdim=True)).square()
+    return float((p * weight * square).sum() / (p * square).sum())
+
+
+def machine() -> dict[str, Any]:
+    """Where a row was measured."""
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    except OSError:
+        pass
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    found = {"processor": name, "cores": cores, "torch": str(torch.__version__), "python": platform.python_version()}
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def _probe(config: TrainConfig, task: Task, student: LanguageModel, teacher: LanguageModel, count: int) -> Prefixes:
+    # In float64: the sums over the vocabulary are then exact to rounding, also for weights that grow like u.
+    examples = task.examples("test", count, _PROBE_SEED)
+    return Prefixes.sample(
+        copy.deepcopy(student).double(),
+        copy.deepcopy(teacher).double(),
+        task.prompts(examples),
+        max_new_tokens=config.max_new_tokens or task.max_response,
+        temperature=config.temperature,
+        environment=task.environment,
+        seed=_PROBE_SEED,
+    )
+
+
+def _bias(config: TrainConfig, prefixes: Prefixes) -> dict[str, Any] | None:
+    """The estimator's expected gradient at the start, its clip included, against the exact one of its divergence."""
+    if config.control is not None:
+        return None
+    found = compare(prefixes, config.loss(), draws=_BIAS_DRAWS, directions=_BIAS_DIRECTIONS).to_dict()
+    kept = ("bias", "predicted_bias", "discrepancy", "agrees", "cosine", "variance", "signal_to_noise", "rollouts")
+    return {name: found[name] for name in (*kept, "prefixes")}
+
+
+def _objective(config: TrainConfig, task: Task, student: LanguageModel, teacher: LanguageModel) -> float | None:
+    prefixes = _probe(config, task, student.cpu(), teacher.cpu(), _OBJECTIVE_ROLLOUTS)
+    return objective_value(config, prefixes.log_p, prefixes.log_q)
+
+
+def _curve(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Every so many steps; the last one always."""
+    steps = [row for row in rows if row["step"] > 0]
+    every = max(1, len(steps) // _POINTS)
+    kept = [row for row in steps if (row["step"] - 1) % every == 0 or row is steps[-1]]
+    return {name: [row.get(name) for row in kept] for name in ("step", *_CURVE) if name in kept[0]}
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    finite = [value for value in values if value is not None]
+    return sum(finite) / len(finite) if finite else None
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _rounded(each) for key, each in value.items()}
+    return [_rounded(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+
+def main() -> int:
+    """Do the job that standard input describes."""
+    torch.set_num_threads(1)
+    job = json.load(sys.stdin)
+    if "role" in job:
+        load_model(recipe_for(job["task"], job["role"], job["seed"]), cache=job["cache"])
+        return 0
+    row = run_arm(Arm(**job["arm"]), cache=job["cache"], device=job["device"])
+    path = Path(job["out"])
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(row, allow_nan=False), encoding="utf-8")
+    os.replace(partial, path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,295 @@
+"""Run the arms of a plan, each in a process of its own, and keep their rows.
+
+Finished arms stay as JSON files; a run that was stopped, or has a longer plan, does only what is missing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from opdtheory.errors import InvalidArgumentError
+from opdtheory.reproduction.plan import Arm, Plan
+
+__all__ = ["Outcome", "adopt", "reproduce", "stored"]
+
+COMMAND = (sys.executable, "-m", "opdtheory.reproduction.arm")
+_WAIT = 0.1  # seconds between looks at the processes
+
+
+@dataclass
+class Job:
+    """One process: a model to train, or an arm.
+
+    Attributes:
+        name: for people.
+        description: what the process reads.
+        needs: names of the jobs that must be finished first.
+        arm: if it is one.
+    """
+
+    name: str
+    description: dict[str, Any]
+    needs: frozenset[str] = frozenset()
+    arm: Arm | None = None
+
+
+@dataclass
+class Outcome:
+    """What a run leaves.
+
+    Attributes:
+        plan: what was asked for.
+        rows: of the arms of the plan that are there, finished or failed, in the plan's order.
+        missing: names of arms without a row, with the reason where there is one.
+        models: records of the teachers and students.
+        sessions: what each run in this folder did, with its wall-clock.
+    """
+
+    plan: Plan
+    rows: list[dict[str, Any]]
+    missing: dict[str, str] = field(default_factory=dict)
+    models: list[dict[str, Any]] = field(default_factory=list)
+    sessions: list[dict[str, Any]] = field(default_factory=list)
+
+
+def reproduce(
+    plan: Plan,
+    out: Path,
+    *,
+    workers: int | None = None,
+    cache: str | None = None,
+    device: str = "auto",
+    report: Callable[[str], None] = lambda line: None,
+) -> Outcome:
+    """Run what the plan has and the folder has not.
+
+    Args:
+        plan: the arms.
+        out: folder of the rows; kept between runs.
+        workers: processes at a time, one per core by default, each with one thread.
+        cache: folder of teachers and students.
+        device: of the arms.
+        report: called with a line for each finished process.
+
+    Raises:
+        KeyboardInterrupt: after the running processes have been ended; finished rows stay.
+    """
+    folder = out / "arms"
+    folder.mkdir(parents=True, exist_ok=True)
+    jobs = list(_jobs(plan, folder, cache, device))
+    problems: dict[str, str] = {}
+    started = time.perf_counter()
+    done: list[Job] = []
+    try:
+        if jobs:
+            report(f"{len(jobs)} processes to run, {workers or _cores()} at a time")
+        for job, problem in _run(jobs, folder, workers or _cores()):
+            done.append(job)
+            if problem is not None:
+                problems[job.name] = problem
+            seconds = time.perf_counter() - started
+            left = seconds / len(done) * (len(jobs) - len(done))
+            clock = f"{len(done)}/{len(jobs)}, {seconds:.0f} s, about {left:.0f} s left"
+            report(f"[{clock}] {job.name}: {problem or _says(job, folder)}")
+    finally:
+        if done:
+            _note_session(out, plan, done, time.perf_counter() - started, workers or _cores())
+    return stored(plan, out, cache=cache, problems=problems)
+
+
+def stored(plan: Plan, out: Path, *, cache: str | None = None, problems: dict[str, str] | None = None) -> Outcome:
+    """What a folder holds of a plan, without running anything."""
+    rows, missing = [], {}
+    for arm in plan.arms():
+        row = _stored_row(arm, out / "arms")
+        if row is not None:
+            rows.append(row)
+        else:
+            missing[_label(arm)] = (problems or {}).get(_label(arm), "not run")
+    return Outcome(plan, rows, missing, _records(rows, cache), _sessions(out))
+
+
+def adopt(path: Path, out: Path) -> int:
+    """Put the rows and sessions of a page's JSON lines into a folder that lacks them; how many rows.
+
+    A row counts for an arm only if it is of the same settings and models, so that others are run again.
+
+    Raises:
+        InvalidArgumentError: the file is missing or holds something else.
+    """
+    try:
+        head, *rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+        arms = [(_arm_of(row), row) for row in rows]
+        sessions = [json.dumps(session) + "\n" for session in head["sessions"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        problem = f"{path} holds no rows of the experiment ({type(error).__name__}: {error})"
+        raise InvalidArgumentError("adopt", f"{problem}; the file of JSON lines beside a page is needed") from None
+    folder = out / "arms"
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = [(arm, row) for arm, row in arms if not (folder / f"{arm.key}.json").exists()]
+    for arm, row in missing:
+        (folder / f"{arm.key}.json").write_text(json.dumps(row, allow_nan=False), encoding="utf-8")
+    if missing and not (out / "sessions.jsonl").exists():
+        (out / "sessions.jsonl").write_text("".join(sessions), encoding="utf-8")
+    return len(missing)
+
+
+def _arm_of(row: dict[str, Any]) -> Arm:
+    return Arm(row["name"], row["group"], row["task"], row["seed"], row["identity"]["fields"])
+
+
+def _jobs(plan: Plan, folder: Path, cache: str | None, device: str) -> Iterator[Job]:
+    from opdtheory.training.models.storage import cache_folder
+    from opdtheory.training.models.storage import stored as is_stored
+    from opdtheory.training.pairs import Role, recipe_for
+
+    known = set[tuple[str, Role, int]]()
+    for arm in plan.arms():
+        if _stored_row(arm, folder) is not None:
+            continue
+        pair: list[tuple[str, Role, int]] = [(arm.task, "teacher", 0), (arm.task, "student", arm.seed)]
+        needed = []
+        for task, role, seed in pair:
+            if is_stored(cache_folder(cache) / f"{recipe_for(task, role, seed).key}.safetensors"):
+                continue
+            needed.append(f"{role} {seed} of {task}")
+            if (task, role, seed) not in known:  # before the first arm that needs it
+                known.add((task, role, seed))
+                yield Job(needed[-1], {"task": task, "role": role, "seed": seed, "cache": cache})
+        out = str(folder / f"{arm.key}.json")
+        description = {"arm": arm.to_dict(), "cache": cache, "device": device, "out": out}
+        yield Job(_label(arm), description, frozenset(needed), arm)
+
+
+def _run(jobs: Sequence[Job], folder: Path, workers: int) -> Iterator[tuple[Job, str | None]]:
+    """Each job as it ends, with what went wrong, if anything; no process outlives this."""
+    waiting, running = list(jobs), dict[int, tuple[Job, subprocess.Popen[str], IO[str]]]()
+    finished, broken = set[str](), set[str]()
+    try:
+        while waiting or running:
+            for job in [job for job in waiting if job.needs & broken]:
+                waiting.remove(job)
+                broken.add(job.name)
+                yield job, f"needs {', '.join(sorted(job.needs & broken))}, which failed"
+            ready = [job for job in waiting if job.needs <= finished]
+            for job in ready[: max(0, workers - len(running))]:
+                waiting.remove(job)
+                process, log = _start(job, folder)
+                running[process.pid] = (job, process, log)
+            for pid, (job, process, log) in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[pid]
+                log.close()
+                problem = None if process.returncode == 0 else _last_words(Path(log.name), process.returncode)
+                (finished if problem is None else broken).add(job.name)
+                yield job, problem
+            time.sleep(_WAIT)
+    finally:
+        for _, process, _ in running.values():
+            process.terminate()
+        for _, process, log in running.values():
+            try:
+                process.wait(5)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            log.close()
+
+
+def _start(job: Job, folder: Path) -> tuple[subprocess.Popen[str], IO[str]]:
+    log = open(folder / f"{_file_name(job)}.log", "w", encoding="utf-8")
+    one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        COMMAND,
+        stdin=subprocess.PIPE,
+        stdout=log,
+        stderr=log,
+        text=True,
+        env={**os.environ, **one_thread},
+    )
+    assert process.stdin is not None
+    process.stdin.write(json.dumps(job.description))
+    process.stdin.close()
+    return process, log
+
+
+def _last_words(log: Path, status: int) -> str:
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    how = f"ended by signal {-status}" if status < 0 else f"status {status}"
+    return f"{how}: {lines[-1].strip()}" if lines else how
+
+
+def _stored_row(arm: Arm, folder: Path) -> dict[str, Any] | None:
+    """The row of an arm if it is there, whole, and of this very arm and these models."""
+    from opdtheory.reproduction.arm import model_keys
+
+    try:
+        row = json.loads((folder / f"{arm.key}.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if row.get("identity") != arm.identity or row.get("models") != model_keys(arm.task, arm.seed):
+        return None
+    return dict(row)
+
+
+def _records(rows: Sequence[dict[str, Any]], cache: str | None) -> list[dict[str, Any]]:
+    from opdtheory.training.models.storage import cache_folder, checked_record
+    from opdtheory.training.models.storage import stored as is_stored
+
+    keys = dict.fromkeys(row["models"][role] for role in ("teacher", "student") for row in rows)
+    paths = [cache_folder(cache) / f"{key}.safetensors" for key in keys]
+    return [checked_record(path) for path in paths if is_stored(path)]
+
+
+def _note_session(out: Path, plan: Plan, done: Sequence[Job], seconds: float, workers: int) -> None:
+    from opdtheory.reproduction.arm import machine
+
+    session = {
+        "plan": plan.name,
+        "arms": sum(job.arm is not None for job in done),
+        "models": sum(job.arm is None for job in done),
+        "seconds": round(seconds, 1),
+        "workers": workers,
+        "machine": machine(),
+    }
+    with open(out / "sessions.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(session) + "\n")
+
+
+def _sessions(out: Path) -> list[dict[str, Any]]:
+    path = out / "sessions.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def _says(job: Job, folder: Path) -> str:
+    """What a finished job found, in a few words."""
+    if job.arm is None:
+        return "trained"
+    row = _stored_row(job.arm, folder)
+    if row is None:
+        return "FAILED: no row"
+    if row["status"] == "failed":
+        return f"failed: {row['error']}"
+    start, end = (row[when]["test_sampled_accuracy"] for when in ("start", "end"))
+    return f"sampled accuracy {start:.3f} to {end:.3f} in {row['seconds']:.0f} s"
+
+
+def _label(arm: Arm) -> str:
+    return f"{arm.task}, {arm.name}, seed {arm.seed}"
+
+
+def _file_name(job: Job) -> str:
+    return job.arm.key if job.arm is not None else job.name.replace(" ", "-")
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,213 @@
+r"""What the rows of the experiment say of each arm: shares with intervals, means over seeds, a verdict in words.
+
+Nothing here is written by hand for an arm: words follow from the numbers of its rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, variance
+from typing import Any
+
+from opdtheory.training.intervals import NORMAL, student_t, wilson, wilson_of_share
+
+__all__ = ["Share", "Summary", "problems_of", "share_of", "summaries"]
+
+
+@dataclass(frozen=True)
+class Share:
+    """A share of right answers over seeds.
+
+    Attributes:
+        seeds: the share in each.
+        problems: how many in each.
+        low, high: 95 % interval of the mean.
+    """
+
+    seeds: tuple[float, ...]
+    problems: int
+    low: float
+    high: float
+
+    @property
+    def mean(self) -> float:
+        """Over seeds."""
+        return fmean(self.seeds)
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def share_of(shares: Sequence[float], problems: int) -> Share:
+    r"""The mean over S seeds with Wilson's interval at the effective number of problems.
+
+    $n_\mathrm{eff} = \frac{S n}{\max(1, d)} (z / t_{S-1})^2$ with the design effect $d$, the variance between seeds
+    over that of as many independent answers: with seeds that differ, more problems help no further (Korn and Graubard
+    1998). One seed leaves Wilson's own interval, over problems only.
+    """
+    seeds, mean = len(shares), fmean(shares)
+    count = float(seeds * problems)
+    if seeds > 1:
+        binomial = mean * (1 - mean) / problems
+        effect = variance(shares) / binomial if binomial > 0 else 1.0
+        count = count / max(1.0, effect) * (NORMAL / student_t(seeds - 1)) ** 2
+    return Share(tuple(shares), problems, *wilson_of_share(mean, max(count, 1.0)))
+
+
+@dataclass(frozen=True)
+class Summary:
+    """An arm on a task, over its seeds.
+
+    Attributes:
+        task: its name.
+        name: the arm's.
+        group: grid, control or twin.
+        seeds: whose rows are finished.
+        failed: what the others say.
+        greedy, sampled: accuracy at the end.
+        start: sampled accuracy of the students.
+        verdict: in words, from the rows.
+        means: of the rows, for each measure at the start and at the end.
+        rows: the finished ones.
+    """
+
+    task: str
+    name: str
+    group: str
+    seeds: tuple[int, ...]
+    failed: tuple[str, ...]
+    greedy: Share | None
+    sampled: Share | None
+    start: Share | None
+    verdict: str
+    means: Mapping[str, float | None]
+    rows: Sequence[Mapping[str, Any]] = dataclasses.field(repr=False)
+
+    @property
+    def word(self) -> str:
+        """The verdict's first word."""
+        return self.verdict.partition(":")[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        values = dataclasses.asdict(dataclasses.replace(self, rows=()))
+        del values["rows"]
+        return values
+
+
+def summaries(rows: Sequence[Mapping[str, Any]]) -> list[Summary]:
+    """The rows by task and arm, in the order in which these first come."""
+    grouped: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        grouped.setdefault((row["task"], row["name"]), []).append(row)
+    return [_summary(members) for members in grouped.values()]
+
+
+def _summary(rows: Sequence[Mapping[str, Any]]) -> Summary:
+    done = [row for row in rows if row["status"] == "finished"]
+    failed = tuple(f"seed {row['seed']}: {row['error']}" for row in rows if row["status"] != "finished")
+
+    def share(when: str, name: str) -> Share | None:
+        if not done:
+            return None
+        return share_of([row[when][f"{name}_accuracy"] for row in done], problems_of(done[0]))
+
+    return Summary(
+        task=rows[0]["task"],
+        name=rows[0]["name"],
+        group=rows[0]["group"],
+        seeds=tuple(row["seed"] for row in done),
+        failed=failed,
+        greedy=share("end", "greedy"),
+        sampled=share("end", "test_sampled"),
+        start=share("start", "test_sampled"),
+        verdict=_verdict(done, len(failed)),
+        means=_means(done),
+        rows=done,
+    )
+
+
+def problems_of(row: Mapping[str, Any]) -> int:
+    """How many test problems a row's accuracies are of."""
+    return int(row["identity"]["fields"]["eval_examples"])
+
+
+def _verdict(done: Sequence[Mapping[str, Any]], failed: int) -> str:
+    """Whether the sampled accuracy ends above or below the student's own, its 95 % intervals apart.
+
+    A student that falls below in every seed collapses if its KL to the teacher also more than doubles, else declines.
+    """
+    total = len(done) + failed
+    if failed:
+        return f"fails: no finished run in {failed} of {total} seeds"
+    above = below = away = doubled = 0
+    for row in done:
+        first, last = (_interval(row, when) for when in ("start", "end"))
+        above += last[0] > first[1]
+        below += last[1] < first[0]
+        distances = [row[when]["test_reverse_kl"] for when in ("start", "end")]
+        far = [math.inf if value is None else value for value in distances]  # what is not finite is stored as None
+        away += far[1] > far[0]
+        doubled += far[1] > 2 * far[0]
+    moved = f"further from the teacher in {away} of {total}" if away else "closer to the teacher in all"
+    if below == total:
+        word = "collapses" if doubled == total else "declines"
+        return f"{word}: below the student's start in {below} of {total} seeds, {moved}"
+    if above == total:
+        return f"trains: above the student's start in {above} of {total} seeds, {moved}"
+    if not above and not below:
+        return f"stays: not apart from the student's start in {total} of {total} seeds, {moved}"
+    return f"mixed: above the student's start in {above}, below it in {below} of {total} seeds, {moved}"
+
+
+def _interval(row: Mapping[str, Any], when: str) -> tuple[float, float]:
+    problems = problems_of(row)
+    return wilson(round(row[when]["test_sampled_accuracy"] * problems), problems)
+
+
+_MEASURES: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
+    "start_reverse_kl": lambda row: row["start"]["test_reverse_kl"],
+    "start_forward_kl": lambda row: row["start"]["test_forward_kl"],
+    "start_entropy": lambda row: row["start"]["test_entropy"],
+    "reverse_kl": lambda row: row["end"]["test_reverse_kl"],
+    "forward_kl": lambda row: row["end"]["test_forward_kl"],
+    "entropy": lambda row: row["end"]["test_entropy"],
+    "gradient_norm": lambda row: row["means"]["gradient_norm"],
+    "clip_fraction": lambda row: row["means"]["clip_fraction"],
+    "response_length": lambda row: _last(row, "response_length"),
+    "highest_reverse_kl": lambda row: _highest(row, "reverse_kl"),
+    "bias": lambda row: _of(row["bias"], "bias"),
+    "predicted_bias": lambda row: _of(row["bias"], "predicted_bias"),
+    "cosine": lambda row: _of(row["bias"], "cosine"),
+    "variance": lambda row: _of(row["bias"], "variance"),
+    "start_objective": lambda row: row["objective"][0],
+    "objective": lambda row: row["objective"][-1],
+    "baseline_value": lambda row: row.get("baseline_value"),
+    "seconds": lambda row: row["seconds"],
+}
+
+
+def _of(values: Mapping[str, Any] | None, name: str) -> float | None:
+    return None if values is None else values.get(name)
+
+
+def _last(row: Mapping[str, Any], name: str) -> float | None:
+    return row["curve"].get(name, [None])[-1]
+
+
+def _highest(row: Mapping[str, Any], name: str) -> float | None:
+    values = [value for value in row["curve"].get(name, []) if value is not None]
+    return max(values, default=None)
+
+
+def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """Over seeds; None as soon as one is not finite."""
+    found: dict[str, float | None] = {}
+    for name, measure in _MEASURES.items():
+        values = [measure(row) for row in rows]
+        finite = [value for value in values if value is not None]
+        found[name] = fmean(finite) if finite and len(finite) == len(values) else None
+    return found

@@ -1,0 +1,237 @@
+"""The estimators, models and prompts of `docs/validation.md`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from opdtheory import divergences
+from opdtheory.estimators import Estimator, estimator
+from opdtheory.training.models.transformer import Transformer, TransformerConfig
+from opdtheory.training.models.vocabulary import CharacterVocabulary
+from opdtheory.training.tasks import task
+from opdtheory.training.validation.comparison import compare, random_images
+from opdtheory.training.validation.enumerated import validate_by_enumeration
+from opdtheory.training.validation.prefixes import Prefixes
+from opdtheory.training.validation.report import Validation
+
+if TYPE_CHECKING:
+    from opdtheory.training.models.huggingface import HuggingFaceModel
+
+__all__ = ["ENUMERATED", "QUICK", "SMALL", "SMOLLM2", "Case", "enumerated", "small", "smollm2"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: an estimator, and who samples.
+
+    Attributes:
+        name: of the estimator.
+        divergence: as text, or None.
+        options: of the estimator.
+        off_policy: whether another model samples.
+        eos: whether rollouts may end early, in an enumeration.
+    """
+
+    name: str
+    divergence: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    off_policy: bool = False
+    eos: bool = True
+
+    def estimator(self) -> Estimator:
+        """The estimator itself."""
+        given = None if self.divergence is None else divergences.divergence(self.divergence)
+        return estimator(self.name, given, **self.options)
+
+
+_DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "chi2", "hellinger", "alpha(alpha=0.3)")
+_BOTH = tuple(Case(name, divergence) for divergence in _DIVERGENCES for name in ("opd", "opd_plus"))
+_OTHERS = (
+    Case("opd_plus_centred", "forward_kl"),
+    Case("k1_loss"),
+    Case("k2_loss"),
+    Case("k3_loss"),
+    Case("k1_reward"),
+    Case("k2_reward"),
+    Case("k3_reward"),
+    Case("box_cox", options={"alpha": 0.3}),
+    Case("power", options={"alpha": 0.5}),
+    Case("sign"),
+    Case("full_vocab", "chi2"),
+    Case("topk_truncated", "reverse_kl", {"k": 2}),
+    Case("topk_truncated", "forward_kl", {"k": 2, "support": "student"}),
+    Case("topk_renormalised", "jsd", {"k": 2}),
+    Case("topk_tail", "jsd", {"k": 2}),
+    Case("topk_reward", "jsd", {"k": 2}),
+    Case("return_to_go", "jsd", {"gamma": 0.0}),
+)
+_MODIFIED = (
+    Case("opd_plus", "reverse_kl", {"clip_log_ratio": 1.0}),
+    Case("opd_plus", "chi2", {"clip_log_ratio": 1.0}),
+    Case("opd", "forward_kl", {"clip_log_ratio": 1.0}),
+    Case("k1_loss", options={"clip_log_ratio": 1.0}),
+    Case("k3_loss", options={"clip_log_ratio": 1.0}),
+    Case("opd_plus", "forward_kl", {"clip_weight": (-1.0, 2.0)}),
+    Case("opd_plus", "reverse_kl", {"baseline": "constant", "baseline_value": -1.0}),
+    Case("opd", "jsd", {"baseline": "group_mean"}, eos=False),
+    Case("opd_plus", "jsd", {"baseline": "leave_one_out"}, eos=False),
+    Case("opd_plus", "jsd", {"zscore": True}, eos=False),
+    Case("opd_plus", "jsd", {"reduction": "sequence_mean"}),
+    Case("opd_plus", "forward_kl", off_policy=True),
+    Case("opd_plus", "forward_kl", {"importance": "token"}, off_policy=True),
+    Case("opd_plus", "forward_kl", {"importance": "ppo"}, off_policy=True),
+    Case("k2_loss", off_policy=True),
+    Case("k2_loss", options={"importance": "token"}, off_policy=True),
+)
+
+SMALL = (
+    *_BOTH,
+    *_OTHERS,
+    *_MODIFIED,
+    Case("opd_plus", "jsd", {"baseline": "vocabulary"}),
+    Case("opd_plus", "jsd", {"reduction": "token_mean"}),
+)
+ENUMERATED = (
+    Case("return_to_go", "jsd", {"gamma": 1.0}),
+    Case("return_to_go", "forward_kl", {"gamma": 1.0, "clip_log_ratio": 1.0}),
+    Case("return_to_go", "jsd", {"gamma": 0.7}),
+    Case("return_to_go", "jsd", {"gamma": 0.7, "discounted": True}),
+    Case("return_to_go", "jsd", {"gamma": 1.0, "importance": "sequence"}, off_policy=True),
+    Case("return_to_go", "chi2", {"gamma": 1.0, "baseline": "leave_one_out"}, eos=False),
+    Case("sequence_opd_plus", "reverse_kl"),
+    Case("sequence_opd_plus", "hellinger"),
+    Case("sequence_opd_plus", "hellinger", {"clip_log_ratio": 1.0}),
+    Case("sequence_opd_plus", "jsd", {"importance": "sequence"}, off_policy=True),
+    *_BOTH,
+    *_OTHERS,
+    *_MODIFIED,
+    Case("opd_plus", "jsd", {"importance": "prefix"}, off_policy=True),
+    Case("opd_plus", "jsd", {"importance": "sequence"}, off_policy=True),
+    Case("full_vocab", "jsd", off_policy=True),
+    Case("full_vocab", "jsd", {"importance": "prefix"}, off_policy=True),
+)
+SMOLLM2 = (
+    *_BOTH,
+    Case("opd_plus", "reverse_kl", {"clip_log_ratio": 6.0}),
+    Case("opd_plus", "chi2", {"clip_log_ratio": 6.0}),
+    Case("full_vocab", "reverse_kl"),
+)
+
+# What a quick run, and the tests, do again.
+QUICK = {
+    "small": tuple(Case("opd", divergence) for divergence in ("reverse_kl", "forward_kl"))
+    + (Case("k3_loss"), Case("topk_tail", "jsd", {"k": 2}), Case("opd_plus", "jsd", {"zscore": True}, eos=False)),
+    "enumerated": (
+        Case("return_to_go", "jsd", {"gamma": 0.7}),
+        Case("sequence_opd_plus", "hellinger"),
+        Case("opd_plus", "jsd", {"importance": "prefix"}, off_policy=True),
+    ),
+}
+
+_PROMPTS = (
+    "The capital of France is",
+    "To add 27 and 58, first",
+    "Water boils when",
+    "Once upon a time there was",
+    "The derivative of x squared is",
+    "In Python, a list is",
+    "The largest planet of the solar system",
+    "She opened the door and",
+)
+
+
+def small(cases: tuple[Case, ...] = SMALL, *, draws: int = 1024) -> Iterator[Validation]:
+    """The cases on a transformer of 2 layers and width 48, whose teacher and stale sampler differ from it, float64."""
+    addition = task("arithmetic")
+    length = addition.max_prompt + addition.max_response
+
+    def model(seed: int) -> Transformer:
+        built = Transformer(TransformerConfig(48, 2, 2, length), addition.vocabulary, seed=seed).double()
+        return _sharpened(built, 0.25, seed)
+
+    student, teacher, stale = model(0), model(1), model(2)
+    prompts = addition.prompts(addition.examples("test", 8, 0))
+    met = {
+        off: Prefixes.sample(student, teacher, prompts, max_new_tokens=12, behavior=stale if off else None, seed=0)
+        for off in sorted({case.off_policy for case in cases})
+    }
+    pushed = {off: random_images(prefixes, 8, 0) for off, prefixes in met.items()}
+    for case in cases:
+        off = case.off_policy
+        yield compare(met[off], case.estimator(), draws=draws, seed=0, pushed=pushed[off])
+
+
+def enumerated(cases: tuple[Case, ...] = ENUMERATED) -> Iterator[Validation]:
+    """The cases on every rollout of at most 3 tokens out of 4, or of 2 where pairs are enumerated, float64."""
+    vocabulary = CharacterVocabulary("abc")
+
+    def model(seed: int) -> Transformer:
+        return _sharpened(Transformer(TransformerConfig(8, 2, 2, 8), vocabulary, seed=seed).double(), 0.4, seed)
+
+    student, teacher, stale = model(0), model(1), model(2)
+    for case in cases:
+        yield validate_by_enumeration(
+            student,
+            teacher,
+            case.estimator(),
+            prompt=vocabulary.encode("a"),
+            horizon=3 if case.eos else 2,
+            eos=vocabulary.eos if case.eos else None,
+            behavior=stale if case.off_policy else None,
+        )
+
+
+def smollm2(
+    cases: tuple[Case, ...] = SMOLLM2, *, tokens: int = 25, draws: int = 1024, layer: int | None = None
+) -> Iterator[Validation]:
+    """The cases with SmolLM2-135M as teacher, of a student with noise in its weights or without one layer.
+
+    Gradients are in the parameters of the last block and the final norm.
+
+    Args:
+        cases: estimators.
+        tokens: cap on each of the answers to the prompts.
+        draws: of each next token.
+        layer: leave this one out, instead of adding noise of a tenth of each matrix's spread.
+
+    Raises:
+        ImportError: the extra `lm` is missing.
+    """
+    from opdtheory.training.models.huggingface import smollm2 as load
+    from opdtheory.training.models.variants import drop_layer, perturb
+
+    teacher = load()
+    student = perturb(teacher, 0.1) if layer is None else drop_layer(teacher, layer)
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(_counts(name, student))
+    teacher.requires_grad_(False)
+    prompts = [teacher.vocabulary.encode(prompt) for prompt in _PROMPTS]
+    prefixes = Prefixes.sample(
+        student,
+        teacher,
+        prompts,
+        max_new_tokens=tokens,
+        seed=0,
+    )
+    pushed = random_images(prefixes, 4, 0)
+    for case in cases:
+        yield compare(prefixes, case.estimator(), draws=draws, seed=0, pushed=pushed)
+
+
+def _counts(name: str, student: HuggingFaceModel) -> bool:
+    config: Any = student.network.config
+    last = f".layers.{config.num_hidden_layers - 1}."
+    return last in name or name.endswith("model.norm.weight")
+
+
+def _sharpened(model: Transformer, scale: float, seed: int) -> Transformer:
+    """An untrained model whose next-token laws are not uniform."""
+    noise = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        weight = model.head.weight
+        weight += scale * torch.randn(weight.shape, dtype=weight.dtype, generator=noise)
+    return model

@@ -1,0 +1,159 @@
+"""`docs/validation.md`: the recorded validations as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from opdtheory.rendering.markdown import markdown_table
+from opdtheory.training.validation.comparison import LEVEL
+from opdtheory.training.validation.report import Validation
+
+__all__ = ["SECTIONS", "page"]
+
+Record = Mapping[str, Any]
+
+SECTIONS = ("small", "enumerated", "smollm2_noise", "smollm2_layer")
+
+_INTRODUCTION = f"""# Gradient validation
+
+Is the gradient that a language model gets from an estimator the one that theory says? `python
+docs/generate_validation.py` writes this page and `docs/validation.json`, which it is made from; `--smollm2` adds the
+runs with SmolLM2-135M, `--quick` repeats a few rows and compares them with the record. For a pair of your own:
+`opdtheory.validate(student, teacher, prompts, "opd", "jsd")`; in training: `opdtheory train --validate-every 50`.
+
+At the prefixes of the student's own answers, four gradients in its parameters are compared:
+
+- **exact**: of the declared objective, by autograd over the whole vocabulary;
+- **predicted**: exact plus the bias of theory, $E_p[u f'(u) s]$ for stop-gradient estimators (T2), and the weights of
+  T4, T7, T8, T9 and T11 for the others, written down without the estimators' code;
+- **expected**: the estimator's own code run on every next token, summed with their probabilities;
+- **sampled**: the mean of the estimator's loss, backwards, over sampled next tokens.
+
+*bias* is |expected − exact| and *predicted* |predicted − exact|, both over |exact|; *off by* is |expected − predicted|
+relative to the longest of the three. *cosine* is that of expected with exact. *z* is the sampled mean's largest
+distance from the prediction in its standard deviations, over fixed random directions, the exact gradient and the
+bias; beyond the limit a faithful estimator falls with probability {LEVEL:g}. *z, exact* is the same against the exact
+gradient: it is large where samples show the bias. *along the gradient* is the sampled bias along the exact gradient,
+with its 95 % interval and what theory says. *SNR* is |expected| over the root of the trace of the covariance of one
+rollout's gradient; it grows as the root of the number of rollouts. Variances are sums over the vocabulary and not
+sample variances: the weights of the forward KL and of χ² have heavy tails, and a sample that misses them looks
+precise. Over prefixes the variance is the spread between rollouts, and the trace is estimated from random directions.
+The rows of a table share their prefixes, directions and draws, so their *z* are alike where their weights are.
+
+*claims* is the verdict of `loss.claim`, which holds under its assumptions: rows that are off-policy without the
+matching importance ratio break them on purpose, and the prediction says by how much (T8). At fixed prefixes the exact
+gradient carries the estimator's own reduction; that a mean over each rollout's tokens is another objective when
+lengths vary (T11) shows where all rollouts are enumerated.
+"""
+
+_TITLES = {
+    "small": "Every estimator on a small transformer",
+    "enumerated": "Every rollout of a tiny model",
+    "smollm2_noise": "SmolLM2-135M, student with noise in its weights",
+    "smollm2_layer": "SmolLM2-135M, student without one layer",
+}
+
+_TEXTS = {
+    "small": "Two layers of width 48 in float64, 8 prompts of the addition task. Student, teacher and, where "
+    "*off-policy* stands, the sampler are three initialisations with widened logits. Estimators that compare rollouts "
+    "get groups of two at one prefix.",
+    "enumerated": "A vocabulary of 4, rollouts of at most 3 tokens with an end-of-sequence token, or of exactly 2 "
+    "where pairs of rollouts are enumerated; two layers of width 8, float64. All rollouts go through the estimator's "
+    "code, and the gradient through the transformer. This takes what looks beyond the next token: returns-to-go, "
+    "sequence weights, products of importance ratios.",
+    "smollm2_noise": "The teacher is SmolLM2-135M-Instruct, the student the same with noise of a tenth of each weight "
+    "matrix's spread. Eight prompts of English; gradients in the last block and the final norm, float32, so that "
+    "rounding is 1e-4; expected and predicted are summed in float64 before they are pulled back, and often round to "
+    "the same vector. Of χ² without a clip 1024 draws say nothing, see the interval: the sum over the vocabulary does.",
+    "smollm2_layer": "The same teacher; the student lacks one layer in the middle.",
+}
+
+_CONCLUSION = """## Reading the tables
+
+- {agreement}
+- A wrong claim does not agree: with the sign flipped, stop-gradient claimed exact, a clip or an importance ratio
+  forgotten, both comparisons fail. `tests/training/validation/test_comparison.py` runs each.
+- Outside the clip of a *differentiated* loss there is no gradient, so a constant is no baseline there: the clipped k3
+  has the weight $u - 1$, not $u$, and the clipped k1 has a gradient, which is zero without the clip.
+- Stop-gradient χ² has the weight $-(u-1)^2 = -(u^2-1) + 2(u-1)$: the corrected one with its sign flipped and twice
+  the forward KL's, which is small beside it where ratios are large. Samples show this late: see its signal-to-noise
+  ratio.
+"""
+
+
+def page(record: Mapping[str, Record]) -> str:
+    """The page of the sections that the record has.
+
+    Args:
+        record: by section, `rows` of `Validation.to_dict` with `off_policy`, and `seconds` of processor time.
+    """
+    parts = [_INTRODUCTION]
+    for section in SECTIONS:
+        if section in record:
+            rows = record[section]["rows"]
+            parts.append(f"## {_TITLES[section]}\n\n{_TEXTS[section]} {_facts(record[section])}\n\n{_table(rows)}\n")
+    found = [Validation.from_dict(row) for section in SECTIONS if section in record for row in record[section]["rows"]]
+    wrong = [row.estimator for row in found if not row.agrees]
+    agreement = f"All {len(found)} rows agree: the summed gradients to rounding, the sampled ones within their limit."
+    if wrong:
+        agreement = f"{len(found) - len(wrong)} of {len(found)} rows agree; not: `{'`, `'.join(wrong)}`."
+    return "\n".join([*parts, _CONCLUSION.format(agreement=agreement)])
+
+
+def _facts(section: Record) -> str:
+    first, draws = section["rows"][0], max(row["draws"] for row in section["rows"])
+    text = f"{first['parameters']:,} parameters, seed {first['seed']}"
+    if draws:
+        text += f", {first['rollouts']} rollouts with {first['prefixes']} prefixes, {draws} draws of each next token"
+    return f"{text}; {section['seconds']:.0f} s of processor time."
+
+
+def _table(rows: Sequence[Record]) -> str:
+    sampled = any(row["z"] is not None for row in rows)
+    header = ["estimator", "claims", "bias", "predicted", "off by", "cosine"]
+    if sampled:
+        header += ["z", "z, exact", "along the gradient", "theory", "variance", "SNR, 1 rollout", "SNR, 128"]
+    header.append("verdict")
+    table = []
+    for row in rows:
+        found = Validation.from_dict(row)
+        cells = [
+            f"`{found.estimator}`" + (", off-policy" if row.get("off_policy") else ""),
+            found.claimed.replace("_", " "),
+            _number(found.bias),
+            _number(found.predicted_bias),
+            f"{found.discrepancy:.0e}",
+            "none" if found.cosine is None else f"{found.cosine:+.3f}",
+        ]
+        if sampled:
+            cells += _sampled(found)
+        table.append([*cells, found.verdict])
+    return markdown_table(header, table)
+
+
+def _sampled(found: Validation) -> list[str]:
+    if not found.draws:
+        along = ["exact", "exact", _signed(found.along), _signed(found.along_predicted)]
+    else:
+        low, high = found.along_interval or (None, None)
+        along = [
+            f"{found.z:+.1f} of {found.z_limit:.1f}",
+            f"{found.z_exact:+.1f}",
+            f"{_signed(found.along)} [{_signed(low)}, {_signed(high)}]",
+            _signed(found.along_predicted),
+        ]
+    noise = [found.noise(rollouts) for rollouts in (1, 128)]
+    return [*along, _number(found.variance), *(_number(value) for value in noise)]
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "none"
+    return "0" if abs(value) < 1e-6 else f"{value:.3g}"
+
+
+def _signed(value: float | None) -> str:
+    if value is None:
+        return "none"
+    return "0" if abs(value) < 1e-6 else f"{value:+.3g}"

@@ -1,0 +1,313 @@
+"""Assertions about losses: what one minimises, whether two agree, whether an estimator keeps its claim.
+
+They need no test framework.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opdtheory.auditing import VERDICTS, Audit, audit
+from opdtheory.auditing.black_box import ZERO, BlackBox, name_of
+from opdtheory.auditing.naming.fit import flat
+from opdtheory.auditing.scenario import panel
+from opdtheory.divergences import Divergence
+from opdtheory.divergences import divergence as as_divergence
+from opdtheory.errors import InvalidArgumentError
+from opdtheory.estimators import Claim, Estimator
+from opdtheory.estimators.base import FIXED_LENGTH, ON_POLICY, ON_POLICY_OR_ONE_STEP
+from opdtheory.exact import GradientMoments, Loss, TabularPolicy, gradient_moments
+
+__all__ = [
+    "assert_claim",
+    "assert_minimises",
+    "assert_same_gradient",
+    "assert_unbiased",
+    "claim_settings",
+    "gradient_gap",
+]
+
+# Noise on the sampling policy's logits where a claim does not ask for on-policy rollouts.
+_OFF_POLICY = 0.3
+
+_BATCH = re.compile(r"batch of at least (\d+)")
+_BEYOND = re.compile(r"log-ratios beyond (\S+) occur")
+_ABOVE = re.compile(r"vocabulary above (\d+)")
+
+
+def assert_unbiased(
+    loss: Loss,
+    objective: str | Divergence,
+    granularity: str = "token_local",
+    *,
+    up_to_scale: bool = False,
+    **audit_settings: Any,
+) -> Audit:
+    r"""Assert that a loss's expected gradient is the exact one, $E[\nabla\,\mathrm{loss}] = \nabla J$.
+
+    Args:
+        loss: a function `loss(rollouts) -> scalar tensor`.
+        objective: the divergence it should minimise, an object or a catalogue name.
+        granularity: `token_local`, `token_return` or `sequence`.
+        up_to_scale: whether a constant positive factor is allowed.
+        **audit_settings: as of `opdtheory.audit`: `batch_size`, `eos`, `off_policy`, `gamma`, `seed`, `name`. With
+            `eos=0` rollouts may end early; the default asks about fixed lengths.
+
+    Returns:
+        The audit that found it so.
+
+    Raises:
+        AssertionError: it is not; the message is the audit.
+        InvalidArgumentError: as `opdtheory.audit`.
+        LossError: as `opdtheory.audit`.
+
+    Example:
+        >>> def k2(rollouts):
+        ...     return rollouts.token_sum(rollouts.log_u.square() / 2)
+        >>> assert_unbiased(k2, "reverse_kl").verdict
+        'exact'
+    """
+    report = audit(loss, objective, granularity, **audit_settings)
+    if report.verdict != "exact" and not (up_to_scale and report.verdict == "exact_up_to_scale"):
+        wanted = "unbiased up to scale" if up_to_scale else "unbiased"
+        raise AssertionError(
+            f"{report.name} is not {wanted} for {report.objective} ({report.granularity}): {VERDICTS[report.verdict]}."
+            f"\n\n{report}"
+        )
+    return report
+
+
+def assert_minimises(
+    loss: Loss, divergence: str | Divergence, granularity: str = "token_local", **audit_settings: Any
+) -> Audit:
+    r"""Assert that a loss's expected gradient is a positive multiple of the exact one, $E[\nabla\ell] = c\,\nabla J$.
+
+    One multiple $c > 0$ must serve every pair of policies. An optimiser that adapts its steps, such as Adam,
+    treats such a loss and the exact one alike.
+
+    Args:
+        loss: a function `loss(rollouts) -> scalar tensor`.
+        divergence: what it should minimise, an object or a catalogue name.
+        granularity: `token_local`, `token_return` or `sequence`.
+        **audit_settings: as of `assert_unbiased`.
+
+    Returns:
+        The audit that found it so; `.scale` is $c$.
+
+    Raises:
+        AssertionError: it is not; the message has the numbers and the audit.
+        InvalidArgumentError: as `opdtheory.audit`.
+        LossError: as `opdtheory.audit`.
+
+    Example:
+        >>> def mean_k2(rollouts):
+        ...     return rollouts.token_mean(rollouts.log_u.square() / 2)
+        >>> assert_minimises(mean_k2, "reverse_kl").scale
+        0.33
+    """
+    report = audit(loss, divergence, granularity, **audit_settings)
+    if not report.faithful:
+        raise AssertionError(
+            f"{report.name} does not minimise {report.objective} ({report.granularity}): {VERDICTS[report.verdict]}; "
+            f"relative bias {report.relative_bias:.3g}, cosine {report.cosine:.6g}, best scale {report.scale:.6g}."
+            f"\n\n{report}"
+        )
+    return report
+
+
+def assert_same_gradient(
+    first: Loss,
+    second: Loss,
+    *,
+    tolerance: float | None = None,
+    batch_size: int = 1,
+    eos: int | None = None,
+    off_policy: float = 0.0,
+    seed: int = 0,
+    prompts: int = 1,
+    environment: Iterable[int] = (),
+    shared_prompt: bool = False,
+) -> float:
+    r"""Assert that two losses have the same expected gradient, $\|E g_1 - E g_2\| \le \epsilon \max_i \|E g_i\|$.
+
+    Their values and their variances may differ. Gradients are compared pair by pair on the audit's panel; two that
+    are both rounding against their own noise count as equal.
+
+    Args:
+        first: a function `loss(rollouts) -> scalar tensor`.
+        second: another.
+        tolerance: the relative difference allowed; by default 1e-9, or 1e-4 for float32 and 2e-2 below.
+        batch_size: rollouts that a loss sees at once.
+        eos: the token that ends a rollout early; None for fixed length.
+        off_policy: standard deviation of the noise on the logits of the policy that samples.
+        seed: of the panel.
+        prompts: number of prompts that rollouts may have.
+        environment: positions of the response, counted from 0, that an environment writes.
+        shared_prompt: whether the rollouts of a batch answer one prompt.
+
+    Returns:
+        The largest relative difference over the panel.
+
+    Raises:
+        AssertionError: they differ; the message lists the pairs.
+        InvalidArgumentError: a negative tolerance, or a setting out of range.
+        LossError: as `opdtheory.audit`.
+        BudgetExceededError: the batch size is too large to enumerate.
+
+    Example:
+        >>> def k2(rollouts):
+        ...     return rollouts.token_sum(rollouts.log_u.square() / 2)
+        >>> def reinforce(rollouts):
+        ...     return rollouts.token_sum(-rollouts.log_u.detach() * rollouts.student_logprobs)
+        >>> assert_same_gradient(k2, reinforce) < 1e-9
+        True
+    """
+    if tolerance is not None and not 0.0 <= tolerance < float("inf"):
+        raise InvalidArgumentError("tolerance", f"is {tolerance!r}; a finite number of at least 0 is needed")
+    if not 0.0 <= off_policy < float("inf"):
+        raise InvalidArgumentError("off_policy", f"is {off_policy!r}; a finite number of at least 0 is needed")
+    losses = (BlackBox(first), BlackBox(second))
+    rows, worst = [], 0.0
+    for case in panel(batch_size, eos, off_policy, seed, prompts, environment, shared_prompt):
+        where = (case.student, case.teacher, batch_size, case.behavior)
+        moments = [gradient_moments(loss, *where, shared_prompt=shared_prompt) for loss in losses]
+        gap, sizes = _gap(*moments)
+        worst = max(worst, gap)
+        rows.append(f"  {case.label}: differs by {gap:.3g}; lengths {sizes[0]:.6g} and {sizes[1]:.6g}")
+    allowed = tolerance if tolerance is not None else max(loss.tolerance for loss in losses)
+    if not worst <= allowed:
+        names = " and ".join(name_of(loss) for loss in (first, second))
+        raise AssertionError(
+            f"the expected gradients of {names} differ by {worst:.3g} of the longer one, more than {allowed:.3g}:\n"
+            + "\n".join(rows)
+        )
+    return worst
+
+
+def assert_claim(estimator: Estimator, *, seed: int = 0) -> Audit:
+    """Assert that an audit finds what an estimator claims: the verdict, and the divergence that it descends instead.
+
+    The audit's settings are the widest that the claim's assumptions leave (`claim_settings`), so a declared bias
+    must be there, and an exactness must survive what the claim does not exclude.
+
+    Args:
+        estimator: a loss with a claim.
+        seed: of the audit's panel.
+
+    Returns:
+        The audit.
+
+    Raises:
+        AssertionError: claim and audit differ; the message is the audit.
+        InvalidArgumentError: an assumption that the audit's policies do not meet, such as a larger vocabulary.
+
+    Example:
+        >>> from opdtheory.estimators import estimator
+        >>> assert_claim(estimator("k3_loss")).descends
+        'forward_kl'
+    """
+    claim, settings = estimator.claim, claim_settings(estimator.claim)
+    _check_met(claim, settings, seed)
+    report = audit(
+        estimator, claim.divergence, claim.granularity, seed=seed, name=repr(estimator), details=False, **settings
+    )
+    if report.verdict != claim.verdict:
+        raise AssertionError(
+            f"{estimator!r} claims {claim.verdict!r}, the audit finds {report.verdict!r}. The claim: {claim}."
+            f"\n\n{report}"
+        )
+    other = _catalogue_entry(claim.descends) if claim.verdict == "other_objective" else None
+    if other is not None and not _descends(report, other):
+        raise AssertionError(
+            f"{estimator!r} claims to descend {other.label}, the audit finds {report.descends}.\n\n{report}"
+        )
+    return report
+
+
+def claim_settings(claim: Claim) -> dict[str, Any]:
+    """The settings of an audit under which a claim's assumptions hold, and as little else as possible.
+
+    Rollouts vary in length unless the claim asks for a fixed one, and come from another policy than the student
+    unless it asks for on-policy ones.
+    """
+    batches = [int(found[1]) for text in claim.assumptions if (found := _BATCH.fullmatch(text))]
+    on_policy = ON_POLICY in claim.assumptions or ON_POLICY_OR_ONE_STEP in claim.assumptions
+    return {
+        "batch_size": max(batches, default=1),
+        "eos": None if FIXED_LENGTH in claim.assumptions else 0,
+        "off_policy": 0.0 if on_policy else _OFF_POLICY,
+        "gamma": claim.gamma if claim.granularity == "token_return" else 1.0,
+    }
+
+
+def gradient_gap(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    r"""The largest difference of two lists of tensors, $\max|a - e| / \max(1, \max|e|)$; NaN counts as infinite.
+
+    Args:
+        actual: tensors of any shapes, such as a gradient by level.
+        expected: the same number of tensors of the same shapes.
+
+    Raises:
+        InvalidArgumentError: the lists differ in length or in a shape.
+    """
+    shapes = [[tuple(level.shape) for level in levels] for levels in (actual, expected)]
+    if shapes[0] != shapes[1]:
+        raise InvalidArgumentError("actual", f"has shapes {shapes[0]}, expected has {shapes[1]}")
+    if not shapes[0]:
+        return 0.0
+    size = max(1.0, *(float(e.detach().abs().max()) for e in expected))
+    gaps = [float((a.detach() - e.detach()).abs().max()) / size for a, e in zip(actual, expected, strict=True)]
+    return max(gap if gap == gap else float("inf") for gap in gaps)
+
+
+def _gap(first: GradientMoments, second: GradientMoments) -> tuple[float, tuple[float, float]]:
+    """The difference of two mean gradients relative to the longer one, and their lengths."""
+    a, b = (flat(moments.mean) for moments in (first, second))
+    sizes, apart = (float(a.norm()), float(b.norm())), float((a - b).norm())
+    noise = max(first.second_moment, second.second_moment) ** 0.5
+    return (0.0 if apart <= ZERO * noise else apart / max(sizes)), sizes
+
+
+def _check_met(claim: Claim, settings: dict[str, Any], seed: int) -> None:
+    """Refuse a claim that the audit's policies say nothing about."""
+    cases = panel(settings["batch_size"], settings["eos"], settings["off_policy"], seed)
+    largest_ratio = max(_largest_log_ratio(case.student, case.teacher) for case in cases)
+    vocabulary = max(case.student.vocab_size for case in cases)
+    for text in claim.assumptions:
+        beyond, above = _BEYOND.fullmatch(text), _ABOVE.fullmatch(text)
+        if beyond and float(beyond[1]) >= largest_ratio:
+            raise InvalidArgumentError(
+                "estimator", f"claims something given that {text}; the audit's log-ratios end at {largest_ratio:.3g}"
+            )
+        if above and int(above[1]) >= vocabulary:
+            raise InvalidArgumentError(
+                "estimator", f"claims something given a {text}; the audit's policies have {vocabulary} tokens"
+            )
+
+
+def _largest_log_ratio(student: TabularPolicy, teacher: TabularPolicy) -> float:
+    log_p = [torch.log_softmax(level, -1) for level in student.logits]
+    log_q = [torch.log_softmax(level, -1) for level in teacher.logits]
+    return max(float((q - p).abs().max()) for p, q in zip(log_p, log_q, strict=True))
+
+
+def _catalogue_entry(label: str | None) -> Divergence | None:
+    """The divergence of a label such as `skew_jsd(beta=0.1)`; None for words."""
+    try:
+        return None if label is None else as_divergence(label)
+    except ValueError:
+        return None
+
+
+def _descends(report: Audit, divergence: Divergence) -> bool:
+    if report.identified is None or report.identified["error"] > report.tolerance:
+        return False
+    found = report.identified["parameters"]
+    return report.identified["objective"] == divergence.name and all(
+        abs(found[key] - value) < 1e-6 for key, value in divergence.parameters.items()
+    )

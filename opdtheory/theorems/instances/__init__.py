@@ -1,0 +1,1 @@
+"""What the checks run on: divergences, policies, trees, rational distributions and intervals."""

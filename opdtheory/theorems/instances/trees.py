@@ -1,0 +1,305 @@
+"""Two- and three-token policies with rational probabilities, differentiated exactly while the generator stays free.
+
+Ratios and probabilities are fractions, so that a value or a gradient is a linear combination of $f(u)$, $f'(u)$ and
+$f''(u)$ at rational $u$. Two such combinations with equal coefficients are equal for every generator with $f(1) = 0$.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import random
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from opdtheory import divergences
+from opdtheory.divergences import Divergence
+from opdtheory.theorems.instances.cases import RATIONAL, Law, enclose, interval, values_of
+
+__all__ = [
+    "Advantage",
+    "Dual",
+    "History",
+    "Linear",
+    "RationalTree",
+    "Row",
+    "by_the_student",
+    "field_of",
+    "gradient_of",
+    "product",
+    "rational_tree",
+    "trees",
+]
+
+History = tuple[int, ...]
+Row = tuple[History, int]
+Advantage = Callable[["RationalTree", History, "list[Dual]", int], "Dual"]
+
+
+class Linear:
+    r"""A linear combination of $f^{(k)}(u)$ with rational coefficients, $f$ undefined but for $f(1) = 0$."""
+
+    __slots__ = ("terms",)
+
+    def __init__(self, terms: Mapping[tuple[int, Fraction], Fraction] | None = None) -> None:
+        kept = {} if terms is None else terms
+        self.terms = {key: c for key, c in kept.items() if c != 0 and key != (0, Fraction(1))}
+
+    def __add__(self, other: Linear | Fraction) -> Linear:
+        if isinstance(other, Fraction):
+            if other != 0:
+                raise TypeError("a constant is no combination of values of f")
+            return self
+        total = dict(self.terms)
+        for key, c in other.terms.items():
+            total[key] = total.get(key, Fraction(0)) + c
+        return Linear(total)
+
+    __radd__ = __add__
+
+    def __mul__(self, factor: Fraction) -> Linear:
+        return Linear({key: c * factor for key, c in self.terms.items()})
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> Linear:
+        return self * Fraction(-1)
+
+    def __sub__(self, other: Linear) -> Linear:
+        return self + (-other)
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Fraction):
+            return other == 0 and not self.terms
+        return isinstance(other, Linear) and self.terms == other.terms
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self.terms.items())) if self.terms else hash(Fraction(0))
+
+    def exactly(self, divergence: Divergence) -> Fraction:
+        """The number that it is for a generator without logarithms or roots."""
+        return sum((c * _derivative(divergence, *key) for key, c in self.terms.items()), Fraction(0))
+
+    def enclosed(self, divergence: Divergence) -> Any:
+        """An interval that encloses the number that it is for a generator."""
+        return sum((interval(c) * _derivative_enclosed(divergence, *key) for key, c in self.terms.items()), interval(0))
+
+    def vanishes(self, divergence: Divergence) -> bool:
+        """Whether zero is not excluded: equality for a rational generator, by an interval of 60 digits otherwise."""
+        if divergence.name in RATIONAL:
+            return self.exactly(divergence) == 0
+        enclosed = self.enclosed(divergence)
+        return bool(enclosed.a <= 0 <= enclosed.b)
+
+
+@functools.cache
+def _expression(divergence: Divergence, order: int) -> Any:
+    import sympy
+
+    return sympy.diff(divergence.expr, divergences.symbol(), order)
+
+
+@functools.cache
+def _derivative(divergence: Divergence, order: int, at: Fraction) -> Fraction:
+    return values_of(_expression(divergence, order), {divergences.symbol(): at})
+
+
+@functools.cache
+def _derivative_enclosed(divergence: Divergence, order: int, at: Fraction) -> Any:
+    if divergence.name in RATIONAL:
+        return interval(_derivative(divergence, order, at))
+    return enclose(_expression(divergence, order), {divergences.symbol(): interval(at)})
+
+
+@dataclass(frozen=True)
+class Dual:
+    """A number and its derivative along one direction, by the rules of calculus; fractions or `Linear`."""
+
+    value: Any
+    slope: Any
+
+    def __add__(self, other: Dual) -> Dual:
+        return Dual(self.value + other.value, self.slope + other.slope)
+
+    def __sub__(self, other: Dual) -> Dual:
+        return Dual(self.value - other.value, self.slope - other.slope)
+
+    def __mul__(self, other: Dual) -> Dual:
+        return Dual(self.value * other.value, self.slope * other.value + self.value * other.slope)
+
+    def scaled(self, factor: Fraction) -> Dual:
+        """Times a constant."""
+        return Dual(self.value * factor, self.slope * factor)
+
+    def under(self, numerator: Fraction) -> Dual:
+        """A constant over this number."""
+        return Dual(numerator / self.value, -numerator * self.slope / self.value**2)
+
+    @staticmethod
+    def one() -> Dual:
+        """The constant 1."""
+        return Dual(Fraction(1), Fraction(0))
+
+    @staticmethod
+    def zero() -> Dual:
+        """The constant 0, a fraction or a linear combination without terms."""
+        return Dual(Fraction(0), Fraction(0))
+
+    def f(self, order: int = 0) -> Dual:
+        r"""$f^{(k)}$ of this number, by the chain rule."""
+        return Dual(Linear({(order, self.value): Fraction(1)}), Linear({(order + 1, self.value): Fraction(self.slope)}))
+
+    def weight(self) -> Dual:
+        r"""$w_f(u) = u f'(u) - f(u)$ of this number."""
+        return self * self.f(1) - self.f()
+
+
+@dataclass(frozen=True, eq=False)
+class RationalTree:
+    """A student and a teacher with a rational law for every history; two trees are equal only if they are one.
+
+    Attributes:
+        student: the student's law by history, also where the environment writes.
+        teacher: the teacher's.
+        world: the environment's law by history, at the histories where it writes.
+        sequences: every complete sequence.
+        horizon: the length cap.
+        eos: the token that ends a sequence, or None.
+    """
+
+    student: Mapping[History, Law]
+    teacher: Mapping[History, Law]
+    world: Mapping[History, Law]
+    sequences: tuple[History, ...]
+    horizon: int
+    eos: int | None
+
+    @property
+    def logits(self) -> list[Row]:
+        """The student's parameters: one logit for each history and token."""
+        return [(history, a) for history, law in self.student.items() for a in range(len(law))]
+
+    def rows(self, seed: Row | None) -> dict[History, list[Dual]]:
+        """The student's softmax rows with their derivatives in one logit."""
+        out = {}
+        for history, law in self.student.items():
+            hit = seed is not None and seed[0] == history
+            out[history] = [
+                Dual(
+                    p, p * (Fraction(seed is not None and seed[1] == b) - law[seed[1]]) if hit and seed else Fraction(0)
+                )
+                for b, p in enumerate(law)
+            ]
+        return out
+
+    def walk(self, rows: dict[History, list[Dual]]) -> Iterator[tuple[History, Dual, list[Dual]]]:
+        """Each sequence, its probability, and the ratio of each token; an environment's tokens have ratio 1."""
+        for y in self.sequences:
+            probability, ratios = Dual.one(), []
+            for n, a in enumerate(y):
+                history = y[:n]
+                if history in self.world:
+                    probability = probability.scaled(self.world[history][a])
+                    ratios.append(Dual.one())
+                else:
+                    probability = probability * rows[history][a]
+                    ratios.append(rows[history][a].under(self.teacher[history][a]))
+            yield y, probability, ratios
+
+    def value(self, objective: str, gamma: Fraction = Fraction(1), seed: Row | None = None) -> Dual:
+        """The objective by its definition, and its derivative in one logit."""
+        total = Dual.zero()
+        for _, probability, ratios in self.walk(self.rows(seed)):
+            if objective == "sequence":
+                reward = product(ratios).f()
+            else:
+                terms = (u.f().scaled(gamma**n) for n, u in enumerate(ratios))
+                reward = functools.reduce(lambda a, b: a + b, terms)
+            total = total + probability * reward
+        return total
+
+
+def product(ratios: list[Dual]) -> Dual:
+    """The ratio of the whole sequence."""
+    return functools.reduce(lambda a, b: a * b, ratios, Dual.one())
+
+
+@functools.cache
+def gradient_of(tree: RationalTree, objective: str, gamma: Fraction = Fraction(1)) -> list[Linear]:
+    """Derivative of the objective in every logit, from its definition."""
+    return [tree.value(objective, gamma, seed).slope for seed in tree.logits]
+
+
+def by_the_student(tree: RationalTree, history: History) -> bool:
+    """Whether the token after a history is the student's."""
+    return history not in tree.world
+
+
+def field_of(
+    tree: RationalTree,
+    advantage: Advantage,
+    seed: Row | None = None,
+    scored: Callable[[RationalTree, History], bool] = by_the_student,
+    counted: Callable[[RationalTree, History], bool] = lambda tree, y: True,
+) -> list[Dual]:
+    r"""$-E_p[\sum_n A_n s_n]$ in every logit, and its derivative in one of them.
+
+    Args:
+        tree: the policies.
+        advantage: $A_n$ from the tree, the sequence, its ratios and the position.
+        seed: the logit to differentiate in.
+        scored: whether the token after a history carries a score.
+        counted: whether a sequence takes part.
+    """
+    rows = tree.rows(seed)
+    total = {row: Dual.zero() for row in tree.logits}
+    for y, probability, ratios in tree.walk(rows):
+        if not counted(tree, y):
+            continue
+        for n, taken in enumerate(y):
+            history = y[:n]
+            if not scored(tree, history):
+                continue
+            pushed = probability * advantage(tree, y, ratios, n)
+            for a, p in enumerate(rows[history]):
+                score = Dual(Fraction(a == taken), Fraction(0)) - p
+                total[history, a] = total[history, a] + (score * pushed).scaled(Fraction(-1))
+    return list(total.values())
+
+
+@functools.cache
+def rational_tree(
+    size: int, horizon: int, eos: int | None = None, environment: tuple[int, ...] = (), seed: int = 0
+) -> RationalTree:
+    """A tree with small integer weights in every row, drawn once; an environment writes at the positions given."""
+    draw = random.Random(seed)
+
+    def law() -> Law:
+        parts = [draw.randint(1, 7) for _ in range(size)]
+        return tuple(Fraction(part, sum(parts)) for part in parts)
+
+    histories = [
+        history
+        for n in range(horizon)
+        for history in itertools.product(range(size), repeat=n)
+        if eos is None or eos not in history
+    ]
+    sequences = tuple(
+        (*history, a) for history in histories for a in range(size) if a == eos or len(history) + 1 == horizon
+    )
+    student, teacher = ({history: law() for history in histories} for _ in range(2))
+    world = {history: law() for history in histories if len(history) in environment}
+    return RationalTree(student, teacher, world, sequences, horizon, eos)
+
+
+def trees() -> tuple[RationalTree, ...]:
+    """Fixed and variable lengths, two and three tokens."""
+    return (
+        rational_tree(2, 2, seed=1),
+        rational_tree(3, 2, seed=2),
+        rational_tree(2, 3, seed=3),
+        rational_tree(2, 3, eos=1, seed=4),
+        rational_tree(3, 2, eos=0, seed=5),
+    )

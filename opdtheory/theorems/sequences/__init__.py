@@ -1,0 +1,1 @@
+"""Objectives of whole sequences (T6)."""

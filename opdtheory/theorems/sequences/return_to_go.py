@@ -1,0 +1,283 @@
+"""T6g: the return-to-go as practised is the gradient of no objective."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from opdtheory import divergences
+from opdtheory.divergences import Divergence
+from opdtheory.exact import Enumeration, TabularPolicy, exact_gradient, random_pair
+from opdtheory.theorems.instances.cases import Pair, catalogue
+from opdtheory.theorems.instances.trees import (
+    Dual,
+    History,
+    Linear,
+    RationalTree,
+    Row,
+    field_of,
+    rational_tree,
+)
+from opdtheory.theorems.sequences.checks import return_weight
+from opdtheory.theorems.theorem import Identity, Step, Tally, Theorem
+
+if TYPE_CHECKING:
+    import sympy
+
+__all__ = ["practised_field", "theorems"]
+
+ONE = Fraction(1)
+GAMMAS = (Fraction(0), Fraction(1, 4), Fraction(9, 10), ONE)
+
+Factor = Callable[[Fraction, int], Fraction]
+
+
+def _few_trees() -> tuple[RationalTree, ...]:
+    """Two and three tokens, the latter with and without an end."""
+    return (rational_tree(2, 2, seed=1), rational_tree(2, 3, eos=1, seed=4), rational_tree(3, 2, eos=0, seed=5))
+
+
+@functools.cache
+def _jacobian(tree: RationalTree, gamma: Fraction, outer: bool) -> list[list[Linear]]:
+    """`[j][i]`: derivative of the field's entry `i` in logit `j`, f free."""
+    weight = return_weight(gamma, outer=outer)
+    return [[entry.slope for entry in field_of(tree, weight, seed)] for seed in tree.logits]
+
+
+def _check_symmetric(outer: bool) -> Tally:
+    tally = Tally()
+    for tree in _few_trees():
+        for gamma in GAMMAS:
+            jacobian = _jacobian(tree, gamma, outer)
+            for i in range(len(jacobian)):
+                tally.equal([row[i] for row in jacobian], jacobian[i])
+    return tally
+
+
+def _check_asymmetry(factor: Factor) -> Tally:
+    r"""$\partial_h G_k - \partial_k G_h = (\gamma^{|h|-|k|} - 1)\,\partial_k P(h)\,\partial_h V(h)$; `k` begins `h`."""
+    tally = Tally()
+    for tree in _few_trees():
+        for gamma in GAMMAS:
+            jacobian, logits = _jacobian(tree, gamma, outer=False), tree.logits
+            for i, (early, a) in enumerate(logits):
+                for j, (late, b) in enumerate(logits):
+                    depth = len(late) - len(early)
+                    if depth < 0:
+                        continue
+                    claimed: Linear | Fraction = Fraction(0)
+                    if depth > 0 and late[: len(early)] == early:
+                        chance = ONE
+                        for n, token in enumerate(late):
+                            chance *= tree.student[late[:n]][token]
+                        moved = chance * (Fraction(late[len(early)] == a) - tree.student[early][a])
+                        claimed = factor(gamma, depth) * moved * _slope_to_come(tree, gamma, (late, b))
+                    tally.equal(jacobian[j][i] - jacobian[i][j], claimed)
+    return tally
+
+
+@functools.cache
+def _slope_to_come(tree: RationalTree, gamma: Fraction, logit: Row) -> Linear:
+    r"""Derivative of $V(h) = E[\sum_{m \ge |h|} \gamma^{m-|h|} f(u_m) \mid h]$ in one of the row's own logits."""
+    start, rows, total = logit[0], tree.rows(logit), Dual.zero()
+    for y in tree.sequences:
+        if y[: len(start)] != start:
+            continue
+        probability = Dual.one()
+        for n in range(len(start), len(y)):
+            p = rows[y[:n]][y[n]]
+            probability = probability * p
+            # A prefix is met once for each sequence that continues it.
+            total = total + probability * p.under(tree.teacher[y[:n]][y[n]]).f().scaled(
+                gamma ** (n - len(start)) / _continuations(tree, y[: n + 1])
+            )
+    return total.slope
+
+
+def _continuations(tree: RationalTree, prefix: History) -> int:
+    return sum(y[: len(prefix)] == prefix for y in tree.sequences)
+
+
+def _check_certified(claim: tuple[bool, tuple[Fraction, ...]]) -> Tally:
+    """Some pair of mixed derivatives differs, for every divergence: by an interval that excludes zero, or exactly."""
+    outer, gammas = claim
+    tally = Tally()
+    for tree in (rational_tree(2, 2, seed=1), rational_tree(3, 2, eos=0, seed=5)):
+        for gamma in gammas:
+            jacobian = _jacobian(tree, gamma, outer)
+            gaps = [jacobian[j][i] - jacobian[i][j] for i in range(len(jacobian)) for j in range(i)]
+            for divergence in catalogue():
+                tally.require(any(gap.terms and not gap.vanishes(divergence) for gap in gaps))
+    return tally
+
+
+def practised_field(
+    pair: Pair, divergence: Divergence, gamma: float, outer: bool = False
+) -> Callable[[Tensor], Tensor]:
+    r"""$G(z) = -E_{p_z}[\sum_n A_n s_n]$ as a differentiable function of all logits in one vector.
+
+    Args:
+        pair: student and teacher; the student gives the shapes only.
+        divergence: the one whose weight and generator make $A_n$.
+        gamma: the discount of later rewards.
+        outer: whether to multiply $A_n$ by $\gamma^{n-1}$, which makes it the gradient of an objective.
+    """
+    shapes = [z.shape for z in pair[0].logits]
+
+    def policy(z: Tensor) -> TabularPolicy:
+        parts = z.split([shape.numel() for shape in shapes])
+        return TabularPolicy([part.view(shape) for part, shape in zip(parts, shapes, strict=True)], eos=pair[0].eos)
+
+    def field(z: Tensor) -> Tensor:
+        rollouts = Enumeration.build(policy(z), pair[1]).rollouts()
+        mask, log_u = rollouts.mask, rollouts.log_u
+        rewards, steps = mask * divergence.generator(log_u), torch.arange(mask.shape[1], dtype=mask.dtype)
+        decay = torch.tril(gamma ** (steps.unsqueeze(1) - steps).clamp_min(0), diagonal=-1)
+        advantage = divergence.weight(log_u) - rewards @ decay
+        if outer:
+            advantage = advantage * gamma**steps
+        chance = (mask * rollouts.student_logprobs).sum(-1, keepdim=True).exp()
+        # The scores differentiate a second copy of the logits, so that chances and weights stay outside.
+        twin = z.clone()
+        scored = Enumeration.build(policy(twin), pair[1]).rollouts().student_logprobs
+        (inner,) = torch.autograd.grad(-(mask * chance * advantage * scored).sum(), twin, create_graph=True)
+        return inner
+
+    return field
+
+
+def _check_by_autograd(claim: tuple[bool, float]) -> Tally:
+    """The Jacobian in float64: symmetric only with the outer discount, or without any."""
+    outer, gamma = claim
+    tally = Tally()
+    for name in ("reverse_kl", "forward_kl", "jsd", "chi2"):
+        for pair in (random_pair(3, 2, seed=2), random_pair(2, 3, seed=3), random_pair(3, 2, eos=0, seed=4)):
+            at = torch.cat([z.flatten() for z in pair[0].logits])
+            divergence = divergences.divergence(name)
+            field = practised_field(pair, divergence, gamma, outer)
+            tally.compare(
+                field(at.clone().requires_grad_()).detach(),
+                torch.cat([g.flatten() for g in exact_gradient(*pair, divergence, "token_return", gamma)]),
+            )
+            jacobian = torch.autograd.functional.jacobian(field, at)
+            tally.compare(jacobian, jacobian.T)
+    return tally
+
+
+def _step_symmetry() -> bool:
+    """Two tokens: the first row's softmax, and two later rows whose divergences are undefined functions."""
+    import sympy
+
+    z0, z1, gamma = sympy.symbols("z_0 z_1 gamma", real=True)
+    y0, y1 = sympy.symbols("y_0 y_1", real=True)
+    p = [1 / (1 + sympy.exp(z1 - z0)), 1 / (1 + sympy.exp(z0 - z1))]
+    d0, d1 = sympy.Function("D0")(y0), sympy.Function("D1")(y1)
+    # The first row's own divergence holds none of the later logits.
+    first = gamma * p[0] * (d0 - p[0] * d0 - p[1] * d1)
+    asymmetries = [
+        sympy.diff(first, y) - sympy.diff(chance * sympy.diff(d, y), z0)
+        for chance, d, y in ((p[0], d0, y0), (p[1], d1, y1))
+    ]
+    claimed = [
+        (gamma - 1) * sympy.diff(chance, z0) * sympy.diff(d, y) for chance, d, y in ((p[0], d0, y0), (p[1], d1, y1))
+    ]
+    return all(sympy.simplify(a - b) == 0 for a, b in zip(asymmetries, claimed, strict=True))
+
+
+def _step_not_zero() -> bool:
+    r"""The row's slope $-p(1-p)(w_1 - w_2)$ for two tokens, f undefined."""
+    import sympy
+
+    y, q, u = sympy.symbols("y q u", positive=True)
+    f = sympy.Function("f")
+    p = 1 / (1 + sympy.exp(-y))
+
+    def w(at: sympy.Expr) -> sympy.Expr:
+        return at * sympy.diff(f(u), u).subs(u, at) - f(at)
+
+    slope = sympy.diff(p * f(q / p) + (1 - p) * f((1 - q) / (1 - p)), y)
+    return sympy.simplify((slope + p * (1 - p) * (w(q / p) - w((1 - q) / (1 - p)))).doit()) == 0
+
+
+def _no_objective() -> Theorem:
+    return Theorem(
+        number="T6g",
+        name="the practised return-to-go descends nothing",
+        statement=r"G = -E_p\Big[\sum_n s_n\big(w_f(u_n) - \sum_{m>n}\gamma^{m-n} f(u_m)\big)\Big] \text{ is the "
+        r"gradient of a function of } \theta \text{ for all } p, q \iff \gamma = 1 \text{ (or one token)}",
+        hypotheses=(
+            "a logit for every history and token; a family with fewer parameters, such as one, may hide it",
+            "at least two tokens, p ≠ q in a row after the first, f strictly convex at 1",
+            "0 ≤ γ < 1; γ = 0 is token_local, the gradient of an objective with its prefixes held fixed only",
+        ),
+        source="derived here",
+        advice="Multiply by γ^{n-1} if the discount is meant, or take γ = 1: then there is a loss that must fall.",
+        derivation=(
+            Step(
+                r"\partial_h G_k - \partial_k G_h = (\gamma - 1)\,\partial_k P(h)\,\partial_h D_f(h)",
+                "k the first row and h the row after one token: G_k discounts what h costs, G_h does not",
+                _step_symmetry,
+            ),
+            Step(
+                r"\partial_{h,1} D_f(h) = -p(1-p)\,(w_f(u_1) - w_f(u_2)) \ne 0",
+                "the weight never falls (T1b) and differs on the two sides of 1 if f is strictly convex there",
+                _step_not_zero,
+                in_words=True,
+            ),
+        ),
+        identities=(
+            Identity(
+                "T6g",
+                "with the outer discount",
+                r"\partial_i G_j = \partial_j G_i \text{ for } A_n = \gamma^{n-1}[\dots],\ f \text{ free}",
+                _check_symmetric,
+                True,
+                {"without it": False},
+                "exact",
+                0.0,
+            ),
+            Identity(
+                "T6g",
+                "the asymmetry",
+                r"\partial_h G_k - \partial_k G_h = (\gamma^{|h|-|k|} - 1)\,\partial_k P(h)\,\partial_h V(h),"
+                r"\ f \text{ free}",
+                _check_asymmetry,
+                lambda gamma, depth: gamma**depth - 1,
+                {
+                    "sign flipped": lambda gamma, depth: 1 - gamma**depth,
+                    "one step's discount for all": lambda gamma, depth: gamma - 1,
+                    "none: a gradient": lambda gamma, depth: Fraction(0),
+                },
+                "exact",
+                0.0,
+            ),
+            Identity(
+                "T6g",
+                "certified not zero",
+                r"\partial_i G_j \ne \partial_j G_i \text{ for some } i, j,\ \gamma \in \{0, \tfrac14, \tfrac9{10}\}",
+                _check_certified,
+                (False, GAMMAS[:3]),
+                {"with the outer discount": (True, GAMMAS[:3]), "at γ = 1": (False, GAMMAS[3:])},
+                "rigorous",
+                0.0,
+            ),
+            Identity(
+                "T6g",
+                "by automatic differentiation",
+                r"\partial_i G_j = \partial_j G_i \text{ with } \gamma^{n-1}, \text{ at } \gamma = 0.6",
+                _check_by_autograd,
+                (True, 0.6),
+                {"practised": (False, 0.6), "practised at γ = 0": (False, 0.0)},
+            ),
+        ),
+    )
+
+
+def theorems() -> list[Theorem]:
+    """T6g."""
+    return [_no_objective()]

@@ -1,0 +1,1 @@
+"""Whether the teacher attracts (T5)."""

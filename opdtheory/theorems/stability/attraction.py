@@ -1,0 +1,359 @@
+"""T5: whether the teacher attracts a student that is near it; T5b and T5c come from the two modules beside."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+from opdtheory import divergences
+from opdtheory.theorems.instances.flows import jacobian_at_teacher, softmax_slope
+from opdtheory.theorems.stability.checks import (
+    FALSE_SLOPES,
+    check_autograd,
+    check_collapse,
+    check_distance,
+    check_far,
+    check_first_order,
+    check_hessian,
+    check_jacobian,
+    check_rates,
+    check_spectrum,
+    slope,
+    symbolic_weight,
+)
+from opdtheory.theorems.theorem import Identity, Step, Theorem
+
+if TYPE_CHECKING:
+    import sympy
+
+__all__ = ["theorems"]
+
+# The derivation, with w and f undefined functions.
+
+
+def _undefined(name: str) -> tuple[Any, Any]:
+    """An undefined function and its derivative, which stays readable at a point."""
+    import sympy
+
+    prime = sympy.Function(f"{name}prime")
+
+    class Undefined(sympy.Function):
+        def fdiff(self, argindex: int = 1) -> sympy.Expr:
+            return prime(self.args[0])
+
+    return Undefined, prime
+
+
+def _field() -> tuple[list[Any], list[Any], list[Any], Any]:
+    """Probabilities, teacher, velocity of the logits, and `w'`, for three atoms."""
+    import sympy
+
+    w, prime = _undefined("w")
+    p, q = list(sympy.symbols("p0:3", positive=True)), list(sympy.symbols("q0:2", positive=True))
+    q.append(1 - q[0] - q[1])
+    weights = [w(b / a) for a, b in zip(p, q, strict=True)]
+    mean = sum(a * v for a, v in zip(p, weights, strict=True))
+    return p, q, [a * (v - mean) for a, v in zip(p, weights, strict=True)], prime
+
+
+def _fixed() -> bool:
+    import sympy
+
+    p, q, field, _ = _field()
+    return all(sympy.simplify(v.subs(dict(zip(p, q, strict=True)))) == 0 for v in field)
+
+
+def _linearised() -> bool:
+    import sympy
+
+    p, q, field, prime = _field()
+    derived = softmax_slope(field, p, q)
+    return (derived - jacobian_at_teacher(q, prime(sympy.Integer(1)))).applyfunc(sympy.simplify).is_zero_matrix is True
+
+
+def _variance_form() -> bool:
+    """The quadratic form of `diag q - q q^T` is half the mean squared difference, for any three atoms."""
+    import sympy
+
+    q, x = list(sympy.symbols("q0:2", positive=True)), sympy.Matrix(sympy.symbols("x0:3", real=True))
+    q.append(1 - q[0] - q[1])
+    form = (x.T * jacobian_at_teacher(q, sympy.Integer(-1)) * x)[0]
+    half = sum(q[a] * q[b] * (x[a] - x[b]) ** 2 for a in range(3) for b in range(3)) / 2
+    return sympy.expand(form - half) == 0
+
+
+def _eigenvalues() -> bool:
+    """The characteristic polynomial for three atoms, and a discriminant that is a sum of squares."""
+    import sympy
+
+    x, s = sympy.Symbol("x"), sympy.Symbol("s", real=True)
+    q = list(sympy.symbols("q0:2", positive=True))
+    q.append(1 - q[0] - q[1])
+    spread, product = 1 - sum(b**2 for b in q), q[0] * q[1] * q[2]
+    found = jacobian_at_teacher(q, s).charpoly(x).as_expr()
+    discriminant = spread**2 - 12 * product
+    ab, bc, ca = q[0] * q[1], q[1] * q[2], q[2] * q[0]
+    squares = 2 * ((ab - bc) ** 2 + (bc - ca) ** 2 + (ca - ab) ** 2)
+    return (
+        sympy.expand(found - x * (x**2 + s * spread * x + 3 * s**2 * product)) == 0
+        and sympy.expand(discriminant - squares) == 0
+    )
+
+
+def _slopes() -> bool:
+    """`w'(1)` of stop-gradient in any gauge, and of OPD+ in any gauge."""
+    import sympy
+
+    u, c = sympy.Symbol("u", positive=True), sympy.Symbol("c", real=True)
+    f = sympy.Function("f")
+    gauged = f(u) + c * (u - 1)
+    stopped = sympy.diff(-gauged, u)
+    corrected = sympy.diff(u * sympy.diff(gauged, u) - gauged, u)
+    return (
+        gauged.subs(u, 1) == f(1)
+        and sympy.simplify(stopped + sympy.diff(f(u), u) + c) == 0
+        and sympy.simplify(corrected - u * sympy.diff(f(u), u, 2)) == 0
+    )
+
+
+def _catalogue_slopes() -> bool:
+    """`-f'(1)` of the five generators that the statement names."""
+    import sympy
+
+    u = divergences.symbol()
+    named = {name: divergences.divergence(name).expr for name in ("forward_kl", "jsd", "chi2", "reverse_kl")}
+    named["tilted"] = named["forward_kl"] - 2 * (u - 1)
+    found = {name: -sympy.diff(f, u).subs(u, 1) for name, f in named.items() if f.subs(u, 1) == 0}
+    return found == {"forward_kl": -1, "jsd": 0, "chi2": 0, "reverse_kl": 1, "tilted": 1}
+
+
+def _second_order() -> bool:
+    r"""At $p_a = q_a(1 - \varepsilon x_a)$, $E_q x = 0$: the velocity's first order, and the second if $w'(1) = 0$."""
+    import sympy
+
+    e, (first, second) = sympy.Symbol("e"), sympy.symbols("r s", real=True)
+    q, x = sympy.symbols("q0:3", positive=True), list(sympy.symbols("x0:2", real=True))
+    x.append(-(q[0] * x[0] + q[1] * x[1]) / q[2])
+    p = [b * (1 - e * y) for b, y in zip(q, x, strict=True)]
+    # The constant w(1) drops out; u - 1 = e x + O(e^2).
+    excess = [b / a - 1 for a, b in zip(p, q, strict=True)]
+    weights = [first * t + second * t**2 / 2 for t in excess]
+    mean = sum(a * v for a, v in zip(p, weights, strict=True))
+    square = sum(b * y**2 for b, y in zip(q, x, strict=True))
+    for a, b, v, y in zip(p, q, weights, x, strict=True):
+        orders = [sympy.diff(a * (v - mean), e, n).subs(e, 0) for n in (1, 2)]
+        claimed = (first * b * y, second * b * (y**2 - square))
+        if any(sympy.simplify(gap) != 0 for gap in (orders[0] - claimed[0], orders[1].subs(first, 0) - claimed[1])):
+            return False
+    return True
+
+
+def _leading_order() -> bool:
+    r"""$\mathrm{Cov}_p(\log u, (u-1)^m) = \varepsilon^{m+1} E_q[x^{m+1}] + O(\varepsilon^{m+2})$ for m = 1, 2, 3."""
+    import sympy
+
+    e, b, y = sympy.Symbol("e"), sympy.Symbol("b", positive=True), sympy.Symbol("y", real=True)
+    q, x = [b, 1 - b], [y, -b * y / (1 - b)]
+    for m in (1, 2, 3):
+        p = [c * (1 - e * t) for c, t in zip(q, x, strict=True)]
+        logs, weights = [-sympy.log(1 - e * t) for t in x], [(1 / (1 - e * t) - 1) ** m for t in x]
+        mean = sum(a * v for a, v in zip(p, weights, strict=True))
+        pull = sum(a * ell * (v - mean) for a, ell, v in zip(p, logs, weights, strict=True))
+        leading = sum(c * t ** (m + 1) for c, t in zip(q, x, strict=True))
+        for n, claimed in enumerate([*(0 for _ in range(m)), 0, leading]):
+            if sympy.simplify(sympy.diff(pull, e, n).subs(e, 0) / sympy.factorial(n) - claimed) != 0:
+                return False
+    return True
+
+
+def _attraction() -> Theorem:
+    import sympy
+
+    def at_one(name: str, f: sympy.Expr, u: sympy.Symbol) -> sympy.Expr:
+        return sympy.simplify(sympy.diff(symbolic_weight(name, f, u), u).subs(u, 1))
+
+    # Which of five students approach, from the nearest on.
+    far = {
+        "forward KL, OPD+": "+++++",
+        "JSD, OPD+": "+++++",
+        "chi2, OPD+": "+++++",
+        "reverse KL, OPD": "+++++",
+        "forward KL, OPD": "-----",
+        "JSD, OPD": "++---",
+        "chi2, OPD": "+----",
+        "u log u - 2(u - 1), OPD": "++---",
+    }
+    return Theorem(
+        number="T5",
+        name="stability at the teacher",
+        statement=(
+            r"J = -w'(1)\,(\mathrm{diag}\,q - q q^\top):\ \text{the teacher attracts exponentially iff } w'(1) > 0,"
+            r"\ \text{repels so iff } w'(1) < 0;\quad w' = -f'(1)\ \text{for OPD},\ f''(1)\ \text{for OPD+}"
+        ),
+        hypotheses=(
+            "softmax logits, expected gradients, small steps",
+            "w differentiable at 1; q positive",
+            "at w'(1) = 0 the first non-zero derivative at 1 decides: attracting iff it is positive and of odd order",
+        ),
+        source="derived here; linear stability of a gradient flow",
+        advice="Compute w'(1) before training: if negative, or zero as for the JSD, no learning rate helps.",
+        derivation=(
+            Step(
+                r"\dot z_a = p_a (w(u_a) - E_p w) = 0 \text{ at } p = q",
+                "every ratio is 1; w undefined, three atoms",
+                _fixed,
+            ),
+            Step(
+                r"\partial \dot z_a/\partial z_b\,|_{p=q} = -w'(1)\, q_a (\delta_{ab} - q_b)",
+                "chain rule through softmax; w undefined, three atoms",
+                _linearised,
+            ),
+            Step(
+                r"x^\top (\mathrm{diag}\,q - qq^\top) x = \mathrm{Var}_q(x)"
+                r" = \tfrac12 \textstyle\sum_{ab} q_a q_b (x_a - x_b)^2",
+                "so all eigenvalues but that of the constants, which softmax ignores, have the sign of -w'(1)",
+                _variance_form,
+            ),
+            Step(
+                r"\det(x - J) = x\,(x^2 + w'(1)\,(1 - \textstyle\sum q^2)\,x + 3 w'(1)^2 q_1 q_2 q_3)",
+                "three atoms; both other roots are real, as the discriminant is a sum of squares",
+                _eigenvalues,
+            ),
+            Step(
+                r"w'(1) = -f'(1) - c \text{ for } -(f + c(u-1)), \qquad w'(1) = f''(1) \text{ for OPD+}",
+                "product rule, f undefined: the first depends on the gauge, the second does not",
+                _slopes,
+            ),
+            Step(
+                r"-f'(1):\ u\log u: -1,\ \mathrm{JSD}, \chi^2: 0,\ -\log u: 1,\ u\log u - 2(u-1): 1",
+                "sympy",
+                _catalogue_slopes,
+            ),
+            Step(
+                r"w'(1) = 0,\ p_a = q_a(1 - \varepsilon x_a):\quad"
+                r"\dot z_a = \tfrac12 w''(1)\, q_a (x_a^2 - E_q x^2)\, \varepsilon^2 + O(\varepsilon^3)",
+                "second-order expansion, three atoms",
+                _second_order,
+            ),
+            Step(
+                r"-\tfrac12 \tfrac{d}{dt}\lVert z - \log q\rVert^2 = \mathrm{Cov}_p(\log u, w)"
+                r" = \tfrac{w^{(m)}(1)}{m!} E_q[x^{m+1}]\, \varepsilon^{m+1} + O(\varepsilon^{m+2})",
+                "m is the order of the first non-zero derivative of w at 1. For odd m the leading term has the sign of "
+                "that derivative for every x, so the distance falls or grows; for even m it changes sign with x unless "
+                "q is uniform on two atoms, and a gradient flow does not attract to a point that is no minimum",
+                _leading_order,
+                in_words=True,
+            ),
+        ),
+        identities=(
+            Identity(
+                "T5",
+                "Jacobian in fractions",
+                r"J = -w'(1)(\mathrm{diag}\,q - qq^\top)",
+                check_jacobian,
+                jacobian_at_teacher,
+                {
+                    "sign flipped": lambda q, s: jacobian_at_teacher(q, -s),
+                    "q q^T dropped": lambda q, s: -s * sympy.diag(*q),
+                    "without w'(1)": lambda q, s: jacobian_at_teacher(q, sympy.Integer(1)),
+                },
+                "exact",
+                0.0,
+            ),
+            Identity(
+                "T5",
+                "spectrum in fractions",
+                r"\det(x - J) = x\,(x^2 + w'(1)(1 - \textstyle\sum q^2)x + 3w'(1)^2 q_1q_2q_3)",
+                check_spectrum,
+                1,
+                {"sign flipped": -1},
+                "exact",
+                0.0,
+            ),
+            Identity(
+                "T5",
+                "distance falls or grows, certified",
+                r"\mathrm{sign}\ \tfrac{d}{dt}\lVert z - \log q\rVert = -\mathrm{sign}\ w'(1)",
+                check_distance,
+                at_one,
+                {
+                    "sign flipped": lambda name, f, u: -at_one(name, f, u),
+                    "f''(1) for stop-gradient too": lambda name, f, u: at_one("opd_plus", f, u),
+                    "same for both": lambda name, f, u: at_one("opd", f, u),
+                },
+                "rigorous",
+                0.0,
+            ),
+            Identity(
+                "T5",
+                "attracting only near, certified",
+                r"-(u\log u - 2(u-1)) < 0 \text{ for } u \ge 5:\ \text{an underrated token loses further}",
+                check_collapse,
+                {Fraction(1, 10): 7, Fraction(1, 2): 6, Fraction(99, 100): 5},
+                {
+                    "everywhere": dict.fromkeys((Fraction(1, 10), Fraction(1, 2), Fraction(99, 100)), 1000),
+                    "up to e only": dict.fromkeys((Fraction(1, 10), Fraction(1, 2), Fraction(99, 100)), 3),
+                },
+                "rigorous",
+                0.0,
+            ),
+            Identity(
+                "T5",
+                "Jacobian by autograd",
+                r"J = -w'(1)(\mathrm{diag}\,q - qq^\top)",
+                check_autograd,
+                slope,
+                FALSE_SLOPES,
+            ),
+            Identity(
+                "T5",
+                "Hessian of the objective",
+                r"\nabla^2 D_f(q\|p)|_{p=q} = f''(1)\,(\mathrm{diag}\,q - qq^\top)",
+                check_hessian,
+                slope,
+                {
+                    "sign flipped": lambda name, d: -slope(name, d),
+                    "f''(1) + f'(1)": lambda name, d: slope("opd_plus", d) - slope("opd", d),
+                },
+            ),
+            Identity(
+                "T5",
+                "simulated rates",
+                r"\lVert z - \log q \rVert \propto e^{-w'(1)\lambda t}",
+                check_rates,
+                slope,
+                FALSE_SLOPES,
+            ),
+            Identity(
+                "T5",
+                "no first-order force",
+                r"\pm(u-1)^m \text{ attracts from every side iff } m \text{ is odd and the sign is } +",
+                check_first_order,
+                lambda order, sign: sign > 0 and order % 2 == 1,
+                {
+                    "iff w'(1) > 0": lambda order, sign: sign > 0 and order == 1,
+                    "iff w'(1) >= 0": lambda order, sign: sign > 0 or order > 1,
+                    "any order": lambda order, sign: sign > 0,
+                },
+            ),
+            Identity(
+                "T5",
+                "simulated from far",
+                r"\text{OPD+ approaches from everywhere; OPD's forward KL from nowhere, its JSD and } \chi^2"
+                r"\text{ from one side}",
+                check_far,
+                far,
+                {
+                    "OPD's forward KL approaches": {**far, "forward KL, OPD": "+++++"},
+                    "OPD's JSD approaches from everywhere": {**far, "JSD, OPD": "+++++"},
+                    "OPD's JSD approaches from nowhere": {**far, "JSD, OPD": "-----"},
+                    "the slope at the teacher decides from far": {**far, "u log u - 2(u - 1), OPD": "+++++"},
+                },
+            ),
+        ),
+    )
+
+
+def theorems() -> list[Theorem]:
+    """T5."""
+    return [_attraction()]

@@ -1,0 +1,301 @@
+"""The checks of T5: Jacobians and spectra in fractions, certified pulls, autograd and simulated flows."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from opdtheory import divergences
+from opdtheory.divergences import Divergence
+from opdtheory.exact import TabularPolicy, enumerated_value
+from opdtheory.theorems.instances.cases import RATIONAL, catalogue, enclose, interval, pairs, rational_laws
+from opdtheory.theorems.instances.flows import (
+    TEACHER,
+    distance,
+    drift,
+    far_students,
+    flow,
+    jacobian_at_teacher,
+    softmax_slope,
+)
+from opdtheory.theorems.instances.one_sample import covariance
+from opdtheory.theorems.theorem import Tally
+
+if TYPE_CHECKING:
+    import sympy
+
+__all__ = [
+    "FALSE_SLOPES",
+    "check_autograd",
+    "check_collapse",
+    "check_distance",
+    "check_far",
+    "check_first_order",
+    "check_hessian",
+    "check_jacobian",
+    "check_rates",
+    "check_spectrum",
+    "local_weight",
+    "slope",
+    "symbolic_weight",
+]
+
+# The slope w'(1) of an estimator's local weight, from its generator.
+SymbolicSlope = Callable[[str, "sympy.Expr", "sympy.Symbol"], "sympy.Expr"]
+NumericSlope = Callable[[str, Divergence], float]
+JacobianForm = Callable[[list["sympy.Expr"], "sympy.Expr"], "sympy.Matrix"]
+
+_ESTIMATORS = ("opd", "opd_plus")
+_AT_TEACHER = torch.zeros(1, dtype=torch.float64)
+
+
+def _smooth() -> list[Divergence]:
+    """The catalogue without the total variation, whose weight jumps at the teacher."""
+    return [d for d in catalogue() if d.name != "total_variation"]
+
+
+def symbolic_weight(name: str, f: sympy.Expr, u: sympy.Symbol) -> sympy.Expr:
+    r"""$-f$ of stop-gradient or $u f' - f$ of OPD+."""
+    import sympy
+
+    return -f if name == "opd" else u * sympy.diff(f, u) - f
+
+
+def local_weight(name: str, divergence: Divergence) -> Callable[[Tensor], Tensor]:
+    r"""The same as a function of $\log u$."""
+    return divergence.weight if name == "opd_plus" else lambda log_u: -divergence.generator(log_u)
+
+
+# In fractions.
+
+
+@functools.cache
+def _derived_jacobians() -> tuple[tuple[tuple[sympy.Expr, ...], sympy.Expr, tuple[sympy.Expr, ...]], ...]:
+    """Rational teachers, the weight's slope at one, and the flow's Jacobian there, differentiated by sympy."""
+    import sympy
+
+    found = []
+    u = divergences.symbol()
+    for name in (n for n in RATIONAL if n != "total_variation"):
+        # A gauge other than the catalogue's, so that stop-gradient has a slope.
+        f = divergences.divergence(name).expr - sympy.Rational(3, 7) * (u - 1)
+        for estimator in _ESTIMATORS:
+            w = sympy.factor(symbolic_weight(estimator, f, u))
+            for q in _rational_teachers():
+                p = list(sympy.symbols(f"p0:{len(q)}", positive=True))
+                weights = [w.subs(u, b / a) for a, b in zip(p, q, strict=True)]
+                mean = sum(a * v for a, v in zip(p, weights, strict=True))
+                field = [a * (v - mean) for a, v in zip(p, weights, strict=True)]
+                derived = softmax_slope(field, p, q)
+                found.append((tuple(q), sympy.diff(w, u).subs(u, 1), tuple(derived)))
+    return tuple(found)
+
+
+def check_jacobian(form: JacobianForm) -> Tally:
+    """The flow's Jacobian at rational teachers, differentiated by sympy, against the closed form."""
+    tally = Tally()
+    for q, slope, derived in _derived_jacobians():
+        tally.equal(derived, tuple(form(list(q), slope)))
+    return tally
+
+
+def _rational_teachers() -> list[list[sympy.Expr]]:
+    import sympy
+
+    chosen = [q for _, q in rational_laws()[1:4]]
+    return [[sympy.Rational(b.numerator, b.denominator) for b in q] for q in chosen]
+
+
+def check_spectrum(sign: int) -> Tally:
+    """Characteristic polynomials of rational Jacobians, for weights of either slope."""
+    import sympy
+
+    tally = Tally()
+    x = sympy.Symbol("x")
+    for slope in (sympy.Rational(-5, 3), sympy.Integer(0), sympy.Rational(7, 2)):
+        for q in _rational_teachers():
+            found = jacobian_at_teacher(q, slope).charpoly(x).as_expr()
+            if len(q) == 2:
+                claimed = x * (x + sign * 2 * slope * q[0] * q[1])
+            else:
+                pairs_of = 1 - sum(b**2 for b in q)
+                claimed = x * (x**2 + sign * slope * pairs_of * x + 3 * slope**2 * q[0] * q[1] * q[2])
+            tally.equal(sympy.expand(found - claimed), 0)
+    return tally
+
+
+# Enclosed.
+
+
+def _near_laws() -> list[tuple[list[Any], list[Any]]]:
+    """Students a thousandth of the way from each teacher to another law, as intervals."""
+    return [
+        ([interval((999 * b + a) / 1000) for a, b in zip(p, q, strict=True)], [interval(b) for b in q])
+        for p, q in rational_laws()
+    ]
+
+
+def check_distance(slope: SymbolicSlope) -> Tally:
+    r"""The pull $\mathrm{Cov}_p(\log u, w) = -\frac12\frac{d}{dt}\lVert z - \log q\rVert^2$ has the sign of $w'(1)$."""
+    import sympy
+    from mpmath import iv
+
+    tally = Tally()
+    u = divergences.symbol()
+    for divergence in _smooth():
+        f = divergence.expr
+        for estimator in _ESTIMATORS:
+            claimed = sympy.sign(slope(estimator, f, u))
+            if claimed == 0:
+                continue  # decided by the second order
+            w = symbolic_weight(estimator, f, u)
+            for ps, qs in _near_laws():
+                ratios = [b / a for a, b in zip(ps, qs, strict=True)]
+                pull = covariance(ps, [iv.log(r) for r in ratios], [enclose(w, {u: r}) for r in ratios])
+                tally.require(pull.a > 0 if claimed > 0 else pull.b < 0)
+                tally.require(1 in sum(ps))
+    return tally
+
+
+def check_collapse(turns: dict[Fraction, int]) -> Tally:
+    r"""The two-token drift under $-(u\log u - 2(u-1))$ from a student that underrates the second token by `u_2`.
+
+    For each `u_1` the first `u_2` of a few from which on the token loses: close to `u_1 = 1`, where w falls below 0.
+    """
+    from mpmath import iv
+
+    tally = Tally()
+    for below, turn in turns.items():
+        for above in (Fraction(11, 10), *map(Fraction, (2, 3, 4, 5, 6, 7, 20, 200))):
+            # Laws with these ratios exist; the second token gains if its weight is the larger one.
+            first, second = (2 * r - r * iv.log(r) for r in (interval(below), interval(above)))  # up to a constant
+            tally.require(second.a > first.b if above < turn else second.b < first.a)
+    return tally
+
+
+# In float64.
+
+
+def slope(name: str, divergence: Divergence) -> float:
+    """The slope `w'(1)`: `-f'(1)` of stop-gradient or `f''(1)` of OPD+."""
+    return float(divergence.curvature(_AT_TEACHER) if name == "opd_plus" else -divergence.log_slope(_AT_TEACHER))
+
+
+FALSE_SLOPES: dict[str, NumericSlope] = {
+    "sign flipped": lambda name, d: -slope(name, d),
+    "f''(1) for stop-gradient too": lambda name, d: slope("opd_plus", d),
+    "w(1) in place of w'(1)": lambda name, d: float(local_weight(name, d)(_AT_TEACHER)),
+}
+
+
+def check_autograd(claimed: NumericSlope) -> Tally:
+    """Autograd through the flow against the closed form, on four tokens."""
+    tally = Tally()
+    q = torch.tensor(TEACHER, dtype=torch.float64)
+    for divergence in _smooth():
+        for name in _ESTIMATORS:
+            field = functools.partial(drift, log_q=q.log(), weight=local_weight(name, divergence))
+            derived = torch.autograd.functional.jacobian(field, q.log())
+            tally.compare(derived, -claimed(name, divergence) * (q.diag() - torch.outer(q, q)))
+    return tally
+
+
+def check_hessian(claimed: NumericSlope) -> Tally:
+    """The Hessian of the enumerated objective at the teacher, row by row, which is minus the flow's Jacobian."""
+    tally = Tally()
+    teacher = pairs()[1][1]
+    first, rest = teacher.logits[0], list(teacher.logits[1:])
+    q = torch.log_softmax(first[0], -1).exp()
+    for divergence in _smooth():
+
+        def value(z: Tensor, d: Divergence = divergence) -> Tensor:
+            return enumerated_value(TabularPolicy([z, *rest], eos=teacher.eos), teacher, d)
+
+        hessian = torch.autograd.functional.hessian(value, first).reshape(len(q), len(q))
+        tally.compare(hessian, claimed("opd_plus", divergence) * (q.diag() - torch.outer(q, q)))
+    return tally
+
+
+@functools.cache
+def _modes() -> tuple[Tensor, Tensor, Tensor]:
+    q = torch.tensor(TEACHER, dtype=torch.float64)
+    rates, vectors = torch.linalg.eigh(q.diag() - torch.outer(q, q))
+    return q.log(), rates[1:], vectors.T[1:]
+
+
+@functools.cache
+def _growth(name: str, divergence: Divergence) -> Tensor:
+    """The logarithm of how much the distance to the teacher grows in eight units of time, in each mode."""
+    log_q, _, vectors = _modes()
+    path = flow(torch.add(log_q, vectors, alpha=1e-6), log_q, local_weight(name, divergence), 8.0, 20)
+    return (distance(path[-1], log_q) / distance(path[0], log_q)).log()
+
+
+def check_rates(claimed: NumericSlope) -> Tally:
+    r"""Simulated from a millionth away, each mode's distance grows by $e^{-w'(1)\lambda t}$."""
+    tally = Tally()
+    _, rates, _ = _modes()
+    for divergence in _smooth():
+        for name in _ESTIMATORS:
+            error = _growth(name, divergence) + claimed(name, divergence) * rates * 8.0
+            tally.require(float(error.abs().max()) < 1e-3)
+    return tally
+
+
+_POLYNOMIAL: dict[str, Callable[[Tensor], Tensor]] = {
+    "(u-1)": torch.expm1,
+    "-(u-1)": lambda t: -torch.expm1(t),
+    "(u-1)^2": lambda t: torch.expm1(t) ** 2,
+    "-(u-1)^2": lambda t: -(torch.expm1(t) ** 2),
+    "(u-1)^3": lambda t: torch.expm1(t) ** 3,
+    "-(u-1)^3": lambda t: -(torch.expm1(t) ** 3),
+}
+
+
+@functools.cache
+def _all_approach(weight: str) -> bool:
+    """Whether every one of eight students around the teacher ends nearer to it than it began."""
+    log_q, _, vectors = _modes()
+    start = torch.add(log_q, torch.cat([vectors, -vectors]), alpha=0.2)
+    path = distance(flow(start, log_q, _POLYNOMIAL[weight], 200.0, 400), log_q)
+    return bool((path[-1] < path[0]).all())
+
+
+def check_first_order(attracts: Callable[[int, int], bool]) -> Tally:
+    r"""Which weights $\pm(u-1)^m$ attract from every side."""
+    tally = Tally()
+    for weight in _POLYNOMIAL:
+        sign, order = (-1 if weight.startswith("-") else 1), (int(weight[-1]) if "^" in weight else 1)
+        tally.require(_all_approach(weight) == attracts(order, sign))
+    return tally
+
+
+@functools.cache
+def _ends(label: str) -> str:
+    """Which of the far students end nearer to the teacher than they began: a plus for each that does, else a minus."""
+    known: dict[str, Callable[[Tensor], Tensor]] = {
+        "forward KL, OPD+": divergences.divergence("forward_kl").weight,
+        "JSD, OPD+": divergences.divergence("jsd").weight,
+        "chi2, OPD+": divergences.divergence("chi2").weight,
+        "reverse KL, OPD": lambda t: t,
+        "forward KL, OPD": lambda t: -t * t.exp(),
+        "JSD, OPD": lambda t: -divergences.divergence("jsd").generator(t),
+        "chi2, OPD": lambda t: -(torch.expm1(t) ** 2),
+        "u log u - 2(u - 1), OPD": lambda t: -t * t.exp() + 2 * torch.expm1(t),
+    }
+    log_q = _modes()[0]
+    path = distance(flow(far_students(), log_q, known[label], 30.0, 200), log_q)
+    return "".join("+" if nearer else "-" for nearer in (path[-1] < path[0]).tolist())
+
+
+def check_far(every: dict[str, str]) -> Tally:
+    """Which of the far students approach."""
+    tally = Tally()
+    for label, claimed in every.items():
+        tally.require(_ends(label) == claimed)
+    return tally

@@ -1,0 +1,1 @@
+"""Divergences on the top k tokens (T9)."""

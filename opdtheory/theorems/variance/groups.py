@@ -1,0 +1,421 @@
+"""T7e and T7f: groups of rollouts, their mean, leave-one-out and standard deviation as baselines and scales."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from opdtheory import divergences
+from opdtheory.estimators import estimator
+from opdtheory.exact import exact_gradient, expected_gradient, random_pair
+from opdtheory.theorems.instances.cases import RATIONAL, Law, Pair, interval, rational_laws
+from opdtheory.theorems.instances.one_sample import (
+    SMOOTH,
+    expectation,
+    intervals,
+    mean_gradient,
+    score,
+    square,
+    variance,
+    weights,
+)
+from opdtheory.theorems.theorem import Identity, Step, Tally, Theorem
+
+__all__ = ["theorems"]
+
+GroupBaseline = Callable[[Sequence[Any], int], Any]
+Baseline = Literal["leave_one_out", "group_mean"]
+SIZES = (2, 3, 4)
+
+
+def _groups(p: Sequence[Any], size: int) -> Iterator[tuple[tuple[int, ...], Any]]:
+    """Every group of tokens with its probability."""
+    for group in itertools.product(range(len(p)), repeat=size):
+        yield group, math.prod((p[a] for a in group[1:]), start=p[group[0]])
+
+
+def _group_gradient(p: Sequence[Any], w: Sequence[Any], size: int, baseline: GroupBaseline) -> list[Any]:
+    r"""$-E[\frac1G\sum_i (A_i - b_i) s_i]$ over all groups."""
+    total = [p[0] * 0] * len(p)
+    for group, chance in _groups(p, size):
+        own = [w[a] for a in group]
+        for i, a in enumerate(group):
+            advantage = own[i] - baseline(own, i)
+            total = [t - chance * advantage * s / size for t, s in zip(total, score(p, a), strict=True)]
+    return total
+
+
+def _others(own: Sequence[Any], i: int) -> Any:
+    return (sum(own) - own[i]) / (len(own) - 1)
+
+
+def _everyone(own: Sequence[Any], i: int) -> Any:
+    return sum(own) / len(own)
+
+
+def _check_scale(baseline: GroupBaseline) -> Callable[[Callable[[int], Fraction]], Tally]:
+    """The expected gradient under a group baseline as a multiple of the exact one, in fractions."""
+
+    def check(scale: Callable[[int], Fraction]) -> Tally:
+        tally = Tally()
+        for size in SIZES:
+            for p, q in rational_laws()[:4]:
+                w = weights("chi2", p, q)
+                exact = mean_gradient(p, w)
+                tally.equal(_group_gradient(p, w, size, baseline), [scale(size) * g for g in exact])
+        return tally
+
+    return check
+
+
+def _check_library(scale: dict[Baseline, Callable[[int], float]]) -> Tally:
+    """The library's group baselines on every batch: two steps of fixed length."""
+    tally = Tally()
+    for name in SMOOTH:
+        exact = exact_gradient(*_short_pair(None), name)
+        for baseline, factor in scale.items():
+            for size in (2, 3):
+                mean = _library_mean(name, baseline, size, None)
+                tally.compare(mean, [factor(size) * level for level in exact])
+    return tally
+
+
+@functools.cache
+def _library_mean(name: str, baseline: Baseline, size: int, eos: int | None) -> list[Tensor]:
+    """The expected gradient over every batch; kept, as every twin needs it again."""
+    return expected_gradient(estimator("opd_plus", name, baseline=baseline), *_short_pair(eos), batch_size=size)
+
+
+def _short_pair(eos: int | None) -> Pair:
+    return random_pair(2, 2, eos=eos, scale=1.0, distance=1.0, seed=5)
+
+
+def _check_variable_length(baseline: Baseline) -> Tally:
+    """With an end-of-sequence token the number of rollouts still running is random: the mean up to one factor."""
+    tally = Tally()
+    for name in SMOOTH:
+        exact = exact_gradient(*_short_pair(0), name)
+        mean = _library_mean(name, baseline, 2, 0)
+        factor = float((mean[0] * exact[0]).sum() / exact[0].square().sum())
+        tally.compare(mean, [factor * level for level in exact])
+    return tally
+
+
+# Division by the standard deviation.
+
+
+@functools.cache
+def _z_scored(p: Law, w: Law, size: int) -> list[Any]:
+    """The expected z-scored gradient as intervals; a group without spread counts zero."""
+    from mpmath import iv
+
+    total = [interval(0)] * len(p)
+    law = intervals(p)
+    for group, chance in _groups(p, size):
+        own = [w[a] for a in group]
+        mean = sum(own) / Fraction(size)
+        spread = sum(((x - mean) ** 2 for x in own), start=Fraction(0))  # up to a factor, which turns no direction
+        if spread == 0:
+            continue
+        for i, a in enumerate(group):
+            advantage = interval(chance * (own[i] - mean) / size) / iv.sqrt(interval(spread))
+            total = [t - advantage * s for t, s in zip(total, score(law, a), strict=True)]
+    return total
+
+
+def _parallel(left: Sequence[Any], right: Sequence[Any]) -> bool | None:
+    """Whether two interval vectors may point the same way; False is certain."""
+    dot = sum(a * b for a, b in zip(left, right, strict=True))
+    flat = all(0 in left[i] * right[j] - left[j] * right[i] for i, j in itertools.combinations(range(len(left)), 2))
+    return flat and dot.b > 0
+
+
+def _check_direction(keeps: Callable[[int, int, int], bool]) -> Tally:
+    r"""Does the z-score keep the direction? Predicted from the numbers of values, of rollouts and of steps.
+
+    Two steps are two rows met with certainty, whose gradients must be scaled alike; not to be parallel is certified,
+    and what may be parallel agrees to 40 digits.
+    """
+    tally = Tally()
+    p, later = (Fraction(1, 6), Fraction(1, 3), Fraction(1, 2)), (Fraction(3, 5), Fraction(1, 5), Fraction(1, 5))
+    for values, w in ((2, (1, -1, -1)), (2, (0, 0, 5)), (3, (3, 1, -1)), (3, (9, 1, 0))):
+        advantage = tuple(Fraction(x) for x in w)
+        for size in SIZES:
+            first, second = (_z_scored(law, advantage, size) for law in (p, later))
+            exact = [[interval(g) for g in mean_gradient(law, advantage)] for law in (p, later)]
+            tally.require(_parallel(first, exact[0]) == keeps(values, size, 1))
+            tally.require(_parallel([*first, *second], [*exact[0], *exact[1]]) == keeps(values, size, 2))
+    return tally
+
+
+def _check_ranks(weight: Callable[[Tensor, Tensor], Tensor]) -> Tally:
+    """The library's z-score of two rollouts, run on every pair of them, one step."""
+    tally = Tally()
+    for seed in (1, 2):
+        log_p, log_q = (policy.logits[0].log_softmax(-1) for policy in _one_row(seed))
+        p = log_p.exp()
+        for name in SMOOTH:
+            advantage = weight(p, divergences.divergence(name).weight(log_q - log_p))
+            expected = -p * (advantage - (p * advantage).sum())
+            tally.compare(_ranked(name, seed), [expected])
+    return tally
+
+
+@functools.cache
+def _ranked(name: str, seed: int) -> list[Tensor]:
+    return expected_gradient(estimator("opd_plus", name, zscore=True, eps=1e-300), *_one_row(seed), batch_size=2)
+
+
+def _one_row(seed: int) -> Pair:
+    return random_pair(4, 1, scale=1.0, distance=1.0, seed=seed)
+
+
+def _rank(p: Tensor, w: Tensor) -> Tensor:
+    return (p * torch.sign(w.T - w)).sum(-1) / math.sqrt(2.0)
+
+
+# T7f: independent rollouts.
+
+
+def _check_mean_of_group(share: Callable[[int], Fraction]) -> Tally:
+    """The variance of a mean over every group, in fractions."""
+    tally = Tally()
+    for name in RATIONAL:
+        for p, q in rational_laws()[:3]:
+            w = weights(name, p, q)
+            one, exact = variance(p, w), mean_gradient(p, w)
+            for size in (2, 3):
+                moment = Fraction(0)
+                for group, chance in _groups(p, size):
+                    rows = [[w[a] * s for s in score(p, a)] for a in group]
+                    moment += chance * square([sum(column) / size for column in zip(*rows, strict=True)])
+                tally.equal(moment - square(exact), share(size) * one)
+    return tally
+
+
+# The derivation.
+
+
+def _group_symbols(size: int) -> tuple[Any, Any, Any]:
+    """Two atoms with symbolic probabilities, weights and scalar scores of mean zero."""
+    import sympy
+
+    p = sympy.Symbol("p", positive=True)
+    w = sympy.symbols("w0:2", real=True)
+    s = sympy.Symbol("s", real=True)
+    return [p, 1 - p], w, [s, -p * s / (1 - p)]
+
+
+def _expected_with(baseline: GroupBaseline, scale: Callable[[int], Fraction]) -> bool:
+    import sympy
+
+    for size in SIZES:
+        p, w, s = _group_symbols(size)
+        total = sum(
+            chance * sum((w[a] - baseline([w[b] for b in group], i)) * s[a] for i, a in enumerate(group)) / size
+            for group, chance in _groups(p, size)
+        )
+        factor = sympy.Rational(scale(size).numerator, scale(size).denominator)
+        if sympy.simplify(total - factor * expectation(p, [x * y for x, y in zip(w, s, strict=True)])) != 0:
+            return False
+    return True
+
+
+def _spread_of_two_values() -> bool:
+    r"""With $k$ of $G$ at the upper of two values: $\sigma^2 = \frac{k(G-k)}{G(G-1)}(b-a)^2$."""
+    import sympy
+
+    k, size, a, b = sympy.symbols("k G a b")
+    mean = (k * b + (size - k) * a) / size
+    spread = (k * (b - mean) ** 2 + (size - k) * (a - mean) ** 2) / (size - 1)
+    return sympy.simplify(spread - k * (size - k) / (size * (size - 1)) * (b - a) ** 2) == 0
+
+
+def _one_spread_only_up_to_three() -> bool:
+    """All mixed groups have the same k(G-k) exactly for G = 2 and 3."""
+    return [size for size in range(2, 9) if len({k * (size - k) for k in range(1, size)}) == 1] == [2, 3]
+
+
+def _affine_on_two_values() -> bool:
+    """Whatever a function does to two values it does by an affine map."""
+    import sympy
+
+    a, b, at_a, at_b, x = sympy.symbols("a b A B x")
+    line = at_a + (at_b - at_a) / (b - a) * (x - a)
+    return sympy.simplify(line.subs(x, a) - at_a) == 0 and sympy.simplify(line.subs(x, b) - at_b) == 0
+
+
+def _variance_of_a_mean() -> bool:
+    """Independent scalars of mean zero: E of the square of their mean, by the cross terms."""
+    import sympy
+
+    for size in (2, 3):
+        p, w, _ = _group_symbols(size)
+        x = [w[0], -p[0] * w[0] / p[1]]
+        left = sum(chance * (sum(x[a] for a in group) / size) ** 2 for group, chance in _groups(p, size))
+        if sympy.simplify(left - expectation(p, [y**2 for y in x]) / size) != 0:
+            return False
+    return True
+
+
+def theorems() -> list[Theorem]:
+    """T7e and T7f."""
+    return [_group_baselines(), _independent()]
+
+
+def _group_baselines() -> Theorem:
+    one = Fraction(1)
+    return Theorem(
+        number="T7e",
+        name="baselines and scales from a group",
+        statement=r"E[(A_i - \bar A_{-i}) s_i] = E[A s], \quad E[(A_i - \bar A) s_i] = \tfrac{G-1}{G} E[A s], \quad "
+        r"E\big[\tfrac{A_i - \bar A}{\sigma} s_i\big] \not\parallel E[A s] \text{ in general}",
+        hypotheses=(
+            "G independent rollouts, A_i a function of rollout i",
+            "for the group mean: all rollouts of one length, else the number still running is random",
+            "exceptions to the last claim: an advantage of two values, with G = 2 or 3, or with one step at any G",
+        ),
+        source="RLOO, arXiv 2402.14740; GRPO, arXiv 2402.03300; derived here",
+        advice="Take leave-one-out, or multiply the group mean's gradient by G/(G-1); do not divide by the group's "
+        "standard deviation if the direction matters.",
+        derivation=(
+            Step(
+                r"E[\bar A_{-i}\, s_i] = E[\bar A_{-i}]\,E[s_i] = 0",
+                "independence; summed over all groups of 2, 3 and 4 with symbolic weights and scores",
+                lambda: _expected_with(_others, lambda size: one),
+            ),
+            Step(
+                r"E[\bar A\, s_i] = \tfrac1G E[A_i s_i]",
+                "only the own term is correlated with the own score",
+                lambda: _expected_with(_everyone, lambda size: Fraction(size - 1, size)),
+            ),
+            Step(
+                r"\sigma^2 = \tfrac{k(G-k)}{G(G-1)}(b-a)^2 \text{ for } k \text{ of } G \text{ at } b",
+                "two values a and b",
+                _spread_of_two_values,
+            ),
+            Step(
+                r"k(G-k) \text{ is the same for all } 0<k<G \iff G \le 3",
+                "G - 1 at k = 1 and 2(G - 2) at k = 2 are equal for G = 3 only; for G = 2 there is only k = 1",
+                _one_spread_only_up_to_three,
+                in_words=True,
+            ),
+            Step(
+                r"A \in \{a, b\}:\ E[\tfrac{A_i - \bar A}{\sigma} \mid A_i] = \alpha + \beta A_i,\ \beta > 0",
+                "given its own value a z-score is a function of two values, so affine and increasing; one step, any G; "
+                "beta depends on the law of A, which differs between steps",
+                _affine_on_two_values,
+                in_words=True,
+            ),
+        ),
+        identities=(
+            Identity(
+                "T7e",
+                "leave-one-out in fractions",
+                r"E[(A_i - \bar A_{-i}) s_i] = E[A s]",
+                _check_scale(_others),
+                lambda size: one,
+                {"scaled by (G-1)/G": lambda size: Fraction(size - 1, size)},
+                "exact",
+                0.0,
+            ),
+            Identity(
+                "T7e",
+                "group mean in fractions",
+                r"E[(A_i - \bar A) s_i] = \tfrac{G-1}{G} E[A s]",
+                _check_scale(_everyone),
+                lambda size: Fraction(size - 1, size),
+                {
+                    "unbiased": lambda size: one,
+                    "scaled by G/(G-1)": lambda size: Fraction(size, size - 1),
+                    "scaled by 1/G": lambda size: Fraction(1, size),
+                },
+                "exact",
+                0.0,
+            ),
+            Identity(
+                "T7e",
+                "group baselines as black boxes",
+                r"\text{factors } 1 \text{ and } (G-1)/G \text{ on two steps}",
+                _check_library,
+                {"leave_one_out": lambda size: 1.0, "group_mean": lambda size: (size - 1) / size},
+                {
+                    "group mean unbiased": {"group_mean": lambda size: 1.0},
+                    "leave-one-out scaled": {"leave_one_out": lambda size: (size - 1) / size},
+                },
+            ),
+            Identity(
+                "T7e",
+                "with an end-of-sequence token",
+                r"\text{leave-one-out keeps the direction when rollouts end early}",
+                _check_variable_length,
+                "leave_one_out",
+                {"the group mean does": "group_mean"},
+            ),
+            Identity(
+                "T7e",
+                "the z-score's direction",
+                r"\text{kept} \iff A \text{ has two values and } (G \le 3 \text{ or one step})",
+                _check_direction,
+                lambda values, size, steps: values == 2 and (size <= 3 or steps == 1),
+                {
+                    "always kept": lambda values, size, steps: True,
+                    "never kept": lambda values, size, steps: False,
+                    "kept for two values": lambda values, size, steps: values == 2,
+                    "kept on one step": lambda values, size, steps: steps == 1,
+                },
+                "rigorous",
+                0.0,
+            ),
+            Identity(
+                "T7e",
+                "two rollouts are compared by rank",
+                r"G = 2:\ E\big[\tfrac{A_1 - \bar A}{\sigma}\mid A_1 = a\big] = "
+                r"\tfrac{1}{\sqrt2}(P(A < a) - P(A > a))",
+                _check_ranks,
+                _rank,
+                {"the sign flipped": lambda p, w: -_rank(p, w), "the weight itself": lambda p, w: w},
+            ),
+        ),
+    )
+
+
+def _independent() -> Theorem:
+    return Theorem(
+        number="T7f",
+        name="averaging rollouts",
+        statement=r"\mathrm{Var}\big(\tfrac1G\textstyle\sum_i \hat g_i\big) = \tfrac1G \mathrm{Var}(\hat g)",
+        hypotheses=("G independent rollouts of one law, no baseline that couples them",),
+        source="textbook",
+        advice="Compare estimators at equal cost: a G times smaller variance is worth G times the rollouts.",
+        derivation=(
+            Step(
+                r"E|\tfrac1G\textstyle\sum_i X_i|^2 = \tfrac{1}{G^2}\sum_{i,j} E[X_i X_j] = \tfrac1G E|X|^2",
+                "centred and independent: cross terms vanish",
+                _variance_of_a_mean,
+            ),
+        ),
+        identities=(
+            Identity(
+                "T7f",
+                "every group in fractions",
+                r"\mathrm{Var}(\tfrac1G\textstyle\sum_i \hat g_i) = \mathrm{Var}(\hat g)/G",
+                _check_mean_of_group,
+                lambda size: Fraction(1, size),
+                {
+                    "1/G²": lambda size: Fraction(1, size**2),
+                    "1/(G-1)": lambda size: Fraction(1, size - 1),
+                    "no gain": lambda size: Fraction(1),
+                },
+                "exact",
+                0.0,
+            ),
+        ),
+    )

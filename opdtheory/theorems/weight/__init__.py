@@ -1,0 +1,1 @@
+"""The divergence that a weight implies (T4)."""

@@ -1,0 +1,174 @@
+"""The corollary table of T4: what each local estimator descends, and the checks that run each of them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from opdtheory import divergences
+from opdtheory.estimators import Estimator, estimator
+from opdtheory.exact import TabularPolicy, expected_gradient, random_pair
+from opdtheory.theorems.instances.cases import Pair, autograd_gradient
+from opdtheory.theorems.theorem import Tally
+
+if TYPE_CHECKING:
+    import sympy
+
+__all__ = [
+    "Row",
+    "Table",
+    "check_followed",
+    "check_stated",
+    "check_weights",
+    "convex",
+    "implied",
+    "rows",
+    "stated",
+    "values_estimated",
+]
+
+Table = Callable[[], Mapping[str, "sympy.Expr"]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        loss: the estimator.
+        weight: its local weight, in `u`.
+        generator: the generator that it descends, up to gauge and positive scale.
+        genuine: whether that is convex.
+    """
+
+    loss: Estimator
+    weight: sympy.Expr
+    generator: sympy.Expr
+    genuine: bool
+
+
+@functools.cache
+def rows() -> Mapping[str, Row]:
+    """The table, by what the estimators are called."""
+    import sympy
+
+    u = divergences.symbol()
+    log_u, e, half = sympy.log(u), sympy.E, sympy.Rational(1, 2)
+    reverse, forward = -log_u, u * log_u
+    alpha = {order: divergences.divergence("alpha", alpha=order).expr for order in (-1.0, 0.5, 2.0)}
+    # Beyond a clip the weight is constant, and the generator goes on along its tangent.
+    reverse_clipped = sympy.Piecewise((1 + u - e * u, u < 1 / e), (u - 1 - log_u, u < e), (u - 1 - u / e, sympy.true))
+    forward_clipped = sympy.Piecewise(
+        (half - u * sympy.log(2), u < half), (forward - u + 1, u < 2), (u * sympy.log(2) - 1, sympy.true)
+    )
+    return {
+        "k1 as loss": Row(estimator("k1_loss"), sympy.Integer(-1), sympy.Integer(0), True),
+        "k2 as loss": Row(estimator("k2_loss"), log_u, reverse, True),
+        "k3 as loss": Row(estimator("k3_loss"), u - 1, forward, True),
+        "k1 as reward": Row(estimator("k1_reward"), log_u, reverse, True),
+        "k2 as reward": Row(estimator("k2_reward"), -(log_u**2) / 2, log_u**2 / 2 + log_u, False),
+        "k3 as reward": Row(estimator("k3_reward"), log_u - u + 1, reverse - forward, False),
+        "OPD forward KL": Row(estimator("opd", "forward_kl"), -forward, -u * log_u**2 / 2, False),
+        "OPD chi2": Row(estimator("opd", "chi2"), -((u - 1) ** 2), 2 * forward - u**2 + 1, False),
+        "Box-Cox -1": Row(estimator("box_cox", alpha=-1), 1 - 1 / u, alpha[-1.0], True),
+        "Box-Cox 1/2": Row(estimator("box_cox", alpha=0.5), 2 * (sympy.sqrt(u) - 1), alpha[0.5], True),
+        "Box-Cox 2": Row(estimator("box_cox", alpha=2), (u**2 - 1) / 2, alpha[2.0], True),
+        "sign of log u": Row(estimator("sign"), sympy.sign(log_u), sympy.Abs(u - 1), True),
+        "OPD+ reverse KL, log u clipped": Row(
+            estimator("opd_plus", "reverse_kl", clip_log_ratio=1.0),
+            sympy.Max(-1, sympy.Min(1, log_u)) - 1,
+            reverse_clipped,
+            True,
+        ),
+        "OPD+ forward KL, weight clipped": Row(
+            estimator("opd_plus", "forward_kl", clip_weight=(0.5, 2.0)),
+            sympy.Max(half, sympy.Min(2, u)),
+            forward_clipped,
+            True,
+        ),
+    }
+
+
+@functools.cache
+def implied(weight: sympy.Expr) -> sympy.Expr:
+    """`implied_generator`, kept."""
+    return divergences.implied_generator(weight)
+
+
+@functools.cache
+def convex(generator: sympy.Expr) -> bool:
+    """`is_convex`, kept."""
+    return divergences.is_convex(generator)
+
+
+def stated() -> Mapping[str, sympy.Expr]:
+    """The table's generators."""
+    return {name: row.generator for name, row in rows().items()}
+
+
+def values_estimated() -> Mapping[str, sympy.Expr]:
+    """The table as it is often believed: each estimator descends the divergence that its name estimates."""
+    reverse, forward, chi2 = (divergences.divergence(name).expr for name in ("reverse_kl", "forward_kl", "chi2"))
+    named = {"forward KL": forward, "chi2": chi2}
+    return {name: next((f for key, f in named.items() if key in name), reverse) for name in rows()}
+
+
+def check_stated(table: Table) -> Tally:
+    """Each stated generator is zero at one and the implied one of the local weight, up to gauge; symbolically."""
+    tally = Tally()
+    for name, generator in table().items():
+        tally.require(generator.subs(divergences.symbol(), 1) == 0)
+        tally.require(divergences.same_divergence(implied(rows()[name].weight), generator))
+    return tally
+
+
+def check_weights(constant: float) -> Tally:
+    r"""Each loss, run on rollouts of another law, where no constant is free: $-E_\mu[w(u)\,s]$ of its row's weight."""
+    tally = Tally()
+    u = divergences.symbol()
+    student, teacher = random_pair(4, 1, distance=0.7, seed=6)
+    behavior = TabularPolicy.random(4, 1, seed=7)
+    p, q, mu = (policy.logits[0].softmax(-1) for policy in (student, teacher, behavior))
+    for row in rows().values():
+        weights = [float(row.weight.subs(u, ratio)) + constant for ratio in (q / p)[0].tolist()]
+        drawn = mu * torch.tensor(weights, dtype=torch.float64)
+        tally.compare(expected_gradient(row.loss, student, teacher, behavior=behavior), [p * drawn.sum() - drawn])
+    return tally
+
+
+def check_followed(table: Table) -> Tally:
+    r"""Each loss, run as a black box, follows autograd of $\sum_h P(h)\,D_V(h)$ with $P$ held fixed."""
+    import sympy
+
+    tally = Tally()
+    u = divergences.symbol()
+    pair = random_pair(4, 2, distance=0.7, seed=5)
+    for name, generator in table().items():
+        black_box = _black_box(name)
+        # Torch takes logarithms of tensors only: constants go in as numbers.
+        parts = [x for x in sympy.preorder_traversal(generator) if getattr(x, "is_number", False) and not x.is_Rational]
+        function = sympy.lambdify(u, generator.xreplace({x: sympy.N(x, 20) for x in parts}), "torch")
+        tally.compare(black_box, autograd_gradient(pair, functools.partial(_token_local, pair, function)))
+    return tally
+
+
+@functools.cache
+def _black_box(name: str) -> list[Tensor]:
+    return expected_gradient(rows()[name].loss, *random_pair(4, 2, distance=0.7, seed=5))
+
+
+def _token_local(pair: Pair, generator: Callable[[Tensor], Tensor], student: TabularPolicy) -> Tensor:
+    """The divergence of both tokens' rows, prefixes drawn from the student but not differentiated."""
+    total = torch.zeros((), dtype=torch.float64)
+    reach = torch.ones(1, dtype=torch.float64)
+    for level, teacher in zip(student.logits, pair[1].logits, strict=True):
+        p, q = torch.softmax(level, -1), torch.softmax(teacher, -1)
+        u = q / p
+        total = total + (reach.unsqueeze(-1) * p * generator(u) * torch.ones_like(u)).sum()
+        reach = (reach.unsqueeze(-1) * p).detach().flatten()
+    return total

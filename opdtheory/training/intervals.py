@@ -1,0 +1,50 @@
+"""Confidence intervals of shares and means."""
+
+from __future__ import annotations
+
+import math
+from statistics import NormalDist
+
+from opdtheory.errors import InvalidArgumentError
+
+__all__ = ["NORMAL", "student_t", "wilson", "wilson_of_share"]
+
+NORMAL = NormalDist().inv_cdf(0.975)
+
+
+def wilson(correct: int, total: int, level: float = 0.95) -> tuple[float, float]:
+    r"""Wilson's interval for a proportion: it stays in [0, 1] and has a width also at 0 and at 1.
+
+    $$\frac{\hat p + \frac{z^2}{2n} \pm z\sqrt{\frac{\hat p(1-\hat p)}{n} + \frac{z^2}{4n^2}}}{1 + z^2/n}$$
+
+    Raises:
+        InvalidArgumentError: `total` is not positive or `correct` is not in `[0, total]`.
+
+    References:
+        Wilson, JASA 22 (1927) 209.
+
+    Example:
+        >>> wilson(0, 100)
+        (0.0, 0.037)
+    """
+    if total < 1:
+        raise InvalidArgumentError("total", f"is {total}; at least one trial is needed")
+    if not 0 <= correct <= total:
+        raise InvalidArgumentError("correct", f"is {correct}; a count in [0, {total}] is needed")
+    return wilson_of_share(correct / total, total, level)
+
+
+def wilson_of_share(share: float, count: float, level: float = 0.95) -> tuple[float, float]:
+    """`wilson` where the count is no whole number: the effective one of a mean over seeds."""
+    z = NormalDist().inv_cdf(0.5 + level / 2)
+    spread = z * z / count
+    half = z * math.sqrt(share * (1 - share) / count + spread / (4 * count))
+    low, high = ((share + spread / 2 + sign * half) / (1 + spread) for sign in (-1, 1))
+    return 0.0 if share == 0 else low, 1.0 if share == 1 else high
+
+
+def student_t(degrees: int) -> float:
+    """The 97.5 % point of Student's t."""
+    from scipy import special
+
+    return float(special.stdtrit(degrees, 0.975))

@@ -1,0 +1,244 @@
+"""Teachers and under-trained students from demonstrations: trained from a seed, cached, checksummed.
+
+`python -m opdtheory.training.pairs --task arithmetic` trains what the cache lacks and prints what it holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import random
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from opdtheory.errors import InvalidArgumentError
+from opdtheory.training.models.language_model import LanguageModel
+from opdtheory.training.models.storage import cache_folder, load_tensors, save_tensors, stored
+from opdtheory.training.models.transformer import Transformer, TransformerConfig
+from opdtheory.training.tasks import TASKS, Split, Task
+from opdtheory.training.tasks import task as task_named
+
+__all__ = ["Recipe", "accuracy", "load_model", "load_pair", "recipe_for", "train_supervised"]
+
+Role = Literal["teacher", "student"]
+
+# Raised when the same recipe would give other weights: a new initialisation, loss or order of the examples.
+_FORMAT = 1
+
+_TEACHER_STEPS = {"arithmetic": 1200, "tools": 1500, "modular": 4000}
+_STUDENT_STEPS = {"arithmetic": 700, "tools": 500, "modular": 700}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides a model's weights, but for the rounding of the machine.
+
+    Attributes:
+        task: name of the task.
+        role: teacher or student; both read different examples under one seed.
+        seed: of the initial weights and of the examples.
+        width, layers, heads: the model's size.
+        steps: optimiser steps, each on new examples.
+        batch_size: examples a step.
+        learning_rate: its peak, for AdamW, after `warmup` steps; it falls linearly to a tenth.
+        warmup: steps of linear rise.
+    """
+
+    task: str
+    role: Role
+    seed: int
+    width: int
+    layers: int
+    heads: int
+    steps: int
+    batch_size: int = 64
+    learning_rate: float = 2e-3
+    warmup: int = 50
+
+    @property
+    def key(self) -> str:
+        """A digest of the recipe and of the code's format, which names the cached file."""
+        text = json.dumps([_FORMAT, dataclasses.asdict(self)], sort_keys=True)
+        return f"{self.task}-{self.role}-{self.seed}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def recipe_for(task: str, role: Role, seed: int = 0) -> Recipe:
+    """The recipe that the repository's experiments use.
+
+    Raises:
+        InvalidArgumentError: an unknown task or role.
+    """
+    if task not in TASKS:
+        raise InvalidArgumentError("task", f"is {task!r}; one of {', '.join(TASKS)} is needed")
+    if role == "teacher":
+        return Recipe(task, role, seed, width=96, layers=3, heads=4, steps=_TEACHER_STEPS[task])
+    if role == "student":
+        steps = _STUDENT_STEPS[task]
+        return Recipe(task, role, seed, width=48, layers=2, heads=4, steps=steps)
+    raise InvalidArgumentError("role", f"is {role!r}; 'teacher' or 'student' is needed")
+
+
+def load_pair(
+    task: Task | str, seed: int = 0, *, cache: Path | str | None = None, teacher_seed: int = 0
+) -> tuple[Transformer, Transformer]:
+    """The student of a seed and the teacher, from the cache; what it lacks is trained first.
+
+    Args:
+        task: a task or its name.
+        seed: of the student; the teacher is the same for all, unless `teacher_seed` says otherwise.
+        cache: folder; by default `$OPDTHEORY_CACHE`, else `~/.cache/opdtheory`.
+        teacher_seed: of the teacher.
+
+    Returns:
+        `(student, teacher)`; the teacher's parameters need no gradient.
+    """
+    name = task if isinstance(task, str) else task.name
+    student, _ = load_model(recipe_for(name, "student", seed), cache=cache)
+    teacher, _ = load_model(recipe_for(name, "teacher", teacher_seed), cache=cache)
+    return student, teacher.requires_grad_(False)
+
+
+def load_model(
+    recipe: Recipe, *, cache: Path | str | None = None, report: Callable[[int, float], None] | None = None
+) -> tuple[Transformer, dict[str, Any]]:
+    """A model and its record, from the cache; trained and stored first if it is not there.
+
+    The record holds the recipe, the checksum of the weights, the seconds that training took and the greedy accuracy
+    on 512 problems of the test split.
+
+    Raises:
+        InvalidArgumentError: the cached weights do not have the recorded checksum.
+    """
+    path = cache_folder(cache) / f"{recipe.key}.safetensors"
+    task = task_named(recipe.task)
+    if stored(path):
+        tensors, record = load_tensors(path)
+        model = _untrained(recipe, task)
+        model.load_state_dict(tensors)
+        return model, record
+
+    wall, processor = time.perf_counter(), time.process_time()
+    model = train_supervised(recipe, report=report)
+    record = {
+        "recipe": dataclasses.asdict(recipe),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "seconds": round(time.perf_counter() - wall, 2),
+        "processor_seconds": round(time.process_time() - processor, 2),
+        "greedy_accuracy": accuracy(model, task, greedy=True),
+        "sampled_accuracy": accuracy(model, task),
+        "torch": str(torch.__version__),
+        "threads": torch.get_num_threads(),
+    }
+    return model, save_tensors(path, model.state_dict(), record)
+
+
+def train_supervised(recipe: Recipe, *, report: Callable[[int, float], None] | None = None) -> Transformer:
+    """Train on demonstrations of the train split, each seen once.
+
+    The loss is the mean over the policy's own tokens, end of sequence included; the environment's are history.
+
+    Args:
+        recipe: what to train.
+        report: called with the number of finished steps and the loss in nats a token.
+    """
+    task = task_named(recipe.task)
+    model = _untrained(recipe, task)
+    optimiser = torch.optim.AdamW(
+        model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.01, foreach=True
+    )
+    rng = random.Random(f"demonstrations/{recipe.task}/{recipe.role}/{recipe.seed}")
+    for step in range(recipe.steps):
+        tokens, own = _batch(task, recipe, step, rng)
+        for group in optimiser.param_groups:
+            group["lr"] = recipe.learning_rate * _schedule(step, recipe.warmup, recipe.steps)
+        logits = model.logits(tokens[:, :-1])
+        loss = cross_entropy(logits[own], tokens[:, 1:][own])
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        if report is not None:
+            report(step + 1, float(loss.detach()))
+    return model
+
+
+def accuracy(
+    model: LanguageModel, task: Task, count: int = 512, *, greedy: bool = False, seed: int = 0, split: Split = "test"
+) -> float:
+    """The share of a split's problems that a model answers right, one response each."""
+    examples = task.examples(split, count, seed)
+    generator = torch.Generator().manual_seed(seed)
+    samples = model.sample(
+        task.prompts(examples),
+        max_new_tokens=task.max_response,
+        greedy=greedy,
+        generator=generator,
+        environment=task.environment,
+    )
+    return sum(task.correct(examples, samples)) / count
+
+
+def _untrained(recipe: Recipe, task: Task) -> Transformer:
+    config = TransformerConfig(recipe.width, recipe.layers, recipe.heads, task.max_prompt + task.max_response)
+    return Transformer(config, task.vocabulary, seed=recipe.seed + (10_000 if recipe.role == "teacher" else 0))
+
+
+def _batch(task: Task, recipe: Recipe, step: int, rng: random.Random) -> tuple[Tensor, Tensor]:
+    """Tokens `(B, L)`, padded on the right, and `(B, L - 1)`: whether the next token is the policy's."""
+    vocabulary = task.vocabulary
+    # Seeds of distinct roles, seeds and steps differ; the split keeps the test problems out of all.
+    seed = (recipe.seed * 2 + (recipe.role == "teacher")) * 1_000_000 + step
+    rows, owns = [], []
+    for example in task.examples("train", recipe.batch_size, seed):
+        row = vocabulary.encode(example.prompt)
+        own = [False] * len(row)
+        for text, policy in task.demonstration(example, rng):
+            piece = vocabulary.encode(text)
+            row += piece
+            own += [policy] * len(piece)
+        rows.append([*row, vocabulary.eos])
+        owns.append([*own, True])
+    width = max(map(len, rows))
+    tokens = torch.tensor([row + [vocabulary.pad] * (width - len(row)) for row in rows])
+    return tokens, torch.tensor([own + [False] * (width - len(own)) for own in owns])[:, 1:]
+
+
+def _schedule(step: int, warmup: int, steps: int) -> float:
+    if step < warmup:
+        return (step + 1) / warmup
+    return 1 - 0.9 * (step - warmup) / max(1, steps - warmup)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train what the cache lacks of a task's teacher and students; print the records as JSON lines."""
+    parser = argparse.ArgumentParser(prog="python -m opdtheory.training.pairs", description=main.__doc__)
+    parser.add_argument("--task", choices=tuple(TASKS), nargs="+", default=tuple(TASKS))
+    parser.add_argument("--seeds", type=int, default=1, help="students of seeds 0 to SEEDS - 1 (%(default)s)")
+    parser.add_argument("--cache", type=Path, help="folder (default: $OPDTHEORY_CACHE, else ~/.cache/opdtheory)")
+    options = parser.parse_args(arguments)
+    for name in options.task:
+        wanted = [recipe_for(name, "teacher"), *(recipe_for(name, "student", seed) for seed in range(options.seeds))]
+        for recipe in wanted:
+
+            def report(step: int, loss: float, recipe: Recipe = recipe) -> None:
+                if step % 100 == 0 or step == recipe.steps:
+                    print(f"{recipe.key}: step {step} of {recipe.steps}, loss {loss:.4f}", file=sys.stderr, flush=True)
+
+            _, record = load_model(recipe, cache=options.cache, report=report)
+            print(json.dumps(record), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""A run: what a step works with, and what is left when it is finished."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opdtheory.estimators import Estimator
+from opdtheory.training.config import TrainConfig
+from opdtheory.training.distributed import Processes
+from opdtheory.training.metrics import Metrics
+from opdtheory.training.models.language_model import LanguageModel
+from opdtheory.training.tasks import Task
+
+__all__ = ["Observer", "Run", "TrainResult"]
+
+
+@dataclass
+class Run:
+    """What a step works with.
+
+    Attributes:
+        config: the settings.
+        processes: this process among those of the run.
+        task: makes prompts and verifies answers.
+        student: the model that is trained, in place.
+        teacher: the model that scores, frozen.
+        loss: what is descended.
+        optimizer: AdamW over the student's parameters.
+        metrics: rows of finished steps.
+    """
+
+    config: TrainConfig
+    processes: Processes
+    task: Task
+    student: LanguageModel
+    teacher: LanguageModel
+    loss: Estimator
+    optimizer: torch.optim.Optimizer
+    metrics: Metrics
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of the run, if one was named."""
+        return None if self.config.out is None else Path(self.config.out)
+
+
+Observer = Callable[[Run, int], Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished run.
+
+    Attributes:
+        student: the trained model.
+        config: the settings.
+        rows: the metrics of every step, as in `metrics.jsonl`; an evaluation of the start has step 0.
+    """
+
+    student: LanguageModel = field(repr=False)
+    config: TrainConfig
+    rows: list[dict[str, Any]] = field(repr=False)
+
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The rows that hold an evaluation."""
+        return [row for row in self.rows if "greedy_accuracy" in row]

@@ -1,0 +1,1 @@
+"""`opdtheory verify` and `table`: the theorems run, the shipped estimators audited, and the pages of both."""

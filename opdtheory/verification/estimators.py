@@ -1,0 +1,159 @@
+"""`opdtheory table`: what each local estimator follows, derived symbolically from its weight (T1, T4, T5, T7)."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from opdtheory import divergences
+from opdtheory.divergences import Divergence
+from opdtheory.errors import InvalidArgumentError
+from opdtheory.estimators import Estimator, estimator
+
+if TYPE_CHECKING:
+    import sympy
+
+__all__ = ["Row", "rows"]
+
+
+@dataclass(frozen=True)
+class Row:
+    r"""One estimator whose weight is a function of the ratio alone.
+
+    Attributes:
+        estimator: with its claim.
+        weight: the local weight in the gauge $w(1) = 0$.
+        implied: the generator $V[w]$ that it follows exactly (T4), in the gauge $f(1) = f'(1) = 0$.
+        genuine: whether $V[w]$ is convex, so that an f-divergence is minimised.
+        named: the catalogue entry that $V[w]$ is a positive multiple of, or None.
+        slope: $w'(1)$; the teacher attracts if it is positive (T5).
+        second_moment: where $E_p[w^2]$ is unbounded over pairs of laws: "bounded", "unbounded as u -> 0", ...
+    """
+
+    estimator: Estimator
+    weight: sympy.Expr
+    implied: sympy.Expr
+    genuine: bool
+    named: str | None
+    slope: sympy.Expr
+    second_moment: str
+
+    @property
+    def verdict(self) -> str:
+        """What the estimator is, in a few words."""
+        if self.weight == 0:
+            return "zero gradient"
+        if self.named is not None:
+            return self.named
+        return "some f-divergence" if self.genuine else "no f-divergence"
+
+    @property
+    def stability(self) -> str:
+        """What the linearised flow does at the teacher (T5)."""
+        if self.slope.is_infinite or self.slope > 0:
+            return "attracts"
+        return "repels" if self.slope < 0 else "no first-order force"
+
+    def to_dict(self) -> dict[str, str]:
+        """The row as text, formulas whole."""
+        return {
+            "estimator": self.estimator.label,
+            "weight": str(self.weight),
+            "implied_generator": str(self.implied),
+            "verdict": self.verdict,
+            "stability": self.stability,
+            "second_moment": self.second_moment,
+        }
+
+
+def rows() -> list[Row]:
+    """The estimators whose local weight is a function of `u`, each derived anew."""
+    import sympy
+
+    u = divergences.symbol()
+    log_u = sympy.log(u)
+    entries: list[tuple[Estimator, sympy.Expr]] = []
+    for name in ("reverse_kl", "forward_kl", "jsd", "chi2", "hellinger", "le_cam"):
+        generator = divergences.divergence(name).expr
+        entries.append((estimator("opd", name), -generator))
+        entries.append((estimator("opd_plus", name), divergences.weight_of(generator)))
+    entries += [
+        (estimator("k1_loss"), sympy.Integer(0)),
+        (estimator("k2_loss"), log_u),
+        (estimator("k3_loss"), u),
+        (estimator("k1_reward"), log_u),
+        (estimator("k2_reward"), -(log_u**2) / 2),
+        (estimator("k3_reward"), log_u - u + 1),
+        (estimator("box_cox", alpha=0.5), 2 * (sympy.sqrt(u) - 1)),
+        (estimator("sign"), sympy.sign(u - 1)),
+    ]
+    return [_row(loss, sympy.simplify(weight - weight.subs(u, 1)), u) for loss, weight in entries]
+
+
+def _row(loss: Estimator, weight: sympy.Expr, u: sympy.Symbol) -> Row:
+    import sympy
+
+    jump = weight.has(sympy.sign)
+    return Row(
+        estimator=loss,
+        weight=weight,
+        implied=divergences.implied_generator(weight) if weight != 0 else sympy.Integer(0),
+        genuine=weight != 0 and _never_falls(weight, u),
+        named=_named(weight, u),
+        # A weight that jumps upwards at the teacher pulls harder than any slope.
+        slope=sympy.oo if jump else sympy.diff(weight, u).subs(u, 1),
+        second_moment=_second_moment(weight, u),
+    )
+
+
+def _never_falls(weight: sympy.Expr, u: sympy.Symbol) -> bool:
+    """Whether the weight is non-decreasing, so that V[w] is convex (T4): its steps on a wide grid of log u."""
+    curve = _curve(weight, u, 60)
+    return all(after >= before for before, after in itertools.pairwise(curve))
+
+
+def _named(weight: sympy.Expr, u: sympy.Symbol) -> str | None:
+    """The catalogue entry without a parameter whose weight is a positive multiple of this one (T3, T4)."""
+    if weight == 0:
+        return None
+    for name in divergences.names():
+        entry = _parameter_free(name)
+        if entry is None:
+            continue
+        other = divergences.weight_of(entry.expr)
+        theirs = _curve(other, u, 4)
+        theirs = [value - theirs[len(theirs) // 2] for value in theirs]
+        ours = _curve(weight, u, 4)
+        scale = ours[-1] / theirs[-1]
+        if scale > 0 and all(abs(a - scale * b) <= 1e-12 * abs(ours[-1]) for a, b in zip(ours, theirs, strict=True)):
+            return name
+    return None
+
+
+def _parameter_free(name: str) -> Divergence | None:
+    try:
+        return divergences.divergence(name)
+    except InvalidArgumentError:
+        return None
+
+
+def _curve(weight: sympy.Expr, u: sympy.Symbol, limit: int) -> list[Any]:
+    """The weight at log u from -limit to limit in steps of 1/4, with 60 digits."""
+    import mpmath
+    import sympy
+
+    function = sympy.lambdify(u, weight, "mpmath")
+    with mpmath.workdps(60):
+        return [function(mpmath.exp(mpmath.mpf(k) / 4)) for k in range(-4 * limit, 4 * limit + 1)]
+
+
+def _second_moment(weight: sympy.Expr, u: sympy.Symbol) -> str:
+    """Where $E_p[w^2]$ can grow without bound: it is bounded iff $w^2$ is at 0 and $w^2/u$ is at infinity (T10)."""
+    import sympy
+
+    weight = weight.subs(sympy.sign(u - 1), 1)
+    near_zero = sympy.limit(weight**2, u, 0, "+")
+    far_off = sympy.limit(weight**2 / u, u, sympy.oo)
+    ends = [text for text, value in (("u → 0", near_zero), ("u → ∞", far_off)) if not value.is_finite]
+    return f"unbounded as {' and '.join(ends)}" if ends else "bounded"

@@ -1,0 +1,547 @@
+"""Remedies: the intended change is found and verified, and a change with a wrong sign or factor is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import opdtheory as opd
+from opdtheory.auditing import Audit, quick_verdict
+from opdtheory.auditing.fixes import changes
+from opdtheory.auditing.fixes.candidates import candidates
+from opdtheory.auditing.fixes.corrections import Curve, clips, gauge_shift, missing_terms
+from opdtheory.auditing.fixes.facts import Facts
+from opdtheory.auditing.fixes.remedies import remedies
+from opdtheory.auditing.fixes.substitutes import last_resort
+from opdtheory.auditing.fixes.topk import TopKForm, recognise
+from opdtheory.auditing.fixes.trial import Trial, attempt
+from opdtheory.auditing.naming.recover import recover_weight
+from opdtheory.auditing.report import Remedy
+from opdtheory.auditing.scenario import Case
+from opdtheory.errors import InvalidArgumentError
+from opdtheory.exact import Enumeration, Loss, gradient_moments, random_pair
+from opdtheory.rollouts import Rollouts
+from tests.tolerances import ENUMERATION
+
+DEFAULTS: dict[str, Any] = {"batch_size": 1, "eos": None, "off_policy": 0.0, "gamma": 1.0, "seed": 0}
+FAITHFUL = ("exact", "exact_up_to_scale")
+
+zoo = opd.estimator
+
+
+def reward(advantage: Callable[[Rollouts], Tensor]) -> Loss:
+    return lambda r: r.token_sum(-advantage(r).detach() * r.student_logprobs)
+
+
+def k1_loss(r: Rollouts) -> Tensor:
+    return r.token_sum(-r.log_u)
+
+
+def position_weighted(r: Rollouts) -> Tensor:
+    by_position = 0.5 ** torch.arange(r.mask.shape[1]).to(r.mask)
+    return r.token_sum(-(by_position * r.log_u).detach() * r.student_logprobs)
+
+
+def over_padding(r: Rollouts) -> Tensor:
+    return -(r.log_u.detach() * r.student_logprobs).sum() / len(r.mask)
+
+
+def mean_over_padding(r: Rollouts) -> Tensor:
+    return -(r.log_u.detach() * r.student_logprobs).mean()
+
+
+def against_the_sampler(r: Rollouts) -> Tensor:
+    return r.token_sum(-(r.teacher_logprobs - r.behavior_logprobs) * r.student_logprobs)
+
+
+def generator_differentiated(r: Rollouts) -> Tensor:
+    return r.token_sum(opd.divergence("jsd").generator(r.log_u))
+
+
+def times(factor: float, loss: Loss) -> Loss:
+    return lambda r: factor * loss(r)
+
+
+def in_float32(r: Rollouts) -> Tensor:
+    log_u = r.log_u.detach().float()
+    return r.token_sum(log_u * log_u.exp() * r.student_logprobs.float())
+
+
+# Loss, claimed divergence, settings and granularity, the kind of the first remedy, the verdict after it.
+CASES: dict[str, tuple[Loss, str, dict[str, Any], str, str]] = {
+    "stop-gradient forward KL": (zoo("opd", "forward_kl"), "forward_kl", {}, "slope", "exact"),
+    "stop-gradient TV": (zoo("opd", "total_variation"), "total_variation", {}, "slope", "exact"),
+    "thrice stop-gradient": (times(3.0, zoo("opd", "chi2")), "chi2", {}, "slope", "exact_up_to_scale"),
+    "generator differentiated": (generator_differentiated, "jsd", {}, "advantage", "exact"),
+    "k3 as reward": (zoo("k3_reward"), "reverse_kl", {}, "advantage", "exact"),
+    "sign and factor": (times(-2.0, zoo("full_vocab", "jsd")), "jsd", {}, "sign", "exact"),
+    "factor": (times(3.0, zoo("k2_loss")), "reverse_kl", {}, "scale", "exact"),
+    "positions": (position_weighted, "reverse_kl", {}, "position", "exact"),
+    "k1 as loss": (k1_loss, "reverse_kl", {}, "detach", "exact"),
+    "k2 as reward": (zoo("k2_reward"), "reverse_kl", {}, "differentiate", "exact"),
+    "k3 as reward, forward": (zoo("k3_reward"), "forward_kl", {}, "differentiate", "exact"),
+    "k3 as loss": (zoo("k3_loss"), "reverse_kl", {}, "k2", "exact"),
+    "k2 clamped": (zoo("k2_loss", clip_log_ratio=1.5), "reverse_kl", {}, "k2", "exact"),
+    "clip inside the grid": (zoo("opd_plus", "forward_kl", clip_log_ratio=2.0), "forward_kl", {}, "clip", "exact"),
+    "clip outside the grid": (zoo("opd_plus", "jsd", clip_log_ratio=5.0), "jsd", {}, "clip", "exact"),
+    "clipped weight": (zoo("opd_plus", "forward_kl", clip_weight=(0.5, 1.5)), "forward_kl", {}, "clip", "exact"),
+    "stop-gradient, clipped": (zoo("opd", "jsd", clip_log_ratio=2.0), "jsd", {}, "slope, clip", "exact"),
+    "token mean": (zoo("opd_plus", "jsd", reduction="token_mean"), "jsd", {"eos": 0}, "reduction", "exact"),
+    "rollout mean": (zoo("opd_plus", "jsd", reduction="sequence_mean"), "jsd", {"eos": 0}, "reduction", "exact"),
+    "token mean, stop-gradient": (
+        zoo("opd", "forward_kl", reduction="token_mean"),
+        "forward_kl",
+        {},
+        "reduction, slope",
+        "exact",
+    ),
+    "padding": (over_padding, "reverse_kl", {"eos": 0}, "padding", "exact"),
+    "mean over padding": (mean_over_padding, "reverse_kl", {"eos": 0}, "padding", "exact_up_to_scale"),
+    "an environment's tokens": (over_padding, "reverse_kl", {"environment": (1,)}, "padding", "exact"),
+    "two prompts, stop-gradient": (zoo("opd", "jsd"), "jsd", {"prompts": 2}, "slope", "exact"),
+    "no ratio": (zoo("opd_plus", "jsd"), "jsd", {"off_policy": 0.5}, "importance", "exact"),
+    "own ratio only": (
+        zoo("opd_plus", "jsd", importance="token"),
+        "jsd",
+        {"off_policy": 0.5},
+        "importance",
+        "exact",
+    ),
+    "PPO": (zoo("opd_plus", "jsd", importance="ppo"), "jsd", {"off_policy": 0.5}, "importance", "exact"),
+    "whole vocabulary, no ratio": (zoo("full_vocab", "jsd"), "jsd", {"off_policy": 0.5}, "importance", "exact"),
+    "ratio to the sampler": (against_the_sampler, "reverse_kl", {"off_policy": 0.5}, "importance", "exact"),
+    "no ratio, token mean": (
+        zoo("opd_plus", "jsd", reduction="token_mean"),
+        "jsd",
+        {"off_policy": 0.5, "eos": 0},
+        "reduction, importance",
+        "exact",
+    ),
+    "no ratio, stop-gradient": (zoo("opd", "jsd"), "jsd", {"off_policy": 0.5}, "slope, importance", "exact"),
+    "rollout, no ratio": (
+        zoo("sequence_opd_plus", "jsd"),
+        "jsd",
+        {"off_policy": 0.5, "granularity": "sequence"},
+        "importance",
+        "exact",
+    ),
+    "outer discount": (
+        zoo("return_to_go", "jsd", gamma=0.5),
+        "jsd",
+        {"gamma": 0.5, "granularity": "token_return"},
+        "position",
+        "exact",
+    ),
+    "no return": (zoo("opd_plus", "jsd"), "jsd", {"granularity": "token_return"}, "granularity", "exact"),
+    "no product": (zoo("opd_plus", "jsd"), "jsd", {"granularity": "sequence"}, "granularity", "exact"),
+    "a return too many": (zoo("return_to_go", "jsd", gamma=1.0), "jsd", {}, "granularity", "exact"),
+    "truncated": (zoo("topk_truncated", "reverse_kl", k=2), "reverse_kl", {}, "vocabulary", "exact"),
+    "truncated by one": (zoo("topk_truncated", "reverse_kl", k=3), "reverse_kl", {}, "tail", "exact"),
+    "renormalised": (zoo("topk_renormalised", "jsd", k=2), "jsd", {}, "vocabulary", "exact"),
+    "bucket": (zoo("topk_tail", "jsd", k=2, support="student"), "jsd", {}, "vocabulary", "exact"),
+    "top-k as reward": (zoo("topk_reward", "jsd", k=2), "jsd", {}, "vocabulary", "exact"),
+    "power": (zoo("power", alpha=0.5), "reverse_kl", {}, "replace", "exact"),
+    "group mean": (zoo("opd_plus", "jsd", baseline="group_mean"), "jsd", {"batch_size": 2}, "baseline", "exact"),
+    "group mean of 4": (zoo("opd_plus", "jsd", baseline="group_mean"), "jsd", {"batch_size": 4}, "baseline", "exact"),
+    "group mean, stop-gradient": (
+        zoo("opd", "forward_kl", baseline="group_mean"),
+        "forward_kl",
+        {"batch_size": 2},
+        "slope",
+        "exact_up_to_scale",
+    ),
+    "leave-one-out, stop-gradient": (
+        zoo("opd", "jsd", baseline="leave_one_out"),
+        "jsd",
+        {"batch_size": 2},
+        "slope",
+        "exact",
+    ),
+    "z-score of 2": (zoo("opd_plus", "jsd", zscore=True), "jsd", {"batch_size": 2}, "baseline", "exact"),
+    "z-score of 3": (zoo("opd", "forward_kl", zscore=True), "forward_kl", {"batch_size": 3}, "baseline", "exact"),
+}
+
+
+# What the text of the first remedy must say.
+WORDS = {
+    "stop-gradient forward KL": "u*log(u) + u",
+    "sign and factor": "-1/2",
+    "positions": "1, 0.5, 0.25",
+    "clip inside the grid": "[-2, 2]",
+    "bucket": "student's 2 likeliest",
+    "token mean, stop-gradient": "mask.sum() / B (T11). Add to the advantage u f'(u)",
+    "group mean": "G/(G-1) = 2:",
+    "group mean of 4": "leave-one-out mean in place of the group mean, or multiply by G/(G-1) = 4/3:",
+    "outer discount": "gamma = 0.5",
+    "PPO": "clip none",
+}
+
+
+def audited(
+    loss: Loss, objective: str, granularity: str = "token_local", tolerance: float = 1e-9, **changed: Any
+) -> Audit:
+    """What `audit` would hand on, without the parts that remedies do not read."""
+    settings = {**DEFAULTS, **changed}
+    verdict, bias = Trial(loss, opd.divergence(objective), granularity, **settings, tolerance=tolerance)(loss)
+    weight = recover_weight(loss, settings["batch_size"], settings["off_policy"], 0, tolerance)
+    return Audit(
+        name="loss",
+        objective=objective,
+        granularity=granularity,
+        verdict=verdict,
+        relative_bias=bias,
+        cosine=0.0,
+        scale=1.0,
+        tolerance=tolerance,
+        identified=None,
+        weight={**vars(weight), "explains_panel": None},
+        pairs=[],
+        settings=settings,
+    )
+
+
+def cure(
+    loss: Loss, objective: str, granularity: str = "token_local", *, pairs: int | None = None, **changed: Any
+) -> list[Remedy]:
+    return remedies(loss, objective, granularity, report=audited(loss, objective, granularity, **changed), pairs=pairs)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_intended_remedy_comes_first_and_is_verified(case: str) -> None:
+    loss, objective, settings, kind, verdict = CASES[case]
+    # Half of the pairs, to save time; those left out refute least.
+    found = cure(loss, objective, pairs=3, **settings)
+    assert found and len(found) <= 3
+    assert (found[0].kind, found[0].verdict, found[0].verified) == (kind, verdict, True)
+    assert all(remedy.verified == (remedy.verdict in FAITHFUL) for remedy in found)
+    assert all(
+        remedy.text.endswith(".") and "(T" in remedy.text or remedy.kind in ("sign", "scale") for remedy in found
+    )
+    json.dumps([dataclasses.asdict(remedy) for remedy in found], allow_nan=False)
+
+
+def test_a_loss_in_float32_is_cured_within_its_rounding() -> None:
+    report = audited(in_float32, "forward_kl", tolerance=1e-4)
+    assert report.verdict == "biased"
+    first = remedies(in_float32, "forward_kl", report=report)[0]
+    assert (first.kind, first.verdict) == ("slope", "exact")
+    assert first.text.startswith("Add to the advantage u f'(u)")
+
+
+def test_an_exact_loss_needs_nothing() -> None:
+    assert cure(zoo("opd_plus", "jsd"), "jsd") == []
+
+
+def test_nothing_is_offered_where_the_verdict_refuses_all() -> None:
+    loss = zoo("opd", "forward_kl")
+    report = audited(loss, "forward_kl")
+    assert remedies(loss, "forward_kl", report=report, verdict=lambda _: ("biased", 1.0)) == []
+
+
+def test_an_improvement_must_be_one() -> None:
+    """A loss that is right up to a factor is not cured by another factor."""
+    loss = times(3.0, zoo("opd_plus", "jsd"))
+    report = audited(loss, "jsd")
+    assert report.verdict == "exact_up_to_scale"
+    assert remedies(loss, "jsd", report=report, verdict=lambda _: ("exact_up_to_scale", 1.0)) == []
+
+
+def test_variable_lengths_are_part_of_the_cure() -> None:
+    """At fixed length a token mean is a matter of scale; where it fails at variable length, a factor is refused."""
+    loss = zoo("opd_plus", "jsd", reduction="token_mean")
+    fixed = audited(loss, "jsd")
+    assert [remedy.kind for remedy in remedies(loss, "jsd", report=fixed)][0] == "scale"
+    both = dataclasses.replace(fixed, variable_lengths={"verdict": "biased", "relative_bias": 0.2})
+    assert [remedy.kind for remedy in remedies(loss, "jsd", report=both)] == ["reduction"]
+
+
+def test_claim_what_it_descends() -> None:
+    loss = zoo("k3_loss")
+    report = dataclasses.replace(
+        audited(loss, "reverse_kl"),
+        verdict="other_objective",
+        identified={
+            "objective": "forward_kl",
+            "granularity": "token_local",
+            "parameters": {},
+            "scale": 1.0,
+            "error": 1e-15,
+        },
+    )
+    k2, claim = remedies(loss, "reverse_kl", report=report)
+    assert (k2.kind, claim.kind, claim.verdict) == ("k2", "claim", "exact")
+    assert claim.text.startswith("Claim forward_kl (token_local) instead")
+    assert [remedy.kind for remedy in remedies(loss, "reverse_kl", report=report, limit=1)] == ["k2"]
+    doubled = dataclasses.replace(report, identified={**(report.identified or {}), "scale": 2.0})
+    assert remedies(loss, "reverse_kl", report=doubled)[1].verdict == "exact_up_to_scale"
+
+
+def test_a_gauge_says_that_another_divergence_is_descended() -> None:
+    jsd = {remedy.kind: remedy for remedy in cure(zoo("opd", "jsd"), "jsd")}["gauge"]
+    assert not jsd.verified and "another divergence" in jsd.text and "0.346574" in jsd.text
+    hellinger = {remedy.kind: remedy for remedy in cure(zoo("opd", "hellinger"), "hellinger")}["gauge"]
+    assert hellinger.verified and "another" not in hellinger.text
+    log_u = torch.linspace(-4, 4, 33, dtype=torch.float64)
+    for name in ("forward_kl", "chi2"):
+        divergence = opd.divergence(name)
+        assert gauge_shift(Curve(log_u, -divergence.generator(log_u)), divergence) is None
+
+
+def test_the_shifted_weight_is_monotone_and_a_smaller_shift_is_not() -> None:
+    divergence = opd.divergence("jsd")
+    log_u = torch.linspace(-6, 6, 61, dtype=torch.float64)
+    curve = Curve(log_u, -divergence.generator(log_u))
+    shift = gauge_shift(curve, divergence)
+    assert shift is not None
+    slope = divergence.slope_at_infinity
+    assert bool(((curve.weight + slope * log_u.expm1()).diff() >= 0).all())
+    assert bool(((curve.weight + 0.9 * slope * log_u.expm1()).diff() < 0).any())
+    assert gauge_shift(Curve(log_u, divergence.weight(log_u)), divergence) is None
+
+
+def test_a_tail_of_several_tokens_is_nearer_but_no_cure() -> None:
+    loss = zoo("topk_truncated", "reverse_kl", k=2)
+    report = audited(loss, "reverse_kl")
+    tail = {remedy.kind: remedy for remedy in remedies(loss, "reverse_kl", report=report)}["tail"]
+    assert not tail.verified and tail.verdict == "biased" and tail.relative_bias < report.relative_bias
+    assert "coarser" in tail.text
+
+
+@pytest.mark.parametrize("name", ["opd_plus", "return_to_go", "sequence_opd_plus"])
+@pytest.mark.parametrize("off_policy", [0.0, 0.4])
+def test_the_last_resort_is_always_exact(name: str, off_policy: float) -> None:
+    granularity = {"opd_plus": "token_local", "return_to_go": "token_return", "sequence_opd_plus": "sequence"}[name]
+    changed = {"off_policy": off_policy, "eos": 0, "gamma": 0.5 if granularity == "token_return" else 1.0}
+    facts = facts_of(zoo("power", alpha=0.5), "jsd", granularity, **changed)
+    resort = last_resort(facts)
+    assert name in resort.text
+    assert facts.trial(resort.loss)[0] == "exact"
+
+
+def facts_of(loss: Loss, objective: str, granularity: str = "token_local", **changed: Any) -> Facts:
+    settings, divergence = {**DEFAULTS, **changed}, opd.divergence(objective)
+    curve = recover_weight(loss, settings["batch_size"], settings["off_policy"], 0, 1e-9)
+    return Facts(
+        loss,
+        divergence,
+        granularity,
+        "biased",
+        settings,
+        False,
+        Curve(curve.log_u, curve.weight) if curve.depends_on_ratio_only else None,
+        Trial(loss, divergence, granularity, **settings),
+    )
+
+
+def log_slope(r: Rollouts) -> Tensor:
+    return opd.divergence("forward_kl").log_slope(r.log_u.detach())
+
+
+WRONG: dict[str, tuple[Loss, Loss, str, dict[str, Any]]] = {
+    "slope subtracted": (
+        changes.advantage_added(zoo("opd", "forward_kl"), log_slope),
+        changes.advantage_added(zoo("opd", "forward_kl"), lambda r: -log_slope(r)),
+        "forward_kl",
+        {},
+    ),
+    "slope by a thousandth too large": (
+        changes.advantage_added(zoo("opd", "forward_kl"), log_slope),
+        changes.advantage_added(zoo("opd", "forward_kl"), lambda r: 1.001 * log_slope(r)),
+        "forward_kl",
+        {},
+    ),
+    "reward of the wrong sign": (
+        changes.value_as_reward(k1_loss),
+        changes.scaled(changes.value_as_reward(k1_loss), -1.0),
+        "reverse_kl",
+        {},
+    ),
+    "ratio upside down": (
+        zoo("opd_plus", "jsd", importance="prefix"),
+        changes.weighted_tokens(
+            zoo("opd_plus", "jsd"), lambda r: (r.behavior_logprobs - r.student_logprobs).cumsum(-1).exp()
+        ),
+        "jsd",
+        {"off_policy": 0.5},
+    ),
+    "divided by the length": (
+        changes.weighted_tokens(zoo("opd_plus", "jsd", reduction="sequence_mean"), changes.rollout_lengths),
+        changes.weighted_tokens(
+            zoo("opd_plus", "jsd", reduction="sequence_mean"), lambda r: 1 / changes.rollout_lengths(r)
+        ),
+        "jsd",
+        {"eos": 0},
+    ),
+    "G-1 over G": (
+        changes.scaled(zoo("opd_plus", "jsd", baseline="group_mean"), 2.0),
+        changes.scaled(zoo("opd_plus", "jsd", baseline="group_mean"), -2.0),
+        "jsd",
+        {"batch_size": 2},
+    ),
+}
+
+
+@pytest.mark.parametrize("twin", WRONG)
+def test_a_wrong_twin_is_refused(twin: str) -> None:
+    right, wrong, objective, settings = WRONG[twin]
+    trial = Trial(right, opd.divergence(objective), "token_local", **{**DEFAULTS, **settings})
+    assert trial(right)[0] in FAITHFUL
+    assert trial(wrong)[0] == "biased"
+
+
+def test_most_guesses_are_refused() -> None:
+    """A search that took what it guessed would offer far more than the one cure."""
+    facts = facts_of(zoo("opd", "jsd"), "jsd", eos=0)
+    verdicts = [(candidate.kind, facts.trial(candidate.loss)[0]) for candidate in candidates(facts)]
+    assert [kind for kind, verdict in verdicts if verdict in FAITHFUL] == ["slope", "padding, slope"]
+    assert len(verdicts) > 6
+
+
+@pytest.mark.parametrize(
+    ("loss", "objective", "settings"),
+    [
+        (zoo("opd_plus", "jsd"), "jsd", {}),
+        (times(2.0, zoo("k2_loss")), "reverse_kl", {"eos": 0}),
+        (zoo("opd", "chi2"), "chi2", {}),
+        (k1_loss, "reverse_kl", {}),
+        (zoo("opd_plus", "jsd"), "jsd", {"off_policy": 0.3}),
+        (zoo("opd_plus", "jsd", baseline="leave_one_out"), "jsd", {"batch_size": 2}),
+        (zoo("opd_plus", "jsd", zscore=True), "jsd", {"batch_size": 2}),
+    ],
+    ids=["exact", "scale", "biased", "zero", "off-policy", "group", "z-score"],
+)
+def test_a_trial_says_what_the_audit_says(loss: Loss, objective: str, settings: dict[str, Any]) -> None:
+    trial = Trial(loss, opd.divergence(objective), "token_local", **{**DEFAULTS, **settings})
+    assert trial(loss)[0] == quick_verdict(loss, objective, **settings)
+
+
+def test_a_trial_may_look_at_every_pair() -> None:
+    loss = zoo("opd", "chi2")
+    trial = Trial(loss, opd.divergence("chi2"), "token_local", **DEFAULTS)
+    early, late = trial(loss), trial(loss, to_the_end=True)
+    assert early[0] == late[0] == "biased" and early[1] < late[1]
+
+
+def one_case(off_policy: float = 0.0) -> Case:
+    student, teacher = random_pair(3, 3, eos=0, scale=1.0, distance=1.0, seed=3)
+    return Case(student, teacher, student.perturbed(off_policy, seed=4) if off_policy else None, "one")
+
+
+def gradient(loss: Loss, case: Case) -> Tensor:
+    mean = gradient_moments(loss, case.student, case.teacher, 1, case.behavior).mean
+    return torch.cat([level.flatten() for level in mean])
+
+
+def test_weighted_tokens_multiply_each_term() -> None:
+    """Against a loss that carries its importance weight inside, on logits and on log-probabilities alike."""
+    from opdtheory.estimators.offpolicy import importance_weight, prefix_weight
+
+    case = one_case(0.4)
+    for inside, plain, weight in (
+        (zoo("k2_loss", importance="prefix"), zoo("k2_loss"), lambda r: importance_weight(r, "prefix")),
+        (zoo("full_vocab", "jsd", importance="prefix"), zoo("full_vocab", "jsd"), prefix_weight),
+    ):
+        expected = gradient(inside, case)
+        actual = gradient(changes.weighted_tokens(plain, weight), case)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=ENUMERATION)
+        assert float((gradient(plain, case) - expected).norm()) > 1e-3
+
+
+def test_value_as_reward_reads_each_token_alone() -> None:
+    case = one_case()
+    rollouts = Enumeration.build(case.student, case.teacher).rollouts()
+    for loss in (k1_loss, lambda r: r.token_mean(-r.log_u), lambda r: r.sequence_mean(-r.log_u)):
+        values = changes.token_values(loss, rollouts)
+        torch.testing.assert_close(values, torch.where(rollouts.mask > 0, -rollouts.log_u.detach(), 0.0))
+        actual = gradient(changes.value_as_reward(loss), case)
+        torch.testing.assert_close(actual, gradient(zoo("k1_reward"), case), rtol=0, atol=ENUMERATION)
+
+
+def test_hidden_padding_gets_no_gradient() -> None:
+    case = one_case()
+    everything = Enumeration.build(case.student, case.teacher)
+    for loss, leaks in ((over_padding, True), (changes.padding_hidden(over_padding), False)):
+        logits = everything.gather_logits(everything.student_tables).detach().requires_grad_()
+        (slope,) = torch.autograd.grad(loss(everything.rollouts(student_logits=logits)), logits)
+        assert bool((slope[everything.mask == 0] != 0).any()) == leaks
+
+
+def test_missing_terms_need_a_positive_multiple() -> None:
+    divergence, log_u = opd.divergence("forward_kl"), torch.linspace(-4, 4, 33, dtype=torch.float64)
+    (term,) = missing_terms(Curve(log_u, -divergence.generator(log_u)), divergence, "token_local", 1.0)
+    assert term.kind == "slope"
+    assert not list(missing_terms(Curve(log_u, divergence.generator(log_u)), divergence, "token_local", 1.0))
+    assert not list(missing_terms(Curve(log_u, log_u.sin()), divergence, "token_local", 1.0))
+
+
+def test_a_smooth_bend_is_no_clip() -> None:
+    divergence, log_u = opd.divergence("forward_kl"), torch.linspace(-4, 4, 33, dtype=torch.float64)
+    far = torch.tensor([-12.0, -8.0, 0.0, 8.0, 12.0], dtype=torch.float64)
+
+    def bent(t: Tensor) -> Tensor:
+        return (2.0 * (t / 2.0).tanh()).expm1()
+
+    assert not list(clips(Curve(log_u, bent(log_u)), lambda: Curve(far, bent(far)), divergence))
+    assert not list(clips(Curve(log_u, log_u.clamp(-2, 2).expm1()), lambda: None, divergence))
+    (found,) = clips(
+        Curve(log_u, log_u.clamp(-1.3, 2.1).expm1()), lambda: Curve(far, far.clamp(-1.3, 2.1).expm1()), divergence
+    )
+    assert "[-1.3, 2.1]" in found.text
+
+
+@pytest.mark.parametrize("form", ["topk_truncated", "topk_renormalised", "topk_tail"])
+def test_recognises_the_form_of_a_top_k_loss(form: str) -> None:
+    divergence = opd.divergence("hellinger")
+    expected = TopKForm(form, 2, "student")
+    assert recognise(times(2.0, zoo(form, divergence, k=2, support="student")), divergence) == expected
+    assert recognise(zoo("full_vocab", "jsd"), divergence) is None
+    assert recognise(zoo("opd_plus", divergence), divergence) is None
+
+
+def test_a_loss_that_fails_on_changed_inputs_is_no_error() -> None:
+    def fussy(r: Rollouts) -> Tensor:
+        if float(r.mask.sum()) == 1.0 and r.mask.shape[1] > 1:
+            raise RuntimeError("needs more than one token")
+        return k1_loss(r)
+
+    assert "k2" in [remedy.kind for remedy in cure(fussy, "reverse_kl")]
+    assert attempt(lambda: 1 / 0) is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"objective": "jsdd"}, "divergence"),
+        ({"granularity": "word"}, "objective"),
+        ({"limit": 0}, "limit"),
+        ({"pairs": 0}, "pairs"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: dict[str, Any], named: str) -> None:
+    loss = zoo("opd", "jsd")
+    with pytest.raises(InvalidArgumentError, match=named):
+        remedies(loss, **{"objective": "jsd", "report": audited(loss, "jsd"), **arguments})
+
+
+def test_the_work_is_bounded_in_calls() -> None:
+    """Calls rather than seconds, which a busy machine changes."""
+    cases: list[tuple[Loss, str, dict[str, Any]]] = [
+        (zoo("opd", "forward_kl"), "forward_kl", {}),
+        (zoo("opd", "forward_kl", zscore=True), "forward_kl", {"batch_size": 4}),
+    ]
+    for loss, objective, settings in cases:
+        report, count = audited(loss, objective, **settings), 0
+
+        def counted(r: Rollouts, loss: Loss = loss) -> Tensor:
+            nonlocal count
+            count += 1
+            return loss(r)
+
+        remedies(counted, objective, report=report)
+        assert count < 1500

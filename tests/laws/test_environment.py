@@ -1,0 +1,512 @@
+"""Tokens that an environment writes, prompts, batches of one prompt: against fractions, autograd and plain loops."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import random
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from opdtheory import MarkovPolicy, Rollouts, TabularPolicy, divergences, estimator, exact_gradient, exact_value
+from opdtheory.auditing.scenario import panel
+from opdtheory.errors import BudgetExceededError, InvalidArgumentError, LossError
+from opdtheory.estimators import estimator_names
+from opdtheory.exact import Enumeration, enumerated_value, expected_gradient, gradient_moments, random_pair
+from opdtheory.exact.enumeration import shown_tables
+from opdtheory.exact.oracle import full_vocabulary_variance
+from opdtheory.testing import divergences as any_divergence
+from opdtheory.testing import gradient_gap
+from opdtheory.theorems.instances.trees import RationalTree, field_of, gradient_of, rational_tree
+from tests.tolerances import ALGEBRA, ENUMERATION
+
+OBJECTIVES = (("token_local", 1.0), ("token_return", 1.0), ("token_return", 0.5), ("sequence", 1.0))
+WRITTEN = ((0,), (1,), (0, 1), (0, 2), (2,))
+
+
+def with_leaves(policy: TabularPolicy) -> TabularPolicy:
+    leaves = [z.clone().requires_grad_() for z in policy.logits]
+    return TabularPolicy(leaves, eos=policy.eos, environment=policy.environment)
+
+
+def by_autograd(student, teacher, divergence, objective, gamma):
+    leaves = with_leaves(student)
+    value = enumerated_value(leaves, teacher, divergence, objective, gamma)
+    return value.detach(), list(torch.autograd.grad(value, leaves.logits, materialize_grads=True, allow_unused=True))
+
+
+# In fractions (T6f), with the theorems' own tree.
+
+
+def fraction_tree(size, horizon, eos, environment, seed) -> RationalTree:
+    """A tree with rational laws in which an environment's token ends nothing."""
+    draw = random.Random(seed)
+
+    def law():
+        parts = [draw.randint(1, 7) for _ in range(size)]
+        return tuple(Fraction(part, sum(parts)) for part in parts)
+
+    def ended(y):
+        return any(a == eos and n not in environment for n, a in enumerate(y))
+
+    every = [y for n in range(horizon) for y in itertools.product(range(size), repeat=n)]
+    histories = [y for y in every if not ended(y)]
+    complete = tuple(
+        (*y, a) for y in histories for a in range(size) if len(y) + 1 == horizon or (ended((*y, a)) and eos is not None)
+    )
+    world = {y: law() for y in histories if len(y) in environment}
+    return RationalTree({y: law() for y in histories}, {y: law() for y in histories}, world, complete, horizon, eos)
+
+
+def policies_of(tree: RationalTree, size: int, environment) -> tuple[TabularPolicy, TabularPolicy]:
+    """The same pair as tables; histories that have ended get a uniform row, which nothing may read."""
+    pair = []
+    for laws in (tree.student, tree.teacher):
+        levels = []
+        for n in range(tree.horizon):
+            source = tree.world if n in environment else laws
+            rows = [source.get(y, (Fraction(1),) * size) for y in itertools.product(range(size), repeat=n)]
+            levels.append(torch.tensor([[float(p) for p in row] for row in rows], dtype=torch.float64).log())
+        pair.append(TabularPolicy(levels, eos=tree.eos, environment=environment))
+    return pair[0], pair[1]
+
+
+def level_gradient(tree: RationalTree, size: int, entries) -> list[torch.Tensor]:
+    levels = [torch.zeros(size**n, size, dtype=torch.float64) for n in range(tree.horizon)]
+    for (history, a), entry in zip(tree.logits, entries, strict=True):
+        row = sum(b * size**k for k, b in enumerate(reversed(history)))
+        levels[len(history)][row, a] = float(entry)
+    return levels
+
+
+def agrees_with_fractions(tree, size, environment, pair, name) -> bool:
+    divergence = divergences.divergence(name)
+
+    def number(linear):
+        return linear.exactly(divergence) if linear != 0 else Fraction(0)
+
+    def local(t, y, us, n):
+        return us[n].weight()
+
+    truths = [("token_local", 1.0, [number(g.value) for g in field_of(tree, local)])]
+    for objective, gamma in (("token_return", 1), ("token_return", Fraction(1, 2)), ("sequence", 1)):
+        discount = Fraction(gamma)
+        truths.append((objective, float(gamma), [number(g) for g in gradient_of(tree, objective, discount)]))
+        value = float(number(tree.value(objective, discount).value))
+        if abs(float(exact_value(*pair, name, objective, float(gamma))) - value) > ENUMERATION * max(1.0, abs(value)):
+            return False
+    return all(
+        gradient_gap(exact_gradient(*pair, name, objective, gamma), level_gradient(tree, size, truth)) <= ENUMERATION
+        for objective, gamma, truth in truths
+    )
+
+
+FRACTIONS = [(2, 3, None, (1,)), (2, 3, 1, (0, 1)), (2, 3, 0, (1,)), (3, 2, 0, (0,)), (2, 3, 0, (2,)), (2, 3, 1, (0,))]
+
+
+@pytest.mark.parametrize(("size", "horizon", "eos", "environment"), FRACTIONS)
+@pytest.mark.parametrize("name", ["chi2", "neyman_chi2"])
+def test_values_and_gradients_are_those_in_fractions(size, horizon, eos, environment, name):
+    tree = fraction_tree(size, horizon, eos, environment, seed=3)
+    assert agrees_with_fractions(tree, size, environment, policies_of(tree, size, environment), name)
+
+
+def test_an_environment_that_ends_rollouts_or_is_scored_is_another_tree():
+    size, environment = 2, (1,)
+    pair = policies_of(fraction_tree(size, 3, 0, environment, seed=3), size, environment)
+    cut = rational_tree(size, 3, 0, environment, seed=3)  # there an environment's end-of-sequence token ends
+    assert len(cut.sequences) < len(Enumeration.build(*pair))
+    tree = fraction_tree(size, 3, 0, environment, seed=3)
+    own = tuple(TabularPolicy(policy.logits, eos=0) for policy in policies_of(tree, size, ()))
+    assert not agrees_with_fractions(tree, size, environment, own, "chi2")
+
+
+# The oracle's two routes.
+
+
+@given(st.integers(0, 10**6), st.sampled_from((None, 0, 1)), st.sampled_from(WRITTEN), any_divergence(smooth=True))
+def test_both_routes_agree_and_nothing_flows_to_the_environment(seed, eos, environment, divergence):
+    student, teacher = random_pair(2, 3, eos=eos, scale=0.7, seed=seed, environment=environment)
+    for objective, gamma in OBJECTIVES:
+        value, gradient = by_autograd(student, teacher, divergence, objective, gamma)
+        exact = exact_gradient(student, teacher, divergence, objective, gamma)
+        size = max(1.0, abs(float(value)))
+        assert float((exact_value(student, teacher, divergence, objective, gamma) - value).abs()) <= ENUMERATION * size
+        assert gradient_gap(exact, gradient) <= ENUMERATION
+        for n in environment:
+            assert torch.equal(exact[n], torch.zeros_like(exact[n]))
+            assert torch.equal(gradient[n], torch.zeros_like(gradient[n]))
+
+
+def test_the_environment_changes_what_the_student_sees():
+    """The false twin of the routes' agreement: the same tables, all written by the student."""
+    student, teacher = random_pair(2, 3, eos=0, seed=5, environment=(1,))
+    _, gradient = by_autograd(
+        *(TabularPolicy(each.logits, eos=0) for each in (student, teacher)), "jsd", "sequence", 1.0
+    )
+    assert gradient_gap(exact_gradient(student, teacher, "jsd", "sequence"), gradient) > 1e-2
+
+
+def test_an_environment_that_comes_last_adds_nothing():
+    student, teacher = random_pair(3, 2, eos=0, seed=1)
+    world = torch.randn(9, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    longer = [TabularPolicy([*each.logits, world], eos=0, environment=(2,)) for each in (student, teacher)]
+    for objective, gamma in OBJECTIVES:
+        found = exact_gradient(*longer, "forward_kl", objective, gamma)
+        assert gradient_gap(found[:2], exact_gradient(student, teacher, "forward_kl", objective, gamma)) <= ENUMERATION
+
+
+def test_a_prompt_is_a_mixture_of_policies():
+    student, teacher = random_pair(3, 3, eos=0, seed=2, environment=(0,))
+    law = student.logits[0][0].softmax(-1)
+    parts = [
+        [
+            TabularPolicy([level.view(3, -1, 3)[x] for level in policy.logits[1:]], eos=0)
+            for policy in (student, teacher)
+        ]
+        for x in range(3)
+    ]
+    for objective in ("token_local", "token_return", "sequence"):
+        value = sum(law[x] * exact_value(*parts[x], "jsd", objective) for x in range(3))
+        assert float((exact_value(student, teacher, "jsd", objective) - value).abs()) <= ENUMERATION
+        found = exact_gradient(student, teacher, "jsd", objective)
+        for n in range(2):
+            pieces = [law[x] * exact_gradient(*parts[x], "jsd", objective)[n] for x in range(3)]
+            assert gradient_gap([found[1 + n]], [torch.cat(pieces)]) <= ENUMERATION
+
+
+@pytest.mark.parametrize("case", panel(eos=0, prompts=2, environment=(1,))[::2], ids=lambda case: case.label)
+def test_both_routes_agree_where_most_tokens_are_no_prompt(case):
+    for objective, gamma in OBJECTIVES:
+        _, gradient = by_autograd(case.student, case.teacher, "jsd", objective, gamma)
+        found = exact_gradient(case.student, case.teacher, "jsd", objective, gamma)
+        assert gradient_gap(found, gradient) <= ENUMERATION
+
+
+# Sampled losses.
+
+
+def some_form_of(name: str):
+    """An entry of the zoo, with a divergence and an option where it needs one."""
+    for divergence, options in itertools.product((None, "jsd"), ({}, {"k": 2}, {"alpha": 0.5}, {"gamma": 1.0})):
+        with contextlib.suppress(InvalidArgumentError):
+            return estimator(name, divergence, **options)
+    raise AssertionError(f"no form of {name} found")
+
+
+@pytest.mark.parametrize("loss", [some_form_of(name) for name in estimator_names()], ids=lambda loss: loss.name)
+def test_every_estimator_leaves_a_prompt_alone(loss):
+    """What it does after a mixture of prompts is the mixture of what it does after each."""
+    student, teacher = random_pair(3, 3, eos=0, seed=2, environment=(0,))
+    law = student.logits[0][0].softmax(-1)
+    found = expected_gradient(loss, student, teacher)
+    pieces = []
+    for x in range(3):
+        own = [TabularPolicy([z.view(3, -1, 3)[x] for z in each.logits[1:]], eos=0) for each in (student, teacher)]
+        pieces.append([law[x] * level for level in expected_gradient(loss, *own)])
+    truth = [torch.zeros(1, 3, dtype=torch.float64), *(torch.cat(level) for level in zip(*pieces, strict=True))]
+    assert gradient_gap(found, truth) <= ENUMERATION
+
+
+LOSSES = [
+    ("opd_plus", "jsd", {}, "token_local", 1),
+    ("full_vocab", "forward_kl", {}, "token_local", 1),
+    ("opd_plus", "forward_kl", {"baseline": "vocabulary"}, "token_local", 1),
+    ("opd_plus", "reverse_kl", {"baseline": "leave_one_out"}, "token_local", 2),
+    ("return_to_go", "jsd", {"gamma": 1.0}, "token_return", 1),
+    ("sequence_opd_plus", "jsd", {}, "sequence", 1),
+]
+
+
+@pytest.mark.parametrize("eos", [None, 0])
+@pytest.mark.parametrize(("name", "divergence", "options", "objective", "batch_size"), LOSSES)
+def test_expected_gradients_honour_the_environment_and_leaks_are_seen(
+    name, divergence, options, objective, batch_size, eos
+):
+    loss = estimator(name, divergence, **options)
+    student, teacher = random_pair(2, 3, eos=eos, seed=7, environment=(1,))
+    truth = exact_gradient(student, teacher, divergence, objective)
+    found = expected_gradient(loss, student, teacher, batch_size)
+    assert gradient_gap(found, truth) <= ENUMERATION
+    assert torch.equal(found[1], torch.zeros_like(found[1]))
+
+    def leaky(r: Rollouts) -> torch.Tensor:
+        own = r.mask.clone()
+        own[:, 1] = 1.0
+        return loss(dataclasses.replace(r, mask=own))
+
+    assert gradient_gap(expected_gradient(leaky, student, teacher, batch_size), truth) > 1e-3
+
+
+@pytest.mark.parametrize("importance", ["prefix", "sequence"])
+def test_importance_ratios_leave_the_environment_out(importance):
+    student, teacher = random_pair(2, 3, eos=0, seed=3, environment=(0, 1))
+    behavior = student.perturbed(0.5, seed=9)
+    assert all(torch.equal(behavior.logits[n], student.logits[n]) for n in (0, 1))
+    loss = estimator("opd_plus", "jsd", importance=importance)
+    truth = exact_gradient(student, teacher, "jsd")
+    assert gradient_gap(expected_gradient(loss, student, teacher, behavior=behavior), truth) <= ENUMERATION
+
+    def leaky(r: Rollouts) -> torch.Tensor:
+        ratio = (r.student_logprobs - r.behavior_logprobs).sum(-1, keepdim=True).exp().detach()
+        return r.token_sum(-ratio * divergences.jsd.weight(r.log_u).detach() * r.student_logprobs)
+
+    assert gradient_gap(expected_gradient(leaky, student, teacher, behavior=behavior), truth) > 1e-3
+
+
+def test_the_whole_vocabulary_has_the_variance_of_the_prefix_alone():
+    student, teacher = random_pair(3, 3, eos=0, seed=4, environment=(0, 2))
+    moments = gradient_moments(estimator("full_vocab", "jsd"), student, teacher)
+    assert moments.variance == pytest.approx(full_vocabulary_variance(student, teacher, "jsd"), rel=1e-10)
+
+
+def test_an_end_of_sequence_token_of_the_environment_ends_nothing():
+    student, teacher = random_pair(2, 3, eos=0, seed=0, environment=(0,))
+    every = Enumeration.build(student, teacher)
+    rows = {tuple(y): tuple(m) for y, m in zip(every.tokens.tolist(), every.mask.tolist(), strict=True)}
+    assert rows == {
+        (x, *y): (0.0, *m)
+        for x in (0, 1)
+        for y, m in (((0, 0), (1.0, 0.0)), ((1, 0), (1.0, 1.0)), ((1, 1), (1.0, 1.0)))
+    }
+    assert float(every.probability.sum()) == pytest.approx(1.0, abs=ENUMERATION)
+    assert every.prompts.tolist() == every.tokens[:, 0].tolist()
+
+
+def test_rollouts_of_an_enumeration_pass_every_check():
+    student, teacher = random_pair(3, 3, eos=0, seed=0, environment=(0, 2), zeros=1)
+    for behavior in (None, student.perturbed(0.5)):
+        r = Enumeration.build(student, teacher, behavior).rollouts()
+        fields = {field.name: getattr(r, field.name) for field in dataclasses.fields(Rollouts)}
+        Rollouts(**fields)
+        written = torch.tensor([0, 2])
+        assert torch.isfinite(r.student_logits[:, written]).all() and torch.isfinite(r.teacher_logits[:, written]).all()
+        again = Rollouts.from_logits(r.tokens, r.student_logits, r.teacher_logits, r.mask, r.behavior_logprobs)
+        for name, field in fields.items():
+            assert torch.equal(field, getattr(again, name))
+
+
+def test_rows_of_another_batch_are_refused():
+    every = Enumeration.build(*random_pair(2, 2))
+    with pytest.raises(InvalidArgumentError, match=r"student_logits.*\(1, 2, 2\).*\(4, 2\)"):
+        every.rollouts(slice(None), torch.zeros(1, 2, 2, dtype=torch.float64))
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize("position", [-1, 3, 1.0, True, "0"])
+def test_what_is_no_position_is_refused(position):
+    with pytest.raises(InvalidArgumentError, match="environment.*position") as caught:
+        TabularPolicy.random(2, 3, environment=(position,))
+    assert caught.value.argument == "environment"
+
+
+def test_positions_are_a_sorted_set():
+    assert TabularPolicy.random(2, 3, environment=[2, 0, 2]).environment == (0, 2)
+    policy = TabularPolicy.random(2, 3, environment=(1,))
+    assert policy.tabulate().environment == policy.perturbed(1.0).environment == (1,)
+    assert "environment=(1,)" in repr(policy) and "environment" not in repr(TabularPolicy.random(2, 3))
+
+
+def test_one_environment_for_all():
+    student, teacher = random_pair(2, 3, seed=1, environment=(1,))
+    elsewhere = TabularPolicy(teacher.logits, environment=(2,))
+    other = TabularPolicy(
+        [teacher.logits[0], teacher.logits[1] + torch.tensor([0.0, 1e-6]), teacher.logits[2]], None, (1,)
+    )
+    shifted = TabularPolicy([teacher.logits[0], teacher.logits[1] + 3.0, teacher.logits[2]], None, (1,))
+    chain = MarkovPolicy.random(2, 3)
+    for wrong in (elsewhere, other, chain):
+        for call in (exact_value, exact_gradient, enumerated_value):
+            with pytest.raises(InvalidArgumentError) as caught:
+                call(student, wrong, "jsd")
+            assert caught.value.argument == "teacher"
+        with pytest.raises(InvalidArgumentError) as caught:
+            expected_gradient(estimator("k2_loss"), student, teacher, behavior=wrong)
+        assert caught.value.argument == "behavior"
+    assert gradient_gap(exact_gradient(student, shifted, "jsd"), exact_gradient(student, teacher, "jsd")) <= ALGEBRA
+
+
+# Batches of one prompt.
+
+
+def coupled(r: Rollouts) -> torch.Tensor:
+    """GRPO-like: each rollout's summed log-ratio, standardised over the batch, against its log-probability."""
+    reward = (r.mask * r.log_u).sum(-1).detach()
+    advantage = (reward - reward.mean()) / (reward.std(correction=0) + 0.1)
+    return -r.token_sum(advantage.unsqueeze(-1) * r.student_logprobs)
+
+
+def in_order(r: Rollouts) -> torch.Tensor:
+    """The second rollout's reward for the first one's tokens: not symmetric."""
+    reward = (r.mask * r.log_u).sum(-1).detach().roll(1)
+    return -(reward[0] * (r.mask * r.student_logprobs)[0].sum() + reward.square().sum() * r.student_logprobs[1, 1])
+
+
+def by_plain_loops(loss, student, teacher, batch_size, shared, behavior=None):
+    """Mean and second moment of the gradient over ordered batches, prompt by prompt."""
+    every = Enumeration.build(student, teacher, behavior)
+    leaves = with_leaves(student)
+    source = Enumeration.build(leaves, teacher, behavior if behavior is not None else student)
+    law = {x: float(every.probability[every.tokens[:, 0] == x].sum()) for x in every.tokens[:, 0].tolist()}
+    mean, second = [torch.zeros_like(z) for z in student.logits], 0.0
+    for batch in itertools.product(range(len(every)), repeat=batch_size):
+        prompts = {int(every.tokens[i, 0]) for i in batch}
+        if shared and len(prompts) > 1:
+            continue
+        weight = 1.0
+        for i in batch:
+            weight *= float(every.probability[i]) / (law[prompts.copy().pop()] if shared else 1.0)
+        weight *= law[prompts.pop()] if shared else 1.0
+        r = source.rollouts(torch.tensor(batch))
+        if behavior is None:
+            r = dataclasses.replace(r, behavior_logprobs=r.student_logprobs.detach())
+        gradient = torch.autograd.grad(loss(r), leaves.logits, allow_unused=True, materialize_grads=True)
+        for total, level in zip(mean, gradient, strict=True):
+            total += weight * level
+        second += weight * sum(float(level.square().sum()) for level in gradient)
+    return mean, second
+
+
+@pytest.mark.parametrize(
+    "loss", [coupled, in_order, estimator("opd_plus", "jsd")], ids=["coupled", "ordered", "single"]
+)
+@pytest.mark.parametrize("off_policy", [False, True])
+def test_batches_of_one_prompt_against_plain_loops(loss, off_policy):
+    student, teacher = random_pair(2, 3, eos=0, seed=8, environment=(0,))
+    behavior = student.perturbed(0.4) if off_policy else None
+    for shared in (True, False):
+        mean, second = by_plain_loops(loss, student, teacher, 2, shared, behavior)
+        moments = gradient_moments(loss, student, teacher, 2, behavior, shared_prompt=shared)
+        assert gradient_gap(moments.mean, mean) <= ENUMERATION
+        assert moments.second_moment == pytest.approx(second, rel=1e-10)
+        norm = sum(float(level.square().sum()) for level in mean)
+        assert moments.variance == pytest.approx(second - norm, rel=1e-8)
+        found = expected_gradient(loss, student, teacher, 2, behavior, shared_prompt=shared)
+        assert gradient_gap(found, mean) <= ENUMERATION
+
+
+def test_a_shared_prompt_matters_to_a_coupled_mean_and_to_any_variance():
+    student, teacher = random_pair(2, 3, eos=0, seed=8, environment=(0,))
+    own, shared = (gradient_moments(coupled, student, teacher, 2, shared_prompt=each) for each in (False, True))
+    assert gradient_gap(own.mean, shared.mean) > 1e-3
+    loss = estimator("opd_plus", "jsd")
+    own, shared = (gradient_moments(loss, student, teacher, 2, shared_prompt=each) for each in (False, True))
+    assert gradient_gap(own.mean, shared.mean) <= ENUMERATION
+    assert shared.variance > 1.01 * own.variance
+
+
+def test_a_shared_prompt_never_meets_another():
+    def one_prompt(r: Rollouts) -> torch.Tensor:
+        if (r.tokens[:, 0] != r.tokens[0, 0]).any():
+            raise RuntimeError("two prompts in one group")
+        return coupled(r)
+
+    student, teacher = random_pair(2, 3, eos=0, seed=8, environment=(0,))
+    expected_gradient(one_prompt, student, teacher, 3, shared_prompt=True)
+    with pytest.raises(RuntimeError, match="two prompts"):
+        expected_gradient(one_prompt, student, teacher, 3)
+
+
+def test_without_a_prompt_there_is_nothing_to_share():
+    student, teacher = random_pair(2, 2, eos=0, seed=8, environment=(1,))
+    own, shared = (gradient_moments(coupled, student, teacher, 3, shared_prompt=each) for each in (False, True))
+    assert own == dataclasses.replace(shared, mean=own.mean) and gradient_gap(own.mean, shared.mean) == 0.0
+
+
+def test_the_budget_counts_each_prompt():
+    student, teacher = random_pair(2, 3, seed=8, environment=(0,))
+    with pytest.raises(BudgetExceededError, match="4 sequences for each of 2 prompts needs 40") as caught:
+        gradient_moments(coupled, student, teacher, 3, budget=39, shared_prompt=True)
+    assert caught.value.count == 40
+    assert gradient_moments(coupled, student, teacher, 3, budget=40, shared_prompt=True).evaluations >= 40
+
+
+def test_a_large_group_of_few_sequences_is_cheap():
+    """Batches of 30 out of 3 rollouts: 496 up to order, 2e14 in order; their number per batch is a multinomial."""
+    student, teacher = random_pair(3, 1, seed=1)
+    p = student.logits[0][0].softmax(-1)
+
+    def of_counts(r: Rollouts) -> torch.Tensor:
+        return (r.tokens == 0).double().mean() ** 2 * r.token_sum(r.student_logprobs)
+
+    found = gradient_moments(of_counts, student, teacher, 30)
+    counts = torch.distributions.Binomial(30, p[0])
+    n = torch.arange(31, dtype=torch.float64)
+    cube, square = (float((counts.log_prob(n).exp() * (n / 30) ** k).sum()) for k in (3, 2))
+    # E[m^2 (share - p)], the shares of the other tokens given the first one's being proportional.
+    rest = (square - cube) * p / (1 - p[0]) - square * p
+    truth = torch.where(torch.arange(3) == 0, cube - square * p[0], rest)
+    assert not found.separable and found.evaluations < 600
+    assert gradient_gap([found.mean[0][0]], [truth]) <= ENUMERATION
+
+
+def test_a_gradient_that_is_not_finite_is_refused_even_where_it_would_cancel():
+    def infinite(r: Rollouts) -> torch.Tensor:
+        return r.token_sum(torch.sqrt((r.student_logprobs - r.student_logprobs.detach()).abs()))
+
+    with pytest.raises(LossError, match="NaN or inf"):
+        expected_gradient(infinite, *random_pair(2, 2))
+
+
+# The audit's panel.
+
+
+def test_the_panel_without_prompts_is_the_random_pairs():
+    for case, again in zip(panel(2, eos=0, seed=3), panel(2, eos=0, seed=3, prompts=1, environment=()), strict=True):
+        assert all(map(torch.equal, case.student.logits, again.student.logits))
+        assert case.student.environment == again.student.environment == ()
+    student, teacher = random_pair(4, 3, scale=1.0, distance=0.03, seed=1000 * 3)
+    assert all(map(torch.equal, panel(seed=3)[0].student.logits, student.logits))
+    assert all(map(torch.equal, panel(seed=3)[0].teacher.logits, teacher.logits))
+
+
+@pytest.mark.parametrize("off_policy", [0.0, 0.3])
+@pytest.mark.parametrize(("prompts", "environment", "levels"), [(2, (), (0,)), (3, (1,), (0, 2)), (1, (2,), (2,))])
+def test_panels_with_prompts_and_tools(prompts, environment, levels, off_policy):
+    loss = estimator("opd_plus", "jsd", importance="prefix")
+    for case in panel(eos=0, off_policy=off_policy, prompts=prompts, environment=environment)[::3]:
+        assert case.student.environment == case.teacher.environment == levels
+        assert case.student.horizon - 1 not in levels
+        assert int(torch.isfinite(case.student.logits[0]).sum()) == (prompts if prompts > 1 else 4)
+        found = expected_gradient(loss, case.student, case.teacher, behavior=case.behavior)
+        assert gradient_gap(found, exact_gradient(case.student, case.teacher, "jsd")) <= ENUMERATION
+
+
+def test_groups_of_one_prompt_keep_the_larger_policies():
+    assert panel(4, eos=0, prompts=2, shared_prompt=True)[0].student.vocab_size == 3
+    assert panel(4, eos=0, prompts=2)[0].student.vocab_size == 2
+
+
+@pytest.mark.parametrize(
+    ("argument", "settings"),
+    [
+        ("prompts", {"prompts": 0}),
+        ("prompts", {"prompts": 5}),
+        ("prompts", {"prompts": 1.5}),
+        ("environment", {"environment": (-1,)}),
+        ("environment", {"environment": (3,)}),
+        ("environment", {"environment": ("1",)}),
+    ],
+)
+def test_panels_out_of_range_are_refused(argument, settings):
+    with pytest.raises(InvalidArgumentError) as caught:
+        panel(**settings)
+    assert caught.value.argument == argument
+
+
+def test_opinions_of_what_an_environment_writes_differ_by_policy_and_position():
+    policy = TabularPolicy([torch.zeros(3**n, 3, dtype=torch.float64) for n in range(2)], environment=(0, 1))
+    shown = {role: shown_tables(policy, role) for role in ("student", "teacher", "behavior")}
+    assert torch.equal(shown["behavior"][1], policy.logits[1])
+    first = [table[0].tolist() for role in ("student", "teacher") for table in shown[role]]
+    assert len(set(map(tuple, first))) == 4
+    for role in ("student", "teacher"):
+        moved = shown_tables(TabularPolicy([z + 5.0 for z in policy.logits], environment=(0, 1)), role)
+        torch.testing.assert_close(moved[1], shown[role][1] + 5.0)

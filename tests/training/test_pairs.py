@@ -1,0 +1,192 @@
+"""Teachers and students from demonstrations: what they learn from, what the cache keeps and refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+
+import pytest
+import torch
+
+from opdtheory.errors import InvalidArgumentError
+from opdtheory.training import pairs as supervised
+from opdtheory.training.models import storage
+from opdtheory.training.pairs import Recipe, accuracy, load_model, load_pair, main, recipe_for, train_supervised
+from opdtheory.training.tasks import TASKS, split_of, task
+
+TINY = Recipe("tools", "student", seed=0, width=16, layers=1, heads=1, steps=3, batch_size=4, warmup=2)
+
+
+def parameters(model) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Recipes that take no time."""
+    monkeypatch.setattr(
+        supervised, "recipe_for", lambda name, role, seed=0: dataclasses.replace(TINY, task=name, role=role, seed=seed)
+    )
+
+
+# --- what is learned -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_loss_covers_the_policys_own_tokens(name):
+    subject = task(name)
+    recipe = dataclasses.replace(TINY, task=name, batch_size=12)
+    tokens, own = supervised._batch(subject, recipe, 0, random.Random(0))
+    assert own.shape == (12, tokens.shape[1] - 1)
+    for row, marks in zip(tokens.tolist(), own.tolist(), strict=True):
+        learned = [token for token, mark in zip(row[1:], marks, strict=True) if mark]
+        assert learned[-1] == subject.vocabulary.eos
+        text, prompt = subject.vocabulary.decode(row), subject.vocabulary.decode(row).find("=") + 1
+        response = text[prompt:] if name != "modular" else text[text.index("?") + 2 :]
+        if subject.environment is not None:
+            # The prompt and the calculator's results are read, not learned.
+            pieces = response.replace("]", "]|").replace(";", ";|").split("|")
+            response = "".join(piece for piece in pieces if not piece.endswith(";"))
+        assert subject.vocabulary.decode(learned) == response
+
+
+def test_no_test_problem_is_learned():
+    subject, seen = task("arithmetic"), []
+    original = subject.demonstration
+    subject.demonstration = lambda example, rng: (seen.append(example), original(example, rng))[1]
+    for step in range(20):
+        supervised._batch(subject, dataclasses.replace(TINY, task="arithmetic"), step, random.Random(0))
+    assert len({example.problem for example in seen}) == 80
+    assert {split_of("arithmetic", example.problem) for example in seen} == {"train"}
+
+
+def test_training_lowers_the_loss_and_leaves_the_global_generator_alone():
+    losses: list[float] = []
+    recipe = dataclasses.replace(TINY, steps=60, batch_size=16, width=32, learning_rate=5e-3)
+    state = torch.get_rng_state()
+    train_supervised(recipe, report=lambda step, loss: losses.append(loss))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len(losses) == 60 and sum(losses[-5:]) < 0.75 * sum(losses[:5])
+
+
+def test_weights_come_from_the_recipe():
+    weights = parameters(train_supervised(TINY))
+    assert torch.equal(weights, parameters(train_supervised(TINY)))
+    for change in ({"seed": 1}, {"role": "teacher"}, {"learning_rate": 1e-3}, {"steps": 2}):
+        other = dataclasses.replace(TINY, **change)
+        assert other.key != TINY.key
+        assert not torch.equal(weights, parameters(train_supervised(other))), change
+
+
+def test_the_learning_rate_rises_and_falls():
+    rates = [supervised._schedule(step, 4, 14) for step in range(14)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0] and rates[4] == 1.0
+    assert all(later < earlier for earlier, later in zip(rates[4:], rates[5:], strict=False))
+    assert 0.1 < rates[-1] < 0.2
+
+
+def test_accuracy_counts_right_answers(monkeypatch):
+    subject = task("arithmetic")
+    model = supervised._untrained(dataclasses.replace(TINY, task="arithmetic"), subject)
+    assert accuracy(model, subject, 16, greedy=True) == 0.0
+    monkeypatch.setattr(subject, "correct", lambda examples, samples: [True] * 12 + [False] * 4)
+    assert accuracy(model, subject, 16) == 0.75
+
+
+# --- the cache -------------------------------------------------------------------------------------------------
+
+
+def test_a_cached_model_is_loaded_to_the_same_bits(tmp_path):
+    model, record = load_model(TINY, cache=tmp_path)
+
+    def refuse(step, loss):
+        raise AssertionError("trained again")
+
+    again, same = load_model(TINY, cache=tmp_path, report=refuse)
+    assert torch.equal(parameters(model), parameters(again)) and same == record
+    assert record["recipe"] == dataclasses.asdict(TINY) and record["seconds"] > 0
+    assert record["parameters"] == parameters(model).numel()
+    with pytest.raises(AssertionError, match="trained again"):
+        load_model(dataclasses.replace(TINY, seed=9), cache=tmp_path, report=refuse)
+
+
+def test_a_file_that_was_changed_is_refused(tmp_path):
+    load_model(TINY, cache=tmp_path)
+    path = tmp_path / f"{TINY.key}.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(InvalidArgumentError, match=r"cache: .*safetensors has the SHA-256 [0-9a-f]{64}, not"):
+        load_model(TINY, cache=tmp_path)
+
+
+def test_an_interrupted_write_leaves_nothing_that_is_read(tmp_path, monkeypatch):
+    write, calls = storage._write, []
+
+    def interrupted(path, data):
+        calls.append(path)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        write(path, data)
+
+    monkeypatch.setattr(storage, "_write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        load_model(TINY, cache=tmp_path)
+    monkeypatch.undo()
+    assert not storage.stored(tmp_path / f"{TINY.key}.safetensors")
+    model, _ = load_model(TINY, cache=tmp_path)
+    assert torch.equal(parameters(model), parameters(train_supervised(TINY)))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{TINY.key}.record.json", f"{TINY.key}.safetensors"]
+
+
+def test_the_cache_folder_follows_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPDTHEORY_CACHE", str(tmp_path))
+    assert storage.cache_folder() == tmp_path and storage.cache_folder(tmp_path / "x") == tmp_path / "x"
+    monkeypatch.delenv("OPDTHEORY_CACHE")
+    assert storage.cache_folder().parts[-2:] == (".cache", "opdtheory")
+
+
+def test_a_pair_shares_its_vocabulary_and_its_teacher(tmp_path, tiny):
+    student, teacher = load_pair("modular", 1, cache=tmp_path)
+    assert student.vocabulary.fingerprint == teacher.vocabulary.fingerprint
+    assert all(parameter.requires_grad for parameter in student.parameters())
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    other, same = load_pair(task("modular"), 2, cache=tmp_path)
+    assert torch.equal(parameters(teacher), parameters(same))
+    assert not torch.equal(parameters(student), parameters(other))
+
+
+def test_the_command_prints_a_record_for_each_model(tmp_path, tiny, capsys):
+    assert main(["--task", "arithmetic", "--seeds", "2", "--cache", str(tmp_path)]) == 0
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(r["recipe"]["role"], r["recipe"]["seed"]) for r in records] == [
+        ("teacher", 0),
+        ("student", 0),
+        ("student", 1),
+    ]
+
+
+def test_recipes_have_a_task_and_a_role():
+    assert recipe_for("tools", "student", 3).seed == 3
+    assert recipe_for("tools", "teacher").width > recipe_for("tools", "student").width
+    with pytest.raises(InvalidArgumentError, match="task: is 'poetry'"):
+        recipe_for("poetry", "teacher")
+
+
+@pytest.mark.bad_input
+def test_an_unknown_role_is_refused():
+    with pytest.raises(InvalidArgumentError, match="role: is 'critic'"):
+        recipe_for("tools", "critic")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TASKS)
+def test_teachers_know_their_task_and_students_do_not_yet(name):
+    """From the user's cache, or trained there first: some minutes a task."""
+    student, student_record = load_model(recipe_for(name, "student"))
+    teacher, _ = load_model(recipe_for(name, "teacher"))
+    subject = task(name)
+    assert accuracy(teacher, subject, 1000, greedy=True, seed=1) >= 0.95
+    assert 0.02 < accuracy(student, subject, 1000, seed=1) < 0.6
+    assert student_record["processor_seconds"] < 60

@@ -1,0 +1,55 @@
+"""The symbolic table of estimators agrees with the claims that audits confirm, in every format."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from opdtheory import cli
+from opdtheory.commands.table import render
+from opdtheory.verification.estimators import Row, rows
+
+
+@pytest.fixture(scope="module")
+def table() -> list[Row]:
+    return rows()
+
+
+def test_verdicts_agree_with_the_claims(table: list[Row]) -> None:
+    """Two derivations that share nothing: sympy's implied generator, and the claim an audit confirms."""
+    for row in table:
+        claim = row.estimator.claim
+        nominal = claim.divergence.name
+        if claim.verdict == "zero":
+            assert row.verdict == "zero gradient"
+        elif claim.verdict in ("exact", "exact_up_to_scale"):
+            # One half of alpha is twice the squared Hellinger distance.
+            assert row.named == ("hellinger" if nominal == "alpha" else nominal), row
+        elif claim.verdict == "other_objective":
+            assert row.named == claim.descends, row
+        else:
+            assert row.named is None, row
+
+
+def test_the_corollaries_of_t4_and_t5(table: list[Row]) -> None:
+    found = {repr(row.estimator): row for row in table}
+    assert found["estimator('opd', 'forward_kl')"].stability == "repels"
+    assert found["estimator('opd', 'jsd')"].stability == "no first-order force"
+    assert all(row.stability == "attracts" for name, row in found.items() if "opd_plus" in name)
+    assert not found["estimator('k3_reward')"].genuine
+    assert found["estimator('opd_plus', 'hellinger')"].second_moment == "bounded"
+    assert found["estimator('opd_plus', 'forward_kl')"].second_moment == "unbounded as u → ∞"
+
+
+def test_formats(table: list[Row], capsys: pytest.CaptureFixture[str]) -> None:
+    text, markdown, latex = render(table), render(table, "markdown"), render(table, "latex")
+    assert len(text.splitlines()) == len(table) + 1
+    assert len(markdown.splitlines()) == len(table) + 2
+    assert len({line.count(" | ") for line in markdown.splitlines() if "---" not in line}) == 1
+    body = latex.splitlines()[1:-2]
+    assert len(body) == len(table) + 1
+    assert all(line.count(" & ") >= 5 and r"\\" in line for line in body)
+    assert cli.main(["table", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert [row["verdict"] for row in record] == [row.verdict for row in table]
