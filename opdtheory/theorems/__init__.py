@@ -7,14 +7,13 @@ import importlib
 import re
 
 from opdtheory.errors import InvalidArgumentError
-from opdtheory.theorems.theorem import Identity, IdentityResult, Step, StepResult, Tally, Theorem, TheoremResult
+from opdtheory.theorems.theorem import Identity, IdentityResult, Step, StepResult, Theorem, TheoremResult
 
 __all__ = [
     "Identity",
     "IdentityResult",
     "Step",
     "StepResult",
-    "Tally",
     "Theorem",
     "TheoremResult",
     "theorems",

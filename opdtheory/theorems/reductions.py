@@ -6,8 +6,8 @@ import functools
 import itertools
 from collections.abc import Callable
 from fractions import Fraction
-from typing import TYPE_CHECKING
 
+import sympy
 import torch
 from torch import Tensor
 
@@ -18,255 +18,16 @@ from opdtheory.exact import Enumeration, TabularPolicy, exact_gradient, expected
 from opdtheory.rollouts import Rollouts
 from opdtheory.theorems.instances.batches import Atoms, Moments, Reduction, batch_mean, first_order, second_order
 from opdtheory.theorems.instances.cases import Pair, autograd_gradient
-from opdtheory.theorems.theorem import Identity, Step, Tally, Theorem
-
-if TYPE_CHECKING:
-    import sympy
+from opdtheory.theorems.theorem import Cases, Identity, Step, Theorem, close, holds, same
 
 __all__ = ["theorems"]
 
 Coefficient = Callable[[Moments], Fraction]
 
 
-def _atoms() -> tuple[Atoms, ...]:
-    F = Fraction
-    return (
-        Atoms((F(1), F(-2)), (1, 3), (F(1, 3), F(2, 3))),
-        Atoms((F(2), F(1), F(-1)), (2, 3, 5), (F(1, 2), F(1, 4), F(1, 4))),
-        Atoms((F(0), F(3), F(5)), (2, 3, 2), (F(1, 5), F(2, 5), F(2, 5))),
-    )
-
-
-# Exact enumerations of batches.
-
-
-def _check_sum(reduction: Reduction) -> Tally:
-    r"""$E[\mathrm{reduced}] = \bar N$ at every batch size."""
-    tally = Tally()
-    for atoms in _atoms():
-        for size in (1, 2, 3, 5):
-            tally.equal(batch_mean(atoms, size, reduction), Moments.of(atoms).n)
-    return tally
-
-
-def _check_covariance(sign: int) -> Tally:
-    r"""$E[R] = \bar N/\bar L - \mathrm{Cov}(R, L_B)/\bar L$ with $L_B$ the batch's mean length: no expansion."""
-    tally = Tally()
-    for atoms in _atoms():
-        m = Moments.of(atoms)
-        for size in (1, 2, 4, 8):
-            mean = batch_mean(atoms, size, "token_mean")
-            covariance = batch_mean(atoms, size, "token_mean", with_length=True) - mean * m.l
-            tally.equal(mean, m.n / m.l + sign * covariance / m.l)
-    return tally
-
-
-def _check_rate(claim: tuple[Coefficient, ...]) -> Tally:
-    """Twice the batch divides what the expansion leaves by `2^(terms + 1)`, on exact means."""
-    tally = Tally()
-    for atoms in _atoms():
-        m, left = Moments.of(atoms), []
-        for size in (16, 32, 64):
-            error = batch_mean(atoms, size, "token_mean") - m.n / m.l
-            left.append(error - sum((term(m) / size**k for k, term in enumerate(claim, 1)), Fraction(0)))
-        faster = 2 ** (len(claim) + 1)
-        tally.require(0 not in left)
-        # The next order of the expansion moves the ratio from its limit by a multiple of 1/B, which halves in turn.
-        gaps = [before / after / faster - 1 for before, after in itertools.pairwise(left) if after]
-        tally.require(all(abs(gap) < Fraction(1, 8) for gap in gaps))
-        tally.require(
-            len(gaps) == 2 and Fraction(2, 5) * gaps[0] ** 2 < gaps[1] * gaps[0] < Fraction(3, 5) * gaps[0] ** 2
-        )
-    return tally
-
-
-def _check_unbiased_cases(constant: bool) -> Tally:
-    r"""No bias at any batch size if all lengths are equal, or if every numerator is the same multiple of its length."""
-    tally = Tally()
-    F = Fraction
-    chances = (F(1, 2), F(1, 3), F(1, 6))
-    equal = Atoms((F(1), F(-2), F(7)), (3, 3, 3) if constant else (3, 3, 4), chances)
-    proportional = Atoms(tuple(F(5, 2) * k for k in (1, 2, 5)), (1, 2, 5) if constant else (1, 3, 5), chances)
-    for atoms in (equal, proportional):
-        m = Moments.of(atoms)
-        for size in (1, 2, 5):
-            tally.equal(batch_mean(atoms, size, "token_mean"), m.n / m.l)
-    return tally
-
-
-def _check_sequence_mean(power: int) -> Tally:
-    r"""$E[\mathrm{reduced}] = \sum_\ell \ell^{-1} P(L=\ell) E[N | L=\ell]$ at every batch size."""
-    tally = Tally()
-    for atoms in _atoms():
-        for size in (1, 2, 4):
-            tally.equal(batch_mean(atoms, size, "sequence_mean"), atoms.mean(lambda n, k: n / Fraction(k) ** power))
-    return tally
-
-
-# Policies: the gradients themselves.
-
-
-@functools.cache
-def _pairs() -> tuple[Pair, ...]:
-    return (random_pair(2, 3, eos=0, scale=0.5, distance=1.0, seed=5), random_pair(3, 2, eos=1, distance=1.0, seed=6))
-
-
-def _check_reduced_gradient(claim: tuple[Reduction, bool]) -> Tally:
-    """The library's loss on batches of two, as a black box; `up_to_scale` divides by the best factor."""
-    reduction, up_to_scale = claim
-    tally = Tally()
-    for divergence in map(divergences.divergence, ("reverse_kl", "forward_kl", "jsd")):
-        loss = estimator("opd_plus", divergence, reduction=reduction)
-        for pair in _pairs():
-            found = expected_gradient(loss, *pair, batch_size=2)
-            truth = exact_gradient(*pair, divergence)
-            if up_to_scale:
-                a, b = (torch.cat([g.flatten() for g in each]) for each in (found, truth))
-                found = [g * float(a @ b / (a @ a)) for g in found]
-            tally.compare(found, truth)
-    return tally
-
-
-def _inverse_length(student: TabularPolicy, teacher: TabularPolicy, batch_size: int) -> Tensor:
-    r"""$E[1/\sum_b L_b]$ by enumeration, differentiable in the student."""
-    rollouts = Enumeration.build(student, teacher).rollouts()
-    chance = (rollouts.mask * rollouts.student_logprobs).sum(-1).exp()
-    total, lengths = chance, rollouts.mask.sum(-1)
-    for _ in range(batch_size - 1):
-        total = (total.unsqueeze(-1) * chance).flatten()
-        lengths = (lengths.unsqueeze(-1) + rollouts.mask.sum(-1)).flatten()
-    return (total / lengths).sum()
-
-
-def _check_constant_advantage(claim: tuple[Reduction, float]) -> Tally:
-    r"""A constant advantage `c` descends $-c\,E[1/L]$: with `token_mean` of the batch, with `sequence_mean` of each."""
-    reduction, factor = claim
-    tally = Tally()
-    for pair in _pairs():
-        for size in (1, 2, 3):
-
-            def loss(r: Rollouts) -> Tensor:
-                values = -0.7 * r.student_logprobs
-                return r.token_mean(values) if reduction == "token_mean" else r.sequence_mean(values)
-
-            count = size if reduction == "token_mean" else 1
-            slope = autograd_gradient(pair, lambda s, t=pair[1], n=count: factor * 0.7 * _inverse_length(s, t, n))  # type: ignore[misc]
-            tally.compare(expected_gradient(loss, *pair, batch_size=size), slope)
-    return tally
-
-
-def _check_weighted_sequence(power: int) -> Tally:
-    r"""`sequence_mean` of the whole sequence's weight descends $\sum_y L(y)^{-1} p(y) f(q(y)/p(y))$."""
-    tally = Tally()
-    for divergence in map(divergences.divergence, ("reverse_kl", "forward_kl", "chi2")):
-        loss = estimator("sequence_opd_plus", divergence, reduction="sequence_mean")
-        for pair in _pairs():
-
-            def value(student: TabularPolicy, teacher: TabularPolicy = pair[1], d: Divergence = divergence) -> Tensor:
-                r = Enumeration.build(student, teacher).rollouts()
-                chance = (r.mask * r.student_logprobs).sum(-1).exp()
-                return (chance * d.generator((r.mask * r.log_u).sum(-1)) / r.mask.sum(-1) ** power).sum()
-
-            tally.compare(expected_gradient(loss, *pair), autograd_gradient(pair, value))
-    return tally
-
-
-def _check_at_teacher(name: str) -> Tally:
-    """At the teacher a mean over tokens leaves the centred weight without gradient, for every generator."""
-    tally = Tally()
-    for divergence in map(divergences.divergence, ("reverse_kl", "forward_kl", "chi2", "jsd")):
-        for reduction in ("token_mean", "sequence_mean"):
-            loss = estimator(name, divergence, reduction=reduction)
-            for student, _ in _pairs():
-                found = expected_gradient(loss, student, student, batch_size=2)
-                tally.compare(found, [torch.zeros_like(g) for g in found])
-    return tally
-
-
-# The derivation.
-
-
-def _step_linear() -> bool:
-    """Means of sums: two rollouts of an undefined two-point law."""
-    import sympy
-
-    c, a, b = sympy.symbols("c a b")
-    mean = c * a + (1 - c) * b
-    pair = sum(x * y * (n + m) / 2 for x, n in ((c, a), (1 - c, b)) for y, m in ((c, a), (1 - c, b)))
-    return sympy.expand(pair - mean) == 0
-
-
-def _step_series() -> bool:
-    """The Taylor series of the ratio, with deviations of order ε."""
-    import sympy
-
-    eps, n, k = sympy.symbols("epsilon n l", real=True)
-    big_n, big_l = sympy.symbols("N L", positive=True)
-    series = sympy.series((big_n + eps * n) / (big_l + eps * k), eps, 0, 5).removeO()
-    claimed = (
-        big_n / big_l
-        + eps * (n / big_l - big_n * k / big_l**2)
-        + eps**2 * (-n * k / big_l**2 + big_n * k**2 / big_l**3)
-        + eps**3 * (n * k**2 / big_l**3 - big_n * k**3 / big_l**4)
-        + eps**4 * (-n * k**3 / big_l**4 + big_n * k**4 / big_l**5)
-    )
-    return sympy.simplify(series - claimed) == 0
-
-
-def _step_moments() -> bool:
-    r"""Moments of a mean over `B` centred rollouts: a product counts only if no rollout stands alone in it."""
-    import sympy
-
-    size = sympy.Symbol("B", positive=True)
-    n, k = sympy.symbols("n l")
-    moment = {key: sympy.Symbol(f"mu_{key[0]}{key[1]}") for key in ((1, 1), (0, 2), (1, 2), (0, 3), (1, 3), (0, 4))}
-
-    def of_mean(i: int, j: int) -> sympy.Expr:
-        factors = [n] * i + [k] * j
-        total = sympy.S.Zero
-        for blocks in sympy.utilities.iterables.multiset_partitions(list(range(i + j))):
-            if any(len(block) == 1 for block in blocks):
-                continue
-            keys = [(sum(factors[x] == n for x in block), sum(factors[x] == k for x in block)) for block in blocks]
-            total += sympy.ff(size, len(blocks)) * sympy.Mul(*(moment[key] for key in keys))
-        return total / size ** (i + j)
-
-    m, v = moment, {"N": sympy.Symbol("N"), "L": sympy.Symbol("L", positive=True)}
-    mean = (
-        -of_mean(1, 1) / v["L"] ** 2
-        + v["N"] * of_mean(0, 2) / v["L"] ** 3
-        + of_mean(1, 2) / v["L"] ** 3
-        - v["N"] * of_mean(0, 3) / v["L"] ** 4
-        - of_mean(1, 3) / v["L"] ** 4
-        + v["N"] * of_mean(0, 4) / v["L"] ** 5
-    )
-    held = Moments(v["N"], v["L"], m[1, 1], m[0, 2], m[1, 2], m[0, 3])
-    in_inverse = sympy.expand(mean.expand(func=True).subs(size, 1 / sympy.Symbol("h", positive=True)))
-    h = sympy.Symbol("h", positive=True)
-    return all(
-        sympy.simplify(sympy.expand(in_inverse).coeff(h, order) - claimed(held)) == 0
-        for order, claimed in ((1, first_order), (2, second_order))
-    )
-
-
-def _step_score_of_length() -> bool:
-    r"""$E[S/L] = \nabla E[1/L]$ for any function of the rollout that does not hold θ."""
-    import sympy
-
-    theta = sympy.Symbol("theta")
-    laws = [sympy.Function(f"p{i}", positive=True)(theta) for i in range(3)]
-    lengths = sympy.symbols("l0:3", positive=True)
-    left = sum(p * sympy.diff(sympy.log(p), theta) / k for p, k in zip(laws, lengths, strict=True))
-    return sympy.simplify(left - sympy.diff(sum(p / k for p, k in zip(laws, lengths, strict=True)), theta)) == 0
-
-
-def _step_per_atom() -> bool:
-    import sympy
-
-    p, q, u, k = sympy.symbols("p q u l", positive=True)
-    f = sympy.Function("f")
-    w = u * sympy.diff(f(u), u) - f(u)
-    return sympy.simplify(sympy.diff(p * f(q / p) / k, p).doit() + (w.subs(u, q / p) / k).doit()) == 0
+def theorems() -> list[Theorem]:
+    """T11 and T11b."""
+    return [_means(), _per_sequence()]
 
 
 def _means() -> Theorem:
@@ -307,7 +68,6 @@ def _means() -> Theorem:
         ),
         identities=(
             Identity(
-                "T11",
                 "sum over tokens",
                 r"E[\tfrac1B\textstyle\sum_b N_b] = \bar N",
                 _check_sum,
@@ -317,7 +77,6 @@ def _means() -> Theorem:
                 0.0,
             ),
             Identity(
-                "T11",
                 "covariance with the length",
                 r"E[R] = (\bar N - \mathrm{Cov}(R, \bar L_B))/\bar L,\quad R = \textstyle\sum_b N_b/\sum_b L_b",
                 _check_covariance,
@@ -327,7 +86,6 @@ def _means() -> Theorem:
                 0.0,
             ),
             Identity(
-                "T11",
                 "order 1/B",
                 r"\text{what the expansion leaves falls fourfold when } B \text{ doubles}",
                 _check_rate,
@@ -342,7 +100,6 @@ def _means() -> Theorem:
                 0.0,
             ),
             Identity(
-                "T11",
                 "order 1/B squared",
                 r"\text{with the next term, eightfold}",
                 _check_rate,
@@ -358,7 +115,6 @@ def _means() -> Theorem:
                 0.0,
             ),
             Identity(
-                "T11",
                 "no bias",
                 r"E[R] = \bar N/\bar L \text{ if } L \text{ is constant or } N/L \text{ is}",
                 _check_unbiased_cases,
@@ -368,7 +124,6 @@ def _means() -> Theorem:
                 0.0,
             ),
             Identity(
-                "T11",
                 "losses as black boxes",
                 r"E[\hat g] = \nabla J \text{ for batches of two rollouts of variable length}",
                 _check_reduced_gradient,
@@ -379,7 +134,6 @@ def _means() -> Theorem:
                 },
             ),
             Identity(
-                "T11",
                 "a constant advantage is no baseline",
                 r"E\Big[-c\,\frac{\sum_b S_b}{\sum_b L_b}\Big] = -c\,\nabla E\Big[\frac{1}{\sum_b L_b}\Big]",
                 _check_constant_advantage,
@@ -387,7 +141,6 @@ def _means() -> Theorem:
                 {"sign flipped": ("token_mean", 1.0), "nothing, as a baseline": ("token_mean", 0.0)},
             ),
             Identity(
-                "T11",
                 "centred weights at the teacher",
                 r"p = q,\ A = w_f(u) - w_f(1): \quad E[\hat g] = 0 \text{ under every reduction}",
                 _check_at_teacher,
@@ -423,7 +176,6 @@ def _per_sequence() -> Theorem:
         ),
         identities=(
             Identity(
-                "T11b",
                 "weights 1/L",
                 r"E[\tfrac1B\textstyle\sum_b N_b/L_b] = E[N/L] \text{ at every } B",
                 _check_sequence_mean,
@@ -433,7 +185,6 @@ def _per_sequence() -> Theorem:
                 0.0,
             ),
             Identity(
-                "T11b",
                 "objective of the sequence weight",
                 r"E[-w_f(U)\,S/L] = \nabla\textstyle\sum_y p(y) f(U(y))/L(y)",
                 _check_weighted_sequence,
@@ -441,7 +192,6 @@ def _per_sequence() -> Theorem:
                 {"the divergence itself": 0, "1/L squared": 2},
             ),
             Identity(
-                "T11b",
                 "a constant advantage is no baseline",
                 r"E[-c\,S/L] = -c\,\nabla E[1/L]",
                 _check_constant_advantage,
@@ -452,6 +202,216 @@ def _per_sequence() -> Theorem:
     )
 
 
-def theorems() -> list[Theorem]:
-    """T11 and T11b."""
-    return [_means(), _per_sequence()]
+def _atoms() -> tuple[Atoms, ...]:
+    F = Fraction
+    return (
+        Atoms((F(1), F(-2)), (1, 3), (F(1, 3), F(2, 3))),
+        Atoms((F(2), F(1), F(-1)), (2, 3, 5), (F(1, 2), F(1, 4), F(1, 4))),
+        Atoms((F(0), F(3), F(5)), (2, 3, 2), (F(1, 5), F(2, 5), F(2, 5))),
+    )
+
+
+# Exact enumerations of batches.
+
+
+def _check_sum(reduction: Reduction) -> Cases:
+    r"""$E[\mathrm{reduced}] = \bar N$ at every batch size."""
+    for atoms in _atoms():
+        for size in (1, 2, 3, 5):
+            yield same(batch_mean(atoms, size, reduction), Moments.of(atoms).n, atoms, size)
+
+
+def _check_covariance(sign: int) -> Cases:
+    r"""$E[R] = \bar N/\bar L - \mathrm{Cov}(R, L_B)/\bar L$ with $L_B$ the batch's mean length: no expansion."""
+    for atoms in _atoms():
+        m = Moments.of(atoms)
+        for size in (1, 2, 4, 8):
+            mean = batch_mean(atoms, size, "token_mean")
+            covariance = batch_mean(atoms, size, "token_mean", with_length=True) - mean * m.l
+            yield same(mean, m.n / m.l + sign * covariance / m.l, atoms, size)
+
+
+def _check_rate(claim: tuple[Coefficient, ...]) -> Cases:
+    """Twice the batch divides what the expansion leaves by `2^(terms + 1)`, on exact means."""
+    for atoms in _atoms():
+        m, left = Moments.of(atoms), []
+        for size in (16, 32, 64):
+            error = batch_mean(atoms, size, "token_mean") - m.n / m.l
+            left.append(error - sum((term(m) / size**k for k, term in enumerate(claim, 1)), Fraction(0)))
+        faster = 2 ** (len(claim) + 1)
+        yield holds(0 not in left, atoms)
+        # The next order of the expansion moves the ratio from its limit by a multiple of 1/B, which halves in turn.
+        gaps = [before / after / faster - 1 for before, after in itertools.pairwise(left) if after]
+        yield holds(all(abs(gap) < Fraction(1, 8) for gap in gaps), atoms)
+        yield holds(
+            len(gaps) == 2 and Fraction(2, 5) * gaps[0] ** 2 < gaps[1] * gaps[0] < Fraction(3, 5) * gaps[0] ** 2, atoms
+        )
+
+
+def _check_unbiased_cases(constant: bool) -> Cases:
+    r"""No bias at any batch size if all lengths are equal, or if every numerator is the same multiple of its length."""
+    F = Fraction
+    chances = (F(1, 2), F(1, 3), F(1, 6))
+    equal = Atoms((F(1), F(-2), F(7)), (3, 3, 3) if constant else (3, 3, 4), chances)
+    proportional = Atoms(tuple(F(5, 2) * k for k in (1, 2, 5)), (1, 2, 5) if constant else (1, 3, 5), chances)
+    for atoms in (equal, proportional):
+        m = Moments.of(atoms)
+        for size in (1, 2, 5):
+            yield same(batch_mean(atoms, size, "token_mean"), m.n / m.l, atoms, size)
+
+
+def _check_sequence_mean(power: int) -> Cases:
+    r"""$E[\mathrm{reduced}] = \sum_\ell \ell^{-1} P(L=\ell) E[N | L=\ell]$ at every batch size."""
+    for atoms in _atoms():
+        for size in (1, 2, 4):
+            yield same(
+                batch_mean(atoms, size, "sequence_mean"), atoms.mean(lambda n, k: n / Fraction(k) ** power), atoms, size
+            )
+
+
+# Policies: the gradients themselves.
+
+
+@functools.cache
+def _pairs() -> tuple[Pair, ...]:
+    return (random_pair(2, 3, eos=0, scale=0.5, distance=1.0, seed=5), random_pair(3, 2, eos=1, distance=1.0, seed=6))
+
+
+def _check_reduced_gradient(claim: tuple[Reduction, bool]) -> Cases:
+    """The library's loss on batches of two, as a black box; `up_to_scale` divides by the best factor."""
+    reduction, up_to_scale = claim
+    for divergence in map(divergences.divergence, ("reverse_kl", "forward_kl", "jsd")):
+        loss = estimator("opd_plus", divergence, reduction=reduction)
+        for pair in _pairs():
+            found = expected_gradient(loss, *pair, batch_size=2)
+            truth = exact_gradient(*pair, divergence)
+            if up_to_scale:
+                a, b = (torch.cat([g.flatten() for g in each]) for each in (found, truth))
+                found = [g * float(a @ b / (a @ a)) for g in found]
+            yield close(found, truth, divergence, pair)
+
+
+def _inverse_length(student: TabularPolicy, teacher: TabularPolicy, batch_size: int) -> Tensor:
+    r"""$E[1/\sum_b L_b]$ by enumeration, differentiable in the student."""
+    rollouts = Enumeration.build(student, teacher).rollouts()
+    chance = (rollouts.mask * rollouts.student_logprobs).sum(-1).exp()
+    total, lengths = chance, rollouts.mask.sum(-1)
+    for _ in range(batch_size - 1):
+        total = (total.unsqueeze(-1) * chance).flatten()
+        lengths = (lengths.unsqueeze(-1) + rollouts.mask.sum(-1)).flatten()
+    return (total / lengths).sum()
+
+
+def _check_constant_advantage(claim: tuple[Reduction, float]) -> Cases:
+    r"""A constant advantage `c` descends $-c\,E[1/L]$: with `token_mean` of the batch, with `sequence_mean` of each."""
+    reduction, factor = claim
+    for pair in _pairs():
+        for size in (1, 2, 3):
+
+            def loss(r: Rollouts) -> Tensor:
+                values = -0.7 * r.student_logprobs
+                return r.token_mean(values) if reduction == "token_mean" else r.sequence_mean(values)
+
+            count = size if reduction == "token_mean" else 1
+            slope = autograd_gradient(pair, lambda s, t=pair[1], n=count: factor * 0.7 * _inverse_length(s, t, n))  # type: ignore[misc]
+            yield close(expected_gradient(loss, *pair, batch_size=size), slope, pair, size)
+
+
+def _check_weighted_sequence(power: int) -> Cases:
+    r"""`sequence_mean` of the whole sequence's weight descends $\sum_y L(y)^{-1} p(y) f(q(y)/p(y))$."""
+    for divergence in map(divergences.divergence, ("reverse_kl", "forward_kl", "chi2")):
+        loss = estimator("sequence_opd_plus", divergence, reduction="sequence_mean")
+        for pair in _pairs():
+
+            def value(student: TabularPolicy, teacher: TabularPolicy = pair[1], d: Divergence = divergence) -> Tensor:
+                r = Enumeration.build(student, teacher).rollouts()
+                chance = (r.mask * r.student_logprobs).sum(-1).exp()
+                return (chance * d.generator((r.mask * r.log_u).sum(-1)) / r.mask.sum(-1) ** power).sum()
+
+            yield close(expected_gradient(loss, *pair), autograd_gradient(pair, value), divergence, pair)
+
+
+def _check_at_teacher(name: str) -> Cases:
+    """At the teacher a mean over tokens leaves the centred weight without gradient, for every generator."""
+    for divergence in map(divergences.divergence, ("reverse_kl", "forward_kl", "chi2", "jsd")):
+        for reduction in ("token_mean", "sequence_mean"):
+            loss = estimator(name, divergence, reduction=reduction)
+            for student, _ in _pairs():
+                found = expected_gradient(loss, student, student, batch_size=2)
+                yield close(found, [torch.zeros_like(g) for g in found], divergence, reduction, student)
+
+
+# The derivation.
+
+
+def _step_linear() -> bool:
+    """Means of sums: two rollouts of an undefined two-point law."""
+    c, a, b = sympy.symbols("c a b")
+    mean = c * a + (1 - c) * b
+    pair = sum(x * y * (n + m) / 2 for x, n in ((c, a), (1 - c, b)) for y, m in ((c, a), (1 - c, b)))
+    return sympy.expand(pair - mean) == 0
+
+
+def _step_series() -> bool:
+    """The Taylor series of the ratio, with deviations of order ε."""
+    eps, n, k = sympy.symbols("epsilon n l", real=True)
+    big_n, big_l = sympy.symbols("N L", positive=True)
+    series = sympy.series((big_n + eps * n) / (big_l + eps * k), eps, 0, 5).removeO()
+    claimed = (
+        big_n / big_l
+        + eps * (n / big_l - big_n * k / big_l**2)
+        + eps**2 * (-n * k / big_l**2 + big_n * k**2 / big_l**3)
+        + eps**3 * (n * k**2 / big_l**3 - big_n * k**3 / big_l**4)
+        + eps**4 * (-n * k**3 / big_l**4 + big_n * k**4 / big_l**5)
+    )
+    return sympy.simplify(series - claimed) == 0
+
+
+def _step_moments() -> bool:
+    r"""Moments of a mean over `B` centred rollouts: a product counts only if no rollout stands alone in it."""
+    size = sympy.Symbol("B", positive=True)
+    n, k = sympy.symbols("n l")
+    moment = {key: sympy.Symbol(f"mu_{key[0]}{key[1]}") for key in ((1, 1), (0, 2), (1, 2), (0, 3), (1, 3), (0, 4))}
+
+    def of_mean(i: int, j: int) -> sympy.Expr:
+        factors = [n] * i + [k] * j
+        total = sympy.S.Zero
+        for blocks in sympy.utilities.iterables.multiset_partitions(list(range(i + j))):
+            if any(len(block) == 1 for block in blocks):
+                continue
+            keys = [(sum(factors[x] == n for x in block), sum(factors[x] == k for x in block)) for block in blocks]
+            total += sympy.ff(size, len(blocks)) * sympy.Mul(*(moment[key] for key in keys))
+        return total / size ** (i + j)
+
+    m, v = moment, {"N": sympy.Symbol("N"), "L": sympy.Symbol("L", positive=True)}
+    mean = (
+        -of_mean(1, 1) / v["L"] ** 2
+        + v["N"] * of_mean(0, 2) / v["L"] ** 3
+        + of_mean(1, 2) / v["L"] ** 3
+        - v["N"] * of_mean(0, 3) / v["L"] ** 4
+        - of_mean(1, 3) / v["L"] ** 4
+        + v["N"] * of_mean(0, 4) / v["L"] ** 5
+    )
+    held = Moments(v["N"], v["L"], m[1, 1], m[0, 2], m[1, 2], m[0, 3])
+    in_inverse = sympy.expand(mean.expand(func=True).subs(size, 1 / sympy.Symbol("h", positive=True)))
+    h = sympy.Symbol("h", positive=True)
+    return all(
+        sympy.simplify(sympy.expand(in_inverse).coeff(h, order) - claimed(held)) == 0
+        for order, claimed in ((1, first_order), (2, second_order))
+    )
+
+
+def _step_score_of_length() -> bool:
+    r"""$E[S/L] = \nabla E[1/L]$ for any function of the rollout that does not hold θ."""
+    theta = sympy.Symbol("theta")
+    laws = [sympy.Function(f"p{i}", positive=True)(theta) for i in range(3)]
+    lengths = sympy.symbols("l0:3", positive=True)
+    left = sum(p * sympy.diff(sympy.log(p), theta) / k for p, k in zip(laws, lengths, strict=True))
+    return sympy.simplify(left - sympy.diff(sum(p / k for p, k in zip(laws, lengths, strict=True)), theta)) == 0
+
+
+def _step_per_atom() -> bool:
+    p, q, u, k = sympy.symbols("p q u l", positive=True)
+    f = sympy.Function("f")
+    w = u * sympy.diff(f(u), u) - f(u)
+    return sympy.simplify(sympy.diff(p * f(q / p) / k, p).doit() + (w.subs(u, q / p) / k).doit()) == 0

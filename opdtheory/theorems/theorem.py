@@ -3,11 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from fractions import Fraction
+from typing import Any, Literal, TypeAlias
 
-__all__ = ["ALGEBRA", "Identity", "IdentityResult", "Kind", "Step", "StepResult", "Tally", "Theorem", "TheoremResult"]
+__all__ = [
+    "ALGEBRA",
+    "Cases",
+    "Comparison",
+    "Identity",
+    "IdentityResult",
+    "Kind",
+    "Step",
+    "StepResult",
+    "Theorem",
+    "TheoremResult",
+    "close",
+    "furthest",
+    "holds",
+    "overlap",
+    "same",
+]
 
 # Exact identities in float64, relative to the larger of one and the numbers compared.
 ALGEBRA = 1e-12
@@ -16,43 +33,77 @@ ALGEBRA = 1e-12
 Kind = Literal["symbolic", "exact", "rigorous", "numeric"]
 
 
-class Tally:
-    """The largest error met so far, and over how many cases."""
+@dataclass(frozen=True)
+class Comparison:
+    """One case of a check: how far apart its two sides are, and where.
 
-    def __init__(self) -> None:
-        self.error = 0.0
-        self.cases = 0
+    Attributes:
+        error: the distance; 0 or infinity where there is no rounding.
+        where: what tells the case from the others, such as a divergence, a pair of policies, a step.
+    """
 
-    def compare(self, left: Any, right: Any) -> None:
-        """Add one case: two tensors, or lists of tensors, that should be equal in float64."""
-        lefts, rights = (left, right) if isinstance(left, list) else ([left], [right])
-        self.cases += 1
-        for a, b in zip(lefts, rights, strict=True):
-            size = max(1.0, float(b.abs().max()))
-            gap = float((a - b).abs().max()) / size
-            self.error = max(self.error, gap if gap == gap else float("inf"))
+    error: float
+    where: tuple[object, ...] = ()
 
-    def equal(self, left: Any, right: Any) -> None:
-        """Add one case: two exact numbers, or sequences of them, that should be the same."""
-        lefts, rights = (left, right) if isinstance(left, (list, tuple)) else ([left], [right])
-        self.require(len(lefts) == len(rights) and all(a == b for a, b in zip(lefts, rights, strict=True)))
+    @property
+    def label(self) -> str:
+        """The case in words: `chi2, 3 tokens x 3 steps, gamma 0.6`."""
+        return ", ".join(filter(None, map(_named, self.where)))
 
-    def enclose(self, left: Any, right: Any) -> None:
-        """Add one case: two `mpmath.iv` intervals that enclose the same number, if the claim is right.
 
-        Disjoint intervals refute it; overlapping ones leave at most their joint width as an error.
-        """
-        self.cases += 1
-        gap = left - right
-        low, high = float(gap.a), float(gap.b)  # rounding to float keeps the signs
-        width = (high - low) / max(1.0, abs(float(right.a)))
-        self.error = max(self.error, width if low <= 0.0 <= high else float("inf"))
+Cases: TypeAlias = Iterator[Comparison]
 
-    def require(self, holds: bool) -> None:
-        """Add one case that is either right or wrong."""
-        self.cases += 1
-        if not holds:
-            self.error = float("inf")
+
+def close(left: Any, right: Any, *where: object) -> Comparison:
+    """Two tensors, or lists of tensors, that should be equal in float64.
+
+    The error is relative to the largest number on the right, or to one if all are smaller; NaN is infinitely far.
+    """
+    lefts, rights = (left, right) if isinstance(left, list) else ([left], [right])
+    error = 0.0
+    for a, b in zip(lefts, rights, strict=True):
+        gap = float((a - b).abs().max()) / max(1.0, float(b.abs().max()))
+        error = max(error, gap if gap == gap else float("inf"))
+    return Comparison(error, where)
+
+
+def same(left: Any, right: Any, *where: object) -> Comparison:
+    """Two exact numbers, or sequences of them, that should be equal."""
+    lefts, rights = (left, right) if isinstance(left, (list, tuple)) else ([left], [right])
+    return holds(len(lefts) == len(rights) and all(a == b for a, b in zip(lefts, rights, strict=True)), *where)
+
+
+def overlap(left: Any, right: Any, *where: object) -> Comparison:
+    """Two `mpmath.iv` intervals that enclose the same number, if the claim is right.
+
+    Disjoint intervals refute it; overlapping ones leave at most their joint width as an error.
+    """
+    gap = left - right
+    low, high = float(gap.a), float(gap.b)  # rounding to float keeps the signs
+    width = (high - low) / max(1.0, abs(float(right.a)))
+    return Comparison(width if low <= 0.0 <= high else float("inf"), where)
+
+
+def holds(statement: bool, *where: object) -> Comparison:
+    """A statement that is either right or wrong."""
+    return Comparison(0.0 if statement else float("inf"), where)
+
+
+def _named(value: object) -> str:
+    """A part of a label; nothing for what has no short name, such as a tensor."""
+    label = getattr(value, "label", None)
+    if isinstance(label, str):
+        return label
+    if isinstance(value, (str, bool, int, float, Fraction)):
+        return str(value)
+    sizes = [getattr(value, name, None) for name in ("vocab_size", "horizon", "eos")]
+    if isinstance(sizes[0], int):
+        return f"{sizes[0]} tokens x {sizes[1]} steps" + ("" if sizes[2] is None else f", eos {sizes[2]}")
+    if isinstance(value, (tuple, list)):
+        # Of a pair of policies the sizes are the same.
+        parts = dict.fromkeys(map(_named, value))
+        return f"({', '.join(parts)})" if len(parts) > 1 and all(parts) else "".join(parts)
+    return ""
 
 
 @dataclass(frozen=True)
@@ -91,41 +142,50 @@ class Identity:
     """One machine-checked claim.
 
     Attributes:
-        theorem: the theorem's number, such as `T1`.
         name: what it says, in a few words.
         statement: the formula, in LaTeX.
-        check: measures how far a formula is from the truth on every case it enumerates.
+        check: yields, for each case it enumerates, how far a formula is from the truth.
         formula: the claimed right-hand side, in the form that `check` takes.
         twins: false right-hand sides by description; the same check must refute each.
         kind: how the check decides.
         tolerance: largest error that is rounding; 0 where there is none.
     """
 
-    theorem: str
     name: str
     statement: str
-    check: Callable[[Any], Tally]
+    check: Callable[[Any], Cases]
     formula: Any
     twins: Mapping[str, Any]
     kind: Kind = "numeric"
     tolerance: float = ALGEBRA
 
-    def run(self) -> IdentityResult:
-        """Check the formula and every twin."""
+    def run(self, theorem: str = "") -> IdentityResult:
+        """Check the formula and every twin, on behalf of the theorem of this number."""
         start = time.perf_counter()
-        tally = self.check(self.formula)
-        twins = {description: self.check(twin).error for description, twin in self.twins.items()}
+        cases = list(self.check(self.formula))
+        worst = max(cases, key=lambda case: case.error, default=Comparison(0.0))
         return IdentityResult(
-            theorem=self.theorem,
+            theorem=theorem,
             name=self.name,
             statement=self.statement,
-            error=tally.error,
+            error=worst.error,
             tolerance=self.tolerance,
-            cases=tally.cases,
-            twins=twins,
+            cases=len(cases),
+            twins={description: furthest(self.check(twin)) for description, twin in self.twins.items()},
             seconds=time.perf_counter() - start,
             kind=self.kind,
+            worst=worst.label if worst.error > 0.0 else "",
         )
+
+
+def furthest(cases: Cases) -> float:
+    """The largest error; nothing is further than infinity, where the search may stop."""
+    error = 0.0
+    for case in cases:
+        error = max(error, case.error)
+        if error == float("inf"):
+            break
+    return error
 
 
 @dataclass(frozen=True)
@@ -133,7 +193,7 @@ class IdentityResult:
     """What a check found.
 
     Attributes:
-        theorem: as in `Identity`.
+        theorem: the theorem's number, such as `T1`.
         name: as in `Identity`.
         statement: as in `Identity`.
         error: largest error over all cases.
@@ -142,6 +202,7 @@ class IdentityResult:
         twins: largest error of each false twin.
         seconds: how long it took.
         kind: as in `Identity`.
+        worst: the case of the largest error; empty if there is none.
     """
 
     theorem: str
@@ -153,6 +214,7 @@ class IdentityResult:
     twins: dict[str, float]
     seconds: float
     kind: Kind = "numeric"
+    worst: str = ""
 
     @property
     def holds(self) -> bool:
@@ -199,7 +261,7 @@ class Theorem:
         """Verify every step and run every check."""
         start = time.perf_counter()
         steps = [step.run() for step in self.derivation]
-        results = [identity.run() for identity in self.identities]
+        results = [identity.run(self.number) for identity in self.identities]
         return TheoremResult(self.number, self.name, steps, results, time.perf_counter() - start)
 
 

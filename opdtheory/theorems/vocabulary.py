@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+import sympy
 import torch
+from mpmath import iv
 from torch import Tensor
 
 from opdtheory import divergences
@@ -17,10 +19,7 @@ from opdtheory.exact import exact_gradient, exact_value, expected_gradient
 from opdtheory.rollouts import Rollouts
 from opdtheory.theorems.instances.cases import RATIONAL, catalogue, interval, pairs, rational_laws, values_of
 from opdtheory.theorems.instances.kept_tokens import in_logits
-from opdtheory.theorems.theorem import Identity, Step, Tally, Theorem
-
-if TYPE_CHECKING:
-    import sympy
+from opdtheory.theorems.theorem import Cases, Identity, Step, Theorem, close, furthest, holds, overlap, same
 
 __all__ = ["theorems"]
 
@@ -28,235 +27,9 @@ Detached = Literal["nothing", "outer p", "ratio"]
 End = Literal[0, 1]
 Claims = Callable[["sympy.Expr"], "sympy.Expr"]
 
-# Backpropagation over the vocabulary.
-
-
-def _summed(divergence: Divergence, detached: Detached) -> Callable[[Rollouts], Tensor]:
-    """The loss as a trainer would write it, with one factor detached or none."""
-    if detached == "nothing":
-        return estimator("full_vocab", divergence)
-
-    def loss(rollouts: Rollouts) -> Tensor:
-        log_p = rollouts.student_logits.log_softmax(-1)
-        log_u = rollouts.teacher_logits.log_softmax(-1) - log_p
-        outer, inner = (log_p.detach(), log_u) if detached == "outer p" else (log_p, log_u.detach())
-        return rollouts.token_sum((outer.exp() * divergence.generator(inner)).sum(-1))
-
-    return loss
-
-
-def _check_vocabulary(detached: Detached) -> Tally:
-    tally = Tally()
-    for divergence in catalogue():
-        for pair in pairs()[2:3]:
-            tally.compare(expected_gradient(_summed(divergence, detached), *pair), exact_gradient(*pair, divergence))
-    return tally
-
-
-def _check_vocabulary_in_fractions(detached: Detached) -> Tally:
-    r"""Each factor of $p f(q/p)$ differentiated in turn, against $-p_a (w_a - E_p w)$."""
-    import sympy
-
-    tally = Tally()
-    u = divergences.symbol()
-    outer, inner, q = sympy.symbols("P p q", positive=True)
-    for name in RATIONAL:
-        f = divergences.divergence(name).expr
-        term, w = outer * f.subs(u, q / inner), u * sympy.diff(f, u) - f
-        parts = {"outer p": sympy.diff(term, inner), "ratio": sympy.diff(term, outer)}
-        slope = sum(part for factor, part in parts.items() if detached in ("nothing", factor))
-        for student, teacher in rational_laws():
-            at = [{outer: a, inner: a, q: b} for a, b in zip(student, teacher, strict=True)]
-            slopes = [values_of(slope, values) for values in at]
-            weights = [values_of(w, {u: b / a}) for a, b in zip(student, teacher, strict=True)]
-            tally.equal(in_logits(student, slopes), in_logits(student, [-weight for weight in weights]))
-    return tally
-
-
-# The generalised JSD.
-
-
-def _jsd_beta(u: sympy.Expr, beta: sympy.Expr) -> sympy.Expr:
-    import sympy
-
-    mixture = beta * u + 1 - beta
-    return beta * u * sympy.log(u) - mixture * sympy.log(mixture)
-
-
-def _check_generator(claim: Callable[[Any, Any], Any]) -> Tally:
-    r"""$p f_\beta(q/p)$ against $\beta q \log(q/m) + (1-\beta) p \log(p/m)$, and the catalogue's entry against both."""
-    import sympy
-
-    tally = Tally()
-    p, q, beta, u = sympy.symbols("p q beta u", positive=True)
-    mixture = beta * q + (1 - beta) * p
-    mixed = beta * q * sympy.log(q / mixture) + (1 - beta) * p * sympy.log(p / mixture)
-    gap = (p * claim(u, beta).subs(u, q / p) - mixed).subs({p: sympy.exp(sympy.Symbol("x", real=True)) * q})
-    tally.require(sympy.simplify(sympy.expand_log(gap, force=True)) == 0)
-    for value in ("0.1", "0.5", "0.9"):
-        entry = divergences.divergence("skew_jsd", beta=float(value))
-        rest = entry.expr - claim(divergences.symbol(), sympy.Rational(value))
-        tally.require(sympy.simplify(sympy.expand_log(rest, force=True)) == 0)
-    return tally
-
-
-def _check_ends(end: End, claim: Claims) -> Tally:
-    r"""The series of $f_\beta/\beta$ at 0, or of $f_\beta/(1-\beta)$ at 1, to first order; a gauge is no difference."""
-    import sympy
-
-    u, small, c = sympy.symbols("u epsilon c", positive=True)
-    beta = small if end == 0 else 1 - small
-    scaled = _jsd_beta(u, beta) / small
-    tally = Tally()
-    constant = sympy.limit(scaled, small, 0, "+")
-    first = sympy.limit((scaled - constant) / small, small, 0, "+")
-    claimed = claim(small)
-    for found, wanted in ((constant, claimed.coeff(small, 0)), (first, claimed.coeff(small, 1))):
-        rest = sympy.simplify(sympy.expand_log(found - wanted.subs(divergences.symbol(), u), force=True))
-        # What remains may be a multiple of u - 1: the gauge, which no divergence sees.
-        tally.require(sympy.simplify(sympy.diff(rest, u, 2)) == 0 and rest.subs(u, 1) == 0)
-    tally.require(sympy.limit(_jsd_beta(u, beta), small, 0, "+") == 0)
-    return tally
-
-
-def _kl(first: list[Any], second: list[Any]) -> Any:
-    from mpmath import iv
-
-    return sum(a * iv.log(a / b) for a, b in zip(first, second, strict=True))
-
-
-def _mixed(ps: list[Any], qs: list[Any], beta: Fraction) -> tuple[list[Any], Any]:
-    r"""The mixture $m$ and $D_\beta$, in intervals."""
-    b, c = interval(beta), interval(1 - beta)
-    mixture = [b * y + c * x for x, y in zip(ps, qs, strict=True)]
-    return mixture, b * _kl(qs, mixture) + c * _kl(ps, mixture)
-
-
-def _check_deficit(claim: Callable[[Any, Any, Any, Any], Any]) -> Tally:
-    r"""$\beta KL(q\|p) - D_\beta$, and at the other end $(1-\beta) KL(p\|q) - D_\beta$, in intervals."""
-    tally = Tally()
-    for student, teacher in rational_laws():
-        ps, qs = [interval(a) for a in student], [interval(b) for b in teacher]
-        for beta in (Fraction(1, 10), Fraction(1, 2), Fraction(9, 10)):
-            mixture, value = _mixed(ps, qs, beta)
-            tally.enclose(interval(beta) * _kl(qs, ps) - value, claim(ps, qs, mixture, 0))
-            tally.enclose(interval(1 - beta) * _kl(ps, qs) - value, claim(ps, qs, mixture, 1))
-    return tally
-
-
-def _check_jump(continuous: bool) -> Tally:
-    r"""At $\beta = 10^{-k}$ of either end $D_\beta < 10^{-k} KL$, so special-casing the end jumps by almost the KL."""
-    tally = Tally()
-    for student, teacher in rational_laws():
-        ps, qs = [interval(a) for a in student], [interval(b) for b in teacher]
-        for digits in (3, 6, 9):
-            small = Fraction(1, 10**digits)
-            for beta, at_end in ((small, _kl(qs, ps)), (1 - small, _kl(ps, qs))):
-                _, value = _mixed(ps, qs, beta)
-                left_out = interval(0) if continuous else at_end
-                jump = left_out - value
-                tally.require((0.99 * at_end).b < jump.a and jump.b < at_end.a)
-                tally.require(0 < value.a and value.b < (interval(small) * at_end).a)
-    return tally
-
-
-def _check_rate(claim: tuple[float, str, str]) -> Tally:
-    r"""$|D_\beta/\beta - KL - c\,\beta\,\chi^2| < 3 \beta^2 \cdot$ size in float64, on both ends, by `exact_value`."""
-    coefficient, forward_term, reverse_term = claim
-    tally = Tally()
-    for pair in pairs()[:3]:
-        for small in (1e-2, 1e-3, 1e-4):
-            for beta, kl, chi2 in ((small, "forward_kl", forward_term), (1 - small, "reverse_kl", reverse_term)):
-                entry = divergences.divergence("skew_jsd", beta=beta)
-                limit, slope = exact_value(*pair, kl), exact_value(*pair, chi2)
-                gap = float(exact_value(*pair, entry)) / small - float(limit) - coefficient * small * float(slope)
-                # The next term is a sixth of the third moment of u - 1 under the law that vanishes.
-                third = max(_third_moment(pair, flip) for flip in (False, True))
-                tally.require(abs(gap) <= small**2 * third / 6 * 1.03 + 1e-10)
-    return tally
-
-
-def _third_moment(pair: Any, flip: bool) -> float:
-    r"""$E_p|u - 1|^3$, or $E_q|1/u - 1|^3$, summed over the student's histories."""
-    from opdtheory.exact.tree import Tree
-
-    tree = Tree.build(*pair)
-    total = 0.0
-    for n in range(tree.horizon):
-        first, second = (tree.log_q[n], tree.log_p[n]) if flip else (tree.log_p[n], tree.log_q[n])
-        moment = (first.exp() * torch.expm1(second - first).abs() ** 3).sum(-1)
-        total += float((tree.reach(n) * moment).sum())
-    return total
-
-
-def _check_gradient_jump(names: tuple[str, str]) -> Tally:
-    r"""Towards either end the gradient, divided by the distance $d$, is that of a KL less $d/2$ times a $\chi^2$'s."""
-    tally = Tally()
-    for pair in pairs():
-        for small in (1e-3, 1e-4):
-            for beta, kl, chi2 in ((small, names[0], "chi2"), (1 - small, names[1], "neyman_chi2")):
-                entry = divergences.divergence("skew_jsd", beta=beta)
-                third = max(_third_moment(pair, flip) for flip in (False, True))
-                for level, *ends in zip(*(exact_gradient(*pair, d) for d in (entry, kl, chi2)), strict=True):
-                    gap = level / small - (ends[0] - small / 2 * ends[1])
-                    tally.require(float(gap.abs().max()) < 20 * small**2 * max(1.0, third))
-        for beta in (0.0, 1.0):
-            ends = exact_gradient(*pair, divergences.divergence("skew_jsd", beta=beta))
-            tally.compare(ends, [torch.zeros_like(level) for level in ends])
-    return tally
-
-
-# The derivation.
-
-
-def _product_rule() -> bool:
-    """Detaching the outer p, or the ratio, leaves one half of the product rule; both halves are minus the weight."""
-    import sympy
-
-    outer, inner, q, u = sympy.symbols("P p q u", positive=True)
-    f = sympy.Function("f")
-    term = outer * f(q / inner)
-    w = (u * sympy.diff(f(u), u) - f(u)).subs(u, q / inner).doit()
-    both = (sympy.diff(term, outer) + sympy.diff(term, inner)).subs(outer, inner).doit()
-    stopped = sympy.diff(term, inner).subs(outer, inner).doit() + w + f(q / inner)
-    return sympy.simplify(both + w) == 0 and sympy.simplify(stopped) == 0
-
-
-def _perspective() -> bool:
-    import sympy
-
-    p, q, beta, u = sympy.symbols("p q beta u", positive=True)
-    mixture = beta * q + (1 - beta) * p
-    mixed = beta * q * sympy.log(q / mixture) + (1 - beta) * p * sympy.log(p / mixture)
-    gap = sympy.expand_log((mixed.subs(q, u * p) - p * _jsd_beta(u, beta)).subs(beta, sympy.Rational(1, 3)), force=True)
-    return (
-        sympy.simplify(gap) == 0
-        and sympy.simplify(sympy.diff(_jsd_beta(u, beta), u, 2) - beta * (1 - beta) / (u * (beta * u + 1 - beta))) == 0
-    )
-
-
-def _compensation() -> bool:
-    r"""Per atom $\beta q\log(q/p) - [\beta q\log(q/m) + (1-\beta) p\log(p/m)] = m \log(m/p)$, $m$ the mixture."""
-    import sympy
-
-    p, q, beta, m = sympy.symbols("p q beta m", positive=True)
-    left = beta * q * sympy.log(q / p) - beta * q * sympy.log(q / m) - (1 - beta) * p * sympy.log(p / m)
-    right = (beta * q + (1 - beta) * p) * sympy.log(m / p)
-    return sympy.simplify(sympy.expand_log(sympy.expand(left - right), force=True)) == 0
-
-
-def _series(end: End) -> bool:
-    import sympy
-
-    u = divergences.symbol()
-    one, other = (u * sympy.log(u), (u - 1) ** 2) if end == 0 else (-sympy.log(u), (u - 1) ** 2 / u)
-    return _check_ends(end, lambda small: one - small * other / 2).error == 0.0
-
 
 def theorems() -> list[Theorem]:
     """T12 and T12b."""
-    import sympy
-
     u = divergences.symbol()
     forward, reverse, pearson, neyman = u * sympy.log(u), -sympy.log(u), (u - 1) ** 2, (u - 1) ** 2 / u
     factors: dict[str, Detached] = {"outer p detached": "outer p", "ratio detached (stop-gradient)": "ratio"}
@@ -281,7 +54,6 @@ def theorems() -> list[Theorem]:
             ),
             identities=(
                 Identity(
-                    "T12",
                     "factor by factor, in fractions",
                     r"p_a(\partial_a - E_p \partial) = -p_a (w_a - E_p w)",
                     _check_vocabulary_in_fractions,
@@ -291,7 +63,6 @@ def theorems() -> list[Theorem]:
                     0.0,
                 ),
                 Identity(
-                    "T12",
                     "backpropagation is token_local",
                     r"E_p\Big[\nabla \sum_n \sum_a p_a f(q_a/p_a)\Big] = \nabla \text{token\_local}",
                     _check_vocabulary,
@@ -339,7 +110,6 @@ def theorems() -> list[Theorem]:
             ),
             identities=(
                 Identity(
-                    "T12b",
                     "generator",
                     r"p f_\beta(q/p) = \beta q \log(q/m) + (1-\beta) p \log(p/m)",
                     _check_generator,
@@ -352,7 +122,6 @@ def theorems() -> list[Theorem]:
                     0.0,
                 ),
                 Identity(
-                    "T12b",
                     "series at 0",
                     r"f_\beta/\beta = u \log u - \tfrac{\beta}{2} (u-1)^2 + \dots \text{ up to gauge}",
                     functools.partial(_check_ends, 0),
@@ -366,7 +135,6 @@ def theorems() -> list[Theorem]:
                     0.0,
                 ),
                 Identity(
-                    "T12b",
                     "series at 1",
                     r"f_\beta/(1-\beta) = -\log u - \tfrac{1-\beta}{2} (u-1)^2/u + \dots \text{ up to gauge}",
                     functools.partial(_check_ends, 1),
@@ -379,7 +147,6 @@ def theorems() -> list[Theorem]:
                     0.0,
                 ),
                 Identity(
-                    "T12b",
                     "what a KL exceeds it by",
                     r"\beta KL(q\|p) - D_\beta = KL(m\|p), \quad (1-\beta) KL(p\|q) - D_\beta = KL(m\|q)",
                     _check_deficit,
@@ -392,7 +159,6 @@ def theorems() -> list[Theorem]:
                     1e-40,
                 ),
                 Identity(
-                    "T12b",
                     "special-cased ends jump",
                     r"0 < D_\beta < \beta KL(q\|p) \text{ and } KL(q\|p) - D_\beta > 0.99\, KL(q\|p): "
                     r"\text{ certified, and so at the other end}",
@@ -403,7 +169,6 @@ def theorems() -> list[Theorem]:
                     0.0,
                 ),
                 Identity(
-                    "T12b",
                     "rate at the ends",
                     r"\big|D_\beta/\beta - KL(q\|p) + \tfrac{\beta}{2}\chi^2\big| \le \tfrac{\beta^2}{6} E|u-1|^3",
                     _check_rate,
@@ -415,7 +180,6 @@ def theorems() -> list[Theorem]:
                     },
                 ),
                 Identity(
-                    "T12b",
                     "gradients at the ends",
                     r"\nabla D_\beta \to 0, \quad \nabla D_\beta/\beta \to \nabla KL(q\|p), \quad "
                     r"\nabla D_\beta/(1-\beta) \to \nabla KL(p\|q)",
@@ -426,3 +190,203 @@ def theorems() -> list[Theorem]:
             ),
         ),
     ]
+
+
+# Backpropagation over the vocabulary.
+
+
+def _summed(divergence: Divergence, detached: Detached) -> Callable[[Rollouts], Tensor]:
+    """The loss as a trainer would write it, with one factor detached or none."""
+    if detached == "nothing":
+        return estimator("full_vocab", divergence)
+
+    def loss(rollouts: Rollouts) -> Tensor:
+        log_p = rollouts.student_logits.log_softmax(-1)
+        log_u = rollouts.teacher_logits.log_softmax(-1) - log_p
+        outer, inner = (log_p.detach(), log_u) if detached == "outer p" else (log_p, log_u.detach())
+        return rollouts.token_sum((outer.exp() * divergence.generator(inner)).sum(-1))
+
+    return loss
+
+
+def _check_vocabulary(detached: Detached) -> Cases:
+    for divergence in catalogue():
+        for pair in pairs()[2:3]:
+            yield close(
+                expected_gradient(_summed(divergence, detached), *pair),
+                exact_gradient(*pair, divergence),
+                divergence,
+                pair,
+            )
+
+
+def _check_vocabulary_in_fractions(detached: Detached) -> Cases:
+    r"""Each factor of $p f(q/p)$ differentiated in turn, against $-p_a (w_a - E_p w)$."""
+    u = divergences.symbol()
+    outer, inner, q = sympy.symbols("P p q", positive=True)
+    for name in RATIONAL:
+        f = divergences.divergence(name).expr
+        term, w = outer * f.subs(u, q / inner), u * sympy.diff(f, u) - f
+        parts = {"outer p": sympy.diff(term, inner), "ratio": sympy.diff(term, outer)}
+        slope = sum(part for factor, part in parts.items() if detached in ("nothing", factor))
+        for student, teacher in rational_laws():
+            at = [{outer: a, inner: a, q: b} for a, b in zip(student, teacher, strict=True)]
+            slopes = [values_of(slope, values) for values in at]
+            weights = [values_of(w, {u: b / a}) for a, b in zip(student, teacher, strict=True)]
+            yield same(
+                in_logits(student, slopes), in_logits(student, [-weight for weight in weights]), name, student, teacher
+            )
+
+
+# The generalised JSD.
+
+
+def _jsd_beta(u: sympy.Expr, beta: sympy.Expr) -> sympy.Expr:
+    mixture = beta * u + 1 - beta
+    return beta * u * sympy.log(u) - mixture * sympy.log(mixture)
+
+
+def _check_generator(claim: Callable[[Any, Any], Any]) -> Cases:
+    r"""$p f_\beta(q/p)$ against $\beta q \log(q/m) + (1-\beta) p \log(p/m)$, and the catalogue's entry against both."""
+    p, q, beta, u = sympy.symbols("p q beta u", positive=True)
+    mixture = beta * q + (1 - beta) * p
+    mixed = beta * q * sympy.log(q / mixture) + (1 - beta) * p * sympy.log(p / mixture)
+    gap = (p * claim(u, beta).subs(u, q / p) - mixed).subs({p: sympy.exp(sympy.Symbol("x", real=True)) * q})
+    yield holds(sympy.simplify(sympy.expand_log(gap, force=True)) == 0)
+    for value in ("0.1", "0.5", "0.9"):
+        entry = divergences.divergence("skew_jsd", beta=float(value))
+        rest = entry.expr - claim(divergences.symbol(), sympy.Rational(value))
+        yield holds(sympy.simplify(sympy.expand_log(rest, force=True)) == 0, value)
+
+
+def _check_ends(end: End, claim: Claims) -> Cases:
+    r"""The series of $f_\beta/\beta$ at 0, or of $f_\beta/(1-\beta)$ at 1, to first order; a gauge is no difference."""
+    u, small, c = sympy.symbols("u epsilon c", positive=True)
+    beta = small if end == 0 else 1 - small
+    scaled = _jsd_beta(u, beta) / small
+    constant = sympy.limit(scaled, small, 0, "+")
+    first = sympy.limit((scaled - constant) / small, small, 0, "+")
+    claimed = claim(small)
+    for found, wanted in ((constant, claimed.coeff(small, 0)), (first, claimed.coeff(small, 1))):
+        rest = sympy.simplify(sympy.expand_log(found - wanted.subs(divergences.symbol(), u), force=True))
+        # What remains may be a multiple of u - 1: the gauge, which no divergence sees.
+        yield holds(sympy.simplify(sympy.diff(rest, u, 2)) == 0 and rest.subs(u, 1) == 0, found, wanted)
+    yield holds(sympy.limit(_jsd_beta(u, beta), small, 0, "+") == 0)
+
+
+def _kl(first: list[Any], second: list[Any]) -> Any:
+    return sum(a * iv.log(a / b) for a, b in zip(first, second, strict=True))
+
+
+def _mixed(ps: list[Any], qs: list[Any], beta: Fraction) -> tuple[list[Any], Any]:
+    r"""The mixture $m$ and $D_\beta$, in intervals."""
+    b, c = interval(beta), interval(1 - beta)
+    mixture = [b * y + c * x for x, y in zip(ps, qs, strict=True)]
+    return mixture, b * _kl(qs, mixture) + c * _kl(ps, mixture)
+
+
+def _check_deficit(claim: Callable[[Any, Any, Any, Any], Any]) -> Cases:
+    r"""$\beta KL(q\|p) - D_\beta$, and at the other end $(1-\beta) KL(p\|q) - D_\beta$, in intervals."""
+    for student, teacher in rational_laws():
+        ps, qs = [interval(a) for a in student], [interval(b) for b in teacher]
+        for beta in (Fraction(1, 10), Fraction(1, 2), Fraction(9, 10)):
+            mixture, value = _mixed(ps, qs, beta)
+            yield overlap(interval(beta) * _kl(qs, ps) - value, claim(ps, qs, mixture, 0), student, teacher, beta)
+            yield overlap(interval(1 - beta) * _kl(ps, qs) - value, claim(ps, qs, mixture, 1), student, teacher, beta)
+
+
+def _check_jump(continuous: bool) -> Cases:
+    r"""At $\beta = 10^{-k}$ of either end $D_\beta < 10^{-k} KL$, so special-casing the end jumps by almost the KL."""
+    for student, teacher in rational_laws():
+        ps, qs = [interval(a) for a in student], [interval(b) for b in teacher]
+        for digits in (3, 6, 9):
+            small = Fraction(1, 10**digits)
+            for beta, at_end in ((small, _kl(qs, ps)), (1 - small, _kl(ps, qs))):
+                _, value = _mixed(ps, qs, beta)
+                left_out = interval(0) if continuous else at_end
+                jump = left_out - value
+                yield holds((0.99 * at_end).b < jump.a and jump.b < at_end.a, student, teacher, digits, beta, at_end)
+                yield holds(
+                    0 < value.a and value.b < (interval(small) * at_end).a, student, teacher, digits, beta, at_end
+                )
+
+
+def _check_rate(claim: tuple[float, str, str]) -> Cases:
+    r"""$|D_\beta/\beta - KL - c\,\beta\,\chi^2| < 3 \beta^2 \cdot$ size in float64, on both ends, by `exact_value`."""
+    coefficient, forward_term, reverse_term = claim
+    for pair in pairs()[:3]:
+        for small in (1e-2, 1e-3, 1e-4):
+            for beta, kl, chi2 in ((small, "forward_kl", forward_term), (1 - small, "reverse_kl", reverse_term)):
+                entry = divergences.divergence("skew_jsd", beta=beta)
+                limit, slope = exact_value(*pair, kl), exact_value(*pair, chi2)
+                gap = float(exact_value(*pair, entry)) / small - float(limit) - coefficient * small * float(slope)
+                # The next term is a sixth of the third moment of u - 1 under the law that vanishes.
+                third = max(_third_moment(pair, flip) for flip in (False, True))
+                yield holds(abs(gap) <= small**2 * third / 6 * 1.03 + 1e-10, pair, small, beta, kl, chi2)
+
+
+def _third_moment(pair: Any, flip: bool) -> float:
+    r"""$E_p|u - 1|^3$, or $E_q|1/u - 1|^3$, summed over the student's histories."""
+    from opdtheory.exact.tree import Tree
+
+    tree = Tree.build(*pair)
+    total = 0.0
+    for n in range(tree.horizon):
+        first, second = (tree.log_q[n], tree.log_p[n]) if flip else (tree.log_p[n], tree.log_q[n])
+        moment = (first.exp() * torch.expm1(second - first).abs() ** 3).sum(-1)
+        total += float((tree.reach(n) * moment).sum())
+    return total
+
+
+def _check_gradient_jump(names: tuple[str, str]) -> Cases:
+    r"""Towards either end the gradient, divided by the distance $d$, is that of a KL less $d/2$ times a $\chi^2$'s."""
+    for pair in pairs():
+        for small in (1e-3, 1e-4):
+            for beta, kl, chi2 in ((small, names[0], "chi2"), (1 - small, names[1], "neyman_chi2")):
+                entry = divergences.divergence("skew_jsd", beta=beta)
+                third = max(_third_moment(pair, flip) for flip in (False, True))
+                for level, *ends in zip(*(exact_gradient(*pair, d) for d in (entry, kl, chi2)), strict=True):
+                    gap = level / small - (ends[0] - small / 2 * ends[1])
+                    yield holds(float(gap.abs().max()) < 20 * small**2 * max(1.0, third), pair, small, beta, kl, chi2)
+        for beta in (0.0, 1.0):
+            ends = exact_gradient(*pair, divergences.divergence("skew_jsd", beta=beta))
+            yield close(ends, [torch.zeros_like(level) for level in ends], pair, beta)
+
+
+# The derivation.
+
+
+def _product_rule() -> bool:
+    """Detaching the outer p, or the ratio, leaves one half of the product rule; both halves are minus the weight."""
+    outer, inner, q, u = sympy.symbols("P p q u", positive=True)
+    f = sympy.Function("f")
+    term = outer * f(q / inner)
+    w = (u * sympy.diff(f(u), u) - f(u)).subs(u, q / inner).doit()
+    both = (sympy.diff(term, outer) + sympy.diff(term, inner)).subs(outer, inner).doit()
+    stopped = sympy.diff(term, inner).subs(outer, inner).doit() + w + f(q / inner)
+    return sympy.simplify(both + w) == 0 and sympy.simplify(stopped) == 0
+
+
+def _perspective() -> bool:
+    p, q, beta, u = sympy.symbols("p q beta u", positive=True)
+    mixture = beta * q + (1 - beta) * p
+    mixed = beta * q * sympy.log(q / mixture) + (1 - beta) * p * sympy.log(p / mixture)
+    gap = sympy.expand_log((mixed.subs(q, u * p) - p * _jsd_beta(u, beta)).subs(beta, sympy.Rational(1, 3)), force=True)
+    return (
+        sympy.simplify(gap) == 0
+        and sympy.simplify(sympy.diff(_jsd_beta(u, beta), u, 2) - beta * (1 - beta) / (u * (beta * u + 1 - beta))) == 0
+    )
+
+
+def _compensation() -> bool:
+    r"""Per atom $\beta q\log(q/p) - [\beta q\log(q/m) + (1-\beta) p\log(p/m)] = m \log(m/p)$, $m$ the mixture."""
+    p, q, beta, m = sympy.symbols("p q beta m", positive=True)
+    left = beta * q * sympy.log(q / p) - beta * q * sympy.log(q / m) - (1 - beta) * p * sympy.log(p / m)
+    right = (beta * q + (1 - beta) * p) * sympy.log(m / p)
+    return sympy.simplify(sympy.expand_log(sympy.expand(left - right), force=True)) == 0
+
+
+def _series(end: End) -> bool:
+    u = divergences.symbol()
+    one, other = (u * sympy.log(u), (u - 1) ** 2) if end == 0 else (-sympy.log(u), (u - 1) ** 2 / u)
+    return furthest(_check_ends(end, lambda small: one - small * other / 2)) == 0.0

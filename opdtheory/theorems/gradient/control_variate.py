@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
+import sympy
 import torch
+from mpmath import iv
 from torch import Tensor
 
 from opdtheory import divergences
@@ -16,150 +18,11 @@ from opdtheory.exact import gradient_moments, random_pair
 from opdtheory.rollouts import Rollouts
 from opdtheory.theorems.instances.cases import RATIONAL, Law, catalogue, enclose, interval, rational_laws
 from opdtheory.theorems.instances.one_sample import chi2
-from opdtheory.theorems.theorem import Identity, Step, Tally, Theorem
+from opdtheory.theorems.theorem import Cases, Identity, Step, Theorem, close, holds, overlap
 
 __all__ = ["mean", "ratios_of", "return_loss", "theorems"]
 
 Shift = Callable[[Tensor], Tensor]
-
-
-def mean(law: Sequence[Any], values: Sequence[Any]) -> Any:
-    """$E_p[v]$ of fractions or intervals."""
-    return functools.reduce(lambda a, b: a + b, (p * v for p, v in zip(law, values, strict=True)))
-
-
-def ratios_of(student: Law, teacher: Law) -> list[Fraction]:
-    """The teacher's probabilities over the student's."""
-    return [b / a for a, b in zip(student, teacher, strict=True)]
-
-
-def return_loss(divergence: Divergence, c: float, gamma: float, shift: Shift) -> Callable[[Rollouts], Tensor]:
-    """The discounted `token_return` estimator of the generator `f + c shift`, its weight's constant left out."""
-
-    def loss(r: Rollouts) -> Tensor:
-        log_u = r.log_u.detach()
-        steps = gamma ** torch.arange(log_u.shape[-1], dtype=log_u.dtype)
-        reward = torch.where(r.mask > 0, steps * (divergence.generator(log_u) + c * shift(log_u)), 0.0)
-        later = reward.flip(-1).cumsum(-1).flip(-1) - reward
-        return r.token_sum(-(steps * divergence.weight(log_u) - later) * r.student_logprobs)
-
-    return loss
-
-
-def _check_return_variance(moves: Callable[[int], bool]) -> Tally:
-    """The gauge moves the variance of the `token_return` estimator exactly where there are later tokens."""
-    tally = Tally()
-    for horizon in (1, 2, 3):
-        pair = random_pair(3, horizon, seed=horizon)
-        for name in ("reverse_kl", "forward_kl", "jsd"):
-            divergence = divergences.divergence(name)
-            plain, gauged = (
-                gradient_moments(return_loss(divergence, c, 1.0, torch.expm1), *pair).variance for c in (0.0, 1.0)
-            )
-            gap = abs(gauged - plain)
-            tally.require((gap > 1e-6) == moves(horizon) and not 1e-12 < gap <= 1e-6)
-    return tally
-
-
-def _check_control_variate(sign: float) -> Tally:
-    r"""$c^* = -\mathrm{Cov}(f(u), u-1)/\mathrm{Var}(u)$ makes the variance of $f(u) + c(u-1)$ stationary."""
-    tally = Tally()
-    for divergence in catalogue():
-        for seed in range(3):
-            student, teacher = random_pair(6, 1, seed=seed)
-            log_p, log_q = (torch.log_softmax(policy.logits[0][0], -1) for policy in (student, teacher))
-            p, f, control = log_p.exp(), divergence.generator(log_q - log_p), torch.expm1(log_q - log_p)
-            covariance = (p * f * control).sum()  # the control has mean zero
-            best = (sign * covariance / (p * control.square()).sum()).requires_grad_()
-            value = f + best * control
-            variance = (p * (value - (p * value).sum()).square()).sum()
-            (slope,) = torch.autograd.grad(variance, best)
-            tally.compare(slope, torch.zeros_like(slope))
-    return tally
-
-
-# Rigorous forms.
-
-Best = Callable[[Sequence[Any], Sequence[Any], Sequence[Any]], Any]
-
-
-def _variance(p: Sequence[Any], values: Sequence[Any]) -> Any:
-    centre = mean(p, values)
-    return mean(p, [(v - centre) ** 2 for v in values])
-
-
-def _check_optimum(best: Best) -> Tally:
-    """The variance at other constants is that at `c*` and a square."""
-    tally = Tally()
-    u = divergences.symbol()
-    for divergence in catalogue():
-        if divergence.name in RATIONAL:
-            continue
-        for student, teacher in rational_laws():
-            p, ratios = [interval(a) for a in student], [interval(r) for r in ratios_of(student, teacher)]
-            f = [enclose(divergence.expr, {u: r}) for r in ratios]
-            control = [r - 1 for r in ratios]
-            c = best(p, f, control)
-            least, *others = (_variance(p, [v + k * w for v, w in zip(f, control, strict=True)]) for k in (c, -1, 0, 3))
-            for k, value in zip((-1, 0, 3), others, strict=True):
-                tally.enclose(value, least + (c - k) ** 2 * mean(p, [w**2 for w in control]))
-    return tally
-
-
-def _optimum(p: Sequence[Any], f: Sequence[Any], control: Sequence[Any]) -> Any:
-    # The control has mean zero, so its covariance with f is a plain mean.
-    return -mean(p, [v * w for v, w in zip(f, control, strict=True)]) / mean(p, [w**2 for w in control])
-
-
-def _check_schulman(threshold: Fraction) -> Tally:
-    r"""$\mathrm{Var}\,k_3 < \mathrm{Var}\,k_1$ exactly if $c^* = (KL(p\|q) + KL(q\|p))/\chi^2$ exceeds one half."""
-    from mpmath import iv
-
-    def law(*parts: int) -> Law:
-        return tuple(Fraction(part, sum(parts)) for part in parts)
-
-    tally = Tally()
-    spread = ((law(99, 1), law(1, 99)), (law(1, 9), law(8, 2)), (law(1, 99), law(1, 999)), (law(5, 1), law(1, 2)))
-    for student, teacher in rational_laws() + spread:
-        p, q = ([interval(a) for a in side] for side in (student, teacher))
-        ratios = [interval(r) for r in ratios_of(student, teacher)]
-        k1 = [-iv.log(r) for r in ratios]
-        k3 = [r - 1 + k for r, k in zip(ratios, k1, strict=True)]
-        tally.require(0 in mean(p, k3) - mean(p, k1))
-        jeffreys = mean(p, k1) - mean(q, k1)
-        gain, margin = _variance(p, k1) - _variance(p, k3), jeffreys / chi2(p, q) - interval(threshold)
-        tally.require(bool((gain.a > 0 and margin.a > 0) or (gain.b < 0 and margin.b < 0)))
-    return tally
-
-
-# The derivation.
-
-
-def _best_gauge() -> bool:
-    r"""$\mathrm{Var}(f + c g) = V + 2 c K + c^2 G$ is least at $c^* = -K/G$, by $c(c - 2c^*)G$ from $V$."""
-    import sympy
-
-    v, k, c = sympy.symbols("V K c", real=True)
-    g = sympy.Symbol("G", positive=True)
-    variance = v + 2 * c * k + c**2 * g
-    best = sympy.solve(variance.diff(c), c)
-    least = len(best) == 1 and sympy.simplify(best[0] + k / g) == 0 and variance.diff(c, 2).is_positive
-    gain = sympy.simplify(variance - v - c * g * (c - 2 * best[0])) == 0
-    return bool(least and gain)
-
-
-def _schulman() -> bool:
-    r"""$k_3 = k_1 + (u - 1)$, and $-\mathrm{Cov}(k_1, u - 1) = E_p[(u - 1)\log u]$ is $KL(p\|q) + KL(q\|p)$."""
-    import sympy
-
-    p, q = sympy.symbols("p q", positive=True)
-    u = q / p
-    x = divergences.symbol()
-    k3 = divergences.divergence("reverse_kl").expr + x - 1
-    term = p * (u - 1) * sympy.log(u)
-    both = p * sympy.log(p / q) + q * sympy.log(q / p)
-    least = divergences.is_convex(k3) and k3.subs(x, 1) == 0 and sympy.diff(k3, x).subs(x, 1) == 0
-    return bool(least and sympy.simplify(sympy.expand_log(term - both, force=True)) == 0)
 
 
 def theorems() -> list[Theorem]:
@@ -191,7 +54,6 @@ def theorems() -> list[Theorem]:
             ),
             identities=(
                 Identity(
-                    "T3b",
                     "the optimum certified",
                     r"\mathrm{Var}(f + c(u-1)) = \mathrm{Var}(f + c^*(u-1)) + (c - c^*)^2\,\mathrm{Var}(u)",
                     _check_optimum,
@@ -207,7 +69,6 @@ def theorems() -> list[Theorem]:
                     1e-40,
                 ),
                 Identity(
-                    "T3b",
                     "when k3 is quieter than k1",
                     r"\mathrm{Var}\,k_3 < \mathrm{Var}\,k_1 \iff"
                     r" \frac{KL(p\|q) + KL(q\|p)}{\chi^2(q\|p)} > \tfrac12",
@@ -218,7 +79,6 @@ def theorems() -> list[Theorem]:
                     0.0,
                 ),
                 Identity(
-                    "T3b",
                     "the gauge moves the variance",
                     r"\mathrm{Var}\ \text{of the token\_return estimator depends on } c \iff T > 1",
                     _check_return_variance,
@@ -226,7 +86,6 @@ def theorems() -> list[Theorem]:
                     {"never": lambda horizon: False, "always": lambda horizon: True},
                 ),
                 Identity(
-                    "T3b",
                     "optimal control variate",
                     r"c^* = -\mathrm{Cov}(f(u), u - 1)/\mathrm{Var}(u)",
                     _check_control_variate,
@@ -236,3 +95,131 @@ def theorems() -> list[Theorem]:
             ),
         ),
     ]
+
+
+def mean(law: Sequence[Any], values: Sequence[Any]) -> Any:
+    """$E_p[v]$ of fractions or intervals."""
+    return functools.reduce(lambda a, b: a + b, (p * v for p, v in zip(law, values, strict=True)))
+
+
+def ratios_of(student: Law, teacher: Law) -> list[Fraction]:
+    """The teacher's probabilities over the student's."""
+    return [b / a for a, b in zip(student, teacher, strict=True)]
+
+
+def return_loss(divergence: Divergence, c: float, gamma: float, shift: Shift) -> Callable[[Rollouts], Tensor]:
+    """The discounted `token_return` estimator of the generator `f + c shift`, its weight's constant left out."""
+
+    def loss(r: Rollouts) -> Tensor:
+        log_u = r.log_u.detach()
+        steps = gamma ** torch.arange(log_u.shape[-1], dtype=log_u.dtype)
+        reward = torch.where(r.mask > 0, steps * (divergence.generator(log_u) + c * shift(log_u)), 0.0)
+        later = reward.flip(-1).cumsum(-1).flip(-1) - reward
+        return r.token_sum(-(steps * divergence.weight(log_u) - later) * r.student_logprobs)
+
+    return loss
+
+
+def _check_return_variance(moves: Callable[[int], bool]) -> Cases:
+    """The gauge moves the variance of the `token_return` estimator exactly where there are later tokens."""
+    for horizon in (1, 2, 3):
+        pair = random_pair(3, horizon, seed=horizon)
+        for name in ("reverse_kl", "forward_kl", "jsd"):
+            divergence = divergences.divergence(name)
+            plain, gauged = (
+                gradient_moments(return_loss(divergence, c, 1.0, torch.expm1), *pair).variance for c in (0.0, 1.0)
+            )
+            gap = abs(gauged - plain)
+            yield holds((gap > 1e-6) == moves(horizon) and not 1e-12 < gap <= 1e-6, horizon, name)
+
+
+def _check_control_variate(sign: float) -> Cases:
+    r"""$c^* = -\mathrm{Cov}(f(u), u-1)/\mathrm{Var}(u)$ makes the variance of $f(u) + c(u-1)$ stationary."""
+    for divergence in catalogue():
+        for seed in range(3):
+            student, teacher = random_pair(6, 1, seed=seed)
+            log_p, log_q = (torch.log_softmax(policy.logits[0][0], -1) for policy in (student, teacher))
+            p, f, control = log_p.exp(), divergence.generator(log_q - log_p), torch.expm1(log_q - log_p)
+            covariance = (p * f * control).sum()  # the control has mean zero
+            best = (sign * covariance / (p * control.square()).sum()).requires_grad_()
+            value = f + best * control
+            variance = (p * (value - (p * value).sum()).square()).sum()
+            (slope,) = torch.autograd.grad(variance, best)
+            yield close(slope, torch.zeros_like(slope), divergence, seed)
+
+
+# Rigorous forms.
+
+Best = Callable[[Sequence[Any], Sequence[Any], Sequence[Any]], Any]
+
+
+def _variance(p: Sequence[Any], values: Sequence[Any]) -> Any:
+    centre = mean(p, values)
+    return mean(p, [(v - centre) ** 2 for v in values])
+
+
+def _check_optimum(best: Best) -> Cases:
+    """The variance at other constants is that at `c*` and a square."""
+    u = divergences.symbol()
+    for divergence in catalogue():
+        if divergence.name in RATIONAL:
+            continue
+        for student, teacher in rational_laws():
+            p, ratios = [interval(a) for a in student], [interval(r) for r in ratios_of(student, teacher)]
+            f = [enclose(divergence.expr, {u: r}) for r in ratios]
+            control = [r - 1 for r in ratios]
+            c = best(p, f, control)
+            least, *others = (_variance(p, [v + k * w for v, w in zip(f, control, strict=True)]) for k in (c, -1, 0, 3))
+            for k, value in zip((-1, 0, 3), others, strict=True):
+                yield overlap(
+                    value, least + (c - k) ** 2 * mean(p, [w**2 for w in control]), divergence, student, teacher
+                )
+
+
+def _optimum(p: Sequence[Any], f: Sequence[Any], control: Sequence[Any]) -> Any:
+    # The control has mean zero, so its covariance with f is a plain mean.
+    return -mean(p, [v * w for v, w in zip(f, control, strict=True)]) / mean(p, [w**2 for w in control])
+
+
+def _check_schulman(threshold: Fraction) -> Cases:
+    r"""$\mathrm{Var}\,k_3 < \mathrm{Var}\,k_1$ exactly if $c^* = (KL(p\|q) + KL(q\|p))/\chi^2$ exceeds one half."""
+
+    def law(*parts: int) -> Law:
+        return tuple(Fraction(part, sum(parts)) for part in parts)
+
+    spread = ((law(99, 1), law(1, 99)), (law(1, 9), law(8, 2)), (law(1, 99), law(1, 999)), (law(5, 1), law(1, 2)))
+    for student, teacher in rational_laws() + spread:
+        p, q = ([interval(a) for a in side] for side in (student, teacher))
+        ratios = [interval(r) for r in ratios_of(student, teacher)]
+        k1 = [-iv.log(r) for r in ratios]
+        k3 = [r - 1 + k for r, k in zip(ratios, k1, strict=True)]
+        yield holds(0 in mean(p, k3) - mean(p, k1), student, teacher)
+        jeffreys = mean(p, k1) - mean(q, k1)
+        gain, margin = _variance(p, k1) - _variance(p, k3), jeffreys / chi2(p, q) - interval(threshold)
+        yield holds(bool((gain.a > 0 and margin.a > 0) or (gain.b < 0 and margin.b < 0)), student, teacher)
+
+
+# The derivation.
+
+
+def _best_gauge() -> bool:
+    r"""$\mathrm{Var}(f + c g) = V + 2 c K + c^2 G$ is least at $c^* = -K/G$, by $c(c - 2c^*)G$ from $V$."""
+    v, k, c = sympy.symbols("V K c", real=True)
+    g = sympy.Symbol("G", positive=True)
+    variance = v + 2 * c * k + c**2 * g
+    best = sympy.solve(variance.diff(c), c)
+    least = len(best) == 1 and sympy.simplify(best[0] + k / g) == 0 and variance.diff(c, 2).is_positive
+    gain = sympy.simplify(variance - v - c * g * (c - 2 * best[0])) == 0
+    return bool(least and gain)
+
+
+def _schulman() -> bool:
+    r"""$k_3 = k_1 + (u - 1)$, and $-\mathrm{Cov}(k_1, u - 1) = E_p[(u - 1)\log u]$ is $KL(p\|q) + KL(q\|p)$."""
+    p, q = sympy.symbols("p q", positive=True)
+    u = q / p
+    x = divergences.symbol()
+    k3 = divergences.divergence("reverse_kl").expr + x - 1
+    term = p * (u - 1) * sympy.log(u)
+    both = p * sympy.log(p / q) + q * sympy.log(q / p)
+    least = divergences.is_convex(k3) and k3.subs(x, 1) == 0 and sympy.diff(k3, x).subs(x, 1) == 0
+    return bool(least and sympy.simplify(sympy.expand_log(term - both, force=True)) == 0)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
+import sympy
 import torch
 
 from opdtheory import divergences
@@ -22,10 +22,7 @@ from opdtheory.theorems.instances.cases import (
     sampled_gradient,
     values_of,
 )
-from opdtheory.theorems.theorem import Identity, Step, Tally, Theorem
-
-if TYPE_CHECKING:
-    import sympy
+from opdtheory.theorems.theorem import Cases, Identity, Step, Theorem, close, holds, overlap, same
 
 __all__ = ["theorems"]
 
@@ -36,177 +33,6 @@ _TWINS: dict[str, SymbolicWeight] = {
     "u f' dropped (stop-gradient)": lambda f, u: -f,
     "f dropped": lambda f, u: u * f.diff(u),
 }
-
-
-def _check_identity(weight: Weight) -> Tally:
-    tally = Tally()
-    for divergence, pair in every_case():
-        by_autograd = autograd_gradient(pair, lambda s, d=divergence, t=pair[1]: enumerated_value(s, t, d))  # type: ignore[misc]
-        tally.compare(descent(pair, lambda log_u, d=divergence: weight(d, log_u)), by_autograd)  # type: ignore[misc]
-    return tally
-
-
-def _check_oracle(sign: float) -> Tally:
-    """The oracle's closed forms against autograd of the enumerated objectives."""
-    tally = Tally()
-    for divergence, pair in every_case():
-        for objective, gamma in (("token_local", 1.0), ("token_return", 1.0), ("token_return", 0.6), ("sequence", 1.0)):
-            exact = exact_gradient(*pair, divergence, objective, gamma)
-            by_autograd = autograd_gradient(
-                pair,
-                lambda s, d=divergence, t=pair[1], o=objective, g=gamma: enumerated_value(s, t, d, o, g),  # type: ignore[misc]
-            )
-            tally.compare([sign * level for level in exact], by_autograd)
-    return tally
-
-
-def _check_sampled(name: str) -> Tally:
-    """The sampled estimator, run as a black box on every rollout."""
-    tally = Tally()
-    for divergence, pair in every_case():
-        tally.compare(sampled_gradient(name, divergence, pair), exact_gradient(*pair, divergence))
-    return tally
-
-
-def _check_non_decreasing(sign: float) -> Tally:
-    r"""$dw/d\log u = u^2 f'' \ge 0$, by autograd of the weight."""
-    tally = Tally()
-    grid = torch.linspace(-6, 6, 49, dtype=torch.float64)
-    for divergence in catalogue():
-        log_u = grid.clone().requires_grad_()
-        (slope,) = torch.autograd.grad(sign * divergence.weight(log_u).sum(), log_u)
-        tally.require(bool((slope >= 0).all()))
-        tally.compare(slope, sign * divergence.curvature(grid))
-    return tally
-
-
-def _check_conjugate(weight: Weight) -> Tally:
-    r"""$f^*(f'(u)) = \sup_x [x f'(u) - f(x)]$: the supremum is the weight, attained at $x = u$ and nowhere exceeded."""
-    tally = Tally()
-    grid = torch.linspace(-4, 4, 81, dtype=torch.float64)
-    for divergence in catalogue():
-        slope = divergence.log_slope(grid) * (-grid).exp()
-        critic = grid.exp().unsqueeze(-1) * slope - divergence.generator(grid).unsqueeze(-1)
-        supremum, claimed = critic.amax(0), weight(divergence, grid)
-        # At the kink of the total variation any value of the subdifferential serves.
-        smooth = grid.abs() > 1e-9
-        tally.compare(claimed[smooth], supremum[smooth])
-    return tally
-
-
-# Exact and rigorous forms.
-
-
-def _check_rational(weight: SymbolicWeight) -> Tally:
-    r"""$\partial D/\partial z_a = -p_a (w_a - E_p w)$ in fractions, sympy's $\partial D/\partial p$ on the left."""
-    import sympy
-
-    tally = Tally()
-    u, p, q = divergences.symbol(), sympy.Symbol("p", positive=True), sympy.Symbol("q", positive=True)
-    for name in RATIONAL:
-        f = divergences.divergence(name).expr
-        in_p, w = sympy.diff(p * f.subs(u, q / p), p), weight(f, u)
-        for student, teacher in rational_laws():
-            slopes = [values_of(in_p, {p: a, q: b}) for a, b in zip(student, teacher, strict=True)]
-            mean = sum(a * slope for a, slope in zip(student, slopes, strict=True))
-            left = [a * (slope - mean) for a, slope in zip(student, slopes, strict=True)]
-            weights = [values_of(w, {u: b / a}) for a, b in zip(student, teacher, strict=True)]
-            average = sum(a * v for a, v in zip(student, weights, strict=True))
-            tally.equal(left, [-a * (v - average) for a, v in zip(student, weights, strict=True)])
-    return tally
-
-
-def _check_enclosed(weight: SymbolicWeight) -> Tally:
-    """The same with intervals of 60 digits around both sides, for every generator with logarithms or roots."""
-    import sympy
-
-    tally = Tally()
-    u, p, q = divergences.symbol(), sympy.Symbol("p", positive=True), sympy.Symbol("q", positive=True)
-    for divergence in catalogue():
-        if divergence.name in RATIONAL:
-            continue
-        f = divergence.expr
-        in_p, w = sympy.diff(p * f.subs(u, q / p), p), weight(f, u)
-        for student, teacher in rational_laws():
-            ps, qs = [interval(a) for a in student], [interval(b) for b in teacher]
-            slopes = [enclose(in_p, {p: a, q: b}) for a, b in zip(ps, qs, strict=True)]
-            weights = [enclose(w, {u: b / a}) for a, b in zip(ps, qs, strict=True)]
-            mean = sum(a * slope for a, slope in zip(ps, slopes, strict=True))
-            average = sum(a * v for a, v in zip(ps, weights, strict=True))
-            for a, slope, v in zip(ps, slopes, weights, strict=True):
-                tally.enclose(-a * (v - average), a * (slope - mean))
-    return tally
-
-
-# The derivation, with f an undefined function.
-
-
-def _per_atom() -> bool:
-    import sympy
-
-    p, q, u = sympy.symbols("p q u", positive=True)
-    f = sympy.Function("f")
-    left = sympy.diff(p * f(q / p), p).doit()
-    right = (f(u) - u * sympy.diff(f(u), u)).subs(u, q / p).doit()
-    return sympy.simplify(left - right) == 0
-
-
-def _any_family() -> bool:
-    """Three atoms whose probabilities are undefined functions of a parameter."""
-    import sympy
-
-    t, u = sympy.symbols("theta u", positive=True)
-    f = sympy.Function("f")
-    ps = [sympy.Function(f"p{i}", positive=True)(t) for i in range(3)]
-    qs = sympy.symbols("q0:3", positive=True)
-    w = u * sympy.diff(f(u), u) - f(u)
-    left = sympy.diff(sum(p * f(q / p) for p, q in zip(ps, qs, strict=True)), t)
-    scored = [-p * w.subs(u, q / p).doit() * sympy.diff(sympy.log(p), t) for p, q in zip(ps, qs, strict=True)]
-    return sympy.simplify(left.doit() - sum(scored).doit()) == 0
-
-
-def _softmax() -> bool:
-    r"""Softmax rows have $\partial p_b/\partial z_a = p_b(\delta_{ab} - p_a)$: any weights give the centred form."""
-    import sympy
-
-    z = sympy.symbols("z0:3", real=True)
-    w = sympy.symbols("w0:3", real=True)
-    total = sum(sympy.exp(x) for x in z)
-    p = [sympy.exp(x) / total for x in z]
-    mean = sum(a * b for a, b in zip(p, w, strict=True))
-    return all(
-        sympy.simplify(-sum(w[b] * sympy.diff(p[b], z[a]) for b in range(3)) + p[a] * (w[a] - mean)) == 0
-        for a in range(3)
-    )
-
-
-def _envelope() -> bool:
-    """With the critic $T = f'(u)$, the inner slope vanishes and what is left is the weight."""
-    import sympy
-
-    u, x = sympy.symbols("u x", positive=True)
-    f = sympy.Function("f")
-    objective = x * sympy.diff(f(u), u) - f(x)
-    stationary = sympy.diff(objective, x).subs(x, u).doit()
-    return (
-        sympy.simplify(stationary) == 0
-        and sympy.simplify(objective.subs(x, u).doit() - (u * sympy.diff(f(u), u) - f(u))) == 0
-    )
-
-
-def _increasing() -> bool:
-    import sympy
-
-    u = sympy.Symbol("u", positive=True)
-    f = sympy.Function("f")
-    w = u * sympy.diff(f(u), u) - f(u)
-    return sympy.simplify(sympy.diff(w, u) - u * sympy.diff(f(u), u, 2)) == 0
-
-
-def _weight(f: sympy.Expr, u: sympy.Symbol) -> sympy.Expr:
-    import sympy
-
-    return u * sympy.diff(f, u) - f
 
 
 def theorems() -> list[Theorem]:
@@ -238,7 +64,6 @@ def theorems() -> list[Theorem]:
             ),
             identities=(
                 Identity(
-                    "T1",
                     "in fractions",
                     r"\partial D/\partial z_a = -p_a (w_a - E_p w)",
                     _check_rational,
@@ -248,7 +73,6 @@ def theorems() -> list[Theorem]:
                     0.0,
                 ),
                 Identity(
-                    "T1",
                     "enclosed",
                     r"\partial D/\partial z_a = -p_a (w_a - E_p w)",
                     _check_enclosed,
@@ -258,7 +82,6 @@ def theorems() -> list[Theorem]:
                     1e-40,
                 ),
                 Identity(
-                    "T1",
                     "OPD+ identity",
                     r"\nabla D_f(q\|p) = -E_p[w_f(u)\,s],\quad w_f(u) = u f'(u) - f(u)",
                     _check_identity,
@@ -270,7 +93,6 @@ def theorems() -> list[Theorem]:
                     },
                 ),
                 Identity(
-                    "T1",
                     "oracle's closed forms",
                     r"\nabla J = -E_p\left[\textstyle\sum_n A_n s_n\right]\ \text{for each of the three objectives}",
                     _check_oracle,
@@ -278,7 +100,6 @@ def theorems() -> list[Theorem]:
                     {"sign flipped": -1.0},
                 ),
                 Identity(
-                    "T1",
                     "sampled OPD+ is unbiased",
                     r"E_p[\hat g_{\mathrm{OPD+}}] = \nabla D_f(q\|p)",
                     _check_sampled,
@@ -304,7 +125,6 @@ def theorems() -> list[Theorem]:
             ),
             identities=(
                 Identity(
-                    "T1b",
                     "weights never fall",
                     r"dw_f/d\log u = u^2 f''(u) \ge 0",
                     _check_non_decreasing,
@@ -312,7 +132,6 @@ def theorems() -> list[Theorem]:
                     {"sign flipped": -1.0},
                 ),
                 Identity(
-                    "T1b",
                     "weights are conjugates",
                     r"w_f(u) = f^*(f'(u)) = \sup_x\,[x f'(u) - f(x)]",
                     _check_conjugate,
@@ -325,3 +144,146 @@ def theorems() -> list[Theorem]:
             ),
         ),
     ]
+
+
+def _check_identity(weight: Weight) -> Cases:
+    for divergence, pair in every_case():
+        by_autograd = autograd_gradient(pair, lambda s, d=divergence, t=pair[1]: enumerated_value(s, t, d))  # type: ignore[misc]
+        yield close(descent(pair, lambda log_u, d=divergence: weight(d, log_u)), by_autograd, divergence, pair)  # type: ignore[misc]
+
+
+def _check_oracle(sign: float) -> Cases:
+    """The oracle's closed forms against autograd of the enumerated objectives."""
+    for divergence, pair in every_case():
+        for objective, gamma in (("token_local", 1.0), ("token_return", 1.0), ("token_return", 0.6), ("sequence", 1.0)):
+            exact = exact_gradient(*pair, divergence, objective, gamma)
+            by_autograd = autograd_gradient(
+                pair,
+                lambda s, d=divergence, t=pair[1], o=objective, g=gamma: enumerated_value(s, t, d, o, g),  # type: ignore[misc]
+            )
+            yield close([sign * level for level in exact], by_autograd, divergence, pair, objective, gamma)
+
+
+def _check_sampled(name: str) -> Cases:
+    """The sampled estimator, run as a black box on every rollout."""
+    for divergence, pair in every_case():
+        yield close(sampled_gradient(name, divergence, pair), exact_gradient(*pair, divergence), divergence, pair)
+
+
+def _check_non_decreasing(sign: float) -> Cases:
+    r"""$dw/d\log u = u^2 f'' \ge 0$, by autograd of the weight."""
+    grid = torch.linspace(-6, 6, 49, dtype=torch.float64)
+    for divergence in catalogue():
+        log_u = grid.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(sign * divergence.weight(log_u).sum(), log_u)
+        yield holds(bool((slope >= 0).all()), divergence)
+        yield close(slope, sign * divergence.curvature(grid), divergence)
+
+
+def _check_conjugate(weight: Weight) -> Cases:
+    r"""$f^*(f'(u)) = \sup_x [x f'(u) - f(x)]$: the supremum is the weight, attained at $x = u$ and nowhere exceeded."""
+    grid = torch.linspace(-4, 4, 81, dtype=torch.float64)
+    for divergence in catalogue():
+        slope = divergence.log_slope(grid) * (-grid).exp()
+        critic = grid.exp().unsqueeze(-1) * slope - divergence.generator(grid).unsqueeze(-1)
+        supremum, claimed = critic.amax(0), weight(divergence, grid)
+        # At the kink of the total variation any value of the subdifferential serves.
+        smooth = grid.abs() > 1e-9
+        yield close(claimed[smooth], supremum[smooth], divergence)
+
+
+# Exact and rigorous forms.
+
+
+def _check_rational(weight: SymbolicWeight) -> Cases:
+    r"""$\partial D/\partial z_a = -p_a (w_a - E_p w)$ in fractions, sympy's $\partial D/\partial p$ on the left."""
+    u, p, q = divergences.symbol(), sympy.Symbol("p", positive=True), sympy.Symbol("q", positive=True)
+    for name in RATIONAL:
+        f = divergences.divergence(name).expr
+        in_p, w = sympy.diff(p * f.subs(u, q / p), p), weight(f, u)
+        for student, teacher in rational_laws():
+            slopes = [values_of(in_p, {p: a, q: b}) for a, b in zip(student, teacher, strict=True)]
+            mean = sum(a * slope for a, slope in zip(student, slopes, strict=True))
+            left = [a * (slope - mean) for a, slope in zip(student, slopes, strict=True)]
+            weights = [values_of(w, {u: b / a}) for a, b in zip(student, teacher, strict=True)]
+            average = sum(a * v for a, v in zip(student, weights, strict=True))
+            yield same(
+                left, [-a * (v - average) for a, v in zip(student, weights, strict=True)], name, student, teacher
+            )
+
+
+def _check_enclosed(weight: SymbolicWeight) -> Cases:
+    """The same with intervals of 60 digits around both sides, for every generator with logarithms or roots."""
+    u, p, q = divergences.symbol(), sympy.Symbol("p", positive=True), sympy.Symbol("q", positive=True)
+    for divergence in catalogue():
+        if divergence.name in RATIONAL:
+            continue
+        f = divergence.expr
+        in_p, w = sympy.diff(p * f.subs(u, q / p), p), weight(f, u)
+        for student, teacher in rational_laws():
+            ps, qs = [interval(a) for a in student], [interval(b) for b in teacher]
+            slopes = [enclose(in_p, {p: a, q: b}) for a, b in zip(ps, qs, strict=True)]
+            weights = [enclose(w, {u: b / a}) for a, b in zip(ps, qs, strict=True)]
+            mean = sum(a * slope for a, slope in zip(ps, slopes, strict=True))
+            average = sum(a * v for a, v in zip(ps, weights, strict=True))
+            for a, slope, v in zip(ps, slopes, weights, strict=True):
+                yield overlap(-a * (v - average), a * (slope - mean), divergence, student, teacher)
+
+
+# The derivation, with f an undefined function.
+
+
+def _per_atom() -> bool:
+    p, q, u = sympy.symbols("p q u", positive=True)
+    f = sympy.Function("f")
+    left = sympy.diff(p * f(q / p), p).doit()
+    right = (f(u) - u * sympy.diff(f(u), u)).subs(u, q / p).doit()
+    return sympy.simplify(left - right) == 0
+
+
+def _any_family() -> bool:
+    """Three atoms whose probabilities are undefined functions of a parameter."""
+    t, u = sympy.symbols("theta u", positive=True)
+    f = sympy.Function("f")
+    ps = [sympy.Function(f"p{i}", positive=True)(t) for i in range(3)]
+    qs = sympy.symbols("q0:3", positive=True)
+    w = u * sympy.diff(f(u), u) - f(u)
+    left = sympy.diff(sum(p * f(q / p) for p, q in zip(ps, qs, strict=True)), t)
+    scored = [-p * w.subs(u, q / p).doit() * sympy.diff(sympy.log(p), t) for p, q in zip(ps, qs, strict=True)]
+    return sympy.simplify(left.doit() - sum(scored).doit()) == 0
+
+
+def _softmax() -> bool:
+    r"""Softmax rows have $\partial p_b/\partial z_a = p_b(\delta_{ab} - p_a)$: any weights give the centred form."""
+    z = sympy.symbols("z0:3", real=True)
+    w = sympy.symbols("w0:3", real=True)
+    total = sum(sympy.exp(x) for x in z)
+    p = [sympy.exp(x) / total for x in z]
+    mean = sum(a * b for a, b in zip(p, w, strict=True))
+    return all(
+        sympy.simplify(-sum(w[b] * sympy.diff(p[b], z[a]) for b in range(3)) + p[a] * (w[a] - mean)) == 0
+        for a in range(3)
+    )
+
+
+def _envelope() -> bool:
+    """With the critic $T = f'(u)$, the inner slope vanishes and what is left is the weight."""
+    u, x = sympy.symbols("u x", positive=True)
+    f = sympy.Function("f")
+    objective = x * sympy.diff(f(u), u) - f(x)
+    stationary = sympy.diff(objective, x).subs(x, u).doit()
+    return (
+        sympy.simplify(stationary) == 0
+        and sympy.simplify(objective.subs(x, u).doit() - (u * sympy.diff(f(u), u) - f(u))) == 0
+    )
+
+
+def _increasing() -> bool:
+    u = sympy.Symbol("u", positive=True)
+    f = sympy.Function("f")
+    w = u * sympy.diff(f(u), u) - f(u)
+    return sympy.simplify(sympy.diff(w, u) - u * sympy.diff(f(u), u, 2)) == 0
+
+
+def _weight(f: sympy.Expr, u: sympy.Symbol) -> sympy.Expr:
+    return u * sympy.diff(f, u) - f

@@ -5,8 +5,9 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import sympy
 import torch
 from torch import Tensor
 
@@ -28,238 +29,15 @@ from opdtheory.theorems.instances.cases import (
     values_of,
 )
 from opdtheory.theorems.instances.one_sample import mean_gradient
-from opdtheory.theorems.theorem import Identity, Step, Tally, Theorem
-
-if TYPE_CHECKING:
-    import sympy
+from opdtheory.theorems.theorem import Cases, Identity, Step, Theorem, close, holds, same
 
 __all__ = ["theorems"]
 
 SymbolicWeight = Callable[["sympy.Expr", "sympy.Symbol"], "sympy.Expr"]
 
 
-def _check_bias(bias: Weight) -> Tally:
-    r"""$g_{sg} - g_{exact} = E_p[u f'(u) s]$, the left-hand side from the black-box estimator."""
-    tally = Tally()
-    for divergence, pair in every_case():
-        stopped = sampled_gradient("opd", divergence, pair)
-        exact = exact_gradient(*pair, divergence)
-        predicted = descent(pair, lambda log_u, d=divergence: -bias(d, log_u))  # type: ignore[misc]
-        tally.compare([s - e for s, e in zip(stopped, exact, strict=True)], predicted)
-    return tally
-
-
-def _check_value_bias(bias: Weight) -> Tally:
-    r"""The first-order gap $E_{p_\theta}[f(u_{\theta_0})] - D_f(\theta)$ on one-step policies."""
-    tally = Tally()
-    for divergence in catalogue():
-        for seed in range(3):
-            pair = random_pair(5, 1, seed=seed)
-
-            def gap(student: TabularPolicy, d: Divergence = divergence, teacher: TabularPolicy = pair[1]) -> Tensor:
-                log_p, log_q = (torch.log_softmax(policy.logits[0], -1) for policy in (student, teacher))
-                frozen = d.generator(log_q - log_p.detach())
-                return (log_p.exp() * frozen).sum() - enumerated_value(student, teacher, d)
-
-            predicted = descent(pair, lambda log_u, d=divergence: -bias(d, log_u))  # type: ignore[misc]
-            tally.compare(autograd_gradient(pair, gap), predicted)
-    return tally
-
-
-def _check_unbiased_iff(unbiased: Callable[[Divergence], bool]) -> Tally:
-    """Stop-gradient is unbiased on two atoms with `u_1 < 1 < u_2` exactly for the generators claimed."""
-    tally = Tally()
-    for divergence in catalogue():
-        worst = 0.0
-        for pair in two_atoms()[:3]:
-            gap = sampled_gradient("opd", divergence, pair)[0] - exact_gradient(*pair, divergence)[0]
-            worst = max(worst, float(gap.abs().max()))
-        tally.require((worst < 1e-12) == unbiased(divergence) and not 1e-12 <= worst < 1e-6)
-    return tally
-
-
-def _constant_slope(divergence: Divergence) -> bool:
-    grid = torch.linspace(-3, 3, 13, dtype=torch.float64)
-    slope = divergence.log_slope(grid)
-    return bool((slope.diff().abs() < 1e-12).all())
-
-
-def _flat_at_one(divergence: Divergence) -> bool:
-    return abs(float(divergence.log_slope(torch.zeros(1, dtype=torch.float64)))) < 1e-12
-
-
-# Exact and rigorous forms.
-
-
-def _centred(law: tuple[Any, ...], values: list[Any]) -> list[Any]:
-    """$p_a (v_a - E_p v)$: from slopes in the probabilities to slopes in the logits."""
-    mean = sum(a * v for a, v in zip(law, values, strict=True))
-    return [a * (v - mean) for a, v in zip(law, values, strict=True)]
-
-
-def _check_rational(bias: SymbolicWeight) -> Tally:
-    r"""$g_{sg} - g_{exact}$ in fractions: one term of $p f(q/p)$ differentiated with the ratio frozen, and in full."""
-    import sympy
-
-    tally = Tally()
-    u = divergences.symbol()
-    p, frozen, q = sympy.symbols("p frozen q", positive=True)
-    for name in RATIONAL:
-        f = divergences.divergence(name).expr
-        stopped, in_full = (sympy.diff(p * f.subs(u, q / r), p) for r in (frozen, p))
-        predicted = bias(f, u)
-        for student, teacher in rational_laws():
-            gaps = [
-                values_of(stopped, {p: a, frozen: a, q: b}) - values_of(in_full, {p: a, q: b})
-                for a, b in zip(student, teacher, strict=True)
-            ]
-            claimed = [values_of(predicted, {u: b / a}) for a, b in zip(student, teacher, strict=True)]
-            tally.equal(_centred(student, gaps), mean_gradient(student, [-v for v in claimed]))
-    return tally
-
-
-def _check_below_tangent(claim: Callable[[Fraction, Fraction], bool]) -> Tally:
-    r"""In fractions: $E_p[f(u_0)] - D_f(p) \le \sum_a (p_a - p_{0,a})\,u_{0,a} f'(u_{0,a})$, equal only at the start.
-
-    The total variation is not strictly convex: there it may be equal elsewhere too.
-    """
-    import sympy
-
-    tally = Tally()
-    u = divergences.symbol()
-    laws = rational_laws()
-    for name in RATIONAL:
-        f = divergences.divergence(name).expr
-        slope = u * sympy.diff(f, u)
-        for start, teacher in laws:
-            for student in (law for pair in laws for law in pair if len(law) == len(start)):
-                frozen = [b / a for a, b in zip(start, teacher, strict=True)]
-                gap = tangent = Fraction(0)
-                for p, p0, q, u0 in zip(student, start, teacher, frozen, strict=True):
-                    gap += p * (values_of(f, {u: u0}) - values_of(f, {u: q / p}))
-                    tangent += (p - p0) * values_of(slope, {u: u0})
-                tally.require(claim(gap, tangent))
-                tally.require((tangent == gap) == (student == start) or name == "total_variation")
-    return tally
-
-
-def _check_certified(biased: Callable[[sympy.Expr, sympy.Symbol], bool]) -> Tally:
-    r"""The bias $p_1 p_2 (k(u_1) - k(u_2))$, $k = u f'$, on two rational atoms: an interval, or fraction, without zero.
-
-    Where no bias is claimed, every interval must hold zero and be narrow. Each is held to the library's own slope in
-    float64, so that what is certified is the bias and no other number.
-    """
-    import sympy
-
-    tally = Tally()
-    u = divergences.symbol()
-    atoms = [(student, teacher) for student, teacher in rational_laws() if len(student) == 2]
-    for divergence in catalogue():
-        f = divergence.expr
-        slope = u * sympy.diff(f, u)
-        certified, vanishing = False, True
-        for student, teacher in atoms:
-            ratios = [b / a for a, b in zip(student, teacher, strict=True)]
-            if divergence.name in RATIONAL:
-                gap = interval(values_of(slope, {u: ratios[0]}) - values_of(slope, {u: ratios[1]}))
-            else:
-                gap = enclose(slope, {u: interval(ratios[0])}) - enclose(slope, {u: interval(ratios[1])})
-            bias = interval(student[0] * student[1]) * gap
-            tally.require(abs(float(bias.mid) - _first_logit_bias(divergence, student, teacher)) < 1e-12)
-            certified = certified or bool(bias.a > 0 or bias.b < 0)
-            vanishing = vanishing and bool(abs(bias).b < 1e-40)
-        tally.require(certified if biased(f, u) else vanishing)
-    return tally
-
-
-def _first_logit_bias(divergence: Divergence, student: Sequence[Fraction], teacher: Sequence[Fraction]) -> float:
-    r"""$E_p[u f'(u) s]$ along the first logit, by its definition."""
-    p, q = (torch.tensor([float(a) for a in law], dtype=torch.float64) for law in (student, teacher))
-    score = torch.eye(len(p), dtype=torch.float64)[0] - p[0]
-    return (p * divergence.log_slope(q.log() - p.log()) * score).sum().item()
-
-
-def _slope_varies(f: sympy.Expr, u: sympy.Symbol) -> bool:
-    import sympy
-
-    # At two ratios that no pair of the check has; for -c log u the difference vanishes exactly.
-    slope = u * sympy.diff(f, u)
-    return bool(sympy.simplify(slope.subs(u, sympy.Rational(1, 3)) - slope.subs(u, 7)) != 0)
-
-
-# The derivation, with f an undefined function.
-
-
-def _frozen_slope() -> bool:
-    """The slope of `p f(q/p)` with the ratio held at its value, less the slope in full."""
-    import sympy
-
-    p, frozen, q, u = sympy.symbols("p frozen q u", positive=True)
-    f = sympy.Function("f")
-    stopped = sympy.diff(p * f(q / frozen), p).subs(frozen, p)
-    gap = stopped - sympy.diff(p * f(q / p), p).doit()
-    claimed = (u * sympy.diff(f(u), u)).subs(u, q / p).doit()
-    return sympy.simplify(gap - claimed) == 0
-
-
-def _constant_has_no_bias() -> bool:
-    """Softmax of three tokens: a constant in place of `u f'` leaves nothing."""
-    import sympy
-
-    z = sympy.symbols("z0:3", real=True)
-    c = sympy.Symbol("c")
-    total = sum(sympy.exp(x) for x in z)
-    p = [sympy.exp(x) / total for x in z]
-    return all(sympy.simplify(sum(c * sympy.diff(value, x) for value in p)) == 0 for x in z)
-
-
-def _every_pair_of_ratios() -> bool:
-    r"""$u_1 < 1 < u_2$ are the ratios of a pair on $1 + m$ tokens with bias $p_1(1-p_1)(k_1 - k_2)$ in $z_1$."""
-    import sympy
-
-    below, above = sympy.symbols("below above", positive=True)  # u_1 = 1/(1 + below), u_2 = 1 + above
-    m = sympy.Symbol("m", positive=True, integer=True)
-    k1, k2 = sympy.symbols("k1 k2")
-    u1, u2 = 1 / (1 + below), 1 + above
-    p1 = sympy.simplify((u2 - 1) / (u2 - u1))
-    other = sympy.simplify((1 - p1) / m)
-    teacher_adds_up = sympy.simplify(p1 * u1 + m * other * u2 - 1) == 0
-    bias = p1 * (k1 - (p1 * k1 + m * other * k2))
-    form = sympy.simplify(bias - p1 * (1 - p1) * (k1 - k2)) == 0
-    return bool(teacher_adds_up and form and p1.is_positive and sympy.factor(other).is_positive)
-
-
-def _only_logarithm() -> bool:
-    """The differential equation `u f' = -c` with `f(1) = 0`."""
-    import sympy
-
-    u, c = sympy.symbols("u c", positive=True)
-    f = sympy.Function("f")
-    solution = sympy.dsolve(u * f(u).diff(u) + c, f(u), ics={f(1): 0}).rhs
-    return sympy.simplify(solution + c * sympy.log(u)) == 0
-
-
-def _value_to_second_order() -> bool:
-    """The gap vanishes at the start, has slope `u f'` there and curvature `-q^2 f''/p^3`."""
-    import sympy
-
-    p, frozen, q, u = sympy.symbols("p frozen q u", positive=True)
-    f = sympy.Function("f")
-    gap = p * f(q / frozen) - p * f(q / p)
-    slope = sympy.diff(gap, p).doit().subs(frozen, p).doit()
-    second = sympy.diff(gap, p, 2).doit()
-    claimed = (u * sympy.diff(f(u), u)).subs(u, q / p).doit()
-    curvature = (-(q**2) / p**3 * sympy.diff(f(u), u, 2)).subs(u, q / p).doit()
-    return (
-        gap.subs(frozen, p) == 0
-        and sympy.simplify(slope - claimed) == 0
-        and sympy.simplify(second.subs(frozen, p).doit() - curvature) == 0
-    )
-
-
 def theorems() -> list[Theorem]:
     """T2."""
-    import sympy
 
     def log_slope(f: sympy.Expr, u: sympy.Symbol) -> sympy.Expr:
         return u * sympy.diff(f, u)
@@ -311,7 +89,6 @@ def theorems() -> list[Theorem]:
             ),
             identities=(
                 Identity(
-                    "T2",
                     "the bias in fractions",
                     r"\partial_{z_a}: g_{sg} - \nabla D_f = p_a\,(k_a - E_p k),\ k = u f'(u)",
                     _check_rational,
@@ -325,7 +102,6 @@ def theorems() -> list[Theorem]:
                     0.0,
                 ),
                 Identity(
-                    "T2",
                     "the frozen value lies below its tangent",
                     r"E_p[f(u_0)] - D_f(p) \le \textstyle\sum_a (p_a - p_{0,a})\,u_{0,a} f'(u_{0,a})",
                     _check_below_tangent,
@@ -335,7 +111,6 @@ def theorems() -> list[Theorem]:
                     0.0,
                 ),
                 Identity(
-                    "T2",
                     "the bias certified",
                     r"p_1 p_2\,(u_1 f'(u_1) - u_2 f'(u_2)) \ne 0 \iff f \ne -c\log u",
                     _check_certified,
@@ -349,7 +124,6 @@ def theorems() -> list[Theorem]:
                     0.0,
                 ),
                 Identity(
-                    "T2",
                     "bias of stop-gradient",
                     r"g_{sg} = \nabla D_f + E_p[u f'(u)\,s]",
                     _check_bias,
@@ -361,7 +135,6 @@ def theorems() -> list[Theorem]:
                     },
                 ),
                 Identity(
-                    "T2",
                     "bias of the frozen value",
                     r"\nabla_\theta\left(E_{p_\theta}[f(u_{\theta_0})] - D_f(\theta)\right) = E_p[u f'(u)\,s]",
                     _check_value_bias,
@@ -372,7 +145,6 @@ def theorems() -> list[Theorem]:
                     },
                 ),
                 Identity(
-                    "T2",
                     "unbiased only for the reverse KL",
                     r"\text{bias} = 0\ \forall p, q \iff u f'(u) = \text{const}",
                     _check_unbiased_iff,
@@ -386,3 +158,199 @@ def theorems() -> list[Theorem]:
             ),
         ),
     ]
+
+
+def _check_bias(bias: Weight) -> Cases:
+    r"""$g_{sg} - g_{exact} = E_p[u f'(u) s]$, the left-hand side from the black-box estimator."""
+    for divergence, pair in every_case():
+        stopped = sampled_gradient("opd", divergence, pair)
+        exact = exact_gradient(*pair, divergence)
+        predicted = descent(pair, lambda log_u, d=divergence: -bias(d, log_u))  # type: ignore[misc]
+        yield close([s - e for s, e in zip(stopped, exact, strict=True)], predicted, divergence, pair)
+
+
+def _check_value_bias(bias: Weight) -> Cases:
+    r"""The first-order gap $E_{p_\theta}[f(u_{\theta_0})] - D_f(\theta)$ on one-step policies."""
+    for divergence in catalogue():
+        for seed in range(3):
+            pair = random_pair(5, 1, seed=seed)
+
+            def gap(student: TabularPolicy, d: Divergence = divergence, teacher: TabularPolicy = pair[1]) -> Tensor:
+                log_p, log_q = (torch.log_softmax(policy.logits[0], -1) for policy in (student, teacher))
+                frozen = d.generator(log_q - log_p.detach())
+                return (log_p.exp() * frozen).sum() - enumerated_value(student, teacher, d)
+
+            predicted = descent(pair, lambda log_u, d=divergence: -bias(d, log_u))  # type: ignore[misc]
+            yield close(autograd_gradient(pair, gap), predicted, divergence, seed)
+
+
+def _check_unbiased_iff(unbiased: Callable[[Divergence], bool]) -> Cases:
+    """Stop-gradient is unbiased on two atoms with `u_1 < 1 < u_2` exactly for the generators claimed."""
+    for divergence in catalogue():
+        worst = 0.0
+        for pair in two_atoms()[:3]:
+            gap = sampled_gradient("opd", divergence, pair)[0] - exact_gradient(*pair, divergence)[0]
+            worst = max(worst, float(gap.abs().max()))
+        yield holds((worst < 1e-12) == unbiased(divergence) and not 1e-12 <= worst < 1e-6, divergence)
+
+
+def _constant_slope(divergence: Divergence) -> bool:
+    grid = torch.linspace(-3, 3, 13, dtype=torch.float64)
+    slope = divergence.log_slope(grid)
+    return bool((slope.diff().abs() < 1e-12).all())
+
+
+def _flat_at_one(divergence: Divergence) -> bool:
+    return abs(float(divergence.log_slope(torch.zeros(1, dtype=torch.float64)))) < 1e-12
+
+
+# Exact and rigorous forms.
+
+
+def _centred(law: tuple[Any, ...], values: list[Any]) -> list[Any]:
+    """$p_a (v_a - E_p v)$: from slopes in the probabilities to slopes in the logits."""
+    mean = sum(a * v for a, v in zip(law, values, strict=True))
+    return [a * (v - mean) for a, v in zip(law, values, strict=True)]
+
+
+def _check_rational(bias: SymbolicWeight) -> Cases:
+    r"""$g_{sg} - g_{exact}$ in fractions: one term of $p f(q/p)$ differentiated with the ratio frozen, and in full."""
+    u = divergences.symbol()
+    p, frozen, q = sympy.symbols("p frozen q", positive=True)
+    for name in RATIONAL:
+        f = divergences.divergence(name).expr
+        stopped, in_full = (sympy.diff(p * f.subs(u, q / r), p) for r in (frozen, p))
+        predicted = bias(f, u)
+        for student, teacher in rational_laws():
+            gaps = [
+                values_of(stopped, {p: a, frozen: a, q: b}) - values_of(in_full, {p: a, q: b})
+                for a, b in zip(student, teacher, strict=True)
+            ]
+            claimed = [values_of(predicted, {u: b / a}) for a, b in zip(student, teacher, strict=True)]
+            yield same(_centred(student, gaps), mean_gradient(student, [-v for v in claimed]), name, student, teacher)
+
+
+def _check_below_tangent(claim: Callable[[Fraction, Fraction], bool]) -> Cases:
+    r"""In fractions: $E_p[f(u_0)] - D_f(p) \le \sum_a (p_a - p_{0,a})\,u_{0,a} f'(u_{0,a})$, equal only at the start.
+
+    The total variation is not strictly convex: there it may be equal elsewhere too.
+    """
+    u = divergences.symbol()
+    laws = rational_laws()
+    for name in RATIONAL:
+        f = divergences.divergence(name).expr
+        slope = u * sympy.diff(f, u)
+        for start, teacher in laws:
+            for student in (law for pair in laws for law in pair if len(law) == len(start)):
+                frozen = [b / a for a, b in zip(start, teacher, strict=True)]
+                gap = tangent = Fraction(0)
+                for p, p0, q, u0 in zip(student, start, teacher, frozen, strict=True):
+                    gap += p * (values_of(f, {u: u0}) - values_of(f, {u: q / p}))
+                    tangent += (p - p0) * values_of(slope, {u: u0})
+                yield holds(claim(gap, tangent), name, start, teacher, student)
+                yield holds(
+                    (tangent == gap) == (student == start) or name == "total_variation", name, start, teacher, student
+                )
+
+
+def _check_certified(biased: Callable[[sympy.Expr, sympy.Symbol], bool]) -> Cases:
+    r"""The bias $p_1 p_2 (k(u_1) - k(u_2))$, $k = u f'$, on two rational atoms: an interval, or fraction, without zero.
+
+    Where no bias is claimed, every interval must hold zero and be narrow. Each is held to the library's own slope in
+    float64, so that what is certified is the bias and no other number.
+    """
+    u = divergences.symbol()
+    atoms = [(student, teacher) for student, teacher in rational_laws() if len(student) == 2]
+    for divergence in catalogue():
+        f = divergence.expr
+        slope = u * sympy.diff(f, u)
+        certified, vanishing = False, True
+        for student, teacher in atoms:
+            ratios = [b / a for a, b in zip(student, teacher, strict=True)]
+            if divergence.name in RATIONAL:
+                gap = interval(values_of(slope, {u: ratios[0]}) - values_of(slope, {u: ratios[1]}))
+            else:
+                gap = enclose(slope, {u: interval(ratios[0])}) - enclose(slope, {u: interval(ratios[1])})
+            bias = interval(student[0] * student[1]) * gap
+            yield holds(
+                abs(float(bias.mid) - _first_logit_bias(divergence, student, teacher)) < 1e-12,
+                divergence,
+                student,
+                teacher,
+            )
+            certified = certified or bool(bias.a > 0 or bias.b < 0)
+            vanishing = vanishing and bool(abs(bias).b < 1e-40)
+        yield holds(certified if biased(f, u) else vanishing, divergence)
+
+
+def _first_logit_bias(divergence: Divergence, student: Sequence[Fraction], teacher: Sequence[Fraction]) -> float:
+    r"""$E_p[u f'(u) s]$ along the first logit, by its definition."""
+    p, q = (torch.tensor([float(a) for a in law], dtype=torch.float64) for law in (student, teacher))
+    score = torch.eye(len(p), dtype=torch.float64)[0] - p[0]
+    return (p * divergence.log_slope(q.log() - p.log()) * score).sum().item()
+
+
+def _slope_varies(f: sympy.Expr, u: sympy.Symbol) -> bool:
+    # At two ratios that no pair of the check has; for -c log u the difference vanishes exactly.
+    slope = u * sympy.diff(f, u)
+    return bool(sympy.simplify(slope.subs(u, sympy.Rational(1, 3)) - slope.subs(u, 7)) != 0)
+
+
+# The derivation, with f an undefined function.
+
+
+def _frozen_slope() -> bool:
+    """The slope of `p f(q/p)` with the ratio held at its value, less the slope in full."""
+    p, frozen, q, u = sympy.symbols("p frozen q u", positive=True)
+    f = sympy.Function("f")
+    stopped = sympy.diff(p * f(q / frozen), p).subs(frozen, p)
+    gap = stopped - sympy.diff(p * f(q / p), p).doit()
+    claimed = (u * sympy.diff(f(u), u)).subs(u, q / p).doit()
+    return sympy.simplify(gap - claimed) == 0
+
+
+def _constant_has_no_bias() -> bool:
+    """Softmax of three tokens: a constant in place of `u f'` leaves nothing."""
+    z = sympy.symbols("z0:3", real=True)
+    c = sympy.Symbol("c")
+    total = sum(sympy.exp(x) for x in z)
+    p = [sympy.exp(x) / total for x in z]
+    return all(sympy.simplify(sum(c * sympy.diff(value, x) for value in p)) == 0 for x in z)
+
+
+def _every_pair_of_ratios() -> bool:
+    r"""$u_1 < 1 < u_2$ are the ratios of a pair on $1 + m$ tokens with bias $p_1(1-p_1)(k_1 - k_2)$ in $z_1$."""
+    below, above = sympy.symbols("below above", positive=True)  # u_1 = 1/(1 + below), u_2 = 1 + above
+    m = sympy.Symbol("m", positive=True, integer=True)
+    k1, k2 = sympy.symbols("k1 k2")
+    u1, u2 = 1 / (1 + below), 1 + above
+    p1 = sympy.simplify((u2 - 1) / (u2 - u1))
+    other = sympy.simplify((1 - p1) / m)
+    teacher_adds_up = sympy.simplify(p1 * u1 + m * other * u2 - 1) == 0
+    bias = p1 * (k1 - (p1 * k1 + m * other * k2))
+    form = sympy.simplify(bias - p1 * (1 - p1) * (k1 - k2)) == 0
+    return bool(teacher_adds_up and form and p1.is_positive and sympy.factor(other).is_positive)
+
+
+def _only_logarithm() -> bool:
+    """The differential equation `u f' = -c` with `f(1) = 0`."""
+    u, c = sympy.symbols("u c", positive=True)
+    f = sympy.Function("f")
+    solution = sympy.dsolve(u * f(u).diff(u) + c, f(u), ics={f(1): 0}).rhs
+    return sympy.simplify(solution + c * sympy.log(u)) == 0
+
+
+def _value_to_second_order() -> bool:
+    """The gap vanishes at the start, has slope `u f'` there and curvature `-q^2 f''/p^3`."""
+    p, frozen, q, u = sympy.symbols("p frozen q u", positive=True)
+    f = sympy.Function("f")
+    gap = p * f(q / frozen) - p * f(q / p)
+    slope = sympy.diff(gap, p).doit().subs(frozen, p).doit()
+    second = sympy.diff(gap, p, 2).doit()
+    claimed = (u * sympy.diff(f(u), u)).subs(u, q / p).doit()
+    curvature = (-(q**2) / p**3 * sympy.diff(f(u), u, 2)).subs(u, q / p).doit()
+    return (
+        gap.subs(frozen, p) == 0
+        and sympy.simplify(slope - claimed) == 0
+        and sympy.simplify(second.subs(frozen, p).doit() - curvature) == 0
+    )

@@ -8,129 +8,16 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
+import sympy
 import torch
 
 from opdtheory import divergences
 from opdtheory.divergences import Divergence
 from opdtheory.exact import exact_gradient
 from opdtheory.theorems.instances.cases import catalogue, descent, enclose, interval, pairs, rational_laws, values_of
-from opdtheory.theorems.theorem import Identity, Step, Tally, Theorem
+from opdtheory.theorems.theorem import Cases, Identity, Step, Theorem, close, holds, same
 
 __all__ = ["theorems"]
-
-
-def _check_rational(claim: tuple[Fraction, Fraction]) -> Tally:
-    r"""Neyman's $\chi^2$ in fractions: with gauge and scale, $p_a(f_a - E_p f) = -k\,p_a(w_a - E_p w)$."""
-    import sympy
-
-    tally = Tally()
-    gauge, scale = claim
-    u = divergences.symbol()
-    f = divergences.divergence("neyman_chi2").expr
-    weight = u * sympy.diff(f, u) - f
-    for student, teacher in rational_laws():
-        ratios = [b / a for a, b in zip(student, teacher, strict=True)]
-        rewards = [-values_of(f, {u: r}) - gauge * r for r in ratios]  # up to a constant
-        weights = [scale * values_of(weight, {u: r}) for r in ratios]
-        mean_reward, mean = (sum(a * v for a, v in zip(student, vs, strict=True)) for vs in (rewards, weights))
-        tally.equal([v - mean_reward for v in rewards], [v - mean for v in weights])
-    return tally
-
-
-def _determinant(rows: list[list[Any]]) -> Any:
-    if len(rows) == 1:
-        return rows[0][0]
-    return sum(
-        (-1) ** i * row[0] * _determinant([other[1:] for j, other in enumerate(rows) if j != i])
-        for i, row in enumerate(rows)
-    )
-
-
-_POINTS = tuple(Fraction(a, b) for a, b in ((1, 9), (1, 2), (3, 1), (7, 1), (20, 1)))
-
-
-def _check_certified(some_gauge: Callable[[str], bool]) -> Tally:
-    """The divergences without a right gauge are exactly those claimed."""
-    tally = Tally()
-    for divergence in catalogue():
-        if divergence.name != "total_variation":  # not smooth; its weight is flat on either side of one
-            tally.require(_certified(divergence) != some_gauge(divergence.label))
-    return tally
-
-
-@functools.cache
-def _certified(divergence: Divergence) -> bool:
-    r"""Whether intervals show $f, u, w_f, 1$ independent at rational ratios, so that no gauge and scale fits.
-
-    Where $w_f$ is itself linear in $u$, it is $f, u, 1$.
-    """
-    import sympy
-
-    u = divergences.symbol()
-    f = divergence.expr
-    columns = [f, u, divergences.weight_of(f), sympy.Integer(1)]
-    if sympy.diff(columns[2], u, 2) == 0:
-        del columns[2]
-    for points in itertools.combinations(_POINTS, len(columns)):
-        rows = [[enclose(column, {u: interval(x)}) for column in columns] for x in points]
-        determinant = _determinant(rows)
-        if bool(determinant.a > 0 or determinant.b < 0):
-            return True
-    return False
-
-
-def _powers(label: str) -> bool:
-    """The alpha family without its two KLs' limit at one: log u and the powers of u."""
-    named = {"reverse_kl", "hellinger", "chi2", "neyman_chi2", "alpha", "skew_reverse_kl(lam=0.0)"}
-    return label != "alpha(alpha=1.0)" and (label in named or label.split("(")[0] == "alpha")
-
-
-def _check_alpha(scale: Callable[[float], float]) -> Tally:
-    r"""For the alpha-divergences in the gauge $c = 1/(\alpha - 1)$, $g_{sg} = \nabla D/(1 - \alpha)$."""
-    tally = Tally()
-    for alpha in (-1.5, -1.0, 0.0, 0.3, 0.5, 2.0, 2.5):
-        divergence = divergences.divergence("alpha", alpha=alpha)
-        c = 1.0 / (alpha - 1.0)  # the catalogue's generators have f'(1) = 0
-        for pair in pairs():
-            gauged = descent(pair, lambda t, d=divergence, c=c: -d.generator(t) - c * torch.expm1(t))  # type: ignore[misc]
-            exact = exact_gradient(*pair, divergence)
-            tally.compare(gauged, [scale(alpha) * level for level in exact])
-    return tally
-
-
-def _affine() -> bool:
-    """On two atoms the bias of the scaled direction is `p_1 p_2 (h(u_1) - h(u_2))` with `h = f + k w`."""
-    import sympy
-
-    p, h1, h2 = sympy.symbols("p h1 h2")
-    return sympy.expand(p * (h1 - (p * h1 + (1 - p) * h2)) - p * (1 - p) * (h1 - h2)) == 0
-
-
-def _powers_solve() -> bool:
-    r"""$f + k(u f' - f)$ with $k = 1/(1 - a)$ is constant for $f = b(u^a - 1)$ and nothing else with $f(1) = 0$."""
-    import sympy
-
-    u, a = sympy.symbols("u a", positive=True)
-    b = sympy.Symbol("b")
-    k = 1 / (1 - a)
-    f = b * (u**a - 1)
-    constant = f.subs(u, 1) == 0 and sympy.simplify(sympy.diff(f + k * (u * sympy.diff(f, u) - f), u)) == 0
-    # Two solutions with f(1) = 0 differ in b only: of the homogeneous equation every solution over u^a is constant.
-    g = sympy.Function("g")(u)
-    homogeneous = sympy.solve(g + k * (u * g.diff(u) - g), g.diff(u))[0]
-    unique = sympy.simplify((g / u**a).diff(u).subs(g.diff(u), homogeneous)) == 0
-    return bool(constant and unique)
-
-
-def _sign_of_scale() -> bool:
-    """`b(u^a - 1)` with `b = 1/(a(a - 1))` is convex for every `a`, and `k = 1/(1 - a)` positive for `a < 1` only."""
-    import sympy
-
-    u, below, above = sympy.symbols("u below above", positive=True)
-    a = sympy.Symbol("a", real=True)
-    curvature = sympy.simplify(sympy.diff(u**a / (a * (a - 1)), u, 2) - u ** (a - 2)) == 0
-    k = 1 / (1 - a)
-    return bool(curvature and k.subs(a, 1 - below).is_positive and sympy.simplify(k.subs(a, 1 + above)).is_negative)
 
 
 def theorems() -> list[Theorem]:
@@ -166,7 +53,6 @@ def theorems() -> list[Theorem]:
             ),
             identities=(
                 Identity(
-                    "T2b",
                     "Neyman's chi2 in fractions",
                     r"f = 1/u - 1:\quad g_{sg} = \tfrac12\nabla D_f",
                     _check_rational,
@@ -180,7 +66,6 @@ def theorems() -> list[Theorem]:
                     0.0,
                 ),
                 Identity(
-                    "T2b",
                     "no other generator",
                     r"\exists\,c, k:\ f + c(u-1) + k\,w_f = \text{const} \iff f \text{ is a power or } \log u",
                     _check_certified,
@@ -194,7 +79,6 @@ def theorems() -> list[Theorem]:
                     0.0,
                 ),
                 Identity(
-                    "T2b",
                     "alpha-divergences without their linear term",
                     r"c = 1/(\alpha - 1):\quad g_{sg} = \nabla D_\alpha/(1 - \alpha)",
                     _check_alpha,
@@ -207,3 +91,101 @@ def theorems() -> list[Theorem]:
             ),
         ),
     ]
+
+
+def _check_rational(claim: tuple[Fraction, Fraction]) -> Cases:
+    r"""Neyman's $\chi^2$ in fractions: with gauge and scale, $p_a(f_a - E_p f) = -k\,p_a(w_a - E_p w)$."""
+    gauge, scale = claim
+    u = divergences.symbol()
+    f = divergences.divergence("neyman_chi2").expr
+    weight = u * sympy.diff(f, u) - f
+    for student, teacher in rational_laws():
+        ratios = [b / a for a, b in zip(student, teacher, strict=True)]
+        rewards = [-values_of(f, {u: r}) - gauge * r for r in ratios]  # up to a constant
+        weights = [scale * values_of(weight, {u: r}) for r in ratios]
+        mean_reward, mean = (sum(a * v for a, v in zip(student, vs, strict=True)) for vs in (rewards, weights))
+        yield same([v - mean_reward for v in rewards], [v - mean for v in weights], student, teacher)
+
+
+def _determinant(rows: list[list[Any]]) -> Any:
+    if len(rows) == 1:
+        return rows[0][0]
+    return sum(
+        (-1) ** i * row[0] * _determinant([other[1:] for j, other in enumerate(rows) if j != i])
+        for i, row in enumerate(rows)
+    )
+
+
+_POINTS = tuple(Fraction(a, b) for a, b in ((1, 9), (1, 2), (3, 1), (7, 1), (20, 1)))
+
+
+def _check_certified(some_gauge: Callable[[str], bool]) -> Cases:
+    """The divergences without a right gauge are exactly those claimed."""
+    for divergence in catalogue():
+        if divergence.name != "total_variation":  # not smooth; its weight is flat on either side of one
+            yield holds(_certified(divergence) != some_gauge(divergence.label), divergence)
+
+
+@functools.cache
+def _certified(divergence: Divergence) -> bool:
+    r"""Whether intervals show $f, u, w_f, 1$ independent at rational ratios, so that no gauge and scale fits.
+
+    Where $w_f$ is itself linear in $u$, it is $f, u, 1$.
+    """
+    u = divergences.symbol()
+    f = divergence.expr
+    columns = [f, u, divergences.weight_of(f), sympy.Integer(1)]
+    if sympy.diff(columns[2], u, 2) == 0:
+        del columns[2]
+    for points in itertools.combinations(_POINTS, len(columns)):
+        rows = [[enclose(column, {u: interval(x)}) for column in columns] for x in points]
+        determinant = _determinant(rows)
+        if bool(determinant.a > 0 or determinant.b < 0):
+            return True
+    return False
+
+
+def _powers(label: str) -> bool:
+    """The alpha family without its two KLs' limit at one: log u and the powers of u."""
+    named = {"reverse_kl", "hellinger", "chi2", "neyman_chi2", "alpha", "skew_reverse_kl(lam=0.0)"}
+    return label != "alpha(alpha=1.0)" and (label in named or label.split("(")[0] == "alpha")
+
+
+def _check_alpha(scale: Callable[[float], float]) -> Cases:
+    r"""For the alpha-divergences in the gauge $c = 1/(\alpha - 1)$, $g_{sg} = \nabla D/(1 - \alpha)$."""
+    for alpha in (-1.5, -1.0, 0.0, 0.3, 0.5, 2.0, 2.5):
+        divergence = divergences.divergence("alpha", alpha=alpha)
+        c = 1.0 / (alpha - 1.0)  # the catalogue's generators have f'(1) = 0
+        for pair in pairs():
+            gauged = descent(pair, lambda t, d=divergence, c=c: -d.generator(t) - c * torch.expm1(t))  # type: ignore[misc]
+            exact = exact_gradient(*pair, divergence)
+            yield close(gauged, [scale(alpha) * level for level in exact], alpha, pair)
+
+
+def _affine() -> bool:
+    """On two atoms the bias of the scaled direction is `p_1 p_2 (h(u_1) - h(u_2))` with `h = f + k w`."""
+    p, h1, h2 = sympy.symbols("p h1 h2")
+    return sympy.expand(p * (h1 - (p * h1 + (1 - p) * h2)) - p * (1 - p) * (h1 - h2)) == 0
+
+
+def _powers_solve() -> bool:
+    r"""$f + k(u f' - f)$ with $k = 1/(1 - a)$ is constant for $f = b(u^a - 1)$ and nothing else with $f(1) = 0$."""
+    u, a = sympy.symbols("u a", positive=True)
+    b = sympy.Symbol("b")
+    k = 1 / (1 - a)
+    f = b * (u**a - 1)
+    constant = f.subs(u, 1) == 0 and sympy.simplify(sympy.diff(f + k * (u * sympy.diff(f, u) - f), u)) == 0
+    # Two solutions with f(1) = 0 differ in b only: of the homogeneous equation every solution over u^a is constant.
+    g = sympy.Function("g")(u)
+    homogeneous = sympy.solve(g + k * (u * g.diff(u) - g), g.diff(u))[0]
+    unique = sympy.simplify((g / u**a).diff(u).subs(g.diff(u), homogeneous)) == 0
+    return bool(constant and unique)
+
+
+def _sign_of_scale() -> bool:
+    """`b(u^a - 1)` with `b = 1/(a(a - 1))` is convex for every `a`, and `k = 1/(1 - a)` positive for `a < 1` only."""
+    u, below, above = sympy.symbols("u below above", positive=True)
+    a = sympy.Symbol("a", real=True)
+    curvature = sympy.simplify(sympy.diff(u**a / (a * (a - 1)), u, 2) - u ** (a - 2)) == 0
+    k = 1 / (1 - a)
+    return bool(curvature and k.subs(a, 1 - below).is_positive and sympy.simplify(k.subs(a, 1 + above)).is_negative)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import sympy
 import torch
+from mpmath import iv
 from torch import Tensor
 
 from opdtheory import divergences
@@ -15,9 +17,6 @@ from opdtheory.divergences import Divergence
 from opdtheory.estimators import estimator
 from opdtheory.exact import TabularPolicy, expected_gradient, random_pair
 from opdtheory.exact.tree import Tree
-
-if TYPE_CHECKING:
-    import sympy
 
 __all__ = [
     "RATIONAL",
@@ -127,16 +126,12 @@ def rational_laws() -> tuple[tuple[Law, Law], ...]:
 
 def values_of(expr: sympy.Expr, values: dict[sympy.Symbol, Fraction]) -> Fraction:
     """A rational function at rational arguments, without rounding."""
-    import sympy
-
     exact = expr.subs({symbol: sympy.Rational(v.numerator, v.denominator) for symbol, v in values.items()}).doit()
     return Fraction(int(exact.p), int(exact.q))
 
 
 def interval(value: Fraction | int) -> Any:
     """An `mpmath.iv` interval that encloses a rational number."""
-    from mpmath import iv
-
     iv.dps = 60
     exact = Fraction(value)
     return iv.mpf(exact.numerator) / iv.mpf(exact.denominator)
@@ -148,9 +143,6 @@ def enclose(expr: sympy.Expr, values: dict[sympy.Symbol, Any]) -> Any:
     Raises:
         TypeError: the expression holds something else than sums, products, powers, `log`, `exp` and `Abs`.
     """
-    import sympy
-    from mpmath import iv
-
     if expr.is_Rational:
         return interval(Fraction(int(expr.p), int(expr.q)))
     if expr.is_Symbol:

@@ -3,13 +3,10 @@ r"""Training without noise: the flow $\dot z_a = p_a (w(u_a) - E_p w)$ of softma
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
+import sympy
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    import sympy
 
 __all__ = ["TEACHER", "distance", "drift", "far_students", "flow", "jacobian_at_teacher", "softmax_slope"]
 
@@ -71,8 +68,6 @@ def distance(logits: Tensor, log_q: Tensor) -> Tensor:
 
 def softmax_slope(field: list[sympy.Expr], p: list[sympy.Symbol], at: list[sympy.Expr]) -> sympy.Matrix:
     r"""The derivatives in the logits, at given probabilities, of a field in these: through $p_c(\delta_{cb} - p_b)$."""
-    import sympy
-
     point = dict(zip(p, at, strict=True))
     in_p = sympy.Matrix(len(field), len(p), lambda a, c: sympy.diff(field[a], p[c]).subs(point))
     return in_p * sympy.Matrix(len(p), len(p), lambda c, b: at[c] * (int(c == b) - at[b]))
@@ -80,6 +75,4 @@ def softmax_slope(field: list[sympy.Expr], p: list[sympy.Symbol], at: list[sympy
 
 def jacobian_at_teacher(q: list[sympy.Expr], slope: sympy.Expr) -> sympy.Matrix:
     r"""$-w'(1) (\mathrm{diag}\,q - q q^\top)$."""
-    import sympy
-
     return -slope * (sympy.diag(*q) - sympy.Matrix(q) * sympy.Matrix(q).T)

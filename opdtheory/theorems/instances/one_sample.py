@@ -9,6 +9,9 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
+import sympy
+from mpmath import iv
+
 from opdtheory import divergences
 from opdtheory.exact import TabularPolicy
 from opdtheory.theorems.instances.cases import Law, Pair, enclose, interval, values_of
@@ -106,8 +109,6 @@ def first_rows(pair: Pair) -> Pair:
 
 def kl(p: Sequence[Any], q: Sequence[Any]) -> Any:
     r"""$KL(p\|q)$ of intervals."""
-    from mpmath import iv
-
     return expectation(p, [iv.log(a / b) for a, b in zip(p, q, strict=True)])
 
 
@@ -118,8 +119,6 @@ def chi2(p: Sequence[Any], q: Sequence[Any]) -> Any:
 
 def weights(name: str, p: Law, q: Law) -> list[Fraction]:
     r"""$w_f(u_a)$ of a catalogue entry whose weight is rational, differentiated by sympy."""
-    import sympy
-
     u, f = divergences.symbol(), divergences.divergence(name).expr
     w = sympy.expand(u * sympy.diff(f, u) - f)
     return [values_of(w, {u: ratio}) for ratio in ratios(p, q)]
@@ -132,8 +131,6 @@ def intervals(law: Law) -> list[Any]:
 
 def weights_enclosed(name: str, p: Law, q: Law) -> list[Any]:
     r"""Intervals around $w_f(u_a)$ of any smooth catalogue entry."""
-    import sympy
-
     u, f = divergences.symbol(), divergences.divergence(name).expr
     return [enclose(u * sympy.diff(f, u) - f, {u: interval(ratio)}) for ratio in ratios(p, q)]
 
@@ -143,8 +140,6 @@ def three_atoms() -> tuple[Any, Any, Any]:
 
     The scores are free, so that what holds for them holds for any family, not only for softmax.
     """
-    import sympy
-
     p0, p1 = sympy.symbols("p0 p1", positive=True)
     p = [p0, p1, 1 - p0 - p1]
     w = list(sympy.symbols("w0:3", real=True))

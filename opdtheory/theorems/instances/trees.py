@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+import sympy
+
 from opdtheory import divergences
 from opdtheory.divergences import Divergence
 from opdtheory.theorems.instances.cases import RATIONAL, Law, enclose, interval, values_of
@@ -96,8 +98,6 @@ class Linear:
 
 @functools.cache
 def _expression(divergence: Divergence, order: int) -> Any:
-    import sympy
-
     return sympy.diff(divergence.expr, divergences.symbol(), order)
 
 

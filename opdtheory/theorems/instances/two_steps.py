@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import sympy
+import sympy
+from sympy.core.function import AppliedUndef
 
 __all__ = ["TwoSteps", "two_steps"]
 
@@ -22,28 +22,19 @@ class TwoSteps:
 
     def w(self, at: sympy.Expr) -> sympy.Expr:
         """The weight."""
-        import sympy
-
         u = sympy.Symbol("u", positive=True)
         return at * sympy.diff(self.f(u), u).subs(u, at) - self.f(at)
 
     def score(self, p: sympy.Expr) -> sympy.Expr:
         """The derivative of a log-probability."""
-        import sympy
-
         return sympy.diff(sympy.log(p), self.theta)
 
     def expect(self, what: Callable[[list[sympy.Expr], list[sympy.Expr]], sympy.Expr]) -> sympy.Expr:
         """The mean of a function of probabilities and ratios."""
-        import sympy
-
         return sum(sympy.Mul(*p) * what(p, u) for p, u in self.sequences)
 
     def zero(self, expr: sympy.Expr) -> bool:
         """Whether it is zero, coefficient by coefficient of the values of `f` and `f'`."""
-        import sympy
-        from sympy.core.function import AppliedUndef
-
         done = sympy.expand(expr.doit())
         found = [x for x in done.atoms(AppliedUndef, sympy.Subs) if isinstance(x, sympy.Subs) or x.func == self.f]
         if not found:
@@ -55,8 +46,6 @@ class TwoSteps:
 
 def two_steps(ends: bool = False, environment: bool = False) -> TwoSteps:
     """With `ends`, the first token 0 ends the sequence; with `environment`, the second of three is not its own."""
-    import sympy
-
     theta = sympy.Symbol("theta", real=True)
     names = ("a", "b0", "b1", "b2", "b3")
     probabilities = [sympy.Function(name, positive=True)(theta) for name in names]

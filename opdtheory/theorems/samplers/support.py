@@ -6,7 +6,9 @@ import functools
 from collections.abc import Callable
 from fractions import Fraction
 
+import sympy
 import torch
+from mpmath import iv
 
 from opdtheory import divergences
 from opdtheory.divergences import Divergence
@@ -14,147 +16,11 @@ from opdtheory.estimators import estimator
 from opdtheory.exact import Enumeration, TabularPolicy, exact_gradient, exact_value, expected_gradient
 from opdtheory.exact.tree import Tree
 from opdtheory.theorems.instances.cases import Pair, catalogue, enclose, interval, pairs
-from opdtheory.theorems.theorem import Identity, Step, Tally, Theorem
+from opdtheory.theorems.theorem import Cases, Identity, Step, Theorem, close, holds
 
 __all__ = ["theorems"]
 
 Limits = Callable[[Divergence], tuple[float, float]]
-
-# Tokens of probability zero.
-
-
-def _check_limits(claim: Limits) -> Tally:
-    r"""Limits by sympy of $p f(q/p)$ as $q \to 0$ and as $p \to 0$, per unit of the mass that stays."""
-    import sympy
-
-    tally = Tally()
-    u, p, q = divergences.symbol(), sympy.Symbol("p", positive=True), sympy.Symbol("q", positive=True)
-    for divergence in catalogue():
-        term = p * divergence.expr.subs(u, q / p)
-        found = (sympy.limit(term, q, 0, "+") / p, sympy.limit(term, p, 0, "+") / q)
-        for limit, claimed in zip(found, claim(divergence), strict=True):
-            value = float(sympy.simplify(limit))
-            tally.compare(*(torch.tensor([x if abs(x) < torch.inf else -1.0]).double() for x in (value, claimed)))
-    return tally
-
-
-def _check_approach(claim: Callable[[Divergence], float]) -> Tally:
-    r"""$p f(q/p)$ in intervals at $p = 10^{-60}$: within $10^{-15}$ of $f'(\infty) q$, or beyond every bound."""
-    import sympy
-    from mpmath import iv
-
-    tally = Tally()
-    u, p, q = divergences.symbol(), sympy.Symbol("p", positive=True), sympy.Symbol("q", positive=True)
-    for divergence in catalogue():
-        term = p * divergence.expr.subs(u, q / p)
-        for mass in (Fraction(1, 7), Fraction(2, 5)):
-            near, nearer = (
-                enclose(term, {p: interval(Fraction(1, 10**digits)), q: interval(mass)}) for digits in (40, 60)
-            )
-            limit = claim(divergence)
-            if limit == torch.inf:
-                # The slowest grows like log(1/p) q, by half from 40 digits to 60: no bound holds.
-                tally.require(0 < near.a and (near * 4 / 3).b < nearer.a)
-            else:
-                tally.require(abs(nearer - iv.mpf(limit) * interval(mass)).b < 1e-15)
-    return tally
-
-
-@functools.cache
-def _narrow_pairs() -> tuple[Pair, ...]:
-    """Students that never write the last token, which the teacher does."""
-    found = []
-    for student, teacher in pairs()[:3]:
-        logits = [level.clone() for level in student.logits]
-        for level in logits:
-            level[:, -1] = -torch.inf
-        found.append((TabularPolicy(logits, eos=student.eos), teacher))
-    return tuple(found)
-
-
-def _unseen(pair: Pair) -> float:
-    r"""$\sum_n E_{h_n \sim p}\, q(\text{tokens with } p = 0 \mid h_n)$."""
-    tree = Tree.build(*pair)
-    unseen = (
-        tree.reach(n).unsqueeze(-1) * tree.log_q[n].exp() * torch.isneginf(tree.log_p[n]) for n in range(tree.horizon)
-    )
-    return float(sum(level.sum() for level in unseen))
-
-
-def _check_value(missing: Callable[[Divergence], float]) -> Tally:
-    r"""The mean of $\sum_n f(u_n)$ over every rollout of the student, and what `exact_value` adds to it."""
-    tally = Tally()
-    for divergence in catalogue():
-        if divergence.slope_at_infinity == torch.inf:
-            continue
-        for pair in _narrow_pairs():
-            every = Enumeration.build(*pair)
-            rollouts = every.rollouts()
-            log_u = torch.where(rollouts.mask > 0, rollouts.log_u, 0.0)
-            sampled = (every.probability * (rollouts.mask * divergence.generator(log_u)).sum(-1)).sum()
-            tally.compare(sampled + missing(divergence) * _unseen(pair), exact_value(*pair, divergence))
-    for pair in _narrow_pairs():
-        tally.require(float(exact_value(*pair, "forward_kl")) == torch.inf)
-    return tally
-
-
-def _check_lost_pull(claim: Callable[[Divergence], float]) -> Tally:
-    r"""$p\, w_f(q/p)$ in intervals at $p = 10^{-60}$, per unit of q: a finite $f'(\infty)$ leaves nothing."""
-    import sympy
-    from mpmath import iv
-
-    tally = Tally()
-    u, p, q = divergences.symbol(), sympy.Symbol("p", positive=True), sympy.Symbol("q", positive=True)
-    at = {p: interval(Fraction(1, 10**60)), q: interval(Fraction(2, 5))}
-    for divergence in catalogue():
-        if divergence.name == "total_variation":  # a step function: p w is p/2
-            continue
-        f = divergence.expr
-        pull = enclose((p * (u * sympy.diff(f, u) - f).subs(u, q / p)) / q, at)
-        limit = claim(divergence)
-        tally.require(pull.a > 1e30 if limit == torch.inf else abs(pull - iv.mpf(limit)).b < 1e-15)
-    return tally
-
-
-def _lost_pull(divergence: Divergence) -> float:
-    r"""$\lim w_f(u)/u$: 0 where $f'(\infty)$ is finite, 1 for $u \log u$, infinite for faster growth."""
-    log_u = torch.tensor([650.0], dtype=torch.float64)
-    if divergence.slope_at_infinity < torch.inf:
-        return 0.0
-    ratio = float(divergence.weight(log_u / 2)) / float((log_u / 2).exp())
-    return torch.inf if ratio > 1e9 else round(ratio, 6)
-
-
-def _check_narrow_gradient(sign: float) -> Tally:
-    """On the student's own support sampled OPD+ has the exact gradient: the missing term is constant in the logits."""
-    tally = Tally()
-    for divergence in catalogue():
-        if divergence.slope_at_infinity < torch.inf:
-            for pair in _narrow_pairs()[:2]:
-                sampled = expected_gradient(estimator("opd_plus", divergence), *pair)
-                tally.compare([sign * level for level in sampled], exact_gradient(*pair, divergence))
-    return tally
-
-
-# The derivation.
-
-
-def _boundary() -> bool:
-    r"""At $u = q/p$ the term $p f(q/p)$ is $q f(u)/u$."""
-    import sympy
-
-    p, q, u = sympy.symbols("p q u", positive=True)
-    f = sympy.Function("f")
-    return sympy.simplify((p * f(q / p) - q * (f(u) / u).subs(u, q / p)).doit()) == 0
-
-
-def _pull_per_mass() -> bool:
-    import sympy
-
-    u = sympy.Symbol("u", positive=True)
-    f = sympy.Function("f")
-    w = u * sympy.diff(f(u), u) - f(u)
-    return sympy.simplify(w / u - (sympy.diff(f(u), u) - f(u) / u)) == 0
 
 
 def theorems() -> list[Theorem]:
@@ -189,7 +55,6 @@ def theorems() -> list[Theorem]:
             ),
             identities=(
                 Identity(
-                    "T10",
                     "limits of every entry",
                     r"\lim_{q \to 0} p f(q/p) = f(0^+) p, \quad \lim_{p \to 0} p f(q/p) = f'(\infty) q",
                     _check_limits,
@@ -202,7 +67,6 @@ def theorems() -> list[Theorem]:
                     "symbolic",
                 ),
                 Identity(
-                    "T10",
                     "approach, enclosed",
                     r"|p f(q/p) - f'(\infty) q| < 10^{-15} \text{ at } p = 10^{-60}, \text{ or beyond every bound}",
                     _check_approach,
@@ -212,7 +76,6 @@ def theorems() -> list[Theorem]:
                     0.0,
                 ),
                 Identity(
-                    "T10",
                     "what a sampled value misses",
                     r"E_p\Big[\sum_n f(u_n)\Big] + f'(\infty) \sum_n E_p\, q(p = 0 \mid h_n) = D_f",
                     _check_value,
@@ -220,7 +83,6 @@ def theorems() -> list[Theorem]:
                     {"nothing": lambda d: 0.0, "f(0) in place of f'(inf)": lambda d: min(d.at_zero, 1e3)},
                 ),
                 Identity(
-                    "T10",
                     "pull of a vanishing token, enclosed",
                     r"p\, w_f(q/p)/q \to \lim w_f(u)/u: 0 \text{ if } f'(\infty) < \infty, 1 \text{ for } u \log u",
                     _check_lost_pull,
@@ -230,7 +92,6 @@ def theorems() -> list[Theorem]:
                     0.0,
                 ),
                 Identity(
-                    "T10",
                     "gradient on the student's support",
                     r"E_p[\hat g_{\mathrm{OPD+}}] = \nabla D_f \text{ where } p_a = 0 < q_a,\ f'(\infty) < \infty",
                     _check_narrow_gradient,
@@ -240,3 +101,120 @@ def theorems() -> list[Theorem]:
             ),
         ),
     ]
+
+
+# Tokens of probability zero.
+
+
+def _check_limits(claim: Limits) -> Cases:
+    r"""Limits by sympy of $p f(q/p)$ as $q \to 0$ and as $p \to 0$, per unit of the mass that stays."""
+    u, p, q = divergences.symbol(), sympy.Symbol("p", positive=True), sympy.Symbol("q", positive=True)
+    for divergence in catalogue():
+        term = p * divergence.expr.subs(u, q / p)
+        found = (sympy.limit(term, q, 0, "+") / p, sympy.limit(term, p, 0, "+") / q)
+        for limit, claimed in zip(found, claim(divergence), strict=True):
+            value = float(sympy.simplify(limit))
+            yield close(
+                *(torch.tensor([x if abs(x) < torch.inf else -1.0]).double() for x in (value, claimed)), divergence
+            )
+
+
+def _check_approach(claim: Callable[[Divergence], float]) -> Cases:
+    r"""$p f(q/p)$ in intervals at $p = 10^{-60}$: within $10^{-15}$ of $f'(\infty) q$, or beyond every bound."""
+    u, p, q = divergences.symbol(), sympy.Symbol("p", positive=True), sympy.Symbol("q", positive=True)
+    for divergence in catalogue():
+        term = p * divergence.expr.subs(u, q / p)
+        for mass in (Fraction(1, 7), Fraction(2, 5)):
+            near, nearer = (
+                enclose(term, {p: interval(Fraction(1, 10**digits)), q: interval(mass)}) for digits in (40, 60)
+            )
+            limit = claim(divergence)
+            if limit == torch.inf:
+                # The slowest grows like log(1/p) q, by half from 40 digits to 60: no bound holds.
+                yield holds(0 < near.a and (near * 4 / 3).b < nearer.a, divergence, mass)
+            else:
+                yield holds(abs(nearer - iv.mpf(limit) * interval(mass)).b < 1e-15, divergence, mass)
+
+
+@functools.cache
+def _narrow_pairs() -> tuple[Pair, ...]:
+    """Students that never write the last token, which the teacher does."""
+    found = []
+    for student, teacher in pairs()[:3]:
+        logits = [level.clone() for level in student.logits]
+        for level in logits:
+            level[:, -1] = -torch.inf
+        found.append((TabularPolicy(logits, eos=student.eos), teacher))
+    return tuple(found)
+
+
+def _unseen(pair: Pair) -> float:
+    r"""$\sum_n E_{h_n \sim p}\, q(\text{tokens with } p = 0 \mid h_n)$."""
+    tree = Tree.build(*pair)
+    unseen = (
+        tree.reach(n).unsqueeze(-1) * tree.log_q[n].exp() * torch.isneginf(tree.log_p[n]) for n in range(tree.horizon)
+    )
+    return float(sum(level.sum() for level in unseen))
+
+
+def _check_value(missing: Callable[[Divergence], float]) -> Cases:
+    r"""The mean of $\sum_n f(u_n)$ over every rollout of the student, and what `exact_value` adds to it."""
+    for divergence in catalogue():
+        if divergence.slope_at_infinity == torch.inf:
+            continue
+        for pair in _narrow_pairs():
+            every = Enumeration.build(*pair)
+            rollouts = every.rollouts()
+            log_u = torch.where(rollouts.mask > 0, rollouts.log_u, 0.0)
+            sampled = (every.probability * (rollouts.mask * divergence.generator(log_u)).sum(-1)).sum()
+            yield close(sampled + missing(divergence) * _unseen(pair), exact_value(*pair, divergence), divergence, pair)
+    for pair in _narrow_pairs():
+        yield holds(float(exact_value(*pair, "forward_kl")) == torch.inf, pair)
+
+
+def _check_lost_pull(claim: Callable[[Divergence], float]) -> Cases:
+    r"""$p\, w_f(q/p)$ in intervals at $p = 10^{-60}$, per unit of q: a finite $f'(\infty)$ leaves nothing."""
+    u, p, q = divergences.symbol(), sympy.Symbol("p", positive=True), sympy.Symbol("q", positive=True)
+    at = {p: interval(Fraction(1, 10**60)), q: interval(Fraction(2, 5))}
+    for divergence in catalogue():
+        if divergence.name == "total_variation":  # a step function: p w is p/2
+            continue
+        f = divergence.expr
+        pull = enclose((p * (u * sympy.diff(f, u) - f).subs(u, q / p)) / q, at)
+        limit = claim(divergence)
+        yield holds(pull.a > 1e30 if limit == torch.inf else abs(pull - iv.mpf(limit)).b < 1e-15, divergence)
+
+
+def _lost_pull(divergence: Divergence) -> float:
+    r"""$\lim w_f(u)/u$: 0 where $f'(\infty)$ is finite, 1 for $u \log u$, infinite for faster growth."""
+    log_u = torch.tensor([650.0], dtype=torch.float64)
+    if divergence.slope_at_infinity < torch.inf:
+        return 0.0
+    ratio = float(divergence.weight(log_u / 2)) / float((log_u / 2).exp())
+    return torch.inf if ratio > 1e9 else round(ratio, 6)
+
+
+def _check_narrow_gradient(sign: float) -> Cases:
+    """On the student's own support sampled OPD+ has the exact gradient: the missing term is constant in the logits."""
+    for divergence in catalogue():
+        if divergence.slope_at_infinity < torch.inf:
+            for pair in _narrow_pairs()[:2]:
+                sampled = expected_gradient(estimator("opd_plus", divergence), *pair)
+                yield close([sign * level for level in sampled], exact_gradient(*pair, divergence), divergence, pair)
+
+
+# The derivation.
+
+
+def _boundary() -> bool:
+    r"""At $u = q/p$ the term $p f(q/p)$ is $q f(u)/u$."""
+    p, q, u = sympy.symbols("p q u", positive=True)
+    f = sympy.Function("f")
+    return sympy.simplify((p * f(q / p) - q * (f(u) / u).subs(u, q / p)).doit()) == 0
+
+
+def _pull_per_mass() -> bool:
+    u = sympy.Symbol("u", positive=True)
+    f = sympy.Function("f")
+    w = u * sympy.diff(f(u), u) - f(u)
+    return sympy.simplify(w / u - (sympy.diff(f(u), u) - f(u) / u)) == 0

@@ -6,17 +6,16 @@ import functools
 import itertools
 from collections.abc import Callable
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import sympy
 
 from opdtheory import divergences
 from opdtheory.divergences import Divergence
 from opdtheory.exact import exact_gradient, exact_value
 from opdtheory.theorems.instances.cases import Law, catalogue, interval, pairs, rational_laws
 from opdtheory.theorems.instances.trees import Dual, History, Linear, RationalTree, gradient_of, trees
-from opdtheory.theorems.theorem import Identity, Step, Tally, Theorem
-
-if TYPE_CHECKING:
-    import sympy
+from opdtheory.theorems.theorem import Cases, Identity, Step, Theorem, close, holds, overlap, same
 
 __all__ = ["theorems"]
 
@@ -35,154 +34,9 @@ _MADE = {
 Rule = Callable[[Divergence], bool]
 
 
-def _is_reverse(divergence: Divergence) -> bool:
-    r"""$f = -c\log u + k(u-1)$, that is $u^2 f''$ constant."""
-    return not _curvature(divergence).free_symbols
-
-
-@functools.cache
-def _curvature(divergence: Divergence) -> Any:
-    import sympy
-
-    u = sympy.Symbol("u", positive=True)
-    f = divergence.expr.subs(divergences.symbol(), u)
-    return sympy.simplify(u**2 * sympy.diff(f, u, 2))
-
-
-@functools.cache
-def _everyone() -> tuple[Divergence, ...]:
-    """The catalogue, and scales and gauges of both KL divergences."""
-    import sympy
-
-    u = divergences.symbol()
-    basis = [divergences.divergence(name).expr for name in ("reverse_kl", "forward_kl", "chi2")] + [u - 1]
-    made = {
-        name: sympy.Add(*(sympy.Rational(c) * f for c, f in zip(of, basis, strict=True))) for name, of in _MADE.items()
-    }
-    return (*catalogue(), *(Divergence.from_expr(f, name) for name, f in made.items()))
-
-
-@functools.cache
-def _sides(divergence: Divergence) -> list[tuple[Any, Any]]:
-    """Intervals around both objectives and around each entry of their gradients."""
-    sides = []
-    for tree in (trees()[0], trees()[3]):
-        values = ([tree.value(objective).value] for objective in ("token_return", "sequence"))
-        sides += [(a, b) for a, b in zip(*values, strict=True)]
-        gradients = (gradient_of(tree, objective) for objective in ("token_return", "sequence"))
-        sides += [(a, b) for a, b in zip(*gradients, strict=True)]
-    return [(a.enclosed(divergence), b.enclosed(divergence)) for a, b in sides]
-
-
-def _check_coincide(rule: Rule) -> Tally:
-    """Where the rule says so, values and gradients agree to 1e-40, none of them all zero; else they differ for sure."""
-    tally = Tally()
-    for divergence in _everyone():
-        if rule(divergence):
-            tally.require(any(summed.a > 0 or summed.b < 0 for summed, _ in _sides(divergence)))
-            for summed, whole in _sides(divergence):
-                tally.enclose(summed, whole)
-        else:
-            tally.require(any(not a.a <= b.b or not b.a <= a.b for a, b in _sides(divergence)))
-    return tally
-
-
-def _check_one_branch(claim: tuple[int, int]) -> Tally:
-    r"""$J_{sequence} - J_{return} = P(x)\,E[f(xY) - f(x) - f(Y)]$ if the models differ after one token, f free."""
-    tally = Tally()
-    for p, q in rational_laws():
-        for first in rational_laws():
-            size = min(len(p), len(first[0]))
-            if len(p) != size or len(first[0]) != size:
-                continue
-            student: dict[History, Law] = {(): first[0], **{(a,): p for a in range(size)}}
-            teacher: dict[History, Law] = {(): first[1], **{(a,): q if a == 0 else p for a in range(size)}}
-            sequences = tuple((a, b) for a in range(size) for b in range(size))
-            tree = RationalTree(student, teacher, {}, sequences, 2, None)
-            x = Dual(first[1][0] / first[0][0], Fraction(0))
-            right = Linear()
-            for a, b in zip(p, q, strict=True):
-                y = Dual(b / a, Fraction(0))
-                bracket = (x * y).f() - x.f().scaled(Fraction(claim[0])) - y.f().scaled(Fraction(claim[1]))
-                right = right + first[0][0] * a * bracket.value
-            tally.equal(tree.value("sequence").value - tree.value("token_return").value, right)
-    return tally
-
-
-def _check_equation(claim: tuple[int, int, int]) -> Tally:
-    r"""$f(xy) = f(x) + f(y) + \kappa(x-1)(y-1)$ for $f = -c\log u + \kappa(u-1)$, in intervals."""
-    import sympy
-
-    sign, power, leading = claim
-    tally, u = Tally(), divergences.symbol()
-    for c, kappa in ((1, 1), (3, -2)):
-        # For power 1 the forward KL.
-        f = Divergence.from_expr(leading * c * u**power * sympy.log(u) + kappa * (u - 1), "f")
-        for x, y in itertools.product(RATIOS, repeat=2):
-            values = [Linear({(0, at): ONE}).enclosed(f) for at in (x * y, x, y)]
-            tally.enclose(values[1] + values[2] + interval(sign * kappa * (x - 1) * (y - 1)), values[0])
-    return tally
-
-
-def _check_enumerated(claim: tuple[int, int]) -> Tally:
-    r"""Values and gradients of both objectives for $-c\,u^a\log u + \kappa(u-1)$, in float64."""
-    import sympy
-
-    power, sign = claim
-    tally, u = Tally(), divergences.symbol()
-    for c, kappa in ((1, 1), (3, -2)):
-        f = Divergence.from_expr(sign * c * u**power * sympy.log(u) + kappa * (u - 1), "f")
-        for pair in pairs():
-            tally.compare(exact_value(*pair, f, "token_return"), exact_value(*pair, f, "sequence"))
-            tally.compare(exact_gradient(*pair, f, "token_return"), exact_gradient(*pair, f, "sequence"))
-    return tally
-
-
-def _step_two_points() -> bool:
-    """Mean-one laws on two points leave `g(y) = k (y - 1)`: the two-point equation makes the slopes from 1 equal."""
-    import sympy
-
-    y1, y2, g1, g2 = sympy.symbols("y_1 y_2 g_1 g_2")
-    chance = (y2 - 1) / (y2 - y1)
-    mean_one = sympy.simplify(chance * y1 + (1 - chance) * y2 - 1) == 0
-    solved = sympy.solve(chance * g1 + (1 - chance) * g2, g2)[0]
-    return mean_one and sympy.simplify(solved / (y2 - 1) - g1 / (y1 - 1)) == 0
-
-
-def _step_exchange() -> bool:
-    """`k(x)(y-1) = k(y)(x-1)` leaves `k(x) = κ(x-1)`."""
-    import sympy
-
-    x, y, kappa = sympy.symbols("x y kappa")
-    k = sympy.Function("k")
-    fixed = sympy.solve(k(x) * (y - 1) - kappa * (y - 1) * (x - 1), k(x))[0]  # κ stands for k(y)/(y-1)
-    return sympy.simplify(fixed - kappa * (x - 1)) == 0
-
-
-def _step_gauge() -> bool:
-    """Subtracting `κ(u-1)` turns the equation into Cauchy's."""
-    import sympy
-
-    x, y, kappa = sympy.symbols("x y kappa", positive=True)
-    F = sympy.Function("F")
-
-    def f(u: sympy.Expr) -> sympy.Expr:
-        return F(u) + kappa * (u - 1)
-
-    left = f(x * y) - f(x) - f(y) - kappa * (x - 1) * (y - 1)
-    return sympy.expand(left - (F(x * y) - F(x) - F(y))) == 0
-
-
-def _step_cauchy() -> bool:
-    """The slope of Cauchy's equation at `y = 1` is `x F'(x) = F'(1)`, whose solution is a logarithm."""
-    import sympy
-
-    x, y, c = sympy.symbols("x y c", positive=True)
-    F = sympy.Function("F")
-    log_solves = sympy.expand(sympy.expand_log(sympy.log(x * y) - sympy.log(x) - sympy.log(y))) == 0
-    found = sympy.dsolve(x * F(x).diff(x) + c, F(x), ics={F(1): 0})
-    convex = sympy.diff(-c * sympy.log(x), x, 2).is_positive
-    return log_solves and sympy.simplify(found.rhs + c * sympy.log(x)) == 0 and bool(convex)
+def theorems() -> list[Theorem]:
+    """T6h."""
+    return [_only_reverse()]
 
 
 def _only_reverse() -> Theorem:
@@ -220,7 +74,6 @@ def _only_reverse() -> Theorem:
         ),
         identities=(
             Identity(
-                "T6h",
                 "one branch",
                 r"D_f(Q\|P) - E_P\sum_n f(u_n) = P(x)\,E[f(xY) - f(x) - f(Y)],\ f \text{ free}",
                 _check_one_branch,
@@ -230,7 +83,6 @@ def _only_reverse() -> Theorem:
                 0.0,
             ),
             Identity(
-                "T6h",
                 "functional equation",
                 r"f(xy) = f(x) + f(y) + \kappa(x-1)(y-1) \text{ for } f = -c\log u + \kappa(u-1)",
                 _check_equation,
@@ -240,7 +92,6 @@ def _only_reverse() -> Theorem:
                 1e-40,
             ),
             Identity(
-                "T6h",
                 "search over the catalogue",
                 r"D_f(Q\|P) = E_P\sum_n f(u_n) \iff u^2 f''(u) \text{ is constant}",
                 _check_coincide,
@@ -255,7 +106,6 @@ def _only_reverse() -> Theorem:
                 1e-40,
             ),
             Identity(
-                "T6h",
                 "enumerated policies",
                 r"J_{\mathrm{return}} = J_{\mathrm{sequence}} \text{ for } f = -c\log u + \kappa(u-1)",
                 _check_enumerated,
@@ -266,6 +116,129 @@ def _only_reverse() -> Theorem:
     )
 
 
-def theorems() -> list[Theorem]:
-    """T6h."""
-    return [_only_reverse()]
+def _is_reverse(divergence: Divergence) -> bool:
+    r"""$f = -c\log u + k(u-1)$, that is $u^2 f''$ constant."""
+    return not _curvature(divergence).free_symbols
+
+
+@functools.cache
+def _curvature(divergence: Divergence) -> Any:
+    u = sympy.Symbol("u", positive=True)
+    f = divergence.expr.subs(divergences.symbol(), u)
+    return sympy.simplify(u**2 * sympy.diff(f, u, 2))
+
+
+@functools.cache
+def _everyone() -> tuple[Divergence, ...]:
+    """The catalogue, and scales and gauges of both KL divergences."""
+    u = divergences.symbol()
+    basis = [divergences.divergence(name).expr for name in ("reverse_kl", "forward_kl", "chi2")] + [u - 1]
+    made = {
+        name: sympy.Add(*(sympy.Rational(c) * f for c, f in zip(of, basis, strict=True))) for name, of in _MADE.items()
+    }
+    return (*catalogue(), *(Divergence.from_expr(f, name) for name, f in made.items()))
+
+
+@functools.cache
+def _sides(divergence: Divergence) -> list[tuple[Any, Any]]:
+    """Intervals around both objectives and around each entry of their gradients."""
+    sides = []
+    for tree in (trees()[0], trees()[3]):
+        values = ([tree.value(objective).value] for objective in ("token_return", "sequence"))
+        sides += [(a, b) for a, b in zip(*values, strict=True)]
+        gradients = (gradient_of(tree, objective) for objective in ("token_return", "sequence"))
+        sides += [(a, b) for a, b in zip(*gradients, strict=True)]
+    return [(a.enclosed(divergence), b.enclosed(divergence)) for a, b in sides]
+
+
+def _check_coincide(rule: Rule) -> Cases:
+    """Where the rule says so, values and gradients agree to 1e-40, none of them all zero; else they differ for sure."""
+    for divergence in _everyone():
+        if rule(divergence):
+            yield holds(any(summed.a > 0 or summed.b < 0 for summed, _ in _sides(divergence)), divergence)
+            for summed, whole in _sides(divergence):
+                yield overlap(summed, whole, divergence, summed, whole)
+        else:
+            yield holds(any(not a.a <= b.b or not b.a <= a.b for a, b in _sides(divergence)), divergence)
+
+
+def _check_one_branch(claim: tuple[int, int]) -> Cases:
+    r"""$J_{sequence} - J_{return} = P(x)\,E[f(xY) - f(x) - f(Y)]$ if the models differ after one token, f free."""
+    for p, q in rational_laws():
+        for first in rational_laws():
+            size = min(len(p), len(first[0]))
+            if len(p) != size or len(first[0]) != size:
+                continue
+            student: dict[History, Law] = {(): first[0], **{(a,): p for a in range(size)}}
+            teacher: dict[History, Law] = {(): first[1], **{(a,): q if a == 0 else p for a in range(size)}}
+            sequences = tuple((a, b) for a in range(size) for b in range(size))
+            tree = RationalTree(student, teacher, {}, sequences, 2, None)
+            x = Dual(first[1][0] / first[0][0], Fraction(0))
+            right = Linear()
+            for a, b in zip(p, q, strict=True):
+                y = Dual(b / a, Fraction(0))
+                bracket = (x * y).f() - x.f().scaled(Fraction(claim[0])) - y.f().scaled(Fraction(claim[1]))
+                right = right + first[0][0] * a * bracket.value
+            yield same(tree.value("sequence").value - tree.value("token_return").value, right, p, q, first)
+
+
+def _check_equation(claim: tuple[int, int, int]) -> Cases:
+    r"""$f(xy) = f(x) + f(y) + \kappa(x-1)(y-1)$ for $f = -c\log u + \kappa(u-1)$, in intervals."""
+    sign, power, leading = claim
+    u = divergences.symbol()
+    for c, kappa in ((1, 1), (3, -2)):
+        # For power 1 the forward KL.
+        f = Divergence.from_expr(leading * c * u**power * sympy.log(u) + kappa * (u - 1), "f")
+        for x, y in itertools.product(RATIOS, repeat=2):
+            values = [Linear({(0, at): ONE}).enclosed(f) for at in (x * y, x, y)]
+            yield overlap(values[1] + values[2] + interval(sign * kappa * (x - 1) * (y - 1)), values[0], c, kappa, x, y)
+
+
+def _check_enumerated(claim: tuple[int, int]) -> Cases:
+    r"""Values and gradients of both objectives for $-c\,u^a\log u + \kappa(u-1)$, in float64."""
+    power, sign = claim
+    u = divergences.symbol()
+    for c, kappa in ((1, 1), (3, -2)):
+        f = Divergence.from_expr(sign * c * u**power * sympy.log(u) + kappa * (u - 1), "f")
+        for pair in pairs():
+            yield close(exact_value(*pair, f, "token_return"), exact_value(*pair, f, "sequence"), c, kappa, pair)
+            yield close(exact_gradient(*pair, f, "token_return"), exact_gradient(*pair, f, "sequence"), c, kappa, pair)
+
+
+def _step_two_points() -> bool:
+    """Mean-one laws on two points leave `g(y) = k (y - 1)`: the two-point equation makes the slopes from 1 equal."""
+    y1, y2, g1, g2 = sympy.symbols("y_1 y_2 g_1 g_2")
+    chance = (y2 - 1) / (y2 - y1)
+    mean_one = sympy.simplify(chance * y1 + (1 - chance) * y2 - 1) == 0
+    solved = sympy.solve(chance * g1 + (1 - chance) * g2, g2)[0]
+    return mean_one and sympy.simplify(solved / (y2 - 1) - g1 / (y1 - 1)) == 0
+
+
+def _step_exchange() -> bool:
+    """`k(x)(y-1) = k(y)(x-1)` leaves `k(x) = κ(x-1)`."""
+    x, y, kappa = sympy.symbols("x y kappa")
+    k = sympy.Function("k")
+    fixed = sympy.solve(k(x) * (y - 1) - kappa * (y - 1) * (x - 1), k(x))[0]  # κ stands for k(y)/(y-1)
+    return sympy.simplify(fixed - kappa * (x - 1)) == 0
+
+
+def _step_gauge() -> bool:
+    """Subtracting `κ(u-1)` turns the equation into Cauchy's."""
+    x, y, kappa = sympy.symbols("x y kappa", positive=True)
+    F = sympy.Function("F")
+
+    def f(u: sympy.Expr) -> sympy.Expr:
+        return F(u) + kappa * (u - 1)
+
+    left = f(x * y) - f(x) - f(y) - kappa * (x - 1) * (y - 1)
+    return sympy.expand(left - (F(x * y) - F(x) - F(y))) == 0
+
+
+def _step_cauchy() -> bool:
+    """The slope of Cauchy's equation at `y = 1` is `x F'(x) = F'(1)`, whose solution is a logarithm."""
+    x, y, c = sympy.symbols("x y c", positive=True)
+    F = sympy.Function("F")
+    log_solves = sympy.expand(sympy.expand_log(sympy.log(x * y) - sympy.log(x) - sympy.log(y))) == 0
+    found = sympy.dsolve(x * F(x).diff(x) + c, F(x), ics={F(1): 0})
+    convex = sympy.diff(-c * sympy.log(x), x, 2).is_positive
+    return log_solves and sympy.simplify(found.rhs + c * sympy.log(x)) == 0 and bool(convex)

@@ -37,7 +37,7 @@ from opdtheory.theorems.instances.trees import (
     rational_tree,
     trees,
 )
-from opdtheory.theorems.theorem import Tally
+from opdtheory.theorems.theorem import Cases, close, holds, overlap, same
 
 __all__ = [
     "check_cap",
@@ -85,37 +85,37 @@ def later_rewards(ratios: list[Dual], n: int, gamma: Fraction, start: int = 1) -
 # (a) the weights, with f free: equal coefficients of f(u) and f'(u) at every rational u.
 
 
-def check_return_weight(weight: Discounted) -> Tally:
+def check_return_weight(weight: Discounted) -> Cases:
     """Gradients of the discounted sum, from its definition, against weighted scores."""
-    tally = Tally()
     for tree in trees():
         for gamma in GAMMAS:
-            tally.equal([g.value for g in field_of(tree, weight(gamma))], gradient_of(tree, "token_return", gamma))
-    return tally
+            yield same(
+                [g.value for g in field_of(tree, weight(gamma))], gradient_of(tree, "token_return", gamma), tree, gamma
+            )
 
 
-def check_sequence_weight(weight: Advantage) -> Tally:
+def check_sequence_weight(weight: Advantage) -> Cases:
     """Gradients of the divergence between whole sequences, from its definition, against weighted scores."""
-    tally = Tally()
     for tree in trees():
-        tally.equal([g.value for g in field_of(tree, weight)], gradient_of(tree, "sequence"))
-    return tally
+        yield same([g.value for g in field_of(tree, weight)], gradient_of(tree, "sequence"), tree)
 
 
-def check_estimators(changes: dict[str, Any]) -> Tally:
+def check_estimators(changes: dict[str, Any]) -> Cases:
     """The library's losses, run as black boxes on every rollout, against autograd of the enumerated objectives."""
-    tally = Tally()
     for divergence, pair in _some_cases():
         for objective, gamma in (("token_return", 0.6), ("sequence", 1.0)):
             name, options = "sequence_opd_plus", {}
             if objective == "token_return":
                 name, options = "return_to_go", {"gamma": gamma, "discounted": True}
             name, options = changes.get(objective, (name, options))
-            tally.compare(
+            yield close(
                 _sampled(name, divergence, pair, tuple(options.items())),
                 _by_autograd(divergence, pair, objective, gamma),
+                divergence,
+                pair,
+                objective,
+                gamma,
             )
-    return tally
 
 
 @functools.cache
@@ -143,23 +143,20 @@ def return_weight(gamma: Fraction, sign: int = -1, start: int = 1, outer: bool =
 # (b) the gap.
 
 
-def check_gap(sign_and_start: tuple[int, int]) -> Tally:
+def check_gap(sign_and_start: tuple[int, int]) -> Cases:
     r"""$\nabla J_{return} - g_{local} = E[\sum_n s_n \sum_{m>n} f(u_m)]$, f free."""
     sign, start = sign_and_start
-    tally = Tally()
     for tree in trees():
         local = field_of(tree, lambda t, y, us, n: us[n].weight())
         # `field_of` has a minus in front of its weight.
         gap = field_of(tree, lambda t, y, us, n: later_rewards(us, n, ONE, start).scaled(Fraction(-sign)))
         whole = gradient_of(tree, "token_return")
-        tally.equal([a - b.value for a, b in zip(whole, local, strict=True)], [g.value for g in gap])
-    return tally
+        yield same([a - b.value for a, b in zip(whole, local, strict=True)], [g.value for g in gap], tree)
 
 
-def check_gap_sampled(sign_and_start: tuple[int, int]) -> Tally:
+def check_gap_sampled(sign_and_start: tuple[int, int]) -> Cases:
     """The gap in float64: autograd of the objective, and two losses run as black boxes."""
     sign, start = sign_and_start
-    tally = Tally()
     for divergence, pair in _some_cases():
 
         def loss(r: Rollouts, d: Divergence = divergence) -> Tensor:
@@ -169,33 +166,31 @@ def check_gap_sampled(sign_and_start: tuple[int, int]) -> Tally:
 
         local = _sampled("opd_plus", divergence, pair, ())
         whole = _by_autograd(divergence, pair, "token_return", 1.0)
-        tally.compare([a - b for a, b in zip(whole, local, strict=True)], expected_gradient(loss, *pair))
-    return tally
+        yield close(
+            [a - b for a, b in zip(whole, local, strict=True)], expected_gradient(loss, *pair), divergence, pair
+        )
 
 
 # (c) the reverse KL's chain rule.
 
 
-def check_chain_rule(claim: tuple[str, Fraction]) -> Tally:
+def check_chain_rule(claim: tuple[str, Fraction]) -> Cases:
     """Values and gradients of both objectives, in intervals."""
-    divergence, tally = divergences.divergence(claim[0]), Tally()
+    divergence = divergences.divergence(claim[0])
     for tree in trees():
         whole, summed = tree.value("sequence").value, tree.value("token_return", claim[1]).value
-        tally.enclose(summed.enclosed(divergence), whole.enclosed(divergence))
+        yield overlap(summed.enclosed(divergence), whole.enclosed(divergence), tree)
         for a, b in zip(gradient_of(tree, "token_return", claim[1]), gradient_of(tree, "sequence"), strict=True):
-            tally.enclose(a.enclosed(divergence), b.enclosed(divergence))
-    return tally
+            yield overlap(a.enclosed(divergence), b.enclosed(divergence), tree)
 
 
-def check_long_chains(claim: tuple[str, Fraction]) -> Tally:
+def check_long_chains(claim: tuple[str, Fraction]) -> Cases:
     """Both objectives at 60 tokens, by two dynamic programmes."""
-    tally = Tally()
     for eos in (None, 0):
         student, teacher = (MarkovPolicy.random(4, 60, eos=eos, seed=seed) for seed in (1, 2))
         for of in (exact_gradient, lambda *a: [exact_value(*a)]):
             summed = of(student, teacher, claim[0], "token_return", float(claim[1]))
-            tally.compare(summed, of(student, teacher, claim[0], "sequence"))
-    return tally
+            yield close(summed, of(student, teacher, claim[0], "sequence"), eos, of)
 
 
 # (d) the forward KL.
@@ -206,9 +201,8 @@ def ratio_before(ratios: list[Dual], n: int) -> Dual:
     return product(ratios[:n])
 
 
-def check_prefix_weight(weight: Advantage) -> Tally:
+def check_prefix_weight(weight: Advantage) -> Cases:
     r"""$-E_P[\sum_n A_n s_n] = \sum_h Q(h)(p - q)(h)$, the gradient of the teacher's cross-entropy, in fractions."""
-    tally = Tally()
     for tree in trees():
         left = []
         for history, a in tree.logits:
@@ -216,13 +210,12 @@ def check_prefix_weight(weight: Advantage) -> Tally:
             for n, token in enumerate(history):
                 reach *= tree.teacher[history[:n]][token]
             left.append(reach * (tree.student[history][a] - tree.teacher[history][a]))
-        tally.equal(left, [g.value for g in field_of(tree, weight)])
-    return tally
+        yield same(left, [g.value for g in field_of(tree, weight)], tree)
 
 
-def check_prefix_value(power: int) -> Tally:
+def check_prefix_value(power: int) -> Cases:
     r"""$KL(Q\|P) = \sum_n E_P[U_{<n}^k\,KL(q\|p)(h_n)]$ in intervals."""
-    tally, forward = Tally(), divergences.divergence(FORWARD)
+    forward = divergences.divergence(FORWARD)
     for tree in trees():
         right = interval(0)
         for history, law in tree.student.items():
@@ -234,13 +227,12 @@ def check_prefix_value(power: int) -> Tally:
             terms = (u.f().scaled(p) for p, u in zip(law, ratios, strict=True))
             row = functools.reduce(lambda a, b: a + b, terms)
             right += row.value.enclosed(forward) * interval(reach)
-        tally.enclose(right, tree.value("sequence").value.enclosed(forward))
-    return tally
+        yield overlap(right, tree.value("sequence").value.enclosed(forward), tree)
 
 
-def check_prefix_loss(power: int) -> Tally:
+def check_prefix_loss(power: int) -> Cases:
     r"""A loss with weight $U_{<n}^k u_n$, as a black box, against autograd of the enumerated sequence objective."""
-    tally, forward = Tally(), divergences.divergence(FORWARD)
+    forward = divergences.divergence(FORWARD)
     for pair in pairs():
 
         def loss(r: Rollouts) -> Tensor:
@@ -248,8 +240,7 @@ def check_prefix_loss(power: int) -> Tally:
             before = log_u.cumsum(-1) - log_u
             return r.token_sum(-(power * before + log_u).exp() * r.student_logprobs)
 
-        tally.compare(expected_gradient(loss, *pair), _by_autograd(forward, pair, "sequence", 1.0))
-    return tally
+        yield close(expected_gradient(loss, *pair), _by_autograd(forward, pair, "sequence", 1.0), pair)
 
 
 # (e) the end of a sequence.
@@ -259,9 +250,8 @@ def _everywhere(tree: RationalTree, _: History) -> bool:
     return True
 
 
-def check_endings(claim: dict[str, Any]) -> Tally:
+def check_endings(claim: dict[str, Any]) -> Cases:
     """Variable lengths with f free: every choice of the student scores, the one of the end too, and all rollouts."""
-    tally = Tally()
     for tree in (rational_tree(2, 3, eos=1, seed=4), rational_tree(3, 2, eos=0, seed=5)):
 
         def weight(t: RationalTree, y: History, us: list[Dual], n: int) -> Dual:
@@ -272,20 +262,18 @@ def check_endings(claim: dict[str, Any]) -> Tally:
         def counted(t: RationalTree, y: History) -> bool:
             return claim.get("cap") != "dropped" or y[-1] == t.eos
 
-        tally.equal([g.value for g in field_of(tree, weight, counted=counted)], gradient_of(tree, "token_return"))
+        yield same([g.value for g in field_of(tree, weight, counted=counted)], gradient_of(tree, "token_return"), tree)
         whole = field_of(tree, lambda t, y, us, n: product(us).weight(), counted=counted)
         if not claim.get("end"):
-            tally.equal([g.value for g in whole], gradient_of(tree, "sequence"))
-    return tally
+            yield same([g.value for g in whole], gradient_of(tree, "sequence"), tree)
 
 
 def _with_ends() -> tuple[Pair, ...]:
     return tuple(pair for pair in pairs() if pair[0].eos is not None)
 
 
-def check_padding(keep_mask: bool) -> Tally:
+def check_padding(keep_mask: bool) -> Cases:
     """Rollouts padded after their end, with the mask that hides the padding or without it."""
-    tally = Tally()
     for divergence in map(divergences.divergence, ("reverse_kl", "forward_kl", "jsd")):
         loss = estimator("return_to_go", divergence, gamma=1.0)
 
@@ -293,13 +281,13 @@ def check_padding(keep_mask: bool) -> Tally:
             return inner(r if keep_mask else dataclasses.replace(r, mask=torch.ones_like(r.mask)))
 
         for pair in _with_ends():
-            tally.compare(expected_gradient(masked, *pair), _by_autograd(divergence, pair, "token_return", 1.0))
-    return tally
+            yield close(
+                expected_gradient(masked, *pair), _by_autograd(divergence, pair, "token_return", 1.0), divergence, pair
+            )
 
 
-def check_cap(claim: Callable[[float, float], bool]) -> Tally:
+def check_cap(claim: Callable[[float, float], bool]) -> Cases:
     r"""$D_f$ of the sequences cut at `T` tokens does not fall as `T` grows, for any generator."""
-    tally = Tally()
     for divergence in catalogue():
         for student, teacher in pairs():
             cut = []
@@ -307,16 +295,16 @@ def check_cap(claim: Callable[[float, float], bool]) -> Tally:
                 short, long = (TabularPolicy(each.logits[:cap], eos=each.eos) for each in (student, teacher))
                 cut.append(float(exact_value(short, long, divergence, "sequence")))
             for earlier, later in zip(cut, cut[1:], strict=False):
-                tally.require(claim(earlier, later) or math.isclose(earlier, later, rel_tol=1e-14))
-    return tally
+                yield holds(
+                    claim(earlier, later) or math.isclose(earlier, later, rel_tol=1e-14), divergence, student, teacher
+                )
 
 
 # (f) tokens that an environment wrote.
 
 
-def check_environment(claim: dict[str, bool]) -> Tally:
+def check_environment(claim: dict[str, bool]) -> Cases:
     """Histories that hold an environment's tokens, f free; both models have an opinion of these tokens."""
-    tally = Tally()
     for tree in (rational_tree(2, 3, environment=(1,), seed=6), rational_tree(2, 3, 1, (0, 1), seed=7)):
 
         def ratios(t: RationalTree, y: History, us: list[Dual]) -> list[Dual]:
@@ -333,13 +321,17 @@ def check_environment(claim: dict[str, bool]) -> Tally:
 
         for weight, objective in ((later, "token_return"), (whole, "sequence")):
             scored = _everywhere if claim.get("scored") else by_the_student
-            tally.equal([g.value for g in field_of(tree, weight, scored=scored)], gradient_of(tree, objective))
-    return tally
+            yield same(
+                [g.value for g in field_of(tree, weight, scored=scored)],
+                gradient_of(tree, objective),
+                tree,
+                weight,
+                objective,
+            )
 
 
-def check_environment_sampled(masked: bool) -> Tally:
+def check_environment_sampled(masked: bool) -> Cases:
     """Token 2 of 3 written by an environment: the library's losses with its mask, as a black box."""
-    tally = Tally()
     student, teacher = pairs()[1]
     world = TabularPolicy.random(3, 3, seed=11).logits[1]
     played, judged = (TabularPolicy([z[0], world, z[2]]) for z in (student.logits, teacher.logits))
@@ -356,5 +348,6 @@ def check_environment_sampled(masked: bool) -> Tally:
 
             truth = _by_autograd(divergence, (played, judged), objective, 1.0)
             truth = [truth[0], torch.zeros_like(truth[1]), truth[2]]
-            tally.compare(expected_gradient(seen, student, teacher, behavior=played), truth)
-    return tally
+            yield close(
+                expected_gradient(seen, student, teacher, behavior=played), truth, divergence, name, options, objective
+            )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import operator
 from fractions import Fraction
-from typing import TYPE_CHECKING
+
+import sympy
 
 from opdtheory.theorems.instances.trees import product
 from opdtheory.theorems.instances.two_steps import two_steps
@@ -12,94 +13,14 @@ from opdtheory.theorems.sequences import checks
 from opdtheory.theorems.sequences.checks import ratio_before, return_weight
 from opdtheory.theorems.theorem import Identity, Step, Theorem
 
-if TYPE_CHECKING:
-    import sympy
-
 __all__ = ["theorems"]
 
 ONE = Fraction(1)
 
-# The derivations, with f and the laws undefined.
 
-
-def _step_score() -> bool:
-    import sympy
-
-    tree = two_steps()
-    p = tree.sequences[0][0][1]
-    return sympy.simplify(p * tree.score(p) + (1 - p) * tree.score(1 - p)) == 0
-
-
-def _step_return() -> bool:
-    import sympy
-
-    t, gamma = two_steps(), sympy.Symbol("gamma", positive=True)
-    value = t.expect(lambda p, u: t.f(u[0]) + gamma * t.f(u[1]))
-    weighed = t.expect(lambda p, u: (t.w(u[0]) - gamma * t.f(u[1])) * t.score(p[0]) + gamma * t.w(u[1]) * t.score(p[1]))
-    return t.zero(sympy.diff(value, t.theta) + weighed)
-
-
-def _step_sequence(ends: bool = False, environment: bool = False) -> bool:
-    import sympy
-
-    t = two_steps(ends, environment)
-    value = t.expect(lambda p, u: t.f(sympy.Mul(*u)))
-    own = (lambda p: [p[0], p[2]]) if environment else list
-    weighed = t.expect(lambda p, u: t.w(sympy.Mul(*u)) * sum(t.score(x) for x in own(p)))
-    return t.zero(sympy.diff(value, t.theta) + weighed)
-
-
-def _step_gap() -> bool:
-    import sympy
-
-    t = two_steps()
-    value = t.expect(lambda p, u: t.f(u[0]) + t.f(u[1]))
-    local = t.expect(lambda p, u: t.w(u[0]) * t.score(p[0]) + t.w(u[1]) * t.score(p[1]))
-    gap = t.expect(lambda p, u: t.score(p[0]) * t.f(u[1]))
-    return t.zero(sympy.diff(value, t.theta) + local - gap)
-
-
-def _step_log() -> bool:
-    import sympy
-
-    x, y = sympy.symbols("x y", positive=True)
-
-    def f(u: sympy.Expr) -> sympy.Expr:
-        return -sympy.log(u)
-
-    def w(u: sympy.Expr) -> sympy.Expr:
-        return -1 - f(u)
-
-    summed = (w(x) - f(y), w(y))
-    # The weights differ by nothing on the first token and by log x on the second, which its history fixes.
-    gaps = [sympy.expand_log(w(x * y) - each) for each in summed]
-    return gaps == [0, sympy.log(x)]
-
-
-def _step_forward() -> bool:
-    import sympy
-
-    t = two_steps()
-    value = t.expect(lambda p, u: u[0] * u[1] * sympy.log(u[0] * u[1]))
-    rows = t.expect(lambda p, u: u[0] * sympy.log(u[0]) + u[0] * (u[1] * sympy.log(u[1])))
-    return sympy.simplify(sympy.expand_log(value - rows, force=True)) == 0
-
-
-def _step_forward_weight() -> bool:
-    """The second token's mean makes $U$ on the first token $u_1$."""
-    import sympy
-
-    t = two_steps()
-    gap = t.expect(lambda p, u: u[0] * u[1] * t.score(p[0])) - t.expect(lambda p, u: u[0] * t.score(p[0]))
-    return sympy.simplify(gap) == 0
-
-
-def _step_environment() -> bool:
-    return _step_sequence(environment=True)
-
-
-def _step_ends() -> bool:
-    return _step_sequence(ends=True)
+def theorems() -> list[Theorem]:
+    """T6a to T6f."""
+    return [_weights(), _gap(), _chain_rule(), _forward(), _ends(), _environment()]
 
 
 def _weights() -> Theorem:
@@ -124,7 +45,6 @@ def _weights() -> Theorem:
         ),
         identities=(
             Identity(
-                "T6a",
                 "discounted sum",
                 r"A_n = \gamma^{n-1}[w_f(u_n) - \sum_{m>n}\gamma^{m-n}f(u_m)],\ f \text{ free}",
                 checks.check_return_weight,
@@ -139,7 +59,6 @@ def _weights() -> Theorem:
                 0.0,
             ),
             Identity(
-                "T6a",
                 "whole sequence",
                 r"A_n = w_f(U),\ f \text{ free}",
                 checks.check_sequence_weight,
@@ -154,7 +73,6 @@ def _weights() -> Theorem:
                 0.0,
             ),
             Identity(
-                "T6a",
                 "losses as black boxes",
                 r"E_p[\hat g] = \nabla J \text{ for both objectives}",
                 checks.check_estimators,
@@ -189,7 +107,6 @@ def _gap() -> Theorem:
         ),
         identities=(
             Identity(
-                "T6b",
                 "gap",
                 r"\nabla J_{\mathrm{return}} - g_{\gamma=0} = E[\textstyle\sum_n s_n\sum_{m>n}f(u_m)],\ f \text{ free}",
                 checks.check_gap,
@@ -199,7 +116,6 @@ def _gap() -> Theorem:
                 0.0,
             ),
             Identity(
-                "T6b",
                 "gap of the sampled losses",
                 r"\nabla J_{\mathrm{return}} - E[\hat g_{\mathrm{OPD+}}] = E[\textstyle\sum_n s_n\sum_{m>n}f(u_m)]",
                 checks.check_gap_sampled,
@@ -235,7 +151,6 @@ def _chain_rule() -> Theorem:
         ),
         identities=(
             Identity(
-                "T6c",
                 "values and gradients",
                 r"J_{\mathrm{return}} = J_{\mathrm{sequence}}, \text{ and so are their gradients}",
                 checks.check_chain_rule,
@@ -245,7 +160,6 @@ def _chain_rule() -> Theorem:
                 1e-40,
             ),
             Identity(
-                "T6c",
                 "sixty tokens",
                 r"\text{the same by two dynamic programmes along a chain}",
                 checks.check_long_chains,
@@ -280,7 +194,6 @@ def _forward() -> Theorem:
         ),
         identities=(
             Identity(
-                "T6d",
                 "gradient",
                 r"-E_P\textstyle\sum_n U_{<n}u_n s_n = \sum_h Q(h)(p-q)(h)",
                 checks.check_prefix_weight,
@@ -293,7 +206,6 @@ def _forward() -> Theorem:
                 0.0,
             ),
             Identity(
-                "T6d",
                 "whole ratio",
                 r"-E_P[U S] = \sum_h Q(h)(p-q)(h)",
                 checks.check_prefix_weight,
@@ -303,7 +215,6 @@ def _forward() -> Theorem:
                 0.0,
             ),
             Identity(
-                "T6d",
                 "value",
                 r"KL(Q\|P) = \sum_n E_P[U_{<n}\,KL(q\|p)(h_n)]",
                 checks.check_prefix_value,
@@ -313,7 +224,6 @@ def _forward() -> Theorem:
                 1e-40,
             ),
             Identity(
-                "T6d",
                 "weighted loss as a black box",
                 r"E[\hat g] = \nabla KL(Q\|P) \text{ for } A_n = U_{<n}u_n",
                 checks.check_prefix_loss,
@@ -345,7 +255,6 @@ def _ends() -> Theorem:
         ),
         identities=(
             Identity(
-                "T6e",
                 "variable length",
                 r"A_n \text{ as in T6a for } n \le L,\ f \text{ free}",
                 checks.check_endings,
@@ -355,7 +264,6 @@ def _ends() -> Theorem:
                 0.0,
             ),
             Identity(
-                "T6e",
                 "padding",
                 r"E[\hat g] = \nabla J \text{ with padding masked}",
                 checks.check_padding,
@@ -363,7 +271,6 @@ def _ends() -> Theorem:
                 {"padding counted": False},
             ),
             Identity(
-                "T6e",
                 "longer caps",
                 r"D_f(Q_{\le T}\|P_{\le T}) \le D_f(Q_{\le T+1}\|P_{\le T+1})",
                 checks.check_cap,
@@ -392,7 +299,6 @@ def _environment() -> Theorem:
         ),
         identities=(
             Identity(
-                "T6f",
                 "neither score nor reward",
                 r"A_n = w_f(u_n) - \sum_{m>n}f(u_m),\ A_n = w_f(U) \text{ over the student's tokens},\ f \text{ free}",
                 checks.check_environment,
@@ -406,7 +312,6 @@ def _environment() -> Theorem:
                 0.0,
             ),
             Identity(
-                "T6f",
                 "masked losses as black boxes",
                 r"E[\hat g] = \nabla J \text{ with the environment's tokens masked}",
                 checks.check_environment_sampled,
@@ -417,6 +322,70 @@ def _environment() -> Theorem:
     )
 
 
-def theorems() -> list[Theorem]:
-    """T6a to T6f."""
-    return [_weights(), _gap(), _chain_rule(), _forward(), _ends(), _environment()]
+# The derivations, with f and the laws undefined.
+
+
+def _step_score() -> bool:
+    tree = two_steps()
+    p = tree.sequences[0][0][1]
+    return sympy.simplify(p * tree.score(p) + (1 - p) * tree.score(1 - p)) == 0
+
+
+def _step_return() -> bool:
+    t, gamma = two_steps(), sympy.Symbol("gamma", positive=True)
+    value = t.expect(lambda p, u: t.f(u[0]) + gamma * t.f(u[1]))
+    weighed = t.expect(lambda p, u: (t.w(u[0]) - gamma * t.f(u[1])) * t.score(p[0]) + gamma * t.w(u[1]) * t.score(p[1]))
+    return t.zero(sympy.diff(value, t.theta) + weighed)
+
+
+def _step_sequence(ends: bool = False, environment: bool = False) -> bool:
+    t = two_steps(ends, environment)
+    value = t.expect(lambda p, u: t.f(sympy.Mul(*u)))
+    own = (lambda p: [p[0], p[2]]) if environment else list
+    weighed = t.expect(lambda p, u: t.w(sympy.Mul(*u)) * sum(t.score(x) for x in own(p)))
+    return t.zero(sympy.diff(value, t.theta) + weighed)
+
+
+def _step_gap() -> bool:
+    t = two_steps()
+    value = t.expect(lambda p, u: t.f(u[0]) + t.f(u[1]))
+    local = t.expect(lambda p, u: t.w(u[0]) * t.score(p[0]) + t.w(u[1]) * t.score(p[1]))
+    gap = t.expect(lambda p, u: t.score(p[0]) * t.f(u[1]))
+    return t.zero(sympy.diff(value, t.theta) + local - gap)
+
+
+def _step_log() -> bool:
+    x, y = sympy.symbols("x y", positive=True)
+
+    def f(u: sympy.Expr) -> sympy.Expr:
+        return -sympy.log(u)
+
+    def w(u: sympy.Expr) -> sympy.Expr:
+        return -1 - f(u)
+
+    summed = (w(x) - f(y), w(y))
+    # The weights differ by nothing on the first token and by log x on the second, which its history fixes.
+    gaps = [sympy.expand_log(w(x * y) - each) for each in summed]
+    return gaps == [0, sympy.log(x)]
+
+
+def _step_forward() -> bool:
+    t = two_steps()
+    value = t.expect(lambda p, u: u[0] * u[1] * sympy.log(u[0] * u[1]))
+    rows = t.expect(lambda p, u: u[0] * sympy.log(u[0]) + u[0] * (u[1] * sympy.log(u[1])))
+    return sympy.simplify(sympy.expand_log(value - rows, force=True)) == 0
+
+
+def _step_forward_weight() -> bool:
+    """The second token's mean makes $U$ on the first token $u_1$."""
+    t = two_steps()
+    gap = t.expect(lambda p, u: u[0] * u[1] * t.score(p[0])) - t.expect(lambda p, u: u[0] * t.score(p[0]))
+    return sympy.simplify(gap) == 0
+
+
+def _step_environment() -> bool:
+    return _step_sequence(environment=True)
+
+
+def _step_ends() -> bool:
+    return _step_sequence(ends=True)

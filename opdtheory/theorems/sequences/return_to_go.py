@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from fractions import Fraction
-from typing import TYPE_CHECKING
 
+import sympy
 import torch
 from torch import Tensor
 
@@ -24,10 +24,7 @@ from opdtheory.theorems.instances.trees import (
     rational_tree,
 )
 from opdtheory.theorems.sequences.checks import return_weight
-from opdtheory.theorems.theorem import Identity, Step, Tally, Theorem
-
-if TYPE_CHECKING:
-    import sympy
+from opdtheory.theorems.theorem import Cases, Identity, Step, Theorem, close, holds, same
 
 __all__ = ["practised_field", "theorems"]
 
@@ -35,6 +32,81 @@ ONE = Fraction(1)
 GAMMAS = (Fraction(0), Fraction(1, 4), Fraction(9, 10), ONE)
 
 Factor = Callable[[Fraction, int], Fraction]
+
+
+def theorems() -> list[Theorem]:
+    """T6g."""
+    return [_no_objective()]
+
+
+def _no_objective() -> Theorem:
+    return Theorem(
+        number="T6g",
+        name="the practised return-to-go descends nothing",
+        statement=r"G = -E_p\Big[\sum_n s_n\big(w_f(u_n) - \sum_{m>n}\gamma^{m-n} f(u_m)\big)\Big] \text{ is the "
+        r"gradient of a function of } \theta \text{ for all } p, q \iff \gamma = 1 \text{ (or one token)}",
+        hypotheses=(
+            "a logit for every history and token; a family with fewer parameters, such as one, may hide it",
+            "at least two tokens, p ≠ q in a row after the first, f strictly convex at 1",
+            "0 ≤ γ < 1; γ = 0 is token_local, the gradient of an objective with its prefixes held fixed only",
+        ),
+        source="derived here",
+        advice="Multiply by γ^{n-1} if the discount is meant, or take γ = 1: then there is a loss that must fall.",
+        derivation=(
+            Step(
+                r"\partial_h G_k - \partial_k G_h = (\gamma - 1)\,\partial_k P(h)\,\partial_h D_f(h)",
+                "k the first row and h the row after one token: G_k discounts what h costs, G_h does not",
+                _step_symmetry,
+            ),
+            Step(
+                r"\partial_{h,1} D_f(h) = -p(1-p)\,(w_f(u_1) - w_f(u_2)) \ne 0",
+                "the weight never falls (T1b) and differs on the two sides of 1 if f is strictly convex there",
+                _step_not_zero,
+                in_words=True,
+            ),
+        ),
+        identities=(
+            Identity(
+                "with the outer discount",
+                r"\partial_i G_j = \partial_j G_i \text{ for } A_n = \gamma^{n-1}[\dots],\ f \text{ free}",
+                _check_symmetric,
+                True,
+                {"without it": False},
+                "exact",
+                0.0,
+            ),
+            Identity(
+                "the asymmetry",
+                r"\partial_h G_k - \partial_k G_h = (\gamma^{|h|-|k|} - 1)\,\partial_k P(h)\,\partial_h V(h),"
+                r"\ f \text{ free}",
+                _check_asymmetry,
+                lambda gamma, depth: gamma**depth - 1,
+                {
+                    "sign flipped": lambda gamma, depth: 1 - gamma**depth,
+                    "one step's discount for all": lambda gamma, depth: gamma - 1,
+                    "none: a gradient": lambda gamma, depth: Fraction(0),
+                },
+                "exact",
+                0.0,
+            ),
+            Identity(
+                "certified not zero",
+                r"\partial_i G_j \ne \partial_j G_i \text{ for some } i, j,\ \gamma \in \{0, \tfrac14, \tfrac9{10}\}",
+                _check_certified,
+                (False, GAMMAS[:3]),
+                {"with the outer discount": (True, GAMMAS[:3]), "at γ = 1": (False, GAMMAS[3:])},
+                "rigorous",
+                0.0,
+            ),
+            Identity(
+                "by automatic differentiation",
+                r"\partial_i G_j = \partial_j G_i \text{ with } \gamma^{n-1}, \text{ at } \gamma = 0.6",
+                _check_by_autograd,
+                (True, 0.6),
+                {"practised": (False, 0.6), "practised at γ = 0": (False, 0.0)},
+            ),
+        ),
+    )
 
 
 def _few_trees() -> tuple[RationalTree, ...]:
@@ -49,19 +121,16 @@ def _jacobian(tree: RationalTree, gamma: Fraction, outer: bool) -> list[list[Lin
     return [[entry.slope for entry in field_of(tree, weight, seed)] for seed in tree.logits]
 
 
-def _check_symmetric(outer: bool) -> Tally:
-    tally = Tally()
+def _check_symmetric(outer: bool) -> Cases:
     for tree in _few_trees():
         for gamma in GAMMAS:
             jacobian = _jacobian(tree, gamma, outer)
             for i in range(len(jacobian)):
-                tally.equal([row[i] for row in jacobian], jacobian[i])
-    return tally
+                yield same([row[i] for row in jacobian], jacobian[i], tree, gamma, i)
 
 
-def _check_asymmetry(factor: Factor) -> Tally:
+def _check_asymmetry(factor: Factor) -> Cases:
     r"""$\partial_h G_k - \partial_k G_h = (\gamma^{|h|-|k|} - 1)\,\partial_k P(h)\,\partial_h V(h)$; `k` begins `h`."""
-    tally = Tally()
     for tree in _few_trees():
         for gamma in GAMMAS:
             jacobian, logits = _jacobian(tree, gamma, outer=False), tree.logits
@@ -77,8 +146,7 @@ def _check_asymmetry(factor: Factor) -> Tally:
                             chance *= tree.student[late[:n]][token]
                         moved = chance * (Fraction(late[len(early)] == a) - tree.student[early][a])
                         claimed = factor(gamma, depth) * moved * _slope_to_come(tree, gamma, (late, b))
-                    tally.equal(jacobian[j][i] - jacobian[i][j], claimed)
-    return tally
+                    yield same(jacobian[j][i] - jacobian[i][j], claimed, tree, gamma)
 
 
 @functools.cache
@@ -103,17 +171,15 @@ def _continuations(tree: RationalTree, prefix: History) -> int:
     return sum(y[: len(prefix)] == prefix for y in tree.sequences)
 
 
-def _check_certified(claim: tuple[bool, tuple[Fraction, ...]]) -> Tally:
+def _check_certified(claim: tuple[bool, tuple[Fraction, ...]]) -> Cases:
     """Some pair of mixed derivatives differs, for every divergence: by an interval that excludes zero, or exactly."""
     outer, gammas = claim
-    tally = Tally()
     for tree in (rational_tree(2, 2, seed=1), rational_tree(3, 2, eos=0, seed=5)):
         for gamma in gammas:
             jacobian = _jacobian(tree, gamma, outer)
             gaps = [jacobian[j][i] - jacobian[i][j] for i in range(len(jacobian)) for j in range(i)]
             for divergence in catalogue():
-                tally.require(any(gap.terms and not gap.vanishes(divergence) for gap in gaps))
-    return tally
+                yield holds(any(gap.terms and not gap.vanishes(divergence) for gap in gaps), tree, gamma, divergence)
 
 
 def practised_field(
@@ -151,28 +217,26 @@ def practised_field(
     return field
 
 
-def _check_by_autograd(claim: tuple[bool, float]) -> Tally:
+def _check_by_autograd(claim: tuple[bool, float]) -> Cases:
     """The Jacobian in float64: symmetric only with the outer discount, or without any."""
     outer, gamma = claim
-    tally = Tally()
     for name in ("reverse_kl", "forward_kl", "jsd", "chi2"):
         for pair in (random_pair(3, 2, seed=2), random_pair(2, 3, seed=3), random_pair(3, 2, eos=0, seed=4)):
             at = torch.cat([z.flatten() for z in pair[0].logits])
             divergence = divergences.divergence(name)
             field = practised_field(pair, divergence, gamma, outer)
-            tally.compare(
+            yield close(
                 field(at.clone().requires_grad_()).detach(),
                 torch.cat([g.flatten() for g in exact_gradient(*pair, divergence, "token_return", gamma)]),
+                name,
+                pair,
             )
             jacobian = torch.autograd.functional.jacobian(field, at)
-            tally.compare(jacobian, jacobian.T)
-    return tally
+            yield close(jacobian, jacobian.T, name, pair)
 
 
 def _step_symmetry() -> bool:
     """Two tokens: the first row's softmax, and two later rows whose divergences are undefined functions."""
-    import sympy
-
     z0, z1, gamma = sympy.symbols("z_0 z_1 gamma", real=True)
     y0, y1 = sympy.symbols("y_0 y_1", real=True)
     p = [1 / (1 + sympy.exp(z1 - z0)), 1 / (1 + sympy.exp(z0 - z1))]
@@ -191,8 +255,6 @@ def _step_symmetry() -> bool:
 
 def _step_not_zero() -> bool:
     r"""The row's slope $-p(1-p)(w_1 - w_2)$ for two tokens, f undefined."""
-    import sympy
-
     y, q, u = sympy.symbols("y q u", positive=True)
     f = sympy.Function("f")
     p = 1 / (1 + sympy.exp(-y))
@@ -202,82 +264,3 @@ def _step_not_zero() -> bool:
 
     slope = sympy.diff(p * f(q / p) + (1 - p) * f((1 - q) / (1 - p)), y)
     return sympy.simplify((slope + p * (1 - p) * (w(q / p) - w((1 - q) / (1 - p)))).doit()) == 0
-
-
-def _no_objective() -> Theorem:
-    return Theorem(
-        number="T6g",
-        name="the practised return-to-go descends nothing",
-        statement=r"G = -E_p\Big[\sum_n s_n\big(w_f(u_n) - \sum_{m>n}\gamma^{m-n} f(u_m)\big)\Big] \text{ is the "
-        r"gradient of a function of } \theta \text{ for all } p, q \iff \gamma = 1 \text{ (or one token)}",
-        hypotheses=(
-            "a logit for every history and token; a family with fewer parameters, such as one, may hide it",
-            "at least two tokens, p ≠ q in a row after the first, f strictly convex at 1",
-            "0 ≤ γ < 1; γ = 0 is token_local, the gradient of an objective with its prefixes held fixed only",
-        ),
-        source="derived here",
-        advice="Multiply by γ^{n-1} if the discount is meant, or take γ = 1: then there is a loss that must fall.",
-        derivation=(
-            Step(
-                r"\partial_h G_k - \partial_k G_h = (\gamma - 1)\,\partial_k P(h)\,\partial_h D_f(h)",
-                "k the first row and h the row after one token: G_k discounts what h costs, G_h does not",
-                _step_symmetry,
-            ),
-            Step(
-                r"\partial_{h,1} D_f(h) = -p(1-p)\,(w_f(u_1) - w_f(u_2)) \ne 0",
-                "the weight never falls (T1b) and differs on the two sides of 1 if f is strictly convex there",
-                _step_not_zero,
-                in_words=True,
-            ),
-        ),
-        identities=(
-            Identity(
-                "T6g",
-                "with the outer discount",
-                r"\partial_i G_j = \partial_j G_i \text{ for } A_n = \gamma^{n-1}[\dots],\ f \text{ free}",
-                _check_symmetric,
-                True,
-                {"without it": False},
-                "exact",
-                0.0,
-            ),
-            Identity(
-                "T6g",
-                "the asymmetry",
-                r"\partial_h G_k - \partial_k G_h = (\gamma^{|h|-|k|} - 1)\,\partial_k P(h)\,\partial_h V(h),"
-                r"\ f \text{ free}",
-                _check_asymmetry,
-                lambda gamma, depth: gamma**depth - 1,
-                {
-                    "sign flipped": lambda gamma, depth: 1 - gamma**depth,
-                    "one step's discount for all": lambda gamma, depth: gamma - 1,
-                    "none: a gradient": lambda gamma, depth: Fraction(0),
-                },
-                "exact",
-                0.0,
-            ),
-            Identity(
-                "T6g",
-                "certified not zero",
-                r"\partial_i G_j \ne \partial_j G_i \text{ for some } i, j,\ \gamma \in \{0, \tfrac14, \tfrac9{10}\}",
-                _check_certified,
-                (False, GAMMAS[:3]),
-                {"with the outer discount": (True, GAMMAS[:3]), "at γ = 1": (False, GAMMAS[3:])},
-                "rigorous",
-                0.0,
-            ),
-            Identity(
-                "T6g",
-                "by automatic differentiation",
-                r"\partial_i G_j = \partial_j G_i \text{ with } \gamma^{n-1}, \text{ at } \gamma = 0.6",
-                _check_by_autograd,
-                (True, 0.6),
-                {"practised": (False, 0.6), "practised at γ = 0": (False, 0.0)},
-            ),
-        ),
-    )
-
-
-def theorems() -> list[Theorem]:
-    """T6g."""
-    return [_no_objective()]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import sympy
 
 from opdtheory import divergences
 from opdtheory.theorems.instances.flows import jacobian_at_teacher, softmax_slope
@@ -23,152 +25,15 @@ from opdtheory.theorems.stability.checks import (
 )
 from opdtheory.theorems.theorem import Identity, Step, Theorem
 
-if TYPE_CHECKING:
-    import sympy
-
 __all__ = ["theorems"]
 
-# The derivation, with w and f undefined functions.
 
-
-def _undefined(name: str) -> tuple[Any, Any]:
-    """An undefined function and its derivative, which stays readable at a point."""
-    import sympy
-
-    prime = sympy.Function(f"{name}prime")
-
-    class Undefined(sympy.Function):
-        def fdiff(self, argindex: int = 1) -> sympy.Expr:
-            return prime(self.args[0])
-
-    return Undefined, prime
-
-
-def _field() -> tuple[list[Any], list[Any], list[Any], Any]:
-    """Probabilities, teacher, velocity of the logits, and `w'`, for three atoms."""
-    import sympy
-
-    w, prime = _undefined("w")
-    p, q = list(sympy.symbols("p0:3", positive=True)), list(sympy.symbols("q0:2", positive=True))
-    q.append(1 - q[0] - q[1])
-    weights = [w(b / a) for a, b in zip(p, q, strict=True)]
-    mean = sum(a * v for a, v in zip(p, weights, strict=True))
-    return p, q, [a * (v - mean) for a, v in zip(p, weights, strict=True)], prime
-
-
-def _fixed() -> bool:
-    import sympy
-
-    p, q, field, _ = _field()
-    return all(sympy.simplify(v.subs(dict(zip(p, q, strict=True)))) == 0 for v in field)
-
-
-def _linearised() -> bool:
-    import sympy
-
-    p, q, field, prime = _field()
-    derived = softmax_slope(field, p, q)
-    return (derived - jacobian_at_teacher(q, prime(sympy.Integer(1)))).applyfunc(sympy.simplify).is_zero_matrix is True
-
-
-def _variance_form() -> bool:
-    """The quadratic form of `diag q - q q^T` is half the mean squared difference, for any three atoms."""
-    import sympy
-
-    q, x = list(sympy.symbols("q0:2", positive=True)), sympy.Matrix(sympy.symbols("x0:3", real=True))
-    q.append(1 - q[0] - q[1])
-    form = (x.T * jacobian_at_teacher(q, sympy.Integer(-1)) * x)[0]
-    half = sum(q[a] * q[b] * (x[a] - x[b]) ** 2 for a in range(3) for b in range(3)) / 2
-    return sympy.expand(form - half) == 0
-
-
-def _eigenvalues() -> bool:
-    """The characteristic polynomial for three atoms, and a discriminant that is a sum of squares."""
-    import sympy
-
-    x, s = sympy.Symbol("x"), sympy.Symbol("s", real=True)
-    q = list(sympy.symbols("q0:2", positive=True))
-    q.append(1 - q[0] - q[1])
-    spread, product = 1 - sum(b**2 for b in q), q[0] * q[1] * q[2]
-    found = jacobian_at_teacher(q, s).charpoly(x).as_expr()
-    discriminant = spread**2 - 12 * product
-    ab, bc, ca = q[0] * q[1], q[1] * q[2], q[2] * q[0]
-    squares = 2 * ((ab - bc) ** 2 + (bc - ca) ** 2 + (ca - ab) ** 2)
-    return (
-        sympy.expand(found - x * (x**2 + s * spread * x + 3 * s**2 * product)) == 0
-        and sympy.expand(discriminant - squares) == 0
-    )
-
-
-def _slopes() -> bool:
-    """`w'(1)` of stop-gradient in any gauge, and of OPD+ in any gauge."""
-    import sympy
-
-    u, c = sympy.Symbol("u", positive=True), sympy.Symbol("c", real=True)
-    f = sympy.Function("f")
-    gauged = f(u) + c * (u - 1)
-    stopped = sympy.diff(-gauged, u)
-    corrected = sympy.diff(u * sympy.diff(gauged, u) - gauged, u)
-    return (
-        gauged.subs(u, 1) == f(1)
-        and sympy.simplify(stopped + sympy.diff(f(u), u) + c) == 0
-        and sympy.simplify(corrected - u * sympy.diff(f(u), u, 2)) == 0
-    )
-
-
-def _catalogue_slopes() -> bool:
-    """`-f'(1)` of the five generators that the statement names."""
-    import sympy
-
-    u = divergences.symbol()
-    named = {name: divergences.divergence(name).expr for name in ("forward_kl", "jsd", "chi2", "reverse_kl")}
-    named["tilted"] = named["forward_kl"] - 2 * (u - 1)
-    found = {name: -sympy.diff(f, u).subs(u, 1) for name, f in named.items() if f.subs(u, 1) == 0}
-    return found == {"forward_kl": -1, "jsd": 0, "chi2": 0, "reverse_kl": 1, "tilted": 1}
-
-
-def _second_order() -> bool:
-    r"""At $p_a = q_a(1 - \varepsilon x_a)$, $E_q x = 0$: the velocity's first order, and the second if $w'(1) = 0$."""
-    import sympy
-
-    e, (first, second) = sympy.Symbol("e"), sympy.symbols("r s", real=True)
-    q, x = sympy.symbols("q0:3", positive=True), list(sympy.symbols("x0:2", real=True))
-    x.append(-(q[0] * x[0] + q[1] * x[1]) / q[2])
-    p = [b * (1 - e * y) for b, y in zip(q, x, strict=True)]
-    # The constant w(1) drops out; u - 1 = e x + O(e^2).
-    excess = [b / a - 1 for a, b in zip(p, q, strict=True)]
-    weights = [first * t + second * t**2 / 2 for t in excess]
-    mean = sum(a * v for a, v in zip(p, weights, strict=True))
-    square = sum(b * y**2 for b, y in zip(q, x, strict=True))
-    for a, b, v, y in zip(p, q, weights, x, strict=True):
-        orders = [sympy.diff(a * (v - mean), e, n).subs(e, 0) for n in (1, 2)]
-        claimed = (first * b * y, second * b * (y**2 - square))
-        if any(sympy.simplify(gap) != 0 for gap in (orders[0] - claimed[0], orders[1].subs(first, 0) - claimed[1])):
-            return False
-    return True
-
-
-def _leading_order() -> bool:
-    r"""$\mathrm{Cov}_p(\log u, (u-1)^m) = \varepsilon^{m+1} E_q[x^{m+1}] + O(\varepsilon^{m+2})$ for m = 1, 2, 3."""
-    import sympy
-
-    e, b, y = sympy.Symbol("e"), sympy.Symbol("b", positive=True), sympy.Symbol("y", real=True)
-    q, x = [b, 1 - b], [y, -b * y / (1 - b)]
-    for m in (1, 2, 3):
-        p = [c * (1 - e * t) for c, t in zip(q, x, strict=True)]
-        logs, weights = [-sympy.log(1 - e * t) for t in x], [(1 / (1 - e * t) - 1) ** m for t in x]
-        mean = sum(a * v for a, v in zip(p, weights, strict=True))
-        pull = sum(a * ell * (v - mean) for a, ell, v in zip(p, logs, weights, strict=True))
-        leading = sum(c * t ** (m + 1) for c, t in zip(q, x, strict=True))
-        for n, claimed in enumerate([*(0 for _ in range(m)), 0, leading]):
-            if sympy.simplify(sympy.diff(pull, e, n).subs(e, 0) / sympy.factorial(n) - claimed) != 0:
-                return False
-    return True
+def theorems() -> list[Theorem]:
+    """T5."""
+    return [_attraction()]
 
 
 def _attraction() -> Theorem:
-    import sympy
-
     def at_one(name: str, f: sympy.Expr, u: sympy.Symbol) -> sympy.Expr:
         return sympy.simplify(sympy.diff(symbolic_weight(name, f, u), u).subs(u, 1))
 
@@ -247,7 +112,6 @@ def _attraction() -> Theorem:
         ),
         identities=(
             Identity(
-                "T5",
                 "Jacobian in fractions",
                 r"J = -w'(1)(\mathrm{diag}\,q - qq^\top)",
                 check_jacobian,
@@ -261,7 +125,6 @@ def _attraction() -> Theorem:
                 0.0,
             ),
             Identity(
-                "T5",
                 "spectrum in fractions",
                 r"\det(x - J) = x\,(x^2 + w'(1)(1 - \textstyle\sum q^2)x + 3w'(1)^2 q_1q_2q_3)",
                 check_spectrum,
@@ -271,7 +134,6 @@ def _attraction() -> Theorem:
                 0.0,
             ),
             Identity(
-                "T5",
                 "distance falls or grows, certified",
                 r"\mathrm{sign}\ \tfrac{d}{dt}\lVert z - \log q\rVert = -\mathrm{sign}\ w'(1)",
                 check_distance,
@@ -285,7 +147,6 @@ def _attraction() -> Theorem:
                 0.0,
             ),
             Identity(
-                "T5",
                 "attracting only near, certified",
                 r"-(u\log u - 2(u-1)) < 0 \text{ for } u \ge 5:\ \text{an underrated token loses further}",
                 check_collapse,
@@ -298,7 +159,6 @@ def _attraction() -> Theorem:
                 0.0,
             ),
             Identity(
-                "T5",
                 "Jacobian by autograd",
                 r"J = -w'(1)(\mathrm{diag}\,q - qq^\top)",
                 check_autograd,
@@ -306,7 +166,6 @@ def _attraction() -> Theorem:
                 FALSE_SLOPES,
             ),
             Identity(
-                "T5",
                 "Hessian of the objective",
                 r"\nabla^2 D_f(q\|p)|_{p=q} = f''(1)\,(\mathrm{diag}\,q - qq^\top)",
                 check_hessian,
@@ -317,7 +176,6 @@ def _attraction() -> Theorem:
                 },
             ),
             Identity(
-                "T5",
                 "simulated rates",
                 r"\lVert z - \log q \rVert \propto e^{-w'(1)\lambda t}",
                 check_rates,
@@ -325,7 +183,6 @@ def _attraction() -> Theorem:
                 FALSE_SLOPES,
             ),
             Identity(
-                "T5",
                 "no first-order force",
                 r"\pm(u-1)^m \text{ attracts from every side iff } m \text{ is odd and the sign is } +",
                 check_first_order,
@@ -337,7 +194,6 @@ def _attraction() -> Theorem:
                 },
             ),
             Identity(
-                "T5",
                 "simulated from far",
                 r"\text{OPD+ approaches from everywhere; OPD's forward KL from nowhere, its JSD and } \chi^2"
                 r"\text{ from one side}",
@@ -354,6 +210,119 @@ def _attraction() -> Theorem:
     )
 
 
-def theorems() -> list[Theorem]:
-    """T5."""
-    return [_attraction()]
+# The derivation, with w and f undefined functions.
+
+
+def _undefined(name: str) -> tuple[Any, Any]:
+    """An undefined function and its derivative, which stays readable at a point."""
+    prime = sympy.Function(f"{name}prime")
+
+    class Undefined(sympy.Function):
+        def fdiff(self, argindex: int = 1) -> sympy.Expr:
+            return prime(self.args[0])
+
+    return Undefined, prime
+
+
+def _field() -> tuple[list[Any], list[Any], list[Any], Any]:
+    """Probabilities, teacher, velocity of the logits, and `w'`, for three atoms."""
+    w, prime = _undefined("w")
+    p, q = list(sympy.symbols("p0:3", positive=True)), list(sympy.symbols("q0:2", positive=True))
+    q.append(1 - q[0] - q[1])
+    weights = [w(b / a) for a, b in zip(p, q, strict=True)]
+    mean = sum(a * v for a, v in zip(p, weights, strict=True))
+    return p, q, [a * (v - mean) for a, v in zip(p, weights, strict=True)], prime
+
+
+def _fixed() -> bool:
+    p, q, field, _ = _field()
+    return all(sympy.simplify(v.subs(dict(zip(p, q, strict=True)))) == 0 for v in field)
+
+
+def _linearised() -> bool:
+    p, q, field, prime = _field()
+    derived = softmax_slope(field, p, q)
+    return (derived - jacobian_at_teacher(q, prime(sympy.Integer(1)))).applyfunc(sympy.simplify).is_zero_matrix is True
+
+
+def _variance_form() -> bool:
+    """The quadratic form of `diag q - q q^T` is half the mean squared difference, for any three atoms."""
+    q, x = list(sympy.symbols("q0:2", positive=True)), sympy.Matrix(sympy.symbols("x0:3", real=True))
+    q.append(1 - q[0] - q[1])
+    form = (x.T * jacobian_at_teacher(q, sympy.Integer(-1)) * x)[0]
+    half = sum(q[a] * q[b] * (x[a] - x[b]) ** 2 for a in range(3) for b in range(3)) / 2
+    return sympy.expand(form - half) == 0
+
+
+def _eigenvalues() -> bool:
+    """The characteristic polynomial for three atoms, and a discriminant that is a sum of squares."""
+    x, s = sympy.Symbol("x"), sympy.Symbol("s", real=True)
+    q = list(sympy.symbols("q0:2", positive=True))
+    q.append(1 - q[0] - q[1])
+    spread, product = 1 - sum(b**2 for b in q), q[0] * q[1] * q[2]
+    found = jacobian_at_teacher(q, s).charpoly(x).as_expr()
+    discriminant = spread**2 - 12 * product
+    ab, bc, ca = q[0] * q[1], q[1] * q[2], q[2] * q[0]
+    squares = 2 * ((ab - bc) ** 2 + (bc - ca) ** 2 + (ca - ab) ** 2)
+    return (
+        sympy.expand(found - x * (x**2 + s * spread * x + 3 * s**2 * product)) == 0
+        and sympy.expand(discriminant - squares) == 0
+    )
+
+
+def _slopes() -> bool:
+    """`w'(1)` of stop-gradient in any gauge, and of OPD+ in any gauge."""
+    u, c = sympy.Symbol("u", positive=True), sympy.Symbol("c", real=True)
+    f = sympy.Function("f")
+    gauged = f(u) + c * (u - 1)
+    stopped = sympy.diff(-gauged, u)
+    corrected = sympy.diff(u * sympy.diff(gauged, u) - gauged, u)
+    return (
+        gauged.subs(u, 1) == f(1)
+        and sympy.simplify(stopped + sympy.diff(f(u), u) + c) == 0
+        and sympy.simplify(corrected - u * sympy.diff(f(u), u, 2)) == 0
+    )
+
+
+def _catalogue_slopes() -> bool:
+    """`-f'(1)` of the five generators that the statement names."""
+    u = divergences.symbol()
+    named = {name: divergences.divergence(name).expr for name in ("forward_kl", "jsd", "chi2", "reverse_kl")}
+    named["tilted"] = named["forward_kl"] - 2 * (u - 1)
+    found = {name: -sympy.diff(f, u).subs(u, 1) for name, f in named.items() if f.subs(u, 1) == 0}
+    return found == {"forward_kl": -1, "jsd": 0, "chi2": 0, "reverse_kl": 1, "tilted": 1}
+
+
+def _second_order() -> bool:
+    r"""At $p_a = q_a(1 - \varepsilon x_a)$, $E_q x = 0$: the velocity's first order, and the second if $w'(1) = 0$."""
+    e, (first, second) = sympy.Symbol("e"), sympy.symbols("r s", real=True)
+    q, x = sympy.symbols("q0:3", positive=True), list(sympy.symbols("x0:2", real=True))
+    x.append(-(q[0] * x[0] + q[1] * x[1]) / q[2])
+    p = [b * (1 - e * y) for b, y in zip(q, x, strict=True)]
+    # The constant w(1) drops out; u - 1 = e x + O(e^2).
+    excess = [b / a - 1 for a, b in zip(p, q, strict=True)]
+    weights = [first * t + second * t**2 / 2 for t in excess]
+    mean = sum(a * v for a, v in zip(p, weights, strict=True))
+    square = sum(b * y**2 for b, y in zip(q, x, strict=True))
+    for a, b, v, y in zip(p, q, weights, x, strict=True):
+        orders = [sympy.diff(a * (v - mean), e, n).subs(e, 0) for n in (1, 2)]
+        claimed = (first * b * y, second * b * (y**2 - square))
+        if any(sympy.simplify(gap) != 0 for gap in (orders[0] - claimed[0], orders[1].subs(first, 0) - claimed[1])):
+            return False
+    return True
+
+
+def _leading_order() -> bool:
+    r"""$\mathrm{Cov}_p(\log u, (u-1)^m) = \varepsilon^{m+1} E_q[x^{m+1}] + O(\varepsilon^{m+2})$ for m = 1, 2, 3."""
+    e, b, y = sympy.Symbol("e"), sympy.Symbol("b", positive=True), sympy.Symbol("y", real=True)
+    q, x = [b, 1 - b], [y, -b * y / (1 - b)]
+    for m in (1, 2, 3):
+        p = [c * (1 - e * t) for c, t in zip(q, x, strict=True)]
+        logs, weights = [-sympy.log(1 - e * t) for t in x], [(1 / (1 - e * t) - 1) ** m for t in x]
+        mean = sum(a * v for a, v in zip(p, weights, strict=True))
+        pull = sum(a * ell * (v - mean) for a, ell, v in zip(p, logs, weights, strict=True))
+        leading = sum(c * t ** (m + 1) for c, t in zip(q, x, strict=True))
+        for n, claimed in enumerate([*(0 for _ in range(m)), 0, leading]):
+            if sympy.simplify(sympy.diff(pull, e, n).subs(e, 0) / sympy.factorial(n) - claimed) != 0:
+                return False
+    return True

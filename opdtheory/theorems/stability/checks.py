@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import sympy
 import torch
+from mpmath import iv
 from torch import Tensor
 
 from opdtheory import divergences
@@ -24,10 +26,7 @@ from opdtheory.theorems.instances.flows import (
     softmax_slope,
 )
 from opdtheory.theorems.instances.one_sample import covariance
-from opdtheory.theorems.theorem import Tally
-
-if TYPE_CHECKING:
-    import sympy
+from opdtheory.theorems.theorem import Cases, close, holds, same
 
 __all__ = [
     "FALSE_SLOPES",
@@ -61,8 +60,6 @@ def _smooth() -> list[Divergence]:
 
 def symbolic_weight(name: str, f: sympy.Expr, u: sympy.Symbol) -> sympy.Expr:
     r"""$-f$ of stop-gradient or $u f' - f$ of OPD+."""
-    import sympy
-
     return -f if name == "opd" else u * sympy.diff(f, u) - f
 
 
@@ -77,8 +74,6 @@ def local_weight(name: str, divergence: Divergence) -> Callable[[Tensor], Tensor
 @functools.cache
 def _derived_jacobians() -> tuple[tuple[tuple[sympy.Expr, ...], sympy.Expr, tuple[sympy.Expr, ...]], ...]:
     """Rational teachers, the weight's slope at one, and the flow's Jacobian there, differentiated by sympy."""
-    import sympy
-
     found = []
     u = divergences.symbol()
     for name in (n for n in RATIONAL if n != "total_variation"):
@@ -96,26 +91,19 @@ def _derived_jacobians() -> tuple[tuple[tuple[sympy.Expr, ...], sympy.Expr, tupl
     return tuple(found)
 
 
-def check_jacobian(form: JacobianForm) -> Tally:
+def check_jacobian(form: JacobianForm) -> Cases:
     """The flow's Jacobian at rational teachers, differentiated by sympy, against the closed form."""
-    tally = Tally()
     for q, slope, derived in _derived_jacobians():
-        tally.equal(derived, tuple(form(list(q), slope)))
-    return tally
+        yield same(derived, tuple(form(list(q), slope)), q, slope, derived)
 
 
 def _rational_teachers() -> list[list[sympy.Expr]]:
-    import sympy
-
     chosen = [q for _, q in rational_laws()[1:4]]
     return [[sympy.Rational(b.numerator, b.denominator) for b in q] for q in chosen]
 
 
-def check_spectrum(sign: int) -> Tally:
+def check_spectrum(sign: int) -> Cases:
     """Characteristic polynomials of rational Jacobians, for weights of either slope."""
-    import sympy
-
-    tally = Tally()
     x = sympy.Symbol("x")
     for slope in (sympy.Rational(-5, 3), sympy.Integer(0), sympy.Rational(7, 2)):
         for q in _rational_teachers():
@@ -125,8 +113,7 @@ def check_spectrum(sign: int) -> Tally:
             else:
                 pairs_of = 1 - sum(b**2 for b in q)
                 claimed = x * (x**2 + sign * slope * pairs_of * x + 3 * slope**2 * q[0] * q[1] * q[2])
-            tally.equal(sympy.expand(found - claimed), 0)
-    return tally
+            yield same(sympy.expand(found - claimed), 0, slope, q)
 
 
 # Enclosed.
@@ -140,12 +127,8 @@ def _near_laws() -> list[tuple[list[Any], list[Any]]]:
     ]
 
 
-def check_distance(slope: SymbolicSlope) -> Tally:
+def check_distance(slope: SymbolicSlope) -> Cases:
     r"""The pull $\mathrm{Cov}_p(\log u, w) = -\frac12\frac{d}{dt}\lVert z - \log q\rVert^2$ has the sign of $w'(1)$."""
-    import sympy
-    from mpmath import iv
-
-    tally = Tally()
     u = divergences.symbol()
     for divergence in _smooth():
         f = divergence.expr
@@ -157,25 +140,20 @@ def check_distance(slope: SymbolicSlope) -> Tally:
             for ps, qs in _near_laws():
                 ratios = [b / a for a, b in zip(ps, qs, strict=True)]
                 pull = covariance(ps, [iv.log(r) for r in ratios], [enclose(w, {u: r}) for r in ratios])
-                tally.require(pull.a > 0 if claimed > 0 else pull.b < 0)
-                tally.require(1 in sum(ps))
-    return tally
+                yield holds(pull.a > 0 if claimed > 0 else pull.b < 0, divergence, estimator, ps, qs)
+                yield holds(1 in sum(ps), divergence, estimator, ps, qs)
 
 
-def check_collapse(turns: dict[Fraction, int]) -> Tally:
+def check_collapse(turns: dict[Fraction, int]) -> Cases:
     r"""The two-token drift under $-(u\log u - 2(u-1))$ from a student that underrates the second token by `u_2`.
 
     For each `u_1` the first `u_2` of a few from which on the token loses: close to `u_1 = 1`, where w falls below 0.
     """
-    from mpmath import iv
-
-    tally = Tally()
     for below, turn in turns.items():
         for above in (Fraction(11, 10), *map(Fraction, (2, 3, 4, 5, 6, 7, 20, 200))):
             # Laws with these ratios exist; the second token gains if its weight is the larger one.
             first, second = (2 * r - r * iv.log(r) for r in (interval(below), interval(above)))  # up to a constant
-            tally.require(second.a > first.b if above < turn else second.b < first.a)
-    return tally
+            yield holds(second.a > first.b if above < turn else second.b < first.a, below, turn, above)
 
 
 # In float64.
@@ -193,21 +171,18 @@ FALSE_SLOPES: dict[str, NumericSlope] = {
 }
 
 
-def check_autograd(claimed: NumericSlope) -> Tally:
+def check_autograd(claimed: NumericSlope) -> Cases:
     """Autograd through the flow against the closed form, on four tokens."""
-    tally = Tally()
     q = torch.tensor(TEACHER, dtype=torch.float64)
     for divergence in _smooth():
         for name in _ESTIMATORS:
             field = functools.partial(drift, log_q=q.log(), weight=local_weight(name, divergence))
             derived = torch.autograd.functional.jacobian(field, q.log())
-            tally.compare(derived, -claimed(name, divergence) * (q.diag() - torch.outer(q, q)))
-    return tally
+            yield close(derived, -claimed(name, divergence) * (q.diag() - torch.outer(q, q)), divergence, name)
 
 
-def check_hessian(claimed: NumericSlope) -> Tally:
+def check_hessian(claimed: NumericSlope) -> Cases:
     """The Hessian of the enumerated objective at the teacher, row by row, which is minus the flow's Jacobian."""
-    tally = Tally()
     teacher = pairs()[1][1]
     first, rest = teacher.logits[0], list(teacher.logits[1:])
     q = torch.log_softmax(first[0], -1).exp()
@@ -217,8 +192,7 @@ def check_hessian(claimed: NumericSlope) -> Tally:
             return enumerated_value(TabularPolicy([z, *rest], eos=teacher.eos), teacher, d)
 
         hessian = torch.autograd.functional.hessian(value, first).reshape(len(q), len(q))
-        tally.compare(hessian, claimed("opd_plus", divergence) * (q.diag() - torch.outer(q, q)))
-    return tally
+        yield close(hessian, claimed("opd_plus", divergence) * (q.diag() - torch.outer(q, q)), divergence)
 
 
 @functools.cache
@@ -236,15 +210,13 @@ def _growth(name: str, divergence: Divergence) -> Tensor:
     return (distance(path[-1], log_q) / distance(path[0], log_q)).log()
 
 
-def check_rates(claimed: NumericSlope) -> Tally:
+def check_rates(claimed: NumericSlope) -> Cases:
     r"""Simulated from a millionth away, each mode's distance grows by $e^{-w'(1)\lambda t}$."""
-    tally = Tally()
     _, rates, _ = _modes()
     for divergence in _smooth():
         for name in _ESTIMATORS:
             error = _growth(name, divergence) + claimed(name, divergence) * rates * 8.0
-            tally.require(float(error.abs().max()) < 1e-3)
-    return tally
+            yield holds(float(error.abs().max()) < 1e-3, divergence, name)
 
 
 _POLYNOMIAL: dict[str, Callable[[Tensor], Tensor]] = {
@@ -266,13 +238,11 @@ def _all_approach(weight: str) -> bool:
     return bool((path[-1] < path[0]).all())
 
 
-def check_first_order(attracts: Callable[[int, int], bool]) -> Tally:
+def check_first_order(attracts: Callable[[int, int], bool]) -> Cases:
     r"""Which weights $\pm(u-1)^m$ attract from every side."""
-    tally = Tally()
     for weight in _POLYNOMIAL:
         sign, order = (-1 if weight.startswith("-") else 1), (int(weight[-1]) if "^" in weight else 1)
-        tally.require(_all_approach(weight) == attracts(order, sign))
-    return tally
+        yield holds(_all_approach(weight) == attracts(order, sign), weight)
 
 
 @functools.cache
@@ -293,9 +263,7 @@ def _ends(label: str) -> str:
     return "".join("+" if nearer else "-" for nearer in (path[-1] < path[0]).tolist())
 
 
-def check_far(every: dict[str, str]) -> Tally:
+def check_far(every: dict[str, str]) -> Cases:
     """Which of the far students approach."""
-    tally = Tally()
     for label, claimed in every.items():
-        tally.require(_ends(label) == claimed)
-    return tally
+        yield holds(_ends(label) == claimed, label, claimed)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+import sympy
 import torch
+from mpmath import iv
 from torch import Tensor
 
 from opdtheory import divergences
@@ -17,10 +19,7 @@ from opdtheory.exact.tree import Tree
 from opdtheory.rollouts import Rollouts
 from opdtheory.theorems.instances.cases import RATIONAL, catalogue, interval, pairs, rational_laws, values_of
 from opdtheory.theorems.instances.kept_tokens import TEACHER, in_logits, kept, topk_gradient, zeros
-from opdtheory.theorems.theorem import Identity, Step, Tally, Theorem
-
-if TYPE_CHECKING:
-    import sympy
+from opdtheory.theorems.theorem import Cases, Identity, Step, Theorem, close, holds, overlap, same
 
 __all__ = ["theorems"]
 
@@ -28,208 +27,6 @@ Form = Literal["truncated", "renormalised", "tail"]
 
 # The first two tokens in the proportion of TEACHER; these need not add up to one.
 _OTHER_TAIL = (0.4, 0.25, 0.1, 0.02)
-
-# Renormalised.
-
-
-def _expression(form: Form, f: sympy.Expr, p: list[Any], q: list[Any], k: int) -> sympy.Expr:
-    """The three forms of a top-k divergence as functions of unnormalised masses."""
-    u = divergences.symbol()
-    inside_p, inside_q = sum(p[:k]), sum(q[:k])
-    ps, qs = p[:k], q[:k]
-    if form == "renormalised":
-        ps, qs = [a / inside_p for a in ps], [b / inside_q for b in qs]
-    elif form == "tail":
-        ps, qs = [*ps, sum(p[k:])], [*qs, sum(q[k:])]
-    return sum(a * f.subs(u, b / a) for a, b in zip(ps, qs, strict=True))
-
-
-def _check_flat(form: Form) -> Tally:
-    """In fractions: no slope along any tail mass nor along the scale of S, and zero at the conditional law."""
-    import sympy
-
-    tally = Tally()
-    for name in RATIONAL:
-        f = divergences.divergence(name).expr
-        for student, teacher, k in kept():
-            if len(student) != 3:
-                continue
-            ps = sympy.symbols(f"p0:{len(student)}", positive=True)
-            qs = sympy.symbols(f"q0:{len(student)}", positive=True)
-            value = _expression(form, f, list(ps), list(qs), k)
-            point = dict(zip((*ps, *qs), (*student, *teacher), strict=True))
-            for tail in ps[k:]:
-                tally.equal(values_of(sympy.diff(value, tail), point), Fraction(0))
-            along = sum(a * sympy.diff(value, a) for a in ps[:k])
-            # The total variation has no slope at u = 1 for sympy; it is met by the other three.
-            if name != "total_variation":
-                tally.equal(values_of(along, point), Fraction(0))
-            moved = [*(b / 2 for b in teacher[:k]), *student[k:]]
-            tally.equal(values_of(value, dict(zip((*ps, *qs), (*moved, *teacher), strict=True))), Fraction(0))
-    return tally
-
-
-def _check_tail_free(name: str) -> Tally:
-    """The library's loss at students with the teacher's conditional law on S and any tail: no gradient at all."""
-    tally = Tally()
-    q = torch.tensor(TEACHER, dtype=torch.float64)
-    teacher = TabularPolicy([q.log().unsqueeze(0)])
-    for divergence in catalogue()[:9]:
-        if divergence.name == "total_variation":  # at its kink the sign of a rounding error is a weight
-            continue
-        student = TabularPolicy([torch.tensor([_OTHER_TAIL], dtype=torch.float64).log()])
-        gradient = expected_gradient(estimator(name, divergence, k=2), student, teacher)
-        tally.compare(gradient, [torch.zeros_like(level) for level in gradient])
-    return tally
-
-
-# One bucket for the tail.
-
-
-def _check_coarse(sign: int) -> Tally:
-    """In fractions: the coarse divergence lies below the fine one, strictly unless the tail's ratios are all equal."""
-    tally, u = Tally(), divergences.symbol()
-    for name in RATIONAL:
-        f = divergences.divergence(name).expr
-
-        def value(p: Any, q: Any, f: Any = f) -> Fraction:
-            return sum((a * values_of(f, {u: b / a}) for a, b in zip(p, q, strict=True)), Fraction(0))
-
-        for student, teacher, k in kept():
-            coarse = value((*student[:k], sum(student[k:])), (*teacher[:k], sum(teacher[k:])))
-            gap = value(student, teacher) - coarse
-            tally.require(sign * gap >= 0)
-            ratios = {b / a for a, b in zip(student[k:], teacher[k:], strict=True)}
-            if name != "total_variation":
-                tally.require((sign * gap > 0) == (len(ratios) > 1))
-            flat = [b * sum(student[k:]) / sum(teacher[k:]) for b in teacher[k:]]
-            tally.equal(value((*student[:k], *flat), teacher), coarse)
-    return tally
-
-
-def _check_lost(claim: Callable[[Any, Any, str], Any]) -> Tally:
-    r"""What one bucket loses of each KL, in intervals: the tail's mass times the KL of the laws within it."""
-    from mpmath import iv
-
-    tally = Tally()
-
-    def kl(p: list[Any], q: list[Any]) -> Any:
-        return sum(a * iv.log(a / b) for a, b in zip(p, q, strict=True))
-
-    for student, teacher, k in kept():
-        ps, qs = [interval(a) for a in student], [interval(b) for b in teacher]
-        for name, first, second in (("reverse_kl", ps, qs), ("forward_kl", qs, ps)):
-            rest, other = sum(first[k:]), sum(second[k:])
-            within = kl([a / rest for a in first[k:]], [b / other for b in second[k:]])
-            coarse = kl([*first[:k], rest], [*second[:k], other])
-            tally.enclose(coarse + claim(sum(ps[k:]), sum(qs[k:]), name) * within, kl(first, second))
-    return tally
-
-
-def _check_coarse_gradient(ratios: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tally:
-    """The library's tail loss on enumerated policies against OPD+ with the bucket's ratio on every tail token."""
-    tally = Tally()
-    for divergence in catalogue()[::2]:
-        for pair in pairs()[2:3]:
-            tree, levels = Tree.build(*pair), []
-            for n in range(tree.horizon):
-                log_p, log_q = tree.log_p[n], tree.log_q[n]
-                tail = torch.ones_like(log_q).scatter(-1, log_q.topk(1, dim=-1).indices, 0.0) > 0
-                weight = divergence.weight(ratios(log_p, log_q, tail))
-                p = log_p.exp()
-                centred = weight - (p * weight).sum(-1, keepdim=True)
-                levels.append(-tree.reach(n).unsqueeze(-1) * p * centred)
-            tally.compare(topk_gradient("topk_tail", divergence, pair, 1), levels)
-    return tally
-
-
-def _bucket_ratio(log_p: Tensor, log_q: Tensor, tail: Tensor) -> Tensor:
-    def mass(log_law: Tensor) -> Tensor:
-        return log_law.masked_fill(~tail, -torch.inf).logsumexp(-1, keepdim=True)
-
-    return torch.where(tail, mass(log_q) - mass(log_p), log_q - log_p)
-
-
-# A detached reward.
-
-
-def _reward_to_come(divergence: Divergence, k: int) -> Callable[[Rollouts], Tensor]:
-    """The same rewards summed over the whole rollout and put on every token."""
-    inner: Any = estimator("topk_reward", divergence, k=k).token_loss
-
-    def loss(rollouts: Rollouts) -> Tensor:
-        rewards = inner.advantage(rollouts) * rollouts.mask
-        total = rewards.sum(-1, keepdim=True).expand_as(rewards).detach()
-        return rollouts.token_sum(-total * rollouts.student_logprobs)
-
-    return loss
-
-
-def _check_reward(make: Callable[[Divergence, int], Callable[[Rollouts], Tensor]]) -> Tally:
-    tally = Tally()
-    for name in ("forward_kl", "jsd"):
-        divergence = divergences.divergence(name)
-        for pair in pairs()[:3]:
-            gradient = expected_gradient(make(divergence, 1), *pair)
-            tally.compare(gradient, [torch.zeros_like(level) for level in gradient])
-    return tally
-
-
-def _check_reward_in_fractions(later: bool) -> Tally:
-    """A reward of the first history on the first token moves nothing; one of the second history does."""
-    tally = Tally()
-    for student, rewards in rational_laws():
-        # The reward of the history that a token leads to, any number for each; or of the one before it.
-        given = rewards if later else [rewards[0]] * len(student)
-        tally.equal(in_logits(student, given), zeros(len(student)))
-    return tally
-
-
-# The derivations.
-
-
-def _homogeneous() -> bool:
-    """Scaling all masses on S leaves the conditional law alone, and no tail mass occurs in it."""
-    import sympy
-
-    p0, p1, scale = sympy.symbols("p0 p1 t", positive=True)
-    law = [p / (p0 + p1) for p in (p0, p1)]
-    scaled = [p.subs({p0: scale * p0, p1: scale * p1}, simultaneous=True) for p in law]
-    return sympy.simplify(sum(law)) == 1 and all(sympy.simplify(a - b) == 0 for a, b in zip(scaled, law, strict=True))
-
-
-def _jensen() -> bool:
-    r"""Two tail tokens: both sides agree at equal ratios, and the gap grows from there with f'' on either side."""
-    import sympy
-
-    p0, p1, u, x = sympy.symbols("p0 p1 u x", positive=True)
-    f = sympy.Function("f")
-    mean = (p0 * u + p1 * x) / (p0 + p1)
-    gap = p0 * f(u) + p1 * f(x) - (p0 + p1) * f(mean)
-    slope = sympy.diff(gap, u).subs(u, x).doit()
-    second = sympy.diff(gap, u, 2).subs(u, x).doit() - p0 * p1 / (p0 + p1) * sympy.diff(f(x), x, 2)
-    return all(sympy.simplify(value) == 0 for value in (gap.subs(u, x), slope, second.doit()))
-
-
-def _bucket() -> bool:
-    """The bucket's term differentiated in either tail mass gives the weight at the bucket's ratio."""
-    import sympy
-
-    p0, p1, q, u = sympy.symbols("p0 p1 q u", positive=True)
-    f = sympy.Function("f")
-    term = (p0 + p1) * f(q / (p0 + p1))
-    w = (u * sympy.diff(f(u), u) - f(u)).subs(u, q / (p0 + p1)).doit()
-    return all(sympy.simplify(sympy.diff(term, p).doit() + w) == 0 for p in (p0, p1))
-
-
-def _score_mean() -> bool:
-    import sympy
-
-    z = sympy.symbols("z0:3", real=True)
-    advantage = sympy.Symbol("A", real=True)
-    total = sum(sympy.exp(x) for x in z)
-    laws = [sympy.exp(x) / total for x in z]
-    return all(sympy.simplify(sum(p * advantage * sympy.diff(sympy.log(p), x) for p in laws)) == 0 for x in z)
 
 
 def theorems() -> list[Theorem]:
@@ -261,7 +58,6 @@ def theorems() -> list[Theorem]:
             ),
             identities=(
                 Identity(
-                    "T9c",
                     "flat directions in fractions",
                     r"\partial_{p_b} = 0 \text{ for } b \notin S,\quad \sum_S p_a \partial_{p_a} = 0",
                     _check_flat,
@@ -271,7 +67,6 @@ def theorems() -> list[Theorem]:
                     0.0,
                 ),
                 Identity(
-                    "T9c",
                     "any tail is a fixed point",
                     r"p_S = q_S \Rightarrow \nabla D_f(q_S\|p_S) = 0",
                     _check_tail_free,
@@ -306,7 +101,6 @@ def theorems() -> list[Theorem]:
             ),
             identities=(
                 Identity(
-                    "T9d",
                     "data processing in fractions",
                     r"D_f(q\|p) - D_f(Kq\|Kp) \ge 0, \text{ zero iff the tail's ratios agree}",
                     _check_coarse,
@@ -316,7 +110,6 @@ def theorems() -> list[Theorem]:
                     0.0,
                 ),
                 Identity(
-                    "T9d",
                     "what the bucket loses",
                     r"KL(p\|q) - KL(Kp\|Kq) = p(S^c)\, KL(p_{S^c}\|q_{S^c})",
                     _check_lost,
@@ -330,7 +123,6 @@ def theorems() -> list[Theorem]:
                     1e-40,
                 ),
                 Identity(
-                    "T9d",
                     "exact for the coarse objective only",
                     r"\nabla D_f(Kq\|Kp) = -E_p[w_f(u_{K(a)})\,s_a]",
                     _check_coarse_gradient,
@@ -354,7 +146,6 @@ def theorems() -> list[Theorem]:
             ),
             identities=(
                 Identity(
-                    "T9e",
                     "in fractions",
                     r"-p_b (A - E_p A) = 0 \text{ iff } A \text{ does not depend on the token}",
                     _check_reward_in_fractions,
@@ -364,7 +155,6 @@ def theorems() -> list[Theorem]:
                     0.0,
                 ),
                 Identity(
-                    "T9e",
                     "zero expected gradient",
                     r"E_p\Big[\sum_n A(h_n)\, s_n\Big] = 0",
                     _check_reward,
@@ -377,3 +167,197 @@ def theorems() -> list[Theorem]:
             ),
         ),
     ]
+
+
+# Renormalised.
+
+
+def _expression(form: Form, f: sympy.Expr, p: list[Any], q: list[Any], k: int) -> sympy.Expr:
+    """The three forms of a top-k divergence as functions of unnormalised masses."""
+    u = divergences.symbol()
+    inside_p, inside_q = sum(p[:k]), sum(q[:k])
+    ps, qs = p[:k], q[:k]
+    if form == "renormalised":
+        ps, qs = [a / inside_p for a in ps], [b / inside_q for b in qs]
+    elif form == "tail":
+        ps, qs = [*ps, sum(p[k:])], [*qs, sum(q[k:])]
+    return sum(a * f.subs(u, b / a) for a, b in zip(ps, qs, strict=True))
+
+
+def _check_flat(form: Form) -> Cases:
+    """In fractions: no slope along any tail mass nor along the scale of S, and zero at the conditional law."""
+    for name in RATIONAL:
+        f = divergences.divergence(name).expr
+        for student, teacher, k in kept():
+            if len(student) != 3:
+                continue
+            ps = sympy.symbols(f"p0:{len(student)}", positive=True)
+            qs = sympy.symbols(f"q0:{len(student)}", positive=True)
+            value = _expression(form, f, list(ps), list(qs), k)
+            point = dict(zip((*ps, *qs), (*student, *teacher), strict=True))
+            for tail in ps[k:]:
+                yield same(values_of(sympy.diff(value, tail), point), Fraction(0), name, student, teacher, k, tail)
+            along = sum(a * sympy.diff(value, a) for a in ps[:k])
+            # The total variation has no slope at u = 1 for sympy; it is met by the other three.
+            if name != "total_variation":
+                yield same(values_of(along, point), Fraction(0), name, student, teacher, k)
+            moved = [*(b / 2 for b in teacher[:k]), *student[k:]]
+            yield same(
+                values_of(value, dict(zip((*ps, *qs), (*moved, *teacher), strict=True))),
+                Fraction(0),
+                name,
+                student,
+                teacher,
+                k,
+            )
+
+
+def _check_tail_free(name: str) -> Cases:
+    """The library's loss at students with the teacher's conditional law on S and any tail: no gradient at all."""
+    q = torch.tensor(TEACHER, dtype=torch.float64)
+    teacher = TabularPolicy([q.log().unsqueeze(0)])
+    for divergence in catalogue()[:9]:
+        if divergence.name == "total_variation":  # at its kink the sign of a rounding error is a weight
+            continue
+        student = TabularPolicy([torch.tensor([_OTHER_TAIL], dtype=torch.float64).log()])
+        gradient = expected_gradient(estimator(name, divergence, k=2), student, teacher)
+        yield close(gradient, [torch.zeros_like(level) for level in gradient], divergence)
+
+
+# One bucket for the tail.
+
+
+def _check_coarse(sign: int) -> Cases:
+    """In fractions: the coarse divergence lies below the fine one, strictly unless the tail's ratios are all equal."""
+    u = divergences.symbol()
+    for name in RATIONAL:
+        f = divergences.divergence(name).expr
+
+        def value(p: Any, q: Any, f: Any = f) -> Fraction:
+            return sum((a * values_of(f, {u: b / a}) for a, b in zip(p, q, strict=True)), Fraction(0))
+
+        for student, teacher, k in kept():
+            coarse = value((*student[:k], sum(student[k:])), (*teacher[:k], sum(teacher[k:])))
+            gap = value(student, teacher) - coarse
+            yield holds(sign * gap >= 0, name, student, teacher, k)
+            ratios = {b / a for a, b in zip(student[k:], teacher[k:], strict=True)}
+            if name != "total_variation":
+                yield holds((sign * gap > 0) == (len(ratios) > 1), name, student, teacher, k)
+            flat = [b * sum(student[k:]) / sum(teacher[k:]) for b in teacher[k:]]
+            yield same(value((*student[:k], *flat), teacher), coarse, name, student, teacher, k)
+
+
+def _check_lost(claim: Callable[[Any, Any, str], Any]) -> Cases:
+    r"""What one bucket loses of each KL, in intervals: the tail's mass times the KL of the laws within it."""
+
+    def kl(p: list[Any], q: list[Any]) -> Any:
+        return sum(a * iv.log(a / b) for a, b in zip(p, q, strict=True))
+
+    for student, teacher, k in kept():
+        ps, qs = [interval(a) for a in student], [interval(b) for b in teacher]
+        for name, first, second in (("reverse_kl", ps, qs), ("forward_kl", qs, ps)):
+            rest, other = sum(first[k:]), sum(second[k:])
+            within = kl([a / rest for a in first[k:]], [b / other for b in second[k:]])
+            coarse = kl([*first[:k], rest], [*second[:k], other])
+            yield overlap(
+                coarse + claim(sum(ps[k:]), sum(qs[k:]), name) * within,
+                kl(first, second),
+                student,
+                teacher,
+                k,
+                name,
+                first,
+                second,
+            )
+
+
+def _check_coarse_gradient(ratios: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Cases:
+    """The library's tail loss on enumerated policies against OPD+ with the bucket's ratio on every tail token."""
+    for divergence in catalogue()[::2]:
+        for pair in pairs()[2:3]:
+            tree, levels = Tree.build(*pair), []
+            for n in range(tree.horizon):
+                log_p, log_q = tree.log_p[n], tree.log_q[n]
+                tail = torch.ones_like(log_q).scatter(-1, log_q.topk(1, dim=-1).indices, 0.0) > 0
+                weight = divergence.weight(ratios(log_p, log_q, tail))
+                p = log_p.exp()
+                centred = weight - (p * weight).sum(-1, keepdim=True)
+                levels.append(-tree.reach(n).unsqueeze(-1) * p * centred)
+            yield close(topk_gradient("topk_tail", divergence, pair, 1), levels, divergence, pair)
+
+
+def _bucket_ratio(log_p: Tensor, log_q: Tensor, tail: Tensor) -> Tensor:
+    def mass(log_law: Tensor) -> Tensor:
+        return log_law.masked_fill(~tail, -torch.inf).logsumexp(-1, keepdim=True)
+
+    return torch.where(tail, mass(log_q) - mass(log_p), log_q - log_p)
+
+
+# A detached reward.
+
+
+def _reward_to_come(divergence: Divergence, k: int) -> Callable[[Rollouts], Tensor]:
+    """The same rewards summed over the whole rollout and put on every token."""
+    inner: Any = estimator("topk_reward", divergence, k=k).token_loss
+
+    def loss(rollouts: Rollouts) -> Tensor:
+        rewards = inner.advantage(rollouts) * rollouts.mask
+        total = rewards.sum(-1, keepdim=True).expand_as(rewards).detach()
+        return rollouts.token_sum(-total * rollouts.student_logprobs)
+
+    return loss
+
+
+def _check_reward(make: Callable[[Divergence, int], Callable[[Rollouts], Tensor]]) -> Cases:
+    for name in ("forward_kl", "jsd"):
+        divergence = divergences.divergence(name)
+        for pair in pairs()[:3]:
+            gradient = expected_gradient(make(divergence, 1), *pair)
+            yield close(gradient, [torch.zeros_like(level) for level in gradient], name, pair)
+
+
+def _check_reward_in_fractions(later: bool) -> Cases:
+    """A reward of the first history on the first token moves nothing; one of the second history does."""
+    for student, rewards in rational_laws():
+        # The reward of the history that a token leads to, any number for each; or of the one before it.
+        given = rewards if later else [rewards[0]] * len(student)
+        yield same(in_logits(student, given), zeros(len(student)), student, rewards)
+
+
+# The derivations.
+
+
+def _homogeneous() -> bool:
+    """Scaling all masses on S leaves the conditional law alone, and no tail mass occurs in it."""
+    p0, p1, scale = sympy.symbols("p0 p1 t", positive=True)
+    law = [p / (p0 + p1) for p in (p0, p1)]
+    scaled = [p.subs({p0: scale * p0, p1: scale * p1}, simultaneous=True) for p in law]
+    return sympy.simplify(sum(law)) == 1 and all(sympy.simplify(a - b) == 0 for a, b in zip(scaled, law, strict=True))
+
+
+def _jensen() -> bool:
+    r"""Two tail tokens: both sides agree at equal ratios, and the gap grows from there with f'' on either side."""
+    p0, p1, u, x = sympy.symbols("p0 p1 u x", positive=True)
+    f = sympy.Function("f")
+    mean = (p0 * u + p1 * x) / (p0 + p1)
+    gap = p0 * f(u) + p1 * f(x) - (p0 + p1) * f(mean)
+    slope = sympy.diff(gap, u).subs(u, x).doit()
+    second = sympy.diff(gap, u, 2).subs(u, x).doit() - p0 * p1 / (p0 + p1) * sympy.diff(f(x), x, 2)
+    return all(sympy.simplify(value) == 0 for value in (gap.subs(u, x), slope, second.doit()))
+
+
+def _bucket() -> bool:
+    """The bucket's term differentiated in either tail mass gives the weight at the bucket's ratio."""
+    p0, p1, q, u = sympy.symbols("p0 p1 q u", positive=True)
+    f = sympy.Function("f")
+    term = (p0 + p1) * f(q / (p0 + p1))
+    w = (u * sympy.diff(f(u), u) - f(u)).subs(u, q / (p0 + p1)).doit()
+    return all(sympy.simplify(sympy.diff(term, p).doit() + w) == 0 for p in (p0, p1))
+
+
+def _score_mean() -> bool:
+    z = sympy.symbols("z0:3", real=True)
+    advantage = sympy.Symbol("A", real=True)
+    total = sum(sympy.exp(x) for x in z)
+    laws = [sympy.exp(x) / total for x in z]
+    return all(sympy.simplify(sum(p * advantage * sympy.diff(sympy.log(p), x) for p in laws)) == 0 for x in z)

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
+import sympy
 import torch
+from mpmath import iv
 from torch import Tensor
 
 from opdtheory import divergences
@@ -16,7 +18,7 @@ from opdtheory.exact import TabularPolicy
 from opdtheory.theorems.instances.cases import catalogue, enclose, interval, rational_laws, values_of
 from opdtheory.theorems.instances.kept_tokens import TEACHER, in_logits, kept, topk_gradient
 from opdtheory.theorems.instances.minimisers import critical_ratio, minimise
-from opdtheory.theorems.theorem import Identity, Step, Tally, Theorem
+from opdtheory.theorems.theorem import Cases, Identity, Step, Theorem, close, holds, overlap, same
 
 __all__ = ["theorems"]
 
@@ -35,166 +37,9 @@ _DESCENDED: tuple[tuple[str, dict[str, float]], ...] = (
     ("skew_reverse_kl", {"lam": 0.3}),
 )
 
-# The truncated sum.
-
-
-def _check_critical_in_fractions(law_on: Callable[[Fraction, Fraction, Fraction], Fraction]) -> Tally:
-    """Chi2 in three gauges: the claimed law is stationary, and no law of a grid lies below it."""
-    import sympy
-
-    tally = Tally()
-    u, p, q = divergences.symbol(), sympy.Symbol("p", positive=True), sympy.Symbol("q", positive=True)
-    for shift, critical in _CHI2_GAUGES:
-        f = divergences.divergence("chi2").expr + sympy.Rational(shift.numerator, shift.denominator) * (u - 1)
-        term = p * f.subs(u, q / p)
-        slope = sympy.diff(term, p)
-        for _, teacher, k in kept():
-            inside = sum(teacher[:k], Fraction(0))
-            head = [law_on(b, inside, critical) for b in teacher[:k]]
-            rest = 1 - sum(head)
-            tally.require(rest >= 0)
-            slopes = [values_of(slope, {p: a, q: b}) for a, b in zip(head, teacher[:k], strict=True)]
-            # However the rest is spread, its slope is zero.
-            tally.equal(in_logits([*head, rest], [*slopes, Fraction(0)]), [Fraction(0)] * (k + 1))
-            lowest = sum(values_of(term, {p: a, q: b}) for a, b in zip(head, teacher[:k], strict=True))
-            for other, _ in rational_laws():
-                if len(other) == len(teacher):
-                    higher = sum(values_of(term, {p: a, q: b}) for a, b in zip(other[:k], teacher[:k], strict=True))
-                    tally.require(lowest <= higher)
-    return tally
-
-
-def _check_kl(name: str, claim: Callable[[Any, Any], tuple[Any, Any]]) -> Tally:
-    """A KL's claimed law on S and value, in intervals: every slope in the logits encloses zero."""
-    import sympy
-
-    tally = Tally()
-    u, p, q = divergences.symbol(), sympy.Symbol("p", positive=True), sympy.Symbol("q", positive=True)
-    term = p * divergences.divergence(name).expr.subs(u, q / p)
-    slope = sympy.diff(term, p)
-    for _, teacher, k in kept():
-        inside = interval(sum(teacher[:k]))
-        qs = [interval(b) for b in teacher[:k]]
-        head = [claim(b, inside)[0] for b in qs]
-        rest = interval(1) - sum(head)
-        values = [{p: a, q: b} for a, b in zip(head, qs, strict=True)]
-        slopes = [enclose(slope, v) for v in values]
-        for entry in in_logits([*head, rest], [*slopes, interval(0)]):
-            tally.enclose(entry, interval(0))
-        tally.enclose(sum(enclose(term, v) for v in values), claim(qs[0], inside)[1])
-        # The teacher's own value is zero, or -log 1: the minimum is certified to lie below.
-        tally.require(claim(qs[0], inside)[1].b < 0)
-    return tally
-
-
-@functools.cache
-def _minimisers(divergence: Divergence, k: int) -> tuple[Tensor, ...]:
-    """Where Newton's method on the logits ends from each start; kept, as every twin needs it again."""
-    log_q = torch.tensor(TEACHER, dtype=torch.float64).log()
-
-    def loss(z: Tensor) -> Tensor:
-        log_p = z.log_softmax(-1)[:k]
-        return (log_p.exp() * divergence.generator(log_q[:k] - log_p)).sum()
-
-    return tuple(minimise(loss, torch.tensor(start, dtype=torch.float64)).softmax(-1) for start in _STARTS)
-
-
-def _check_descended(level: Callable[[float, float], float]) -> Tally:
-    """The minimisers found by descent from three starts against the closed form `p = q / level` on S."""
-    tally = Tally()
-    q = torch.tensor(TEACHER, dtype=torch.float64)
-    for name, parameters in _DESCENDED:
-        divergence = divergences.divergence(name, **parameters)
-        inside = float(q[:2].sum())
-        claimed = q[:2] / level(critical_ratio(divergence), inside)
-        for found in _minimisers(divergence, 2):
-            tally.compare(found[:2], claimed)
-    return tally
-
-
-def _check_at_teacher(pull: Callable[[float], float]) -> Tally:
-    r"""The library's truncated loss at the teacher: $-f'(1)\, q_b (1_S(b) - q(S))$ in each logit."""
-    tally = Tally()
-    at_one = torch.zeros(1, dtype=torch.float64)
-    teacher = TabularPolicy([torch.tensor([TEACHER], dtype=torch.float64).log()])
-    q = torch.tensor(TEACHER, dtype=torch.float64)
-    for divergence in catalogue()[::2]:
-        slope = float(divergence.log_slope(at_one))
-        on = torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=torch.float64)
-        claimed = pull(slope) * q * (on - q[:2].sum())
-        tally.compare(topk_gradient("topk_truncated", divergence, (teacher, teacher), 2), [claimed.unsqueeze(0)])
-    return tally
-
-
-# The derivation.
-
-
-def _lagrange() -> bool:
-    """Two tokens in S and one outside, f undefined: the slopes of the Lagrangian."""
-    import sympy
-
-    p0, p1, p2, q0, q1, u, multiplier = sympy.symbols("p0 p1 p2 q0 q1 u lambda", positive=True)
-    f = sympy.Function("f")
-    w = u * sympy.diff(f(u), u) - f(u)
-    lagrangian = p0 * f(q0 / p0) + p1 * f(q1 / p1) + multiplier * (p0 + p1 + p2 - 1)
-    on = [sympy.diff(lagrangian, p).doit() - multiplier + w.subs(u, q / p).doit() for p, q in ((p0, q0), (p1, q1))]
-    mass = sympy.diff(lagrangian, multiplier)
-    return (
-        all(sympy.simplify(e) == 0 for e in on)
-        and sympy.diff(lagrangian, p2) == multiplier
-        and mass == p0 + p1 + p2 - 1
-    )
-
-
-def _convex() -> bool:
-    import sympy
-
-    p, q, u = sympy.symbols("p q u", positive=True)
-    f = sympy.Function("f")
-    second = q**2 / p**3 * sympy.diff(f(u), u, 2).subs(u, q / p)
-    return sympy.simplify((sympy.diff(p * f(q / p), p, 2) - second).doit()) == 0
-
-
-def _forward() -> bool:
-    import sympy
-
-    q0, q1, multiplier = sympy.symbols("q0 q1 lambda", positive=True)
-    # w_f = u is positive, so lambda = q/p > 0 on S, and a positive slope outside S empties the tail.
-    found = sympy.solve(q0 / multiplier + q1 / multiplier - 1, multiplier)
-    value = sum(q * sympy.log(q / (q / found[0])) for q in (q0, q1))
-    return found == [q0 + q1] and sympy.simplify(value - (q0 + q1) * sympy.log(q0 + q1)) == 0
-
-
-def _reverse() -> bool:
-    import sympy
-
-    q0, q1, u = sympy.symbols("q0 q1 u", positive=True)
-    f = -sympy.log(u)
-    found = sympy.solve(u * sympy.diff(f, u) - f, u)
-    value = sum(q / sympy.E * sympy.log((q / sympy.E) / q) for q in (q0, q1))
-    return found == [sympy.E] and sympy.simplify(value + (q0 + q1) / sympy.E) == 0
-
-
-def _level() -> bool:
-    import sympy
-
-    u, c = sympy.symbols("u c", real=True)
-    f = sympy.Function("f")
-    w = u * sympy.diff(f(u), u) - f(u)
-    g = f(u) + c * (u - 1)
-    shifted = u * sympy.diff(g, u) - g
-    return (
-        sympy.simplify(sympy.diff(w, u) - u * sympy.diff(f(u), u, 2)) == 0
-        and g.subs(u, 1) == f(1)
-        and sympy.simplify(shifted - w - c) == 0
-        and sympy.simplify(w.subs(u, 1).doit() - sympy.diff(f(u), u).subs(u, 1) + f(1)) == 0
-    )
-
 
 def theorems() -> list[Theorem]:
     """T9."""
-    from mpmath import iv
-
     return [
         Theorem(
             number="T9",
@@ -246,7 +91,6 @@ def theorems() -> list[Theorem]:
             ),
             identities=(
                 Identity(
-                    "T9",
                     "minimisers in fractions",
                     r"p = q/\max(u_0, q(S)) \text{ on } S \text{ for } (u-1)^2 + c(u-1)",
                     _check_critical_in_fractions,
@@ -260,7 +104,6 @@ def theorems() -> list[Theorem]:
                     0.0,
                 ),
                 Identity(
-                    "T9",
                     "(a) forward KL",
                     r"p = q/q(S),\quad \sum_S q \log(q/p) = q(S) \log q(S) < 0",
                     functools.partial(_check_kl, "forward_kl"),
@@ -274,7 +117,6 @@ def theorems() -> list[Theorem]:
                     1e-40,
                 ),
                 Identity(
-                    "T9",
                     "(b) reverse KL",
                     r"p = q/e \text{ on } S,\quad \sum_S p \log(p/q) = -q(S)/e",
                     functools.partial(_check_kl, "reverse_kl"),
@@ -288,7 +130,6 @@ def theorems() -> list[Theorem]:
                     1e-40,
                 ),
                 Identity(
-                    "T9",
                     "descent ends there",
                     r"\text{Newton's method on the logits ends at } p = q/\max(u_0, q(S)) \text{ from every start}",
                     _check_descended,
@@ -299,7 +140,6 @@ def theorems() -> list[Theorem]:
                     },
                 ),
                 Identity(
-                    "T9",
                     "the pull at the teacher",
                     r"\partial_{z_b} \sum_S p f(q/p)\big|_{p=q} = -f'(1)\, q_b\, (1_S(b) - q(S)): "
                     r"\text{ zero iff } f'(1) = 0",
@@ -314,3 +154,141 @@ def theorems() -> list[Theorem]:
             ),
         ),
     ]
+
+
+# The truncated sum.
+
+
+def _check_critical_in_fractions(law_on: Callable[[Fraction, Fraction, Fraction], Fraction]) -> Cases:
+    """Chi2 in three gauges: the claimed law is stationary, and no law of a grid lies below it."""
+    u, p, q = divergences.symbol(), sympy.Symbol("p", positive=True), sympy.Symbol("q", positive=True)
+    for shift, critical in _CHI2_GAUGES:
+        f = divergences.divergence("chi2").expr + sympy.Rational(shift.numerator, shift.denominator) * (u - 1)
+        term = p * f.subs(u, q / p)
+        slope = sympy.diff(term, p)
+        for _, teacher, k in kept():
+            inside = sum(teacher[:k], Fraction(0))
+            head = [law_on(b, inside, critical) for b in teacher[:k]]
+            rest = 1 - sum(head)
+            yield holds(rest >= 0, shift, critical, teacher, k)
+            slopes = [values_of(slope, {p: a, q: b}) for a, b in zip(head, teacher[:k], strict=True)]
+            # However the rest is spread, its slope is zero.
+            yield same(
+                in_logits([*head, rest], [*slopes, Fraction(0)]), [Fraction(0)] * (k + 1), shift, critical, teacher, k
+            )
+            lowest = sum(values_of(term, {p: a, q: b}) for a, b in zip(head, teacher[:k], strict=True))
+            for other, _ in rational_laws():
+                if len(other) == len(teacher):
+                    higher = sum(values_of(term, {p: a, q: b}) for a, b in zip(other[:k], teacher[:k], strict=True))
+                    yield holds(lowest <= higher, shift, critical, teacher, k, other)
+
+
+def _check_kl(name: str, claim: Callable[[Any, Any], tuple[Any, Any]]) -> Cases:
+    """A KL's claimed law on S and value, in intervals: every slope in the logits encloses zero."""
+    u, p, q = divergences.symbol(), sympy.Symbol("p", positive=True), sympy.Symbol("q", positive=True)
+    term = p * divergences.divergence(name).expr.subs(u, q / p)
+    slope = sympy.diff(term, p)
+    for _, teacher, k in kept():
+        inside = interval(sum(teacher[:k]))
+        qs = [interval(b) for b in teacher[:k]]
+        head = [claim(b, inside)[0] for b in qs]
+        rest = interval(1) - sum(head)
+        values = [{p: a, q: b} for a, b in zip(head, qs, strict=True)]
+        slopes = [enclose(slope, v) for v in values]
+        for entry in in_logits([*head, rest], [*slopes, interval(0)]):
+            yield overlap(entry, interval(0), teacher, k, entry)
+        yield overlap(sum(enclose(term, v) for v in values), claim(qs[0], inside)[1], teacher, k)
+        # The teacher's own value is zero, or -log 1: the minimum is certified to lie below.
+        yield holds(claim(qs[0], inside)[1].b < 0, teacher, k)
+
+
+@functools.cache
+def _minimisers(divergence: Divergence, k: int) -> tuple[Tensor, ...]:
+    """Where Newton's method on the logits ends from each start; kept, as every twin needs it again."""
+    log_q = torch.tensor(TEACHER, dtype=torch.float64).log()
+
+    def loss(z: Tensor) -> Tensor:
+        log_p = z.log_softmax(-1)[:k]
+        return (log_p.exp() * divergence.generator(log_q[:k] - log_p)).sum()
+
+    return tuple(minimise(loss, torch.tensor(start, dtype=torch.float64)).softmax(-1) for start in _STARTS)
+
+
+def _check_descended(level: Callable[[float, float], float]) -> Cases:
+    """The minimisers found by descent from three starts against the closed form `p = q / level` on S."""
+    q = torch.tensor(TEACHER, dtype=torch.float64)
+    for name, parameters in _DESCENDED:
+        divergence = divergences.divergence(name, **parameters)
+        inside = float(q[:2].sum())
+        claimed = q[:2] / level(critical_ratio(divergence), inside)
+        for found in _minimisers(divergence, 2):
+            yield close(found[:2], claimed, name, parameters, found)
+
+
+def _check_at_teacher(pull: Callable[[float], float]) -> Cases:
+    r"""The library's truncated loss at the teacher: $-f'(1)\, q_b (1_S(b) - q(S))$ in each logit."""
+    at_one = torch.zeros(1, dtype=torch.float64)
+    teacher = TabularPolicy([torch.tensor([TEACHER], dtype=torch.float64).log()])
+    q = torch.tensor(TEACHER, dtype=torch.float64)
+    for divergence in catalogue()[::2]:
+        slope = float(divergence.log_slope(at_one))
+        on = torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=torch.float64)
+        claimed = pull(slope) * q * (on - q[:2].sum())
+        yield close(
+            topk_gradient("topk_truncated", divergence, (teacher, teacher), 2), [claimed.unsqueeze(0)], divergence
+        )
+
+
+# The derivation.
+
+
+def _lagrange() -> bool:
+    """Two tokens in S and one outside, f undefined: the slopes of the Lagrangian."""
+    p0, p1, p2, q0, q1, u, multiplier = sympy.symbols("p0 p1 p2 q0 q1 u lambda", positive=True)
+    f = sympy.Function("f")
+    w = u * sympy.diff(f(u), u) - f(u)
+    lagrangian = p0 * f(q0 / p0) + p1 * f(q1 / p1) + multiplier * (p0 + p1 + p2 - 1)
+    on = [sympy.diff(lagrangian, p).doit() - multiplier + w.subs(u, q / p).doit() for p, q in ((p0, q0), (p1, q1))]
+    mass = sympy.diff(lagrangian, multiplier)
+    return (
+        all(sympy.simplify(e) == 0 for e in on)
+        and sympy.diff(lagrangian, p2) == multiplier
+        and mass == p0 + p1 + p2 - 1
+    )
+
+
+def _convex() -> bool:
+    p, q, u = sympy.symbols("p q u", positive=True)
+    f = sympy.Function("f")
+    second = q**2 / p**3 * sympy.diff(f(u), u, 2).subs(u, q / p)
+    return sympy.simplify((sympy.diff(p * f(q / p), p, 2) - second).doit()) == 0
+
+
+def _forward() -> bool:
+    q0, q1, multiplier = sympy.symbols("q0 q1 lambda", positive=True)
+    # w_f = u is positive, so lambda = q/p > 0 on S, and a positive slope outside S empties the tail.
+    found = sympy.solve(q0 / multiplier + q1 / multiplier - 1, multiplier)
+    value = sum(q * sympy.log(q / (q / found[0])) for q in (q0, q1))
+    return found == [q0 + q1] and sympy.simplify(value - (q0 + q1) * sympy.log(q0 + q1)) == 0
+
+
+def _reverse() -> bool:
+    q0, q1, u = sympy.symbols("q0 q1 u", positive=True)
+    f = -sympy.log(u)
+    found = sympy.solve(u * sympy.diff(f, u) - f, u)
+    value = sum(q / sympy.E * sympy.log((q / sympy.E) / q) for q in (q0, q1))
+    return found == [sympy.E] and sympy.simplify(value + (q0 + q1) / sympy.E) == 0
+
+
+def _level() -> bool:
+    u, c = sympy.symbols("u c", real=True)
+    f = sympy.Function("f")
+    w = u * sympy.diff(f(u), u) - f(u)
+    g = f(u) + c * (u - 1)
+    shifted = u * sympy.diff(g, u) - g
+    return (
+        sympy.simplify(sympy.diff(w, u) - u * sympy.diff(f(u), u, 2)) == 0
+        and g.subs(u, 1) == f(1)
+        and sympy.simplify(shifted - w - c) == 0
+        and sympy.simplify(w.subs(u, 1).doit() - sympy.diff(f(u), u).subs(u, 1) + f(1)) == 0
+    )

@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from typing import Any, Literal
 
+import sympy
 import torch
+from mpmath import iv
 from torch import Tensor
 
 from opdtheory import divergences
@@ -26,243 +28,13 @@ from opdtheory.theorems.instances.one_sample import (
     variance,
     weights,
 )
-from opdtheory.theorems.theorem import Identity, Step, Tally, Theorem
+from opdtheory.theorems.theorem import Cases, Identity, Step, Theorem, close, holds, same
 
 __all__ = ["theorems"]
 
 GroupBaseline = Callable[[Sequence[Any], int], Any]
 Baseline = Literal["leave_one_out", "group_mean"]
 SIZES = (2, 3, 4)
-
-
-def _groups(p: Sequence[Any], size: int) -> Iterator[tuple[tuple[int, ...], Any]]:
-    """Every group of tokens with its probability."""
-    for group in itertools.product(range(len(p)), repeat=size):
-        yield group, math.prod((p[a] for a in group[1:]), start=p[group[0]])
-
-
-def _group_gradient(p: Sequence[Any], w: Sequence[Any], size: int, baseline: GroupBaseline) -> list[Any]:
-    r"""$-E[\frac1G\sum_i (A_i - b_i) s_i]$ over all groups."""
-    total = [p[0] * 0] * len(p)
-    for group, chance in _groups(p, size):
-        own = [w[a] for a in group]
-        for i, a in enumerate(group):
-            advantage = own[i] - baseline(own, i)
-            total = [t - chance * advantage * s / size for t, s in zip(total, score(p, a), strict=True)]
-    return total
-
-
-def _others(own: Sequence[Any], i: int) -> Any:
-    return (sum(own) - own[i]) / (len(own) - 1)
-
-
-def _everyone(own: Sequence[Any], i: int) -> Any:
-    return sum(own) / len(own)
-
-
-def _check_scale(baseline: GroupBaseline) -> Callable[[Callable[[int], Fraction]], Tally]:
-    """The expected gradient under a group baseline as a multiple of the exact one, in fractions."""
-
-    def check(scale: Callable[[int], Fraction]) -> Tally:
-        tally = Tally()
-        for size in SIZES:
-            for p, q in rational_laws()[:4]:
-                w = weights("chi2", p, q)
-                exact = mean_gradient(p, w)
-                tally.equal(_group_gradient(p, w, size, baseline), [scale(size) * g for g in exact])
-        return tally
-
-    return check
-
-
-def _check_library(scale: dict[Baseline, Callable[[int], float]]) -> Tally:
-    """The library's group baselines on every batch: two steps of fixed length."""
-    tally = Tally()
-    for name in SMOOTH:
-        exact = exact_gradient(*_short_pair(None), name)
-        for baseline, factor in scale.items():
-            for size in (2, 3):
-                mean = _library_mean(name, baseline, size, None)
-                tally.compare(mean, [factor(size) * level for level in exact])
-    return tally
-
-
-@functools.cache
-def _library_mean(name: str, baseline: Baseline, size: int, eos: int | None) -> list[Tensor]:
-    """The expected gradient over every batch; kept, as every twin needs it again."""
-    return expected_gradient(estimator("opd_plus", name, baseline=baseline), *_short_pair(eos), batch_size=size)
-
-
-def _short_pair(eos: int | None) -> Pair:
-    return random_pair(2, 2, eos=eos, scale=1.0, distance=1.0, seed=5)
-
-
-def _check_variable_length(baseline: Baseline) -> Tally:
-    """With an end-of-sequence token the number of rollouts still running is random: the mean up to one factor."""
-    tally = Tally()
-    for name in SMOOTH:
-        exact = exact_gradient(*_short_pair(0), name)
-        mean = _library_mean(name, baseline, 2, 0)
-        factor = float((mean[0] * exact[0]).sum() / exact[0].square().sum())
-        tally.compare(mean, [factor * level for level in exact])
-    return tally
-
-
-# Division by the standard deviation.
-
-
-@functools.cache
-def _z_scored(p: Law, w: Law, size: int) -> list[Any]:
-    """The expected z-scored gradient as intervals; a group without spread counts zero."""
-    from mpmath import iv
-
-    total = [interval(0)] * len(p)
-    law = intervals(p)
-    for group, chance in _groups(p, size):
-        own = [w[a] for a in group]
-        mean = sum(own) / Fraction(size)
-        spread = sum(((x - mean) ** 2 for x in own), start=Fraction(0))  # up to a factor, which turns no direction
-        if spread == 0:
-            continue
-        for i, a in enumerate(group):
-            advantage = interval(chance * (own[i] - mean) / size) / iv.sqrt(interval(spread))
-            total = [t - advantage * s for t, s in zip(total, score(law, a), strict=True)]
-    return total
-
-
-def _parallel(left: Sequence[Any], right: Sequence[Any]) -> bool | None:
-    """Whether two interval vectors may point the same way; False is certain."""
-    dot = sum(a * b for a, b in zip(left, right, strict=True))
-    flat = all(0 in left[i] * right[j] - left[j] * right[i] for i, j in itertools.combinations(range(len(left)), 2))
-    return flat and dot.b > 0
-
-
-def _check_direction(keeps: Callable[[int, int, int], bool]) -> Tally:
-    r"""Does the z-score keep the direction? Predicted from the numbers of values, of rollouts and of steps.
-
-    Two steps are two rows met with certainty, whose gradients must be scaled alike; not to be parallel is certified,
-    and what may be parallel agrees to 40 digits.
-    """
-    tally = Tally()
-    p, later = (Fraction(1, 6), Fraction(1, 3), Fraction(1, 2)), (Fraction(3, 5), Fraction(1, 5), Fraction(1, 5))
-    for values, w in ((2, (1, -1, -1)), (2, (0, 0, 5)), (3, (3, 1, -1)), (3, (9, 1, 0))):
-        advantage = tuple(Fraction(x) for x in w)
-        for size in SIZES:
-            first, second = (_z_scored(law, advantage, size) for law in (p, later))
-            exact = [[interval(g) for g in mean_gradient(law, advantage)] for law in (p, later)]
-            tally.require(_parallel(first, exact[0]) == keeps(values, size, 1))
-            tally.require(_parallel([*first, *second], [*exact[0], *exact[1]]) == keeps(values, size, 2))
-    return tally
-
-
-def _check_ranks(weight: Callable[[Tensor, Tensor], Tensor]) -> Tally:
-    """The library's z-score of two rollouts, run on every pair of them, one step."""
-    tally = Tally()
-    for seed in (1, 2):
-        log_p, log_q = (policy.logits[0].log_softmax(-1) for policy in _one_row(seed))
-        p = log_p.exp()
-        for name in SMOOTH:
-            advantage = weight(p, divergences.divergence(name).weight(log_q - log_p))
-            expected = -p * (advantage - (p * advantage).sum())
-            tally.compare(_ranked(name, seed), [expected])
-    return tally
-
-
-@functools.cache
-def _ranked(name: str, seed: int) -> list[Tensor]:
-    return expected_gradient(estimator("opd_plus", name, zscore=True, eps=1e-300), *_one_row(seed), batch_size=2)
-
-
-def _one_row(seed: int) -> Pair:
-    return random_pair(4, 1, scale=1.0, distance=1.0, seed=seed)
-
-
-def _rank(p: Tensor, w: Tensor) -> Tensor:
-    return (p * torch.sign(w.T - w)).sum(-1) / math.sqrt(2.0)
-
-
-# T7f: independent rollouts.
-
-
-def _check_mean_of_group(share: Callable[[int], Fraction]) -> Tally:
-    """The variance of a mean over every group, in fractions."""
-    tally = Tally()
-    for name in RATIONAL:
-        for p, q in rational_laws()[:3]:
-            w = weights(name, p, q)
-            one, exact = variance(p, w), mean_gradient(p, w)
-            for size in (2, 3):
-                moment = Fraction(0)
-                for group, chance in _groups(p, size):
-                    rows = [[w[a] * s for s in score(p, a)] for a in group]
-                    moment += chance * square([sum(column) / size for column in zip(*rows, strict=True)])
-                tally.equal(moment - square(exact), share(size) * one)
-    return tally
-
-
-# The derivation.
-
-
-def _group_symbols(size: int) -> tuple[Any, Any, Any]:
-    """Two atoms with symbolic probabilities, weights and scalar scores of mean zero."""
-    import sympy
-
-    p = sympy.Symbol("p", positive=True)
-    w = sympy.symbols("w0:2", real=True)
-    s = sympy.Symbol("s", real=True)
-    return [p, 1 - p], w, [s, -p * s / (1 - p)]
-
-
-def _expected_with(baseline: GroupBaseline, scale: Callable[[int], Fraction]) -> bool:
-    import sympy
-
-    for size in SIZES:
-        p, w, s = _group_symbols(size)
-        total = sum(
-            chance * sum((w[a] - baseline([w[b] for b in group], i)) * s[a] for i, a in enumerate(group)) / size
-            for group, chance in _groups(p, size)
-        )
-        factor = sympy.Rational(scale(size).numerator, scale(size).denominator)
-        if sympy.simplify(total - factor * expectation(p, [x * y for x, y in zip(w, s, strict=True)])) != 0:
-            return False
-    return True
-
-
-def _spread_of_two_values() -> bool:
-    r"""With $k$ of $G$ at the upper of two values: $\sigma^2 = \frac{k(G-k)}{G(G-1)}(b-a)^2$."""
-    import sympy
-
-    k, size, a, b = sympy.symbols("k G a b")
-    mean = (k * b + (size - k) * a) / size
-    spread = (k * (b - mean) ** 2 + (size - k) * (a - mean) ** 2) / (size - 1)
-    return sympy.simplify(spread - k * (size - k) / (size * (size - 1)) * (b - a) ** 2) == 0
-
-
-def _one_spread_only_up_to_three() -> bool:
-    """All mixed groups have the same k(G-k) exactly for G = 2 and 3."""
-    return [size for size in range(2, 9) if len({k * (size - k) for k in range(1, size)}) == 1] == [2, 3]
-
-
-def _affine_on_two_values() -> bool:
-    """Whatever a function does to two values it does by an affine map."""
-    import sympy
-
-    a, b, at_a, at_b, x = sympy.symbols("a b A B x")
-    line = at_a + (at_b - at_a) / (b - a) * (x - a)
-    return sympy.simplify(line.subs(x, a) - at_a) == 0 and sympy.simplify(line.subs(x, b) - at_b) == 0
-
-
-def _variance_of_a_mean() -> bool:
-    """Independent scalars of mean zero: E of the square of their mean, by the cross terms."""
-    import sympy
-
-    for size in (2, 3):
-        p, w, _ = _group_symbols(size)
-        x = [w[0], -p[0] * w[0] / p[1]]
-        left = sum(chance * (sum(x[a] for a in group) / size) ** 2 for group, chance in _groups(p, size))
-        if sympy.simplify(left - expectation(p, [y**2 for y in x]) / size) != 0:
-            return False
-    return True
 
 
 def theorems() -> list[Theorem]:
@@ -317,7 +89,6 @@ def _group_baselines() -> Theorem:
         ),
         identities=(
             Identity(
-                "T7e",
                 "leave-one-out in fractions",
                 r"E[(A_i - \bar A_{-i}) s_i] = E[A s]",
                 _check_scale(_others),
@@ -327,7 +98,6 @@ def _group_baselines() -> Theorem:
                 0.0,
             ),
             Identity(
-                "T7e",
                 "group mean in fractions",
                 r"E[(A_i - \bar A) s_i] = \tfrac{G-1}{G} E[A s]",
                 _check_scale(_everyone),
@@ -341,7 +111,6 @@ def _group_baselines() -> Theorem:
                 0.0,
             ),
             Identity(
-                "T7e",
                 "group baselines as black boxes",
                 r"\text{factors } 1 \text{ and } (G-1)/G \text{ on two steps}",
                 _check_library,
@@ -352,7 +121,6 @@ def _group_baselines() -> Theorem:
                 },
             ),
             Identity(
-                "T7e",
                 "with an end-of-sequence token",
                 r"\text{leave-one-out keeps the direction when rollouts end early}",
                 _check_variable_length,
@@ -360,7 +128,6 @@ def _group_baselines() -> Theorem:
                 {"the group mean does": "group_mean"},
             ),
             Identity(
-                "T7e",
                 "the z-score's direction",
                 r"\text{kept} \iff A \text{ has two values and } (G \le 3 \text{ or one step})",
                 _check_direction,
@@ -375,7 +142,6 @@ def _group_baselines() -> Theorem:
                 0.0,
             ),
             Identity(
-                "T7e",
                 "two rollouts are compared by rank",
                 r"G = 2:\ E\big[\tfrac{A_1 - \bar A}{\sigma}\mid A_1 = a\big] = "
                 r"\tfrac{1}{\sqrt2}(P(A < a) - P(A > a))",
@@ -404,7 +170,6 @@ def _independent() -> Theorem:
         ),
         identities=(
             Identity(
-                "T7f",
                 "every group in fractions",
                 r"\mathrm{Var}(\tfrac1G\textstyle\sum_i \hat g_i) = \mathrm{Var}(\hat g)/G",
                 _check_mean_of_group,
@@ -419,3 +184,209 @@ def _independent() -> Theorem:
             ),
         ),
     )
+
+
+def _groups(p: Sequence[Any], size: int) -> Iterator[tuple[tuple[int, ...], Any]]:
+    """Every group of tokens with its probability."""
+    for group in itertools.product(range(len(p)), repeat=size):
+        yield group, math.prod((p[a] for a in group[1:]), start=p[group[0]])
+
+
+def _group_gradient(p: Sequence[Any], w: Sequence[Any], size: int, baseline: GroupBaseline) -> list[Any]:
+    r"""$-E[\frac1G\sum_i (A_i - b_i) s_i]$ over all groups."""
+    total = [p[0] * 0] * len(p)
+    for group, chance in _groups(p, size):
+        own = [w[a] for a in group]
+        for i, a in enumerate(group):
+            advantage = own[i] - baseline(own, i)
+            total = [t - chance * advantage * s / size for t, s in zip(total, score(p, a), strict=True)]
+    return total
+
+
+def _others(own: Sequence[Any], i: int) -> Any:
+    return (sum(own) - own[i]) / (len(own) - 1)
+
+
+def _everyone(own: Sequence[Any], i: int) -> Any:
+    return sum(own) / len(own)
+
+
+def _check_scale(baseline: GroupBaseline) -> Callable[[Callable[[int], Fraction]], Cases]:
+    """The expected gradient under a group baseline as a multiple of the exact one, in fractions."""
+
+    def check(scale: Callable[[int], Fraction]) -> Cases:
+        for size in SIZES:
+            for p, q in rational_laws()[:4]:
+                w = weights("chi2", p, q)
+                exact = mean_gradient(p, w)
+                yield same(_group_gradient(p, w, size, baseline), [scale(size) * g for g in exact], size, p, q)
+
+    return check
+
+
+def _check_library(scale: dict[Baseline, Callable[[int], float]]) -> Cases:
+    """The library's group baselines on every batch: two steps of fixed length."""
+    for name in SMOOTH:
+        exact = exact_gradient(*_short_pair(None), name)
+        for baseline, factor in scale.items():
+            for size in (2, 3):
+                mean = _library_mean(name, baseline, size, None)
+                yield close(mean, [factor(size) * level for level in exact], name, baseline, factor, size)
+
+
+@functools.cache
+def _library_mean(name: str, baseline: Baseline, size: int, eos: int | None) -> list[Tensor]:
+    """The expected gradient over every batch; kept, as every twin needs it again."""
+    return expected_gradient(estimator("opd_plus", name, baseline=baseline), *_short_pair(eos), batch_size=size)
+
+
+def _short_pair(eos: int | None) -> Pair:
+    return random_pair(2, 2, eos=eos, scale=1.0, distance=1.0, seed=5)
+
+
+def _check_variable_length(baseline: Baseline) -> Cases:
+    """With an end-of-sequence token the number of rollouts still running is random: the mean up to one factor."""
+    for name in SMOOTH:
+        exact = exact_gradient(*_short_pair(0), name)
+        mean = _library_mean(name, baseline, 2, 0)
+        factor = float((mean[0] * exact[0]).sum() / exact[0].square().sum())
+        yield close(mean, [factor * level for level in exact], name)
+
+
+# Division by the standard deviation.
+
+
+@functools.cache
+def _z_scored(p: Law, w: Law, size: int) -> list[Any]:
+    """The expected z-scored gradient as intervals; a group without spread counts zero."""
+    total = [interval(0)] * len(p)
+    law = intervals(p)
+    for group, chance in _groups(p, size):
+        own = [w[a] for a in group]
+        mean = sum(own) / Fraction(size)
+        spread = sum(((x - mean) ** 2 for x in own), start=Fraction(0))  # up to a factor, which turns no direction
+        if spread == 0:
+            continue
+        for i, a in enumerate(group):
+            advantage = interval(chance * (own[i] - mean) / size) / iv.sqrt(interval(spread))
+            total = [t - advantage * s for t, s in zip(total, score(law, a), strict=True)]
+    return total
+
+
+def _parallel(left: Sequence[Any], right: Sequence[Any]) -> bool | None:
+    """Whether two interval vectors may point the same way; False is certain."""
+    dot = sum(a * b for a, b in zip(left, right, strict=True))
+    flat = all(0 in left[i] * right[j] - left[j] * right[i] for i, j in itertools.combinations(range(len(left)), 2))
+    return flat and dot.b > 0
+
+
+def _check_direction(keeps: Callable[[int, int, int], bool]) -> Cases:
+    r"""Does the z-score keep the direction? Predicted from the numbers of values, of rollouts and of steps.
+
+    Two steps are two rows met with certainty, whose gradients must be scaled alike; not to be parallel is certified,
+    and what may be parallel agrees to 40 digits.
+    """
+    p, later = (Fraction(1, 6), Fraction(1, 3), Fraction(1, 2)), (Fraction(3, 5), Fraction(1, 5), Fraction(1, 5))
+    for values, w in ((2, (1, -1, -1)), (2, (0, 0, 5)), (3, (3, 1, -1)), (3, (9, 1, 0))):
+        advantage = tuple(Fraction(x) for x in w)
+        for size in SIZES:
+            first, second = (_z_scored(law, advantage, size) for law in (p, later))
+            exact = [[interval(g) for g in mean_gradient(law, advantage)] for law in (p, later)]
+            yield holds(_parallel(first, exact[0]) == keeps(values, size, 1), values, w, size)
+            yield holds(_parallel([*first, *second], [*exact[0], *exact[1]]) == keeps(values, size, 2), values, w, size)
+
+
+def _check_ranks(weight: Callable[[Tensor, Tensor], Tensor]) -> Cases:
+    """The library's z-score of two rollouts, run on every pair of them, one step."""
+    for seed in (1, 2):
+        log_p, log_q = (policy.logits[0].log_softmax(-1) for policy in _one_row(seed))
+        p = log_p.exp()
+        for name in SMOOTH:
+            advantage = weight(p, divergences.divergence(name).weight(log_q - log_p))
+            expected = -p * (advantage - (p * advantage).sum())
+            yield close(_ranked(name, seed), [expected], seed, name)
+
+
+@functools.cache
+def _ranked(name: str, seed: int) -> list[Tensor]:
+    return expected_gradient(estimator("opd_plus", name, zscore=True, eps=1e-300), *_one_row(seed), batch_size=2)
+
+
+def _one_row(seed: int) -> Pair:
+    return random_pair(4, 1, scale=1.0, distance=1.0, seed=seed)
+
+
+def _rank(p: Tensor, w: Tensor) -> Tensor:
+    return (p * torch.sign(w.T - w)).sum(-1) / math.sqrt(2.0)
+
+
+# T7f: independent rollouts.
+
+
+def _check_mean_of_group(share: Callable[[int], Fraction]) -> Cases:
+    """The variance of a mean over every group, in fractions."""
+    for name in RATIONAL:
+        for p, q in rational_laws()[:3]:
+            w = weights(name, p, q)
+            one, exact = variance(p, w), mean_gradient(p, w)
+            for size in (2, 3):
+                moment = Fraction(0)
+                for group, chance in _groups(p, size):
+                    rows = [[w[a] * s for s in score(p, a)] for a in group]
+                    moment += chance * square([sum(column) / size for column in zip(*rows, strict=True)])
+                yield same(moment - square(exact), share(size) * one, name, p, q, size)
+
+
+# The derivation.
+
+
+def _group_symbols(size: int) -> tuple[Any, Any, Any]:
+    """Two atoms with symbolic probabilities, weights and scalar scores of mean zero."""
+    p = sympy.Symbol("p", positive=True)
+    w = sympy.symbols("w0:2", real=True)
+    s = sympy.Symbol("s", real=True)
+    return [p, 1 - p], w, [s, -p * s / (1 - p)]
+
+
+def _expected_with(baseline: GroupBaseline, scale: Callable[[int], Fraction]) -> bool:
+    for size in SIZES:
+        p, w, s = _group_symbols(size)
+        total = sum(
+            chance * sum((w[a] - baseline([w[b] for b in group], i)) * s[a] for i, a in enumerate(group)) / size
+            for group, chance in _groups(p, size)
+        )
+        factor = sympy.Rational(scale(size).numerator, scale(size).denominator)
+        if sympy.simplify(total - factor * expectation(p, [x * y for x, y in zip(w, s, strict=True)])) != 0:
+            return False
+    return True
+
+
+def _spread_of_two_values() -> bool:
+    r"""With $k$ of $G$ at the upper of two values: $\sigma^2 = \frac{k(G-k)}{G(G-1)}(b-a)^2$."""
+    k, size, a, b = sympy.symbols("k G a b")
+    mean = (k * b + (size - k) * a) / size
+    spread = (k * (b - mean) ** 2 + (size - k) * (a - mean) ** 2) / (size - 1)
+    return sympy.simplify(spread - k * (size - k) / (size * (size - 1)) * (b - a) ** 2) == 0
+
+
+def _one_spread_only_up_to_three() -> bool:
+    """All mixed groups have the same k(G-k) exactly for G = 2 and 3."""
+    return [size for size in range(2, 9) if len({k * (size - k) for k in range(1, size)}) == 1] == [2, 3]
+
+
+def _affine_on_two_values() -> bool:
+    """Whatever a function does to two values it does by an affine map."""
+    a, b, at_a, at_b, x = sympy.symbols("a b A B x")
+    line = at_a + (at_b - at_a) / (b - a) * (x - a)
+    return sympy.simplify(line.subs(x, a) - at_a) == 0 and sympy.simplify(line.subs(x, b) - at_b) == 0
+
+
+def _variance_of_a_mean() -> bool:
+    """Independent scalars of mean zero: E of the square of their mean, by the cross terms."""
+    for size in (2, 3):
+        p, w, _ = _group_symbols(size)
+        x = [w[0], -p[0] * w[0] / p[1]]
+        left = sum(chance * (sum(x[a] for a in group) / size) ** 2 for group, chance in _groups(p, size))
+        if sympy.simplify(left - expectation(p, [y**2 for y in x]) / size) != 0:
+            return False
+    return True

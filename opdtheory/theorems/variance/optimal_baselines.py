@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 
+import sympy
+
 from opdtheory import divergences
 from opdtheory.theorems.instances.cases import interval, rational_laws, values_of
 from opdtheory.theorems.instances.one_sample import (
@@ -21,142 +23,12 @@ from opdtheory.theorems.instances.one_sample import (
     weights,
     weights_enclosed,
 )
-from opdtheory.theorems.theorem import Identity, Step, Tally, Theorem
+from opdtheory.theorems.theorem import Cases, Identity, Step, Theorem, holds, same
 from opdtheory.theorems.variance.bounds import _lower_bound
 
 __all__ = ["theorems"]
 
 SMOOTH_RATIONAL = ("forward_kl", "chi2", "neyman_chi2", "le_cam")
-
-# T7g: optimal baselines.
-
-
-def _check_two_tokens(baseline: OfPair) -> Tally:
-    """Two tokens: the optimal constant leaves no variance."""
-    tally = Tally()
-    for name in SMOOTH_RATIONAL:
-        for p, q in (pair for pair in rational_laws() if len(pair[0]) == 2):
-            w = weights(name, p, q)
-            tally.equal(variance(p, [x - baseline(p, w) for x in w]), 0)
-    return tally
-
-
-def _check_forward_optimum(value: OfPair) -> Tally:
-    tally = Tally()
-    for p, q in rational_laws():
-        tally.equal(optimal_baseline(p, weights("forward_kl", p, q)), value(p, q))
-    return tally
-
-
-def _near(p: Sequence[Fraction], q: Sequence[Fraction], size: Fraction) -> list[Fraction]:
-    return [a + size * (b - a) for a, b in zip(p, q, strict=True)]
-
-
-def _at_one(name: str, order: int) -> Fraction:
-    """A derivative of the generator at u = 1."""
-    import sympy
-
-    u = divergences.symbol()
-    return values_of(sympy.diff(divergences.divergence(name).expr, u, order).subs(u, 1), {})
-
-
-def _check_expansion(value: Callable[[Fraction, Fraction, Fraction], Fraction]) -> Tally:
-    r"""$b^*$ of a teacher at distance $\epsilon$, up to a remainder below $100 \epsilon^2$, in fractions."""
-    tally = Tally()
-    for name in SMOOTH_RATIONAL:
-        slope, bend = _at_one(name, 1), _at_one(name, 2)
-        for p, far in rational_laws():
-            for size in (Fraction(1, 10**4), Fraction(1, 10**8)):
-                q = tuple(_near(p, far, size))
-                shift = optimal_baseline(p, [u - 1 for u in ratios(p, q)])
-                best = optimal_baseline(p, weights(name, p, q))
-                tally.require(abs(best - value(slope, bend, shift)) <= 100 * size**2)
-    return tally
-
-
-def _check_same_gain(value: Callable[[Fraction, Fraction], Fraction]) -> Tally:
-    r"""$\mathrm{Var}(b^*) / \mathrm{Var}(w_f(1))$ near the teacher is one number for all generators."""
-    tally = Tally()
-    size = Fraction(1, 10**9)
-    for name in SMOOTH_RATIONAL:
-        slope = _at_one(name, 1)
-        for p, far in (pair for pair in rational_laws() if len(pair[0]) > 2):
-            q = tuple(_near(p, far, size))
-            w, v = weights(name, p, q), [u - 1 for u in ratios(p, far)]
-            best = optimal_baseline(p, w)
-            ratio = variance(p, [x - best for x in w]) / variance(p, [x - slope for x in w])
-            gained = optimal_baseline(p, v) ** 2 * expectation(p, score_norms(p))
-            tally.require(abs(ratio - value(gained, variance(p, v))) < Fraction(1, 10**6))
-    return tally
-
-
-def _check_known_mean(known: dict[str, bool]) -> Tally:
-    r"""Whether $E_p[w_f(u)] = w_f(1)$ for every pair: certified either way."""
-    tally = Tally()
-    for name, expected in known.items():
-        at_one = interval(_at_one(name, 1))
-        gaps = [expectation(intervals(p), weights_enclosed(name, p, q)) - at_one for p, q in rational_laws()]
-        tally.require(all(0 in gap for gap in gaps) == expected)
-    return tally
-
-
-# T7h: bounds.
-
-
-# The derivation.
-
-
-def _first_order() -> bool:
-    """The slope in ε of b* on three atoms, any scores, f undefined."""
-    import sympy
-
-    size, u = sympy.Symbol("epsilon", real=True), sympy.Symbol("u", positive=True)
-    f = sympy.Function("f")
-    p, v, s = three_atoms()
-    norms = [sum(x**2 for x in vector) for vector in s]
-    w = u * sympy.diff(f(u), u) - f(u)
-    total = expectation(p, norms)
-    slope = sum(a * n * (sympy.diff(w, u) * x) for a, n, x in zip(p, norms, v, strict=True)) / total
-    claimed = u * sympy.diff(f(u), u, 2) * expectation(p, [x * n for x, n in zip(v, norms, strict=True)]) / total
-    chain = sympy.diff(w.subs(u, 1 + size * v[0]).doit(), size).doit() - v[0] * (1 + size * v[0]) * sympy.diff(
-        f(u), u, 2
-    ).subs(u, 1 + size * v[0])
-    return sympy.simplify(slope - claimed) == 0 and sympy.simplify(chain.doit()) == 0
-
-
-def _forward_norms() -> bool:
-    r"""$E_q|s|^2 = 1 + |p|^2 - 2 p\cdot q$ and $E_p|s|^2 = 1 - |p|^2$ for softmax scores."""
-    import sympy
-
-    p0, p1, q0, q1 = sympy.symbols("p0 p1 q0 q1", positive=True)
-    p, q = [p0, p1, 1 - p0 - p1], [q0, q1, 1 - q0 - q1]
-    norms = score_norms(p)
-    return (
-        sympy.expand(expectation(q, norms) - (1 + square(p) - 2 * _dot(p, q))) == 0
-        and sympy.expand(expectation(p, norms) - (1 - square(p))) == 0
-    )
-
-
-def _two_values() -> bool:
-    import sympy
-
-    p, w1, w2 = sympy.symbols("p w1 w2")
-    best = optimal_baseline([p, 1 - p], [w1, w2])
-    gap = (w1 - best) * (1 - p) + (w2 - best) * p
-    return sympy.simplify(gap) == 0 and sympy.simplify(best - (w1 * (1 - p) + w2 * p)) == 0
-
-
-def _affine_mean() -> bool:
-    r"""$E_p w = w(1)$ on two atoms at $1-x$ and $1+y$, twice differentiated in y at 0, leaves w''."""
-    import sympy
-
-    x, y = sympy.symbols("x y", positive=True)
-    w, u = sympy.Function("w"), sympy.Symbol("u", positive=True)
-    # The weights of the atoms are y/(x+y) and x/(x+y); multiplied by x + y:
-    condition = y * w(1 - x) + x * w(1 + y) - (x + y) * w(1)
-    second = sympy.diff(condition, y, 2).doit() / x
-    bends = sympy.simplify(second - sympy.diff(w(u), u, 2).subs(u, 1 + y).doit()) == 0
-    return bends and sympy.expand(condition.replace(w, lambda at: 3 * at + 5)) == 0
 
 
 def theorems() -> list[Theorem]:
@@ -207,7 +79,6 @@ def _optimal_baselines() -> Theorem:
         ),
         identities=(
             Identity(
-                "T7g",
                 "two tokens, no variance",
                 r"V = 2:\ \mathrm{Var}(b^*) = 0",
                 _check_two_tokens,
@@ -220,7 +91,6 @@ def _optimal_baselines() -> Theorem:
                 0.0,
             ),
             Identity(
-                "T7g",
                 "forward KL's optimum",
                 r"b^* = (1 + |p|^2 - 2p\cdot q)/(1 - |p|^2)",
                 _check_forward_optimum,
@@ -233,7 +103,6 @@ def _optimal_baselines() -> Theorem:
                 0.0,
             ),
             Identity(
-                "T7g",
                 "expansion near the teacher",
                 r"|b^* - f'(1) - f''(1) E_p[(u-1)|s|^2]/E_p|s|^2| \le 100\,\epsilon^2",
                 _check_expansion,
@@ -247,7 +116,6 @@ def _optimal_baselines() -> Theorem:
                 0.0,
             ),
             Identity(
-                "T7g",
                 "the same gain for every divergence",
                 r"\mathrm{Var}(b^*)/\mathrm{Var}(f'(1)) \to 1 - (E_p[v|s|^2])^2/(E_p|s|^2\,\mathrm{Var}(vs))",
                 _check_same_gain,
@@ -260,7 +128,6 @@ def _optimal_baselines() -> Theorem:
                 0.0,
             ),
             Identity(
-                "T7g",
                 "whose mean is known",
                 r"E_p[w_f(u)] = w_f(1) \iff f = c\,u \log u + \text{gauge}",
                 _check_known_mean,
@@ -275,3 +142,114 @@ def _optimal_baselines() -> Theorem:
             ),
         ),
     )
+
+
+# T7g: optimal baselines.
+
+
+def _check_two_tokens(baseline: OfPair) -> Cases:
+    """Two tokens: the optimal constant leaves no variance."""
+    for name in SMOOTH_RATIONAL:
+        for p, q in (pair for pair in rational_laws() if len(pair[0]) == 2):
+            w = weights(name, p, q)
+            yield same(variance(p, [x - baseline(p, w) for x in w]), 0, name, p, q)
+
+
+def _check_forward_optimum(value: OfPair) -> Cases:
+    for p, q in rational_laws():
+        yield same(optimal_baseline(p, weights("forward_kl", p, q)), value(p, q), p, q)
+
+
+def _near(p: Sequence[Fraction], q: Sequence[Fraction], size: Fraction) -> list[Fraction]:
+    return [a + size * (b - a) for a, b in zip(p, q, strict=True)]
+
+
+def _at_one(name: str, order: int) -> Fraction:
+    """A derivative of the generator at u = 1."""
+    u = divergences.symbol()
+    return values_of(sympy.diff(divergences.divergence(name).expr, u, order).subs(u, 1), {})
+
+
+def _check_expansion(value: Callable[[Fraction, Fraction, Fraction], Fraction]) -> Cases:
+    r"""$b^*$ of a teacher at distance $\epsilon$, up to a remainder below $100 \epsilon^2$, in fractions."""
+    for name in SMOOTH_RATIONAL:
+        slope, bend = _at_one(name, 1), _at_one(name, 2)
+        for p, far in rational_laws():
+            for size in (Fraction(1, 10**4), Fraction(1, 10**8)):
+                q = tuple(_near(p, far, size))
+                shift = optimal_baseline(p, [u - 1 for u in ratios(p, q)])
+                best = optimal_baseline(p, weights(name, p, q))
+                yield holds(abs(best - value(slope, bend, shift)) <= 100 * size**2, name, p, far, size)
+
+
+def _check_same_gain(value: Callable[[Fraction, Fraction], Fraction]) -> Cases:
+    r"""$\mathrm{Var}(b^*) / \mathrm{Var}(w_f(1))$ near the teacher is one number for all generators."""
+    size = Fraction(1, 10**9)
+    for name in SMOOTH_RATIONAL:
+        slope = _at_one(name, 1)
+        for p, far in (pair for pair in rational_laws() if len(pair[0]) > 2):
+            q = tuple(_near(p, far, size))
+            w, v = weights(name, p, q), [u - 1 for u in ratios(p, far)]
+            best = optimal_baseline(p, w)
+            ratio = variance(p, [x - best for x in w]) / variance(p, [x - slope for x in w])
+            gained = optimal_baseline(p, v) ** 2 * expectation(p, score_norms(p))
+            yield holds(abs(ratio - value(gained, variance(p, v))) < Fraction(1, 10**6), name, p, far)
+
+
+def _check_known_mean(known: dict[str, bool]) -> Cases:
+    r"""Whether $E_p[w_f(u)] = w_f(1)$ for every pair: certified either way."""
+    for name, expected in known.items():
+        at_one = interval(_at_one(name, 1))
+        gaps = [expectation(intervals(p), weights_enclosed(name, p, q)) - at_one for p, q in rational_laws()]
+        yield holds(all(0 in gap for gap in gaps) == expected, name, expected)
+
+
+# T7h: bounds.
+
+
+# The derivation.
+
+
+def _first_order() -> bool:
+    """The slope in ε of b* on three atoms, any scores, f undefined."""
+    size, u = sympy.Symbol("epsilon", real=True), sympy.Symbol("u", positive=True)
+    f = sympy.Function("f")
+    p, v, s = three_atoms()
+    norms = [sum(x**2 for x in vector) for vector in s]
+    w = u * sympy.diff(f(u), u) - f(u)
+    total = expectation(p, norms)
+    slope = sum(a * n * (sympy.diff(w, u) * x) for a, n, x in zip(p, norms, v, strict=True)) / total
+    claimed = u * sympy.diff(f(u), u, 2) * expectation(p, [x * n for x, n in zip(v, norms, strict=True)]) / total
+    chain = sympy.diff(w.subs(u, 1 + size * v[0]).doit(), size).doit() - v[0] * (1 + size * v[0]) * sympy.diff(
+        f(u), u, 2
+    ).subs(u, 1 + size * v[0])
+    return sympy.simplify(slope - claimed) == 0 and sympy.simplify(chain.doit()) == 0
+
+
+def _forward_norms() -> bool:
+    r"""$E_q|s|^2 = 1 + |p|^2 - 2 p\cdot q$ and $E_p|s|^2 = 1 - |p|^2$ for softmax scores."""
+    p0, p1, q0, q1 = sympy.symbols("p0 p1 q0 q1", positive=True)
+    p, q = [p0, p1, 1 - p0 - p1], [q0, q1, 1 - q0 - q1]
+    norms = score_norms(p)
+    return (
+        sympy.expand(expectation(q, norms) - (1 + square(p) - 2 * _dot(p, q))) == 0
+        and sympy.expand(expectation(p, norms) - (1 - square(p))) == 0
+    )
+
+
+def _two_values() -> bool:
+    p, w1, w2 = sympy.symbols("p w1 w2")
+    best = optimal_baseline([p, 1 - p], [w1, w2])
+    gap = (w1 - best) * (1 - p) + (w2 - best) * p
+    return sympy.simplify(gap) == 0 and sympy.simplify(best - (w1 * (1 - p) + w2 * p)) == 0
+
+
+def _affine_mean() -> bool:
+    r"""$E_p w = w(1)$ on two atoms at $1-x$ and $1+y$, twice differentiated in y at 0, leaves w''."""
+    x, y = sympy.symbols("x y", positive=True)
+    w, u = sympy.Function("w"), sympy.Symbol("u", positive=True)
+    # The weights of the atoms are y/(x+y) and x/(x+y); multiplied by x + y:
+    condition = y * w(1 - x) + x * w(1 + y) - (x + y) * w(1)
+    second = sympy.diff(condition, y, 2).doit() / x
+    bends = sympy.simplify(second - sympy.diff(w(u), u, 2).subs(u, 1 + y).doit()) == 0
+    return bends and sympy.expand(condition.replace(w, lambda at: 3 * at + 5)) == 0

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from fractions import Fraction
-from typing import TYPE_CHECKING
 
+import sympy
 import torch
 from torch import Tensor
 
 from opdtheory.estimators import estimator
 from opdtheory.exact import TabularPolicy, expected_gradient, random_pair
 from opdtheory.theorems.instances.cases import autograd_gradient, rational_laws, values_of
-from opdtheory.theorems.theorem import Identity, Step, Tally, Theorem
-
-if TYPE_CHECKING:
-    import sympy
+from opdtheory.theorems.theorem import Cases, Identity, Step, Theorem, close, holds, same
 
 __all__ = ["theorems"]
 
@@ -37,153 +34,6 @@ _OTHERS: tuple[Callable[[sympy.Symbol, sympy.Symbol], sympy.Expr], ...] = (
     lambda p, q: q**2 - p,
     lambda p, q: p - q,
 )
-
-
-def _check_power(advantage: Callable[[Tensor, Tensor, float], Tensor]) -> Tally:
-    r"""For $A = q^\alpha - p^\alpha$: $H = p^{1+\alpha}/(1+\alpha) - q^\alpha p$ and a term of $q$ alone."""
-    tally = Tally()
-    for alpha in (0.25, 0.5, 1.0, 2.0):
-        loss = estimator("power", alpha=alpha)
-        for seed in range(3):
-            pair = random_pair(5, 1, seed=seed)
-
-            def bregman(student: TabularPolicy, teacher: TabularPolicy = pair[1], alpha: float = alpha) -> Tensor:
-                p, q = (torch.softmax(policy.logits[0], -1) for policy in (student, teacher))
-                return (p ** (1 + alpha) / (1 + alpha) - q**alpha * p).sum()
-
-            by_autograd = autograd_gradient(pair, bregman)
-            tally.compare(expected_gradient(loss, *pair), by_autograd)
-            p, q = (torch.softmax(policy.logits[0], -1) for policy in pair)
-            weight = advantage(p, q, alpha)
-            tally.compare(-p * (weight - (p * weight).sum(-1, keepdim=True)), by_autograd[0])
-    return tally
-
-
-def _symbols() -> tuple[sympy.Symbol, sympy.Symbol]:
-    import sympy
-
-    p, q = sympy.symbols("p q", positive=True)
-    return p, q
-
-
-def _slope(phi: Potential, at: sympy.Symbol) -> sympy.Expr:
-    import sympy
-
-    return sympy.diff(phi(at), at)
-
-
-def _divergence(phi: Potential, p: sympy.Symbol, q: sympy.Symbol) -> sympy.Expr:
-    return phi(p) - phi(q) - _slope(phi, q) * (p - q)
-
-
-def _check_rational(advantage: SymbolicAdvantage) -> Tally:
-    r"""In fractions: the slope of $\sum_a H(p_a, q_a)$ in the logits is $-p_a (A_a - E_p A)$."""
-    import sympy
-
-    tally = Tally()
-    p, q = _symbols()
-    for phi in _POTENTIALS:
-        in_p, claimed = sympy.diff(_divergence(phi, p, q), p), advantage(phi, p, q)
-        for student, teacher in rational_laws():
-            slopes, weights = (
-                [values_of(expr, {p: a, q: b}) for a, b in zip(student, teacher, strict=True)]
-                for expr in (in_p, claimed)
-            )
-            mean_slope, mean = (sum(a * v for a, v in zip(student, vs, strict=True)) for vs in (slopes, weights))
-            tally.equal(
-                [a * (v - mean_slope) for a, v in zip(student, slopes, strict=True)],
-                [-a * (v - mean) for a, v in zip(student, weights, strict=True)],
-            )
-    return tally
-
-
-def _advantages(p: sympy.Symbol, q: sympy.Symbol) -> list[sympy.Expr]:
-    """Bregman weights and others."""
-    return [*(_slope(phi, q) - _slope(phi, p) for phi in _POTENTIALS), *(other(p, q) for other in _OTHERS)]
-
-
-def _check_fixed_point(stays: Callable[[sympy.Expr, sympy.Symbol, sympy.Symbol], bool]) -> Tally:
-    r"""In fractions: the descent $-p_a(A_a - E_p A)$ vanishes at $p = q$ for all of the laws, or not."""
-    tally = Tally()
-    p, q = _symbols()
-    for advantage in _advantages(p, q):
-        moved = False
-        for _, teacher in rational_laws():
-            weights = [values_of(advantage, {p: b, q: b}) for b in teacher]
-            mean = sum(b * v for b, v in zip(teacher, weights, strict=True))
-            moved = moved or any(v != mean for v in weights)
-        tally.require(moved != stays(advantage, p, q))
-    return tally
-
-
-def _constant_on_diagonal(advantage: sympy.Expr, p: sympy.Symbol, q: sympy.Symbol) -> bool:
-    import sympy
-
-    return bool(sympy.simplify(sympy.diff(advantage.subs(p, q), q)) == 0)
-
-
-def _falls_in_p(advantage: sympy.Expr, p: sympy.Symbol, q: sympy.Symbol) -> bool:
-    import sympy
-
-    slope = sympy.diff(advantage, p)
-    return all(values_of(slope, {p: Fraction(a, 8), q: Fraction(b, 8)}) < 0 for a in range(1, 8) for b in range(1, 8))
-
-
-def _check_minimum(sign: int) -> Tally:
-    r"""In fractions: $\sum_a H_\varphi(p_a, q_a) > 0$ unless $p = q$."""
-    tally = Tally()
-    p, q = _symbols()
-    for phi in _POTENTIALS:
-        h = _divergence(phi, p, q)
-        for student, teacher in rational_laws():
-            total = sum(values_of(h, {p: a, q: b}) for a, b in zip(student, teacher, strict=True))
-            tally.require(sign * total > 0)
-            tally.require(all(values_of(h, {p: b, q: b}) == 0 for b in teacher))
-    return tally
-
-
-# The derivation, with potential and H undefined functions.
-
-
-def _chain() -> bool:
-    r"""$\partial_\theta H(p, q) = -p\,A\,\partial\log p$ if $\partial_p H = -A$."""
-    import sympy
-
-    t, x, q = sympy.symbols("theta x q", positive=True)
-    h, p = sympy.Function("H"), sympy.Function("p", positive=True)(t)
-    advantage = -sympy.diff(h(x, q), x)
-    left = sympy.diff(h(p, q), t).doit()
-    right = -p * advantage.subs(x, p).doit() * sympy.diff(sympy.log(p), t)
-    return sympy.simplify(left - right) == 0
-
-
-def _bregman_weight() -> bool:
-    import sympy
-
-    p, q = _symbols()
-    phi = sympy.Function("phi")
-    h = phi(p) - phi(q) - sympy.diff(phi(q), q) * (p - q)
-    slope = sympy.diff(h, p) - (sympy.diff(phi(p), p) - sympy.diff(phi(q), q))
-    return sympy.simplify(slope) == 0 and sympy.simplify(h.subs(p, q).doit()) == 0
-
-
-def _density_power() -> bool:
-    r"""$\varphi = x^{1+\alpha}/(1+\alpha)$ has the slope $x^\alpha$, and is convex for $\alpha > 0$."""
-    import sympy
-
-    x, alpha = sympy.symbols("x alpha", positive=True)
-    phi = x ** (1 + alpha) / (1 + alpha)
-    slope = sympy.simplify(sympy.diff(phi, x) - x**alpha) == 0
-    return bool(slope and sympy.simplify(sympy.diff(phi, x, 2)).is_positive)
-
-
-def _stationary() -> bool:
-    """Two atoms: at the teacher the descent is `q(1 - q)(A(q, q) - A(1 - q, 1 - q))`."""
-    import sympy
-
-    q, a1, a2 = sympy.symbols("q a1 a2")
-    first = q * (a1 - (q * a1 + (1 - q) * a2))
-    return sympy.simplify(first - q * (1 - q) * (a1 - a2)) == 0
 
 
 def theorems() -> list[Theorem]:
@@ -229,7 +79,6 @@ def theorems() -> list[Theorem]:
             ),
             identities=(
                 Identity(
-                    "T4b",
                     "Bregman weights in fractions",
                     r"\nabla\textstyle\sum_a H_\varphi(p_a, q_a) = -E_p[(\varphi'(q) - \varphi'(p))\,s]",
                     _check_rational,
@@ -243,7 +92,6 @@ def theorems() -> list[Theorem]:
                     0.0,
                 ),
                 Identity(
-                    "T4b",
                     "when the teacher stays",
                     r"\text{descent} = 0 \text{ at } p = q\ \forall q \iff A(x, x) = \text{const}",
                     _check_fixed_point,
@@ -253,7 +101,6 @@ def theorems() -> list[Theorem]:
                     0.0,
                 ),
                 Identity(
-                    "T4b",
                     "the teacher is the minimum",
                     r"\varphi \text{ convex}:\ \textstyle\sum_a H_\varphi(p_a, q_a) > 0 \text{ unless } p = q",
                     _check_minimum,
@@ -263,7 +110,6 @@ def theorems() -> list[Theorem]:
                     0.0,
                 ),
                 Identity(
-                    "T4b",
                     "beyond the ratio",
                     r"A = q^\alpha - p^\alpha:\quad \nabla\textstyle\sum_a H(p_a, q_a) = -E_p[A\,s]",
                     _check_power,
@@ -276,3 +122,127 @@ def theorems() -> list[Theorem]:
             ),
         ),
     ]
+
+
+def _check_power(advantage: Callable[[Tensor, Tensor, float], Tensor]) -> Cases:
+    r"""For $A = q^\alpha - p^\alpha$: $H = p^{1+\alpha}/(1+\alpha) - q^\alpha p$ and a term of $q$ alone."""
+    for alpha in (0.25, 0.5, 1.0, 2.0):
+        loss = estimator("power", alpha=alpha)
+        for seed in range(3):
+            pair = random_pair(5, 1, seed=seed)
+
+            def bregman(student: TabularPolicy, teacher: TabularPolicy = pair[1], alpha: float = alpha) -> Tensor:
+                p, q = (torch.softmax(policy.logits[0], -1) for policy in (student, teacher))
+                return (p ** (1 + alpha) / (1 + alpha) - q**alpha * p).sum()
+
+            by_autograd = autograd_gradient(pair, bregman)
+            yield close(expected_gradient(loss, *pair), by_autograd, alpha, seed)
+            p, q = (torch.softmax(policy.logits[0], -1) for policy in pair)
+            weight = advantage(p, q, alpha)
+            yield close(-p * (weight - (p * weight).sum(-1, keepdim=True)), by_autograd[0], alpha, seed)
+
+
+def _symbols() -> tuple[sympy.Symbol, sympy.Symbol]:
+    p, q = sympy.symbols("p q", positive=True)
+    return p, q
+
+
+def _slope(phi: Potential, at: sympy.Symbol) -> sympy.Expr:
+    return sympy.diff(phi(at), at)
+
+
+def _divergence(phi: Potential, p: sympy.Symbol, q: sympy.Symbol) -> sympy.Expr:
+    return phi(p) - phi(q) - _slope(phi, q) * (p - q)
+
+
+def _check_rational(advantage: SymbolicAdvantage) -> Cases:
+    r"""In fractions: the slope of $\sum_a H(p_a, q_a)$ in the logits is $-p_a (A_a - E_p A)$."""
+    p, q = _symbols()
+    for phi in _POTENTIALS:
+        in_p, claimed = sympy.diff(_divergence(phi, p, q), p), advantage(phi, p, q)
+        for student, teacher in rational_laws():
+            slopes, weights = (
+                [values_of(expr, {p: a, q: b}) for a, b in zip(student, teacher, strict=True)]
+                for expr in (in_p, claimed)
+            )
+            mean_slope, mean = (sum(a * v for a, v in zip(student, vs, strict=True)) for vs in (slopes, weights))
+            yield same(
+                [a * (v - mean_slope) for a, v in zip(student, slopes, strict=True)],
+                [-a * (v - mean) for a, v in zip(student, weights, strict=True)],
+                phi,
+                student,
+                teacher,
+            )
+
+
+def _advantages(p: sympy.Symbol, q: sympy.Symbol) -> list[sympy.Expr]:
+    """Bregman weights and others."""
+    return [*(_slope(phi, q) - _slope(phi, p) for phi in _POTENTIALS), *(other(p, q) for other in _OTHERS)]
+
+
+def _check_fixed_point(stays: Callable[[sympy.Expr, sympy.Symbol, sympy.Symbol], bool]) -> Cases:
+    r"""In fractions: the descent $-p_a(A_a - E_p A)$ vanishes at $p = q$ for all of the laws, or not."""
+    p, q = _symbols()
+    for advantage in _advantages(p, q):
+        moved = False
+        for _, teacher in rational_laws():
+            weights = [values_of(advantage, {p: b, q: b}) for b in teacher]
+            mean = sum(b * v for b, v in zip(teacher, weights, strict=True))
+            moved = moved or any(v != mean for v in weights)
+        yield holds(moved != stays(advantage, p, q), advantage)
+
+
+def _constant_on_diagonal(advantage: sympy.Expr, p: sympy.Symbol, q: sympy.Symbol) -> bool:
+    return bool(sympy.simplify(sympy.diff(advantage.subs(p, q), q)) == 0)
+
+
+def _falls_in_p(advantage: sympy.Expr, p: sympy.Symbol, q: sympy.Symbol) -> bool:
+    slope = sympy.diff(advantage, p)
+    return all(values_of(slope, {p: Fraction(a, 8), q: Fraction(b, 8)}) < 0 for a in range(1, 8) for b in range(1, 8))
+
+
+def _check_minimum(sign: int) -> Cases:
+    r"""In fractions: $\sum_a H_\varphi(p_a, q_a) > 0$ unless $p = q$."""
+    p, q = _symbols()
+    for phi in _POTENTIALS:
+        h = _divergence(phi, p, q)
+        for student, teacher in rational_laws():
+            total = sum(values_of(h, {p: a, q: b}) for a, b in zip(student, teacher, strict=True))
+            yield holds(sign * total > 0, phi, student, teacher)
+            yield holds(all(values_of(h, {p: b, q: b}) == 0 for b in teacher), phi, student, teacher)
+
+
+# The derivation, with potential and H undefined functions.
+
+
+def _chain() -> bool:
+    r"""$\partial_\theta H(p, q) = -p\,A\,\partial\log p$ if $\partial_p H = -A$."""
+    t, x, q = sympy.symbols("theta x q", positive=True)
+    h, p = sympy.Function("H"), sympy.Function("p", positive=True)(t)
+    advantage = -sympy.diff(h(x, q), x)
+    left = sympy.diff(h(p, q), t).doit()
+    right = -p * advantage.subs(x, p).doit() * sympy.diff(sympy.log(p), t)
+    return sympy.simplify(left - right) == 0
+
+
+def _bregman_weight() -> bool:
+    p, q = _symbols()
+    phi = sympy.Function("phi")
+    h = phi(p) - phi(q) - sympy.diff(phi(q), q) * (p - q)
+    slope = sympy.diff(h, p) - (sympy.diff(phi(p), p) - sympy.diff(phi(q), q))
+    return sympy.simplify(slope) == 0 and sympy.simplify(h.subs(p, q).doit()) == 0
+
+
+def _density_power() -> bool:
+    r"""$\varphi = x^{1+\alpha}/(1+\alpha)$ has the slope $x^\alpha$, and is convex for $\alpha > 0$."""
+    x, alpha = sympy.symbols("x alpha", positive=True)
+    phi = x ** (1 + alpha) / (1 + alpha)
+    slope = sympy.simplify(sympy.diff(phi, x) - x**alpha) == 0
+    return bool(slope and sympy.simplify(sympy.diff(phi, x, 2)).is_positive)
+
+
+def _stationary() -> bool:
+    """Two atoms: at the teacher the descent is `q(1 - q)(A(q, q) - A(1 - q, 1 - q))`."""
+    q, a1, a2 = sympy.symbols("q a1 a2")
+    first = q * (a1 - (q * a1 + (1 - q) * a2))
+    return sympy.simplify(first - q * (1 - q) * (a1 - a2)) == 0

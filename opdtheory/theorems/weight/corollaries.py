@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+import sympy
 import torch
 from torch import Tensor
 
@@ -14,10 +14,7 @@ from opdtheory import divergences
 from opdtheory.estimators import Estimator, estimator
 from opdtheory.exact import TabularPolicy, expected_gradient, random_pair
 from opdtheory.theorems.instances.cases import Pair, autograd_gradient
-from opdtheory.theorems.theorem import Tally
-
-if TYPE_CHECKING:
-    import sympy
+from opdtheory.theorems.theorem import Cases, close, holds
 
 __all__ = [
     "Row",
@@ -55,8 +52,6 @@ class Row:
 @functools.cache
 def rows() -> Mapping[str, Row]:
     """The table, by what the estimators are called."""
-    import sympy
-
     u = divergences.symbol()
     log_u, e, half = sympy.log(u), sympy.E, sympy.Rational(1, 2)
     reverse, forward = -log_u, u * log_u
@@ -118,18 +113,15 @@ def values_estimated() -> Mapping[str, sympy.Expr]:
     return {name: next((f for key, f in named.items() if key in name), reverse) for name in rows()}
 
 
-def check_stated(table: Table) -> Tally:
+def check_stated(table: Table) -> Cases:
     """Each stated generator is zero at one and the implied one of the local weight, up to gauge; symbolically."""
-    tally = Tally()
     for name, generator in table().items():
-        tally.require(generator.subs(divergences.symbol(), 1) == 0)
-        tally.require(divergences.same_divergence(implied(rows()[name].weight), generator))
-    return tally
+        yield holds(generator.subs(divergences.symbol(), 1) == 0, name, generator)
+        yield holds(divergences.same_divergence(implied(rows()[name].weight), generator), name, generator)
 
 
-def check_weights(constant: float) -> Tally:
+def check_weights(constant: float) -> Cases:
     r"""Each loss, run on rollouts of another law, where no constant is free: $-E_\mu[w(u)\,s]$ of its row's weight."""
-    tally = Tally()
     u = divergences.symbol()
     student, teacher = random_pair(4, 1, distance=0.7, seed=6)
     behavior = TabularPolicy.random(4, 1, seed=7)
@@ -137,15 +129,11 @@ def check_weights(constant: float) -> Tally:
     for row in rows().values():
         weights = [float(row.weight.subs(u, ratio)) + constant for ratio in (q / p)[0].tolist()]
         drawn = mu * torch.tensor(weights, dtype=torch.float64)
-        tally.compare(expected_gradient(row.loss, student, teacher, behavior=behavior), [p * drawn.sum() - drawn])
-    return tally
+        yield close(expected_gradient(row.loss, student, teacher, behavior=behavior), [p * drawn.sum() - drawn], row)
 
 
-def check_followed(table: Table) -> Tally:
+def check_followed(table: Table) -> Cases:
     r"""Each loss, run as a black box, follows autograd of $\sum_h P(h)\,D_V(h)$ with $P$ held fixed."""
-    import sympy
-
-    tally = Tally()
     u = divergences.symbol()
     pair = random_pair(4, 2, distance=0.7, seed=5)
     for name, generator in table().items():
@@ -153,8 +141,9 @@ def check_followed(table: Table) -> Tally:
         # Torch takes logarithms of tensors only: constants go in as numbers.
         parts = [x for x in sympy.preorder_traversal(generator) if getattr(x, "is_number", False) and not x.is_Rational]
         function = sympy.lambdify(u, generator.xreplace({x: sympy.N(x, 20) for x in parts}), "torch")
-        tally.compare(black_box, autograd_gradient(pair, functools.partial(_token_local, pair, function)))
-    return tally
+        yield close(
+            black_box, autograd_gradient(pair, functools.partial(_token_local, pair, function)), name, generator
+        )
 
 
 @functools.cache

@@ -5,15 +5,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import sympy
 import torch
+from mpmath import iv
 from torch import Tensor
 
 from opdtheory import divergences
 from opdtheory.divergences import Divergence, implied_generator_values
 from opdtheory.theorems.instances.cases import catalogue, enclose, interval, rational_laws, values_of
-from opdtheory.theorems.theorem import Identity, Step, Tally, Theorem
+from opdtheory.theorems.theorem import Cases, Identity, Step, Theorem, close, holds, same
 from opdtheory.theorems.weight.corollaries import (
     Row,
     check_followed,
@@ -26,9 +28,6 @@ from opdtheory.theorems.weight.corollaries import (
     values_estimated,
 )
 
-if TYPE_CHECKING:
-    import sympy
-
 __all__ = ["theorems"]
 
 SymbolicWeight = Callable[["sympy.Expr", "sympy.Symbol"], "sympy.Expr"]
@@ -37,292 +36,12 @@ SymbolicWeight = Callable[["sympy.Expr", "sympy.Symbol"], "sympy.Expr"]
 _CLOSED = ("reverse_kl", "forward_kl", "jsd", "chi2", "neyman_chi2", "hellinger", "le_cam", "jeffreys")
 
 
-def _check_inverse(weight_of: SymbolicWeight) -> Tally:
-    r"""$w_{V[w]} - w$ is constant, symbolically, for the smooth weights of the corollary table."""
-    import sympy
-
-    tally = Tally()
-    u = divergences.symbol()
-    for row in _smooth_rows():
-        tally.require(sympy.simplify(sympy.diff(weight_of(implied(row.weight), u) - row.weight, u)) == 0)
-    return tally
-
-
-def _smooth_rows() -> Iterator[Row]:
-    import sympy
-
-    return (row for row in rows().values() if not row.weight.has(sympy.Max, sympy.Min, sympy.sign))
-
-
-def _check_round_trip(gauge: Callable[[sympy.Symbol], sympy.Expr]) -> Tally:
-    r"""$V[w_f] = f$ up to the gauge $c(u - 1)$, symbolically, for the catalogue."""
-    import sympy
-
-    tally = Tally()
-    u = divergences.symbol()
-    for name in _CLOSED:
-        f = divergences.divergence(name).expr
-        back = implied(u * sympy.diff(f, u) - f)
-        slope = sympy.diff(f, u).subs(u, 1)
-        tally.require(sympy.simplify(back + slope * gauge(u) - f) == 0)
-    return tally
-
-
-def _check_convexity(genuine: Callable[[Row], bool]) -> Tally:
-    r"""$V[w]'' = w'/u$, so that $V[w]$ is convex exactly if $w$ never falls: here by the library's convexity test."""
-    import sympy
-
-    tally = Tally()
-    u = divergences.symbol()
-    for row in _smooth_rows():
-        tally.require(sympy.simplify(sympy.diff(implied(row.weight), u, 2) - sympy.diff(row.weight, u) / u) == 0)
-    for row in rows().values():
-        tally.require(convex(implied(row.weight)) == genuine(row))
-    return tally
-
-
-_POINTS = [Fraction(k, 16) for k in range(1, 33)] + [Fraction(k) for k in (3, 5, 10, 30, 100)]
-
-
-def _weights(row: Row) -> list[float]:
-    u = divergences.symbol()
-    return [float(row.weight.subs(u, _rational(point))) for point in _POINTS]
-
-
-def _never_falls(row: Row) -> bool:
-    weights = _weights(row)
-    return all(right >= left for left, right in zip(weights, weights[1:], strict=False))
-
-
-def _rational(value: Fraction) -> sympy.Expr:
-    import sympy
-
-    return sympy.Rational(value.numerator, value.denominator)
-
-
-def _check_stop_gradient(genuine: Callable[[sympy.Expr], bool]) -> Tally:
-    r"""$V[-f]$ is convex exactly if $f$ never rises, in several gauges."""
-    import sympy
-
-    tally = Tally()
-    u = divergences.symbol()
-    gauges = {"jsd": (-sympy.log(2) / 2,), "forward_kl": (0, -1, -2)}
-    for name in ("reverse_kl", "forward_kl", "jsd", "chi2", "hellinger", "le_cam", "total_variation"):
-        for c in gauges.get(name, (0, -1)):
-            f = divergences.divergence(name).expr + c * u  # a constant of f makes neither side another
-            tally.require(convex(implied(-f)) == genuine(f))
-    return tally
-
-
-def _never_rises(f: sympy.Expr) -> bool:
-    import sympy
-
-    u = divergences.symbol()
-    value = sympy.lambdify(u, f, "mpmath")
-    points = [2.0**k for k in range(-40, 41)]
-    values = [value(point) for point in points]
-    return all(right <= left + 1e-12 for left, right in zip(values, values[1:], strict=False))
-
-
-def _falls_at_one(f: sympy.Expr) -> bool:
-    import sympy
-
-    u = divergences.symbol()
-    return bool(sympy.diff(f, u).subs(u, 1).evalf() < 0)
-
-
-def _check_quadrature(weight: Callable[[Divergence, Tensor], Tensor]) -> Tally:
-    r"""By quadrature: $V[w_f] = f - f'(1)(u - 1)$ relative to the largest value."""
-    tally = Tally()
-    log_u = torch.tensor([-2.0, -0.3, 0.0, 0.5, 2.0], dtype=torch.float64)
-    zero = torch.zeros(1, dtype=torch.float64)
-    for divergence in catalogue():
-        slope = divergence.log_slope(zero)
-        expected = divergence.generator(log_u) - slope * torch.expm1(log_u)
-        values = implied_generator_values(lambda t, d=divergence: weight(d, t), log_u, breaks=(0.0,))  # type: ignore[misc]
-        tally.compare(values, expected)
-    return tally
-
-
-# Exact and rigorous forms.
-
-
-# Weights whose implied generators take fractions to fractions: coefficients of powers of u.
-_POWERS = ({2: 1}, {-1: -1}, {3: 1, -2: -2})
-
-
-def _rational_weights() -> list[sympy.Expr]:
-    """Sums of powers, a clipped one and a sign."""
-    import sympy
-
-    u = divergences.symbol()
-    sums = [sympy.Add(*(c * u**k for k, c in terms.items())) for terms in _POWERS]
-    clipped = sympy.Max(-2, sympy.Min(sympy.Rational(-1, 2), sums[1]))
-    return [*sums, clipped, sympy.sign(sympy.log(u))]
-
-
-def _check_rational(weight_of: Callable[[sympy.Expr], sympy.Expr]) -> Tally:
-    r"""In fractions: the slope of $\sum_a p_a V[w](q_a/p_a)$ in the logits is $-p_a (w_a - E_p w)$."""
-    import sympy
-
-    tally = Tally()
-    u, p, q = divergences.symbol(), sympy.Symbol("p", positive=True), sympy.Symbol("q", positive=True)
-    for weight in _rational_weights():
-        in_p = sympy.diff(p * implied(weight).subs(u, q / p), p)
-        claimed = weight_of(weight)
-        for student, teacher in rational_laws()[:4]:
-            if weight.has(sympy.sign) and any(a == b for a, b in zip(student, teacher, strict=True)):
-                continue  # at a jump of the weight the generator has a kink, and no slope
-            slopes = [values_of(in_p, {p: a, q: b}) for a, b in zip(student, teacher, strict=True)]
-            weights = [values_of(claimed, {u: b / a}) for a, b in zip(student, teacher, strict=True)]
-            mean_slope, mean = (sum(a * v for a, v in zip(student, vs, strict=True)) for vs in (slopes, weights))
-            tally.equal(
-                [a * (v - mean_slope) for a, v in zip(student, slopes, strict=True)],
-                [-a * (v - mean) for a, v in zip(student, weights, strict=True)],
-            )
-    return tally
-
-
-_CORNERS = tuple(Fraction(a, b) for a, b in ((1, 50), (1, 5), (2, 3), (5, 4), (5, 2), (7, 1), (60, 1)))
-
-
-def _enclosed(expr: sympy.Expr, point: Fraction) -> Any:
-    """An interval around an expression in `u` at a rational point off its kinks."""
-    import sympy
-    from mpmath import iv
-
-    u, e = divergences.symbol(), sympy.Symbol("e", positive=True)
-    at = _rational(point)
-    for node in sorted(expr.atoms(sympy.Piecewise), key=sympy.count_ops):
-        branch = next(value for value, condition in node.args if bool(condition.subs(u, at)))
-        expr = expr.xreplace({node: branch})
-    if expr.has(sympy.Max, sympy.Min, sympy.sign):
-        expr = expr.subs(u, at)
-    point_interval = interval(point)
-    return enclose(expr.xreplace({sympy.E: e}), {u: point_interval, e: iv.exp(iv.mpf(1))})
-
-
-def _check_certified(genuine: Callable[[Row], bool]) -> Tally:
-    r"""$V'$ of the stated generators, in intervals: certified to fall between two rational points, or never so."""
-    import sympy
-
-    tally = Tally()
-    u = divergences.symbol()
-    for row in rows().values():
-        if row.generator.has(sympy.Abs):
-            continue
-        slopes = [_enclosed(sympy.diff(row.generator, u), point) for point in _CORNERS]
-        falls = any(bool((right - left).b < 0) for left, right in zip(slopes, slopes[1:], strict=False))
-        tally.require(falls != genuine(row))
-    return tally
-
-
-def _check_rise(least: Callable[[Any, Any, Any], Any]) -> Tally:
-    r"""For monotone weights, smooth or clipped: $V'(b) - V'(a) \ge (w(b) - w(a))/b$ certified, for all $a < b$."""
-    import sympy
-
-    tally = Tally()
-    u = divergences.symbol()
-    for row in rows().values():
-        if not row.genuine or row.generator.has(sympy.Abs):
-            continue
-        slope = sympy.diff(row.generator, u)
-        at = [(interval(b), _enclosed(slope, b), _enclosed(row.weight, b)) for b in _CORNERS]
-        for (a, slope_a, w_a), (b, slope_b, w_b) in itertools.combinations(at, 2):
-            gap = slope_b - slope_a - least(a, b, w_b - w_a)
-            flat = bool(abs(w_b - w_a).b < 1e-40)
-            tally.require(bool(abs(gap).b < 1e-40) if flat else bool(gap.a > 0))
-    return tally
-
-
-# The derivation, with weight and generator undefined functions.
-
-
-def _inverse() -> bool:
-    import sympy
-
-    u, t = sympy.symbols("u t", positive=True)
-    w = sympy.Function("w")
-    v = u * sympy.Integral(w(t) / t**2, (t, 1, u))
-    return sympy.simplify(sympy.expand(u * v.diff(u) - v - w(u))) == 0
-
-
-def _second_derivative() -> bool:
-    import sympy
-
-    u, t = sympy.symbols("u t", positive=True)
-    w = sympy.Function("w")
-    v = u * sympy.Integral(w(t) / t**2, (t, 1, u))
-    return sympy.simplify(sympy.expand(v.diff(u, 2) - w(u).diff(u) / u)) == 0
-
-
-def _primitive() -> bool:
-    r"""$(f(t)/t)' = w_f(t)/t^2$."""
-    import sympy
-
-    t = sympy.Symbol("t", positive=True)
-    f = sympy.Function("f")
-    w = t * f(t).diff(t) - f(t)
-    return sympy.simplify(sympy.diff(f(t) / t, t) - w / t**2) == 0
-
-
-def _constant_is_gauge() -> bool:
-    import sympy
-
-    u, t = sympy.symbols("u t", positive=True)
-    k = sympy.Symbol("k")
-    return sympy.simplify(u * sympy.integrate(k / t**2, (t, 1, u)) - k * (u - 1)) == 0
-
-
-def _monotone_is_convex() -> bool:
-    r"""$V'$ gains the integral of $dw/t$, and a jump of $w$ by $j$ at $c$ gains $j/c$."""
-    import sympy
-
-    u, t, c, j = sympy.symbols("u t c j", positive=True)
-    w = sympy.Function("w")
-    slope = sympy.Integral(w(t) / t**2, (t, 1, u)) + w(u) / u
-    smooth = sympy.simplify(sympy.expand(slope.diff(u) - w(u).diff(u) / u)) == 0
-    # A step at c: V = 0 below it, and above it u times the integral of j/t^2 from c.
-    above = u * sympy.integrate(j / t**2, (t, c, u))
-    jump = sympy.simplify(above.diff(u).subs(u, c) - j / c) == 0 and sympy.simplify(above.diff(u, 2)) == 0
-    return bool(smooth and jump)
-
-
-def _loss_weight() -> bool:
-    r"""$\partial_\theta \kappa(\log q - \log p) = -\kappa'(\log u)\,\partial_\theta\log p$."""
-    import sympy
-
-    t, q, x = sympy.symbols("theta q x", positive=True)
-    kappa, p = sympy.Function("kappa"), sympy.Function("p", positive=True)
-    log_u = sympy.log(q) - sympy.log(p(t))
-    left = sympy.diff(kappa(log_u), t).doit()
-    right = -sympy.diff(kappa(x), x).subs(x, log_u).doit() * sympy.diff(sympy.log(p(t)), t)
-    return sympy.simplify(left - right) == 0
-
-
-def _stop_gradient() -> bool:
-    import sympy
-
-    u, t = sympy.symbols("u t", positive=True)
-    f = sympy.Function("f")
-    v = u * sympy.Integral(-f(t) / t**2, (t, 1, u))
-    return sympy.simplify(sympy.expand(v.diff(u, 2) + f(u).diff(u) / u)) == 0
-
-
-def _clips() -> bool:
-    """A clip is `min` and `max` with constants, whose differences keep the sign; the table's clipped rows."""
-    clipped = [row for name, row in rows().items() if "clipped" in name]
-    return len(clipped) == 2 and all(_never_falls(row) and convex(implied(row.weight)) for row in clipped)
-
-
 def theorems() -> list[Theorem]:
     """T4."""
-    import sympy
-
-    return [_implied_divergence(sympy)]
+    return [_implied_divergence()]
 
 
-def _implied_divergence(sympy: Any) -> Theorem:
+def _implied_divergence() -> Theorem:
     return Theorem(
         number="T4",
         name="implied divergence",
@@ -366,14 +85,13 @@ def _implied_divergence(sympy: Any) -> Theorem:
                 in_words=True,
             ),
         ),
-        identities=(*_symbolic(sympy), *_decided(sympy), *_numeric(sympy)),
+        identities=(*_symbolic(), *_decided(), *_numeric()),
     )
 
 
-def _symbolic(sympy: Any) -> tuple[Identity, ...]:
+def _symbolic() -> tuple[Identity, ...]:
     return (
         Identity(
-            "T4",
             "implied generator",
             r"V[w](u) = u\int_1^u w(t)\,t^{-2}dt,\quad w_{V[w]} = w + \text{const}",
             _check_inverse,
@@ -383,7 +101,6 @@ def _symbolic(sympy: Any) -> tuple[Identity, ...]:
             0.0,
         ),
         Identity(
-            "T4",
             "round trip",
             r"V[w_f] = f \ \text{up to}\ c(u-1)",
             _check_round_trip,
@@ -393,7 +110,6 @@ def _symbolic(sympy: Any) -> tuple[Identity, ...]:
             0.0,
         ),
         Identity(
-            "T4",
             "genuine exactly if monotone",
             r"V[w]'' = w'/u,\quad V[w]\ \text{convex} \iff w\ \text{non-decreasing}",
             _check_convexity,
@@ -403,7 +119,6 @@ def _symbolic(sympy: Any) -> tuple[Identity, ...]:
             0.0,
         ),
         Identity(
-            "T4",
             "the table's generators",
             r"\text{the stated generator} = V[\text{local weight}]\ \text{up to gauge}",
             check_stated,
@@ -416,7 +131,6 @@ def _symbolic(sympy: Any) -> tuple[Identity, ...]:
             0.0,
         ),
         Identity(
-            "T4",
             "stop-gradient exactly if f never rises",
             r"V[-f]\ \text{convex} \iff f' \le 0",
             _check_stop_gradient,
@@ -432,11 +146,10 @@ def _symbolic(sympy: Any) -> tuple[Identity, ...]:
     )
 
 
-def _decided(sympy: Any) -> tuple[Identity, ...]:
+def _decided() -> tuple[Identity, ...]:
     u = divergences.symbol()
     return (
         Identity(
-            "T4",
             "in fractions",
             r"\partial_{z_a}\textstyle\sum_b p_b V[w](q_b/p_b) = -p_a (w_a - E_p w)",
             _check_rational,
@@ -450,7 +163,6 @@ def _decided(sympy: Any) -> tuple[Identity, ...]:
             0.0,
         ),
         Identity(
-            "T4",
             "falling slopes certified",
             r"\exists\, a < b: V'(b) < V'(a) \iff \text{the table says: not genuine}",
             _check_certified,
@@ -464,7 +176,6 @@ def _decided(sympy: Any) -> tuple[Identity, ...]:
             0.0,
         ),
         Identity(
-            "T4",
             "how much the slope rises",
             r"w\ \text{non-decreasing}:\ V'(b) - V'(a) \ge (w(b) - w(a))/b",
             _check_rise,
@@ -476,10 +187,9 @@ def _decided(sympy: Any) -> tuple[Identity, ...]:
     )
 
 
-def _numeric(sympy: Any) -> tuple[Identity, ...]:
+def _numeric() -> tuple[Identity, ...]:
     return (
         Identity(
-            "T4",
             "corollary table",
             r"\text{each loss follows}\ \nabla D_{V[w]}\ \text{of its local weight}",
             check_followed,
@@ -487,7 +197,6 @@ def _numeric(sympy: Any) -> tuple[Identity, ...]:
             {"what their values estimate": values_estimated},
         ),
         Identity(
-            "T4",
             "local weights, off-policy",
             r"-E_\mu[w(u)\,s] \text{ with the table's weight, its constant too}",
             check_weights,
@@ -495,7 +204,6 @@ def _numeric(sympy: Any) -> tuple[Identity, ...]:
             {"another constant": 1.0},
         ),
         Identity(
-            "T4",
             "round trip by quadrature",
             r"V[w_f] = f - f'(1)(u - 1)",
             _check_quadrature,
@@ -506,3 +214,227 @@ def _numeric(sympy: Any) -> tuple[Identity, ...]:
             },
         ),
     )
+
+
+def _check_inverse(weight_of: SymbolicWeight) -> Cases:
+    r"""$w_{V[w]} - w$ is constant, symbolically, for the smooth weights of the corollary table."""
+    u = divergences.symbol()
+    for row in _smooth_rows():
+        yield holds(sympy.simplify(sympy.diff(weight_of(implied(row.weight), u) - row.weight, u)) == 0, row)
+
+
+def _smooth_rows() -> Iterator[Row]:
+    return (row for row in rows().values() if not row.weight.has(sympy.Max, sympy.Min, sympy.sign))
+
+
+def _check_round_trip(gauge: Callable[[sympy.Symbol], sympy.Expr]) -> Cases:
+    r"""$V[w_f] = f$ up to the gauge $c(u - 1)$, symbolically, for the catalogue."""
+    u = divergences.symbol()
+    for name in _CLOSED:
+        f = divergences.divergence(name).expr
+        back = implied(u * sympy.diff(f, u) - f)
+        slope = sympy.diff(f, u).subs(u, 1)
+        yield holds(sympy.simplify(back + slope * gauge(u) - f) == 0, name)
+
+
+def _check_convexity(genuine: Callable[[Row], bool]) -> Cases:
+    r"""$V[w]'' = w'/u$, so that $V[w]$ is convex exactly if $w$ never falls: here by the library's convexity test."""
+    u = divergences.symbol()
+    for row in _smooth_rows():
+        yield holds(sympy.simplify(sympy.diff(implied(row.weight), u, 2) - sympy.diff(row.weight, u) / u) == 0, row)
+    for row in rows().values():
+        yield holds(convex(implied(row.weight)) == genuine(row), row)
+
+
+_POINTS = [Fraction(k, 16) for k in range(1, 33)] + [Fraction(k) for k in (3, 5, 10, 30, 100)]
+
+
+def _weights(row: Row) -> list[float]:
+    u = divergences.symbol()
+    return [float(row.weight.subs(u, _rational(point))) for point in _POINTS]
+
+
+def _never_falls(row: Row) -> bool:
+    weights = _weights(row)
+    return all(right >= left for left, right in zip(weights, weights[1:], strict=False))
+
+
+def _rational(value: Fraction) -> sympy.Expr:
+    return sympy.Rational(value.numerator, value.denominator)
+
+
+def _check_stop_gradient(genuine: Callable[[sympy.Expr], bool]) -> Cases:
+    r"""$V[-f]$ is convex exactly if $f$ never rises, in several gauges."""
+    u = divergences.symbol()
+    gauges = {"jsd": (-sympy.log(2) / 2,), "forward_kl": (0, -1, -2)}
+    for name in ("reverse_kl", "forward_kl", "jsd", "chi2", "hellinger", "le_cam", "total_variation"):
+        for c in gauges.get(name, (0, -1)):
+            f = divergences.divergence(name).expr + c * u  # a constant of f makes neither side another
+            yield holds(convex(implied(-f)) == genuine(f), name, c)
+
+
+def _never_rises(f: sympy.Expr) -> bool:
+    u = divergences.symbol()
+    value = sympy.lambdify(u, f, "mpmath")
+    points = [2.0**k for k in range(-40, 41)]
+    values = [value(point) for point in points]
+    return all(right <= left + 1e-12 for left, right in zip(values, values[1:], strict=False))
+
+
+def _falls_at_one(f: sympy.Expr) -> bool:
+    u = divergences.symbol()
+    return bool(sympy.diff(f, u).subs(u, 1).evalf() < 0)
+
+
+def _check_quadrature(weight: Callable[[Divergence, Tensor], Tensor]) -> Cases:
+    r"""By quadrature: $V[w_f] = f - f'(1)(u - 1)$ relative to the largest value."""
+    log_u = torch.tensor([-2.0, -0.3, 0.0, 0.5, 2.0], dtype=torch.float64)
+    zero = torch.zeros(1, dtype=torch.float64)
+    for divergence in catalogue():
+        slope = divergence.log_slope(zero)
+        expected = divergence.generator(log_u) - slope * torch.expm1(log_u)
+        values = implied_generator_values(lambda t, d=divergence: weight(d, t), log_u, breaks=(0.0,))  # type: ignore[misc]
+        yield close(values, expected, divergence)
+
+
+# Exact and rigorous forms.
+
+
+# Weights whose implied generators take fractions to fractions: coefficients of powers of u.
+_POWERS = ({2: 1}, {-1: -1}, {3: 1, -2: -2})
+
+
+def _rational_weights() -> list[sympy.Expr]:
+    """Sums of powers, a clipped one and a sign."""
+    u = divergences.symbol()
+    sums = [sympy.Add(*(c * u**k for k, c in terms.items())) for terms in _POWERS]
+    clipped = sympy.Max(-2, sympy.Min(sympy.Rational(-1, 2), sums[1]))
+    return [*sums, clipped, sympy.sign(sympy.log(u))]
+
+
+def _check_rational(weight_of: Callable[[sympy.Expr], sympy.Expr]) -> Cases:
+    r"""In fractions: the slope of $\sum_a p_a V[w](q_a/p_a)$ in the logits is $-p_a (w_a - E_p w)$."""
+    u, p, q = divergences.symbol(), sympy.Symbol("p", positive=True), sympy.Symbol("q", positive=True)
+    for weight in _rational_weights():
+        in_p = sympy.diff(p * implied(weight).subs(u, q / p), p)
+        claimed = weight_of(weight)
+        for student, teacher in rational_laws()[:4]:
+            if weight.has(sympy.sign) and any(a == b for a, b in zip(student, teacher, strict=True)):
+                continue  # at a jump of the weight the generator has a kink, and no slope
+            slopes = [values_of(in_p, {p: a, q: b}) for a, b in zip(student, teacher, strict=True)]
+            weights = [values_of(claimed, {u: b / a}) for a, b in zip(student, teacher, strict=True)]
+            mean_slope, mean = (sum(a * v for a, v in zip(student, vs, strict=True)) for vs in (slopes, weights))
+            yield same(
+                [a * (v - mean_slope) for a, v in zip(student, slopes, strict=True)],
+                [-a * (v - mean) for a, v in zip(student, weights, strict=True)],
+                weight,
+                student,
+                teacher,
+            )
+
+
+_CORNERS = tuple(Fraction(a, b) for a, b in ((1, 50), (1, 5), (2, 3), (5, 4), (5, 2), (7, 1), (60, 1)))
+
+
+def _enclosed(expr: sympy.Expr, point: Fraction) -> Any:
+    """An interval around an expression in `u` at a rational point off its kinks."""
+    u, e = divergences.symbol(), sympy.Symbol("e", positive=True)
+    at = _rational(point)
+    for node in sorted(expr.atoms(sympy.Piecewise), key=sympy.count_ops):
+        branch = next(value for value, condition in node.args if bool(condition.subs(u, at)))
+        expr = expr.xreplace({node: branch})
+    if expr.has(sympy.Max, sympy.Min, sympy.sign):
+        expr = expr.subs(u, at)
+    point_interval = interval(point)
+    return enclose(expr.xreplace({sympy.E: e}), {u: point_interval, e: iv.exp(iv.mpf(1))})
+
+
+def _check_certified(genuine: Callable[[Row], bool]) -> Cases:
+    r"""$V'$ of the stated generators, in intervals: certified to fall between two rational points, or never so."""
+    u = divergences.symbol()
+    for row in rows().values():
+        if row.generator.has(sympy.Abs):
+            continue
+        slopes = [_enclosed(sympy.diff(row.generator, u), point) for point in _CORNERS]
+        falls = any(bool((right - left).b < 0) for left, right in zip(slopes, slopes[1:], strict=False))
+        yield holds(falls != genuine(row), row)
+
+
+def _check_rise(least: Callable[[Any, Any, Any], Any]) -> Cases:
+    r"""For monotone weights, smooth or clipped: $V'(b) - V'(a) \ge (w(b) - w(a))/b$ certified, for all $a < b$."""
+    u = divergences.symbol()
+    for row in rows().values():
+        if not row.genuine or row.generator.has(sympy.Abs):
+            continue
+        slope = sympy.diff(row.generator, u)
+        at = [(interval(b), _enclosed(slope, b), _enclosed(row.weight, b)) for b in _CORNERS]
+        for (a, slope_a, w_a), (b, slope_b, w_b) in itertools.combinations(at, 2):
+            gap = slope_b - slope_a - least(a, b, w_b - w_a)
+            flat = bool(abs(w_b - w_a).b < 1e-40)
+            yield holds(bool(abs(gap).b < 1e-40) if flat else bool(gap.a > 0), row, a, slope_a, w_a, b, slope_b, w_b)
+
+
+# The derivation, with weight and generator undefined functions.
+
+
+def _inverse() -> bool:
+    u, t = sympy.symbols("u t", positive=True)
+    w = sympy.Function("w")
+    v = u * sympy.Integral(w(t) / t**2, (t, 1, u))
+    return sympy.simplify(sympy.expand(u * v.diff(u) - v - w(u))) == 0
+
+
+def _second_derivative() -> bool:
+    u, t = sympy.symbols("u t", positive=True)
+    w = sympy.Function("w")
+    v = u * sympy.Integral(w(t) / t**2, (t, 1, u))
+    return sympy.simplify(sympy.expand(v.diff(u, 2) - w(u).diff(u) / u)) == 0
+
+
+def _primitive() -> bool:
+    r"""$(f(t)/t)' = w_f(t)/t^2$."""
+    t = sympy.Symbol("t", positive=True)
+    f = sympy.Function("f")
+    w = t * f(t).diff(t) - f(t)
+    return sympy.simplify(sympy.diff(f(t) / t, t) - w / t**2) == 0
+
+
+def _constant_is_gauge() -> bool:
+    u, t = sympy.symbols("u t", positive=True)
+    k = sympy.Symbol("k")
+    return sympy.simplify(u * sympy.integrate(k / t**2, (t, 1, u)) - k * (u - 1)) == 0
+
+
+def _monotone_is_convex() -> bool:
+    r"""$V'$ gains the integral of $dw/t$, and a jump of $w$ by $j$ at $c$ gains $j/c$."""
+    u, t, c, j = sympy.symbols("u t c j", positive=True)
+    w = sympy.Function("w")
+    slope = sympy.Integral(w(t) / t**2, (t, 1, u)) + w(u) / u
+    smooth = sympy.simplify(sympy.expand(slope.diff(u) - w(u).diff(u) / u)) == 0
+    # A step at c: V = 0 below it, and above it u times the integral of j/t^2 from c.
+    above = u * sympy.integrate(j / t**2, (t, c, u))
+    jump = sympy.simplify(above.diff(u).subs(u, c) - j / c) == 0 and sympy.simplify(above.diff(u, 2)) == 0
+    return bool(smooth and jump)
+
+
+def _loss_weight() -> bool:
+    r"""$\partial_\theta \kappa(\log q - \log p) = -\kappa'(\log u)\,\partial_\theta\log p$."""
+    t, q, x = sympy.symbols("theta q x", positive=True)
+    kappa, p = sympy.Function("kappa"), sympy.Function("p", positive=True)
+    log_u = sympy.log(q) - sympy.log(p(t))
+    left = sympy.diff(kappa(log_u), t).doit()
+    right = -sympy.diff(kappa(x), x).subs(x, log_u).doit() * sympy.diff(sympy.log(p(t)), t)
+    return sympy.simplify(left - right) == 0
+
+
+def _stop_gradient() -> bool:
+    u, t = sympy.symbols("u t", positive=True)
+    f = sympy.Function("f")
+    v = u * sympy.Integral(-f(t) / t**2, (t, 1, u))
+    return sympy.simplify(sympy.expand(v.diff(u, 2) + f(u).diff(u) / u)) == 0
+
+
+def _clips() -> bool:
+    """A clip is `min` and `max` with constants, whose differences keep the sign; the table's clipped rows."""
+    clipped = [row for name, row in rows().items() if "clipped" in name]
+    return len(clipped) == 2 and all(_never_falls(row) and convex(implied(row.weight)) for row in clipped)
