@@ -228,7 +228,7 @@ mean to 10 %.
 {positions}
 
 A tail bucket has no variance and a bias that no number of tokens removes (T9: it descends the divergence of the coarser
-laws, a lower bound). Summing the student's likeliest words and sampling only the rest has no bias; the teacher must
+distributions, a lower bound). Summing the student's likeliest words and sampling only the rest has no bias; the teacher must
 then score the student's top k: as many bytes, but a second message, after the rollout.
 
 ## What it buys over a rollout

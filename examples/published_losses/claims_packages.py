@@ -19,7 +19,7 @@ _VERL_PLUS = "k2 estimator gives right gradient estimator, so we use a straight 
 _OPENRLHF = "openrlhf.models.utils.compute_approx_kl"
 _OPENRLHF_SAYS = "Compute the approximate KL divergence between two distributions."
 _TOP_2 = (
-    "Both laws are renormalised on the teacher's top tokens: the student's mass outside is free (T9 c).",
+    "Both distributions are renormalised on the teacher's top tokens: the student's mass outside is free (T9 c).",
     "JSD(0.5) within the teacher's top 2",
 )
 _HARD_LABELS = "Half of it is the cross-entropy of the student's own samples, whose expected gradient is zero."
@@ -181,10 +181,10 @@ ENTRIES: tuple[Entry, ...] = (
         "kd_ce_loss × 4, temperature 2",
         "textbrewer",
         _TEXTBREWER.format("ce"),
-        "forward KL between softened laws",
+        "forward KL between softened distributions",
         "Calculate the cross entropy between logits_S and logits_T",
         "forward_kl",
-        remark="Compared with the forward KL at temperature 1: softened laws are other laws, with the same minimiser.",
+        remark="Compared with the forward KL at temperature 1: softened distributions are other distributions, with the same minimiser.",
     ),
     Entry(
         "textbrewer_kd_mse",

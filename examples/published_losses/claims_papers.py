@@ -112,7 +112,7 @@ ENTRIES: tuple[Entry, ...] = (
     ),
     _paper(
         "top_2_forward_kl_renormalised",
-        "the same, both laws renormalised",
+        "the same, both distributions renormalised",
         "",
         "forward KL within the top k",
         "forward_kl",
@@ -125,7 +125,8 @@ ENTRIES: tuple[Entry, ...] = (
         "",
         "about forward KL",
         "forward_kl",
-        remark=_TOP + "The forward KL of a coarser law; how mass is spread outside the top tokens is free (T9 d).",
+        remark=_TOP
+        + "The forward KL of a coarser distribution; how mass is spread outside the top tokens is free (T9 d).",
         follows="forward KL of the teacher's top 2 and the rest",
     ),
     _paper(

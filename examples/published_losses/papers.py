@@ -64,7 +64,7 @@ def _reverse_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 
 
 def _to_mixture(one: Tensor, other: Tensor, share: float) -> Tensor:
-    """KL of one law to the mixture with `share` of it and the rest of the other, from log-probabilities."""
+    """KL of one distribution to the mixture with `share` of it and the rest of the other, from log-probabilities."""
     mixture = share * one.exp() + (1.0 - share) * other.exp()
     return (one.exp() * (one - mixture.log())).sum(-1)
 
@@ -137,7 +137,7 @@ def grpo_k3_corrected(r: opd.Rollouts) -> Tensor:
     return r.token_sum(ratio * _k3(r.student_logprobs, r.teacher_logprobs))
 
 
-def _top_k_laws(student_logits: Tensor, ids: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor]:
+def _top_k_distributions(student_logits: Tensor, ids: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor]:
     return student_logits.log_softmax(-1).gather(-1, ids), logprobs
 
 
@@ -146,30 +146,35 @@ def _forward(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def _top_forward(student_logits: Tensor, ids: Tensor, logprobs: Tensor) -> Tensor:
-    return _forward(*_top_k_laws(student_logits, ids, logprobs))
+    return _forward(*_top_k_distributions(student_logits, ids, logprobs))
 
 
 def _top_forward_renormalised(student_logits: Tensor, ids: Tensor, logprobs: Tensor) -> Tensor:
-    log_p, log_q = (law.log_softmax(-1) for law in _top_k_laws(student_logits, ids, logprobs))
+    log_p, log_q = (
+        distribution.log_softmax(-1) for distribution in _top_k_distributions(student_logits, ids, logprobs)
+    )
     return _forward(log_p, log_q)
 
 
 def _top_forward_tail(student_logits: Tensor, ids: Tensor, logprobs: Tensor) -> Tensor:
-    laws = _top_k_laws(student_logits, ids, logprobs)
-    # The rest of each law as one more token.
-    log_p, log_q = (torch.cat([law, (-law.exp().sum(-1, keepdim=True)).log1p()], -1) for law in laws)
+    distributions = _top_k_distributions(student_logits, ids, logprobs)
+    # The rest of each distribution as one more token.
+    log_p, log_q = (
+        torch.cat([distribution, (-distribution.exp().sum(-1, keepdim=True)).log1p()], -1)
+        for distribution in distributions
+    )
     return _forward(log_p, log_q)
 
 
 def _top_reverse(student_logits: Tensor, ids: Tensor, logprobs: Tensor) -> Tensor:
-    log_p, log_q = _top_k_laws(student_logits, ids, logprobs)
+    log_p, log_q = _top_k_distributions(student_logits, ids, logprobs)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 _TOP = ("student_logits", "ids", "logprobs", None)
 
-# A teacher that reports its k likeliest tokens: the divergence on them alone, on both laws renormalised, or with the
-# rest of each law as one more token. No single source; all are in use.
+# A teacher that reports its k likeliest tokens: the divergence on them alone, on both distributions renormalised, or with the
+# rest of each distribution as one more token. No single source; all are in use.
 top_2_forward_kl = from_top_k(_top_forward, 2, names=_TOP)
 top_2_forward_kl_renormalised = from_top_k(_top_forward_renormalised, 2, names=_TOP)
 top_2_forward_kl_tail = from_top_k(_top_forward_tail, 2, names=_TOP)

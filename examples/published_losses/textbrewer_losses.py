@@ -11,7 +11,7 @@ import opdtheory as opd
 
 
 def textbrewer_kd_ce(r: opd.Rollouts) -> Tensor:
-    """`kd_ce_loss` at temperature 1: the cross-entropy to the teacher's law."""
+    """`kd_ce_loss` at temperature 1: the cross-entropy to the teacher's distribution."""
     from textbrewer.losses import kd_ce_loss
 
     return kd_ce_loss(r.student_logits[r.mask > 0], r.teacher_logits[r.mask > 0])

@@ -90,7 +90,7 @@ def verl_forward_kl_top(k: int) -> Loss:
         config = SimpleNamespace(distillation_loss=SimpleNamespace(log_prob_min_clamp=None, use_chunked_topk=False))
         nested = (torch.nested.as_nested_tensor([t], layout=torch.jagged) for t in (logprobs, ids))
         values = compute_forward_kl_topk(r.student_logits.flatten(0, 1).unsqueeze(0), *nested, config, "thd")
-        # As its caller does: without the tail the two laws do not sum to one, and the sum can be negative.
+        # As its caller does: without the tail the two distributions do not sum to one, and the sum can be negative.
         per_token = values["distillation_losses"].reshape(r.mask.shape).clamp_min(0.0)
         return r.token_mean(per_token).float()
 

@@ -89,7 +89,7 @@ def panel(
         eos: the token that ends a rollout, or None.
         off_policy: standard deviation of the noise on the sampling policy's logits.
         seed: of everything.
-        prompts: number of prompts; from 2 on a prompt of one token, drawn by a law of its own, comes before the
+        prompts: number of prompts; from 2 on a prompt of one token, drawn by a distribution of its own, comes before the
             response: position 0, written by the environment.
         environment: positions of the response, counted from 0 after the prompt, whose tokens an environment
             writes. The response is as long as without, or longer where the student would not have the last word.

@@ -58,7 +58,7 @@ def claim_of(loss: TokenLoss, nominal: Divergence, reduction: str, theorem: str,
         claim = _modified(_of_advantage(loss.advantage, nominal, theorem, descends), loss)
     else:
         raise TypeError(f"no claim can be derived for {type(loss).__name__}")
-    claim = _assuming(claim, *_law_of_rollouts(loss, claim))
+    claim = _assuming(claim, *_distribution_of_rollouts(loss, claim))
     return claim if reduction == "token_sum" else _divided_by_length(claim)
 
 
@@ -155,13 +155,13 @@ def _of_vocabulary(loss: VocabularyLoss, nominal: Divergence, theorem: str) -> C
     if form == "renormalised" and k == 1:
         return Claim(nominal, "token_local", "zero", theorem, "nothing: one token renormalised has probability 1")
     if form == "tail":
-        what = f"the divergence of the laws on {k} tokens and one bucket"
+        what = f"the divergence of the distributions on {k} tokens and one bucket"
         return Claim(nominal, "token_local", "biased", theorem, what, assumptions=(f"vocabulary above {k + 1}",))
     # At the teacher the terms on S pull by -f'(1) q (1_S - q(S)): a matter of the gauge.
     rests = abs(float(nominal.log_slope(torch.zeros((), dtype=torch.float64)))) < _TOLERANCE
     what = {
         "truncated": f"the terms of {k} tokens" + ("" if rests else ": the teacher is no fixed point"),
-        "renormalised": f"the divergence of the laws conditioned on {k} tokens",
+        "renormalised": f"the divergence of the distributions conditioned on {k} tokens",
     }[form]
     return Claim(nominal, "token_local", "biased", theorem, what, assumptions=(f"vocabulary above {k}",))
 
@@ -237,7 +237,7 @@ def _is_two_valued(values: Tensor) -> bool:
     )
 
 
-def _law_of_rollouts(loss: object, claim: Claim) -> tuple[str, ...]:
+def _distribution_of_rollouts(loss: object, claim: Claim) -> tuple[str, ...]:
     """The assumption on the policy that sampled, if the importance weights leave one (T8)."""
     importance = getattr(loss, "importance", None)
     if isinstance(loss, VocabularyLoss):
@@ -245,7 +245,7 @@ def _law_of_rollouts(loss: object, claim: Claim) -> tuple[str, ...]:
     if importance == "sequence" or (importance == "prefix" and claim.granularity == "token_local"):
         return ()
     if importance == "token" and claim.granularity == "token_local":
-        # A gradient that is zero at every history is so whatever law the histories have.
+        # A gradient that is zero at every history is so whatever distribution the histories have.
         return () if claim.verdict == "zero" else (ON_POLICY_OR_ONE_STEP,)
     return (ON_POLICY,)
 

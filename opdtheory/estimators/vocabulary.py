@@ -1,4 +1,4 @@
-r"""Losses of the whole next-token law, and of its k likeliest tokens (T9, T10, T12)."""
+r"""Losses of the whole next-token distribution, and of its k likeliest tokens (T9, T10, T12)."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _is_plain(log_p: Tensor, log_q: Tensor) -> bool:
 class TopK:
     r"""The divergence on the `k` likeliest tokens $S$ of the teacher or the student, with $S$ held fixed (T9).
 
-    `truncated`: $\sum_S p f(q/p)$; `renormalised`: $D_f$ of the two laws conditioned on $S$; `tail`: $D_f$ of the laws
+    `truncated`: $\sum_S p f(q/p)$; `renormalised`: $D_f$ of the two distributions conditioned on $S$; `tail`: $D_f$ of the distributions
     on $S$ and one bucket for the rest. `k` at least the vocabulary's size gives the whole divergence.
     """
 

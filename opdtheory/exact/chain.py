@@ -66,9 +66,9 @@ class Chain:
         """How many rows there are."""
         return len(self.log_p)
 
-    def visits(self, log_law: Tensor) -> Iterator[Tensor]:
-        """Probability under a law that each position reads each row, `(S,)`, position by position."""
-        forward = self._steps(log_law).T.tocsr()
+    def visits(self, log_distribution: Tensor) -> Iterator[Tensor]:
+        """Probability under a distribution that each position reads each row, `(S,)`, position by position."""
+        forward = self._steps(log_distribution).T.tocsr()
         visits = np.zeros(self.rows)
         visits[0] = 1.0
         for _ in range(self.horizon):
@@ -83,22 +83,22 @@ class Chain:
             yield after
             after = np.append(costs + gamma * (backward @ after), 0.0)
 
-    def _steps(self, log_law: Tensor) -> csr_array:
+    def _steps(self, log_distribution: Tensor) -> csr_array:
         """Probabilities of going from each row to each, `(S, S + 1)`, the end among them."""
         from scipy.sparse import csr_array
 
-        law, size = log_law.exp().numpy(), log_law.shape[-1]
+        distribution, size = log_distribution.exp().numpy(), log_distribution.shape[-1]
         # Tokens that lead to one row are added up.
         where = (np.repeat(np.arange(self.rows), size), self.successors.numpy().ravel())
-        return csr_array((law.ravel(), where), shape=(self.rows, self.rows + 1))
+        return csr_array((distribution.ravel(), where), shape=(self.rows, self.rows + 1))
 
-    def kept_visits(self, log_law: Tensor) -> Tensor:
+    def kept_visits(self, log_distribution: Tensor) -> Tensor:
         """`visits` of all positions, `(T, S)`, within a budget."""
         size = self.horizon * self.rows
         if size > _KEPT:
             what = f"keeping the visits of {self.rows} rows at {self.horizon} positions"
             raise BudgetExceededError(what, size, _KEPT, "lower the horizon or the number of states")
-        return torch.stack(list(self.visits(log_law)))
+        return torch.stack(list(self.visits(log_distribution)))
 
     def by_state(self, rows: Tensor, states: int) -> Tensor:
         """Sums over the rows that share a state of the student."""

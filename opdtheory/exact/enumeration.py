@@ -24,7 +24,7 @@ __all__ = ["SEQUENCE_BUDGET", "Enumeration", "enumerated_value", "shown_tables"]
 
 SEQUENCE_BUDGET = 2**18
 
-# Seeds of what the models think of tokens that they did not write; None: the environment's law.
+# Seeds of what the models think of tokens that they did not write; None: the environment's distribution.
 _OPINIONS = {"student": 11, "teacher": 12, "behavior": None}
 
 
@@ -161,12 +161,12 @@ class Enumeration:
 def shown_tables(policy: Policy, role: str) -> list[Tensor]:
     """A policy's tables as rollouts show them: with an opinion of its own on what an environment writes.
 
-    A model has logits at those positions too, finite and unlike the environment's law, and no gradient goes
+    A model has logits at those positions too, finite and unlike the environment's distribution, and no gradient goes
     there. With opinions that differ by policy, a loss that leaks over such positions gives itself away.
 
     Args:
         policy: whose tables.
-        role: `student`, `teacher` or `behavior`; the last one's opinion is the environment's own law, with its
+        role: `student`, `teacher` or `behavior`; the last one's opinion is the environment's own distribution, with its
             zero probabilities filled.
     """
     tables, seed = list(policy.tables()), _OPINIONS[role]

@@ -1,4 +1,4 @@
-"""The exact expected gradient of an arbitrary loss under the law that samples its rollouts."""
+"""The exact expected gradient of an arbitrary loss under the distribution that samples its rollouts."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ class Policy(abc.ABC):
 class TabularPolicy(Policy):
     r"""One softmax row per history: $p(a \mid h) = \mathrm{softmax}(z_h)_a$.
 
-    At the positions in `environment` the table is the law of an environment: a prompt, or a tool's result.
+    At the positions in `environment` the table is the distribution of an environment: a prompt, or a tool's result.
     Those tokens are in the history; they carry no score, no divergence and no return, and one of them that
     equals `eos` ends nothing (T6f). Policies that are compared must have the same environment.
 
@@ -303,7 +303,7 @@ def random_pair(
         distance: standard deviation of the noise that makes the teacher; 1e-3 is a near-equal pair.
         zeros: number of tokens to which both give zero probability.
         seed: of both generators.
-        environment: the positions whose tokens an environment writes, by one law for both; `(0,)` is a prompt.
+        environment: the positions whose tokens an environment writes, by one distribution for both; `(0,)` is a prompt.
 
     Returns:
         `(student, teacher)`.
@@ -325,7 +325,7 @@ def prefixes(vocab_size: int, length: int, start: int = 0, stop: int | None = No
 
 
 def check_logits(name: str, logits: Tensor, shape: tuple[int, ...]) -> None:
-    """Refuse logits of a wrong shape or dtype, or with a row that is no law."""
+    """Refuse logits of a wrong shape or dtype, or with a row that is no distribution."""
     if not isinstance(logits, Tensor) or tuple(logits.shape) != shape:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise InvalidArgumentError(name, f"got {got}; a tensor of shape {shape} is needed")

@@ -51,7 +51,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Sampler:
-    r"""Draws from the behaviour law of a triple of policies, level by level for all rollouts at once.
+    r"""Draws from the behaviour distribution of a triple of policies, level by level for all rollouts at once.
 
     Tables are stacked into one, `(R, V)`. If all policies are `MarkovPolicy`, row 0 is the first token's and row
     `1 + a` follows the token `a`, so that any horizon fits. Otherwise the levels of `Policy.tables` follow each other.

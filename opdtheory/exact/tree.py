@@ -25,7 +25,7 @@ __all__ = ["LEAF_BUDGET", "Roots", "Tree", "check_leaves", "check_pair", "pointw
 LEAF_BUDGET = 2**24
 
 # Two tables of one environment differ by rounding only.
-_SAME_LAW = 1e-12
+_SAME_DISTRIBUTION = 1e-12
 
 
 def check_pair(student: Policy, other: Policy, name: str = "teacher") -> None:
@@ -51,14 +51,14 @@ def check_pair(student: Policy, other: Policy, name: str = "teacher") -> None:
 
 
 def _check_environment(student: Policy, other: Policy, name: str) -> None:
-    """Refuse two laws of one environment."""
+    """Refuse two distributions of one environment."""
     ours, theirs = student.tables(), other.tables()
     for n in student.environment:
         gap = float((ours[n].detach().softmax(-1) - theirs[n].detach().softmax(-1)).abs().max())
-        if gap > _SAME_LAW:
+        if gap > _SAME_DISTRIBUTION:
             raise InvalidArgumentError(
                 name,
-                f"has another law than the student at position {n}, which the environment writes: off by {gap:.3g}",
+                f"has another distribution than the student at position {n}, which the environment writes: off by {gap:.3g}",
             )
 
 
@@ -148,7 +148,7 @@ class Tree:
             level `n` of shape `(V**n,)`, with one more level for the complete sequences.
         prefix_log_q: teacher's, likewise.
         live: whether a prefix can still be extended, level `n` of shape `(V**n,)`.
-        environment: levels whose tokens the environment writes, by the law in `log_p`, which `log_q` repeats.
+        environment: levels whose tokens the environment writes, by the distribution in `log_p`, which `log_q` repeats.
         first: length of the prefixes that the tree begins at, by which its levels are discounted.
         cut: whether sequences go on below the last level.
     """
@@ -190,7 +190,7 @@ class Tree:
         """The tree of two tables' rows below some prefixes, the levels of the environment counted from there."""
         log_p, log_q = [_log_softmax(z) for z in student], [_log_softmax(z) for z in teacher]
         for n in environment:
-            # One law for both, to the last bit, so that its ratio is exactly one.
+            # One distribution for both, to the last bit, so that its ratio is exactly one.
             log_p[n] = log_q[n] = log_p[n].detach()
         prefix_log_p, prefix_log_q, live = [roots.log_p.double()], [roots.log_q.double()], [roots.live]
         for n, (p, q) in enumerate(zip(log_p, log_q, strict=True)):

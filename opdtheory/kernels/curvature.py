@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from opdtheory.divergences import Divergence
-from opdtheory.kernels.distributions import Buffers, default_rows, laws_of
-from opdtheory.kernels.reference import log_laws, under_student, weight_masses
+from opdtheory.kernels.distributions import Buffers, default_rows, distributions_of
+from opdtheory.kernels.reference import log_distributions, under_student, weight_masses
 from opdtheory.kernels.sweep import matrices, runs
 
 __all__ = ["hessian_product"]
@@ -55,7 +55,7 @@ def hessian_product(
 
 def _chunk(divergence: Divergence, student: Tensor, teacher: Tensor, vector: Tensor, scale: float) -> Tensor:
     buffers = Buffers.allocate(student.shape, torch.float64, student.device)
-    logs = log_laws(laws_of(student, teacher, scale, buffers))
+    logs = log_distributions(distributions_of(student, teacher, scale, buffers))
     p = logs.log_p.exp()
     mass = weight_masses(divergence, logs)
     bend = under_student(divergence.curvature(logs.log_u), logs)

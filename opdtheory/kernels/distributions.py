@@ -1,4 +1,4 @@
-r"""A chunk of positions: the laws of student and teacher, in buffers that serve the next chunk again."""
+r"""A chunk of positions: the distributions of student and teacher, in buffers that serve the next chunk again."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor
 
 __all__ = [
     "Buffers",
-    "Laws",
+    "Distributions",
     "Row",
     "affine",
     "default_rows",
-    "laws_of",
-    "laws_within",
+    "distributions_of",
+    "distributions_within",
     "narrow",
     "row_dot",
     "row_sum",
@@ -67,7 +67,7 @@ def default_rows(vocabulary: int, device: torch.device) -> int:
 
 
 @dataclass
-class Laws:
+class Distributions:
     r"""The probabilities of a chunk of positions, and what forms need to know of them.
 
     Attributes:
@@ -174,7 +174,7 @@ class Laws:
         return 0.0 if self.peaks is None else wide_like(self.peaks[which], self.total)
 
 
-def laws_of(
+def distributions_of(
     student: Tensor,
     teacher: Tensor,
     scale: float,
@@ -182,8 +182,8 @@ def laws_of(
     guarded: bool = False,
     shifted: bool = False,
     by_log_ratio: bool = False,
-) -> Laws:
-    """The laws of a chunk of logits, `(R, V)` or `(V,)`; `by_log_ratio` says that log-ratios will be asked for.
+) -> Distributions:
+    """The distributions of a chunk of logits, `(R, V)` or `(V,)`; `by_log_ratio` says that log-ratios will be asked for.
 
     Exponentials of the logits as they are need neither the maximum nor the subtraction of it, and do not round what
     they are of. Where a sum of them is not well within range, those below the maximum are taken, and at once if
@@ -198,24 +198,24 @@ def laws_of(
     scaled_exp(buffers.q, teacher, scale, peaks[1] if peaks else None)
     total, other = row_sum(buffers.p), row_sum(buffers.q)
     if not shifted and not (_in_range(total) and _in_range(other)):
-        return laws_of(student, teacher, scale, buffers, guarded, shifted=True, by_log_ratio=by_log_ratio)
+        return distributions_of(student, teacher, scale, buffers, guarded, shifted=True, by_log_ratio=by_log_ratio)
     quotient = _quotient(total, other, buffers.q)
-    return Laws(buffers, student, teacher, scale, peaks, total, quotient, guarded, subtracted)
+    return Distributions(buffers, student, teacher, scale, peaks, total, quotient, guarded, subtracted)
 
 
 def _peak(logits: Tensor, scale: float, like: Tensor) -> Tensor:
     return scale * logits.amax(-1, keepdim=True).to(like.dtype)
 
 
-def laws_within(
+def distributions_within(
     student: Tensor, teacher: Tensor, scale: float, buffers: Buffers, peaks: list[Tensor], totals: list[Tensor]
-) -> Laws:
-    """The laws of a part of the vocabulary, from the peaks and the sums of exponentials of all of it, `(R, 1)` each."""
+) -> Distributions:
+    """The distributions of a part of the vocabulary, from the peaks and the sums of exponentials of all of it, `(R, 1)` each."""
     narrow_peaks = peaks[0].to(buffers.p.dtype), peaks[1].to(buffers.p.dtype)
     scaled_exp(buffers.p, student, scale, narrow_peaks[0])
     scaled_exp(buffers.q, teacher, scale, narrow_peaks[1])
     quotient = _quotient(totals[0], totals[1], buffers.q)
-    return Laws(buffers, student, teacher, scale, narrow_peaks, totals[0], quotient, guarded=True)
+    return Distributions(buffers, student, teacher, scale, narrow_peaks, totals[0], quotient, guarded=True)
 
 
 def scaled_exp(out: Tensor, logits: Tensor, scale: float, peak: Tensor | None = None) -> None:

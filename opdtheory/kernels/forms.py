@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from opdtheory.divergences import Divergence
-from opdtheory.kernels.distributions import Laws, Row, affine, row_dot, row_sum
+from opdtheory.kernels.distributions import Distributions, Row, affine, row_dot, row_sum
 
 __all__ = ["Filled", "Form", "fast_form"]
 
@@ -48,14 +48,14 @@ class Form:
     Attributes:
         kind: whether `h` is a weight or a mass.
         factor: the $c$ of the gradient.
-        fill: from the laws to `h`, value and mean, all of them times the laws' total except a weight.
+        fill: from the distributions to `h`, value and mean, all of them times the distributions' total except a weight.
         guardable: whether guarded quotients make every result finite.
         by_log_ratio: whether it asks for log-ratios.
     """
 
     kind: Literal["weight", "mass"]
     factor: float
-    fill: Callable[[Laws], Filled]
+    fill: Callable[[Distributions], Filled]
     guardable: bool = False
     by_log_ratio: bool = False
 
@@ -75,78 +75,78 @@ def fast_form(divergence: Divergence) -> Form | None:
     return _SKEW[divergence.name](parameter) if inside and divergence.name in _SKEW else None
 
 
-def _forward_kl(laws: Laws) -> Filled:
+def _forward_kl(distributions: Distributions) -> Filled:
     # p w = q; without p, which is constant in w: q - p. The value is that of u log u - u + 1.
-    log_u, missing = laws.log_ratio()
-    terms = row_dot(laws.q, log_u) + missing * row_sum(laws.q)
-    excess = laws.excess()
+    log_u, missing = distributions.log_ratio()
+    terms = row_dot(distributions.q, log_u) + missing * row_sum(distributions.q)
+    excess = distributions.excess()
     mean = row_sum(excess)
     return Filled(excess, terms - mean, mean)
 
 
-def _reverse_kl(laws: Laws) -> Filled:
+def _reverse_kl(distributions: Distributions) -> Filled:
     # w = log u up to a constant; the value is that of u - 1 - log u.
-    log_u, missing = laws.log_ratio()
-    mean = row_dot(laws.p, log_u)
-    return Filled(log_u, row_sum(laws.excess()) - mean - missing * row_sum(laws.p), mean)
+    log_u, missing = distributions.log_ratio()
+    mean = row_dot(distributions.p, log_u)
+    return Filled(log_u, row_sum(distributions.excess()) - mean - missing * row_sum(distributions.p), mean)
 
 
-def _jeffreys(laws: Laws) -> Filled:
+def _jeffreys(distributions: Distributions) -> Filled:
     # p w = (q - p) + p log u, and D is the sum of (q - p) log u.
-    log_u, excess = laws.log_ratio()[0], laws.excess()
+    log_u, excess = distributions.log_ratio()[0], distributions.excess()
     value = row_dot(excess, log_u)
-    mean = row_sum(excess) + row_dot(laws.p, log_u)
-    return Filled(torch.addcmul(excess, laws.p, log_u, out=log_u), value, mean)
+    mean = row_sum(excess) + row_dot(distributions.p, log_u)
+    return Filled(torch.addcmul(excess, distributions.p, log_u, out=log_u), value, mean)
 
 
-def _chi2(laws: Laws) -> Filled:
+def _chi2(distributions: Distributions) -> Filled:
     # p (u^2 - 1) = (q - p)(u + 1), and D is the sum of (q - p)(u - 1).
-    ratio, excess = laws.log_ratio()[0].exp_(), laws.excess()
+    ratio, excess = distributions.log_ratio()[0].exp_(), distributions.excess()
     product, difference = row_dot(excess, ratio), row_sum(excess)
     return Filled(torch.addcmul(excess, excess, ratio, out=ratio), product - difference, product + difference)
 
 
-def _neyman_chi2(laws: Laws) -> Filled:
+def _neyman_chi2(distributions: Distributions) -> Filled:
     # p (1 - 1/u) = (q - p)/u, and D is the sum of (q - p)(1 - 1/u).
-    inverse, excess = laws.log_ratio()[0].neg_().exp_(), laws.excess()
+    inverse, excess = distributions.log_ratio()[0].neg_().exp_(), distributions.excess()
     mean = row_dot(excess, inverse)
     return Filled(inverse.mul_(excess), row_sum(excess) - mean, mean)
 
 
-def _hellinger(laws: Laws) -> Filled:
+def _hellinger(distributions: Distributions) -> Filled:
     # p (sqrt(u) - 1) = sqrt(p) (sqrt(q) - sqrt(p))
-    root = torch.sqrt(laws.p, out=laws.buffers.h)
-    difference = torch.sqrt(laws.q, out=laws.buffers.x).sub_(root)
+    root = torch.sqrt(distributions.p, out=distributions.buffers.h)
+    difference = torch.sqrt(distributions.q, out=distributions.buffers.x).sub_(root)
     value = row_dot(difference, difference)
     mass = root.mul_(difference)
     return Filled(mass, value, row_sum(mass))
 
 
-def _total_variation(laws: Laws) -> Filled:
-    excess = laws.excess()
-    sign = torch.sign(excess, out=laws.buffers.h)
-    return Filled(sign, row_dot(excess, sign) / 2, row_dot(laws.p, sign))
+def _total_variation(distributions: Distributions) -> Filled:
+    excess = distributions.excess()
+    sign = torch.sign(excess, out=distributions.buffers.h)
+    return Filled(sign, row_dot(excess, sign) / 2, row_dot(distributions.p, sign))
 
 
-def _le_cam(laws: Laws) -> Filled:
+def _le_cam(distributions: Distributions) -> Filled:
     # With r = (q - p)/(q + p): w = r (r + 2), and D is the sum of (q - p) r.
-    excess, total = laws.excess(), torch.add(laws.p, laws.q, out=laws.buffers.h)
-    ratio = torch.div(excess, laws.guard(total), out=total)
+    excess, total = distributions.excess(), torch.add(distributions.p, distributions.q, out=distributions.buffers.h)
+    ratio = torch.div(excess, distributions.guard(total), out=total)
     value = row_dot(excess, ratio)
     weight = ratio.addcmul_(ratio, ratio, value=0.5)
-    return Filled(weight, value, row_dot(laws.p, weight))
+    return Filled(weight, value, row_dot(distributions.p, weight))
 
 
 def _skew_jsd(beta: float) -> Form:
     rest = 1.0 - beta
 
-    def fill(laws: Laws) -> Filled:
+    def fill(distributions: Distributions) -> Filled:
         # log u and log(m/p) come from the same quotient: its rounding counts to second order only.
-        ratio = laws.teacher_over(laws.student_divisor())
-        teacher = laws.teacher_sum(torch.log(ratio, out=laws.buffers.x))
+        ratio = distributions.teacher_over(distributions.student_divisor())
+        teacher = distributions.teacher_sum(torch.log(ratio, out=distributions.buffers.x))
         weight = affine(ratio, beta, rest).log_()
-        mean = row_dot(laws.p, weight)
-        return Filled(weight, beta * (teacher - laws.teacher_sum(weight)) - rest * mean, mean)
+        mean = row_dot(distributions.p, weight)
+        return Filled(weight, beta * (teacher - distributions.teacher_sum(weight)) - rest * mean, mean)
 
     return Form("weight", rest, fill, guardable=True)
 
@@ -154,14 +154,14 @@ def _skew_jsd(beta: float) -> Form:
 def _skew_forward_kl(lam: float) -> Form:
     rest = 1.0 - lam
 
-    def fill(laws: Laws) -> Filled:
+    def fill(distributions: Distributions) -> Filled:
         # With r = q/m: w = (1 - lam) r; the value is that of f - (1 - lam)(u - 1).
-        difference = row_sum(laws.excess())
-        mixture = torch.lerp(laws.p, laws.q, lam, out=laws.buffers.h)
-        ratio = laws.teacher_over(laws.guard(mixture))
-        value = row_dot(laws.q, torch.log(ratio, out=laws.buffers.x)) - rest * difference
+        difference = row_sum(distributions.excess())
+        mixture = torch.lerp(distributions.p, distributions.q, lam, out=distributions.buffers.h)
+        ratio = distributions.teacher_over(distributions.guard(mixture))
+        value = row_dot(distributions.q, torch.log(ratio, out=distributions.buffers.x)) - rest * difference
         weight = ratio.sub_(1.0)
-        return Filled(weight, value, row_dot(laws.p, weight))
+        return Filled(weight, value, row_dot(distributions.p, weight))
 
     return Form("weight", rest, fill, guardable=True)
 
@@ -169,15 +169,15 @@ def _skew_forward_kl(lam: float) -> Form:
 def _skew_reverse_kl(lam: float) -> Form:
     rest = 1.0 - lam
 
-    def fill(laws: Laws) -> Filled:
+    def fill(distributions: Distributions) -> Filled:
         # With v = m/p: w = log v + lam/v - 1; the value is that of f + (1 - lam)(u - 1).
-        difference = row_sum(laws.excess())
-        mixture = laws.teacher_over(laws.student_divisor())
+        difference = row_sum(distributions.excess())
+        mixture = distributions.teacher_over(distributions.student_divisor())
         mixture = affine(mixture, rest, lam)
-        log_mixture = torch.log(mixture, out=laws.buffers.x)
-        value = rest * difference - row_dot(laws.p, log_mixture)
+        log_mixture = torch.log(mixture, out=distributions.buffers.x)
+        value = rest * difference - row_dot(distributions.p, log_mixture)
         weight = log_mixture.add_(mixture.reciprocal_().sub_(1.0), alpha=lam)
-        return Filled(weight, value, row_dot(laws.p, weight))
+        return Filled(weight, value, row_dot(distributions.p, weight))
 
     return Form("weight", 1.0, fill, guardable=True)
 
@@ -192,38 +192,38 @@ def _alpha(order: float) -> Form | None:
 
 
 def _alpha_by_student(order: float) -> Form:
-    def fill(laws: Laws) -> Filled:
+    def fill(distributions: Distributions) -> Filled:
         # a w = u^a - 1, and D = E_p[w]/(a - 1).
-        weight = _power(laws, order)
-        mean = row_dot(laws.p, weight)
-        difference = row_sum(laws.excess())
+        weight = _power(distributions, order)
+        mean = row_dot(distributions.p, weight)
+        difference = row_sum(distributions.excess())
         return Filled(weight, (mean / order - difference) / (order - 1), mean)
 
     return Form("weight", 1 / order, fill, by_log_ratio=True)
 
 
 def _alpha_by_teacher(order: float) -> Form:
-    def fill(laws: Laws) -> Filled:
+    def fill(distributions: Distributions) -> Filled:
         # a p w = (q - p) + q (u^(a-1) - 1)
-        power = _power(laws, order - 1)
-        terms, excess = row_dot(laws.q, power), laws.excess()
+        power = _power(distributions, order - 1)
+        terms, excess = row_dot(distributions.q, power), distributions.excess()
         difference = row_sum(excess)
-        mass = torch.addcmul(excess, laws.q, power, out=power)
+        mass = torch.addcmul(excess, distributions.q, power, out=power)
         return Filled(mass, (terms / (order - 1) - difference) / order, difference + terms)
 
     return Form("mass", 1 / order, fill, by_log_ratio=True)
 
 
-def _power(laws: Laws, exponent: float) -> Tensor:
+def _power(distributions: Distributions, exponent: float) -> Tensor:
     """The difference `u**exponent - 1` in `h`."""
-    log_u, missing = laws.log_ratio()
+    log_u, missing = distributions.log_ratio()
     # The exponents are not small, so that expm1, five times as slow, would gain digits near u = 1 only.
     return affine(log_u, exponent, exponent * missing).exp_().sub_(1.0)
 
 
 def _multiple(form: Form, factor: float) -> Form:
-    def fill(laws: Laws) -> Filled:
-        filled = form.fill(laws)
+    def fill(distributions: Distributions) -> Filled:
+        filled = form.fill(distributions)
         return filled._replace(value=factor * filled.value)
 
     return form if factor == 1.0 else dataclasses.replace(form, factor=factor * form.factor, fill=fill)

@@ -1,4 +1,4 @@
-r"""The divergence of whole next-token laws from logits, with its gradient found in the forward pass (T1, T12)."""
+r"""The divergence of whole next-token distributions from logits, with its gradient found in the forward pass (T1, T12)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def fused_divergence(
     temperature: float = 1.0,
     chunk_size: int | None = None,
 ) -> Float[Tensor, "*batch"]:
-    r"""The divergence of the whole next-token laws at each position, times its weight, in little time and memory.
+    r"""The divergence of the whole next-token distributions at each position, times its weight, in little time and memory.
 
     $$\ell_n = m_n \sum_a p_n(a)\, f\!\left(\frac{q_n(a)}{p_n(a)}\right), \qquad
     \frac{\partial \ell_n}{\partial z_a} = -\frac{m_n}{\tau}\, p_n(a)\,\bigl(w_f(u_a) - E_{p_n} w_f\bigr)$$

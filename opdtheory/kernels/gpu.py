@@ -128,7 +128,7 @@ def _log_mixture(log_u, ratio, share, rest):
 
 @triton.jit
 def _terms(p, q, log_u, a, b, KIND: tl.constexpr):
-    """Of words that both laws have, each one's term of the value and its mass."""
+    """Of words that both distributions have, each one's term of the value and its mass."""
     d = q - p
     if KIND == "forward_kl":
         value = q * log_u - d
@@ -233,7 +233,7 @@ def _block(
     q = _exp(tl.fma(theirs, scale, -other_top)) * quotient
     value, mass = _terms(p, q, tl.fma((theirs + whole) - ours, scale, shift) + shift_rest, a, b, KIND)
     if holes:
-        # T10: a word that one law lacks.
+        # T10: a word that one distribution lacks.
         absent, lacking = ours == -_INF, theirs == -_INF
         value = tl.where(lacking, p * at_zero, value)
         mass = tl.where(absent, 0.0, tl.where(lacking, -p * at_zero, mass))
@@ -336,7 +336,7 @@ def _program(
             other_sums += masses
         value = tl.sum(sums.to(tl.float64), 0) / total
         mean = tl.sum(other_sums.to(tl.float64), 0) / total
-        # Every NaN and infinity has entered a sum. A law without words has no total.
+        # Every NaN and infinity has entered a sum. A distribution without words has no total.
         usable = (tl.abs(value) + tl.abs(mean) < _INF) & (total > 0.0) & (other_total > 0.0)
         tl.store(left + row, usable == 0)
         if usable:

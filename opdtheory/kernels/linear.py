@@ -1,4 +1,4 @@
-r"""The divergence of next-token laws from hidden states and output layers, without the logits of a batch."""
+r"""The divergence of next-token distributions from hidden states and output layers, without the logits of a batch."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from opdtheory.divergences import divergence as as_divergence
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.kernels import arguments
 from opdtheory.kernels.attached import attached
-from opdtheory.kernels.distributions import Buffers, Laws, default_rows, laws_within, scaled_exp
+from opdtheory.kernels.distributions import Buffers, Distributions, default_rows, distributions_within, scaled_exp
 from opdtheory.kernels.forms import Filled
 from opdtheory.kernels.outside import outside_graphs
 from opdtheory.kernels.sweep import Evaluator, finish, matrices, runs
@@ -127,25 +127,27 @@ class _Part:
             return values, None
         gradient = torch.zeros_like(self._student, memory_format=torch.contiguous_format)
         for evaluator, weights in plans:
-            for laws, grad, (weight, mean) in self._chunks(evaluator.dtype, weights, [weights, sums[1]], gradient):
-                filled = evaluator.form.fill(laws)
-                whole = Filled(filled.h, filled.value, laws.total * mean)
-                finish(laws, evaluator.form, whole, weight, grad)
+            for distributions, grad, (weight, mean) in self._chunks(
+                evaluator.dtype, weights, [weights, sums[1]], gradient
+            ):
+                filled = evaluator.form.fill(distributions)
+                whole = Filled(filled.h, filled.value, distributions.total * mean)
+                finish(distributions, evaluator.form, whole, weight, grad)
         return values, gradient
 
     def _sums(self, evaluator: Evaluator, weights: Tensor) -> Tensor:
         """Value and mean of each position over all ranks, `(2, ...)`."""
         sums = torch.zeros_like(self._totals)
-        for laws, _, (value, mean) in self._chunks(evaluator.dtype, weights, [sums[0], sums[1]]):
-            filled = evaluator.form.fill(laws)
-            value.copy_(torch.as_tensor(filled.value / laws.total))
-            mean.copy_(torch.as_tensor(filled.mean / laws.total))
+        for distributions, _, (value, mean) in self._chunks(evaluator.dtype, weights, [sums[0], sums[1]]):
+            filled = evaluator.form.fill(distributions)
+            value.copy_(torch.as_tensor(filled.value / distributions.total))
+            mean.copy_(torch.as_tensor(filled.mean / distributions.total))
         return self._reduced(sums, dist.ReduceOp.SUM)
 
     def _chunks(
         self, dtype: torch.dtype, weights: Tensor, columns: list[Tensor], gradient: Tensor | None = None
-    ) -> Iterator[tuple[Laws, Tensor, list[Tensor]]]:
-        """The laws of the positions that have a weight, with their gradient and their part of each column."""
+    ) -> Iterator[tuple[Distributions, Tensor, list[Tensor]]]:
+        """The distributions of the positions that have a weight, with their gradient and their part of each column."""
         buffers = Buffers.allocate((self._rows, self._student.shape[-1]), dtype, self._student.device)
         wide = [self._student, self._teacher, self._student if gradient is None else gradient]
         narrow = [weights, *self._peaks, *self._totals, *columns]
@@ -155,8 +157,8 @@ class _Part:
                     of_rows = [each[part].unsqueeze(-1) for each in numbers]
                     peaks, totals, rest = of_rows[:2], of_rows[2:4], of_rows[4:]
                     head = buffers.head(part.stop - part.start)
-                    laws = laws_within(student[part], teacher[part], self._scale, head, peaks, totals)
-                    yield laws, grad[part], rest
+                    distributions = distributions_within(student[part], teacher[part], self._scale, head, peaks, totals)
+                    yield distributions, grad[part], rest
 
     def _exponentials(self, dtype: torch.dtype) -> Tensor:
         """The sums of this rank's exponentials, less the maximum of all ranks, `(2, ...)`."""

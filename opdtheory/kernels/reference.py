@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from opdtheory.divergences import Divergence
-from opdtheory.kernels.distributions import Laws, row_sum
+from opdtheory.kernels.distributions import Distributions, row_sum
 from opdtheory.kernels.forms import Filled, Form
 
-__all__ = ["LogLaws", "log_laws", "reference_form", "terms", "under_student", "weight_masses"]
+__all__ = ["LogDistributions", "log_distributions", "reference_form", "terms", "under_student", "weight_masses"]
 
 # Beyond, e^t nears the end of float64: what is left of f(u)/u is its limit, or a straight line in log u.
 _FARTHEST = 700.0
 
 
-class LogLaws(NamedTuple):
-    """Log-probabilities of a chunk in float64, and which tokens both laws have, `(R, V)` each."""
+class LogDistributions(NamedTuple):
+    """Log-probabilities of a chunk in float64, and which tokens both distributions have, `(R, V)` each."""
 
     log_p: Tensor
     log_q: Tensor
@@ -27,12 +27,12 @@ class LogLaws(NamedTuple):
     both: Tensor
 
 
-def log_laws(laws: Laws) -> LogLaws:
-    """From the logits of the chunk; the log-ratio is 0 where a law lacks the token."""
-    log_p = laws.student.double() * laws.scale - laws.student_normaliser()
-    log_q = laws.teacher.double() * laws.scale - laws.teacher_normaliser()
+def log_distributions(distributions: Distributions) -> LogDistributions:
+    """From the logits of the chunk; the log-ratio is 0 where a distribution lacks the token."""
+    log_p = distributions.student.double() * distributions.scale - distributions.student_normaliser()
+    log_q = distributions.teacher.double() * distributions.scale - distributions.teacher_normaliser()
     both = (log_p > -math.inf) & (log_q > -math.inf)
-    return LogLaws(log_p, log_q, torch.where(both, log_q - log_p, 0.0), both)
+    return LogDistributions(log_p, log_q, torch.where(both, log_q - log_p, 0.0), both)
 
 
 def reference_form(divergence: Divergence) -> Form:
@@ -42,18 +42,18 @@ def reference_form(divergence: Divergence) -> Form:
     zero nothing. A term that is infinite has the value inf and no gradient.
     """
 
-    def fill(laws: Laws) -> Filled:
-        logs = log_laws(laws)
+    def fill(distributions: Distributions) -> Filled:
+        logs = log_distributions(distributions)
         # Forms work on the scale of the buffers.
-        mass = weight_masses(divergence, logs).mul_(laws.total)
-        # A law whose normaliser is no number would pass for one without tokens: its value is NaN instead.
-        unusable = 0.0 * (laws.student_normaliser() + laws.teacher_normaliser())
-        return Filled(mass, laws.total * row_sum(terms(divergence, logs)) + unusable, row_sum(mass))
+        mass = weight_masses(divergence, logs).mul_(distributions.total)
+        # A distribution whose normaliser is no number would pass for one without tokens: its value is NaN instead.
+        unusable = 0.0 * (distributions.student_normaliser() + distributions.teacher_normaliser())
+        return Filled(mass, distributions.total * row_sum(terms(divergence, logs)) + unusable, row_sum(mass))
 
     return Form("mass", 1.0, fill)
 
 
-def terms(divergence: Divergence, logs: LogLaws) -> Tensor:
+def terms(divergence: Divergence, logs: LogDistributions) -> Tensor:
     """The terms $p f(q/p)$."""
     terms = under_student(divergence.generator(logs.log_u.clamp(max=_FARTHEST)), logs)
     far = logs.log_u > _FARTHEST
@@ -64,7 +64,7 @@ def terms(divergence: Divergence, logs: LogLaws) -> Tensor:
     return terms + _boundary(~logs.both, logs.log_q, divergence.slope_at_infinity)
 
 
-def weight_masses(divergence: Divergence, logs: LogLaws) -> Tensor:
+def weight_masses(divergence: Divergence, logs: LogDistributions) -> Tensor:
     r"""The masses $p\,w_f(q/p)$, zero where the term of the value is infinite."""
     mass = under_student(divergence.weight(logs.log_u.clamp(max=_FARTHEST)), logs)
     far = logs.log_u > _FARTHEST
@@ -75,8 +75,8 @@ def weight_masses(divergence: Divergence, logs: LogLaws) -> Tensor:
     return torch.where(torch.isfinite(mass), mass, 0.0)
 
 
-def under_student(values: Tensor, logs: LogLaws) -> Tensor:
-    """Values of the tokens times `p`, zero for those that not both laws have; infinite only if the product is."""
+def under_student(values: Tensor, logs: LogDistributions) -> Tensor:
+    """Values of the tokens times `p`, zero for those that not both distributions have; infinite only if the product is."""
     # The root is multiplied in twice, as p may underflow where its product does not.
     root = torch.where(logs.both, logs.log_p / 2, -math.inf).exp()
     return torch.where(root > 0, values * root * root, 0.0)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from opdtheory.divergences import Divergence
 from opdtheory.errors import InvalidArgumentError
-from opdtheory.kernels.distributions import Buffers, Laws, Row, affine, default_rows, laws_of, narrow
+from opdtheory.kernels.distributions import Buffers, Distributions, Row, affine, default_rows, distributions_of, narrow
 from opdtheory.kernels.forms import Filled, Form, fast_form
 from opdtheory.kernels.reference import reference_form
 
@@ -148,29 +148,29 @@ class _Chunks:
     def __call__(self, student: Tensor, teacher: Tensor, weight: Row, grad: Tensor | None) -> Row:
         """The values of the rows times their weights; the gradient of that is left in `grad`."""
         form = self._evaluator.form
-        laws, filled = self._filled(student, teacher, grad)
+        distributions, filled = self._filled(student, teacher, grad)
         if not _finite(filled) and form.guardable and not self._guarded:
             self._guarded = True
-            laws, filled = self._filled(student, teacher, grad)
+            distributions, filled = self._filled(student, teacher, grad)
         if not _finite(filled) and form is not self._evaluator.reference:
-            laws, filled = self._filled(*self._without_harmless(student, teacher), grad)
+            distributions, filled = self._filled(*self._without_harmless(student, teacher), grad)
             if not _finite(filled):
                 return _Chunks(self._evaluator.exact(), spare=False)(student, teacher, weight, grad)
         if grad is not None:
-            finish(laws, form, filled, weight, grad)
-        return weight * filled.value / laws.total
+            finish(distributions, form, filled, weight, grad)
+        return weight * filled.value / distributions.total
 
-    def _filled(self, student: Tensor, teacher: Tensor, grad: Tensor | None) -> tuple[Laws, Filled]:
+    def _filled(self, student: Tensor, teacher: Tensor, grad: Tensor | None) -> tuple[Distributions, Filled]:
         buffers = self._sized(student, grad if self._spare else None)
         form = self._evaluator.form
-        laws = laws_of(
+        distributions = distributions_of(
             student, teacher, self._evaluator.scale, buffers, self._guarded, self._shifted, form.by_log_ratio
         )
-        self._shifted = laws.peaks is not None
-        filled = form.fill(laws)
+        self._shifted = distributions.peaks is not None
+        filled = form.fill(distributions)
         if not _finite(filled):
-            _refuse_unusable(laws)
-        return laws, filled
+            _refuse_unusable(distributions)
+        return distributions, filled
 
     def _sized(self, like: Tensor, h: Tensor | None) -> Buffers:
         if self._buffers is None or self._buffers.p.shape[0] < like.shape[0]:
@@ -179,7 +179,7 @@ class _Chunks:
         return buffers if h is None else buffers._replace(h=h)
 
     def _without_harmless(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits that are finite where a token that a law lacks costs no more than a finite amount.
+        """Logits that are finite where a token that a distribution lacks costs no more than a finite amount.
 
         Such a token keeps a probability of exactly zero, but a log-ratio that may be multiplied by that.
         """
@@ -195,10 +195,10 @@ def _lowest(like: Tensor) -> float:
     return max(torch.finfo(like.dtype).min, -1e30)
 
 
-def finish(laws: Laws, form: Form, filled: Filled, weight: Row, out: Tensor) -> None:
+def finish(distributions: Distributions, form: Form, filled: Filled, weight: Row, out: Tensor) -> None:
     """Write the gradient of a chunk from what its form found; the mean may be that of a larger vocabulary."""
-    p, h = laws.p, filled.h
-    factor, mean = weight * form.factor * laws.scale / laws.total, filled.mean / laws.total
+    p, h = distributions.p, filled.h
+    factor, mean = weight * form.factor * distributions.scale / distributions.total, filled.mean / distributions.total
     target = out if out.dtype == p.dtype else h
     if form.kind == "weight":
         torch.mul(affine(h, -factor, factor * mean), p, out=target)
@@ -216,8 +216,8 @@ def _finite(filled: Filled) -> bool:
     return math.isfinite(row if isinstance(row, float) else float(row.sum()))
 
 
-def _refuse_unusable(laws: Laws) -> None:
-    for name, logits in (("student_logits", laws.student), ("teacher_logits", laws.teacher)):
+def _refuse_unusable(distributions: Distributions) -> None:
+    for name, logits in (("student_logits", distributions.student), ("teacher_logits", distributions.teacher)):
         unusable = ~torch.isfinite(logits.amax(-1))
         if bool(unusable.any()):
             raise InvalidArgumentError(

@@ -15,7 +15,7 @@ from opdtheory.kernels import arguments
 from opdtheory.kernels.attached import attached
 from opdtheory.kernels.distributions import default_rows
 from opdtheory.kernels.outside import outside_graphs
-from opdtheory.kernels.reference import LogLaws, terms, weight_masses
+from opdtheory.kernels.reference import LogDistributions, terms, weight_masses
 from opdtheory.kernels.sweep import matrices, runs
 
 __all__ = ["fused_top_k_divergence"]
@@ -33,7 +33,7 @@ def fused_top_k_divergence(
     temperature: float = 1.0,
     chunk_size: int | None = None,
 ) -> Float[Tensor, "*batch"]:
-    r"""The divergence of the laws on the teacher's `k` tokens and one bucket for all others, at each position (T9d).
+    r"""The divergence of the distributions on the teacher's `k` tokens and one bucket for all others, at each position (T9d).
 
     $$\ell_n = m_n \Bigl[\sum_{a \in S_n} p(a) f\!\left(\tfrac{q(a)}{p(a)}\right)
     + p(\bar S_n)\, f\!\left(\tfrac{q(\bar S_n)}{p(\bar S_n)}\right)\Bigr]$$
@@ -41,7 +41,7 @@ def fused_top_k_divergence(
     A coarse-graining: at most the whole divergence, zero at the teacher, and its gradient is exact for it. In nats, to
     be minimised. Of the teacher only $S$ and $\log q$ on it are needed; its tail has what they leave of one, and
     nothing if `k` is the whole vocabulary or if rounding leaves nothing, which makes the reverse KL infinite. The
-    `k + 1` terms are evaluated in float64, the student's law in float32 (float64 for logits of that). First derivatives
+    `k + 1` terms are evaluated in float64, the student's distribution in float32 (float64 for logits of that). First derivatives
     only; the backward pass and `mask` are as in `fused_divergence`.
 
     Args:
@@ -88,11 +88,11 @@ def fused_top_k_divergence(
         for (logits, ids, teacher, *grads), (found, *weight) in matrices(wide, narrow):
             for part, weighed in runs(weight[0] if weight else None, found.shape[0], rows):
                 if weighed:
-                    law = _Coarse(logits[part], ids[part], teacher[part], dtype, 1.0 / temperature)
+                    distribution = _Coarse(logits[part], ids[part], teacher[part], dtype, 1.0 / temperature)
                     factor = weight[0][part].double().unsqueeze(-1) if weight else 1.0
-                    found[part] = (factor * law.value(chosen)).squeeze(-1)
+                    found[part] = (factor * distribution.value(chosen)).squeeze(-1)
                     if grads:
-                        law.write_gradient(chosen, factor / temperature, grads[0][part])
+                        distribution.write_gradient(chosen, factor / temperature, grads[0][part])
     return (
         values.to(dtype)
         if gradient is None
@@ -101,7 +101,7 @@ def fused_top_k_divergence(
 
 
 class _Coarse:
-    """A chunk of positions: the laws on `k` tokens and a bucket, and the student's law within the bucket."""
+    """A chunk of positions: the distributions on `k` tokens and a bucket, and the student's distribution within the bucket."""
 
     def __init__(self, logits: Tensor, ids: Tensor, log_q: Tensor, dtype: torch.dtype, scale: float) -> None:
         scaled = logits.to(dtype) * scale
@@ -123,15 +123,15 @@ class _Coarse:
         self._share = torch.where(mass > 0, 1 / mass, 0.0).double()
         log_p = torch.log_softmax(torch.cat([kept, rest], dim=-1), dim=-1)
         both = (log_p > -math.inf) & (log_q > -math.inf)
-        self._laws = LogLaws(log_p, log_q, torch.where(both, log_q - log_p, 0.0), both)
+        self._distributions = LogDistributions(log_p, log_q, torch.where(both, log_q - log_p, 0.0), both)
 
     def value(self, divergence: Divergence) -> Tensor:
-        return terms(divergence, self._laws).sum(-1, keepdim=True)
+        return terms(divergence, self._distributions).sum(-1, keepdim=True)
 
     def write_gradient(self, divergence: Divergence, factor: Tensor | float, out: Tensor) -> None:
         """A token of the bucket has its share of the bucket's gradient."""
-        mass = weight_masses(divergence, self._laws)
-        coarse = factor * (self._laws.log_p.exp() * mass.sum(-1, keepdim=True) - mass)
+        mass = weight_masses(divergence, self._distributions)
+        coarse = factor * (self._distributions.log_p.exp() * mass.sum(-1, keepdim=True) - mass)
         out.copy_(self._within.mul_((coarse[:, -1:] * self._share).to(self._within.dtype)))
         out.scatter_(-1, self._ids, coarse[:, :-1].to(out.dtype))
 

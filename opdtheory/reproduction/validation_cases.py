@@ -229,7 +229,7 @@ def _counts(name: str, student: HuggingFaceModel) -> bool:
 
 
 def _sharpened(model: Transformer, scale: float, seed: int) -> Transformer:
-    """An untrained model whose next-token laws are not uniform."""
+    """An untrained model whose next-token distributions are not uniform."""
     noise = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         weight = model.head.weight

@@ -345,7 +345,7 @@ def _check_at_teacher(name: str) -> Cases:
 
 
 def _step_linear() -> bool:
-    """Means of sums: two rollouts of an undefined two-point law."""
+    """Means of sums: two rollouts of an undefined two-point distribution."""
     c, a, b = sympy.symbols("c a b")
     mean = c * a + (1 - c) * b
     pair = sum(x * y * (n + m) / 2 for x, n in ((c, a), (1 - c, b)) for y, m in ((c, a), (1 - c, b)))
@@ -404,10 +404,12 @@ def _step_moments() -> bool:
 def _step_score_of_length() -> bool:
     r"""$E[S/L] = \nabla E[1/L]$ for any function of the rollout that does not hold θ."""
     theta = sympy.Symbol("theta")
-    laws = [sympy.Function(f"p{i}", positive=True)(theta) for i in range(3)]
+    distributions = [sympy.Function(f"p{i}", positive=True)(theta) for i in range(3)]
     lengths = sympy.symbols("l0:3", positive=True)
-    left = sum(p * sympy.diff(sympy.log(p), theta) / k for p, k in zip(laws, lengths, strict=True))
-    return sympy.simplify(left - sympy.diff(sum(p / k for p, k in zip(laws, lengths, strict=True)), theta)) == 0
+    left = sum(p * sympy.diff(sympy.log(p), theta) / k for p, k in zip(distributions, lengths, strict=True))
+    return (
+        sympy.simplify(left - sympy.diff(sum(p / k for p, k in zip(distributions, lengths, strict=True)), theta)) == 0
+    )
 
 
 def _step_per_atom() -> bool:

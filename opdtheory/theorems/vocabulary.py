@@ -1,4 +1,4 @@
-r"""T12: losses of the whole next-token law, and the generalised JSD with its two ends."""
+r"""T12: losses of the whole next-token distribution, and the generalised JSD with its two ends."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from opdtheory.divergences import Divergence
 from opdtheory.estimators import estimator
 from opdtheory.exact import exact_gradient, exact_value, expected_gradient
 from opdtheory.rollouts import Rollouts
-from opdtheory.theorems.instances.cases import RATIONAL, catalogue, interval, pairs, rational_laws, values_of
+from opdtheory.theorems.instances.cases import RATIONAL, catalogue, interval, pairs, rational_distributions, values_of
 from opdtheory.theorems.instances.kept_tokens import in_logits
 from opdtheory.theorems.theorem import Cases, Identity, Step, Theorem, close, furthest, holds, overlap, same
 
@@ -229,7 +229,7 @@ def _check_vocabulary_in_fractions(detached: Detached) -> Cases:
         term, w = outer * f.subs(u, q / inner), u * sympy.diff(f, u) - f
         parts = {"outer p": sympy.diff(term, inner), "ratio": sympy.diff(term, outer)}
         slope = sum(part for factor, part in parts.items() if detached in ("nothing", factor))
-        for student, teacher in rational_laws():
+        for student, teacher in rational_distributions():
             at = [{outer: a, inner: a, q: b} for a, b in zip(student, teacher, strict=True)]
             slopes = [values_of(slope, values) for values in at]
             weights = [values_of(w, {u: b / a}) for a, b in zip(student, teacher, strict=True)]
@@ -287,7 +287,7 @@ def _mixed(ps: list[Any], qs: list[Any], beta: Fraction) -> tuple[list[Any], Any
 
 def _check_deficit(claim: Callable[[Any, Any, Any, Any], Any]) -> Cases:
     r"""$\beta KL(q\|p) - D_\beta$, and at the other end $(1-\beta) KL(p\|q) - D_\beta$, in intervals."""
-    for student, teacher in rational_laws():
+    for student, teacher in rational_distributions():
         ps, qs = [interval(a) for a in student], [interval(b) for b in teacher]
         for beta in (Fraction(1, 10), Fraction(1, 2), Fraction(9, 10)):
             mixture, value = _mixed(ps, qs, beta)
@@ -297,7 +297,7 @@ def _check_deficit(claim: Callable[[Any, Any, Any, Any], Any]) -> Cases:
 
 def _check_jump(continuous: bool) -> Cases:
     r"""At $\beta = 10^{-k}$ of either end $D_\beta < 10^{-k} KL$, so special-casing the end jumps by almost the KL."""
-    for student, teacher in rational_laws():
+    for student, teacher in rational_distributions():
         ps, qs = [interval(a) for a in student], [interval(b) for b in teacher]
         for digits in (3, 6, 9):
             small = Fraction(1, 10**digits)
@@ -320,7 +320,7 @@ def _check_rate(claim: tuple[float, str, str]) -> Cases:
                 entry = divergences.divergence("skew_jsd", beta=beta)
                 limit, slope = exact_value(*pair, kl), exact_value(*pair, chi2)
                 gap = float(exact_value(*pair, entry)) / small - float(limit) - coefficient * small * float(slope)
-                # The next term is a sixth of the third moment of u - 1 under the law that vanishes.
+                # The next term is a sixth of the third moment of u - 1 under the distribution that vanishes.
                 third = max(_third_moment(pair, flip) for flip in (False, True))
                 yield holds(abs(gap) <= small**2 * third / 6 * 1.03 + 1e-10, pair, small, beta, kl, chi2)
 

@@ -66,7 +66,7 @@ def step_report(tallies: Sequence[Tally], norms: Sequence[float]) -> dict[str, f
 def distances(rollouts: Rollouts) -> dict[str, Float[Tensor, ""]]:
     r"""Sums over the unmasked tokens of $KL(p\|q)$, $KL(q\|p)$ and the entropy of $p$, exact over the vocabulary, nats.
 
-    Of the laws that the rollouts hold: a temperature is in them.
+    Of the distributions that the rollouts hold: a temperature is in them.
     """
     log_p = torch.log_softmax(unmasked(rollouts, rollouts.student_logits), dim=-1)
     log_q = torch.log_softmax(unmasked(rollouts, rollouts.teacher_logits), dim=-1)

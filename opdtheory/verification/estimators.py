@@ -28,7 +28,7 @@ class Row:
         genuine: whether $V[w]$ is convex, so that an f-divergence is minimised.
         named: the catalogue entry that $V[w]$ is a positive multiple of, or None.
         slope: $w'(1)$; the teacher attracts if it is positive (T5).
-        second_moment: where $E_p[w^2]$ is unbounded over pairs of laws: "bounded", "unbounded as u -> 0", ...
+        second_moment: where $E_p[w^2]$ is unbounded over pairs of distributions: "bounded", "unbounded as u -> 0", ...
     """
 
     estimator: Estimator

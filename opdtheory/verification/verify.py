@@ -241,7 +241,7 @@ def _twin(loss: Estimator) -> tuple[str, Callable[[Rollouts], Tensor]]:
     """A loss on which an audit that worked would not return the estimator's own verdict.
 
     A faithful estimator's twin climbs instead of descending. Where the claim is a bias or a zero, the
-    twin is the whole-vocabulary loss, which is exact or another objective under any law of prefixes.
+    twin is the whole-vocabulary loss, which is exact or another objective under any distribution of prefixes.
     """
     if loss.claim.verdict in ("exact", "exact_up_to_scale", "other_objective"):
         return "sign flipped", lambda rollouts: -loss(rollouts)

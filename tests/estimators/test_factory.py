@@ -68,7 +68,7 @@ class Pair:
     def rows(self, levels: tuple[Tensor, ...], y: tuple[int, ...]) -> list[Tensor]:
         return [levels[n][y[0] if n else 0] for n in range(len(y))]
 
-    def log_law(self, levels: tuple[Tensor, ...], y: tuple[int, ...]) -> Tensor:
+    def log_distribution(self, levels: tuple[Tensor, ...], y: tuple[int, ...]) -> Tensor:
         return torch.stack([r.log_softmax(-1)[a] for r, a in zip(self.rows(levels, y), y, strict=True)])
 
     def batch(self, ys: tuple[tuple[int, ...], ...]) -> Rollouts:
@@ -82,7 +82,7 @@ class Pair:
 
         def scores(levels: tuple[Tensor, ...], sign: float) -> Tensor:
             filler = torch.tensor(sign * JUNK, dtype=torch.float64)
-            return torch.stack([padded(list(self.log_law(levels, y)), filler) for y in ys])
+            return torch.stack([padded(list(self.log_distribution(levels, y)), filler) for y in ys])
 
         return Rollouts(
             tokens=torch.tensor([[*y, *[1] * (length - len(y))] for y in ys]),
@@ -114,8 +114,8 @@ def expected_gradient(loss: Callable[[Rollouts], Tensor], policies: Pair, batch_
     """The enumerated expectation over all batches of the gradient, flattened."""
     total: Tensor = torch.zeros((), dtype=torch.float64)
     for ys in itertools.product(policies.sequences(), repeat=batch_size):
-        law = sum(policies.log_law(policies.behavior, y).sum() for y in ys)
-        total = total + law.detach().exp() * loss(policies.batch(ys))
+        distribution = sum(policies.log_distribution(policies.behavior, y).sum() for y in ys)
+        total = total + distribution.detach().exp() * loss(policies.batch(ys))
     return flat_gradient(total, policies)
 
 
@@ -144,18 +144,20 @@ def token_return(name: str, policies: Pair, gamma: float) -> Tensor:
     """Autograd of the enumerated objective sum_y p(y) sum_n gamma^(n-1) f(u_n)."""
     total: Tensor = torch.zeros((), dtype=torch.float64)
     for y in policies.sequences():
-        log_p, log_q = policies.log_law(policies.student, y), policies.log_law(policies.teacher, y)
+        log_p, log_q = policies.log_distribution(policies.student, y), policies.log_distribution(policies.teacher, y)
         discount = torch.tensor([gamma**n for n in range(len(y))], dtype=torch.float64)
         total = total + log_p.sum().exp() * (discount * GENERATORS[name](torch.exp(log_q - log_p))).sum()
     return flat_gradient(total, policies)
 
 
 def sequence(name: str, policies: Pair) -> Tensor:
-    """Autograd of D_f between the enumerated laws of whole sequences."""
+    """Autograd of D_f between the enumerated distributions of whole sequences."""
     total: Tensor = torch.zeros((), dtype=torch.float64)
     for y in policies.sequences():
-        log_p = policies.log_law(policies.student, y).sum()
-        total = total + log_p.exp() * GENERATORS[name](torch.exp(policies.log_law(policies.teacher, y).sum() - log_p))
+        log_p = policies.log_distribution(policies.student, y).sum()
+        total = total + log_p.exp() * GENERATORS[name](
+            torch.exp(policies.log_distribution(policies.teacher, y).sum() - log_p)
+        )
     return flat_gradient(total, policies)
 
 

@@ -52,7 +52,7 @@ def strange(rng: random.Random, tensor: Tensor) -> Any:
 
 
 def harmed(rng: random.Random, logits: Tensor, row: tuple[int, ...]) -> Any:
-    """Logits of which one row, that is looked at, is no law; or of another kind altogether."""
+    """Logits of which one row, that is looked at, is no distribution; or of another kind altogether."""
     if rng.random() < 0.5:
         return strange(rng, logits)
     if rng.random() < 0.3:

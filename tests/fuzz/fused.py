@@ -66,7 +66,7 @@ def _logits(rng: random.Random, shape: tuple[int, ...]) -> Tensor:
     values = chosen(rng, 0.0, 1.0, 1.0, 4.0) * torch.randn(shape, generator=generator, dtype=torch.float64)
     values = values + chosen(rng, 0.0, 0.0, 30.0)
     if rng.random() < 0.2 and values.numel() and shape[-1] > 1:
-        # Not the first token, so that no row is without a law.
+        # Not the first token, so that no row is without a distribution.
         values[..., 1 + rng.randrange(shape[-1] - 1)] = -torch.inf
     return values
 
@@ -273,7 +273,7 @@ def top_k(rng: random.Random) -> Call:
         coarse_q = torch.cat([logprobs.exp(), rest_q], -1)
         weights = _weights(arguments["mask"], batch)
         values, slope = textbook(coarse_p.detach().log(), coarse_q.log(), arguments["divergence"], weights, 1.0)
-        # The slope in the logarithms of the coarse law, whose normaliser is one.
+        # The slope in the logarithms of the coarse distribution, whose normaliser is one.
         (gradient,) = torch.autograd.grad(coarse_p.clamp(min=1e-300).log(), z, torch.nan_to_num(slope))
         return [values, gradient.to(leaf.dtype)] if leaves else [values]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from opdtheory.divergences import Divergence, divergence, symbol
 from opdtheory.estimators.vocabulary import perspective
 from opdtheory.exact.tree import row_gradient
-from opdtheory.kernels.distributions import Laws
+from opdtheory.kernels.distributions import Distributions
 from opdtheory.kernels.forms import Filled, Form, fast_form
 from opdtheory.kernels.reference import reference_form
 from opdtheory.kernels.sweep import Evaluator, sweep
@@ -87,10 +87,10 @@ def _twins(form: Form) -> dict[str, Form]:
     """The form with one thing wrong."""
 
     def changed(**what: float) -> Form:
-        def fill(laws: Laws) -> Filled:
-            found = form.fill(laws)
+        def fill(distributions: Distributions) -> Filled:
+            found = form.fill(distributions)
             return Filled(
-                found.h * what.get("h", 1.0) + what.get("shift", 0.0) * laws.p,
+                found.h * what.get("h", 1.0) + what.get("shift", 0.0) * distributions.p,
                 found.value * what.get("value", 1.0),
                 found.mean * what.get("mean", 1.0),
             )
@@ -121,7 +121,9 @@ def test_a_gradient_without_its_mean_is_noticed() -> None:
     for name in ("jsd", "reverse_kl", "le_cam", "skew_reverse_kl(lam=0.1)"):
         d = divergence(name)
         form = form_of(d)
-        twin = dataclasses.replace(form, fill=lambda laws, form=form: form.fill(laws)._replace(mean=0.0))
+        twin = dataclasses.replace(
+            form, fill=lambda distributions, form=form: form.fill(distributions)._replace(mean=0.0)
+        )
         student, teacher = logits(3, 4, 7)
         assert distance(by_form(twin, d, student, teacher), by_autograd(d, student, teacher)) > 1e-3
 
@@ -147,7 +149,7 @@ def test_float32_is_as_good_as_said(name: str, offset: float) -> None:
     """Realistic rows: the logits are taken as they are, so that only the arithmetic is measured."""
     d = divergence(name)
     student, teacher = logits(20, 500, spread=3.0, dtype=torch.float32)
-    # Exactly representable, so that both are the same laws at any offset.
+    # Exactly representable, so that both are the same distributions at any offset.
     student, teacher = ((64 * z).round() / 64 for z in (student, 0.7 * student + 0.5 * teacher))
     found = by_form(form_of(d), d, student, teacher + offset, torch.float32)
     values, gradient = by_autograd(d, student, teacher + offset)
@@ -191,7 +193,7 @@ def test_without_the_gauge_digits_would_be_lost() -> None:
 def _extreme_rows() -> tuple[Tensor, Tensor]:
     huge = torch.finfo(torch.float32).min
     rows = [
-        ([0.0, 1.0, -INF, 2.0], [1.0, 0.0, -INF, -1.0]),  # neither law has the token
+        ([0.0, 1.0, -INF, 2.0], [1.0, 0.0, -INF, -1.0]),  # neither distribution has the token
         ([0.0, 1.0, -INF, 2.0], [1.0, 0.0, 0.5, -1.0]),
         ([0.0, 1.0, 0.3, 2.0], [1.0, 0.0, -INF, -1.0]),
         ([0.0, -INF, -INF, -INF], [-INF, 0.0, -INF, -INF]),  # no token in common
@@ -221,7 +223,7 @@ def test_extremes_are_as_the_perspective_has_them(name: str) -> None:
         finite = known & torch.isfinite(exact)
         scale = 1 + exact[finite]
         assert bool(((values - exact)[finite].abs() < 3e-6 * scale).all())
-        # Where both laws have a token alike, the sign of log u is that of rounding.
+        # Where both distributions have a token alike, the sign of log u is that of rounding.
         if d.name != "total_variation":
             assert bool(((gradient - slope)[finite].abs() < 5e-6 * scale.unsqueeze(-1)).all())
 

@@ -54,7 +54,7 @@ def test_it_is_the_token_local_objective(name: str) -> None:
     exact = opd.exact_gradient(student, teacher, name)[0]
     found = gradient(loss, logits)
     assert worst(found, exact) < ALGEBRA
-    # The twins: the other sign, and the law of another temperature.
+    # The twins: the other sign, and the distribution of another temperature.
     assert worst(-found, exact) > 1e-2
     other = opd.fused_divergence(logits, teacher.logits[0], name, temperature=1.1).sum()
     assert worst(gradient(other, logits), exact) > 1e-3

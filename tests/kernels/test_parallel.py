@@ -32,7 +32,7 @@ def case(dtype: torch.dtype, absent: bool) -> tuple[Tensor, Tensor, Tensor]:
         torch.randn(2, 4, VOCABULARY, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2)
     )
     if absent:
-        # One law lacks a token, both do, and all tokens of the first rank are absent.
+        # One distribution lacks a token, both do, and all tokens of the first rank are absent.
         teacher[0, 0, 2] = student[0, 1, 12] = -torch.inf
         student[1, 0, 6] = teacher[1, 0, 6] = -torch.inf
         student[1, 2, :3] = -torch.inf

@@ -44,10 +44,10 @@ def by_autograd(student, teacher, divergence, objective, gamma):
 
 
 def fraction_tree(size, horizon, eos, environment, seed) -> RationalTree:
-    """A tree with rational laws in which an environment's token ends nothing."""
+    """A tree with rational distributions in which an environment's token ends nothing."""
     draw = random.Random(seed)
 
-    def law():
+    def distribution():
         parts = [draw.randint(1, 7) for _ in range(size)]
         return tuple(Fraction(part, sum(parts)) for part in parts)
 
@@ -59,17 +59,19 @@ def fraction_tree(size, horizon, eos, environment, seed) -> RationalTree:
     complete = tuple(
         (*y, a) for y in histories for a in range(size) if len(y) + 1 == horizon or (ended((*y, a)) and eos is not None)
     )
-    world = {y: law() for y in histories if len(y) in environment}
-    return RationalTree({y: law() for y in histories}, {y: law() for y in histories}, world, complete, horizon, eos)
+    world = {y: distribution() for y in histories if len(y) in environment}
+    return RationalTree(
+        {y: distribution() for y in histories}, {y: distribution() for y in histories}, world, complete, horizon, eos
+    )
 
 
 def policies_of(tree: RationalTree, size: int, environment) -> tuple[TabularPolicy, TabularPolicy]:
     """The same pair as tables; histories that have ended get a uniform row, which nothing may read."""
     pair = []
-    for laws in (tree.student, tree.teacher):
+    for distributions in (tree.student, tree.teacher):
         levels = []
         for n in range(tree.horizon):
-            source = tree.world if n in environment else laws
+            source = tree.world if n in environment else distributions
             rows = [source.get(y, (Fraction(1),) * size) for y in itertools.product(range(size), repeat=n)]
             levels.append(torch.tensor([[float(p) for p in row] for row in rows], dtype=torch.float64).log())
         pair.append(TabularPolicy(levels, eos=tree.eos, environment=environment))
@@ -163,7 +165,7 @@ def test_an_environment_that_comes_last_adds_nothing():
 
 def test_a_prompt_is_a_mixture_of_policies():
     student, teacher = random_pair(3, 3, eos=0, seed=2, environment=(0,))
-    law = student.logits[0][0].softmax(-1)
+    distribution = student.logits[0][0].softmax(-1)
     parts = [
         [
             TabularPolicy([level.view(3, -1, 3)[x] for level in policy.logits[1:]], eos=0)
@@ -172,11 +174,11 @@ def test_a_prompt_is_a_mixture_of_policies():
         for x in range(3)
     ]
     for objective in ("token_local", "token_return", "sequence"):
-        value = sum(law[x] * exact_value(*parts[x], "jsd", objective) for x in range(3))
+        value = sum(distribution[x] * exact_value(*parts[x], "jsd", objective) for x in range(3))
         assert float((exact_value(student, teacher, "jsd", objective) - value).abs()) <= ENUMERATION
         found = exact_gradient(student, teacher, "jsd", objective)
         for n in range(2):
-            pieces = [law[x] * exact_gradient(*parts[x], "jsd", objective)[n] for x in range(3)]
+            pieces = [distribution[x] * exact_gradient(*parts[x], "jsd", objective)[n] for x in range(3)]
             assert gradient_gap([found[1 + n]], [torch.cat(pieces)]) <= ENUMERATION
 
 
@@ -203,12 +205,12 @@ def some_form_of(name: str):
 def test_every_estimator_leaves_a_prompt_alone(loss):
     """What it does after a mixture of prompts is the mixture of what it does after each."""
     student, teacher = random_pair(3, 3, eos=0, seed=2, environment=(0,))
-    law = student.logits[0][0].softmax(-1)
+    distribution = student.logits[0][0].softmax(-1)
     found = expected_gradient(loss, student, teacher)
     pieces = []
     for x in range(3):
         own = [TabularPolicy([z.view(3, -1, 3)[x] for z in each.logits[1:]], eos=0) for each in (student, teacher)]
-        pieces.append([law[x] * level for level in expected_gradient(loss, *own)])
+        pieces.append([distribution[x] * level for level in expected_gradient(loss, *own)])
     truth = [torch.zeros(1, 3, dtype=torch.float64), *(torch.cat(level) for level in zip(*pieces, strict=True))]
     assert gradient_gap(found, truth) <= ENUMERATION
 
@@ -354,7 +356,7 @@ def by_plain_loops(loss, student, teacher, batch_size, shared, behavior=None):
     every = Enumeration.build(student, teacher, behavior)
     leaves = with_leaves(student)
     source = Enumeration.build(leaves, teacher, behavior if behavior is not None else student)
-    law = {x: float(every.probability[every.tokens[:, 0] == x].sum()) for x in every.tokens[:, 0].tolist()}
+    distribution = {x: float(every.probability[every.tokens[:, 0] == x].sum()) for x in every.tokens[:, 0].tolist()}
     mean, second = [torch.zeros_like(z) for z in student.logits], 0.0
     for batch in itertools.product(range(len(every)), repeat=batch_size):
         prompts = {int(every.tokens[i, 0]) for i in batch}
@@ -362,8 +364,8 @@ def by_plain_loops(loss, student, teacher, batch_size, shared, behavior=None):
             continue
         weight = 1.0
         for i in batch:
-            weight *= float(every.probability[i]) / (law[prompts.copy().pop()] if shared else 1.0)
-        weight *= law[prompts.pop()] if shared else 1.0
+            weight *= float(every.probability[i]) / (distribution[prompts.copy().pop()] if shared else 1.0)
+        weight *= distribution[prompts.pop()] if shared else 1.0
         r = source.rollouts(torch.tensor(batch))
         if behavior is None:
             r = dataclasses.replace(r, behavior_logprobs=r.student_logprobs.detach())

@@ -173,8 +173,10 @@ def gradient(loss, p: torch.Tensor, q: torch.Tensor, behavior: torch.Tensor | No
 def test_power_opd_descends_the_density_power_divergence(loss, alpha):
     p, q = random_rows(5, seed=1)
     logits = p.log().requires_grad_()
-    law = logits.softmax(-1)
-    divergence = ((law ** (alpha + 1) + alpha * q ** (alpha + 1)) / (alpha + 1) - law * q**alpha).sum()
+    distribution = logits.softmax(-1)
+    divergence = (
+        (distribution ** (alpha + 1) + alpha * q ** (alpha + 1)) / (alpha + 1) - distribution * q**alpha
+    ).sum()
     (derived,) = torch.autograd.grad(divergence, logits)
     assert gradient(loss, p, q) == pytest.approx(derived, abs=ALGEBRA)
     assert float(divergence.detach()) > 0
@@ -185,8 +187,8 @@ def test_power_opd_descends_the_density_power_divergence(loss, alpha):
 def test_power_opd_is_no_density_power_divergence_of_another_order(loss):
     p, q = random_rows(5, seed=1)
     logits = p.log().requires_grad_()
-    law = logits.softmax(-1)
-    (derived,) = torch.autograd.grad((law**4 / 4 - law * q**3).sum(), logits)
+    distribution = logits.softmax(-1)
+    (derived,) = torch.autograd.grad((distribution**4 / 4 - distribution * q**3).sum(), logits)
     assert float((gradient(loss, p, q) - derived).norm()) > 1e-3
 
 
@@ -230,19 +232,19 @@ def test_truncated_reverse_kl_pushes_mass_off_the_top_tokens():
     assert float(gradient(papers.top_2_reverse_kl, p, q).norm()) < ALGEBRA
 
 
-def kept(law: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
-    return law[top]
+def kept(distribution: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
+    return distribution[top]
 
 
-def within(law: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
-    return law[top] / law[top].sum()
+def within(distribution: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
+    return distribution[top] / distribution[top].sum()
 
 
-def with_the_rest(law: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
-    return torch.cat([law[top], 1 - law[top].sum().unsqueeze(0)])
+def with_the_rest(distribution: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
+    return torch.cat([distribution[top], 1 - distribution[top].sum().unsqueeze(0)])
 
 
-# What each follows, with the set of tokens held fixed: the divergence, of which part of the laws, and whose top 2.
+# What each follows, with the set of tokens held fixed: the divergence, of which part of the distributions, and whose top 2.
 TRUNCATED = {
     "sdpo_top_2": ("reverse_kl", within, "student"),
     "sdpo_top_2_tail": ("reverse_kl", with_the_rest, "student"),

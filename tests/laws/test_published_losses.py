@@ -221,8 +221,10 @@ def test_the_sampled_token_and_its_complement_descend_no_kl(vocab_size):
     # sum_a [p_a^2 (logit p_a - logit q_a) + p_a + log(1 - p_a)] / 2.
     p, q = random_rows(vocab_size, seed=1)
     logits = p.log().requires_grad_()
-    law = logits.softmax(-1)
-    potential = (law**2 * (law.logit() - q.logit()) + law + (1 - law).log()).sum() / 2
+    distribution = logits.softmax(-1)
+    potential = (
+        distribution**2 * (distribution.logit() - q.logit()) + distribution + (1 - distribution).log()
+    ).sum() / 2
     (derived,) = torch.autograd.grad(potential, logits)
     gradient = one_step_gradient(trl_losses.server_top_1_tail, p, q)
     assert gradient == pytest.approx(derived, abs=ALGEBRA)
@@ -261,7 +263,7 @@ def test_renormalising_a_single_token_leaves_no_gradient_at_all():
 
 
 def test_top_k_without_the_tail_does_not_see_how_much_lies_in_it():
-    # T9: the teacher's law on the top two, but 30% instead of 70% of the mass outside.
+    # T9: the teacher's distribution on the top two, but 30% instead of 70% of the mass outside.
     q = torch.tensor([0.2, 0.1, 0.4, 0.3], dtype=torch.float64)
     p = torch.tensor([0.7 * 2 / 3, 0.7 / 3, 0.3 * 0.5, 0.3 * 0.5], dtype=torch.float64)
     assert float(one_step_gradient(trl_losses.sdpo_top_2, p, q).norm()) < ALGEBRA

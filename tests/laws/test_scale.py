@@ -487,7 +487,7 @@ def test_the_variance_of_a_few_rollouts_is_without_bias():
     assert found.variance_error == pytest.approx(float(norms.std()) / 5**0.5, rel=1e-12)
 
 
-def test_rollouts_off_policy_have_the_sampling_law():
+def test_rollouts_off_policy_have_the_sampling_distribution():
     student, teacher = random_pair(3, 2)
     behavior = student.perturbed(0.5, seed=4)
     estimator = opd.estimator("opd_plus", "jsd", importance="prefix")

@@ -41,7 +41,7 @@ def test_deviations_at_a_position_are_those_of_the_recursion(script):
     assert baseline <= found["sampled token, OPD+"].deviation
 
 
-def test_the_bias_of_a_tail_is_that_of_the_coarse_laws(script):
+def test_the_bias_of_a_tail_is_that_of_the_coarse_distributions(script):
     student, teacher = script.example()
     z = student.clone().requires_grad_()
     log_p, log_q = torch.log_softmax(z, -1), torch.log_softmax(teacher, -1)

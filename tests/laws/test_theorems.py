@@ -129,8 +129,8 @@ def test_a_false_step_or_check_fails_its_theorem():
 
     def statement(holds: bool, value: int) -> Theorem:
         step = Step("1 = 1", "arithmetic", lambda: holds)
-        check = Identity("one", "x = 1", check, value, {"two": 2}, "exact", 0.0)
-        return Theorem("T0", "one", "x = 1", ("none",), "here", "nothing", (step,), (check,))
+        one = Identity("one", "x = 1", check, value, {"two": 2}, "exact", 0.0)
+        return Theorem("T0", "one", "x = 1", ("none",), "here", "nothing", (step,), (one,))
 
     found = statement(True, 1).run()
     assert found.passed

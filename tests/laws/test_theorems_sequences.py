@@ -141,7 +141,7 @@ def padding_is_ignored(pair, d, masked) -> bool:
 @given(policy_pairs(vocab_size=(2, 3), horizon=(1, 3), eos=0), divergences())
 def test_nothing_follows_the_end(pair, d):
     assert padding_is_ignored(pair, d, masked=True)
-    # Cutting both laws earlier never raises their divergence.
+    # Cutting both distributions earlier never raises their divergence.
     cut = [
         float(exact_value(*(TabularPolicy(p.logits[:cap], eos=0) for p in pair), d, "sequence"))
         for cap in range(1, pair[0].horizon + 1)

@@ -44,14 +44,14 @@ def truncated_value(d, p, q, k):
 one_row = policy_pairs(vocab_size=(3, 5), horizon=1, eos=None, distinct=True)
 
 
-def laws(pair):
+def distributions(pair):
     p, q = (policy.logits[0][0].softmax(-1) for policy in pair)
     return p, q
 
 
 @given(one_row, divergences())
-def test_no_law_lies_below_the_claimed_minimum(pair, d):
-    p, q = laws(pair)
+def test_no_distribution_lies_below_the_claimed_minimum(pair, d):
+    p, q = distributions(pair)
     # A teacher's mass that its truncated loss never reaches: where w_f < 0 throughout, it falls for ever.
     assume(math.isfinite(critical_ratio(d)))
     for k in range(1, len(q)):
@@ -110,7 +110,7 @@ def bucket(p, k):
 
 def excess(d, pair, k):
     """The fine divergence minus the one with a bucket, relative to their size."""
-    p, q = laws(pair)
+    p, q = distributions(pair)
     fine = truncated_value(d, p, q, len(q))
     coarse = truncated_value(d, bucket(p, k), bucket(q, k), k + 1)
     return (fine - coarse) / max(1.0, abs(fine))

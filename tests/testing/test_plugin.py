@@ -1,4 +1,4 @@
-"""The pytest plugin: idle without `--opd-audit`, one item for each mark with it; and the laws beside it."""
+"""The pytest plugin: idle without `--opd-audit`, one item for each mark with it; and the distributions beside it."""
 
 from __future__ import annotations
 
@@ -281,7 +281,7 @@ def test_marks_that_make_no_sense_are_refused():
         opd_loss("jsd")(opd.estimator("opd_plus", "jsd"))
 
 
-# Laws.
+# Distributions.
 
 
 def test_minimising_is_up_to_a_positive_scale():

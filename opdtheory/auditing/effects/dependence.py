@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from opdtheory.auditing.effects import batch_effects, rollout_effects, sampler_effects, two_laws
+from opdtheory.auditing.effects import batch_effects, rollout_effects, sampler_effects
 from opdtheory.auditing.effects.probes import Pool, experiment, size_for
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.exact import Loss
@@ -26,7 +26,7 @@ class Dependence:
     Attributes:
         ratio_only: whether the expected weight is one function of the token's own ratio, at every position.
         position: relative weight of each position at equal ratios, the first being 1; None if they are alike.
-        position_label: its law, such as `geometric with factor 0.9`.
+        position_label: its distribution, such as `geometric with factor 0.9`.
         batch: whether the other rollouts of a batch enter a rollout's gradient.
         other_tokens: whether the expected weight depends on the ratios of other tokens of the rollout.
         sampling_policy: whether `behavior_logprobs` enter at unchanged tokens.
@@ -61,7 +61,7 @@ def dependence(
         loss: a function `loss(rollouts) -> scalar tensor`.
         weight: its recovered weight, from `recover_weight`.
         batch_size: number of rollouts that the loss sees at once.
-        seed: of the laws.
+        seed: of the distributions.
         tolerance: relative error of the loss's gradient that is rounding.
 
     Raises:
@@ -99,13 +99,16 @@ def dependence(
         with experiment(words, "The sampling policy"):
             sampler = sampler_effects.sampler_effect(pool, batch_size, max(limit, 1e-8))
     words += group.words + sampler.words
-    laws = two_laws.LawEffect()
+    distributions = both_probabilities.LawEffect()
     if not group.batch:
-        with experiment(words, "The two laws"):
-            laws = two_laws.law_effect(loss, weight.depends_on_ratio_only, batch_size, seed, limit)
-    words += laws.words
+        with experiment(words, "The two distributions"):
+            distributions = both_probabilities.law_effect(loss, weight.depends_on_ratio_only, batch_size, seed, limit)
+    words += distributions.words
     ratio_only = (
-        weight.depends_on_ratio_only and tokens.position is None and not tokens.other_tokens and laws.top_k is None
+        weight.depends_on_ratio_only
+        and tokens.position is None
+        and not tokens.other_tokens
+        and distributions.top_k is None
     )
     if ratio_only and not words and float(weight.weight.max() - weight.weight.min()) <= _CONSTANT:
         words.append("The expected weight is a constant: there is nothing that it could depend on.")
@@ -118,7 +121,7 @@ def dependence(
         batch=group.batch,
         other_tokens=tokens.other_tokens,
         sampling_policy=sampler.reads,
-        top_k=laws.top_k,
-        student_and_teacher=laws.student_and_teacher,
+        top_k=distributions.top_k,
+        student_and_teacher=distributions.student_and_teacher,
         words=words,
     )

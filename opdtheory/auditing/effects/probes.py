@@ -92,7 +92,7 @@ def expected_weights(loss: Loss, pair: tuple[TabularPolicy, TabularPolicy], batc
 def one_step_weights(
     loss: Loss, log_p: Float[Tensor, " V"], log_q: Float[Tensor, " V"], batch_size: int = 1
 ) -> Float[Tensor, " V"]:
-    """The same for one step between two laws."""
+    """The same for one step between two distributions."""
     pair = TabularPolicy([log_p.unsqueeze(0)]), TabularPolicy([log_q.unsqueeze(0)])
     return expected_weights(loss, pair, batch_size)[0][0]
 

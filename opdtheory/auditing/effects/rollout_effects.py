@@ -18,7 +18,7 @@ class TokenEffects:
 
     Attributes:
         position: relative weights, or None if alike.
-        position_label: their law.
+        position_label: their distribution.
         other_tokens: whether other tokens' ratios enter.
         words: the findings.
     """
@@ -74,7 +74,7 @@ def _differ(a: Tensor, b: Tensor, limit: float) -> bool:
 
 
 def _positions(rows: list[Tensor], limit: float) -> tuple[list[float] | None, str | None]:
-    """The multiple of one weight that each position has, relative to the first, and its law."""
+    """The multiple of one weight that each position has, relative to the first, and its distribution."""
     norms = [float(row.norm()) for row in rows]
     largest = rows[norms.index(max(norms))]
     factors = [float(row @ largest) / float(largest @ largest) for row in rows]
@@ -85,7 +85,7 @@ def _positions(rows: list[Tensor], limit: float) -> tuple[list[float] | None, st
     factors = [_short(f) for f in factors]
     if all(abs(f - factors[0]) <= limit for f in factors):
         return None, None
-    return factors, _law(factors)
+    return factors, _distribution(factors)
 
 
 def _short(value: float) -> float:
@@ -96,8 +96,8 @@ def _short(value: float) -> float:
     return value
 
 
-def _law(factors: list[float]) -> str:
-    """The law of relative weights of two or three positions."""
+def _distribution(factors: list[float]) -> str:
+    """The distribution of relative weights of two or three positions."""
     count, close = len(factors), 1e-7
     if all(abs(f) < close for f in factors[1:]):
         return "the first position only"
@@ -105,13 +105,13 @@ def _law(factors: list[float]) -> str:
         return "the last position only"
     if count < 3:
         return f"the second position has {factors[1]:.6g} times the first's weight"
-    laws = {
+    distributions = {
         "proportional to the position n": [1.0 + n for n in range(count)],
         "proportional to 1/n of the position n": [1.0 / (1 + n) for n in range(count)],
         "proportional to the number of positions left": [(count - n) / count for n in range(count)],
     }
-    for name, law in laws.items():
-        if all(abs(f - x) < close for f, x in zip(factors, law, strict=True)):
+    for name, distribution in distributions.items():
+        if all(abs(f - x) < close for f, x in zip(factors, distribution, strict=True)):
             return name
     gamma = factors[1]
     if all(abs(f - gamma**n) < close for n, f in enumerate(factors)):
@@ -119,7 +119,7 @@ def _law(factors: list[float]) -> str:
     step = factors[1] - factors[0]
     if all(abs(f - factors[0] - n * step) < close for n, f in enumerate(factors)):
         return f"linear, by {step:+.6g} of the first's weight for each position"
-    return "no simple law"
+    return "no simple distribution"
 
 
 def _position_words(position: list[float], label: str | None) -> str:

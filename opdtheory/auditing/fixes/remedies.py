@@ -154,7 +154,7 @@ class _Search:
         judged = attempt(lambda: self.facts.trial(candidate.loss, to_the_end=True))
         if judged is None or judged[1] >= report.relative_bias:
             return None
-        text = f"{candidate.text} The divergence of the coarser law is then descended, exactly, not the claimed one."
+        text = f"{candidate.text} The divergence of the coarser distribution is then descended, exactly, not the claimed one."
         return Remedy("tail", text, *judged, verified=judged[0] in _RANK)
 
     def _judged(self, candidate: Candidate) -> tuple[str, float] | None:

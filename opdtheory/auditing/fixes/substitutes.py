@@ -36,7 +36,7 @@ _AS_LOSS = {
 _LEFT_OUT = {
     "topk_truncated": "left out, the other tokens move the minimiser away from the teacher (T9a, T9b)",
     "topk_renormalised": "renormalised, the loss leaves the other tokens free (T9c)",
-    "topk_tail": "with one bucket for the rest it is the divergence of a coarser law (T9d)",
+    "topk_tail": "with one bucket for the rest it is the divergence of a coarser distribution (T9d)",
 }
 
 
@@ -139,7 +139,7 @@ def topk_form(facts: Facts) -> TopKForm | None:
 def bucket_added(facts: Facts, found: TopKForm) -> Candidate:
     """A truncated loss with one bucket for the rest (T9d)."""
     text = (
-        f"Add the tail: one bucket for the tokens outside the {found.support}'s {found.k} likeliest, with both laws' "
+        f"Add the tail: one bucket for the tokens outside the {found.support}'s {found.k} likeliest, with both distributions' "
         "mass there, P f(Q/P) (T9d)."
     )
     return Candidate("tail", text, tail_bucket(facts.loss, facts.divergence, found))

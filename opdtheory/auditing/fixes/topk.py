@@ -64,7 +64,9 @@ def tail_bucket(loss: Loss, divergence: Divergence, found: TopKForm) -> Loss:
         log_p = torch.log_softmax(rollouts.student_logits, -1)
         log_q = torch.log_softmax(rollouts.teacher_logits, -1)
         kept = (log_q if found.support == "teacher" else log_p.detach()).topk(found.k, -1).indices
-        rest_p, rest_q = (torch.logsumexp(law.scatter(-1, kept, -torch.inf), -1) for law in (log_p, log_q))
+        rest_p, rest_q = (
+            torch.logsumexp(distribution.scatter(-1, kept, -torch.inf), -1) for distribution in (log_p, log_q)
+        )
         return perspective(divergence, rest_p, rest_q)
 
     return changes.value_added(loss, bucket)

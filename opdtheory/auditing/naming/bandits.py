@@ -28,7 +28,7 @@ _GRID_LIMIT = 4.0
 # Log-ratios beyond the grid, of either sign, at which a formula is tried and clamps are looked for.
 _FAR = (4.5, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 10.5, 11.0, 11.5, 12.0)
 
-# Share of the teacher's law (above) or of the student's (below) that a far token has.
+# Share of the teacher's distribution (above) or of the student's (below) that a far token has.
 _FAR_SHARE = 0.02
 
 # Keeps the wide points a millionth off the round log-ratios at which losses clip: on such a bound, rounding alone
@@ -66,7 +66,7 @@ def bandit_parts(batch_size: int) -> list[Float[Tensor, " points"]]:
 
 
 def _bandit_evaluations(points: int, batch_size: int) -> int:
-    """Batches that the bandits of one law take."""
+    """Batches that the bandits of one distribution take."""
     if batch_size < _SPLIT_FROM:
         return _batches(points, batch_size)
     return points // 2 * _batches(3, batch_size)
@@ -78,14 +78,15 @@ def far_grid(sign: int) -> Float[Tensor, " points"]:
 
 
 def far_bandit(log_u: Float[Tensor, " points"], off_policy: float, seed: int) -> Case:
-    """A one-step pair whose tokens have the log-ratios given, all of one sign, and a last one that balances the laws.
+    """A one-step pair whose tokens have the log-ratios given, all of one sign, and a last one that balances the distributions.
 
-    All but that one have a small share in the law that favours them, so that none outweighs the others.
+    All but that one have a small share in the distribution that favours them, so that none outweighs the others.
     """
     share = torch.full_like(log_u, _FAR_SHARE)
     p, q = (share * (-log_u).exp(), share) if bool((log_u > 0).all()) else (share, share * log_u.exp())
     student, teacher = (
-        TabularPolicy([torch.cat([law, 1.0 - law.sum(0, keepdim=True)]).log().unsqueeze(0)]) for law in (p, q)
+        TabularPolicy([torch.cat([distribution, 1.0 - distribution.sum(0, keepdim=True)]).log().unsqueeze(0)])
+        for distribution in (p, q)
     )
     behavior = student.perturbed(off_policy, seed=seed + 1) if off_policy else None
     return Case(student, teacher, behavior, "far bandit")

@@ -61,7 +61,7 @@ class RecoveredWeight:
 
 
 def recover_weight(
-    loss: Loss, batch_size: int, off_policy: float, seed: int, tolerance: float, *, laws: int = 3
+    loss: Loss, batch_size: int, off_policy: float, seed: int, tolerance: float, *, distributions: int = 3
 ) -> RecoveredWeight:
     r"""Recover $w(u_a) = -G_a / p_a + \text{const}$ from the expected gradient $G$ on one-step bandits.
 
@@ -71,13 +71,13 @@ def recover_weight(
         off_policy: noise of the sampling policy's logits.
         seed: of the bandits.
         tolerance: relative error of the loss's gradient that is rounding.
-        laws: students of equal log-ratios that are compared, two at least.
+        distributions: students of equal log-ratios that are compared, two at least.
 
     Raises:
         LossError: as `gradient_moments`.
     """
     parts = bandit_parts(batch_size)
-    found = [_curves(loss, part, batch_size, off_policy, seed, laws) for part in parts]
+    found = [_curves(loss, part, batch_size, off_policy, seed, distributions) for part in parts]
     # Every part holds 0, where its curves are zero.
     log_u, order = torch.cat([part[part != 0.0] for part in parts] + [torch.zeros(1, dtype=torch.float64)]).sort()
     values = [c[:, part != 0.0] for c, part in zip(found, parts, strict=True)]
@@ -108,10 +108,13 @@ def recover_weight(
 _NOTHING = torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64)
 
 
-def _curves(loss: Loss, log_u: Tensor, batch_size: int, off_policy: float, seed: int, laws: int) -> Tensor:
-    """The weight at log-ratios with 0 in the middle, less its value there, from each law of the bandits."""
+def _curves(loss: Loss, log_u: Tensor, batch_size: int, off_policy: float, seed: int, distributions: int) -> Tensor:
+    """The weight at log-ratios with 0 in the middle, less its value there, from each distribution of the bandits."""
     return torch.stack(
-        [_advantage(loss, case, batch_size, len(log_u) // 2) for case in bandits(log_u, off_policy, seed)[-laws:]]
+        [
+            _advantage(loss, case, batch_size, len(log_u) // 2)
+            for case in bandits(log_u, off_policy, seed)[-distributions:]
+        ]
     )
 
 

@@ -200,7 +200,7 @@ def _second_moment(expr: str, ends: dict[str, Growth]) -> str:
 
 
 def _fixed_points(curve: Any, shape: Shape) -> list[str]:
-    """Pairs of ratios around 1 with one weight, and the two-token laws that have them (T5)."""
+    """Pairs of ratios around 1 with one weight, and the two-token distributions that have them (T5)."""
     from scipy.optimize import brentq
 
     limit = float(shape.log_u[-1])
@@ -224,8 +224,8 @@ def _fixed_points(curve: Any, shape: Shape) -> list[str]:
             # A jump across the level is no solution.
             if abs(float(np.asarray(curve(np.array([root])))[0]) - level) > 1e-6 * max(float(np.ptp(values)), 1e-300):
                 continue
-        law = _law(*sorted((mine, root)))
-        found += [law] if law not in found else []
+        distribution = _distribution(*sorted((mine, root)))
+        found += [distribution] if distribution not in found else []
     return found
 
 
@@ -238,7 +238,7 @@ def _directions(t: Array, limit: float) -> list[tuple[float, Array]]:
     return sides
 
 
-def _law(low: float, high: float) -> str:
+def _distribution(low: float, high: float) -> str:
     u1, u2 = math.exp(low), math.exp(high)
     p = (u2 - 1) / (u2 - u1)
     return (

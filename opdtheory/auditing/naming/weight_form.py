@@ -58,7 +58,7 @@ class WeightForm:
             of the interpolated weight; empty if the weight is no function of the ratio.
         genuine: whether the weight never falls, so that an f-divergence is minimised (T4): where it was seen, and
             where there is a formula for $|\log u| \le 30$ too.
-        fixed_points: laws other than the teacher's at which the expected gradient vanishes too (T5), as text: two
+        fixed_points: distributions other than the teacher's at which the expected gradient vanishes too (T5), as text: two
             tokens whose ratios lie on one level of a weight that is not monotone.
         slope_at_teacher: $\mathrm{d}w/\mathrm{d}\log u$ at $u = 1$.
         attracts: whether that slope is positive: the teacher is an attracting fixed point (T5).
@@ -150,7 +150,7 @@ def _named(recovered: RecoveredWeight, curve: Curve, whole: Curve, shape: Shape,
 
 def _curve(recovered: RecoveredWeight) -> Curve:
     points, values = recovered.log_u.numpy(), recovered.weight.numpy()
-    # A gradient's rounding is relative to the weights that it was summed from, under the bandits' law.
+    # A gradient's rounding is relative to the weights that it was summed from, under the bandits' distribution.
     scale = np.abs(values) + _typical(points, values)
     return Curve(points, values, np.where(scale > 0, scale, 1.0))
 
@@ -222,7 +222,7 @@ def _zero(shape: Shape) -> WeightForm:
         generator="0",
         generator_latex="0",
         genuine=True,
-        fixed_points=["every student law: the expected gradient vanishes everywhere"],
+        fixed_points=["every student distribution: the expected gradient vanishes everywhere"],
         slope_at_teacher=0.0,
         attracts=False,
         limits={"0": 0.0, "inf": 0.0},

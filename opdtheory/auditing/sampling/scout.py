@@ -57,7 +57,7 @@ def scouted(
         moments = [
             gradient_moments(loss, c.student, c.teacher, batch_size, c.behavior, shared_prompt=shared) for c in cases
         ]
-        weight = recover_weight(loss, batch_size, off_policy, seed, loss.tolerance, laws=2)
+        weight = recover_weight(loss, batch_size, off_policy, seed, loss.tolerance, distributions=2)
     except (OpdTheoryError, AssertionError, IndexError, RuntimeError, TypeError, ValueError):
         return None  # It may insist on its batch size.
     gradients, exact, tolerance = [flat(m.mean) for m in moments], ExactGradients(cases), loss.tolerance

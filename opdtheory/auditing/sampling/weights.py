@@ -168,7 +168,7 @@ def sampled_weight(
             # Each log-ratio counts alike: in their own units the noisiest alone would decide.
             size = seen.square().mean(0).sqrt().clamp_min(1e-300)
             factors = fit_controls(seen / size, torch.stack(known) / size, _SAME)
-            # Rounding of the gradient itself, whose entries are the weights' times the laws'.
+            # Rounding of the gradient itself, whose entries are the weights' times the distributions'.
             stream = Residuals(look, basis, found, factors, _SAME * gradient_size)
             low = high = torch.zeros(len(basis), dtype=torch.float64)
             aimed = _START

@@ -238,7 +238,7 @@ def _form(record: dict[str, Any]) -> str:
         ("weight w(u)", formula(form.get("expr"))),
         ("implied generator V(u)", formula(form.get("generator"))),
         ("a genuine f-divergence", yes_or_no(form.get("genuine"))),
-        ("fixed at other laws", fixed),
+        ("fixed at other distributions", fixed),
         ("slope at the teacher", number(form.get("slope_at_teacher"))),
         ("the teacher attracts", yes_or_no(form.get("attracts"))),
         ("limits of w", ends),

@@ -114,7 +114,7 @@ _FORM = _object(
         "generator": _says(_TEXT_OR_NULL, "the implied generator V[w](u), sympy (T4)"),
         "generator_latex": _says(_TEXT_OR_NULL, "V[w](u)"),
         "genuine": _says(_FLAG, "whether w never falls"),
-        "fixed_points": _array(_TEXT, "laws other than the teacher's where the expected gradient vanishes"),
+        "fixed_points": _array(_TEXT, "distributions other than the teacher's where the expected gradient vanishes"),
         "slope_at_teacher": _EXTENDED,
         "attracts": _says(_FLAG_OR_NULL, "whether the teacher is an attracting fixed point (T5)"),
         "limits": {"type": "object", "additionalProperties": _EXTENDED, "description": "of w at u to 0 and to inf"},

@@ -16,7 +16,14 @@ from opdtheory import divergences
 from opdtheory.divergences import Divergence
 from opdtheory.exact import gradient_moments, random_pair
 from opdtheory.rollouts import Rollouts
-from opdtheory.theorems.instances.cases import RATIONAL, Law, catalogue, enclose, interval, rational_laws
+from opdtheory.theorems.instances.cases import (
+    RATIONAL,
+    Distribution,
+    catalogue,
+    enclose,
+    interval,
+    rational_distributions,
+)
 from opdtheory.theorems.instances.one_sample import chi2
 from opdtheory.theorems.theorem import Cases, Identity, Step, Theorem, close, holds, overlap
 
@@ -97,12 +104,12 @@ def theorems() -> list[Theorem]:
     ]
 
 
-def mean(law: Sequence[Any], values: Sequence[Any]) -> Any:
+def mean(distribution: Sequence[Any], values: Sequence[Any]) -> Any:
     """$E_p[v]$ of fractions or intervals."""
-    return functools.reduce(lambda a, b: a + b, (p * v for p, v in zip(law, values, strict=True)))
+    return functools.reduce(lambda a, b: a + b, (p * v for p, v in zip(distribution, values, strict=True)))
 
 
-def ratios_of(student: Law, teacher: Law) -> list[Fraction]:
+def ratios_of(student: Distribution, teacher: Distribution) -> list[Fraction]:
     """The teacher's probabilities over the student's."""
     return [b / a for a, b in zip(student, teacher, strict=True)]
 
@@ -164,7 +171,7 @@ def _check_optimum(best: Best) -> Cases:
     for divergence in catalogue():
         if divergence.name in RATIONAL:
             continue
-        for student, teacher in rational_laws():
+        for student, teacher in rational_distributions():
             p, ratios = [interval(a) for a in student], [interval(r) for r in ratios_of(student, teacher)]
             f = [enclose(divergence.expr, {u: r}) for r in ratios]
             control = [r - 1 for r in ratios]
@@ -184,11 +191,16 @@ def _optimum(p: Sequence[Any], f: Sequence[Any], control: Sequence[Any]) -> Any:
 def _check_schulman(threshold: Fraction) -> Cases:
     r"""$\mathrm{Var}\,k_3 < \mathrm{Var}\,k_1$ exactly if $c^* = (KL(p\|q) + KL(q\|p))/\chi^2$ exceeds one half."""
 
-    def law(*parts: int) -> Law:
+    def distribution(*parts: int) -> Distribution:
         return tuple(Fraction(part, sum(parts)) for part in parts)
 
-    spread = ((law(99, 1), law(1, 99)), (law(1, 9), law(8, 2)), (law(1, 99), law(1, 999)), (law(5, 1), law(1, 2)))
-    for student, teacher in rational_laws() + spread:
+    spread = (
+        (distribution(99, 1), distribution(1, 99)),
+        (distribution(1, 9), distribution(8, 2)),
+        (distribution(1, 99), distribution(1, 999)),
+        (distribution(5, 1), distribution(1, 2)),
+    )
+    for student, teacher in rational_distributions() + spread:
         p, q = ([interval(a) for a in side] for side in (student, teacher))
         ratios = [interval(r) for r in ratios_of(student, teacher)]
         k1 = [-iv.log(r) for r in ratios]

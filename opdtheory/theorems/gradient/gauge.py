@@ -21,7 +21,7 @@ from opdtheory.theorems.instances.cases import (
     catalogue,
     descent,
     every_case,
-    rational_laws,
+    rational_distributions,
     sampled_gradient,
     values_of,
 )
@@ -184,7 +184,7 @@ def _check_rational_value(shift: Callable[[Fraction], Fraction]) -> Cases:
     u = divergences.symbol()
     for name in RATIONAL:
         f = divergences.divergence(name).expr
-        for student, teacher in rational_laws():
+        for student, teacher in rational_distributions():
             ratios = ratios_of(student, teacher)
             values = [values_of(f, {u: r}) for r in ratios]
             gauged = [v + GAUGE * shift(r) for v, r in zip(values, ratios, strict=True)]
@@ -198,7 +198,7 @@ def _check_rational_direction(forward_kl: Callable[[Fraction, Fraction], Fractio
         f = divergences.divergence(name).expr
         for c in (GAUGE, -GAUGE, Fraction(3)):
             gauged = f + c.numerator * u / c.denominator  # up to a constant, which moves nothing
-            for student, teacher in rational_laws():
+            for student, teacher in rational_distributions():
                 directions = []
                 for generator in (f, gauged):
                     values = [values_of(generator, {u: r}) for r in ratios_of(student, teacher)]
@@ -217,11 +217,11 @@ def _check_rational_direction(forward_kl: Callable[[Fraction, Fraction], Fractio
 
 def _check_martingale(extra: Callable[[Fraction, Fraction], Fraction]) -> Cases:
     r"""Two tokens in fractions: what the gauge adds to the first token's weight has no part along its score."""
-    laws = [pair for pair in rational_laws() if len(pair[0]) == 2] + [
-        (other, student) for student, other in rational_laws() if len(student) == 2
+    distributions = [pair for pair in rational_distributions() if len(pair[0]) == 2] + [
+        (other, student) for student, other in rational_distributions() if len(student) == 2
     ]
-    for first in laws:
-        for rows in itertools.permutations(laws, 2):  # of the second token, given the first
+    for first in distributions:
+        for rows in itertools.permutations(distributions, 2):  # of the second token, given the first
             for logit in range(2):
                 total = Fraction(0)
                 for a, (p1, q1) in enumerate(zip(*first, strict=True)):

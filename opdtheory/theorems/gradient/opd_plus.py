@@ -18,7 +18,7 @@ from opdtheory.theorems.instances.cases import (
     enclose,
     every_case,
     interval,
-    rational_laws,
+    rational_distributions,
     sampled_gradient,
     values_of,
 )
@@ -201,7 +201,7 @@ def _check_rational(weight: SymbolicWeight) -> Cases:
     for name in RATIONAL:
         f = divergences.divergence(name).expr
         in_p, w = sympy.diff(p * f.subs(u, q / p), p), weight(f, u)
-        for student, teacher in rational_laws():
+        for student, teacher in rational_distributions():
             slopes = [values_of(in_p, {p: a, q: b}) for a, b in zip(student, teacher, strict=True)]
             mean = sum(a * slope for a, slope in zip(student, slopes, strict=True))
             left = [a * (slope - mean) for a, slope in zip(student, slopes, strict=True)]
@@ -220,7 +220,7 @@ def _check_enclosed(weight: SymbolicWeight) -> Cases:
             continue
         f = divergence.expr
         in_p, w = sympy.diff(p * f.subs(u, q / p), p), weight(f, u)
-        for student, teacher in rational_laws():
+        for student, teacher in rational_distributions():
             ps, qs = [interval(a) for a in student], [interval(b) for b in teacher]
             slopes = [enclose(in_p, {p: a, q: b}) for a, b in zip(ps, qs, strict=True)]
             weights = [enclose(w, {u: b / a}) for a, b in zip(ps, qs, strict=True)]

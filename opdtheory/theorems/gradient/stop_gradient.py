@@ -23,7 +23,7 @@ from opdtheory.theorems.instances.cases import (
     enclose,
     every_case,
     interval,
-    rational_laws,
+    rational_distributions,
     sampled_gradient,
     two_atoms,
     values_of,
@@ -207,10 +207,10 @@ def _flat_at_one(divergence: Divergence) -> bool:
 # Exact and rigorous forms.
 
 
-def _centred(law: tuple[Any, ...], values: list[Any]) -> list[Any]:
+def _centred(distribution: tuple[Any, ...], values: list[Any]) -> list[Any]:
     """$p_a (v_a - E_p v)$: from slopes in the probabilities to slopes in the logits."""
-    mean = sum(a * v for a, v in zip(law, values, strict=True))
-    return [a * (v - mean) for a, v in zip(law, values, strict=True)]
+    mean = sum(a * v for a, v in zip(distribution, values, strict=True))
+    return [a * (v - mean) for a, v in zip(distribution, values, strict=True)]
 
 
 def _check_rational(bias: SymbolicWeight) -> Cases:
@@ -221,7 +221,7 @@ def _check_rational(bias: SymbolicWeight) -> Cases:
         f = divergences.divergence(name).expr
         stopped, in_full = (sympy.diff(p * f.subs(u, q / r), p) for r in (frozen, p))
         predicted = bias(f, u)
-        for student, teacher in rational_laws():
+        for student, teacher in rational_distributions():
             gaps = [
                 values_of(stopped, {p: a, frozen: a, q: b}) - values_of(in_full, {p: a, q: b})
                 for a, b in zip(student, teacher, strict=True)
@@ -236,12 +236,14 @@ def _check_below_tangent(claim: Callable[[Fraction, Fraction], bool]) -> Cases:
     The total variation is not strictly convex: there it may be equal elsewhere too.
     """
     u = divergences.symbol()
-    laws = rational_laws()
+    distributions = rational_distributions()
     for name in RATIONAL:
         f = divergences.divergence(name).expr
         slope = u * sympy.diff(f, u)
-        for start, teacher in laws:
-            for student in (law for pair in laws for law in pair if len(law) == len(start)):
+        for start, teacher in distributions:
+            for student in (
+                distribution for pair in distributions for distribution in pair if len(distribution) == len(start)
+            ):
                 frozen = [b / a for a, b in zip(start, teacher, strict=True)]
                 gap = tangent = Fraction(0)
                 for p, p0, q, u0 in zip(student, start, teacher, frozen, strict=True):
@@ -260,7 +262,7 @@ def _check_certified(biased: Callable[[sympy.Expr, sympy.Symbol], bool]) -> Case
     float64, so that what is certified is the bias and no other number.
     """
     u = divergences.symbol()
-    atoms = [(student, teacher) for student, teacher in rational_laws() if len(student) == 2]
+    atoms = [(student, teacher) for student, teacher in rational_distributions() if len(student) == 2]
     for divergence in catalogue():
         f = divergence.expr
         slope = u * sympy.diff(f, u)
@@ -285,7 +287,7 @@ def _check_certified(biased: Callable[[sympy.Expr, sympy.Symbol], bool]) -> Case
 
 def _first_logit_bias(divergence: Divergence, student: Sequence[Fraction], teacher: Sequence[Fraction]) -> float:
     r"""$E_p[u f'(u) s]$ along the first logit, by its definition."""
-    p, q = (torch.tensor([float(a) for a in law], dtype=torch.float64) for law in (student, teacher))
+    p, q = (torch.tensor([float(a) for a in distribution], dtype=torch.float64) for distribution in (student, teacher))
     score = torch.eye(len(p), dtype=torch.float64)[0] - p[0]
     return (p * divergence.log_slope(q.log() - p.log()) * score).sum().item()
 

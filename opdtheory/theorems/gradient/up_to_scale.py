@@ -14,7 +14,15 @@ import torch
 from opdtheory import divergences
 from opdtheory.divergences import Divergence
 from opdtheory.exact import exact_gradient
-from opdtheory.theorems.instances.cases import catalogue, descent, enclose, interval, pairs, rational_laws, values_of
+from opdtheory.theorems.instances.cases import (
+    catalogue,
+    descent,
+    enclose,
+    interval,
+    pairs,
+    rational_distributions,
+    values_of,
+)
 from opdtheory.theorems.theorem import Cases, Identity, Step, Theorem, close, holds, same
 
 __all__ = ["theorems"]
@@ -99,7 +107,7 @@ def _check_rational(claim: tuple[Fraction, Fraction]) -> Cases:
     u = divergences.symbol()
     f = divergences.divergence("neyman_chi2").expr
     weight = u * sympy.diff(f, u) - f
-    for student, teacher in rational_laws():
+    for student, teacher in rational_distributions():
         ratios = [b / a for a, b in zip(student, teacher, strict=True)]
         rewards = [-values_of(f, {u: r}) - gauge * r for r in ratios]  # up to a constant
         weights = [scale * values_of(weight, {u: r}) for r in ratios]

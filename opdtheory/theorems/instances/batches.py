@@ -16,7 +16,7 @@ Reduction = Literal["token_sum", "token_mean", "sequence_mean"]
 
 @dataclass(frozen=True)
 class Atoms:
-    """A law of one rollout: what it adds to the numerator, its length, and its chance."""
+    """A distribution of one rollout: what it adds to the numerator, its length, and its chance."""
 
     numerators: tuple[Fraction, ...]
     lengths: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""The instances that the checks run on: divergences, policies, rational laws and interval evaluation."""
+"""The instances that the checks run on: divergences, policies, rational distributions and interval evaluation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from opdtheory.exact.tree import Tree
 
 __all__ = [
     "RATIONAL",
-    "Law",
+    "Distribution",
     "Pair",
     "Weight",
     "autograd_gradient",
@@ -30,7 +30,7 @@ __all__ = [
     "every_case",
     "interval",
     "pairs",
-    "rational_laws",
+    "rational_distributions",
     "sampled_gradient",
     "two_atoms",
     "values_of",
@@ -38,7 +38,7 @@ __all__ = [
 
 Weight = Callable[[Divergence, Tensor], Tensor]
 Pair = tuple[TabularPolicy, TabularPolicy]
-Law = tuple[Fraction, ...]
+Distribution = tuple[Fraction, ...]
 
 # Entries whose generator and weight take rational numbers to rational numbers.
 RATIONAL = ("chi2", "neyman_chi2", "le_cam", "total_variation")
@@ -108,19 +108,19 @@ def autograd_gradient(pair: Pair, value: Callable[[TabularPolicy], Tensor]) -> l
 
 
 @functools.cache
-def rational_laws() -> tuple[tuple[Law, Law], ...]:
-    """Pairs `(p, q)` of laws on two to four atoms with rational probabilities, none of them zero."""
+def rational_distributions() -> tuple[tuple[Distribution, Distribution], ...]:
+    """Pairs `(p, q)` of distributions on two to four atoms with rational probabilities, none of them zero."""
 
-    def law(*parts: int) -> Law:
+    def distribution(*parts: int) -> Distribution:
         return tuple(Fraction(part, sum(parts)) for part in parts)
 
     return (
-        (law(1, 2), law(2, 1)),
-        (law(1, 3), law(2, 5)),
-        (law(1, 2, 3), law(3, 2, 1)),
-        (law(5, 1, 1), law(1, 4, 2)),
-        (law(1, 2, 3, 4), law(7, 1, 1, 2)),
-        (law(9, 1, 5, 3), law(2, 2, 3, 11)),
+        (distribution(1, 2), distribution(2, 1)),
+        (distribution(1, 3), distribution(2, 5)),
+        (distribution(1, 2, 3), distribution(3, 2, 1)),
+        (distribution(5, 1, 1), distribution(1, 4, 2)),
+        (distribution(1, 2, 3, 4), distribution(7, 1, 1, 2)),
+        (distribution(9, 1, 5, 3), distribution(2, 2, 3, 11)),
     )
 
 

@@ -14,7 +14,7 @@ from mpmath import iv
 
 from opdtheory import divergences
 from opdtheory.exact import TabularPolicy
-from opdtheory.theorems.instances.cases import Law, Pair, enclose, interval, values_of
+from opdtheory.theorems.instances.cases import Distribution, Pair, enclose, interval, values_of
 
 __all__ = [
     "SMOOTH",
@@ -117,19 +117,19 @@ def chi2(p: Sequence[Any], q: Sequence[Any]) -> Any:
     return expectation(p, [(u - 1) ** 2 for u in ratios(p, q)])
 
 
-def weights(name: str, p: Law, q: Law) -> list[Fraction]:
+def weights(name: str, p: Distribution, q: Distribution) -> list[Fraction]:
     r"""$w_f(u_a)$ of a catalogue entry whose weight is rational, differentiated by sympy."""
     u, f = divergences.symbol(), divergences.divergence(name).expr
     w = sympy.expand(u * sympy.diff(f, u) - f)
     return [values_of(w, {u: ratio}) for ratio in ratios(p, q)]
 
 
-def intervals(law: Law) -> list[Any]:
+def intervals(distribution: Distribution) -> list[Any]:
     """Intervals that enclose the probabilities."""
-    return [interval(x) for x in law]
+    return [interval(x) for x in distribution]
 
 
-def weights_enclosed(name: str, p: Law, q: Law) -> list[Any]:
+def weights_enclosed(name: str, p: Distribution, q: Distribution) -> list[Any]:
     r"""Intervals around $w_f(u_a)$ of any smooth catalogue entry."""
     u, f = divergences.symbol(), divergences.divergence(name).expr
     return [enclose(u * sympy.diff(f, u) - f, {u: interval(ratio)}) for ratio in ratios(p, q)]

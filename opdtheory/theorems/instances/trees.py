@@ -18,7 +18,7 @@ import sympy
 
 from opdtheory import divergences
 from opdtheory.divergences import Divergence
-from opdtheory.theorems.instances.cases import RATIONAL, Law, enclose, interval, values_of
+from opdtheory.theorems.instances.cases import RATIONAL, Distribution, enclose, interval, values_of
 
 __all__ = [
     "Advantage",
@@ -158,20 +158,20 @@ class Dual:
 
 @dataclass(frozen=True, eq=False)
 class RationalTree:
-    """A student and a teacher with a rational law for every history; two trees are equal only if they are one.
+    """A student and a teacher with a rational distribution for every history; two trees are equal only if they are one.
 
     Attributes:
-        student: the student's law by history, also where the environment writes.
+        student: the student's distribution by history, also where the environment writes.
         teacher: the teacher's.
-        world: the environment's law by history, at the histories where it writes.
+        world: the environment's distribution by history, at the histories where it writes.
         sequences: every complete sequence.
         horizon: the length cap.
         eos: the token that ends a sequence, or None.
     """
 
-    student: Mapping[History, Law]
-    teacher: Mapping[History, Law]
-    world: Mapping[History, Law]
+    student: Mapping[History, Distribution]
+    teacher: Mapping[History, Distribution]
+    world: Mapping[History, Distribution]
     sequences: tuple[History, ...]
     horizon: int
     eos: int | None
@@ -179,18 +179,21 @@ class RationalTree:
     @property
     def logits(self) -> list[Row]:
         """The student's parameters: one logit for each history and token."""
-        return [(history, a) for history, law in self.student.items() for a in range(len(law))]
+        return [(history, a) for history, distribution in self.student.items() for a in range(len(distribution))]
 
     def rows(self, seed: Row | None) -> dict[History, list[Dual]]:
         """The student's softmax rows with their derivatives in one logit."""
         out = {}
-        for history, law in self.student.items():
+        for history, distribution in self.student.items():
             hit = seed is not None and seed[0] == history
             out[history] = [
                 Dual(
-                    p, p * (Fraction(seed is not None and seed[1] == b) - law[seed[1]]) if hit and seed else Fraction(0)
+                    p,
+                    p * (Fraction(seed is not None and seed[1] == b) - distribution[seed[1]])
+                    if hit and seed
+                    else Fraction(0),
                 )
-                for b, p in enumerate(law)
+                for b, p in enumerate(distribution)
             ]
         return out
 
@@ -276,7 +279,7 @@ def rational_tree(
     """A tree with small integer weights in every row, drawn once; an environment writes at the positions given."""
     draw = random.Random(seed)
 
-    def law() -> Law:
+    def distribution() -> Distribution:
         parts = [draw.randint(1, 7) for _ in range(size)]
         return tuple(Fraction(part, sum(parts)) for part in parts)
 
@@ -289,8 +292,8 @@ def rational_tree(
     sequences = tuple(
         (*history, a) for history in histories for a in range(size) if a == eos or len(history) + 1 == horizon
     )
-    student, teacher = ({history: law() for history in histories} for _ in range(2))
-    world = {history: law() for history in histories if len(history) in environment}
+    student, teacher = ({history: distribution() for history in histories} for _ in range(2))
+    world = {history: distribution() for history in histories if len(history) in environment}
     return RationalTree(student, teacher, world, sequences, horizon, eos)
 
 

@@ -1,4 +1,4 @@
-"""Two steps of two tokens in symbols: the generator and, as functions of a parameter, the laws are undefined."""
+"""Two steps of two tokens in symbols: the generator and, as functions of a parameter, the distributions are undefined."""
 
 from __future__ import annotations
 

@@ -14,7 +14,13 @@ from torch import Tensor
 from opdtheory import divergences
 from opdtheory.estimators import estimator
 from opdtheory.exact import TabularPolicy, exact_gradient, expected_gradient, random_pair
-from opdtheory.theorems.instances.cases import RATIONAL, Law, autograd_gradient, interval, rational_laws
+from opdtheory.theorems.instances.cases import (
+    RATIONAL,
+    Distribution,
+    autograd_gradient,
+    interval,
+    rational_distributions,
+)
 from opdtheory.theorems.instances.one_sample import (
     SMOOTH,
     expectation,
@@ -242,16 +248,16 @@ def _clipping() -> Theorem:
     )
 
 
-# In fractions: a third law samples.
+# In fractions: a third distribution samples.
 
 
-def _triples() -> Iterator[tuple[Law, Law, Law]]:
-    """Student, teacher and a sampling law: the student's probabilities backwards, and others of that many tokens."""
-    laws = rational_laws()
-    for p, q in laws:
+def _triples() -> Iterator[tuple[Distribution, Distribution, Distribution]]:
+    """Student, teacher and a sampling distribution: the student's probabilities backwards, and others of that many tokens."""
+    distributions = rational_distributions()
+    for p, q in distributions:
         if p != p[::-1]:
             yield p, q, p[::-1]
-        yield from ((p, q, mu) for mu, _ in laws if len(mu) == len(p) and mu != p)
+        yield from ((p, q, mu) for mu, _ in distributions if len(mu) == len(p) and mu != p)
 
 
 def _sampled(p: Sequence[Any], mu: Sequence[Any], factors: Sequence[Any]) -> list[Any]:
@@ -365,7 +371,7 @@ def _check_k2(factor: Callable[[Tensor, Tensor], Tensor]) -> Cases:
 
 
 def _check_k2_objective(value: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Cases:
-    """What the k2 loss descends off-policy, differentiated by autograd with the sampling law held fixed."""
+    """What the k2 loss descends off-policy, differentiated by autograd with the sampling distribution held fixed."""
     for triple in _one_step():
         _, log_q, log_mu = _rows(triple)
 
@@ -411,7 +417,7 @@ def _mixed(logits: tuple[float, ...]) -> TabularPolicy:
 
 
 def _halfway(log_p: Tensor, log_mu: Tensor) -> TabularPolicy:
-    """The sampling law drawn towards the student until every ratio lies within PPO's interval."""
+    """The sampling distribution drawn towards the student until every ratio lies within PPO's interval."""
     return _mixed(tuple(log_p.lerp(log_mu, 0.2)[0].tolist()))
 
 

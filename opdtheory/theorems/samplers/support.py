@@ -1,4 +1,4 @@
-r"""T10: tokens that one of the two laws never gives."""
+r"""T10: tokens that one of the two distributions never gives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-r"""T10b: rollouts drawn by temperature, top-p or top-k, which is another law than the student's."""
+r"""T10b: rollouts drawn by temperature, top-p or top-k, which is another distribution than the student's."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch import Tensor
 from opdtheory.estimators import estimator
 from opdtheory.exact import TabularPolicy, exact_gradient, expected_gradient
 from opdtheory.exact.tree import Tree
-from opdtheory.theorems.instances.cases import RATIONAL, Law, catalogue, pairs, rational_laws
+from opdtheory.theorems.instances.cases import RATIONAL, Distribution, catalogue, pairs, rational_distributions
 from opdtheory.theorems.instances.kept_tokens import in_logits
 from opdtheory.theorems.instances.one_sample import weights
 from opdtheory.theorems.theorem import Cases, Identity, Step, Theorem, close, same
 
 __all__ = ["theorems"]
 
-Missing = Callable[[Law, Law, list[Fraction]], list[Fraction]]
+Missing = Callable[[Distribution, Distribution, list[Fraction]], list[Fraction]]
 _Importance = Literal["token", "prefix"] | None
 
 
@@ -45,8 +45,8 @@ def theorems() -> list[Theorem]:
                 Step(
                     r"\sum_{\mu_a > 0} \mu_a \tfrac{p_a}{\mu_a} A_a s_a = "
                     r"\sum_a p_a A_a s_a - \sum_{\mu_a = 0} p_a A_a s_a",
-                    "change of law; a token never drawn has no ratio that could bring it back",
-                    _change_of_law,
+                    "change of distribution; a token never drawn has no ratio that could bring it back",
+                    _change_of_distribution,
                 ),
                 Step(
                     r"\sum_{a \in S} p_a c\, s_a = -c \sum_{a \notin S} p_a s_a \ne 0",
@@ -113,19 +113,19 @@ def theorems() -> list[Theorem]:
     ]
 
 
-def _samplers(law: Law) -> Iterator[Law]:
-    """Temperature one half, and the top k tokens renormalised (each is also a top-p law)."""
-    yield tuple(a * a / sum(b * b for b in law) for a in law)
-    order = sorted(range(len(law)), key=law.__getitem__, reverse=True)
-    for k in range(1, len(law)):
-        inside = sum((law[a] for a in order[:k]), Fraction(0))
-        yield tuple(law[a] / inside if a in order[:k] else Fraction(0) for a in range(len(law)))
+def _samplers(distribution: Distribution) -> Iterator[Distribution]:
+    """Temperature one half, and the top k tokens renormalised (each is also a top-p distribution)."""
+    yield tuple(a * a / sum(b * b for b in distribution) for a in distribution)
+    order = sorted(range(len(distribution)), key=distribution.__getitem__, reverse=True)
+    for k in range(1, len(distribution)):
+        inside = sum((distribution[a] for a in order[:k]), Fraction(0))
+        yield tuple(distribution[a] / inside if a in order[:k] else Fraction(0) for a in range(len(distribution)))
 
 
 def _check_sampler(weighted: bool, missing: Missing) -> Cases:
     r"""$E_\mu[(p/\mu) w s]$, or without the ratio, plus the claimed missing part against $E_p[w s]$, in fractions."""
     for name in RATIONAL:
-        for student, teacher in rational_laws():
+        for student, teacher in rational_distributions():
             w = weights(name, student, teacher)
             exact = in_logits(student, w)
             for sampler in _samplers(student):
@@ -135,22 +135,24 @@ def _check_sampler(weighted: bool, missing: Missing) -> Cases:
                 yield same([a + b for a, b in zip(mean, gap, strict=True)], exact, name, student, teacher, sampler)
 
 
-def _scored(law: Law, masses: list[Fraction]) -> list[Fraction]:
+def _scored(distribution: Distribution, masses: list[Fraction]) -> list[Fraction]:
     r"""$\sum_a m_a s_a$ in the logits: $m_b - p_b \sum_a m_a$."""
     total = sum(masses, Fraction(0))
-    return [m - p * total for m, p in zip(masses, law, strict=True)]
+    return [m - p * total for m, p in zip(masses, distribution, strict=True)]
 
 
-def _never_drawn(law: Law, sampler: Law, weights: list[Fraction]) -> list[Fraction]:
-    return _scored(law, [p * w if m == 0 else Fraction(0) for p, m, w in zip(law, sampler, weights, strict=True)])
+def _never_drawn(distribution: Distribution, sampler: Distribution, weights: list[Fraction]) -> list[Fraction]:
+    return _scored(
+        distribution, [p * w if m == 0 else Fraction(0) for p, m, w in zip(distribution, sampler, weights, strict=True)]
+    )
 
 
-def _difference(law: Law, sampler: Law, weights: list[Fraction]) -> list[Fraction]:
-    return _scored(law, [(p - m) * w for p, m, w in zip(law, sampler, weights, strict=True)])
+def _difference(distribution: Distribution, sampler: Distribution, weights: list[Fraction]) -> list[Fraction]:
+    return _scored(distribution, [(p - m) * w for p, m, w in zip(distribution, sampler, weights, strict=True)])
 
 
-def _nothing(law: Law, sampler: Law, weights: list[Fraction]) -> list[Fraction]:
-    return [Fraction(0)] * len(law)
+def _nothing(distribution: Distribution, sampler: Distribution, weights: list[Fraction]) -> list[Fraction]:
+    return [Fraction(0)] * len(distribution)
 
 
 def _truncated(student: TabularPolicy, k: int) -> TabularPolicy:
@@ -193,20 +195,20 @@ def _check_top_k(seen: Callable[[Tensor, Tensor], Tensor]) -> Cases:
 def _check_at_teacher(claim: tuple[str, Callable[[float], float]]) -> Cases:
     r"""Student equal to teacher, top two tokens drawn: the mean update is $-w_f(1)\, E_\mu[s]$."""
     name, pull = claim
-    law = torch.tensor([[0.4, 0.3, 0.2, 0.1]], dtype=torch.float64)
-    policy = TabularPolicy([law.log()])
+    distribution = torch.tensor([[0.4, 0.3, 0.2, 0.1]], dtype=torch.float64)
+    policy = TabularPolicy([distribution.log()])
     sampler = _truncated(policy, 2)
     drawn = sampler.logits[0].softmax(-1)
     for divergence in catalogue():
         slope = float(divergence.log_slope(torch.zeros(1, dtype=torch.float64)))
         gradient = expected_gradient(estimator(name, divergence), policy, policy, behavior=sampler)
-        yield close(gradient, [-pull(slope) * (drawn - law)], divergence)
+        yield close(gradient, [-pull(slope) * (drawn - distribution)], divergence)
 
 
 # The derivation.
 
 
-def _change_of_law() -> bool:
+def _change_of_distribution() -> bool:
     """Three tokens, the last never drawn: what is left out of the weighted mean is its own term."""
     p, m, a, s = (sympy.symbols(f"{name}0:3", positive=True) for name in "pmas")
     weighted = sum(m[i] * (p[i] / m[i]) * a[i] * s[i] for i in range(2))
@@ -222,6 +224,6 @@ def _baseline_counts() -> bool:
     c = sympy.Symbol("c", real=True)
     total = sum(sympy.exp(x) for x in z)
     p = [sympy.exp(x) / total for x in z]
-    scores = [sympy.diff(sympy.log(law), z[0]) for law in p]
+    scores = [sympy.diff(sympy.log(distribution), z[0]) for distribution in p]
     drawn, rest = c * (p[0] * scores[0] + p[1] * scores[1]), c * p[2] * scores[2]
     return sympy.simplify(drawn + rest) == 0 and sympy.simplify(drawn) != 0

@@ -13,7 +13,7 @@ import sympy
 from opdtheory import divergences
 from opdtheory.divergences import Divergence
 from opdtheory.exact import exact_gradient, exact_value
-from opdtheory.theorems.instances.cases import Law, catalogue, interval, pairs, rational_laws
+from opdtheory.theorems.instances.cases import Distribution, catalogue, interval, pairs, rational_distributions
 from opdtheory.theorems.instances.trees import Dual, History, Linear, RationalTree, gradient_of, trees
 from opdtheory.theorems.theorem import Cases, Identity, Step, Theorem, close, holds, overlap, same
 
@@ -51,7 +51,7 @@ def _only_reverse() -> Theorem:
         derivation=(
             Step(
                 r"P(x)\,E[f(xY) - f(x) - f(Y)] = 0 \;\Rightarrow\; f(xy) - f(x) - f(y) = k(x)(y-1)",
-                "models that differ after one first token only, of ratio x; Y any law of mean 1, so any y_1 < 1 < y_2",
+                "models that differ after one first token only, of ratio x; Y any distribution of mean 1, so any y_1 < 1 < y_2",
                 _step_two_points,
             ),
             Step(
@@ -164,13 +164,13 @@ def _check_coincide(rule: Rule) -> Cases:
 
 def _check_one_branch(claim: tuple[int, int]) -> Cases:
     r"""$J_{sequence} - J_{return} = P(x)\,E[f(xY) - f(x) - f(Y)]$ if the models differ after one token, f free."""
-    for p, q in rational_laws():
-        for first in rational_laws():
+    for p, q in rational_distributions():
+        for first in rational_distributions():
             size = min(len(p), len(first[0]))
             if len(p) != size or len(first[0]) != size:
                 continue
-            student: dict[History, Law] = {(): first[0], **{(a,): p for a in range(size)}}
-            teacher: dict[History, Law] = {(): first[1], **{(a,): q if a == 0 else p for a in range(size)}}
+            student: dict[History, Distribution] = {(): first[0], **{(a,): p for a in range(size)}}
+            teacher: dict[History, Distribution] = {(): first[1], **{(a,): q if a == 0 else p for a in range(size)}}
             sequences = tuple((a, b) for a in range(size) for b in range(size))
             tree = RationalTree(student, teacher, {}, sequences, 2, None)
             x = Dual(first[1][0] / first[0][0], Fraction(0))
@@ -206,7 +206,7 @@ def _check_enumerated(claim: tuple[int, int]) -> Cases:
 
 
 def _step_two_points() -> bool:
-    """Mean-one laws on two points leave `g(y) = k (y - 1)`: the two-point equation makes the slopes from 1 equal."""
+    """Mean-one distributions on two points leave `g(y) = k (y - 1)`: the two-point equation makes the slopes from 1 equal."""
     y1, y2, g1, g2 = sympy.symbols("y_1 y_2 g_1 g_2")
     chance = (y2 - 1) / (y2 - y1)
     mean_one = sympy.simplify(chance * y1 + (1 - chance) * y2 - 1) == 0

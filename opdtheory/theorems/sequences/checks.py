@@ -218,13 +218,13 @@ def check_prefix_value(power: int) -> Cases:
     forward = divergences.divergence(FORWARD)
     for tree in trees():
         right = interval(0)
-        for history, law in tree.student.items():
+        for history, distribution in tree.student.items():
             reach = ONE
             for n, token in enumerate(history):
                 p, q = tree.student[history[:n]][token], tree.teacher[history[:n]][token]
                 reach *= p * (q / p) ** power
-            ratios = [Dual(q / p, Fraction(0)) for p, q in zip(law, tree.teacher[history], strict=True)]
-            terms = (u.f().scaled(p) for p, u in zip(law, ratios, strict=True))
+            ratios = [Dual(q / p, Fraction(0)) for p, q in zip(distribution, tree.teacher[history], strict=True)]
+            terms = (u.f().scaled(p) for p, u in zip(distribution, ratios, strict=True))
             row = functools.reduce(lambda a, b: a + b, terms)
             right += row.value.enclosed(forward) * interval(reach)
         yield overlap(right, tree.value("sequence").value.enclosed(forward), tree)

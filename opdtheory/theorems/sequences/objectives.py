@@ -38,7 +38,7 @@ def _weights() -> Theorem:
             Step(r"E_p[s_n \mid h_n] = 0", "a row sums to one: a reward already earned carries no score", _step_score),
             Step(
                 r"\nabla E_p[f(u_1) + \gamma f(u_2)] = -E_p[(w_1 - \gamma f(u_2))\,s_1 + \gamma w_2\,s_2]",
-                "T1 for the token itself, the score function for the tokens after it; f and the laws undefined",
+                "T1 for the token itself, the score function for the tokens after it; f and the distributions undefined",
                 _step_return,
             ),
             Step(r"\nabla E_p f(U) = -E_p[w_f(U)(s_1 + s_2)]", "T1 with a sequence as the atom", _step_sequence),
@@ -249,7 +249,7 @@ def _ends() -> Theorem:
         derivation=(
             Step(
                 r"\nabla E_P f(U) = -E_P[w_f(U)\textstyle\sum_{n \le L} s_n]",
-                "a first token that may end the sequence; f and the laws undefined",
+                "a first token that may end the sequence; f and the distributions undefined",
                 _step_ends,
             ),
         ),
@@ -287,13 +287,16 @@ def _environment() -> Theorem:
         name="tokens of an environment",
         statement=r"P = \prod p\prod\kappa,\ Q = \prod q\prod\kappa: \text{ its tokens have } u = 1,\ s = 0: "
         r"\text{ each is in the history and nowhere else}",
-        hypotheses=("the environment's law κ(e|h) does not depend on θ", "both models would meet the same environment"),
+        hypotheses=(
+            "the environment's distribution κ(e|h) does not depend on θ",
+            "both models would meet the same environment",
+        ),
         source="derived here",
         advice="Mask tool results out of the score and out of the reward; the models' opinions of them do not count.",
         derivation=(
             Step(
                 r"\nabla E_P f(U) = -E_P[w_f(U)(s_1 + s_3)],\quad U = u_1 u_3",
-                "three tokens, the second of law κ(.|y_1): κ cancels in U and has no score; f and the laws undefined",
+                "three tokens, the second of distribution κ(.|y_1): κ cancels in U and has no score; f and the distributions undefined",
                 _step_environment,
             ),
         ),
@@ -322,7 +325,7 @@ def _environment() -> Theorem:
     )
 
 
-# The derivations, with f and the laws undefined.
+# The derivations, with f and the distributions undefined.
 
 
 def _step_score() -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 from opdtheory import divergences
 from opdtheory.divergences import Divergence
 from opdtheory.exact import TabularPolicy, enumerated_value
-from opdtheory.theorems.instances.cases import RATIONAL, catalogue, enclose, interval, pairs, rational_laws
+from opdtheory.theorems.instances.cases import RATIONAL, catalogue, enclose, interval, pairs, rational_distributions
 from opdtheory.theorems.instances.flows import (
     TEACHER,
     distance,
@@ -98,7 +98,7 @@ def check_jacobian(form: JacobianForm) -> Cases:
 
 
 def _rational_teachers() -> list[list[sympy.Expr]]:
-    chosen = [q for _, q in rational_laws()[1:4]]
+    chosen = [q for _, q in rational_distributions()[1:4]]
     return [[sympy.Rational(b.numerator, b.denominator) for b in q] for q in chosen]
 
 
@@ -119,11 +119,11 @@ def check_spectrum(sign: int) -> Cases:
 # Enclosed.
 
 
-def _near_laws() -> list[tuple[list[Any], list[Any]]]:
-    """Students a thousandth of the way from each teacher to another law, as intervals."""
+def _near_distributions() -> list[tuple[list[Any], list[Any]]]:
+    """Students a thousandth of the way from each teacher to another distribution, as intervals."""
     return [
         ([interval((999 * b + a) / 1000) for a, b in zip(p, q, strict=True)], [interval(b) for b in q])
-        for p, q in rational_laws()
+        for p, q in rational_distributions()
     ]
 
 
@@ -137,7 +137,7 @@ def check_distance(slope: SymbolicSlope) -> Cases:
             if claimed == 0:
                 continue  # decided by the second order
             w = symbolic_weight(estimator, f, u)
-            for ps, qs in _near_laws():
+            for ps, qs in _near_distributions():
                 ratios = [b / a for a, b in zip(ps, qs, strict=True)]
                 pull = covariance(ps, [iv.log(r) for r in ratios], [enclose(w, {u: r}) for r in ratios])
                 yield holds(pull.a > 0 if claimed > 0 else pull.b < 0, divergence, estimator, ps, qs)
@@ -151,7 +151,7 @@ def check_collapse(turns: dict[Fraction, int]) -> Cases:
     """
     for below, turn in turns.items():
         for above in (Fraction(11, 10), *map(Fraction, (2, 3, 4, 5, 6, 7, 20, 200))):
-            # Laws with these ratios exist; the second token gains if its weight is the larger one.
+            # Distributions with these ratios exist; the second token gains if its weight is the larger one.
             first, second = (2 * r - r * iv.log(r) for r in (interval(below), interval(above)))  # up to a constant
             yield holds(second.a > first.b if above < turn else second.b < first.a, below, turn, above)
 

@@ -18,7 +18,15 @@ from opdtheory.divergences import Divergence
 from opdtheory.estimators import estimator
 from opdtheory.exact import TabularPolicy, exact_gradient, expected_gradient
 from opdtheory.theorems.instances import one_sample
-from opdtheory.theorems.instances.cases import Law, catalogue, enclose, every_case, interval, rational_laws, values_of
+from opdtheory.theorems.instances.cases import (
+    Distribution,
+    catalogue,
+    enclose,
+    every_case,
+    interval,
+    rational_distributions,
+    values_of,
+)
 from opdtheory.theorems.instances.flows import TEACHER, distance, drift, far_students, flow
 from opdtheory.theorems.instances.one_sample import covariance, expectation, intervals, ratios
 from opdtheory.theorems.stability.checks import local_weight
@@ -76,7 +84,7 @@ def theorems() -> list[Theorem]:
                 Step(
                     r"\tfrac{d}{dt}\tfrac12\lVert z - \log q\rVert^2 = -\mathrm{Cov}_p(\log u, w)",
                     "log u is minus the error up to a constant; any weights, three atoms",
-                    _distance_law,
+                    _distance_distribution,
                 ),
                 Step(
                     r"\mathrm{Cov}_p(x, w) = \tfrac12\textstyle\sum_{ab} p_a p_b (x_a - x_b)(w_a - w_b)",
@@ -199,7 +207,7 @@ def _clamp(value: Fraction, low: Fraction, high: Fraction) -> Fraction:
     return min(max(value, low), high)
 
 
-def _two_tokens(below: Fraction, above: Fraction) -> Law:
+def _two_tokens(below: Fraction, above: Fraction) -> Distribution:
     """The student whose two ratios are given, which is not the teacher."""
     first = (above - 1) / (above - below)
     return first, 1 - first
@@ -248,19 +256,19 @@ def _check_range(only: RangeRule) -> Cases:
 
 
 def _check_separation(separates: Callable[[list[bool]], bool]) -> Cases:
-    """Full laws in fractions: a student that is not the teacher rests iff all its weights are equal."""
+    """Full distributions in fractions: a student that is not the teacher rests iff all its weights are equal."""
     u = divergences.symbol()
     for below in _BELOW:
         mirrored = 2 - below
         for above in {*_ABOVE, mirrored}:
-            law = _two_tokens(below, above)
-            yield same(sum(a * u for a, u in zip(law, (below, above), strict=True)), 1, below, above)
+            distribution = _two_tokens(below, above)
+            yield same(sum(a * u for a, u in zip(distribution, (below, above), strict=True)), 1, below, above)
             weights = ((below - 1) ** 2, (above - 1) ** 2)
             force = _two_token_force(below, above, weights)
             yield holds((force == 0) == separates([weights[0] == weights[1]]), below, above)
             yield holds((weights[0] == weights[1]) == (above == mirrored), below, above)
     for w in _increasing().values():
-        for student, teacher in rational_laws():
+        for student, teacher in rational_distributions():
             values = [values_of(w, {u: b / a}) for a, b in zip(student, teacher, strict=True)]
             mean = sum((a * v for a, v in zip(student, values, strict=True)), Fraction(0))
             rests = all(v == mean for v in values)
@@ -284,11 +292,11 @@ def _check_tilted_range(rule: Callable[[Fraction], bool]) -> Cases:
 
 
 def _check_pull(sign: int) -> Cases:
-    r"""$\mathrm{Cov}_p(\log u, w_f) > 0$, certified for every divergence and pair of laws; it is the logits' pull."""
+    r"""$\mathrm{Cov}_p(\log u, w_f) > 0$, certified for every divergence and pair of distributions; it is the logits' pull."""
     u = divergences.symbol()
     for f in (d.expr for d in catalogue() if d.name != "total_variation"):
         w = sign * (u * sympy.diff(f, u) - f)
-        for student, teacher in rational_laws():
+        for student, teacher in rational_distributions():
             p, at = intervals(student), [interval(r) for r in ratios(student, teacher)]
             logs, weights = [iv.log(r) for r in at], [enclose(w, {u: r}) for r in at]
             pull = covariance(p, logs, weights)
@@ -372,7 +380,9 @@ def _check_never_grows(paths: Callable[[str, str, bool], Tensor]) -> Cases:
 @functools.cache
 def _force_beside(form: str, name: str, clip: str) -> Tensor:
     """A sampled estimator's expected gradient at a student one percent away from the teacher."""
-    student, teacher = (TabularPolicy([torch.tensor([law], dtype=torch.float64).log()]) for law in (_BESIDE, TEACHER))
+    student, teacher = (
+        TabularPolicy([torch.tensor([distribution], dtype=torch.float64).log()]) for distribution in (_BESIDE, TEACHER)
+    )
     loss = estimator(form, divergences.divergence(name), **_CLIPS[clip])
     return expected_gradient(loss, student, teacher)[0]
 
@@ -382,7 +392,7 @@ def _check_dead_zone(dead: Callable[[Divergence, dict[str, Any], bool], bool]) -
 
     Their forces are those of the weights that the simulated flows run on.
     """
-    student, log_q = (torch.tensor([law], dtype=torch.float64).log() for law in (_BESIDE, TEACHER))
+    student, log_q = (torch.tensor([distribution], dtype=torch.float64).log() for distribution in (_BESIDE, TEACHER))
     for name in _SIMULATED:
         divergence = divergences.divergence(name)
         for clip, options in _CLIPS.items():
@@ -410,7 +420,7 @@ def _is_dead(divergence: Divergence, options: dict[str, Any], centred: bool) -> 
 
 
 def _ratios_on_both_sides() -> bool:
-    """Any `u_1 < 1 < u_2` are the ratios of two laws on two atoms, and the force there is `p_1 p_2 (w_2 - w_1)`."""
+    """Any `u_1 < 1 < u_2` are the ratios of two distributions on two atoms, and the force there is `p_1 p_2 (w_2 - w_1)`."""
     a, b = sympy.symbols("a b", positive=True)  # u_1 = 1/(1+a), u_2 = 1+b
     w = sympy.symbols("w1 w2", real=True)
     low, high = 1 / (1 + a), 1 + b
@@ -424,7 +434,7 @@ def _ratios_on_both_sides() -> bool:
     )
 
 
-def _distance_law() -> bool:
+def _distance_distribution() -> bool:
     """The slope of half the squared distance along the flow, three atoms with any weights."""
     z, q = sympy.symbols("z0:3", real=True), sympy.symbols("q0:3", positive=True)
     w, p = sympy.symbols("w0:3", real=True), list(sympy.symbols("p0:2", positive=True))

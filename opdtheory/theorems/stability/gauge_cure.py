@@ -14,7 +14,7 @@ from torch import Tensor
 
 from opdtheory import divergences
 from opdtheory.divergences import Divergence
-from opdtheory.theorems.instances.cases import RATIONAL, catalogue, enclose, interval, rational_laws, values_of
+from opdtheory.theorems.instances.cases import RATIONAL, catalogue, enclose, interval, rational_distributions, values_of
 from opdtheory.theorems.instances.flows import TEACHER, distance, far_students, flow
 from opdtheory.theorems.theorem import Cases, Identity, Step, Theorem, close, holds, overlap, same
 
@@ -299,7 +299,7 @@ def _check_factor_rational(factor: Factor) -> Cases:
         f, k = divergence.expr, factor(divergence)
         cured = -f - _threshold(f, u) * u  # up to a constant, which is no force
         parallel = []
-        for student, teacher in rational_laws():
+        for student, teacher in rational_distributions():
             ratios = [b / a for a, b in zip(student, teacher, strict=True)]
             if divergence.name == "total_variation" and Fraction(1) in ratios:
                 continue
@@ -319,9 +319,9 @@ def _check_factor_rational(factor: Factor) -> Cases:
             yield holds(not all(parallel), divergence)
 
 
-def _centred(law: tuple[Fraction, ...], weights: list[Fraction]) -> list[Fraction]:
-    mean = sum((a * v for a, v in zip(law, weights, strict=True)), Fraction(0))
-    return [a * (v - mean) for a, v in zip(law, weights, strict=True)]
+def _centred(distribution: tuple[Fraction, ...], weights: list[Fraction]) -> list[Fraction]:
+    mean = sum((a * v for a, v in zip(distribution, weights, strict=True)), Fraction(0))
+    return [a * (v - mean) for a, v in zip(distribution, weights, strict=True)]
 
 
 def _check_factor_enclosed(factor: Factor) -> Cases:

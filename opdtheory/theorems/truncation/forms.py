@@ -17,7 +17,7 @@ from opdtheory.estimators import estimator
 from opdtheory.exact import TabularPolicy, expected_gradient
 from opdtheory.exact.tree import Tree
 from opdtheory.rollouts import Rollouts
-from opdtheory.theorems.instances.cases import RATIONAL, catalogue, interval, pairs, rational_laws, values_of
+from opdtheory.theorems.instances.cases import RATIONAL, catalogue, interval, pairs, rational_distributions, values_of
 from opdtheory.theorems.instances.kept_tokens import TEACHER, in_logits, kept, topk_gradient, zeros
 from opdtheory.theorems.theorem import Cases, Identity, Step, Theorem, close, holds, overlap, same
 
@@ -50,7 +50,7 @@ def theorems() -> list[Theorem]:
                 ),
                 Step(
                     r"D_f(q_S \| p_S) \ge f(1) = 0",
-                    "Jensen for the laws on S, with equality iff the ratio is constant on S; the machine confirms that "
+                    "Jensen for the distributions on S, with equality iff the ratio is constant on S; the machine confirms that "
                     "the Jensen gap of two atoms has a double zero at equal ratios",
                     _jensen,
                     in_words=True,
@@ -84,7 +84,7 @@ def theorems() -> list[Theorem]:
             ),
             hypotheses=("S fixed", "f convex"),
             source="data processing, Csiszar (1967); the gradient derived here",
-            advice="Of the top-k losses use this one: it holds p(S) as well, and misses only the law within the tail.",
+            advice="Of the top-k losses use this one: it holds p(S) as well, and misses only the distribution within the tail.",
             derivation=(
                 Step(
                     r"p_0 f(u_0) + p_1 f(u_1) \ge (p_0 + p_1) f\!\left(\tfrac{q_0 + q_1}{p_0 + p_1}\right)",
@@ -95,7 +95,7 @@ def theorems() -> list[Theorem]:
                 ),
                 Step(
                     r"\partial_{p_0}\,[P f(Q/P)] = -w_f(Q/P),\quad P = p_0 + p_1",
-                    "T1 for the merged law: every tail token carries the bucket's weight",
+                    "T1 for the merged distribution: every tail token carries the bucket's weight",
                     _bucket,
                 ),
             ),
@@ -117,7 +117,9 @@ def theorems() -> list[Theorem]:
                     {
                         "nothing": lambda p_tail, q_tail, name: interval(0),
                         "without the tail's mass": lambda p_tail, q_tail, name: interval(1),
-                        "the other law's mass": lambda p_tail, q_tail, name: q_tail if name == "reverse_kl" else p_tail,
+                        "the other distribution's mass": lambda p_tail, q_tail, name: (
+                            q_tail if name == "reverse_kl" else p_tail
+                        ),
                     },
                     "rigorous",
                     1e-40,
@@ -185,7 +187,7 @@ def _expression(form: Form, f: sympy.Expr, p: list[Any], q: list[Any], k: int) -
 
 
 def _check_flat(form: Form) -> Cases:
-    """In fractions: no slope along any tail mass nor along the scale of S, and zero at the conditional law."""
+    """In fractions: no slope along any tail mass nor along the scale of S, and zero at the conditional distribution."""
     for name in RATIONAL:
         f = divergences.divergence(name).expr
         for student, teacher, k in kept():
@@ -213,7 +215,7 @@ def _check_flat(form: Form) -> Cases:
 
 
 def _check_tail_free(name: str) -> Cases:
-    """The library's loss at students with the teacher's conditional law on S and any tail: no gradient at all."""
+    """The library's loss at students with the teacher's conditional distribution on S and any tail: no gradient at all."""
     q = torch.tensor(TEACHER, dtype=torch.float64)
     teacher = TabularPolicy([q.log().unsqueeze(0)])
     for divergence in catalogue()[:9]:
@@ -248,7 +250,7 @@ def _check_coarse(sign: int) -> Cases:
 
 
 def _check_lost(claim: Callable[[Any, Any, str], Any]) -> Cases:
-    r"""What one bucket loses of each KL, in intervals: the tail's mass times the KL of the laws within it."""
+    r"""What one bucket loses of each KL, in intervals: the tail's mass times the KL of the distributions within it."""
 
     def kl(p: list[Any], q: list[Any]) -> Any:
         return sum(a * iv.log(a / b) for a, b in zip(p, q, strict=True))
@@ -287,8 +289,8 @@ def _check_coarse_gradient(ratios: Callable[[Tensor, Tensor, Tensor], Tensor]) -
 
 
 def _bucket_ratio(log_p: Tensor, log_q: Tensor, tail: Tensor) -> Tensor:
-    def mass(log_law: Tensor) -> Tensor:
-        return log_law.masked_fill(~tail, -torch.inf).logsumexp(-1, keepdim=True)
+    def mass(log_distribution: Tensor) -> Tensor:
+        return log_distribution.masked_fill(~tail, -torch.inf).logsumexp(-1, keepdim=True)
 
     return torch.where(tail, mass(log_q) - mass(log_p), log_q - log_p)
 
@@ -318,7 +320,7 @@ def _check_reward(make: Callable[[Divergence, int], Callable[[Rollouts], Tensor]
 
 def _check_reward_in_fractions(later: bool) -> Cases:
     """A reward of the first history on the first token moves nothing; one of the second history does."""
-    for student, rewards in rational_laws():
+    for student, rewards in rational_distributions():
         # The reward of the history that a token leads to, any number for each; or of the one before it.
         given = rewards if later else [rewards[0]] * len(student)
         yield same(in_logits(student, given), zeros(len(student)), student, rewards)
@@ -328,11 +330,13 @@ def _check_reward_in_fractions(later: bool) -> Cases:
 
 
 def _homogeneous() -> bool:
-    """Scaling all masses on S leaves the conditional law alone, and no tail mass occurs in it."""
+    """Scaling all masses on S leaves the conditional distribution alone, and no tail mass occurs in it."""
     p0, p1, scale = sympy.symbols("p0 p1 t", positive=True)
-    law = [p / (p0 + p1) for p in (p0, p1)]
-    scaled = [p.subs({p0: scale * p0, p1: scale * p1}, simultaneous=True) for p in law]
-    return sympy.simplify(sum(law)) == 1 and all(sympy.simplify(a - b) == 0 for a, b in zip(scaled, law, strict=True))
+    distribution = [p / (p0 + p1) for p in (p0, p1)]
+    scaled = [p.subs({p0: scale * p0, p1: scale * p1}, simultaneous=True) for p in distribution]
+    return sympy.simplify(sum(distribution)) == 1 and all(
+        sympy.simplify(a - b) == 0 for a, b in zip(scaled, distribution, strict=True)
+    )
 
 
 def _jensen() -> bool:
@@ -359,5 +363,5 @@ def _score_mean() -> bool:
     z = sympy.symbols("z0:3", real=True)
     advantage = sympy.Symbol("A", real=True)
     total = sum(sympy.exp(x) for x in z)
-    laws = [sympy.exp(x) / total for x in z]
-    return all(sympy.simplify(sum(p * advantage * sympy.diff(sympy.log(p), x) for p in laws)) == 0 for x in z)
+    distributions = [sympy.exp(x) / total for x in z]
+    return all(sympy.simplify(sum(p * advantage * sympy.diff(sympy.log(p), x) for p in distributions)) == 0 for x in z)

@@ -15,7 +15,7 @@ from torch import Tensor
 from opdtheory import divergences
 from opdtheory.divergences import Divergence
 from opdtheory.exact import TabularPolicy
-from opdtheory.theorems.instances.cases import catalogue, enclose, interval, rational_laws, values_of
+from opdtheory.theorems.instances.cases import catalogue, enclose, interval, rational_distributions, values_of
 from opdtheory.theorems.instances.kept_tokens import TEACHER, in_logits, kept, topk_gradient
 from opdtheory.theorems.instances.minimisers import critical_ratio, minimise
 from opdtheory.theorems.theorem import Cases, Identity, Step, Theorem, close, holds, overlap, same
@@ -159,8 +159,8 @@ def theorems() -> list[Theorem]:
 # The truncated sum.
 
 
-def _check_critical_in_fractions(law_on: Callable[[Fraction, Fraction, Fraction], Fraction]) -> Cases:
-    """Chi2 in three gauges: the claimed law is stationary, and no law of a grid lies below it."""
+def _check_critical_in_fractions(distribution_on: Callable[[Fraction, Fraction, Fraction], Fraction]) -> Cases:
+    """Chi2 in three gauges: the claimed distribution is stationary, and no distribution of a grid lies below it."""
     u, p, q = divergences.symbol(), sympy.Symbol("p", positive=True), sympy.Symbol("q", positive=True)
     for shift, critical in _CHI2_GAUGES:
         f = divergences.divergence("chi2").expr + sympy.Rational(shift.numerator, shift.denominator) * (u - 1)
@@ -168,7 +168,7 @@ def _check_critical_in_fractions(law_on: Callable[[Fraction, Fraction, Fraction]
         slope = sympy.diff(term, p)
         for _, teacher, k in kept():
             inside = sum(teacher[:k], Fraction(0))
-            head = [law_on(b, inside, critical) for b in teacher[:k]]
+            head = [distribution_on(b, inside, critical) for b in teacher[:k]]
             rest = 1 - sum(head)
             yield holds(rest >= 0, shift, critical, teacher, k)
             slopes = [values_of(slope, {p: a, q: b}) for a, b in zip(head, teacher[:k], strict=True)]
@@ -177,14 +177,14 @@ def _check_critical_in_fractions(law_on: Callable[[Fraction, Fraction, Fraction]
                 in_logits([*head, rest], [*slopes, Fraction(0)]), [Fraction(0)] * (k + 1), shift, critical, teacher, k
             )
             lowest = sum(values_of(term, {p: a, q: b}) for a, b in zip(head, teacher[:k], strict=True))
-            for other, _ in rational_laws():
+            for other, _ in rational_distributions():
                 if len(other) == len(teacher):
                     higher = sum(values_of(term, {p: a, q: b}) for a, b in zip(other[:k], teacher[:k], strict=True))
                     yield holds(lowest <= higher, shift, critical, teacher, k, other)
 
 
 def _check_kl(name: str, claim: Callable[[Any, Any], tuple[Any, Any]]) -> Cases:
-    """A KL's claimed law on S and value, in intervals: every slope in the logits encloses zero."""
+    """A KL's claimed distribution on S and value, in intervals: every slope in the logits encloses zero."""
     u, p, q = divergences.symbol(), sympy.Symbol("p", positive=True), sympy.Symbol("q", positive=True)
     term = p * divergences.divergence(name).expr.subs(u, q / p)
     slope = sympy.diff(term, p)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from opdtheory.estimators import estimator
 from opdtheory.exact import gradient_moments
-from opdtheory.theorems.instances.cases import interval, pairs, rational_laws
+from opdtheory.theorems.instances.cases import interval, pairs, rational_distributions
 from opdtheory.theorems.instances.one_sample import (
     OfPair,
     _apart,
@@ -194,7 +194,7 @@ def _lower_bound() -> Theorem:
 
 
 def _check_centred_variance(value: OfPair) -> Cases:
-    for p, q in rational_laws():
+    for p, q in rational_distributions():
         yield same(variance(p, [u - 1 for u in ratios(p, q)]), value(p, q), p, q)
 
 
@@ -215,7 +215,7 @@ def _check_library(value: Callable[[Tensor, Tensor], Tensor]) -> Cases:
 
 
 def _check_least(value: OfPair) -> Cases:
-    for p, q in rational_laws():
+    for p, q in rational_distributions():
         u = ratios(p, q)
         best = optimal_baseline(p, u)
         yield same(variance(p, [x - best for x in u]), value(p, q), p, q)
@@ -223,21 +223,21 @@ def _check_least(value: OfPair) -> Cases:
 
 def _check_score_bound(bound: OfPair) -> Cases:
     """No constant makes the score-function estimator quieter than the bound, which a uniform student attains."""
-    for p, q in _apart_laws():
+    for p, q in _apart_distributions():
         yield holds(_least_variance(p, q) >= bound(p, q), p, q)
-    for _, q in rational_laws():
+    for _, q in rational_distributions():
         uniform = [Fraction(1, len(q))] * len(q)
         yield same(_least_variance(uniform, q), bound(uniform, q), q)
 
 
-def _apart_laws() -> Iterator[tuple[Sequence[Fraction], Sequence[Fraction]]]:
-    yield from rational_laws()
+def _apart_distributions() -> Iterator[tuple[Sequence[Fraction], Sequence[Fraction]]]:
+    yield from rational_distributions()
     for rare in (Fraction(1, 100), Fraction(1, 10**6)):
-        yield _law(1 / rare, 1, 1), _law(1, 1, 1)
-        yield _law(3 / rare, 1 / rare, 4), _law(1, 1, 2)
+        yield _distribution(1 / rare, 1, 1), _distribution(1, 1, 1)
+        yield _distribution(3 / rare, 1 / rare, 4), _distribution(1, 1, 2)
 
 
-def _law(*parts: int | Fraction) -> tuple[Fraction, ...]:
+def _distribution(*parts: int | Fraction) -> tuple[Fraction, ...]:
     return tuple(Fraction(part) / sum(parts) for part in parts)
 
 
@@ -254,7 +254,7 @@ def _tilted(p: Sequence[Any], q: Sequence[Any]) -> list[Any]:
 
 def _check_least_over_vectors(value: OfPair) -> Cases:
     r"""$\min_\kappa E_p[(u-1)^2 |s-\kappa|^2]$, each component's parabola through $-1, 0, 1$, in fractions."""
-    for p, q in _apart_laws():
+    for p, q in _apart_distributions():
         u, least = ratios(p, q), Fraction(0)
         for k in range(len(p)):
 
@@ -278,7 +278,7 @@ def _members(p: Sequence[Fraction]) -> Iterator[tuple[list[Fraction], list[list[
     count = len(p)
     for step in (0, 1, 3):
         kappa = [Fraction(step * k, 5) for k in range(count)]
-        for quiet in (p, _law(*[1] * count)):
+        for quiet in (p, _distribution(*[1] * count)):
             d = [[b * (x - c) for x, c in zip(score(p, i), kappa, strict=True)] for i, b in enumerate(quiet)]
             rest = [sum(row[k] for row in d) + kappa[k] for k in range(count)]
             d = [[x - a * r for x, r in zip(row, rest, strict=True)] for a, row in zip(p, d, strict=True)]
@@ -301,7 +301,7 @@ def _moments(p: Sequence[Fraction], rows: list[list[Fraction]]) -> tuple[list[Fr
 
 def _check_family(offset: Fraction) -> Cases:
     """Each has the forward KL's gradient as its mean, whatever the teacher, and is quiet where it should be."""
-    for p, q in rational_laws():
+    for p, q in rational_distributions():
         for kappa, d, quiet in _members(p):
             moved = [[x + offset for x in row] for row in d]
             for teacher in (q, quiet):
@@ -325,7 +325,7 @@ def _check_dimension(value: Callable[[int, int], int]) -> Cases:
 
 def _check_two_teachers(bound: OfPair) -> Cases:
     r"""$(\mathrm{sd}_q + \mathrm{sd}_p)^2$ of every member against the bound, enclosed."""
-    for p, q in _apart_laws():
+    for p, q in _apart_distributions():
         for kappa, d, _ in _members(p):
             (_, there), (_, here) = (_moments(p, _values(p, each, kappa, d)) for each in (q, p))
             spread = (iv.sqrt(interval(there)) + iv.sqrt(interval(here))) ** 2

@@ -18,7 +18,15 @@ from torch import Tensor
 from opdtheory import divergences
 from opdtheory.estimators import estimator
 from opdtheory.exact import gradient_moments
-from opdtheory.theorems.instances.cases import RATIONAL, Pair, enclose, interval, pairs, rational_laws, values_of
+from opdtheory.theorems.instances.cases import (
+    RATIONAL,
+    Pair,
+    enclose,
+    interval,
+    pairs,
+    rational_distributions,
+    values_of,
+)
 from opdtheory.theorems.instances.one_sample import (
     SMOOTH,
     chi2,
@@ -41,7 +49,7 @@ __all__ = ["theorems"]
 Values = Callable[[Sequence[Any], Sequence[Any]], Any]
 
 # Pairs ever further apart: the teacher puts half, or nearly all, of its mass where the student has little.
-_FAR_LAWS = tuple(
+_FAR_DISTRIBUTIONS = tuple(
     ((1 - rare, rare), (kept, 1 - kept))
     for rare in (Fraction(1, 15), Fraction(1, 10**3), Fraction(1, 10**9))
     for kept in (Fraction(1, 2), Fraction(1, 10**6))
@@ -260,7 +268,7 @@ def _second_moments() -> Theorem:
 def _check_any_constant(baseline: Values) -> Cases:
     r"""$E_p[(w - b) s] = E_p[w s]$ in fractions; a baseline gives one value per token."""
     for name in RATIONAL:
-        for p, q in rational_laws():
+        for p, q in rational_distributions():
             w = weights(name, p, q)
             shifted = [x - b for x, b in zip(w, baseline(p, w), strict=True)]
             yield same(mean_gradient(p, shifted), mean_gradient(p, w), name, p, q)
@@ -269,7 +277,7 @@ def _check_any_constant(baseline: Values) -> Cases:
 def _check_optimal(best: Values) -> Cases:
     r"""The vertex of the parabola $b \mapsto E_p[(w-b)^2|s|^2]$, from its values at $-1, 0, 1$."""
     for name in RATIONAL:
-        for p, q in rational_laws():
+        for p, q in rational_distributions():
             w = weights(name, p, q)
             low, middle, high = (second_moment(p, [x - b for x in w]) for b in (-1, 0, 1))
             yield same((low - high) / (2 * (low + high - 2 * middle)), best(p, w), name, p, q)
@@ -301,7 +309,7 @@ def _variance(name: str, pair: Pair, b: float) -> float:
 
 def _check_minus_one(added: Values) -> Cases:
     r"""$E_p[(\log u - 1)^2] - E_p[\log^2 u]$, both sides enclosed."""
-    for student, teacher in rational_laws():
+    for student, teacher in rational_distributions():
         w = weights_enclosed("reverse_kl", student, teacher)
         p, q = intervals(student), intervals(teacher)
         moved = expectation(p, [x * x for x in w]) - expectation(p, [(x + 1) ** 2 for x in w])
@@ -324,7 +332,7 @@ def _vanishes(expr: Any) -> bool:
 
 def _check_known_mean(offset: Fraction) -> Cases:
     """The forward KL's centred weight has the same mean for every teacher."""
-    for p, q in rational_laws():
+    for p, q in rational_distributions():
         yield same(expectation(p, weights("forward_kl", p, q)) - 1, offset, p, q)
 
 
@@ -334,7 +342,7 @@ def _check_known_mean(offset: Fraction) -> Cases:
 def _check_forward_moment(value: Values) -> Cases:
     r"""$E_p[w^2]$ of the forward KL against the catalogue's $\chi^2$, in fractions."""
     u, f = divergences.symbol(), divergences.divergence("chi2").expr
-    for p, q in rational_laws():
+    for p, q in rational_distributions():
         moment = expectation(p, [w * w for w in weights("forward_kl", p, q)])
         divergence = expectation(p, [values_of(f, {u: ratio}) for ratio in ratios(p, q)])
         yield same(divergence, chi2(p, q), p, q)
@@ -357,7 +365,7 @@ def _check_jsd_bounds(claimed: tuple[Callable[[Any, Any], Any], Callable[[Any, A
 
 def _check_jsd_moment(bound: Callable[[Any], Any]) -> Cases:
     r"""$E_p[w^2]$ of the JSD, certified to lie below a constant however far the teacher is."""
-    for student, teacher in (*rational_laws(), *_FAR_LAWS):
+    for student, teacher in (*rational_distributions(), *_FAR_DISTRIBUTIONS):
         p = intervals(student)
         moment = expectation(p, [w * w for w in weights_enclosed("jsd", student, teacher)])
         yield holds(bool(moment < bound(iv.log(interval(2)))), student, teacher)
@@ -366,7 +374,7 @@ def _check_jsd_moment(bound: Callable[[Any], Any]) -> Cases:
 def _check_unbounded(grows: dict[str, bool]) -> Cases:
     r"""Whether $E_p[w^2]$ passes $10^3$ when the student all but excludes a token that the teacher wants."""
     for name, expected in grows.items():
-        student, teacher = _FAR_LAWS[4]
+        student, teacher = _FAR_DISTRIBUTIONS[4]
         moment = expectation(intervals(student), [w * w for w in weights_enclosed(name, student, teacher)])
         yield holds(bool(moment > 1000) == expected and bool(moment < 1000) != expected, name, expected)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from opdtheory import divergences
 from opdtheory.estimators import estimator
 from opdtheory.exact import exact_gradient, expected_gradient, random_pair
-from opdtheory.theorems.instances.cases import RATIONAL, Law, Pair, interval, rational_laws
+from opdtheory.theorems.instances.cases import RATIONAL, Distribution, Pair, interval, rational_distributions
 from opdtheory.theorems.instances.one_sample import (
     SMOOTH,
     expectation,
@@ -82,7 +82,7 @@ def _group_baselines() -> Theorem:
             Step(
                 r"A \in \{a, b\}:\ E[\tfrac{A_i - \bar A}{\sigma} \mid A_i] = \alpha + \beta A_i,\ \beta > 0",
                 "given its own value a z-score is a function of two values, so affine and increasing; one step, any G; "
-                "beta depends on the law of A, which differs between steps",
+                "beta depends on the distribution of A, which differs between steps",
                 _affine_on_two_values,
                 in_words=True,
             ),
@@ -158,7 +158,7 @@ def _independent() -> Theorem:
         number="T7f",
         name="averaging rollouts",
         statement=r"\mathrm{Var}\big(\tfrac1G\textstyle\sum_i \hat g_i\big) = \tfrac1G \mathrm{Var}(\hat g)",
-        hypotheses=("G independent rollouts of one law, no baseline that couples them",),
+        hypotheses=("G independent rollouts of one distribution, no baseline that couples them",),
         source="textbook",
         advice="Compare estimators at equal cost: a G times smaller variance is worth G times the rollouts.",
         derivation=(
@@ -216,7 +216,7 @@ def _check_scale(baseline: GroupBaseline) -> Callable[[Callable[[int], Fraction]
 
     def check(scale: Callable[[int], Fraction]) -> Cases:
         for size in SIZES:
-            for p, q in rational_laws()[:4]:
+            for p, q in rational_distributions()[:4]:
                 w = weights("chi2", p, q)
                 exact = mean_gradient(p, w)
                 yield same(_group_gradient(p, w, size, baseline), [scale(size) * g for g in exact], size, p, q)
@@ -257,10 +257,10 @@ def _check_variable_length(baseline: Baseline) -> Cases:
 
 
 @functools.cache
-def _z_scored(p: Law, w: Law, size: int) -> list[Any]:
+def _z_scored(p: Distribution, w: Distribution, size: int) -> list[Any]:
     """The expected z-scored gradient as intervals; a group without spread counts zero."""
     total = [interval(0)] * len(p)
-    law = intervals(p)
+    distribution = intervals(p)
     for group, chance in _groups(p, size):
         own = [w[a] for a in group]
         mean = sum(own) / Fraction(size)
@@ -269,7 +269,7 @@ def _z_scored(p: Law, w: Law, size: int) -> list[Any]:
             continue
         for i, a in enumerate(group):
             advantage = interval(chance * (own[i] - mean) / size) / iv.sqrt(interval(spread))
-            total = [t - advantage * s for t, s in zip(total, score(law, a), strict=True)]
+            total = [t - advantage * s for t, s in zip(total, score(distribution, a), strict=True)]
     return total
 
 
@@ -290,8 +290,8 @@ def _check_direction(keeps: Callable[[int, int, int], bool]) -> Cases:
     for values, w in ((2, (1, -1, -1)), (2, (0, 0, 5)), (3, (3, 1, -1)), (3, (9, 1, 0))):
         advantage = tuple(Fraction(x) for x in w)
         for size in SIZES:
-            first, second = (_z_scored(law, advantage, size) for law in (p, later))
-            exact = [[interval(g) for g in mean_gradient(law, advantage)] for law in (p, later)]
+            first, second = (_z_scored(distribution, advantage, size) for distribution in (p, later))
+            exact = [[interval(g) for g in mean_gradient(distribution, advantage)] for distribution in (p, later)]
             yield holds(_parallel(first, exact[0]) == keeps(values, size, 1), values, w, size)
             yield holds(_parallel([*first, *second], [*exact[0], *exact[1]]) == keeps(values, size, 2), values, w, size)
 
@@ -326,7 +326,7 @@ def _rank(p: Tensor, w: Tensor) -> Tensor:
 def _check_mean_of_group(share: Callable[[int], Fraction]) -> Cases:
     """The variance of a mean over every group, in fractions."""
     for name in RATIONAL:
-        for p, q in rational_laws()[:3]:
+        for p, q in rational_distributions()[:3]:
             w = weights(name, p, q)
             one, exact = variance(p, w), mean_gradient(p, w)
             for size in (2, 3):

@@ -8,7 +8,7 @@ from fractions import Fraction
 import sympy
 
 from opdtheory import divergences
-from opdtheory.theorems.instances.cases import interval, rational_laws, values_of
+from opdtheory.theorems.instances.cases import interval, rational_distributions, values_of
 from opdtheory.theorems.instances.one_sample import (
     OfPair,
     _dot,
@@ -150,13 +150,13 @@ def _optimal_baselines() -> Theorem:
 def _check_two_tokens(baseline: OfPair) -> Cases:
     """Two tokens: the optimal constant leaves no variance."""
     for name in SMOOTH_RATIONAL:
-        for p, q in (pair for pair in rational_laws() if len(pair[0]) == 2):
+        for p, q in (pair for pair in rational_distributions() if len(pair[0]) == 2):
             w = weights(name, p, q)
             yield same(variance(p, [x - baseline(p, w) for x in w]), 0, name, p, q)
 
 
 def _check_forward_optimum(value: OfPair) -> Cases:
-    for p, q in rational_laws():
+    for p, q in rational_distributions():
         yield same(optimal_baseline(p, weights("forward_kl", p, q)), value(p, q), p, q)
 
 
@@ -174,7 +174,7 @@ def _check_expansion(value: Callable[[Fraction, Fraction, Fraction], Fraction]) 
     r"""$b^*$ of a teacher at distance $\epsilon$, up to a remainder below $100 \epsilon^2$, in fractions."""
     for name in SMOOTH_RATIONAL:
         slope, bend = _at_one(name, 1), _at_one(name, 2)
-        for p, far in rational_laws():
+        for p, far in rational_distributions():
             for size in (Fraction(1, 10**4), Fraction(1, 10**8)):
                 q = tuple(_near(p, far, size))
                 shift = optimal_baseline(p, [u - 1 for u in ratios(p, q)])
@@ -187,7 +187,7 @@ def _check_same_gain(value: Callable[[Fraction, Fraction], Fraction]) -> Cases:
     size = Fraction(1, 10**9)
     for name in SMOOTH_RATIONAL:
         slope = _at_one(name, 1)
-        for p, far in (pair for pair in rational_laws() if len(pair[0]) > 2):
+        for p, far in (pair for pair in rational_distributions() if len(pair[0]) > 2):
             q = tuple(_near(p, far, size))
             w, v = weights(name, p, q), [u - 1 for u in ratios(p, far)]
             best = optimal_baseline(p, w)
@@ -200,7 +200,7 @@ def _check_known_mean(known: dict[str, bool]) -> Cases:
     r"""Whether $E_p[w_f(u)] = w_f(1)$ for every pair: certified either way."""
     for name, expected in known.items():
         at_one = interval(_at_one(name, 1))
-        gaps = [expectation(intervals(p), weights_enclosed(name, p, q)) - at_one for p, q in rational_laws()]
+        gaps = [expectation(intervals(p), weights_enclosed(name, p, q)) - at_one for p, q in rational_distributions()]
         yield holds(all(0 in gap for gap in gaps) == expected, name, expected)
 
 

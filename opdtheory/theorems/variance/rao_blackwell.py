@@ -16,7 +16,7 @@ from opdtheory.estimators import estimator
 from opdtheory.exact import exact_gradient, expected_gradient, gradient_moments
 from opdtheory.exact.tree import Tree
 from opdtheory.rollouts import Rollouts
-from opdtheory.theorems.instances.cases import RATIONAL, Pair, pairs, rational_laws
+from opdtheory.theorems.instances.cases import RATIONAL, Pair, pairs, rational_distributions
 from opdtheory.theorems.instances.one_sample import (
     SMOOTH,
     expectation,
@@ -68,7 +68,7 @@ def _history() -> Theorem:
             ),
             Step(
                 r"E_p[b(y_{>n})\,s_n] \ne 0 \text{ in general}",
-                "the law of later tokens depends on y_n: two tokens, a baseline that tells the second ones apart",
+                "the distribution of later tokens depends on y_n: two tokens, a baseline that tells the second ones apart",
                 _later_token_biases,
             ),
             Step(
@@ -82,10 +82,16 @@ def _history() -> Theorem:
                 "two steps in fractions",
                 r"E_p[\textstyle\sum_n (w_n - b_n(h_n)) s_n] = E_p[\sum_n w_n s_n]",
                 _check_two_steps,
-                lambda a, b, w1, w2, laws: (expectation(laws[0], w1), expectation(laws[1 + a], w2[a])),
+                lambda a, b, w1, w2, distributions: (
+                    expectation(distributions[0], w1),
+                    expectation(distributions[1 + a], w2[a]),
+                ),
                 {
-                    "the baseline reads the next token": lambda a, b, w1, w2, laws: (w2[a][b], Fraction(0)),
-                    "the baseline reads the token itself": lambda a, b, w1, w2, laws: (Fraction(0), w2[a][b] / 2),
+                    "the baseline reads the next token": lambda a, b, w1, w2, distributions: (w2[a][b], Fraction(0)),
+                    "the baseline reads the token itself": lambda a, b, w1, w2, distributions: (
+                        Fraction(0),
+                        w2[a][b] / 2,
+                    ),
                 },
                 "exact",
                 0.0,
@@ -190,9 +196,9 @@ def _vocabulary() -> Theorem:
 
 def _check_two_steps(baseline: TwoStep) -> Cases:
     r"""$E_p[\sum_n (w_n - b_n) s_n]$ over all rollouts of two tokens, in fractions, row by row."""
-    laws = [pair for pair in rational_laws() if len(pair[0]) == 3]
-    p, q = laws[0]
-    later = [laws[1], laws[0], (laws[1][1], laws[0][0])]
+    distributions = [pair for pair in rational_distributions() if len(pair[0]) == 3]
+    p, q = distributions[0]
+    later = [distributions[1], distributions[0], (distributions[1][1], distributions[0][0])]
     for name in RATIONAL:
         w1, w2 = weights(name, p, q), [weights(name, *pair) for pair in later]
         total = [[Fraction(0)] * 3 for _ in range(4)]
@@ -234,7 +240,7 @@ def _next_weight(r: Rollouts, d: Any) -> Tensor:
 
 def _check_mean_is_kl(value: Callable[[Any, Any], Any]) -> Cases:
     r"""$E_p[\log u]$, the centred reverse-KL weight's mean, enclosed."""
-    for student, teacher in rational_laws():
+    for student, teacher in rational_distributions():
         p, q = intervals(student), intervals(teacher)
         mean = expectation(p, [w + 1 for w in weights_enclosed("reverse_kl", student, teacher)])
         yield overlap(mean, value(kl(p, q), kl(q, p)), student, teacher)
@@ -243,7 +249,7 @@ def _check_mean_is_kl(value: Callable[[Any, Any], Any]) -> Cases:
 def _check_may_cost(rises: Callable[[list[Fraction], list[Fraction]], bool]) -> Cases:
     r"""Whether $E_p[w]$ as a baseline raises the variance: for $\chi^2$ it does on one pair and does not on another."""
     sevenths, eighths = tuple(Fraction(n, 7) for n in (2, 4, 1)), tuple(Fraction(n, 8) for n in (1, 6, 1))
-    for p, q in ((sevenths, eighths), *rational_laws()):
+    for p, q in ((sevenths, eighths), *rational_distributions()):
         w = weights("chi2", p, q)
         mean = expectation(p, w)
         yield holds((variance(p, [x - mean for x in w]) > variance(p, w)) == rises(list(p), w), p, q)
@@ -302,14 +308,18 @@ def _check_tied(difference: Callable[[Fraction, Fraction, Fraction], Fraction]) 
     The weight is $u - 1$. The pairs are such that the whole vocabulary has the larger variance on the first.
     """
 
-    def law(*parts: int) -> list[Fraction]:
+    def distribution(*parts: int) -> list[Fraction]:
         return [Fraction(part, sum(parts)) for part in parts]
 
     worse = []
     for p, first, second in (
-        (law(3, 4), law(1, 3), (law(1, 1), law(2, 3))),
-        (law(1, 2), law(2, 1), (law(3, 1), law(1, 3))),
-        (law(1, 2, 3), law(3, 2, 1), (law(1, 1, 1), law(5, 1, 2), law(1, 4, 1))),
+        (distribution(3, 4), distribution(1, 3), (distribution(1, 1), distribution(2, 3))),
+        (distribution(1, 2), distribution(2, 1), (distribution(3, 1), distribution(1, 3))),
+        (
+            distribution(1, 2, 3),
+            distribution(3, 2, 1),
+            (distribution(1, 1, 1), distribution(5, 1, 2), distribution(1, 4, 1)),
+        ),
     ):
         size = len(p)
 

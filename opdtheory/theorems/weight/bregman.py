@@ -11,7 +11,7 @@ from torch import Tensor
 
 from opdtheory.estimators import estimator
 from opdtheory.exact import TabularPolicy, expected_gradient, random_pair
-from opdtheory.theorems.instances.cases import autograd_gradient, rational_laws, values_of
+from opdtheory.theorems.instances.cases import autograd_gradient, rational_distributions, values_of
 from opdtheory.theorems.theorem import Cases, Identity, Step, Theorem, close, holds, same
 
 __all__ = ["theorems"]
@@ -160,7 +160,7 @@ def _check_rational(advantage: SymbolicAdvantage) -> Cases:
     p, q = _symbols()
     for phi in _POTENTIALS:
         in_p, claimed = sympy.diff(_divergence(phi, p, q), p), advantage(phi, p, q)
-        for student, teacher in rational_laws():
+        for student, teacher in rational_distributions():
             slopes, weights = (
                 [values_of(expr, {p: a, q: b}) for a, b in zip(student, teacher, strict=True)]
                 for expr in (in_p, claimed)
@@ -181,11 +181,11 @@ def _advantages(p: sympy.Symbol, q: sympy.Symbol) -> list[sympy.Expr]:
 
 
 def _check_fixed_point(stays: Callable[[sympy.Expr, sympy.Symbol, sympy.Symbol], bool]) -> Cases:
-    r"""In fractions: the descent $-p_a(A_a - E_p A)$ vanishes at $p = q$ for all of the laws, or not."""
+    r"""In fractions: the descent $-p_a(A_a - E_p A)$ vanishes at $p = q$ for all of the distributions, or not."""
     p, q = _symbols()
     for advantage in _advantages(p, q):
         moved = False
-        for _, teacher in rational_laws():
+        for _, teacher in rational_distributions():
             weights = [values_of(advantage, {p: b, q: b}) for b in teacher]
             mean = sum(b * v for b, v in zip(teacher, weights, strict=True))
             moved = moved or any(v != mean for v in weights)
@@ -206,7 +206,7 @@ def _check_minimum(sign: int) -> Cases:
     p, q = _symbols()
     for phi in _POTENTIALS:
         h = _divergence(phi, p, q)
-        for student, teacher in rational_laws():
+        for student, teacher in rational_distributions():
             total = sum(values_of(h, {p: a, q: b}) for a, b in zip(student, teacher, strict=True))
             yield holds(sign * total > 0, phi, student, teacher)
             yield holds(all(values_of(h, {p: b, q: b}) == 0 for b in teacher), phi, student, teacher)

@@ -121,7 +121,7 @@ def check_stated(table: Table) -> Cases:
 
 
 def check_weights(constant: float) -> Cases:
-    r"""Each loss, run on rollouts of another law, where no constant is free: $-E_\mu[w(u)\,s]$ of its row's weight."""
+    r"""Each loss, run on rollouts of another distribution, where no constant is free: $-E_\mu[w(u)\,s]$ of its row's weight."""
     u = divergences.symbol()
     student, teacher = random_pair(4, 1, distance=0.7, seed=6)
     behavior = TabularPolicy.random(4, 1, seed=7)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from opdtheory import divergences
 from opdtheory.divergences import Divergence, implied_generator_values
-from opdtheory.theorems.instances.cases import catalogue, enclose, interval, rational_laws, values_of
+from opdtheory.theorems.instances.cases import catalogue, enclose, interval, rational_distributions, values_of
 from opdtheory.theorems.theorem import Cases, Identity, Step, Theorem, close, holds, same
 from opdtheory.theorems.weight.corollaries import (
     Row,
@@ -318,7 +318,7 @@ def _check_rational(weight_of: Callable[[sympy.Expr], sympy.Expr]) -> Cases:
     for weight in _rational_weights():
         in_p = sympy.diff(p * implied(weight).subs(u, q / p), p)
         claimed = weight_of(weight)
-        for student, teacher in rational_laws()[:4]:
+        for student, teacher in rational_distributions()[:4]:
             if weight.has(sympy.sign) and any(a == b for a, b in zip(student, teacher, strict=True)):
                 continue  # at a jump of the weight the generator has a kink, and no slope
             slopes = [values_of(in_p, {p: a, q: b}) for a, b in zip(student, teacher, strict=True)]

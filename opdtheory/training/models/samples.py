@@ -51,7 +51,7 @@ class Samples:
         tokens: `(B, T)`, the response: the model's own tokens and the environment's, padded on the right.
         mask: `(B, T)`, 1 on the model's own tokens, up to and including the end-of-sequence token.
         present: `(B, T)`, 1 on every token that is not padding, the environment's too.
-        logprobs: `(B, T)`, $\log\mu(y_n|h_n)$ in nats of the law that sampled, temperature included; 0 where
+        logprobs: `(B, T)`, $\log\mu(y_n|h_n)$ in nats of the distribution that sampled, temperature included; 0 where
             `mask` is 0, and everywhere for greedy samples, which are certain.
         ended: `(B,)`, whether the response ended by itself and not by the cap on its length.
     """

@@ -18,7 +18,7 @@ class Addition(Task):
 
     `3847+5921=` is answered by its columns in any order, then the sum. A column is its letter, `a` for units, its
     two digits in either order, the carry that comes in, and their sum in two digits: `b4207` says 4 + 2 + 0 = 07
-    in the tens. As the order is free, the teacher's law is broad where the choice is and sharp where arithmetic
+    in the tens. As the order is free, the teacher's distribution is broad where the choice is and sharp where arithmetic
     decides; a column may come before the one whose carry it needs.
 
     Args:

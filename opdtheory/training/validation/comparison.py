@@ -88,13 +88,15 @@ def compare(
     run: Loss = estimator if loss is None else loss
     shares = prefixes.shares(reduction).unsqueeze(-1)
 
-    law = moments(plain, prefixes.log_p, prefixes.log_q, prefixes.log_mu, group)
+    distribution = moments(plain, prefixes.log_p, prefixes.log_q, prefixes.log_mu, group)
     exact = shares * prefixes.exact(estimator.claim.divergence)
     predicted = shares * predicted_logit_gradient(estimator, prefixes)
-    expected = shares * law.mean()
+    expected = shares * distribution.mean()
     if group == 1:
-        _check_rows_apart(prefixes, run, law, shares)
-    sampled = expected if isinstance(law, Known) else _sampled(prefixes, run, plain, group, shares, draws, seed)
+        _check_rows_apart(prefixes, run, distribution, shares)
+    sampled = (
+        expected if isinstance(distribution, Known) else _sampled(prefixes, run, plain, group, shares, draws, seed)
+    )
 
     vectors = [prefixes.pull_back(c) for c in (exact, predicted, expected)]
     exact_norm, unit = norm(vectors[0]), 1.0
@@ -110,7 +112,7 @@ def compare(
         images.append(prefixes.push_forward([x / norm(bias) for x in bias]))
 
     # Of one draw of all next tokens, along each direction.
-    spreads = [float((shares.squeeze(-1).square() * law.variance(image)).sum()) for image in images]
+    spreads = [float((shares.squeeze(-1).square() * distribution.variance(image)).sum()) for image in images]
     deviations = [math.sqrt(spread / draws) for spread in spreads]
 
     def z_against(reference: Tensor) -> float:
@@ -121,7 +123,7 @@ def compare(
                 worst = gap / deviation
         return worst
 
-    noisy = not isinstance(law, Known)
+    noisy = not isinstance(distribution, Known)
     limit = float(special.ndtri(1 - LEVEL / (2 * len(images))))
     sizes = [exact_norm, norm(vectors[2])]
     variance = _variance(prefixes, images[:randoms], spreads, expected, group)
@@ -191,16 +193,16 @@ def _mean_times_score(values: Tensor, p: Tensor) -> Tensor:
     return p * (values - (p * values).sum(-1, keepdim=True))
 
 
-def _check_rows_apart(prefixes: Prefixes, run: Loss, law: Moments, shares: Tensor) -> None:
+def _check_rows_apart(prefixes: Prefixes, run: Loss, distribution: Moments, shares: Tensor) -> None:
     """Refuse a loss whose gradient at a prefix, within whole rollouts, is not what it is at the prefix alone."""
     live, mask = prefixes.live, prefixes.samples.mask.double()
     tokens = prefixes.samples.tokens
-    if isinstance(law, Known):
-        whole, alone = _logit_gradient(prefixes, run), shares * law.gradient
+    if isinstance(distribution, Known):
+        whole, alone = _logit_gradient(prefixes, run), shares * distribution.gradient
     else:
-        assert isinstance(law, Singles)
+        assert isinstance(distribution, Singles)
         whole = sensitivity(run, tokens, mask, *prefixes.grids)[live]
-        alone = (shares * law.kappa).gather(-1, tokens[live].unsqueeze(-1)).squeeze(-1)
+        alone = (shares * distribution.kappa).gather(-1, tokens[live].unsqueeze(-1)).squeeze(-1)
     gap, size = float((whole - alone).abs().max()), float(alone.abs().max())
     if not gap <= _COUPLED * max(size, 1e-12):
         raise InvalidArgumentError(
@@ -231,7 +233,7 @@ def _sampled(
     drawn = torch.multinomial(prefixes.log_mu.exp(), draws * group, replacement=True, generator=generator)
     drawn = drawn.view(count, draws, group)
     mask, tokens = prefixes.samples.mask.double(), prefixes.samples.tokens
-    laws = (prefixes.log_p, prefixes.log_q, prefixes.log_mu) if group == 2 else prefixes.grids
+    distributions = (prefixes.log_p, prefixes.log_q, prefixes.log_mu) if group == 2 else prefixes.grids
     at_once = max(1, _HELD // (group * mask.numel() * vocabulary))
     total = torch.zeros_like(p)
     for some in drawn.split(at_once, dim=1):
@@ -240,11 +242,11 @@ def _sampled(
             # Rollouts of one mask side by side: each reduction is the mean over them.
             batch = tokens.repeat(times, 1, 1)
             batch[:, prefixes.live] = some.squeeze(-1).T
-            rows = [x.expand(times, *x.shape).flatten(0, 1) for x in laws]
+            rows = [x.expand(times, *x.shape).flatten(0, 1) for x in distributions]
             kappa = sensitivity(run, batch.flatten(0, 1), mask.repeat(times, 1), *rows).view(times, *mask.shape)
             kappa = times * kappa[:, prefixes.live].T
         else:
-            rows = [x.unsqueeze(1).expand(-1, times, -1).reshape(1, -1, vocabulary) for x in laws]
+            rows = [x.unsqueeze(1).expand(-1, times, -1).reshape(1, -1, vocabulary) for x in distributions]
             kappa = sensitivity(plain, some.reshape(-1, 2).T, None, *rows).T.reshape(count, -1) * shares
         total.scatter_add_(-1, some.flatten(1), kappa)
     return (total - p * total.sum(-1, keepdim=True)) / draws

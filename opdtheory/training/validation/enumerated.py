@@ -115,8 +115,10 @@ def validate_by_enumeration(
 def _predicted_tables(estimator: Estimator, everything: Enumeration, grouped: bool) -> list[Tensor]:
     """What theory says of the expected gradient, in the table of the student's logits."""
     options, mask, tokens = estimator.settings, everything.mask, everything.tokens
-    laws = (everything.student_tables, everything.teacher_tables, everything.behavior_tables)
-    log_p, log_q, log_mu = (torch.log_softmax(everything.gather_logits([t.detach() for t in x]), -1) for x in laws)
+    distributions = (everything.student_tables, everything.teacher_tables, everything.behavior_tables)
+    log_p, log_q, log_mu = (
+        torch.log_softmax(everything.gather_logits([t.detach() for t in x]), -1) for x in distributions
+    )
     at = tokens.clamp_min(0).unsqueeze(-1)
     own, other, drew = (torch.where(mask > 0, x.gather(-1, at).squeeze(-1), 0.0) for x in (log_p, log_q, log_mu))
     if estimator.is_token_local:
@@ -126,8 +128,8 @@ def _predicted_tables(estimator: Estimator, everything: Enumeration, grouped: bo
     else:
         weight = _whole_rollout_weight(estimator, other - own, mask)
     if options.get("zscore"):
-        law, eps = everything.probability, options.get("eps", 1e-6)
-        weight = torch.stack([standardised(column, law, eps) for column in weight.unbind(-1)], dim=-1)
+        distribution, eps = everything.probability, options.get("eps", 1e-6)
+        weight = torch.stack([standardised(column, distribution, eps) for column in weight.unbind(-1)], dim=-1)
     elif grouped:
         weight = group_factor(estimator, 2) * weight
     if options.get("baseline") == "constant" and options.get("importance") is None:

@@ -25,7 +25,7 @@ Loss = Callable[[Rollouts], Tensor]
 
 @runtime_checkable
 class Moments(Protocol):
-    """The law of an estimator's gradient at each of N prefixes, in the logits of the next token."""
+    """The distribution of an estimator's gradient at each of N prefixes, in the logits of the next token."""
 
     def mean(self) -> Float[Tensor, "N V"]:
         """The expected gradient in the logits."""
@@ -51,11 +51,11 @@ class Known:
 
 @dataclass(frozen=True)
 class Singles:
-    """One token, of the law `mu`, at a time.
+    """One token, of the distribution `mu`, at a time.
 
     Attributes:
         p: the student's probabilities, `(N, V)`.
-        mu: those of the law that samples.
+        mu: those of the distribution that samples.
         kappa: the sensitivity to each token's log-probability.
     """
 
@@ -97,9 +97,9 @@ class Pairs:
         """As `Moments.variance`."""
         centred = _centred(along, self.p)
         products = (self.first * centred.unsqueeze(-1) + self.second * centred.unsqueeze(-2)) / 2
-        law = self.p.unsqueeze(-1) * self.p.unsqueeze(-2)
-        mean = (law * products).sum((-1, -2), keepdim=True)
-        return (law * (products - mean).square()).sum((-1, -2))
+        distribution = self.p.unsqueeze(-1) * self.p.unsqueeze(-2)
+        mean = (distribution * products).sum((-1, -2), keepdim=True)
+        return (distribution * (products - mean).square()).sum((-1, -2))
 
 
 def moments(
@@ -111,7 +111,7 @@ def moments(
         loss: of `Rollouts`; it sees one prefix at a time and every next token, or every pair of them.
         log_p: the student's log-probabilities, float64.
         log_q: the teacher's.
-        log_mu: those of the law that samples.
+        log_mu: those of the distribution that samples.
         group: 1, or 2 for a loss that compares the rollouts of a group.
 
     Raises:

@@ -86,19 +86,19 @@ def ratio_weight(name: str, options: Mapping[str, Any], divergence: Divergence, 
     return rewards[name](inside)
 
 
-def standardised(weight: Tensor, law: Tensor, eps: float) -> Tensor:
-    r"""The expected z-score of each entry in a group of two, the other being drawn from `law` (T7e).
+def standardised(weight: Tensor, distribution: Tensor, eps: float) -> Tensor:
+    r"""The expected z-score of each entry in a group of two, the other being drawn from `distribution` (T7e).
 
     With two rollouts $\sigma = |A - A'|/\sqrt 2$, so that the z-score is all but the sign of the difference:
-    $\sum_{a'} \mathrm{law}_{a'}\, \frac{(A_a - A_{a'})/2}{|A_a - A_{a'}|/\sqrt2 + \epsilon}$.
+    $\sum_{a'} \mathrm{distribution}_{a'}\, \frac{(A_a - A_{a'})/2}{|A_a - A_{a'}|/\sqrt2 + \epsilon}$.
 
     Args:
         weight: `(..., K)`.
-        law: probabilities of the entries, `(..., K)`.
+        distribution: probabilities of the entries, `(..., K)`.
         eps: as in the z-score.
     """
     gap = weight.unsqueeze(-1) - weight.unsqueeze(-2)
-    return (law.unsqueeze(-2) * (gap / 2) / (gap.abs() / 2**0.5 + eps)).sum(-1)
+    return (distribution.unsqueeze(-2) * (gap / 2) / (gap.abs() / 2**0.5 + eps)).sum(-1)
 
 
 def _top_weight(name: str, options: Mapping[str, Any], divergence: Divergence, log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -117,8 +117,8 @@ def _top_weight(name: str, options: Mapping[str, Any], divergence: Divergence, l
         rest = [x.masked_fill(chosen, -torch.inf).logsumexp(-1, keepdim=True) for x in (log_p, log_q)]
         return divergence.weight(torch.where(chosen, log_u, rest[1] - rest[0]))
     weight = divergence.weight(torch.where(chosen, log_u + inside_p - inside_q, 0.0))
-    law = torch.where(chosen, (log_p - inside_p).exp(), 0.0)
-    centred = weight - (law * weight).sum(-1, keepdim=True)
+    distribution = torch.where(chosen, (log_p - inside_p).exp(), 0.0)
+    centred = weight - (distribution * weight).sum(-1, keepdim=True)
     return torch.where(chosen, centred / inside_p.exp(), 0.0)
 
 

@@ -1,4 +1,4 @@
-"""Prefixes that a student meets in its own rollouts: both laws of the next token there, and its parameters' map."""
+"""Prefixes that a student meets in its own rollouts: both distributions of the next token there, and its parameters' map."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Prefixes:
         temperature: divides the logits of all models.
         log_p: the student's next-token log-probabilities, `(N, V)`, float64.
         log_q: the teacher's.
-        log_mu: of the law that sampled the rollouts.
+        log_mu: of the distribution that sampled the rollouts.
     """
 
     student: LanguageModel
@@ -98,13 +98,13 @@ class Prefixes:
             raise InvalidArgumentError("parameters", "choose none of the student's that require a gradient")
         live = samples.mask > 0
 
-        def law(model: LanguageModel) -> Tensor:
+        def distribution(model: LanguageModel) -> Tensor:
             with torch.no_grad(), _differentiable(model):
                 return torch.log_softmax(response_logits(model, samples)[live].double() / temperature, dim=-1)
 
-        log_p = law(student)
-        log_mu = log_p if behavior is None or behavior is student else law(behavior)
-        return cls(student, samples, names, temperature, log_p, law(teacher), log_mu)
+        log_p = distribution(student)
+        log_mu = log_p if behavior is None or behavior is student else distribution(behavior)
+        return cls(student, samples, names, temperature, log_p, distribution(teacher), log_mu)
 
     def __len__(self) -> int:
         return self.log_p.shape[0]
@@ -132,7 +132,7 @@ class Prefixes:
 
     @cached_property
     def grids(self) -> tuple[Tensor, Tensor, Tensor]:
-        """All three laws at every position of the rollouts, `(B, T, V)`, uniform where there is no prefix."""
+        """All three distributions at every position of the rollouts, `(B, T, V)`, uniform where there is no prefix."""
 
         def spread(log: Tensor) -> Tensor:
             grid = log.new_full((*self.live.shape, log.shape[-1]), -math.log(log.shape[-1]))

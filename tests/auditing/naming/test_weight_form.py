@@ -217,7 +217,7 @@ def test_genuine_looks_beyond_the_grid() -> None:
 
 
 def test_stability_and_other_fixed_points() -> None:
-    """T5: the teacher attracts iff the slope is positive; a weight that turns has other laws at rest."""
+    """T5: the teacher attracts iff the slope is positive; a weight that turns has other distributions at rest."""
     reverse, forward = opd.estimator("opd", "reverse_kl"), opd.estimator("opd", "forward_kl")
     assert form_of(reverse).attracts and form_of(reverse).fixed_points == []
     assert not form_of(forward).attracts
@@ -225,7 +225,7 @@ def test_stability_and_other_fixed_points() -> None:
     assert not form_of(opd.estimator("opd", "jsd")).attracts
     found = form_of(opd.estimator("opd", "chi2")).fixed_points
     assert "p = (0.5, 0.5) for the teacher q = (0.25, 0.75): w is alike at u = 0.5 and 1.5" in found
-    # The law named is at rest indeed, and its neighbour is not.
+    # The distribution named is at rest indeed, and its neighbour is not.
     loss = opd.estimator("opd", "chi2")
 
     def gradient(q: float) -> float:

@@ -46,7 +46,7 @@ def _compare(loss, cases, *arguments, **settings):
 
 @pytest.mark.parametrize("off_policy", [0.0, 0.7])
 @pytest.mark.parametrize("eos", [None, 1])
-def test_draws_follow_the_behaviour_law(eos: int | None, off_policy: float) -> None:
+def test_draws_follow_the_behaviour_distribution(eos: int | None, off_policy: float) -> None:
     """20000 rollouts, seed 5: a chi-square test of all sequences at 1e-4."""
     case = _case(3, 3, eos, off_policy)
     everything = Enumeration.build(case.student, case.teacher, case.behavior)
@@ -57,8 +57,10 @@ def test_draws_follow_the_behaviour_law(eos: int | None, off_policy: float) -> N
     expected = (20_000 * everything.probability / everything.probability.sum()).numpy()
     assert stats.chisquare(counts, expected).pvalue > 1e-4
     if off_policy:
-        student_law = Enumeration.build(case.student, case.teacher).probability
-        assert stats.chisquare(counts, (20_000 * student_law / student_law.sum()).numpy()).pvalue < 1e-9
+        student_distribution = Enumeration.build(case.student, case.teacher).probability
+        assert (
+            stats.chisquare(counts, (20_000 * student_distribution / student_distribution.sum()).numpy()).pvalue < 1e-9
+        )
 
 
 @pytest.mark.parametrize(("eos", "written"), [(None, ()), (1, ()), (1, (0,)), (1, (1,))])

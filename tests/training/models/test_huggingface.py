@@ -183,5 +183,9 @@ def test_smollm2_completes_a_sentence():
     gap = teacher.gather(-1, sampled.tokens[..., None])[..., 0] - sampled.logprobs
     assert (gap * sampled.mask).abs().max() < 1e-3  # float32, 30 layers, another order of sums
     for student in (perturb(subject, 0.1), drop_layer(subject, 15)):
-        law = torch.log_softmax(response_logits(student, sampled), -1)
-        assert 0.01 < float(((law.exp() * (law - teacher)).sum(-1) * sampled.mask).sum() / sampled.mask.sum()) < 10
+        distribution = torch.log_softmax(response_logits(student, sampled), -1)
+        assert (
+            0.01
+            < float(((distribution.exp() * (distribution - teacher)).sum(-1) * sampled.mask).sum() / sampled.mask.sum())
+            < 10
+        )

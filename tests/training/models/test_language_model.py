@@ -1,4 +1,4 @@
-"""Language models of the trainer: masks, cache, scores, and the law that samples follow."""
+"""Language models of the trainer: masks, cache, scores, and the distribution that samples follow."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PROMPTS = [VOCABULARY.encode(text) for text in ("abc", "d", "ba", "cdabd")]
 
 
 def model(*, seed: int = 0, spread: float = 12.0, kind: type[Transformer] = Transformer) -> Transformer:
-    """A transformer in float64 whose law is far from uniform."""
+    """A transformer in float64 whose distribution is far from uniform."""
     built = kind(TransformerConfig(width=16, layers=2, heads=2, context=48), VOCABULARY, seed=seed).double()
     with torch.no_grad():
         built.head.weight *= spread
@@ -143,48 +143,48 @@ def test_a_wrong_cache_is_refused(kind):
     assert cache_error(model(kind=kind)) > 1e-3
 
 
-# --- the law that samples --------------------------------------------------------------------------------------
+# --- the distribution that samples --------------------------------------------------------------------------------------
 
 
-def two_token_law(subject: LanguageModel, prompt: list[int]) -> dict[tuple[int, ...], float]:
+def two_token_distribution(subject: LanguageModel, prompt: list[int]) -> dict[tuple[int, ...], float]:
     """The probability of every response of at most two tokens."""
     size, eos = VOCABULARY.size, VOCABULARY.eos
     first = torch.softmax(subject.logits(torch.tensor([prompt]))[0, -1], -1)
     rows = torch.tensor([[*prompt, token] for token in range(size)])
     second = torch.softmax(subject.logits(rows)[:, -1], -1)
-    law = {(eos, eos): float(first[eos])}
+    distribution = {(eos, eos): float(first[eos])}
     for one in range(size):
         if one != eos:
-            law |= {(one, other): float(first[one] * second[one, other]) for other in range(size)}
-    return law
+            distribution |= {(one, other): float(first[one] * second[one, other]) for other in range(size)}
+    return distribution
 
 
-def law_p_value(temperature: float) -> float:
-    """Of Pearson's chi-square of 20,000 samples at a temperature against the law at temperature 1."""
+def distribution_p_value(temperature: float) -> float:
+    """Of Pearson's chi-square of 20,000 samples at a temperature against the distribution at temperature 1."""
     subject, prompt, count = model(spread=8.0), PROMPTS[0], 20_000
     samples = subject.sample([prompt] * count, max_new_tokens=2, generator=generator(3), temperature=temperature)
-    law = two_token_law(subject, prompt)
-    assert math.isclose(sum(law.values()), 1, abs_tol=ALGEBRA)
-    seen = dict.fromkeys(law, 0)
+    distribution = two_token_distribution(subject, prompt)
+    assert math.isclose(sum(distribution.values()), 1, abs_tol=ALGEBRA)
+    seen = dict.fromkeys(distribution, 0)
     for row in samples.tokens.tolist():
         seen[tuple(row)] += 1
-    # Cells that hardly occur are put together, as the statistic's law needs.
-    large = [cell for cell in law if law[cell] * count >= 10]
+    # Cells that hardly occur are put together, as the statistic's distribution needs.
+    large = [cell for cell in distribution if distribution[cell] * count >= 10]
     observed = [seen[cell] for cell in large] + [count - sum(seen[cell] for cell in large)]
-    expected = [law[cell] * count for cell in large]
+    expected = [distribution[cell] * count for cell in large]
     expected.append(count - sum(expected))
     assert len(large) > 15
     return float(stats.chisquare(observed, expected).pvalue)
 
 
 @torch.no_grad()
-def test_samples_follow_the_law():
-    assert law_p_value(1.0) > 0.01
+def test_samples_follow_the_distribution():
+    assert distribution_p_value(1.0) > 0.01
 
 
 @torch.no_grad()
 def test_samples_at_another_temperature_are_refused():
-    assert law_p_value(1.15) < 1e-9
+    assert distribution_p_value(1.15) < 1e-9
 
 
 @torch.no_grad()

@@ -113,11 +113,13 @@ def test_gradients_are_those_of_a_training_step(prefixes: Prefixes, reduction: s
     for loss in (E("opd_plus", "chi2", reduction=reduction), E("full_vocab", "jsd", reduction=reduction)):
         value = loss(rollouts(STUDENT, TEACHER, prefixes.samples))
         trained = torch.autograd.grad(value, prefixes.parameters, materialize_grads=True)
-        law = moments(dataclasses.replace(loss, reduction="token_sum"), prefixes.log_p, prefixes.log_q, prefixes.log_p)
-        logits = law.mean()
+        distribution = moments(
+            dataclasses.replace(loss, reduction="token_sum"), prefixes.log_p, prefixes.log_q, prefixes.log_p
+        )
+        logits = distribution.mean()
         if loss.name == "opd_plus":
             own = prefixes.samples.tokens[prefixes.live].unsqueeze(-1)
-            kappa = law.kappa.gather(-1, own)
+            kappa = distribution.kappa.gather(-1, own)
             logits = kappa * (torch.zeros_like(logits).scatter(-1, own, 1.0) - prefixes.log_p.exp())
         pulled = prefixes.pull_back(prefixes.shares(reduction).unsqueeze(-1) * logits)
         gap = [a - b for a, b in zip(trained, pulled, strict=True)]
@@ -128,18 +130,20 @@ def test_variance_over_the_vocabulary_is_that_of_draws(prefixes: Prefixes) -> No
     image = prefixes.push_forward(prefixes.random(0))
     generator = torch.Generator().manual_seed(0)
     for loss, group in ((E("opd_plus", "jsd"), 1), (E("opd_plus", "jsd", baseline="leave_one_out"), 2)):
-        law = moments(loss, prefixes.log_p, prefixes.log_q, prefixes.log_mu, group)
-        p = law.p[:1]
+        distribution = moments(loss, prefixes.log_p, prefixes.log_q, prefixes.log_mu, group)
+        p = distribution.p[:1]
         centred = (image[:1] - (p * image[:1]).sum(-1, keepdim=True))[0]
         tokens = torch.multinomial(p[0], 200_000 * group, replacement=True, generator=generator).view(-1, group)
-        if isinstance(law, Pairs):
+        if isinstance(distribution, Pairs):
             one, two = tokens.unbind(-1)
-            values = (law.first[0, one, two] * centred[one] + law.second[0, one, two] * centred[two]) / 2
+            values = (
+                distribution.first[0, one, two] * centred[one] + distribution.second[0, one, two] * centred[two]
+            ) / 2
         else:
-            values = (law.kappa[0] * centred)[tokens]
-        assert float(values.var()) == pytest.approx(float(law.variance(image)[0]), rel=0.05)
+            values = (distribution.kappa[0] * centred)[tokens]
+        assert float(values.var()) == pytest.approx(float(distribution.variance(image)[0]), rel=0.05)
         assert float(values.mean()) == pytest.approx(
-            float((law.mean() * image)[0].sum()), abs=0.02 * float(values.std())
+            float((distribution.mean() * image)[0].sum()), abs=0.02 * float(values.std())
         )
 
 
@@ -153,9 +157,9 @@ def test_exact_gradient_is_that_of_the_weights(prefixes: Prefixes) -> None:
 
 
 def test_z_scores_of_two_are_signs() -> None:
-    weight, law = torch.tensor([0.0, 1.0, 3.0]).double(), torch.tensor([0.5, 0.25, 0.25]).double()
+    weight, distribution = torch.tensor([0.0, 1.0, 3.0]).double(), torch.tensor([0.5, 0.25, 0.25]).double()
     expected = torch.tensor([-0.5, 0.5 - 0.25, 0.75]).double() / math.sqrt(2)
-    assert torch.allclose(standardised(weight, law, 1e-12), expected)
+    assert torch.allclose(standardised(weight, distribution, 1e-12), expected)
 
 
 ENUMERATED = {

@@ -12,7 +12,7 @@ from opdtheory.auditing.effects.probes import one_step_weights
 from opdtheory.auditing.naming.sparse import shortest
 from opdtheory.exact import Loss
 
-__all__ = ["LawEffect", "law_effect"]
+__all__ = ["DistributionEffect", "distribution_effect"]
 
 # Tokens of the step on which a top-k set is looked for: a larger k is not seen.
 _VOCABULARY = 256
@@ -21,38 +21,38 @@ _SIDE = 6
 
 
 @dataclass(frozen=True)
-class LawEffect:
-    """The part of `Dependence` on the two laws: the top-k set, and the divergence of a weight of both probabilities."""
+class DistributionEffect:
+    """The part of `Dependence` on the two distributions: the top-k set, and the divergence of a weight of both probabilities."""
 
     top_k: int | None = None
     student_and_teacher: str | None = None
     words: list[str] = field(default_factory=list)
 
 
-def law_effect(loss: Loss, ratio_only: bool, batch_size: int, seed: int, limit: float) -> LawEffect:
+def distribution_effect(loss: Loss, ratio_only: bool, batch_size: int, seed: int, limit: float) -> DistributionEffect:
     """Whether a top-k set is singled out, and if the weight is no function of the ratio, of what it is one.
 
     Args:
         loss: a black box that does not couple rollouts.
         ratio_only: whether its weight on one step is a function of the ratio.
         batch_size: number of rollouts that it sees at once.
-        seed: of the laws.
+        seed: of the distributions.
         limit: relative difference that is rounding.
     """
     top = _top_k(loss, batch_size, seed, limit)
     if top is not None:
         k, whose = top
-        return LawEffect(
+        return DistributionEffect(
             k, None, [f"All tokens but the {whose}'s {k} likeliest have one weight: their set enters the loss (T9)."]
         )
     if ratio_only:
-        return LawEffect()
+        return DistributionEffect()
     named, words = _of_both(loss, batch_size, limit)
-    return LawEffect(None, named, words)
+    return DistributionEffect(None, named, words)
 
 
 def _top_k(loss: Loss, batch_size: int, seed: int, limit: float) -> tuple[int, str] | None:
-    """How many likeliest tokens of whom are told apart, if it is the same on two pairs of laws."""
+    """How many likeliest tokens of whom are told apart, if it is the same on two pairs of distributions."""
     first = _sets(loss, batch_size, 31 + 2 * seed, limit)
     if not any(first.values()):
         return None
@@ -61,7 +61,7 @@ def _top_k(loss: Loss, batch_size: int, seed: int, limit: float) -> tuple[int, s
 
 
 def _sets(loss: Loss, batch_size: int, seed: int, limit: float) -> dict[str, int | None]:
-    """How many likeliest tokens of either law are told apart on one pair."""
+    """How many likeliest tokens of either distribution are told apart on one pair."""
     generator = torch.Generator().manual_seed(seed)
     log_p, log_q = (
         torch.log_softmax(1.5 * torch.randn(_VOCABULARY, generator=generator, dtype=torch.float64), -1)
@@ -71,18 +71,18 @@ def _sets(loss: Loss, batch_size: int, seed: int, limit: float) -> dict[str, int
     return {"teacher": _likeliest(weights, log_q, limit), "student": _likeliest(weights, log_p, limit)}
 
 
-def _likeliest(weights: Tensor, law: Tensor, limit: float) -> int | None:
+def _likeliest(weights: Tensor, distribution: Tensor, limit: float) -> int | None:
     """The number of likeliest tokens after which all weights are alike, if that is more than one token's worth."""
-    ordered = weights[law.argsort(descending=True)]
+    ordered = weights[distribution.argsort(descending=True)]
     span = float(weights.max() - weights.min())
     if span <= 1e-12:
         return None
     k = int(((ordered - ordered[-1]).abs() > limit * span).nonzero().max()) + 1
-    return k if k <= len(law) - 2 else None
+    return k if k <= len(distribution) - 2 else None
 
 
 def _grid(rest: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """A law for each of student and teacher over a square of pairs (p, q), the same values on either axis.
+    """A distribution for each of student and teacher over a square of pairs (p, q), the same values on either axis.
 
     With `rest`, the second half of the tokens has other pairs, of the same masses.
     """
@@ -91,7 +91,10 @@ def _grid(rest: bool) -> tuple[Tensor, Tensor, Tensor]:
     p, q = axis.repeat_interleave(_SIDE), axis.repeat(_SIDE)
     if rest:
         half = len(p) // 2
-        q, p = (torch.cat([law[:half], _moved(law[half:], step)]) for law, step in ((q, 3), (p, 5)))
+        q, p = (
+            torch.cat([distribution[:half], _moved(distribution[half:], step)])
+            for distribution, step in ((q, 3), (p, 5))
+        )
     return p.log(), q.log(), axis
 
 
@@ -135,9 +138,9 @@ def _separated(of_q: np.ndarray, of_p: np.ndarray, axis: np.ndarray, close: floa
         if alpha is None:
             return "Bregman divergence", [f"{text} with g = h = phi': it follows the Bregman divergence of phi (T4)."]
         name = f"density-power divergence, alpha={alpha:.6g}"
-        law = f"phi' {shape}: it follows the Bregman divergence of phi, the {name} (T4)"
+        distribution = f"phi' {shape}: it follows the Bregman divergence of phi, the {name} (T4)"
         extra = "; at alpha=1 the squared difference of the probabilities" if alpha == 1 else ""
-        return name, [f"{text} with g = h = {law}{extra}."]
+        return name, [f"{text} with g = h = {distribution}{extra}."]
     other = _power(h, axis, close)
     if alpha == 0 and other == 0:
         ratio = float(h @ g / (g @ g))
