@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from opdtheory.auditing.effects import batch_effects, rollout_effects, sampler_effects
+from opdtheory.auditing.effects import batch_effects, both_probabilities, rollout_effects, sampler_effects
 from opdtheory.auditing.effects.probes import Pool, experiment, size_for
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.exact import Loss
@@ -99,10 +99,10 @@ def dependence(
         with experiment(words, "The sampling policy"):
             sampler = sampler_effects.sampler_effect(pool, batch_size, max(limit, 1e-8))
     words += group.words + sampler.words
-    distributions = both_probabilities.LawEffect()
+    distributions = both_probabilities.DistributionEffect()
     if not group.batch:
         with experiment(words, "The two distributions"):
-            distributions = both_probabilities.law_effect(loss, weight.depends_on_ratio_only, batch_size, seed, limit)
+            distributions = both_probabilities.distribution_effect(loss, weight.depends_on_ratio_only, batch_size, seed, limit)
     words += distributions.words
     ratio_only = (
         weight.depends_on_ratio_only
