@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -23,13 +23,16 @@ __all__ = [
     "Distribution",
     "Pair",
     "Weight",
+    "at_atoms",
     "autograd_gradient",
     "catalogue",
     "descent",
     "enclose",
     "every_case",
     "interval",
+    "irrational_cases",
     "pairs",
+    "rational_cases",
     "rational_distributions",
     "sampled_gradient",
     "two_atoms",
@@ -101,10 +104,11 @@ def descent(pair: Pair, weight: Callable[[Tensor], Tensor]) -> list[Tensor]:
     return levels
 
 
-def autograd_gradient(pair: Pair, value: Callable[[TabularPolicy], Tensor]) -> list[Tensor]:
-    """Gradient of a function of the student by automatic differentiation."""
+def autograd_gradient(pair: Pair, value: Callable[..., Tensor], *arguments: Any) -> list[Tensor]:
+    """Gradient of `value(student, *arguments)` in the student's logits, by automatic differentiation."""
     student = TabularPolicy([z.clone().requires_grad_() for z in pair[0].logits], eos=pair[0].eos)
-    return list(torch.autograd.grad(value(student), student.logits, allow_unused=True, materialize_grads=True))
+    total = value(student, *arguments)
+    return list(torch.autograd.grad(total, student.logits, allow_unused=True, materialize_grads=True))
 
 
 @functools.cache
@@ -122,6 +126,28 @@ def rational_distributions() -> tuple[tuple[Distribution, Distribution], ...]:
         (distribution(1, 2, 3, 4), distribution(7, 1, 1, 2)),
         (distribution(9, 1, 5, 3), distribution(2, 2, 3, 11)),
     )
+
+
+def rational_cases() -> Iterator[tuple[Divergence, Distribution, Distribution]]:
+    """Every divergence of `RATIONAL` on every pair of rational distributions."""
+    for name in RATIONAL:
+        for p, q in rational_distributions():
+            yield divergences.divergence(name), p, q
+
+
+def irrational_cases() -> Iterator[tuple[Divergence, Distribution, Distribution]]:
+    """Every other divergence of the catalogue on every pair of rational distributions."""
+    for divergence in catalogue():
+        if divergence.name not in RATIONAL:
+            for p, q in rational_distributions():
+                yield divergence, p, q
+
+
+def at_atoms(expr: sympy.Expr, p: Sequence[Any], q: Sequence[Any]) -> list[Any]:
+    """An expression in `u`, `p` and `q` at each atom: fractions for fractions, intervals for intervals."""
+    u, (in_p, in_q) = divergences.symbol(), sympy.symbols("p q", positive=True)
+    evaluate = values_of if isinstance(p[0], Fraction) else enclose
+    return [evaluate(expr, {u: b / a, in_p: a, in_q: b}) for a, b in zip(p, q, strict=True)]
 
 
 def values_of(expr: sympy.Expr, values: dict[sympy.Symbol, Fraction]) -> Fraction:
