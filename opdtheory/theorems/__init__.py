@@ -1,4 +1,4 @@
-"""The statements of the theory as objects that derive themselves and run their own checks."""
+"""The theorems, as objects that derive themselves and run their own checks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = [
     "theorems",
 ]
 
-# The table of contents: every module that states theorems, by family.
+# The table of contents: every module that states theorems, by family. A new one needs a line here and nothing else.
 _MODULES = (
     "gradient.opd_plus",
     "gradient.stop_gradient",
@@ -49,10 +49,10 @@ _MODULES = (
 
 
 def theorems(*numbers: str) -> tuple[Theorem, ...]:
-    """Every theorem in order of its number, T1, T1b, T2 and so on, or only those named.
+    """All theorems in the order of their numbers, T1, T1b, T2 and so on, or only those named.
 
     Raises:
-        InvalidArgumentError: there is no theorem of that number.
+        InvalidArgumentError: a number is that of no theorem.
 
     Example:
         >>> [theorem.name for theorem in theorems("T1", "T4")]
@@ -61,7 +61,7 @@ def theorems(*numbers: str) -> tuple[Theorem, ...]:
     everything = {theorem.number: theorem for theorem in _all()}
     for number in numbers:
         if number not in everything:
-            raise InvalidArgumentError("numbers", f"got {number!r}; the theorems are {', '.join(everything)}")
+            raise InvalidArgumentError("numbers", f"must be among {', '.join(everything)}, got {number!r}")
     return tuple(everything[number] for number in numbers or everything)
 
 
@@ -75,5 +75,5 @@ def _all() -> tuple[Theorem, ...]:
 def _order(theorem: Theorem) -> tuple[int, str]:
     number = re.fullmatch(r"T(\d+)([a-z]?)", theorem.number)
     if number is None:
-        raise ValueError(f"{theorem.number!r} is no number such as T4 or T4b")
+        raise ValueError(f"the number of a theorem must be like T4 or T4b, got {theorem.number!r}")
     return int(number[1]), number[2]

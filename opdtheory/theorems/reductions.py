@@ -74,7 +74,6 @@ def _means() -> Theorem:
                 "token_sum",
                 {"mean over tokens": "token_mean", "mean over each rollout": "sequence_mean"},
                 "exact",
-                0.0,
             ),
             Identity(
                 "covariance with the length",
@@ -83,7 +82,6 @@ def _means() -> Theorem:
                 -1,
                 {"sign flipped": 1, "dropped": 0},
                 "exact",
-                0.0,
             ),
             Identity(
                 "order 1/B",
@@ -97,7 +95,6 @@ def _means() -> Theorem:
                     "half of it": (lambda m: first_order(m) / 2,),
                 },
                 "exact",
-                0.0,
             ),
             Identity(
                 "order 1/B squared",
@@ -112,7 +109,6 @@ def _means() -> Theorem:
                     "no next term": (first_order, lambda m: Fraction(0)),
                 },
                 "exact",
-                0.0,
             ),
             Identity(
                 "no bias",
@@ -121,7 +117,6 @@ def _means() -> Theorem:
                 True,
                 {"neither": False},
                 "exact",
-                0.0,
             ),
             Identity(
                 "losses as black boxes",
@@ -182,7 +177,6 @@ def _per_sequence() -> Theorem:
                 1,
                 {"no weights (sum over tokens)": 0, "1/L squared": 2},
                 "exact",
-                0.0,
             ),
             Identity(
                 "objective of the sequence weight",

@@ -1,12 +1,15 @@
-"""A statement of the theory: its derivation, the checks that could refute it, and false twins that they do refute."""
+"""A theorem: its derivation, the checks that could refute it, and the false twins that they do refute."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Literal, TypeAlias
+
+import sympy
 
 __all__ = [
     "ALGEBRA",
@@ -31,6 +34,7 @@ ALGEBRA = 1e-12
 
 # How a check decides: by sympy, in rational arithmetic, by intervals that enclose both sides, or in float64.
 Kind = Literal["symbolic", "exact", "rigorous", "numeric"]
+_TOLERANCES: dict[Kind, float] = {"symbolic": 0.0, "exact": 0.0, "rigorous": 0.0, "numeric": ALGEBRA}
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,8 @@ class Comparison:
     """One case of a check: how far apart its two sides are, and where.
 
     Attributes:
-        error: the distance; 0 or infinity where there is no rounding.
-        where: what tells the case from the others, such as a divergence, a pair of policies, a step.
+        error: the distance; 0 or infinity where nothing is rounded.
+        where: what identifies the case, such as a divergence, a pair of policies, a step.
     """
 
     error: float
@@ -55,7 +59,7 @@ Cases: TypeAlias = Iterator[Comparison]
 
 
 def close(left: Any, right: Any, *where: object) -> Comparison:
-    """Two tensors, or lists of tensors, that should be equal in float64.
+    """Compare two tensors, or two lists of tensors, that should be equal in float64.
 
     The error is relative to the largest number on the right, or to one if all are smaller; NaN is infinitely far.
     """
@@ -63,44 +67,44 @@ def close(left: Any, right: Any, *where: object) -> Comparison:
     error = 0.0
     for a, b in zip(lefts, rights, strict=True):
         gap = float((a - b).abs().max()) / max(1.0, float(b.abs().max()))
-        error = max(error, gap if gap == gap else float("inf"))
+        error = max(error, gap if gap == gap else math.inf)
     return Comparison(error, where)
 
 
 def same(left: Any, right: Any, *where: object) -> Comparison:
-    """Two exact numbers, or sequences of them, that should be equal."""
+    """Compare two exact numbers, or two sequences of them, that should be equal."""
     lefts, rights = (left, right) if isinstance(left, (list, tuple)) else ([left], [right])
     return holds(len(lefts) == len(rights) and all(a == b for a, b in zip(lefts, rights, strict=True)), *where)
 
 
 def overlap(left: Any, right: Any, *where: object) -> Comparison:
-    """Two `mpmath.iv` intervals that enclose the same number, if the claim is right.
+    """Compare two `mpmath.iv` intervals that enclose the same number if the claim is right.
 
     Disjoint intervals refute it; overlapping ones leave at most their joint width as an error.
     """
     gap = left - right
     low, high = float(gap.a), float(gap.b)  # rounding to float keeps the signs
     width = (high - low) / max(1.0, abs(float(right.a)))
-    return Comparison(width if low <= 0.0 <= high else float("inf"), where)
+    return Comparison(width if low <= 0.0 <= high else math.inf, where)
 
 
 def holds(statement: bool, *where: object) -> Comparison:
-    """A statement that is either right or wrong."""
-    return Comparison(0.0 if statement else float("inf"), where)
+    """Record a statement that is either right or wrong."""
+    return Comparison(0.0 if statement else math.inf, where)
 
 
 def _named(value: object) -> str:
-    """A part of a label; nothing for what has no short name, such as a tensor."""
+    """A part of a label; empty for what has no short name, such as a tensor."""
     label = getattr(value, "label", None)
     if isinstance(label, str):
         return label
-    if isinstance(value, (str, bool, int, float, Fraction)):
+    if isinstance(value, (str, bool, int, float, Fraction, sympy.Basic)):
         return str(value)
     sizes = [getattr(value, name, None) for name in ("vocab_size", "horizon", "eos")]
     if isinstance(sizes[0], int):
         return f"{sizes[0]} tokens x {sizes[1]} steps" + ("" if sizes[2] is None else f", eos {sizes[2]}")
     if isinstance(value, (tuple, list)):
-        # Of a pair of policies the sizes are the same.
+        # Both policies of a pair have the same sizes.
         parts = dict.fromkeys(map(_named, value))
         return f"({', '.join(parts)})" if len(parts) > 1 and all(parts) else "".join(parts)
     return ""
@@ -114,7 +118,7 @@ class Step:
         says: the step's formula, in LaTeX.
         why: what it follows from.
         holds: whether the machine confirms it: a difference simplifies to zero, or an inequality is decided.
-        in_words: whether `why` is the proof and `holds` confirms a lemma or an instance of it only.
+        in_words: whether `why` is the proof, and `holds` confirms only a lemma or an instance of it.
     """
 
     says: str
@@ -123,13 +127,13 @@ class Step:
     in_words: bool = False
 
     def run(self) -> StepResult:
-        """Let the machine look at the step."""
+        """Ask the machine to confirm the step."""
         return StepResult(self.says, self.why, bool(self.holds()), self.in_words)
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What became of a step; attributes as in `Step`."""
+    """The outcome of a step; attributes as in `Step`."""
 
     says: str
     why: str
@@ -148,7 +152,7 @@ class Identity:
         formula: the claimed right-hand side, in the form that `check` takes.
         twins: false right-hand sides by description; the same check must refute each.
         kind: how the check decides.
-        tolerance: largest error that is rounding; 0 where there is none.
+        tolerance: largest error that is rounding (default: `ALGEBRA` in float64, else 0).
     """
 
     name: str
@@ -157,10 +161,14 @@ class Identity:
     formula: Any
     twins: Mapping[str, Any]
     kind: Kind = "numeric"
-    tolerance: float = ALGEBRA
+    tolerance: float = math.nan
+
+    def __post_init__(self) -> None:
+        if math.isnan(self.tolerance):
+            object.__setattr__(self, "tolerance", _TOLERANCES[self.kind])
 
     def run(self, theorem: str = "") -> IdentityResult:
-        """Check the formula and every twin, on behalf of the theorem of this number."""
+        """Check the formula and every twin; `theorem` is the number to report."""
         start = time.perf_counter()
         cases = list(self.check(self.formula))
         worst = max(cases, key=lambda case: case.error, default=Comparison(0.0))
@@ -179,11 +187,11 @@ class Identity:
 
 
 def furthest(cases: Cases) -> float:
-    """The largest error; nothing is further than infinity, where the search may stop."""
+    """The largest error. The search stops at infinity, which no later case can exceed."""
     error = 0.0
     for case in cases:
         error = max(error, case.error)
-        if error == float("inf"):
+        if error == math.inf:
             break
     return error
 
@@ -196,13 +204,13 @@ class IdentityResult:
         theorem: the theorem's number, such as `T1`.
         name: as in `Identity`.
         statement: as in `Identity`.
-        error: largest error over all cases.
-        tolerance: largest error that is rounding.
-        cases: how many comparisons.
-        twins: largest error of each false twin.
+        error: the largest error over all cases.
+        tolerance: as in `Identity`.
+        cases: number of comparisons.
+        twins: the largest error of each false twin; a check may stop at the first infinite one.
         seconds: how long it took.
         kind: as in `Identity`.
-        worst: the case of the largest error; empty if there is none.
+        worst: the case with the largest error; empty if every error is zero.
     """
 
     theorem: str
@@ -218,13 +226,13 @@ class IdentityResult:
 
     @property
     def holds(self) -> bool:
-        """Whether the identity holds on at least one case, to rounding."""
+        """Whether the identity holds to rounding, on one case or more."""
         return self.cases > 0 and self.error <= self.tolerance
 
     @property
     def survivors(self) -> list[str]:
-        """False twins that the check failed to refute."""
-        # A twin must miss by far more than rounding, or the check could not tell.
+        """The false twins that the check failed to refute."""
+        # A twin must miss by far more than rounding, or the check could not tell it from the formula.
         return [name for name, error in self.twins.items() if error <= 1e3 * self.tolerance]
 
     @property
@@ -242,8 +250,8 @@ class Theorem:
         name: in a few words.
         statement: in LaTeX and words.
         hypotheses: what it assumes.
-        source: the paper or textbook it comes from, or that it was derived here.
-        advice: what a practitioner does with it.
+        source: the paper or textbook it comes from, or "derived here".
+        advice: what a practitioner should do about it.
         derivation: the steps from the hypotheses to the statement.
         identities: the checks.
     """
@@ -255,7 +263,7 @@ class Theorem:
     source: str
     advice: str
     derivation: tuple[Step, ...] = ()
-    identities: tuple[Identity, ...] = field(default=())
+    identities: tuple[Identity, ...] = ()
 
     def run(self) -> TheoremResult:
         """Verify every step and run every check."""
@@ -267,14 +275,14 @@ class Theorem:
 
 @dataclass(frozen=True)
 class TheoremResult:
-    """What the checks of a theorem found.
+    """What the steps and checks of a theorem found.
 
     Attributes:
         number: as in `Theorem`.
         name: as in `Theorem`.
-        steps: of the derivation.
-        identities: of the checks.
-        seconds: how long all took.
+        steps: one result per step of the derivation.
+        identities: one result per check.
+        seconds: how long all of them took.
     """
 
     number: str

@@ -60,7 +60,6 @@ def theorems() -> list[Theorem]:
                     "nothing",
                     factors,
                     "exact",
-                    0.0,
                 ),
                 Identity(
                     "backpropagation is token_local",
@@ -119,7 +118,6 @@ def theorems() -> list[Theorem]:
                         "mixture's term dropped": lambda x, beta: beta * x * sympy.log(x),
                     },
                     "symbolic",
-                    0.0,
                 ),
                 Identity(
                     "series at 0",
@@ -132,7 +130,6 @@ def theorems() -> list[Theorem]:
                         "no slope": lambda small: forward + 0 * small,
                     },
                     "symbolic",
-                    0.0,
                 ),
                 Identity(
                     "series at 1",
@@ -144,7 +141,6 @@ def theorems() -> list[Theorem]:
                         "Pearson's chi2": lambda small: reverse - small * pearson / 2,
                     },
                     "symbolic",
-                    0.0,
                 ),
                 Identity(
                     "what a KL exceeds it by",
@@ -166,7 +162,6 @@ def theorems() -> list[Theorem]:
                     False,
                     {"the loss is continuous at the ends": True},
                     "rigorous",
-                    0.0,
                 ),
                 Identity(
                     "rate at the ends",

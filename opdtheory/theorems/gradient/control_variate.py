@@ -83,7 +83,6 @@ def theorems() -> list[Theorem]:
                     Fraction(1, 2),
                     {"always": Fraction(0), "above one only": Fraction(1)},
                     "rigorous",
-                    0.0,
                 ),
                 Identity(
                     "the gauge moves the variance",

@@ -77,7 +77,6 @@ def theorems() -> list[Theorem]:
                     lambda u, c: c,
                     {"nothing": lambda u, c: 0 * c, "c u": lambda u, c: c * u, "-c": lambda u, c: -c},
                     "symbolic",
-                    0.0,
                 ),
                 Identity(
                     "the value in fractions",
@@ -86,7 +85,6 @@ def theorems() -> list[Theorem]:
                     lambda u: u - 1,
                     {"c u for c (u - 1)": lambda u: u, "c (u - 1)^2": lambda u: (u - 1) ** 2},
                     "exact",
-                    0.0,
                 ),
                 Identity(
                     "the direction in fractions",
@@ -99,7 +97,6 @@ def theorems() -> list[Theorem]:
                         "weighted by p": lambda p, q: p * (p - q),
                     },
                     "exact",
-                    0.0,
                 ),
                 Identity(
                     "later ratios are a martingale",
@@ -112,7 +109,6 @@ def theorems() -> list[Theorem]:
                         "the square of the later ratio": lambda u1, u2: u2**2 - 1,
                     },
                     "exact",
-                    0.0,
                 ),
                 Identity(
                     "the gauge leaves the value",

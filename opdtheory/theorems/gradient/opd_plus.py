@@ -70,7 +70,6 @@ def theorems() -> list[Theorem]:
                     _weight,
                     _TWINS,
                     "exact",
-                    0.0,
                 ),
                 Identity(
                     "enclosed",

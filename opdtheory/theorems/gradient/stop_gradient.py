@@ -99,7 +99,6 @@ def theorems() -> list[Theorem]:
                         "sign flipped": lambda f, u: -u * sympy.diff(f, u),
                     },
                     "exact",
-                    0.0,
                 ),
                 Identity(
                     "the frozen value lies below its tangent",
@@ -108,7 +107,6 @@ def theorems() -> list[Theorem]:
                     operator.le,
                     {"above": operator.ge},
                     "exact",
-                    0.0,
                 ),
                 Identity(
                     "the bias certified",
@@ -121,7 +119,6 @@ def theorems() -> list[Theorem]:
                         "unbiased if f'(1) = 0": lambda f, u: bool(sympy.diff(f, u).subs(u, 1) != 0),
                     },
                     "rigorous",
-                    0.0,
                 ),
                 Identity(
                     "bias of stop-gradient",

@@ -71,7 +71,6 @@ def theorems() -> list[Theorem]:
                         "scale minus one half": (Fraction(-1), Fraction(-1, 2)),
                     },
                     "exact",
-                    0.0,
                 ),
                 Identity(
                     "no other generator",
@@ -84,7 +83,6 @@ def theorems() -> list[Theorem]:
                         "also the forward KL": lambda label: _powers(label) or label == "forward_kl",
                     },
                     "rigorous",
-                    0.0,
                 ),
                 Identity(
                     "alpha-divergences without their linear term",

@@ -122,7 +122,6 @@ def _attraction() -> Theorem:
                     "without w'(1)": lambda q, s: jacobian_at_teacher(q, sympy.Integer(1)),
                 },
                 "exact",
-                0.0,
             ),
             Identity(
                 "spectrum in fractions",
@@ -131,7 +130,6 @@ def _attraction() -> Theorem:
                 1,
                 {"sign flipped": -1},
                 "exact",
-                0.0,
             ),
             Identity(
                 "distance falls or grows, certified",
@@ -144,7 +142,6 @@ def _attraction() -> Theorem:
                     "same for both": lambda name, f, u: at_one("opd", f, u),
                 },
                 "rigorous",
-                0.0,
             ),
             Identity(
                 "attracting only near, certified",
@@ -156,7 +153,6 @@ def _attraction() -> Theorem:
                     "up to e only": dict.fromkeys((Fraction(1, 10), Fraction(1, 2), Fraction(99, 100)), 3),
                 },
                 "rigorous",
-                0.0,
             ),
             Identity(
                 "Jacobian by autograd",

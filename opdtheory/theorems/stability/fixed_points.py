@@ -119,7 +119,6 @@ def theorems() -> list[Theorem]:
                         "the interval must hold 0": lambda low, high, at_one: low <= 0 <= high,
                     },
                     "exact",
-                    0.0,
                 ),
                 Identity(
                     "clamped ratios in fractions",
@@ -128,7 +127,6 @@ def theorems() -> list[Theorem]:
                     lambda low, high: low <= 1 <= high,
                     {"always": lambda low, high: True, "1 must be inside": lambda low, high: low < 1 < high},
                     "exact",
-                    0.0,
                 ),
                 Identity(
                     "who rests, in fractions",
@@ -137,7 +135,6 @@ def theorems() -> list[Theorem]:
                     all,
                     {"never but at the teacher": lambda equal: False, "always": lambda equal: True},
                     "exact",
-                    0.0,
                 ),
                 Identity(
                     "a weight that falls, clipped",
@@ -151,7 +148,6 @@ def theorems() -> list[Theorem]:
                         "up to C = 2": lambda clip: clip <= 2,
                     },
                     "rigorous",
-                    0.0,
                 ),
                 Identity(
                     "the pull, certified",

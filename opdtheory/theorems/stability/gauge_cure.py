@@ -89,7 +89,6 @@ def theorems() -> list[Theorem]:
                     _threshold,
                     _FALSE_THRESHOLDS,
                     "exact",
-                    0.0,
                 ),
                 Identity(
                     "enclosed",
@@ -98,7 +97,6 @@ def theorems() -> list[Theorem]:
                     _threshold,
                     _FALSE_THRESHOLDS,
                     "rigorous",
-                    0.0,
                 ),
                 Identity(
                     "forward KL under a clip",
@@ -107,7 +105,6 @@ def theorems() -> list[Theorem]:
                     lambda clip: -(clip + 1),
                     {"-C": lambda clip: -clip, "C + 1": lambda clip: clip + 1, "-(C + 2)": lambda clip: -(clip + 2)},
                     "rigorous",
-                    0.0,
                 ),
                 Identity(
                     "multiple in fractions",
@@ -116,7 +113,6 @@ def theorems() -> list[Theorem]:
                     _factor,
                     _FALSE_FACTORS,
                     "exact",
-                    0.0,
                 ),
                 Identity(
                     "multiple enclosed",

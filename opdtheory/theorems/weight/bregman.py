@@ -89,7 +89,6 @@ def theorems() -> list[Theorem]:
                         "the teacher's term dropped": lambda phi, p, q: -_slope(phi, p),
                     },
                     "exact",
-                    0.0,
                 ),
                 Identity(
                     "when the teacher stays",
@@ -98,7 +97,6 @@ def theorems() -> list[Theorem]:
                     _constant_on_diagonal,
                     {"if A falls in p": _falls_in_p, "always": lambda a, p, q: True},
                     "exact",
-                    0.0,
                 ),
                 Identity(
                     "the teacher is the minimum",
@@ -107,7 +105,6 @@ def theorems() -> list[Theorem]:
                     1,
                     {"sign flipped": -1},
                     "exact",
-                    0.0,
                 ),
                 Identity(
                     "beyond the ratio",

@@ -98,7 +98,6 @@ def _symbolic() -> tuple[Identity, ...]:
             lambda f, u: u * sympy.diff(f, u) - f,
             {"f' dropped": lambda f, u: -f, "sign of f flipped": lambda f, u: u * sympy.diff(f, u) + f},
             "symbolic",
-            0.0,
         ),
         Identity(
             "round trip",
@@ -107,7 +106,6 @@ def _symbolic() -> tuple[Identity, ...]:
             lambda u: u - 1,
             {"no gauge term": lambda u: sympy.Integer(0), "c u for c (u - 1)": lambda u: u},
             "symbolic",
-            0.0,
         ),
         Identity(
             "genuine exactly if monotone",
@@ -116,7 +114,6 @@ def _symbolic() -> tuple[Identity, ...]:
             _never_falls,
             {"always genuine": lambda row: True, "never genuine": lambda row: False},
             "symbolic",
-            0.0,
         ),
         Identity(
             "the table's generators",
@@ -128,7 +125,6 @@ def _symbolic() -> tuple[Identity, ...]:
                 "signs flipped": lambda: {name: -f for name, f in stated().items()},
             },
             "symbolic",
-            0.0,
         ),
         Identity(
             "stop-gradient exactly if f never rises",
@@ -141,7 +137,6 @@ def _symbolic() -> tuple[Identity, ...]:
                 "if f'(1) < 0": _falls_at_one,
             },
             "symbolic",
-            0.0,
         ),
     )
 
@@ -160,7 +155,6 @@ def _decided() -> tuple[Identity, ...]:
                 "w(1/u) for w(u)": lambda weight: weight.subs(u, 1 / u),
             },
             "exact",
-            0.0,
         ),
         Identity(
             "falling slopes certified",
@@ -173,7 +167,6 @@ def _decided() -> tuple[Identity, ...]:
                 "genuine if w' >= 0 at u = 1": lambda row: bool(sympy.diff(row.weight, u).subs(u, 1) >= 0),
             },
             "rigorous",
-            0.0,
         ),
         Identity(
             "how much the slope rises",
@@ -182,7 +175,6 @@ def _decided() -> tuple[Identity, ...]:
             lambda a, b, rise: rise / b,
             {"divided by a": lambda a, b, rise: rise / a, "not divided": lambda a, b, rise: rise},
             "rigorous",
-            0.0,
         ),
     )
 
