@@ -159,7 +159,7 @@ def baselines(table: Sequence[Summary]) -> str:
         [
             "## The reverse KL: OPD, OPD+ and baselines",
             "For the reverse KL the advantages of OPD and OPD+ differ by the constant 1, a baseline, so that their "
-            "expected gradients are the same and only the variance differs ([T7](theory/t7.md)). The optimal constant "
+            "expected gradients are the same and only the variance differs ([T7a](theory/t7a.md)). The optimal constant "
             "is that of the start; the vocabulary baseline is the mean of the advantage at each prefix. The variance "
             "is that of one rollout's gradient at the start, over the squared length of the exact gradient, summed "
             f"over the vocabulary.{limit}",
