@@ -14,8 +14,9 @@ from torch import Tensor
 
 from opdtheory import divergences
 from opdtheory.divergences import Divergence
+from opdtheory.divergences.registry import parameter_free, parametric
 from opdtheory.estimators import estimator
-from opdtheory.exact import TabularPolicy, expected_gradient, random_pair
+from opdtheory.exact import TabularPolicy, expected_gradient, gradient_moments, random_pair
 from opdtheory.exact.tree import Tree
 
 __all__ = [
@@ -27,14 +28,18 @@ __all__ = [
     "autograd_gradient",
     "catalogue",
     "descent",
+    "descent_of_rows",
+    "distribution",
     "enclose",
     "every_case",
     "interval",
     "irrational_cases",
     "pairs",
+    "perspective",
     "rational_cases",
     "rational_distributions",
     "sampled_gradient",
+    "sampled_variance",
     "two_atoms",
     "values_of",
 ]
@@ -46,21 +51,10 @@ Distribution = tuple[Fraction, ...]
 # Entries whose generator and weight take rational numbers to rational numbers.
 RATIONAL = ("chi2", "neyman_chi2", "le_cam", "total_variation")
 
-_PARAMETERISED = {
-    "skew_jsd": ("beta", (0.1, 0.9)),
-    "alpha": ("alpha", (-1.5, 0.0, 0.3, 1.0, 2.5)),
-    "skew_forward_kl": ("lam", (0.0, 0.3)),
-    "skew_reverse_kl": ("lam", (0.0, 0.3)),
-}
-
 
 def catalogue() -> list[Divergence]:
-    """Every catalogue entry, the parameterised ones at several values."""
-    d = divergences
-    plain = [d.divergence(name) for name in d.names() if name not in _PARAMETERISED]
-    return plain + [
-        d.divergence(name, **{key: value}) for name, (key, values) in _PARAMETERISED.items() for value in values
-    ]
+    """Every catalogue entry, families at their examples."""
+    return [*parameter_free(), *(family(value) for family in parametric() for value in family.examples)]
 
 
 @functools.cache
@@ -81,9 +75,24 @@ def two_atoms() -> tuple[Pair, ...]:
 
 
 @functools.cache
-def sampled_gradient(name: str, divergence: Divergence, pair: Pair) -> list[Tensor]:
-    """Expected gradient of a sampled estimator run as a black box; kept, as every twin needs it again."""
-    return expected_gradient(estimator(name, divergence), *pair)
+def sampled_gradient(
+    name: str,
+    divergence: Divergence | str | None,
+    pair: Pair,
+    behavior: TabularPolicy | None = None,
+    batch_size: int = 1,
+    **options: Any,
+) -> list[Tensor]:
+    """Expected gradient of an estimator run as a black box; cached, since every twin needs it again."""
+    loss = estimator(name, divergence, **options)
+    return expected_gradient(loss, *pair, batch_size=batch_size, behavior=behavior)
+
+
+@functools.cache
+def sampled_variance(name: str, divergence: str, pair: Pair, **options: Any) -> Tensor:
+    """Variance of an estimator's gradient on one rollout, run as a black box; cached as `sampled_gradient` is."""
+    moments = gradient_moments(estimator(name, divergence, **options), *pair)
+    return torch.tensor(moments.variance, dtype=torch.float64)
 
 
 def every_case() -> Iterator[tuple[Divergence, Pair]]:
@@ -95,11 +104,16 @@ def every_case() -> Iterator[tuple[Divergence, Pair]]:
 
 def descent(pair: Pair, weight: Callable[[Tensor], Tensor]) -> list[Tensor]:
     r"""$-E_p[\sum_n A(u_n) s_n]$ in the logits, row by row: $-P(h)\,p_a (A(u_a) - E_p A)$."""
+    return descent_of_rows(pair, lambda log_p, log_q: weight(log_q - log_p))
+
+
+def descent_of_rows(pair: Pair, advantage: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
+    """`descent` with an advantage of both models' rows of log-probabilities."""
     tree = Tree.build(*pair)
     levels = []
     for n in range(tree.horizon):
-        p, advantage = tree.log_p[n].exp(), weight(tree.log_q[n] - tree.log_p[n])
-        centred = advantage - (p * advantage).sum(-1, keepdim=True)
+        p, values = tree.log_p[n].exp(), advantage(tree.log_p[n], tree.log_q[n])
+        centred = values - (p * values).sum(-1, keepdim=True)
         levels.append(-tree.reach(n).unsqueeze(-1) * p * centred)
     return levels
 
@@ -111,13 +125,14 @@ def autograd_gradient(pair: Pair, value: Callable[..., Tensor], *arguments: Any)
     return list(torch.autograd.grad(total, student.logits, allow_unused=True, materialize_grads=True))
 
 
+def distribution(*parts: int | Fraction) -> Distribution:
+    """Probabilities in the given proportions."""
+    return tuple(Fraction(part) / sum(parts) for part in parts)
+
+
 @functools.cache
 def rational_distributions() -> tuple[tuple[Distribution, Distribution], ...]:
     """Pairs `(p, q)` of distributions on two to four atoms with rational probabilities, none of them zero."""
-
-    def distribution(*parts: int) -> Distribution:
-        return tuple(Fraction(part, sum(parts)) for part in parts)
-
     return (
         (distribution(1, 2), distribution(2, 1)),
         (distribution(1, 3), distribution(2, 5)),
@@ -148,6 +163,12 @@ def at_atoms(expr: sympy.Expr, p: Sequence[Any], q: Sequence[Any]) -> list[Any]:
     u, (in_p, in_q) = divergences.symbol(), sympy.symbols("p q", positive=True)
     evaluate = values_of if isinstance(p[0], Fraction) else enclose
     return [evaluate(expr, {u: b / a, in_p: a, in_q: b}) for a, b in zip(p, q, strict=True)]
+
+
+def perspective(f: sympy.Expr) -> tuple[sympy.Expr, sympy.Symbol, sympy.Symbol]:
+    """The term $p f(q/p)$ of an atom, and the symbols p and q in it."""
+    p, q = sympy.symbols("p q", positive=True)
+    return p * f.subs(divergences.symbol(), q / p), p, q
 
 
 def values_of(expr: sympy.Expr, values: dict[sympy.Symbol, Fraction]) -> Fraction:

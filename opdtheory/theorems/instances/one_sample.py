@@ -1,44 +1,66 @@
-r"""One softmax row and one sampled token, in fractions or intervals: what the variance theorems (T7, T8) share.
+r"""One softmax row and one sampled token, in fractions, intervals or symbols.
 
-The score of token $a$ in the logits is $s_a = e_a - p$. Every function takes fractions and `mpmath.iv` intervals alike.
+The score of token $a$ in the logits is $s_a = e_a - p$.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from typing import Any
 
 import sympy
 from mpmath import iv
+from torch import Tensor
 
 from opdtheory import divergences
 from opdtheory.exact import TabularPolicy
-from opdtheory.theorems.instances.cases import Distribution, Pair, enclose, interval, values_of
+from opdtheory.theorems.instances.cases import (
+    RATIONAL,
+    Distribution,
+    Pair,
+    enclose,
+    interval,
+    rational_distributions,
+    values_of,
+)
 
 __all__ = [
     "SMOOTH",
+    "OfPair",
     "centred",
     "chi2",
     "covariance",
+    "distance",
+    "dot",
     "expectation",
     "first_rows",
+    "in_logits",
     "intervals",
     "kl",
+    "log_rows",
     "mean_gradient",
+    "minus",
     "optimal_baseline",
     "ratios",
+    "row_gradient",
     "score",
     "score_norms",
     "second_moment",
+    "simplex",
+    "softmax",
     "square",
     "three_atoms",
     "variance",
+    "weight_of",
+    "weighted",
     "weights",
     "weights_enclosed",
 ]
 
-# Where a check runs black boxes, on these; the fractions cover the rest.
+OfPair = Callable[[Sequence[Any], Sequence[Any]], Any]
+
+# The divergences of checks that run black boxes; the checks in fractions cover the rest.
 SMOOTH = ("reverse_kl", "forward_kl", "jsd", "chi2")
 
 
@@ -51,6 +73,16 @@ def centred(p: Sequence[Any], values: Sequence[Any]) -> list[Any]:
     r"""$x - E_p[x]$."""
     mean = expectation(p, values)
     return [x - mean for x in values]
+
+
+def minus(left: Sequence[Any], right: Sequence[Any]) -> list[Any]:
+    r"""$x - y$."""
+    return [x - y for x, y in zip(left, right, strict=True)]
+
+
+def dot(left: Sequence[Any], right: Sequence[Any]) -> Any:
+    r"""$x \cdot y$."""
+    return sum(x * y for x, y in zip(left, right, strict=True))
 
 
 def covariance(p: Sequence[Any], left: Sequence[Any], right: Sequence[Any]) -> Any:
@@ -67,6 +99,21 @@ def ratios(p: Sequence[Any], q: Sequence[Any]) -> list[Any]:
 def square(vector: Sequence[Any]) -> Any:
     r"""$|x|^2$."""
     return sum(x * x for x in vector)
+
+
+def distance(p: Sequence[Any], q: Sequence[Any]) -> Any:
+    r"""$|p - q|^2$, the square of the forward KL's gradient in the logits."""
+    return square(minus(p, q))
+
+
+def in_logits(p: Sequence[Any], slopes: Sequence[Any]) -> list[Any]:
+    r"""$\partial/\partial z_a = p_a (\partial_a - \sum_b p_b \partial_b)$ from the derivatives in the probabilities."""
+    return [a * slope for a, slope in zip(p, centred(p, slopes), strict=True)]
+
+
+def row_gradient(p: Tensor, advantages: Tensor) -> Tensor:
+    r"""$-E_p[A s]$ of rows of probabilities, in closed form: $-p_a (A_a - E_p A)$."""
+    return -p * (advantages - (p * advantages).sum(-1, keepdim=True))
 
 
 def score(p: Sequence[Any], token: int) -> list[Any]:
@@ -107,6 +154,11 @@ def first_rows(pair: Pair) -> Pair:
     return student, teacher
 
 
+def log_rows(*policies: TabularPolicy) -> list[Tensor]:
+    """The log-probabilities of each policy's first token, `(1, V)`."""
+    return [policy.logits[0].log_softmax(-1) for policy in policies]
+
+
 def kl(p: Sequence[Any], q: Sequence[Any]) -> Any:
     r"""$KL(p\|q)$ of intervals."""
     return expectation(p, [iv.log(a / b) for a, b in zip(p, q, strict=True)])
@@ -117,11 +169,25 @@ def chi2(p: Sequence[Any], q: Sequence[Any]) -> Any:
     return expectation(p, [(u - 1) ** 2 for u in ratios(p, q)])
 
 
-def weights(name: str, p: Distribution, q: Distribution) -> list[Fraction]:
-    r"""$w_f(u_a)$ of a catalogue entry whose weight is rational, differentiated by sympy."""
+def weight_of(name: str) -> sympy.Expr:
+    r"""$w_f = u f' - f$ of a catalogue entry, differentiated by sympy."""
     u, f = divergences.symbol(), divergences.divergence(name).expr
-    w = sympy.expand(u * sympy.diff(f, u) - f)
-    return [values_of(w, {u: ratio}) for ratio in ratios(p, q)]
+    return u * sympy.diff(f, u) - f
+
+
+def weights(name: str, p: Distribution, q: Distribution) -> list[Fraction]:
+    r"""$w_f(u_a)$ of a catalogue entry whose weight is rational."""
+    w = sympy.expand(weight_of(name))
+    return [values_of(w, {divergences.symbol(): ratio}) for ratio in ratios(p, q)]
+
+
+def weighted(
+    names: Sequence[str] = RATIONAL, count: int | None = None
+) -> Iterator[tuple[str, Distribution, Distribution, list[Fraction]]]:
+    """Each divergence on the first rational pairs (default: all), with the weights of the tokens."""
+    for name in names:
+        for p, q in rational_distributions()[:count]:
+            yield name, p, q, weights(name, p, q)
 
 
 def intervals(distribution: Distribution) -> list[Any]:
@@ -131,28 +197,27 @@ def intervals(distribution: Distribution) -> list[Any]:
 
 def weights_enclosed(name: str, p: Distribution, q: Distribution) -> list[Any]:
     r"""Intervals around $w_f(u_a)$ of any smooth catalogue entry."""
-    u, f = divergences.symbol(), divergences.divergence(name).expr
-    return [enclose(u * sympy.diff(f, u) - f, {u: interval(ratio)}) for ratio in ratios(p, q)]
+    w = weight_of(name)
+    return [enclose(w, {divergences.symbol(): interval(ratio)}) for ratio in ratios(p, q)]
 
 
-def three_atoms() -> tuple[Any, Any, Any]:
-    r"""Sympy symbols for three atoms: probabilities that sum to one, weights, and scores $s_a$ of two components.
+def simplex(name: str) -> list[sympy.Expr]:
+    """Three symbolic probabilities that sum to one."""
+    first, second = sympy.symbols(f"{name}0 {name}1", positive=True)
+    return [first, second, 1 - first - second]
 
-    The scores are free, so that what holds for them holds for any family, not only for softmax.
+
+def softmax() -> tuple[list[sympy.Symbol], list[sympy.Expr]]:
+    """Three symbolic logits and their probabilities."""
+    z = list(sympy.symbols("z0:3", real=True))
+    total = sum(sympy.exp(x) for x in z)
+    return z, [sympy.exp(x) / total for x in z]
+
+
+def three_atoms() -> tuple[list[sympy.Expr], list[sympy.Symbol], list[list[sympy.Symbol]]]:
+    r"""Symbols for three atoms: probabilities that sum to one, weights, and scores $s_a$ of two components.
+
+    The scores are free, so what holds for them holds for any family, not only for softmax.
     """
-    p0, p1 = sympy.symbols("p0 p1", positive=True)
-    p = [p0, p1, 1 - p0 - p1]
     w = list(sympy.symbols("w0:3", real=True))
-    return p, w, [list(sympy.symbols(f"s{a}_0:2", real=True)) for a in range(3)]
-
-
-OfPair = Callable[[Sequence[Any], Sequence[Any]], Any]
-
-
-def _dot(p: Sequence[Any], q: Sequence[Any]) -> Any:
-    return sum(a * b for a, b in zip(p, q, strict=True))
-
-
-def _apart(p: Sequence[Any], q: Sequence[Any]) -> Any:
-    r"""$|p - q|^2$, the square of the forward KL's gradient in the logits."""
-    return square([a - b for a, b in zip(p, q, strict=True)])
+    return simplex("p"), w, [list(sympy.symbols(f"s{a}_0:2", real=True)) for a in range(3)]

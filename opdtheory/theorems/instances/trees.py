@@ -1,6 +1,6 @@
 """Two- and three-token policies with rational probabilities, differentiated exactly while the generator stays free.
 
-Ratios and probabilities are fractions, so that a value or a gradient is a linear combination of $f(u)$, $f'(u)$ and
+Ratios and probabilities are fractions, so a value or a gradient is a linear combination of $f(u)$, $f'(u)$ and
 $f''(u)$ at rational $u$. Two such combinations with equal coefficients are equal for every generator with $f(1) = 0$.
 """
 
@@ -8,36 +8,54 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 import sympy
 
 from opdtheory import divergences
 from opdtheory.divergences import Divergence
-from opdtheory.theorems.instances.cases import RATIONAL, Distribution, enclose, interval, values_of
+from opdtheory.theorems.instances.cases import RATIONAL, Distribution, distribution, enclose, interval, values_of
 
 __all__ = [
     "Advantage",
+    "Chooses",
     "Dual",
     "History",
     "Linear",
     "RationalTree",
     "Row",
+    "always",
     "by_the_student",
+    "direction_of",
     "field_of",
     "gradient_of",
     "product",
     "rational_tree",
+    "reach",
+    "total",
     "trees",
 ]
 
 History = tuple[int, ...]
-Row = tuple[History, int]
 Advantage = Callable[["RationalTree", History, "list[Dual]", int], "Dual"]
+Chooses = Callable[["RationalTree", History], bool]
+
+
+class Row(NamedTuple):
+    """A parameter of a tree: the logit of one token after one history."""
+
+    history: History
+    token: int
+
+    @property
+    def label(self) -> str:
+        """The logit in words: `logit 1 after (0, 1)`."""
+        return f"logit {self.token} after {self.history}"
 
 
 class Linear:
@@ -52,12 +70,12 @@ class Linear:
     def __add__(self, other: Linear | Fraction) -> Linear:
         if isinstance(other, Fraction):
             if other != 0:
-                raise TypeError("a constant is no combination of values of f")
+                raise TypeError("cannot add a nonzero constant to a combination of values of f")
             return self
-        total = dict(self.terms)
+        terms = dict(self.terms)
         for key, c in other.terms.items():
-            total[key] = total.get(key, Fraction(0)) + c
-        return Linear(total)
+            terms[key] = terms.get(key, Fraction(0)) + c
+        return Linear(terms)
 
     __radd__ = __add__
 
@@ -81,15 +99,15 @@ class Linear:
         return hash(frozenset(self.terms.items())) if self.terms else hash(Fraction(0))
 
     def exactly(self, divergence: Divergence) -> Fraction:
-        """The number that it is for a generator without logarithms or roots."""
+        """Its value for a generator without logarithms or roots."""
         return sum((c * _derivative(divergence, *key) for key, c in self.terms.items()), Fraction(0))
 
     def enclosed(self, divergence: Divergence) -> Any:
-        """An interval that encloses the number that it is for a generator."""
+        """An interval that encloses its value for a generator."""
         return sum((interval(c) * _derivative_enclosed(divergence, *key) for key, c in self.terms.items()), interval(0))
 
     def vanishes(self, divergence: Divergence) -> bool:
-        """Whether zero is not excluded: equality for a rational generator, by an interval of 60 digits otherwise."""
+        """Whether it is zero: decided for a rational generator, not excluded by a 60-digit interval otherwise."""
         if divergence.name in RATIONAL:
             return self.exactly(divergence) == 0
         enclosed = self.enclosed(divergence)
@@ -158,12 +176,12 @@ class Dual:
 
 @dataclass(frozen=True, eq=False)
 class RationalTree:
-    """A student and a teacher with a rational distribution for every history; two trees are equal only if they are one.
+    """A student and a teacher with a rational distribution after every history; trees are compared by identity.
 
     Attributes:
-        student: the student's distribution by history, also where the environment writes.
-        teacher: the teacher's.
-        world: the environment's distribution by history, at the histories where it writes.
+        student: the student's distributions by history, also where the environment writes.
+        teacher: the teacher's distributions.
+        world: the environment's distributions, at the histories where it writes.
         sequences: every complete sequence.
         horizon: the length cap.
         eos: the token that ends a sequence, or None.
@@ -177,28 +195,25 @@ class RationalTree:
     eos: int | None
 
     @property
+    def vocab_size(self) -> int:
+        """The number of tokens."""
+        return len(self.student[()])
+
+    @property
     def logits(self) -> list[Row]:
         """The student's parameters: one logit for each history and token."""
-        return [(history, a) for history, distribution in self.student.items() for a in range(len(distribution))]
+        return [Row(history, a) for history, row in self.student.items() for a in range(len(row))]
 
     def rows(self, seed: Row | None) -> dict[History, list[Dual]]:
         """The student's softmax rows with their derivatives in one logit."""
-        out = {}
-        for history, distribution in self.student.items():
-            hit = seed is not None and seed[0] == history
-            out[history] = [
-                Dual(
-                    p,
-                    p * (Fraction(seed is not None and seed[1] == b) - distribution[seed[1]])
-                    if hit and seed
-                    else Fraction(0),
-                )
-                for b, p in enumerate(distribution)
-            ]
-        return out
+        rows = {history: [Dual(p, Fraction(0)) for p in row] for history, row in self.student.items()}
+        if seed is not None:
+            row = self.student[seed.history]
+            rows[seed.history] = [Dual(p, p * (Fraction(seed.token == b) - row[seed.token])) for b, p in enumerate(row)]
+        return rows
 
     def walk(self, rows: dict[History, list[Dual]]) -> Iterator[tuple[History, Dual, list[Dual]]]:
-        """Each sequence, its probability, and the ratio of each token; an environment's tokens have ratio 1."""
+        """Each sequence, its probability and the ratio of each token, 1 for the environment's."""
         for y in self.sequences:
             probability, ratios = Dual.one(), []
             for n, a in enumerate(y):
@@ -213,20 +228,29 @@ class RationalTree:
 
     def value(self, objective: str, gamma: Fraction = Fraction(1), seed: Row | None = None) -> Dual:
         """The objective by its definition, and its derivative in one logit."""
-        total = Dual.zero()
+        rewards = []
         for _, probability, ratios in self.walk(self.rows(seed)):
             if objective == "sequence":
                 reward = product(ratios).f()
             else:
-                terms = (u.f().scaled(gamma**n) for n, u in enumerate(ratios))
-                reward = functools.reduce(lambda a, b: a + b, terms)
-            total = total + probability * reward
-        return total
+                reward = total(u.f().scaled(gamma**n) for n, u in enumerate(ratios))
+            rewards.append(probability * reward)
+        return total(rewards)
 
 
 def product(ratios: list[Dual]) -> Dual:
     """The ratio of the whole sequence."""
     return functools.reduce(lambda a, b: a * b, ratios, Dual.one())
+
+
+def total(terms: Iterable[Dual]) -> Dual:
+    """The sum."""
+    return functools.reduce(lambda a, b: a + b, terms, Dual.zero())
+
+
+def reach(policy: Mapping[History, Distribution], history: History) -> Fraction:
+    """The probability of a history under the student or the teacher."""
+    return math.prod((policy[history[:n]][a] for n, a in enumerate(history)), start=Fraction(1))
 
 
 @functools.cache
@@ -236,16 +260,21 @@ def gradient_of(tree: RationalTree, objective: str, gamma: Fraction = Fraction(1
 
 
 def by_the_student(tree: RationalTree, history: History) -> bool:
-    """Whether the token after a history is the student's."""
+    """Whether the student writes the token after a history."""
     return history not in tree.world
+
+
+def always(tree: RationalTree, history: History) -> bool:
+    """True of every history and sequence."""
+    return True
 
 
 def field_of(
     tree: RationalTree,
     advantage: Advantage,
     seed: Row | None = None,
-    scored: Callable[[RationalTree, History], bool] = by_the_student,
-    counted: Callable[[RationalTree, History], bool] = lambda tree, y: True,
+    scored: Chooses = by_the_student,
+    counted: Chooses = always,
 ) -> list[Dual]:
     r"""$-E_p[\sum_n A_n s_n]$ in every logit, and its derivative in one of them.
 
@@ -257,7 +286,7 @@ def field_of(
         counted: whether a sequence takes part.
     """
     rows = tree.rows(seed)
-    total = {row: Dual.zero() for row in tree.logits}
+    field = {row: Dual.zero() for row in tree.logits}
     for y, probability, ratios in tree.walk(rows):
         if not counted(tree, y):
             continue
@@ -268,20 +297,27 @@ def field_of(
             pushed = probability * advantage(tree, y, ratios, n)
             for a, p in enumerate(rows[history]):
                 score = Dual(Fraction(a == taken), Fraction(0)) - p
-                total[history, a] = total[history, a] + (score * pushed).scaled(Fraction(-1))
-    return list(total.values())
+                row = Row(history, a)
+                field[row] = field[row] + (score * pushed).scaled(Fraction(-1))
+    return list(field.values())
+
+
+def direction_of(
+    tree: RationalTree, advantage: Advantage, scored: Chooses = by_the_student, counted: Chooses = always
+) -> list[Any]:
+    """The values of `field_of`, without a derivative."""
+    return [entry.value for entry in field_of(tree, advantage, None, scored, counted)]
 
 
 @functools.cache
 def rational_tree(
     size: int, horizon: int, eos: int | None = None, environment: tuple[int, ...] = (), seed: int = 0
 ) -> RationalTree:
-    """A tree with small integer weights in every row, drawn once; an environment writes at the positions given."""
+    """A tree with small random integer weights in every row; an environment writes at the given positions."""
     draw = random.Random(seed)
 
-    def distribution() -> Distribution:
-        parts = [draw.randint(1, 7) for _ in range(size)]
-        return tuple(Fraction(part, sum(parts)) for part in parts)
+    def row() -> Distribution:
+        return distribution(*(draw.randint(1, 7) for _ in range(size)))
 
     histories = [
         history
@@ -292,13 +328,13 @@ def rational_tree(
     sequences = tuple(
         (*history, a) for history in histories for a in range(size) if a == eos or len(history) + 1 == horizon
     )
-    student, teacher = ({history: distribution() for history in histories} for _ in range(2))
-    world = {history: distribution() for history in histories if len(history) in environment}
+    student, teacher = ({history: row() for history in histories} for _ in range(2))
+    world = {history: row() for history in histories if len(history) in environment}
     return RationalTree(student, teacher, world, sequences, horizon, eos)
 
 
 def trees() -> tuple[RationalTree, ...]:
-    """Fixed and variable lengths, two and three tokens."""
+    """Trees of fixed and variable length, with two and three tokens."""
     return (
         rational_tree(2, 2, seed=1),
         rational_tree(3, 2, seed=2),

@@ -1,4 +1,4 @@
-"""Two steps of two tokens in symbols: the generator and, as functions of a parameter, the distributions are undefined."""
+"""Two steps of two tokens in symbols: the generator and the distributions, functions of a parameter, are undefined."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ from typing import Any
 import sympy
 from sympy.core.function import AppliedUndef
 
-__all__ = ["TwoSteps", "two_steps"]
+__all__ = ["TwoSteps", "two_steps", "weight_at"]
+
+
+def weight_at(f: Any, at: sympy.Expr) -> sympy.Expr:
+    r"""$w_f = u f'(u) - f(u)$ of an undefined generator."""
+    u = sympy.Symbol("u", positive=True)
+    return at * sympy.diff(f(u), u).subs(u, at) - f(at)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,9 +27,8 @@ class TwoSteps:
     f: Any
 
     def w(self, at: sympy.Expr) -> sympy.Expr:
-        """The weight."""
-        u = sympy.Symbol("u", positive=True)
-        return at * sympy.diff(self.f(u), u).subs(u, at) - self.f(at)
+        """The weight of the generator."""
+        return weight_at(self.f, at)
 
     def score(self, p: sympy.Expr) -> sympy.Expr:
         """The derivative of a log-probability."""
@@ -34,7 +39,7 @@ class TwoSteps:
         return sum(sympy.Mul(*p) * what(p, u) for p, u in self.sequences)
 
     def zero(self, expr: sympy.Expr) -> bool:
-        """Whether it is zero, coefficient by coefficient of the values of `f` and `f'`."""
+        """Whether an expression is zero: every coefficient of a value of `f` or `f'` is."""
         done = sympy.expand(expr.doit())
         found = [x for x in done.atoms(AppliedUndef, sympy.Subs) if isinstance(x, sympy.Subs) or x.func == self.f]
         if not found:
@@ -45,7 +50,7 @@ class TwoSteps:
 
 
 def two_steps(ends: bool = False, environment: bool = False) -> TwoSteps:
-    """With `ends`, the first token 0 ends the sequence; with `environment`, the second of three is not its own."""
+    """The two steps; with `ends`, a first token 0 ends the sequence; with `environment`, it writes a token between."""
     theta = sympy.Symbol("theta", real=True)
     names = ("a", "b0", "b1", "b2", "b3")
     probabilities = [sympy.Function(name, positive=True)(theta) for name in names]
@@ -62,7 +67,7 @@ def two_steps(ends: bool = False, environment: bool = False) -> TwoSteps:
         if ends and i == 0:
             sequences.append(([p], [u]))
             continue
-        # Two tokens of the environment, of any chances.
+        # The environment has two tokens, with any probabilities.
         for _ in range(2 if environment else 1):
             middle: list[list[sympy.Expr]] = [[next(world)], [sympy.S.One]] if environment else [[], []]
             sequences += [([p, *middle[0], p2], [u, *middle[1], u2]) for p2, u2 in both(next(rest))]

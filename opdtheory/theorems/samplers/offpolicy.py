@@ -90,7 +90,6 @@ def _importance_weights() -> Theorem:
                     "teacher's ratio": lambda p, q, mu, w: q / mu * w,
                 },
                 "exact",
-                0.0,
             ),
             Identity(
                 "bias without the ratio",
@@ -104,7 +103,6 @@ def _importance_weights() -> Theorem:
                     "unbiased": lambda p, q, mu, w: 0 * w,
                 },
                 "exact",
-                0.0,
             ),
             Identity(
                 "library, stale student and perturbed engine",
@@ -131,7 +129,6 @@ def _importance_weights() -> Theorem:
                     "not the forward KL": {"forward_kl": False},
                 },
                 "exact",
-                0.0,
             ),
             Identity(
                 "q/mu under the ratio, reverse KL",

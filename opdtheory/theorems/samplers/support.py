@@ -73,7 +73,6 @@ def theorems() -> list[Theorem]:
                     lambda d: d.slope_at_infinity,
                     {"nothing is missed": lambda d: 0.0, "always finite": lambda d: min(d.slope_at_infinity, 2.0)},
                     "rigorous",
-                    0.0,
                 ),
                 Identity(
                     "what a sampled value misses",
@@ -89,7 +88,6 @@ def theorems() -> list[Theorem]:
                     _lost_pull,
                     {"always nothing": lambda d: 0.0, "as much as the value": lambda d: d.slope_at_infinity},
                     "rigorous",
-                    0.0,
                 ),
                 Identity(
                     "gradient on the student's support",

@@ -15,8 +15,7 @@ from opdtheory.estimators import estimator
 from opdtheory.exact import TabularPolicy, exact_gradient, expected_gradient
 from opdtheory.exact.tree import Tree
 from opdtheory.theorems.instances.cases import RATIONAL, Distribution, catalogue, pairs, rational_distributions
-from opdtheory.theorems.instances.kept_tokens import in_logits
-from opdtheory.theorems.instances.one_sample import weights
+from opdtheory.theorems.instances.one_sample import in_logits, weights
 from opdtheory.theorems.theorem import Cases, Identity, Step, Theorem, close, same
 
 __all__ = ["theorems"]
@@ -66,7 +65,6 @@ def theorems() -> list[Theorem]:
                         "sign flipped": lambda p, m, w: [-x for x in _never_drawn(p, m, w)],
                     },
                     "exact",
-                    0.0,
                 ),
                 Identity(
                     "unweighted, in fractions",
@@ -75,7 +73,6 @@ def theorems() -> list[Theorem]:
                     _difference,
                     {"unbiased": _nothing, "only what is never drawn": _never_drawn},
                     "exact",
-                    0.0,
                 ),
                 Identity(
                     "temperature, weighted by prefix",

@@ -1,10 +1,10 @@
-"""T6h: which generators add up along a sequence."""
+"""T6h: the divergence of whole sequences is a sum over tokens for the reverse KL only."""
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import Any
 
@@ -14,7 +14,9 @@ from opdtheory import divergences
 from opdtheory.divergences import Divergence
 from opdtheory.exact import exact_gradient, exact_value
 from opdtheory.theorems.instances.cases import Distribution, catalogue, interval, pairs, rational_distributions
-from opdtheory.theorems.instances.trees import Dual, History, Linear, RationalTree, gradient_of, trees
+from opdtheory.theorems.instances.one_sample import ratios
+from opdtheory.theorems.instances.trees import Dual, History, Linear, RationalTree, total, trees
+from opdtheory.theorems.sequences.checks import both_objectives
 from opdtheory.theorems.theorem import Cases, Identity, Step, Theorem, close, holds, overlap, same
 
 __all__ = ["theorems"]
@@ -22,7 +24,7 @@ __all__ = ["theorems"]
 ONE = Fraction(1)
 RATIOS = tuple(Fraction(*each) for each in ((1, 3), (1, 2), (4, 5), (2, 1), (5, 2), (7, 1)))
 
-# How much they hold of the reverse KL, the forward KL, chi2 and the gauge u - 1.
+# Coefficients of the reverse KL, the forward KL, chi2 and the gauge u - 1.
 _MADE = {
     "3 reverse KL": ("3", "0", "0", "0"),
     "k3": ("1", "0", "0", "1"),
@@ -47,16 +49,17 @@ def _only_reverse() -> Theorem:
         r"f = -c\log u + \kappa(u-1),\ c \ge 0",
         hypotheses=("f convex, f(1) = 0; no derivative is needed", "at least two tokens"),
         source="derived here; Cauchy's functional equation",
-        advice="Optimise whole sequences by a return-to-go for the reverse KL only; other generators need w_f(U).",
+        advice="Use a return-to-go to optimise whole sequences for the reverse KL only; other generators need w_f(U).",
         derivation=(
             Step(
                 r"P(x)\,E[f(xY) - f(x) - f(Y)] = 0 \;\Rightarrow\; f(xy) - f(x) - f(y) = k(x)(y-1)",
-                "models that differ after one first token only, of ratio x; Y any distribution of mean 1, so any y_1 < 1 < y_2",
+                "models that differ after one first token only, of ratio x; Y is any distribution of mean 1, so any "
+                "y_1 < 1 < y_2",
                 _step_two_points,
             ),
             Step(
                 r"k(x)(y-1) = k(y)(x-1) \;\Rightarrow\; k(x) = \kappa(x-1)",
-                "xy = yx; so k(x)/(x-1) does not depend on x",
+                "xy = yx, so k(x)/(x-1) does not depend on x",
                 _step_exchange,
             ),
             Step(
@@ -80,7 +83,6 @@ def _only_reverse() -> Theorem:
                 (1, 1),
                 {"f(x) dropped": (0, 1), "f(Y) dropped": (1, 0)},
                 "exact",
-                0.0,
             ),
             Identity(
                 "functional equation",
@@ -140,82 +142,85 @@ def _everyone() -> tuple[Divergence, ...]:
 
 
 @functools.cache
-def _sides(divergence: Divergence) -> list[tuple[Any, Any]]:
-    """Intervals around both objectives and around each entry of their gradients."""
-    sides = []
-    for tree in (trees()[0], trees()[3]):
-        values = ([tree.value(objective).value] for objective in ("token_return", "sequence"))
-        sides += [(a, b) for a, b in zip(*values, strict=True)]
-        gradients = (gradient_of(tree, objective) for objective in ("token_return", "sequence"))
-        sides += [(a, b) for a, b in zip(*gradients, strict=True)]
-    return [(a.enclosed(divergence), b.enclosed(divergence)) for a, b in sides]
+def _sides(divergence: Divergence) -> list[tuple[Any, Any, RationalTree, object]]:
+    """Intervals around both objectives and around each entry of their gradients, with the tree and the entry."""
+    return [
+        (summed.enclosed(divergence), whole.enclosed(divergence), tree, entry)
+        for tree in (trees()[0], trees()[3])
+        for summed, whole, entry in both_objectives(tree)
+    ]
 
 
 def _check_coincide(rule: Rule) -> Cases:
-    """Where the rule says so, values and gradients agree to 1e-40, none of them all zero; else they differ for sure."""
+    """Where the rule says so, both sides agree to 1e-40 and are not all zero; elsewhere some entry differs for sure."""
     for divergence in _everyone():
+        sides = _sides(divergence)
         if rule(divergence):
-            yield holds(any(summed.a > 0 or summed.b < 0 for summed, _ in _sides(divergence)), divergence)
-            for summed, whole in _sides(divergence):
-                yield overlap(summed, whole, divergence, summed, whole)
+            yield holds(any(a.a > 0 or a.b < 0 for a, *_ in sides), divergence, "not all zero")
+            for summed, whole, tree, entry in sides:
+                yield overlap(summed, whole, divergence, tree, entry)
         else:
-            yield holds(any(not a.a <= b.b or not b.a <= a.b for a, b in _sides(divergence)), divergence)
+            yield holds(any(not a.a <= b.b or not b.a <= a.b for a, b, *_ in sides), divergence, "they differ")
 
 
 def _check_one_branch(claim: tuple[int, int]) -> Cases:
     r"""$J_{sequence} - J_{return} = P(x)\,E[f(xY) - f(x) - f(Y)]$ if the models differ after one token, f free."""
-    for p, q in rational_distributions():
-        for first in rational_distributions():
-            size = min(len(p), len(first[0]))
-            if len(p) != size or len(first[0]) != size:
-                continue
-            student: dict[History, Distribution] = {(): first[0], **{(a,): p for a in range(size)}}
-            teacher: dict[History, Distribution] = {(): first[1], **{(a,): q if a == 0 else p for a in range(size)}}
-            sequences = tuple((a, b) for a in range(size) for b in range(size))
-            tree = RationalTree(student, teacher, {}, sequences, 2, None)
-            x = Dual(first[1][0] / first[0][0], Fraction(0))
-            right = Linear()
-            for a, b in zip(p, q, strict=True):
-                y = Dual(b / a, Fraction(0))
-                bracket = (x * y).f() - x.f().scaled(Fraction(claim[0])) - y.f().scaled(Fraction(claim[1]))
-                right = right + first[0][0] * a * bracket.value
-            yield same(tree.value("sequence").value - tree.value("token_return").value, right, p, q, first)
+    for (p, q), (start, goal) in itertools.product(rational_distributions(), repeat=2):
+        size = len(start)
+        if len(p) != size:
+            continue
+        student: dict[History, Distribution] = {(): start, **{(a,): p for a in range(size)}}
+        teacher: dict[History, Distribution] = {(): goal, **{(a,): q if a == 0 else p for a in range(size)}}
+        tree = RationalTree(student, teacher, {}, tuple(itertools.product(range(size), repeat=2)), 2, None)
+        x = Dual(goal[0] / start[0], Fraction(0))
+        brackets = []
+        for a, ratio in zip(p, ratios(p, q), strict=True):
+            y = Dual(ratio, Fraction(0))
+            bracket = (x * y).f() - x.f().scaled(Fraction(claim[0])) - y.f().scaled(Fraction(claim[1]))
+            brackets.append(bracket.scaled(start[0] * a))
+        gap = tree.value("sequence").value - tree.value("token_return").value
+        yield same(gap, total(brackets).value, p, q, start, goal)
+
+
+def _combinations(sign: int, power: int) -> Iterator[tuple[int, Divergence]]:
+    r"""Some $\kappa$ with the divergence of $\pm c\,u^a\log u + \kappa(u-1)$."""
+    u = divergences.symbol()
+    for c, kappa in ((1, 1), (3, -2)):
+        f = sign * c * u**power * sympy.log(u) + kappa * (u - 1)
+        yield kappa, Divergence.from_expr(f, f"c {c}, kappa {kappa}")
 
 
 def _check_equation(claim: tuple[int, int, int]) -> Cases:
     r"""$f(xy) = f(x) + f(y) + \kappa(x-1)(y-1)$ for $f = -c\log u + \kappa(u-1)$, in intervals."""
     sign, power, leading = claim
-    u = divergences.symbol()
-    for c, kappa in ((1, 1), (3, -2)):
-        # For power 1 the forward KL.
-        f = Divergence.from_expr(leading * c * u**power * sympy.log(u) + kappa * (u - 1), "f")
+    for kappa, f in _combinations(leading, power):
         for x, y in itertools.product(RATIOS, repeat=2):
-            values = [Linear({(0, at): ONE}).enclosed(f) for at in (x * y, x, y)]
-            yield overlap(values[1] + values[2] + interval(sign * kappa * (x - 1) * (y - 1)), values[0], c, kappa, x, y)
+            of_product, of_x, of_y = (Linear({(0, at): ONE}).enclosed(f) for at in (x * y, x, y))
+            summed = of_x + of_y + interval(sign * kappa * (x - 1) * (y - 1))
+            yield overlap(summed, of_product, f, f"x {x}", f"y {y}")
 
 
 def _check_enumerated(claim: tuple[int, int]) -> Cases:
     r"""Values and gradients of both objectives for $-c\,u^a\log u + \kappa(u-1)$, in float64."""
     power, sign = claim
-    u = divergences.symbol()
-    for c, kappa in ((1, 1), (3, -2)):
-        f = Divergence.from_expr(sign * c * u**power * sympy.log(u) + kappa * (u - 1), "f")
+    for _, f in _combinations(sign, power):
         for pair in pairs():
-            yield close(exact_value(*pair, f, "token_return"), exact_value(*pair, f, "sequence"), c, kappa, pair)
-            yield close(exact_gradient(*pair, f, "token_return"), exact_gradient(*pair, f, "sequence"), c, kappa, pair)
+            for of in (exact_value, exact_gradient):
+                summed: Any = of(*pair, f, "token_return")
+                yield close(summed, of(*pair, f, "sequence"), f, pair, of.__name__)
 
 
 def _step_two_points() -> bool:
-    """Mean-one distributions on two points leave `g(y) = k (y - 1)`: the two-point equation makes the slopes from 1 equal."""
+    """For mean-one distributions on two points the equation makes the slopes from 1 equal: `g(y) = k (y - 1)`."""
     y1, y2, g1, g2 = sympy.symbols("y_1 y_2 g_1 g_2")
     chance = (y2 - 1) / (y2 - y1)
-    mean_one = sympy.simplify(chance * y1 + (1 - chance) * y2 - 1) == 0
+    has_mean_one = sympy.simplify(chance * y1 + (1 - chance) * y2 - 1) == 0
     solved = sympy.solve(chance * g1 + (1 - chance) * g2, g2)[0]
-    return mean_one and sympy.simplify(solved / (y2 - 1) - g1 / (y1 - 1)) == 0
+    return has_mean_one and sympy.simplify(solved / (y2 - 1) - g1 / (y1 - 1)) == 0
 
 
 def _step_exchange() -> bool:
-    """`k(x)(y-1) = k(y)(x-1)` leaves `k(x) = κ(x-1)`."""
+    """`k(x)(y-1) = k(y)(x-1)` is solved by `k(x) = κ(x-1)` only."""
     x, y, kappa = sympy.symbols("x y kappa")
     k = sympy.Function("k")
     fixed = sympy.solve(k(x) * (y - 1) - kappa * (y - 1) * (x - 1), k(x))[0]  # κ stands for k(y)/(y-1)

@@ -1,4 +1,4 @@
-"""T6: what a token's weight must hold when the objective is a sum over tokens to come, or the whole sequence."""
+"""T6a to T6f: the weight of a token when the objective is a sum over tokens or a divergence of whole sequences."""
 
 from __future__ import annotations
 
@@ -32,13 +32,17 @@ def _weights() -> Theorem:
         r"\qquad \nabla D_f(Q\|P) = -E_p\sum_n w_f(U)\,s_n,\ U = \prod_n u_n",
         hypotheses=("f differentiable, f(1) = 0", "p_θ differentiable and positive where q is", "0 ≤ γ ≤ 1"),
         source="derived here from T1 and the policy-gradient theorem",
-        advice="Decide which of the objectives is meant before choosing the weight; they have different minimisers "
-        "in a student that cannot match the teacher.",
+        advice="Choose the objective first, then its weight: a student that cannot match the teacher has a different "
+        "minimiser under each.",
         derivation=(
-            Step(r"E_p[s_n \mid h_n] = 0", "a row sums to one: a reward already earned carries no score", _step_score),
+            Step(
+                r"E_p[s_n \mid h_n] = 0",
+                "a row sums to one, so a reward already earned is multiplied by a score of mean zero",
+                _step_score,
+            ),
             Step(
                 r"\nabla E_p[f(u_1) + \gamma f(u_2)] = -E_p[(w_1 - \gamma f(u_2))\,s_1 + \gamma w_2\,s_2]",
-                "T1 for the token itself, the score function for the tokens after it; f and the distributions undefined",
+                "T1 for the token itself, the score function for later tokens; f and the distributions undefined",
                 _step_return,
             ),
             Step(r"\nabla E_p f(U) = -E_p[w_f(U)(s_1 + s_2)]", "T1 with a sequence as the atom", _step_sequence),
@@ -56,7 +60,6 @@ def _weights() -> Theorem:
                     "outer discount dropped": lambda gamma: return_weight(gamma, outer=False),
                 },
                 "exact",
-                0.0,
             ),
             Identity(
                 "whole sequence",
@@ -70,7 +73,6 @@ def _weights() -> Theorem:
                     "the ratio from the token on": lambda t, y, us, n: product(us[n:]).weight(),
                 },
                 "exact",
-                0.0,
             ),
             Identity(
                 "losses as black boxes",
@@ -96,12 +98,12 @@ def _gap() -> Theorem:
         r"g_{\gamma=0} = -E_p\sum_n w_f(u_n)\,s_n",
         hypotheses=("as T6a, γ = 1",),
         source="derived here; the estimator is that of OPD+, arXiv 2606.01039",
-        advice="The per-token estimator ignores that a token changes which histories follow; if that matters, add the "
-        "return-to-go -Σ_{m>n} f(u_m) to the weight and pay its variance.",
+        advice="The per-token estimator ignores that a token changes which histories follow. If that matters, add the "
+        "return-to-go -Σ_{m>n} f(u_m) to the weight, at the price of its variance.",
         derivation=(
             Step(
                 r"\nabla E_p[f(u_1) + f(u_2)] + E_p[w_1 s_1 + w_2 s_2] = E_p[s_1 f(u_2)]",
-                "T6a at γ = 1 less its own first terms",
+                "T6a at γ = 1 minus its own first terms",
                 _step_gap,
             ),
         ),
@@ -113,7 +115,6 @@ def _gap() -> Theorem:
                 (1, 1),
                 twins,
                 "exact",
-                0.0,
             ),
             Identity(
                 "gap of the sampled losses",
@@ -127,14 +128,8 @@ def _gap() -> Theorem:
 
 
 def _chain_rule() -> Theorem:
-    claim, twins = (
-        ("reverse_kl", ONE),
-        {
-            "forward KL": ("forward_kl", ONE),
-            "JSD": ("jsd", ONE),
-            "discounted": ("reverse_kl", Fraction(1, 2)),
-        },
-    )
+    claim = ("reverse_kl", ONE)
+    twins = {"forward KL": ("forward_kl", ONE), "JSD": ("jsd", ONE), "discounted": ("reverse_kl", Fraction(1, 2))}
     return Theorem(
         number="T6c",
         name="chain rule of the reverse KL",
@@ -145,7 +140,7 @@ def _chain_rule() -> Theorem:
         derivation=(
             Step(
                 r"w_f(U) - \Big[w_f(u_n) - \sum_{m>n}f(u_m)\Big] = \sum_{m<n}\log u_m",
-                "log U is a sum; the difference is known from the history, a baseline (T6a, first step)",
+                "log U is a sum; the history determines the difference, so it is a baseline (T6a, first step)",
                 _step_log,
             ),
         ),
@@ -178,7 +173,7 @@ def _forward() -> Theorem:
         r"\sum_h Q(h)(p-q)(h)",
         hypotheses=("f = u log u", "p positive where q is"),
         source="derived here; the second form is supervised distillation on the teacher's texts",
-        advice="Forward KL on student rollouts is another objective than distillation on teacher rollouts; weighting "
+        advice="Forward KL on student rollouts is not the objective of distillation on teacher rollouts. Weighting "
         "prefixes by U_{<n} turns one into the other, at a variance that grows with the length.",
         derivation=(
             Step(
@@ -203,7 +198,6 @@ def _forward() -> Theorem:
                     "u_n dropped": lambda t, y, us, n: ratio_before(us, n),
                 },
                 "exact",
-                0.0,
             ),
             Identity(
                 "whole ratio",
@@ -212,7 +206,6 @@ def _forward() -> Theorem:
                 lambda t, y, us, n: product(us),
                 {"the ratio from the token on": lambda t, y, us, n: product(us[n:])},
                 "exact",
-                0.0,
             ),
             Identity(
                 "value",
@@ -241,7 +234,7 @@ def _ends() -> Theorem:
         statement=r"\text{T6a with sums over } n \le L: \text{ after the end } u = 1,\ s = 0,\ f(1) = 0; "
         r"\text{ the end token itself counts, and so does a rollout cut at the cap}",
         hypotheses=(
-            "a sequence ends after its EOS token or at T tokens; both models are cut alike",
+            "a sequence ends after its EOS token or at T tokens; the same cap applies to both models",
             "f(1) = 0",
         ),
         source="derived here",
@@ -250,7 +243,7 @@ def _ends() -> Theorem:
             Step(
                 r"\nabla E_P f(U) = -E_P[w_f(U)\textstyle\sum_{n \le L} s_n]",
                 "a first token that may end the sequence; f and the distributions undefined",
-                _step_ends,
+                lambda: _step_sequence(ends=True),
             ),
         ),
         identities=(
@@ -261,7 +254,6 @@ def _ends() -> Theorem:
                 {},
                 {"EOS token not scored": {"end": "unscored"}, "truncated rollouts dropped": {"cap": "dropped"}},
                 "exact",
-                0.0,
             ),
             Identity(
                 "padding",
@@ -292,12 +284,14 @@ def _environment() -> Theorem:
             "both models would meet the same environment",
         ),
         source="derived here",
-        advice="Mask tool results out of the score and out of the reward; the models' opinions of them do not count.",
+        advice="Mask tool results out of the score and out of the reward; the models' probabilities of them do not "
+        "count.",
         derivation=(
             Step(
                 r"\nabla E_P f(U) = -E_P[w_f(U)(s_1 + s_3)],\quad U = u_1 u_3",
-                "three tokens, the second of distribution κ(.|y_1): κ cancels in U and has no score; f and the distributions undefined",
-                _step_environment,
+                "three tokens, the second drawn from κ(.|y_1): κ cancels in U and has no score; f and the "
+                "distributions undefined",
+                lambda: _step_sequence(environment=True),
             ),
         ),
         identities=(
@@ -312,7 +306,6 @@ def _environment() -> Theorem:
                     "scored and rewarded": {"scored": True, "rewarded": True},
                 },
                 "exact",
-                0.0,
             ),
             Identity(
                 "masked losses as black boxes",
@@ -366,9 +359,8 @@ def _step_log() -> bool:
     def w(u: sympy.Expr) -> sympy.Expr:
         return -1 - f(u)
 
-    summed = (w(x) - f(y), w(y))
-    # The weights differ by nothing on the first token and by log x on the second, which its history fixes.
-    gaps = [sympy.expand_log(w(x * y) - each) for each in summed]
+    # The weights agree on the first token and differ by log x on the second, whose history determines x.
+    gaps = [sympy.expand_log(w(x * y) - each) for each in (w(x) - f(y), w(y))]
     return gaps == [0, sympy.log(x)]
 
 
@@ -380,15 +372,7 @@ def _step_forward() -> bool:
 
 
 def _step_forward_weight() -> bool:
-    """The second token's mean makes $U$ on the first token $u_1$."""
+    """The second token's ratio has mean one, which leaves $u_1$ of $U$ on the first token."""
     t = two_steps()
     gap = t.expect(lambda p, u: u[0] * u[1] * t.score(p[0])) - t.expect(lambda p, u: u[0] * t.score(p[0]))
     return sympy.simplify(gap) == 0
-
-
-def _step_environment() -> bool:
-    return _step_sequence(environment=True)
-
-
-def _step_ends() -> bool:
-    return _step_sequence(ends=True)

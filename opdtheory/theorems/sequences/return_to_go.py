@@ -22,7 +22,10 @@ from opdtheory.theorems.instances.trees import (
     Row,
     field_of,
     rational_tree,
+    reach,
+    total,
 )
+from opdtheory.theorems.instances.two_steps import weight_at
 from opdtheory.theorems.sequences.checks import return_weight
 from opdtheory.theorems.theorem import Cases, Identity, Step, Theorem, close, holds, same
 
@@ -73,7 +76,6 @@ def _no_objective() -> Theorem:
                 True,
                 {"without it": False},
                 "exact",
-                0.0,
             ),
             Identity(
                 "the asymmetry",
@@ -87,7 +89,6 @@ def _no_objective() -> Theorem:
                     "none: a gradient": lambda gamma, depth: Fraction(0),
                 },
                 "exact",
-                0.0,
             ),
             Identity(
                 "certified not zero",
@@ -96,7 +97,6 @@ def _no_objective() -> Theorem:
                 (False, GAMMAS[:3]),
                 {"with the outer discount": (True, GAMMAS[:3]), "at γ = 1": (False, GAMMAS[3:])},
                 "rigorous",
-                0.0,
             ),
             Identity(
                 "by automatic differentiation",
@@ -122,37 +122,37 @@ def _jacobian(tree: RationalTree, gamma: Fraction, outer: bool) -> list[list[Lin
 
 
 def _check_symmetric(outer: bool) -> Cases:
+    """The Jacobian of the field is symmetric, f free."""
     for tree in _few_trees():
         for gamma in GAMMAS:
             jacobian = _jacobian(tree, gamma, outer)
-            for i in range(len(jacobian)):
-                yield same([row[i] for row in jacobian], jacobian[i], tree, gamma, i)
+            for i, logit in enumerate(tree.logits):
+                yield same([row[i] for row in jacobian], jacobian[i], tree, f"gamma {gamma}", logit)
 
 
 def _check_asymmetry(factor: Factor) -> Cases:
     r"""$\partial_h G_k - \partial_k G_h = (\gamma^{|h|-|k|} - 1)\,\partial_k P(h)\,\partial_h V(h)$; `k` begins `h`."""
     for tree in _few_trees():
         for gamma in GAMMAS:
-            jacobian, logits = _jacobian(tree, gamma, outer=False), tree.logits
-            for i, (early, a) in enumerate(logits):
-                for j, (late, b) in enumerate(logits):
-                    depth = len(late) - len(early)
+            jacobian = _jacobian(tree, gamma, outer=False)
+            for i, early in enumerate(tree.logits):
+                for j, late in enumerate(tree.logits):
+                    start = len(early.history)
+                    depth = len(late.history) - start
                     if depth < 0:
                         continue
                     claimed: Linear | Fraction = Fraction(0)
-                    if depth > 0 and late[: len(early)] == early:
-                        chance = ONE
-                        for n, token in enumerate(late):
-                            chance *= tree.student[late[:n]][token]
-                        moved = chance * (Fraction(late[len(early)] == a) - tree.student[early][a])
-                        claimed = factor(gamma, depth) * moved * _slope_to_come(tree, gamma, (late, b))
-                    yield same(jacobian[j][i] - jacobian[i][j], claimed, tree, gamma)
+                    if depth > 0 and late.history[:start] == early.history:
+                        score = Fraction(late.history[start] == early.token) - tree.student[early.history][early.token]
+                        moved = reach(tree.student, late.history) * score
+                        claimed = factor(gamma, depth) * moved * _slope_to_come(tree, gamma, late)
+                    yield same(jacobian[j][i] - jacobian[i][j], claimed, tree, f"gamma {gamma}", early, late)
 
 
 @functools.cache
 def _slope_to_come(tree: RationalTree, gamma: Fraction, logit: Row) -> Linear:
     r"""Derivative of $V(h) = E[\sum_{m \ge |h|} \gamma^{m-|h|} f(u_m) \mid h]$ in one of the row's own logits."""
-    start, rows, total = logit[0], tree.rows(logit), Dual.zero()
+    start, rows, terms = logit.history, tree.rows(logit), []
     for y in tree.sequences:
         if y[: len(start)] != start:
             continue
@@ -160,11 +160,10 @@ def _slope_to_come(tree: RationalTree, gamma: Fraction, logit: Row) -> Linear:
         for n in range(len(start), len(y)):
             p = rows[y[:n]][y[n]]
             probability = probability * p
-            # A prefix is met once for each sequence that continues it.
-            total = total + probability * p.under(tree.teacher[y[:n]][y[n]]).f().scaled(
-                gamma ** (n - len(start)) / _continuations(tree, y[: n + 1])
-            )
-    return total.slope
+            reward = p.under(tree.teacher[y[:n]][y[n]]).f().scaled(gamma ** (n - len(start)))
+            # A prefix occurs once for each sequence that continues it.
+            terms.append((probability * reward).scaled(Fraction(1, _continuations(tree, y[: n + 1]))))
+    return total(terms).slope
 
 
 def _continuations(tree: RationalTree, prefix: History) -> int:
@@ -172,14 +171,15 @@ def _continuations(tree: RationalTree, prefix: History) -> int:
 
 
 def _check_certified(claim: tuple[bool, tuple[Fraction, ...]]) -> Cases:
-    """Some pair of mixed derivatives differs, for every divergence: by an interval that excludes zero, or exactly."""
+    """For every divergence some pair of mixed derivatives differs: an interval excludes zero, or fractions do."""
     outer, gammas = claim
     for tree in (rational_tree(2, 2, seed=1), rational_tree(3, 2, eos=0, seed=5)):
         for gamma in gammas:
             jacobian = _jacobian(tree, gamma, outer)
             gaps = [jacobian[j][i] - jacobian[i][j] for i in range(len(jacobian)) for j in range(i)]
             for divergence in catalogue():
-                yield holds(any(gap.terms and not gap.vanishes(divergence) for gap in gaps), tree, gamma, divergence)
+                differs = any(gap.terms and not gap.vanishes(divergence) for gap in gaps)
+                yield holds(differs, tree, f"gamma {gamma}", divergence)
 
 
 def practised_field(
@@ -188,8 +188,8 @@ def practised_field(
     r"""$G(z) = -E_{p_z}[\sum_n A_n s_n]$ as a differentiable function of all logits in one vector.
 
     Args:
-        pair: student and teacher; the student gives the shapes only.
-        divergence: the one whose weight and generator make $A_n$.
+        pair: student and teacher; only the shapes of the student's logits are used.
+        divergence: the divergence whose weight and generator enter $A_n$.
         gamma: the discount of later rewards.
         outer: whether to multiply $A_n$ by $\gamma^{n-1}$, which makes it the gradient of an objective.
     """
@@ -208,7 +208,7 @@ def practised_field(
         if outer:
             advantage = advantage * gamma**steps
         chance = (mask * rollouts.student_logprobs).sum(-1, keepdim=True).exp()
-        # The scores differentiate a second copy of the logits, so that chances and weights stay outside.
+        # The scores differentiate a second copy of the logits, which keeps probabilities and weights constant.
         twin = z.clone()
         scored = Enumeration.build(policy(twin), pair[1]).rollouts().student_logprobs
         (inner,) = torch.autograd.grad(-(mask * chance * advantage * scored).sum(), twin, create_graph=True)
@@ -220,19 +220,14 @@ def practised_field(
 def _check_by_autograd(claim: tuple[bool, float]) -> Cases:
     """The Jacobian in float64: symmetric only with the outer discount, or without any."""
     outer, gamma = claim
-    for name in ("reverse_kl", "forward_kl", "jsd", "chi2"):
+    for divergence in map(divergences.divergence, ("reverse_kl", "forward_kl", "jsd", "chi2")):
         for pair in (random_pair(3, 2, seed=2), random_pair(2, 3, seed=3), random_pair(3, 2, eos=0, seed=4)):
             at = torch.cat([z.flatten() for z in pair[0].logits])
-            divergence = divergences.divergence(name)
             field = practised_field(pair, divergence, gamma, outer)
-            yield close(
-                field(at.clone().requires_grad_()).detach(),
-                torch.cat([g.flatten() for g in exact_gradient(*pair, divergence, "token_return", gamma)]),
-                name,
-                pair,
-            )
+            exact = torch.cat([g.flatten() for g in exact_gradient(*pair, divergence, "token_return", gamma)])
+            yield close(field(at.clone().requires_grad_()).detach(), exact, divergence, pair, "gradient")
             jacobian = torch.autograd.functional.jacobian(field, at)
-            yield close(jacobian, jacobian.T, name, pair)
+            yield close(jacobian, jacobian.T, divergence, pair, "Jacobian")
 
 
 def _step_symmetry() -> bool:
@@ -240,27 +235,25 @@ def _step_symmetry() -> bool:
     z0, z1, gamma = sympy.symbols("z_0 z_1 gamma", real=True)
     y0, y1 = sympy.symbols("y_0 y_1", real=True)
     p = [1 / (1 + sympy.exp(z1 - z0)), 1 / (1 + sympy.exp(z0 - z1))]
-    d0, d1 = sympy.Function("D0")(y0), sympy.Function("D1")(y1)
-    # The first row's own divergence holds none of the later logits.
-    first = gamma * p[0] * (d0 - p[0] * d0 - p[1] * d1)
-    asymmetries = [
-        sympy.diff(first, y) - sympy.diff(chance * sympy.diff(d, y), z0)
-        for chance, d, y in ((p[0], d0, y0), (p[1], d1, y1))
-    ]
-    claimed = [
-        (gamma - 1) * sympy.diff(chance, z0) * sympy.diff(d, y) for chance, d, y in ((p[0], d0, y0), (p[1], d1, y1))
-    ]
-    return all(sympy.simplify(a - b) == 0 for a, b in zip(asymmetries, claimed, strict=True))
+    d = [sympy.Function("D0")(y0), sympy.Function("D1")(y1)]
+    # The first row's own divergence does not depend on the later logits.
+    first = gamma * p[0] * (d[0] - p[0] * d[0] - p[1] * d[1])
+    return all(
+        sympy.simplify(
+            sympy.diff(first, y)
+            - sympy.diff(chance * sympy.diff(later, y), z0)
+            - (gamma - 1) * sympy.diff(chance, z0) * sympy.diff(later, y)
+        )
+        == 0
+        for chance, later, y in zip(p, d, (y0, y1), strict=True)
+    )
 
 
 def _step_not_zero() -> bool:
     r"""The row's slope $-p(1-p)(w_1 - w_2)$ for two tokens, f undefined."""
-    y, q, u = sympy.symbols("y q u", positive=True)
+    y, q = sympy.symbols("y q", positive=True)
     f = sympy.Function("f")
     p = 1 / (1 + sympy.exp(-y))
-
-    def w(at: sympy.Expr) -> sympy.Expr:
-        return at * sympy.diff(f(u), u).subs(u, at) - f(at)
-
     slope = sympy.diff(p * f(q / p) + (1 - p) * f((1 - q) / (1 - p)), y)
-    return sympy.simplify((slope + p * (1 - p) * (w(q / p) - w((1 - q) / (1 - p)))).doit()) == 0
+    claimed = -p * (1 - p) * (weight_at(f, q / p) - weight_at(f, (1 - q) / (1 - p)))
+    return sympy.simplify((slope - claimed).doit()) == 0

@@ -17,8 +17,9 @@ from opdtheory.estimators import estimator
 from opdtheory.exact import TabularPolicy, expected_gradient
 from opdtheory.exact.tree import Tree
 from opdtheory.rollouts import Rollouts
-from opdtheory.theorems.instances.cases import RATIONAL, catalogue, interval, pairs, rational_distributions, values_of
-from opdtheory.theorems.instances.kept_tokens import TEACHER, in_logits, kept, topk_gradient, zeros
+from opdtheory.theorems.instances.cases import RATIONAL, catalogue, interval, pairs, rational_distributions, sampled_gradient, values_of
+from opdtheory.theorems.instances.kept_tokens import TEACHER, kept
+from opdtheory.theorems.instances.one_sample import in_logits
 from opdtheory.theorems.theorem import Cases, Identity, Step, Theorem, close, holds, overlap, same
 
 __all__ = ["theorems"]
@@ -64,7 +65,6 @@ def theorems() -> list[Theorem]:
                     "renormalised",
                     {"truncated": "truncated", "one bucket": "tail"},
                     "exact",
-                    0.0,
                 ),
                 Identity(
                     "any tail is a fixed point",
@@ -107,7 +107,6 @@ def theorems() -> list[Theorem]:
                     1,
                     {"sign flipped": -1},
                     "exact",
-                    0.0,
                 ),
                 Identity(
                     "what the bucket loses",
@@ -154,7 +153,6 @@ def theorems() -> list[Theorem]:
                     False,
                     {"rewards of the histories that follow": True},
                     "exact",
-                    0.0,
                 ),
                 Identity(
                     "zero expected gradient",
@@ -285,7 +283,7 @@ def _check_coarse_gradient(ratios: Callable[[Tensor, Tensor, Tensor], Tensor]) -
                 p = log_p.exp()
                 centred = weight - (p * weight).sum(-1, keepdim=True)
                 levels.append(-tree.reach(n).unsqueeze(-1) * p * centred)
-            yield close(topk_gradient("topk_tail", divergence, pair, 1), levels, divergence, pair)
+            yield close(sampled_gradient("topk_tail", divergence, pair, k=1), levels, divergence, pair)
 
 
 def _bucket_ratio(log_p: Tensor, log_q: Tensor, tail: Tensor) -> Tensor:
@@ -323,7 +321,7 @@ def _check_reward_in_fractions(later: bool) -> Cases:
     for student, rewards in rational_distributions():
         # The reward of the history that a token leads to, any number for each; or of the one before it.
         given = rewards if later else [rewards[0]] * len(student)
-        yield same(in_logits(student, given), zeros(len(student)), student, rewards)
+        yield same(in_logits(student, given), [Fraction(0)] * len(student), student, rewards)
 
 
 # The derivations.

@@ -15,9 +15,10 @@ from torch import Tensor
 from opdtheory import divergences
 from opdtheory.divergences import Divergence
 from opdtheory.exact import TabularPolicy
-from opdtheory.theorems.instances.cases import catalogue, enclose, interval, rational_distributions, values_of
-from opdtheory.theorems.instances.kept_tokens import TEACHER, in_logits, kept, topk_gradient
+from opdtheory.theorems.instances.cases import catalogue, enclose, interval, rational_distributions, sampled_gradient, values_of
+from opdtheory.theorems.instances.kept_tokens import TEACHER, kept
 from opdtheory.theorems.instances.minimisers import critical_ratio, minimise
+from opdtheory.theorems.instances.one_sample import in_logits
 from opdtheory.theorems.theorem import Cases, Identity, Step, Theorem, close, holds, overlap, same
 
 __all__ = ["theorems"]
@@ -101,7 +102,6 @@ def theorems() -> list[Theorem]:
                         "the critical ratio, whatever q(S)": lambda b, inside, critical: b / critical,
                     },
                     "exact",
-                    0.0,
                 ),
                 Identity(
                     "(a) forward KL",
@@ -235,7 +235,7 @@ def _check_at_teacher(pull: Callable[[float], float]) -> Cases:
         on = torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=torch.float64)
         claimed = pull(slope) * q * (on - q[:2].sum())
         yield close(
-            topk_gradient("topk_truncated", divergence, (teacher, teacher), 2), [claimed.unsqueeze(0)], divergence
+            sampled_gradient("topk_truncated", divergence, (teacher, teacher), k=2), [claimed.unsqueeze(0)], divergence
         )
 
 

@@ -17,8 +17,8 @@ from opdtheory.exact import gradient_moments
 from opdtheory.theorems.instances.cases import interval, pairs, rational_distributions
 from opdtheory.theorems.instances.one_sample import (
     OfPair,
-    _apart,
-    _dot,
+    distance,
+    dot,
     chi2,
     expectation,
     first_rows,
@@ -102,12 +102,11 @@ def _lower_bound() -> Theorem:
                 _check_centred_variance,
                 _centred_variance,
                 {
-                    "2 in place of 3": lambda p, q: chi2(p, q) * (1 + square(p)) - 2 * _apart(p, q),
-                    "|p|² dropped": lambda p, q: chi2(p, q) - 3 * _apart(p, q),
-                    "chi2(p||q)": lambda p, q: chi2(q, p) * (1 + square(p)) - 3 * _apart(p, q),
+                    "2 in place of 3": lambda p, q: chi2(p, q) * (1 + square(p)) - 2 * distance(p, q),
+                    "|p|² dropped": lambda p, q: chi2(p, q) - 3 * distance(p, q),
+                    "chi2(p||q)": lambda p, q: chi2(q, p) * (1 + square(p)) - 3 * distance(p, q),
                 },
                 "exact",
-                0.0,
             ),
             Identity(
                 "the library's estimator as a black box",
@@ -128,11 +127,10 @@ def _lower_bound() -> Theorem:
                 {
                     "centred is least": _centred_variance,
                     "4 in place of 1": lambda p, q: (
-                        _centred_variance(p, q) - (square(p) - _dot(p, q)) ** 2 / (1 - square(p))
+                        _centred_variance(p, q) - (square(p) - dot(p, q)) ** 2 / (1 - square(p))
                     ),
                 },
                 "exact",
-                0.0,
             ),
             Identity(
                 "bound for the score function",
@@ -140,11 +138,10 @@ def _lower_bound() -> Theorem:
                 _check_score_bound,
                 _score_bound,
                 {
-                    "|p-q|² dropped": lambda p, q: _score_bound(p, q) + _apart(p, q),
-                    "1 - max p dropped": lambda p, q: chi2(p, q) - _apart(p, q),
+                    "|p-q|² dropped": lambda p, q: _score_bound(p, q) + distance(p, q),
+                    "1 - max p dropped": lambda p, q: chi2(p, q) - distance(p, q),
                 },
                 "exact",
-                0.0,
             ),
             Identity(
                 "unbiased for every teacher",
@@ -153,7 +150,6 @@ def _lower_bound() -> Theorem:
                 Fraction(0),
                 {"d summing to something else": Fraction(1, 7)},
                 "exact",
-                0.0,
             ),
             Identity(
                 "there is no other",
@@ -162,7 +158,6 @@ def _lower_bound() -> Theorem:
                 lambda count, degree: count if count > 2 else degree + 1,
                 {"two tokens as well": lambda count, degree: count, "one more": lambda count, degree: count + 1},
                 "symbolic",
-                0.0,
             ),
             Identity(
                 "the least over vectors",
@@ -175,19 +170,17 @@ def _lower_bound() -> Theorem:
                     "p in place of r": lambda p, q: chi2(p, q) * (1 - square(p)),
                 },
                 "exact",
-                0.0,
             ),
             Identity(
                 "bound for all unbiased estimators",
                 r"(\mathrm{sd}_q + \mathrm{sd}_p)^2 \ge \chi^2(1-|r|^2) - |p-q|^2",
                 _check_two_teachers,
-                lambda p, q: _least_over_vectors(p, q) - _apart(p, q),
+                lambda p, q: _least_over_vectors(p, q) - distance(p, q),
                 {
-                    "|r|² dropped": lambda p, q: chi2(p, q) - _apart(p, q),
+                    "|r|² dropped": lambda p, q: chi2(p, q) - distance(p, q),
                     "|p-q|² dropped": _least_over_vectors,
                 },
                 "rigorous",
-                0.0,
             ),
         ),
     )
@@ -199,11 +192,11 @@ def _check_centred_variance(value: OfPair) -> Cases:
 
 
 def _centred_variance(p: Sequence[Any], q: Sequence[Any]) -> Any:
-    return chi2(p, q) * (1 + square(p)) - 3 * _apart(p, q)
+    return chi2(p, q) * (1 + square(p)) - 3 * distance(p, q)
 
 
 def _least_variance(p: Sequence[Any], q: Sequence[Any]) -> Any:
-    return _centred_variance(p, q) - 4 * (square(p) - _dot(p, q)) ** 2 / (1 - square(p))
+    return _centred_variance(p, q) - 4 * (square(p) - dot(p, q)) ** 2 / (1 - square(p))
 
 
 def _check_library(value: Callable[[Tensor, Tensor], Tensor]) -> Cases:
@@ -243,7 +236,7 @@ def _distribution(*parts: int | Fraction) -> tuple[Fraction, ...]:
 
 def _score_bound(p: Sequence[Any], q: Sequence[Any]) -> Any:
     count = len(p)
-    return Fraction(count, count - 1) * (1 - max(p)) ** 2 * chi2(p, q) - _apart(p, q)
+    return Fraction(count, count - 1) * (1 - max(p)) ** 2 * chi2(p, q) - distance(p, q)
 
 
 def _tilted(p: Sequence[Any], q: Sequence[Any]) -> list[Any]:
@@ -345,7 +338,7 @@ def _centred_closed_form() -> bool:
     p, q = [p0, p1, 1 - p0 - p1], [q0, q1, 1 - q0 - q1]
     u = ratios(p, q)
     best = optimal_baseline(p, u)
-    shift = best - 1 - 2 * (square(p) - _dot(p, q)) / (1 - square(p))
+    shift = best - 1 - 2 * (square(p) - dot(p, q)) / (1 - square(p))
     centred = variance(p, [x - 1 for x in u]) - _centred_variance(p, q)
     return sympy.simplify(shift) == 0 and sympy.simplify(centred) == 0
 

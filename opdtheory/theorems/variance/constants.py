@@ -105,7 +105,6 @@ def _constants() -> Theorem:
                     "half of the weight itself": lambda p, w: [half * x for x in w],
                 },
                 "exact",
-                0.0,
             ),
             Identity(
                 "the optimal constant",
@@ -120,7 +119,6 @@ def _constants() -> Theorem:
                     ),
                 },
                 "exact",
-                0.0,
             ),
             Identity(
                 "what another constant costs",
@@ -160,7 +158,6 @@ def _constants() -> Theorem:
                     "JSD moved": {"jsd": lambda u: sympy.log((1 + u) / 2) / 2 + sympy.log(2) / 2},
                 },
                 "symbolic",
-                0.0,
             ),
             Identity(
                 "forward KL has a known mean",
@@ -169,7 +166,6 @@ def _constants() -> Theorem:
                 Fraction(0),
                 {"mean one": Fraction(1), "mean minus one": Fraction(-1)},
                 "exact",
-                0.0,
             ),
         ),
     )
@@ -220,7 +216,6 @@ def _second_moments() -> Theorem:
                     "twice chi2": lambda of_teacher, other: 1 + 2 * of_teacher,
                 },
                 "exact",
-                0.0,
             ),
             Identity(
                 "JSD weight's floor and growth",
@@ -233,7 +228,6 @@ def _second_moments() -> Theorem:
                     "without -log 2 / 2": (lambda u, log_2: -log_2 / 2, lambda u, log_2: _log(u) / 2),
                 },
                 "rigorous",
-                0.0,
             ),
             Identity(
                 "JSD moment is bounded",
@@ -242,7 +236,6 @@ def _second_moments() -> Theorem:
                 lambda log_2: log_2**2 / 2,
                 {"the floor's square bounds it": lambda log_2: log_2**2 / 4},
                 "rigorous",
-                0.0,
             ),
             Identity(
                 "which moments explode",
@@ -256,7 +249,6 @@ def _second_moments() -> Theorem:
                     "the JSD does": {"jsd": True},
                 },
                 "rigorous",
-                0.0,
             ),
         ),
     )

@@ -95,7 +95,6 @@ def _group_baselines() -> Theorem:
                 lambda size: one,
                 {"scaled by (G-1)/G": lambda size: Fraction(size - 1, size)},
                 "exact",
-                0.0,
             ),
             Identity(
                 "group mean in fractions",
@@ -108,7 +107,6 @@ def _group_baselines() -> Theorem:
                     "scaled by 1/G": lambda size: Fraction(1, size),
                 },
                 "exact",
-                0.0,
             ),
             Identity(
                 "group baselines as black boxes",
@@ -139,7 +137,6 @@ def _group_baselines() -> Theorem:
                     "kept on one step": lambda values, size, steps: steps == 1,
                 },
                 "rigorous",
-                0.0,
             ),
             Identity(
                 "two rollouts are compared by rank",
@@ -180,7 +177,6 @@ def _independent() -> Theorem:
                     "no gain": lambda size: Fraction(1),
                 },
                 "exact",
-                0.0,
             ),
         ),
     )

@@ -11,7 +11,7 @@ from opdtheory import divergences
 from opdtheory.theorems.instances.cases import interval, rational_distributions, values_of
 from opdtheory.theorems.instances.one_sample import (
     OfPair,
-    _dot,
+    dot,
     expectation,
     intervals,
     optimal_baseline,
@@ -88,19 +88,17 @@ def _optimal_baselines() -> Theorem:
                     "no baseline": lambda p, w: Fraction(0),
                 },
                 "exact",
-                0.0,
             ),
             Identity(
                 "forward KL's optimum",
                 r"b^* = (1 + |p|^2 - 2p\cdot q)/(1 - |p|^2)",
                 _check_forward_optimum,
-                lambda p, q: (1 + square(p) - 2 * _dot(p, q)) / (1 - square(p)),
+                lambda p, q: (1 + square(p) - 2 * dot(p, q)) / (1 - square(p)),
                 {
                     "one (centred)": lambda p, q: Fraction(1),
-                    "2 dropped": lambda p, q: (1 + square(p) - _dot(p, q)) / (1 - square(p)),
+                    "2 dropped": lambda p, q: (1 + square(p) - dot(p, q)) / (1 - square(p)),
                 },
                 "exact",
-                0.0,
             ),
             Identity(
                 "expansion near the teacher",
@@ -113,7 +111,6 @@ def _optimal_baselines() -> Theorem:
                     "f''(1) taken for 1": lambda slope, bend, shift: slope + shift,
                 },
                 "exact",
-                0.0,
             ),
             Identity(
                 "the same gain for every divergence",
@@ -125,7 +122,6 @@ def _optimal_baselines() -> Theorem:
                     "gain counted twice": lambda gained, total: 1 - 2 * gained / total,
                 },
                 "exact",
-                0.0,
             ),
             Identity(
                 "whose mean is known",
@@ -138,7 +134,6 @@ def _optimal_baselines() -> Theorem:
                     "not the forward KL's": {"forward_kl": False},
                 },
                 "rigorous",
-                0.0,
             ),
         ),
     )
@@ -232,7 +227,7 @@ def _forward_norms() -> bool:
     p, q = [p0, p1, 1 - p0 - p1], [q0, q1, 1 - q0 - q1]
     norms = score_norms(p)
     return (
-        sympy.expand(expectation(q, norms) - (1 + square(p) - 2 * _dot(p, q))) == 0
+        sympy.expand(expectation(q, norms) - (1 + square(p) - 2 * dot(p, q))) == 0
         and sympy.expand(expectation(p, norms) - (1 - square(p))) == 0
     )
 

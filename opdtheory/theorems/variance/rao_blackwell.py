@@ -94,7 +94,6 @@ def _history() -> Theorem:
                     ),
                 },
                 "exact",
-                0.0,
             ),
             Identity(
                 "history baselines as black boxes",
@@ -122,7 +121,6 @@ def _history() -> Theorem:
                 _beyond_optimal,
                 {"never": lambda p, w: False, "always": lambda p, w: True},
                 "exact",
-                0.0,
             ),
         ),
     )
@@ -188,7 +186,6 @@ def _vocabulary() -> Theorem:
                     "cross term once": lambda own, later, cross: own + later + cross,
                 },
                 "exact",
-                0.0,
             ),
         ),
     )
