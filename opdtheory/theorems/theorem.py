@@ -100,13 +100,14 @@ def _named(value: object) -> str:
         return label
     if isinstance(value, (str, bool, int, float, Fraction, sympy.Basic)):
         return str(value)
-    sizes = [getattr(value, name, None) for name in ("vocab_size", "horizon", "eos")]
-    if isinstance(sizes[0], int):
-        return f"{sizes[0]} tokens x {sizes[1]} steps" + ("" if sizes[2] is None else f", eos {sizes[2]}")
     if isinstance(value, (tuple, list)):
-        # Both policies of a pair have the same sizes.
-        parts = dict.fromkeys(map(_named, value))
-        return f"({', '.join(parts)})" if len(parts) > 1 and all(parts) else "".join(parts)
+        parts = [_named(part) for part in value]
+        if any(hasattr(part, "vocab_size") for part in value):
+            return parts[0]  # both policies of a pair have the same sizes
+        return f"({', '.join(parts)})" if all(parts) else ""
+    if hasattr(value, "vocab_size"):
+        ends = "" if value.eos is None else f", eos {value.eos}"
+        return f"{value.vocab_size} tokens x {value.horizon} steps{ends}"
     return ""
 
 

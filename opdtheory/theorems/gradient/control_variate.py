@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
@@ -17,17 +16,17 @@ from opdtheory.divergences import Divergence
 from opdtheory.exact import gradient_moments, random_pair
 from opdtheory.rollouts import Rollouts
 from opdtheory.theorems.instances.cases import (
-    RATIONAL,
-    Distribution,
     catalogue,
+    distribution,
     enclose,
     interval,
+    irrational_cases,
     rational_distributions,
 )
-from opdtheory.theorems.instances.one_sample import chi2
+from opdtheory.theorems.instances.one_sample import centred, chi2, expectation, intervals, log_rows, ratios
 from opdtheory.theorems.theorem import Cases, Identity, Step, Theorem, close, holds, overlap
 
-__all__ = ["mean", "ratios_of", "return_loss", "theorems"]
+__all__ = ["Shift", "return_loss", "theorems"]
 
 Shift = Callable[[Tensor], Tensor]
 
@@ -103,16 +102,6 @@ def theorems() -> list[Theorem]:
     ]
 
 
-def mean(distribution: Sequence[Any], values: Sequence[Any]) -> Any:
-    """$E_p[v]$ of fractions or intervals."""
-    return functools.reduce(lambda a, b: a + b, (p * v for p, v in zip(distribution, values, strict=True)))
-
-
-def ratios_of(student: Distribution, teacher: Distribution) -> list[Fraction]:
-    """The teacher's probabilities over the student's."""
-    return [b / a for a, b in zip(student, teacher, strict=True)]
-
-
 def return_loss(divergence: Divergence, c: float, gamma: float, shift: Shift) -> Callable[[Rollouts], Tensor]:
     """The discounted `token_return` estimator of the generator `f + c shift`, its weight's constant left out."""
 
@@ -136,22 +125,21 @@ def _check_return_variance(moves: Callable[[int], bool]) -> Cases:
                 gradient_moments(return_loss(divergence, c, 1.0, torch.expm1), *pair).variance for c in (0.0, 1.0)
             )
             gap = abs(gauged - plain)
-            yield holds((gap > 1e-6) == moves(horizon) and not 1e-12 < gap <= 1e-6, horizon, name)
+            yield holds((gap > 1e-6) == moves(horizon) and not 1e-12 < gap <= 1e-6, name, f"{horizon} steps")
 
 
 def _check_control_variate(sign: float) -> Cases:
     r"""$c^* = -\mathrm{Cov}(f(u), u-1)/\mathrm{Var}(u)$ makes the variance of $f(u) + c(u-1)$ stationary."""
     for divergence in catalogue():
         for seed in range(3):
-            student, teacher = random_pair(6, 1, seed=seed)
-            log_p, log_q = (torch.log_softmax(policy.logits[0][0], -1) for policy in (student, teacher))
+            log_p, log_q = (rows[0] for rows in log_rows(*random_pair(6, 1, seed=seed)))
             p, f, control = log_p.exp(), divergence.generator(log_q - log_p), torch.expm1(log_q - log_p)
             covariance = (p * f * control).sum()  # the control has mean zero
             best = (sign * covariance / (p * control.square()).sum()).requires_grad_()
             value = f + best * control
             variance = (p * (value - (p * value).sum()).square()).sum()
             (slope,) = torch.autograd.grad(variance, best)
-            yield close(slope, torch.zeros_like(slope), divergence, seed)
+            yield close(slope, torch.zeros_like(slope), divergence, f"seed {seed}")
 
 
 # Rigorous forms.
@@ -160,39 +148,29 @@ Best = Callable[[Sequence[Any], Sequence[Any], Sequence[Any]], Any]
 
 
 def _variance(p: Sequence[Any], values: Sequence[Any]) -> Any:
-    centre = mean(p, values)
-    return mean(p, [(v - centre) ** 2 for v in values])
+    return expectation(p, [v**2 for v in centred(p, values)])
 
 
 def _check_optimum(best: Best) -> Cases:
-    """The variance at other constants is that at `c*` and a square."""
-    u = divergences.symbol()
-    for divergence in catalogue():
-        if divergence.name in RATIONAL:
-            continue
-        for student, teacher in rational_distributions():
-            p, ratios = [interval(a) for a in student], [interval(r) for r in ratios_of(student, teacher)]
-            f = [enclose(divergence.expr, {u: r}) for r in ratios]
-            control = [r - 1 for r in ratios]
-            c = best(p, f, control)
-            least, *others = (_variance(p, [v + k * w for v, w in zip(f, control, strict=True)]) for k in (c, -1, 0, 3))
-            for k, value in zip((-1, 0, 3), others, strict=True):
-                yield overlap(
-                    value, least + (c - k) ** 2 * mean(p, [w**2 for w in control]), divergence, student, teacher
-                )
+    """The variance at any other constant is that at `c*` plus a square."""
+    for divergence, student, teacher in irrational_cases():
+        p, at = intervals(student), [interval(r) for r in ratios(student, teacher)]
+        f = [enclose(divergence.expr, {divergences.symbol(): r}) for r in at]
+        control = [r - 1 for r in at]
+        c = best(p, f, control)
+        least, *others = (_variance(p, [v + k * w for v, w in zip(f, control, strict=True)]) for k in (c, -1, 0, 3))
+        for k, value in zip((-1, 0, 3), others, strict=True):
+            predicted = least + (c - k) ** 2 * expectation(p, [w**2 for w in control])
+            yield overlap(value, predicted, divergence, student, teacher, f"c {k}")
 
 
 def _optimum(p: Sequence[Any], f: Sequence[Any], control: Sequence[Any]) -> Any:
     # The control has mean zero, so its covariance with f is a plain mean.
-    return -mean(p, [v * w for v, w in zip(f, control, strict=True)]) / mean(p, [w**2 for w in control])
+    return -expectation(p, [v * w for v, w in zip(f, control, strict=True)]) / expectation(p, [w**2 for w in control])
 
 
 def _check_schulman(threshold: Fraction) -> Cases:
     r"""$\mathrm{Var}\,k_3 < \mathrm{Var}\,k_1$ exactly if $c^* = (KL(p\|q) + KL(q\|p))/\chi^2$ exceeds one half."""
-
-    def distribution(*parts: int) -> Distribution:
-        return tuple(Fraction(part, sum(parts)) for part in parts)
-
     spread = (
         (distribution(99, 1), distribution(1, 99)),
         (distribution(1, 9), distribution(8, 2)),
@@ -200,14 +178,14 @@ def _check_schulman(threshold: Fraction) -> Cases:
         (distribution(5, 1), distribution(1, 2)),
     )
     for student, teacher in rational_distributions() + spread:
-        p, q = ([interval(a) for a in side] for side in (student, teacher))
-        ratios = [interval(r) for r in ratios_of(student, teacher)]
-        k1 = [-iv.log(r) for r in ratios]
-        k3 = [r - 1 + k for r, k in zip(ratios, k1, strict=True)]
-        yield holds(0 in mean(p, k3) - mean(p, k1), student, teacher)
-        jeffreys = mean(p, k1) - mean(q, k1)
+        p, q, at = intervals(student), intervals(teacher), [interval(r) for r in ratios(student, teacher)]
+        k1 = [-iv.log(r) for r in at]
+        k3 = [r - 1 + k for r, k in zip(at, k1, strict=True)]
+        yield holds(0 in expectation(p, k3) - expectation(p, k1), student, teacher, "mean")
+        jeffreys = expectation(p, k1) - expectation(q, k1)
         gain, margin = _variance(p, k1) - _variance(p, k3), jeffreys / chi2(p, q) - interval(threshold)
-        yield holds(bool((gain.a > 0 and margin.a > 0) or (gain.b < 0 and margin.b < 0)), student, teacher)
+        decided = (gain.a > 0 and margin.a > 0) or (gain.b < 0 and margin.b < 0)
+        yield holds(bool(decided), student, teacher, "variance")
 
 
 # The derivation.

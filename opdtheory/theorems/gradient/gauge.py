@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from fractions import Fraction
@@ -14,20 +15,21 @@ from opdtheory import divergences
 from opdtheory.divergences import Divergence
 from opdtheory.exact import enumerated_value, exact_gradient, expected_gradient, random_pair
 from opdtheory.exact.tree import Tree
-from opdtheory.theorems.gradient.control_variate import Shift, mean, ratios_of, return_loss
+from opdtheory.theorems.gradient.control_variate import Shift, return_loss
 from opdtheory.theorems.instances.cases import (
-    RATIONAL,
     Pair,
+    at_atoms,
     catalogue,
     descent,
     every_case,
+    rational_cases,
     rational_distributions,
     sampled_gradient,
-    values_of,
 )
+from opdtheory.theorems.instances.one_sample import expectation, in_logits, minus, ratios, score
 from opdtheory.theorems.theorem import Cases, Identity, Step, Theorem, close, furthest, holds, same
 
-__all__ = ["theorems"]
+__all__ = ["gauged_reward", "theorems"]
 
 GAUGE = Fraction(7, 10)
 
@@ -137,6 +139,11 @@ def theorems() -> list[Theorem]:
     ]
 
 
+def gauged_reward(divergence: Divergence, c: float, log_u: Tensor) -> Tensor:
+    r"""The detached reward $-(f(u) + c(u - 1))$."""
+    return -(divergence.generator(log_u) + c * torch.expm1(log_u))
+
+
 def _shifted_value(pair: Pair, divergence: Divergence, shift: Shift) -> Tensor:
     tree = Tree.build(*pair)
     total = torch.zeros((), dtype=torch.float64)
@@ -157,9 +164,8 @@ def _check_direction(direction: str) -> Cases:
     r"""A change of gauge moves the stop-gradient direction by $-c\,\nabla KL(q\|p)$."""
     c = float(GAUGE)
     for divergence, pair in every_case():
-        gauged = descent(pair, lambda log_u, d=divergence: -(d.generator(log_u) + c * torch.expm1(log_u)))  # type: ignore[misc]
-        plain = sampled_gradient("opd", divergence, pair)
-        moved = [a - b for a, b in zip(gauged, plain, strict=True)]
+        gauged = descent(pair, functools.partial(gauged_reward, divergence, c))
+        moved = minus(gauged, sampled_gradient("opd", divergence, pair))
         yield close(moved, [-c * level for level in exact_gradient(*pair, direction)], divergence, pair)
 
 
@@ -169,7 +175,7 @@ def _check_return(shift: Shift) -> Cases:
         for gamma, eos in ((1.0, None), (0.6, 0)):
             pair = random_pair(3, 2, eos=eos, seed=2)
             gauged = expected_gradient(return_loss(divergence, float(GAUGE), gamma, shift), *pair)
-            yield close(gauged, exact_gradient(*pair, divergence, "token_return", gamma), divergence, gamma, eos)
+            yield close(gauged, exact_gradient(*pair, divergence, "token_return", gamma), divergence, f"gamma {gamma}")
 
 
 # Exact forms.
@@ -177,38 +183,21 @@ def _check_return(shift: Shift) -> Cases:
 
 def _check_rational_value(shift: Callable[[Fraction], Fraction]) -> Cases:
     r"""$D_{f + c(u-1)} = D_f$ in fractions."""
-    u = divergences.symbol()
-    for name in RATIONAL:
-        f = divergences.divergence(name).expr
-        for student, teacher in rational_distributions():
-            ratios = ratios_of(student, teacher)
-            values = [values_of(f, {u: r}) for r in ratios]
-            gauged = [v + GAUGE * shift(r) for v, r in zip(values, ratios, strict=True)]
-            yield same(mean(student, gauged), mean(student, values), name, student, teacher)
+    for divergence, student, teacher in rational_cases():
+        values = at_atoms(divergence.expr, student, teacher)
+        gauged = [v + GAUGE * shift(r) for v, r in zip(values, ratios(student, teacher), strict=True)]
+        yield same(expectation(student, gauged), expectation(student, values), divergence, student, teacher)
 
 
 def _check_rational_direction(forward_kl: Callable[[Fraction, Fraction], Fraction]) -> Cases:
     r"""In fractions: $p_a\,(\Delta f_a - E_p \Delta f)$ is $-c\,\partial KL(q\|p)/\partial z_a = -c\,(p_a - q_a)$."""
-    u = divergences.symbol()
-    for name in RATIONAL:
-        f = divergences.divergence(name).expr
+    for divergence, student, teacher in rational_cases():
+        f = divergence.expr
         for c in (GAUGE, -GAUGE, Fraction(3)):
-            gauged = f + c.numerator * u / c.denominator  # up to a constant, which moves nothing
-            for student, teacher in rational_distributions():
-                directions = []
-                for generator in (f, gauged):
-                    values = [values_of(generator, {u: r}) for r in ratios_of(student, teacher)]
-                    centre = mean(student, values)
-                    directions.append([a * (v - centre) for a, v in zip(student, values, strict=True)])
-                moved = [b - a for a, b in zip(*directions, strict=True)]
-                yield same(
-                    moved,
-                    [-c * forward_kl(a, b) for a, b in zip(student, teacher, strict=True)],
-                    name,
-                    c,
-                    student,
-                    teacher,
-                )
+            gauged = f + c * divergences.symbol()  # up to a constant, which moves nothing
+            plain, moved = (in_logits(student, at_atoms(expr, student, teacher)) for expr in (f, gauged))
+            claimed = [-c * forward_kl(a, b) for a, b in zip(student, teacher, strict=True)]
+            yield same(minus(moved, plain), claimed, divergence, student, teacher, f"c {c}")
 
 
 def _check_martingale(extra: Callable[[Fraction, Fraction], Fraction]) -> Cases:
@@ -221,10 +210,9 @@ def _check_martingale(extra: Callable[[Fraction, Fraction], Fraction]) -> Cases:
             for logit in range(2):
                 total = Fraction(0)
                 for a, (p1, q1) in enumerate(zip(*first, strict=True)):
-                    score = (a == logit) - first[0][logit]
                     for p2, q2 in zip(*rows[a], strict=True):
-                        total += p1 * p2 * extra(q1 / p1, q2 / p2) * score
-                yield same(total, Fraction(0), first, rows, logit)
+                        total += p1 * p2 * extra(q1 / p1, q2 / p2) * score(first[0], a)[logit]
+                yield same(total, Fraction(0), first, rows, f"logit {logit}")
 
 
 # Symbolic forms, with f an undefined function.
@@ -236,7 +224,7 @@ def _check_weight_shift(shift: Callable[[sympy.Symbol, sympy.Symbol], sympy.Expr
     f = sympy.Function("f")
     plain, gauged = f(u), f(u) + c * (u - 1)
     moved = (u * gauged.diff(u) - gauged) - (u * plain.diff(u) - plain)
-    yield holds(gauged.subs(u, 1) == f(1) and sympy.simplify(moved - shift(u, c)) == 0)
+    yield holds(gauged.subs(u, 1) == f(1) and sympy.simplify(moved - shift(u, c)) == 0, "f undefined")
 
 
 def _value_unmoved() -> bool:
@@ -253,8 +241,8 @@ def _direction_moved() -> bool:
     first, second = (sympy.Function(f"p{i}", positive=True)(t) for i in range(2))
     p = [first, second, 1 - first - second]
     q = sympy.symbols("q0:3", positive=True)
-    score = [sympy.diff(sympy.log(a), t) for a in p]
-    left = sum(a * (b / a - 1) * s for a, b, s in zip(p, q, score, strict=True))
+    scores = [sympy.diff(sympy.log(a), t) for a in p]
+    left = sum(a * (b / a - 1) * s for a, b, s in zip(p, q, scores, strict=True))
     kl = sum(b * sympy.log(b / a) for a, b in zip(p, q, strict=True))
     return sum(p) == 1 and sympy.simplify(left + sympy.diff(kl, t)) == 0
 

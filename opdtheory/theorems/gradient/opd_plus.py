@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import sympy
@@ -10,18 +11,18 @@ import torch
 from opdtheory import divergences
 from opdtheory.exact import enumerated_value, exact_gradient
 from opdtheory.theorems.instances.cases import (
-    RATIONAL,
     Weight,
+    at_atoms,
     autograd_gradient,
     catalogue,
     descent,
-    enclose,
     every_case,
-    interval,
-    rational_distributions,
+    irrational_cases,
+    perspective,
+    rational_cases,
     sampled_gradient,
-    values_of,
 )
+from opdtheory.theorems.instances.one_sample import in_logits, intervals, mean_gradient, softmax
 from opdtheory.theorems.theorem import Cases, Identity, Step, Theorem, close, holds, overlap, same
 
 __all__ = ["theorems"]
@@ -48,12 +49,12 @@ def theorems() -> list[Theorem]:
             derivation=(
                 Step(
                     r"\frac{\partial}{\partial p}\left[p\,f(q/p)\right] = f(u) - u f'(u) = -w_f(u)",
-                    "product and chain rule, f undefined",
+                    "the product and chain rules, with f an undefined function",
                     _per_atom,
                 ),
                 Step(
                     r"\partial_\theta \sum_i p_i f(q_i/p_i) = -\sum_i p_i\,w_f(u_i)\,\partial_\theta\log p_i",
-                    "the first step for each atom and p ∂log p = ∂p; for any family, three atoms undefined in θ",
+                    "the first step per atom, and p ∂log p = ∂p; three undefined functions of θ stand for any family",
                     _any_family,
                 ),
                 Step(
@@ -120,7 +121,7 @@ def theorems() -> list[Theorem]:
                     "the slope in x vanishes at x = u; f convex makes it a maximum",
                     _envelope,
                 ),
-                Step(r"w_f'(u) = u f''(u)", "product rule, f undefined", _increasing),
+                Step(r"w_f'(u) = u f''(u)", "the product rule, with f an undefined function", _increasing),
             ),
             identities=(
                 Identity(
@@ -146,9 +147,10 @@ def theorems() -> list[Theorem]:
 
 
 def _check_identity(weight: Weight) -> Cases:
+    """The weighted scores against autograd of the enumerated divergence."""
     for divergence, pair in every_case():
-        by_autograd = autograd_gradient(pair, lambda s, d=divergence, t=pair[1]: enumerated_value(s, t, d))  # type: ignore[misc]
-        yield close(descent(pair, lambda log_u, d=divergence: weight(d, log_u)), by_autograd, divergence, pair)  # type: ignore[misc]
+        by_autograd = autograd_gradient(pair, enumerated_value, pair[1], divergence)
+        yield close(descent(pair, functools.partial(weight, divergence)), by_autograd, divergence, pair)
 
 
 def _check_oracle(sign: float) -> Cases:
@@ -156,11 +158,8 @@ def _check_oracle(sign: float) -> Cases:
     for divergence, pair in every_case():
         for objective, gamma in (("token_local", 1.0), ("token_return", 1.0), ("token_return", 0.6), ("sequence", 1.0)):
             exact = exact_gradient(*pair, divergence, objective, gamma)
-            by_autograd = autograd_gradient(
-                pair,
-                lambda s, d=divergence, t=pair[1], o=objective, g=gamma: enumerated_value(s, t, d, o, g),  # type: ignore[misc]
-            )
-            yield close([sign * level for level in exact], by_autograd, divergence, pair, objective, gamma)
+            by_autograd = autograd_gradient(pair, enumerated_value, pair[1], divergence, objective, gamma)
+            yield close([sign * level for level in exact], by_autograd, divergence, pair, objective, f"gamma {gamma}")
 
 
 def _check_sampled(name: str) -> Cases:
@@ -175,8 +174,8 @@ def _check_non_decreasing(sign: float) -> Cases:
     for divergence in catalogue():
         log_u = grid.clone().requires_grad_()
         (slope,) = torch.autograd.grad(sign * divergence.weight(log_u).sum(), log_u)
-        yield holds(bool((slope >= 0).all()), divergence)
-        yield close(slope, sign * divergence.curvature(grid), divergence)
+        yield holds(bool((slope >= 0).all()), divergence, "sign of the slope")
+        yield close(slope, sign * divergence.curvature(grid), divergence, "slope")
 
 
 def _check_conjugate(weight: Weight) -> Cases:
@@ -196,37 +195,23 @@ def _check_conjugate(weight: Weight) -> Cases:
 
 def _check_rational(weight: SymbolicWeight) -> Cases:
     r"""$\partial D/\partial z_a = -p_a (w_a - E_p w)$ in fractions, sympy's $\partial D/\partial p$ on the left."""
-    u, p, q = divergences.symbol(), sympy.Symbol("p", positive=True), sympy.Symbol("q", positive=True)
-    for name in RATIONAL:
-        f = divergences.divergence(name).expr
-        in_p, w = sympy.diff(p * f.subs(u, q / p), p), weight(f, u)
-        for student, teacher in rational_distributions():
-            slopes = [values_of(in_p, {p: a, q: b}) for a, b in zip(student, teacher, strict=True)]
-            mean = sum(a * slope for a, slope in zip(student, slopes, strict=True))
-            left = [a * (slope - mean) for a, slope in zip(student, slopes, strict=True)]
-            weights = [values_of(w, {u: b / a}) for a, b in zip(student, teacher, strict=True)]
-            average = sum(a * v for a, v in zip(student, weights, strict=True))
-            yield same(
-                left, [-a * (v - average) for a, v in zip(student, weights, strict=True)], name, student, teacher
-            )
+    for divergence, student, teacher in rational_cases():
+        term, p, _ = perspective(divergence.expr)
+        slopes = at_atoms(sympy.diff(term, p), student, teacher)
+        weights = at_atoms(weight(divergence.expr, divergences.symbol()), student, teacher)
+        yield same(in_logits(student, slopes), mean_gradient(student, weights), divergence, student, teacher)
 
 
 def _check_enclosed(weight: SymbolicWeight) -> Cases:
     """The same with intervals of 60 digits around both sides, for every generator with logarithms or roots."""
-    u, p, q = divergences.symbol(), sympy.Symbol("p", positive=True), sympy.Symbol("q", positive=True)
-    for divergence in catalogue():
-        if divergence.name in RATIONAL:
-            continue
-        f = divergence.expr
-        in_p, w = sympy.diff(p * f.subs(u, q / p), p), weight(f, u)
-        for student, teacher in rational_distributions():
-            ps, qs = [interval(a) for a in student], [interval(b) for b in teacher]
-            slopes = [enclose(in_p, {p: a, q: b}) for a, b in zip(ps, qs, strict=True)]
-            weights = [enclose(w, {u: b / a}) for a, b in zip(ps, qs, strict=True)]
-            mean = sum(a * slope for a, slope in zip(ps, slopes, strict=True))
-            average = sum(a * v for a, v in zip(ps, weights, strict=True))
-            for a, slope, v in zip(ps, slopes, weights, strict=True):
-                yield overlap(-a * (v - average), a * (slope - mean), divergence, student, teacher)
+    for divergence, student, teacher in irrational_cases():
+        ps, qs = intervals(student), intervals(teacher)
+        term, p, _ = perspective(divergence.expr)
+        slopes = at_atoms(sympy.diff(term, p), ps, qs)
+        weights = at_atoms(weight(divergence.expr, divergences.symbol()), ps, qs)
+        both = zip(in_logits(ps, [-w for w in weights]), in_logits(ps, slopes), strict=True)
+        for token, (claimed, slope) in enumerate(both):
+            yield overlap(claimed, slope, divergence, student, teacher, f"token {token}")
 
 
 # The derivation, with f an undefined function.
@@ -254,15 +239,9 @@ def _any_family() -> bool:
 
 def _softmax() -> bool:
     r"""Softmax rows have $\partial p_b/\partial z_a = p_b(\delta_{ab} - p_a)$: any weights give the centred form."""
-    z = sympy.symbols("z0:3", real=True)
-    w = sympy.symbols("w0:3", real=True)
-    total = sum(sympy.exp(x) for x in z)
-    p = [sympy.exp(x) / total for x in z]
-    mean = sum(a * b for a, b in zip(p, w, strict=True))
-    return all(
-        sympy.simplify(-sum(w[b] * sympy.diff(p[b], z[a]) for b in range(3)) + p[a] * (w[a] - mean)) == 0
-        for a in range(3)
-    )
+    (z, p), w = softmax(), sympy.symbols("w0:3", real=True)
+    slopes = [sum(v * sympy.diff(b, x) for v, b in zip(w, p, strict=True)) for x in z]
+    return all(sympy.simplify(a - b) == 0 for a, b in zip(slopes, in_logits(p, w), strict=True))
 
 
 def _envelope() -> bool:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from fractions import Fraction
-from typing import Any
 
 import sympy
 import torch
@@ -16,19 +16,21 @@ from opdtheory.divergences import Divergence
 from opdtheory.exact import TabularPolicy, enumerated_value, exact_gradient, random_pair
 from opdtheory.theorems.instances.cases import (
     RATIONAL,
+    Distribution,
     Weight,
+    at_atoms,
     autograd_gradient,
     catalogue,
     descent,
-    enclose,
     every_case,
     interval,
+    perspective,
+    rational_cases,
     rational_distributions,
     sampled_gradient,
     two_atoms,
-    values_of,
 )
-from opdtheory.theorems.instances.one_sample import mean_gradient
+from opdtheory.theorems.instances.one_sample import expectation, in_logits, intervals, mean_gradient, softmax
 from opdtheory.theorems.theorem import Cases, Identity, Step, Theorem, close, holds, same
 
 __all__ = ["theorems"]
@@ -65,7 +67,7 @@ def theorems() -> list[Theorem]:
                 ),
                 Step(
                     r"u f'(u) = \text{const} \implies E_p[u f'(u)\,s] = \text{const}\cdot E_p[s] = 0",
-                    "the score has mean zero: if",
+                    'the score has mean zero, which proves the "if" direction',
                     _constant_has_no_bias,
                 ),
                 Step(
@@ -76,7 +78,7 @@ def theorems() -> list[Theorem]:
                 ),
                 Step(
                     r"u_1 f'(u_1) = u_2 f'(u_2)\ \forall u_1 < 1 < u_2 \implies u f'(u) = -c \implies f = -c\log u",
-                    "hold u_2 and move u_1, then hold u_1 and move u_2: one constant on both sides; only if",
+                    'fix u_2 and move u_1, then the other way round: one constant on both sides. This proves "only if"',
                     _only_logarithm,
                     in_words=True,
                 ),
@@ -160,25 +162,24 @@ def theorems() -> list[Theorem]:
 def _check_bias(bias: Weight) -> Cases:
     r"""$g_{sg} - g_{exact} = E_p[u f'(u) s]$, the left-hand side from the black-box estimator."""
     for divergence, pair in every_case():
-        stopped = sampled_gradient("opd", divergence, pair)
-        exact = exact_gradient(*pair, divergence)
-        predicted = descent(pair, lambda log_u, d=divergence: -bias(d, log_u))  # type: ignore[misc]
+        stopped, exact = sampled_gradient("opd", divergence, pair), exact_gradient(*pair, divergence)
+        predicted = [-level for level in descent(pair, functools.partial(bias, divergence))]
         yield close([s - e for s, e in zip(stopped, exact, strict=True)], predicted, divergence, pair)
 
 
 def _check_value_bias(bias: Weight) -> Cases:
     r"""The first-order gap $E_{p_\theta}[f(u_{\theta_0})] - D_f(\theta)$ on one-step policies."""
+
+    def gap(student: TabularPolicy, teacher: TabularPolicy, d: Divergence) -> Tensor:
+        log_p, log_q = (torch.log_softmax(policy.logits[0], -1) for policy in (student, teacher))
+        frozen = d.generator(log_q - log_p.detach())
+        return (log_p.exp() * frozen).sum() - enumerated_value(student, teacher, d)
+
     for divergence in catalogue():
         for seed in range(3):
             pair = random_pair(5, 1, seed=seed)
-
-            def gap(student: TabularPolicy, d: Divergence = divergence, teacher: TabularPolicy = pair[1]) -> Tensor:
-                log_p, log_q = (torch.log_softmax(policy.logits[0], -1) for policy in (student, teacher))
-                frozen = d.generator(log_q - log_p.detach())
-                return (log_p.exp() * frozen).sum() - enumerated_value(student, teacher, d)
-
-            predicted = descent(pair, lambda log_u, d=divergence: -bias(d, log_u))  # type: ignore[misc]
-            yield close(autograd_gradient(pair, gap), predicted, divergence, seed)
+            predicted = [-level for level in descent(pair, functools.partial(bias, divergence))]
+            yield close(autograd_gradient(pair, gap, pair[1], divergence), predicted, divergence, f"seed {seed}")
 
 
 def _check_unbiased_iff(unbiased: Callable[[Divergence], bool]) -> Cases:
@@ -204,27 +205,15 @@ def _flat_at_one(divergence: Divergence) -> bool:
 # Exact and rigorous forms.
 
 
-def _centred(distribution: tuple[Any, ...], values: list[Any]) -> list[Any]:
-    """$p_a (v_a - E_p v)$: from slopes in the probabilities to slopes in the logits."""
-    mean = sum(a * v for a, v in zip(distribution, values, strict=True))
-    return [a * (v - mean) for a, v in zip(distribution, values, strict=True)]
-
-
 def _check_rational(bias: SymbolicWeight) -> Cases:
     r"""$g_{sg} - g_{exact}$ in fractions: one term of $p f(q/p)$ differentiated with the ratio frozen, and in full."""
-    u = divergences.symbol()
-    p, frozen, q = sympy.symbols("p frozen q", positive=True)
-    for name in RATIONAL:
-        f = divergences.divergence(name).expr
-        stopped, in_full = (sympy.diff(p * f.subs(u, q / r), p) for r in (frozen, p))
-        predicted = bias(f, u)
-        for student, teacher in rational_distributions():
-            gaps = [
-                values_of(stopped, {p: a, frozen: a, q: b}) - values_of(in_full, {p: a, q: b})
-                for a, b in zip(student, teacher, strict=True)
-            ]
-            claimed = [values_of(predicted, {u: b / a}) for a, b in zip(student, teacher, strict=True)]
-            yield same(_centred(student, gaps), mean_gradient(student, [-v for v in claimed]), name, student, teacher)
+    u, frozen = divergences.symbol(), sympy.Symbol("frozen", positive=True)
+    for divergence, student, teacher in rational_cases():
+        term, p, q = perspective(divergence.expr)
+        stopped = sympy.diff(p * divergence.expr.subs(u, q / frozen), p).subs(frozen, p)
+        gaps = at_atoms(stopped - sympy.diff(term, p), student, teacher)
+        claimed = [-k for k in at_atoms(bias(divergence.expr, u), student, teacher)]
+        yield same(in_logits(student, gaps), mean_gradient(student, claimed), divergence, student, teacher)
 
 
 def _check_below_tangent(claim: Callable[[Fraction, Fraction], bool]) -> Cases:
@@ -232,59 +221,45 @@ def _check_below_tangent(claim: Callable[[Fraction, Fraction], bool]) -> Cases:
 
     The total variation is not strictly convex: there it may be equal elsewhere too.
     """
-    u = divergences.symbol()
-    distributions = rational_distributions()
-    for name in RATIONAL:
-        f = divergences.divergence(name).expr
-        slope = u * sympy.diff(f, u)
-        for start, teacher in distributions:
-            for student in (
-                distribution for pair in distributions for distribution in pair if len(distribution) == len(start)
-            ):
-                frozen = [b / a for a, b in zip(start, teacher, strict=True)]
-                gap = tangent = Fraction(0)
-                for p, p0, q, u0 in zip(student, start, teacher, frozen, strict=True):
-                    gap += p * (values_of(f, {u: u0}) - values_of(f, {u: q / p}))
-                    tangent += (p - p0) * values_of(slope, {u: u0})
-                yield holds(claim(gap, tangent), name, start, teacher, student)
-                yield holds(
-                    (tangent == gap) == (student == start) or name == "total_variation", name, start, teacher, student
-                )
+    students = [p for pair in rational_distributions() for p in pair]
+    for divergence, start, teacher in rational_cases():
+        f, slope = divergence.expr, divergences.symbol() * sympy.diff(divergence.expr, divergences.symbol())
+        frozen, slopes = at_atoms(f, start, teacher), at_atoms(slope, start, teacher)
+        for student in (p for p in students if len(p) == len(start)):
+            gap = expectation(student, frozen) - expectation(student, at_atoms(f, student, teacher))
+            tangent = expectation(student, slopes) - expectation(start, slopes)
+            where = (divergence, start, teacher, student)
+            kinked = divergence.name == "total_variation"
+            yield holds(claim(gap, tangent), *where, "order")
+            yield holds(kinked or (tangent == gap) == (student == start), *where, "equality")
 
 
 def _check_certified(biased: Callable[[sympy.Expr, sympy.Symbol], bool]) -> Cases:
-    r"""The bias $p_1 p_2 (k(u_1) - k(u_2))$, $k = u f'$, on two rational atoms: an interval, or fraction, without zero.
+    r"""The bias $p_1 p_2 (k(u_1) - k(u_2))$, $k = u f'$, on two rational atoms: an interval that excludes zero.
 
-    Where no bias is claimed, every interval must hold zero and be narrow. Each is held to the library's own slope in
-    float64, so that what is certified is the bias and no other number.
+    Where no bias is claimed, every interval must hold zero and be narrow. Each is compared with the library's own
+    slope in float64, so that what is certified is the bias and no other number.
     """
     u = divergences.symbol()
     atoms = [(student, teacher) for student, teacher in rational_distributions() if len(student) == 2]
     for divergence in catalogue():
         f = divergence.expr
-        slope = u * sympy.diff(f, u)
         certified, vanishing = False, True
         for student, teacher in atoms:
-            ratios = [b / a for a, b in zip(student, teacher, strict=True)]
-            if divergence.name in RATIONAL:
-                gap = interval(values_of(slope, {u: ratios[0]}) - values_of(slope, {u: ratios[1]}))
-            else:
-                gap = enclose(slope, {u: interval(ratios[0])}) - enclose(slope, {u: interval(ratios[1])})
+            p, q = (student, teacher) if divergence.name in RATIONAL else (intervals(student), intervals(teacher))
+            first, second = at_atoms(u * sympy.diff(f, u), p, q)
+            gap = interval(first - second) if divergence.name in RATIONAL else first - second
             bias = interval(student[0] * student[1]) * gap
-            yield holds(
-                abs(float(bias.mid) - _first_logit_bias(divergence, student, teacher)) < 1e-12,
-                divergence,
-                student,
-                teacher,
-            )
+            error = abs(float(bias.mid) - _first_logit_bias(divergence, student, teacher))
+            yield holds(error < 1e-12, divergence, student, teacher)
             certified = certified or bool(bias.a > 0 or bias.b < 0)
             vanishing = vanishing and bool(abs(bias).b < 1e-40)
         yield holds(certified if biased(f, u) else vanishing, divergence)
 
 
-def _first_logit_bias(divergence: Divergence, student: Sequence[Fraction], teacher: Sequence[Fraction]) -> float:
+def _first_logit_bias(divergence: Divergence, student: Distribution, teacher: Distribution) -> float:
     r"""$E_p[u f'(u) s]$ along the first logit, by its definition."""
-    p, q = (torch.tensor([float(a) for a in distribution], dtype=torch.float64) for distribution in (student, teacher))
+    p, q = (torch.tensor([float(a) for a in side], dtype=torch.float64) for side in (student, teacher))
     score = torch.eye(len(p), dtype=torch.float64)[0] - p[0]
     return (p * divergence.log_slope(q.log() - p.log()) * score).sum().item()
 
@@ -310,10 +285,7 @@ def _frozen_slope() -> bool:
 
 def _constant_has_no_bias() -> bool:
     """Softmax of three tokens: a constant in place of `u f'` leaves nothing."""
-    z = sympy.symbols("z0:3", real=True)
-    c = sympy.Symbol("c")
-    total = sum(sympy.exp(x) for x in z)
-    p = [sympy.exp(x) / total for x in z]
+    (z, p), c = softmax(), sympy.Symbol("c")
     return all(sympy.simplify(sum(c * sympy.diff(value, x) for value in p)) == 0 for x in z)
 
 

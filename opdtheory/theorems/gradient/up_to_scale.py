@@ -9,20 +9,21 @@ from fractions import Fraction
 from typing import Any
 
 import sympy
-import torch
 
 from opdtheory import divergences
 from opdtheory.divergences import Divergence
 from opdtheory.exact import exact_gradient
+from opdtheory.theorems.gradient.gauge import gauged_reward
 from opdtheory.theorems.instances.cases import (
+    at_atoms,
     catalogue,
     descent,
     enclose,
     interval,
     pairs,
     rational_distributions,
-    values_of,
 )
+from opdtheory.theorems.instances.one_sample import centred, weight_of
 from opdtheory.theorems.theorem import Cases, Identity, Step, Theorem, close, holds, same
 
 __all__ = ["theorems"]
@@ -102,15 +103,12 @@ def theorems() -> list[Theorem]:
 def _check_rational(claim: tuple[Fraction, Fraction]) -> Cases:
     r"""Neyman's $\chi^2$ in fractions: with gauge and scale, $p_a(f_a - E_p f) = -k\,p_a(w_a - E_p w)$."""
     gauge, scale = claim
-    u = divergences.symbol()
-    f = divergences.divergence("neyman_chi2").expr
-    weight = u * sympy.diff(f, u) - f
+    # Up to a constant, which is no force.
+    reward = -divergences.divergence("neyman_chi2").expr - gauge * divergences.symbol()
+    weight = scale * weight_of("neyman_chi2")
     for student, teacher in rational_distributions():
-        ratios = [b / a for a, b in zip(student, teacher, strict=True)]
-        rewards = [-values_of(f, {u: r}) - gauge * r for r in ratios]  # up to a constant
-        weights = [scale * values_of(weight, {u: r}) for r in ratios]
-        mean_reward, mean = (sum(a * v for a, v in zip(student, vs, strict=True)) for vs in (rewards, weights))
-        yield same([v - mean_reward for v in rewards], [v - mean for v in weights], student, teacher)
+        rewards, weights = (centred(student, at_atoms(expr, student, teacher)) for expr in (reward, weight))
+        yield same(rewards, weights, student, teacher)
 
 
 def _determinant(rows: list[list[Any]]) -> Any:
@@ -163,9 +161,9 @@ def _check_alpha(scale: Callable[[float], float]) -> Cases:
         divergence = divergences.divergence("alpha", alpha=alpha)
         c = 1.0 / (alpha - 1.0)  # the catalogue's generators have f'(1) = 0
         for pair in pairs():
-            gauged = descent(pair, lambda t, d=divergence, c=c: -d.generator(t) - c * torch.expm1(t))  # type: ignore[misc]
+            gauged = descent(pair, functools.partial(gauged_reward, divergence, c))
             exact = exact_gradient(*pair, divergence)
-            yield close(gauged, [scale(alpha) * level for level in exact], alpha, pair)
+            yield close(gauged, [scale(alpha) * level for level in exact], divergence, pair)
 
 
 def _affine() -> bool:

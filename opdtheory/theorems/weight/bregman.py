@@ -1,4 +1,4 @@
-"""T4b: weights of both probabilities, and the Bregman divergences that they descend."""
+"""T4b: weights that depend on both probabilities, and the Bregman divergences that they descend."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from opdtheory.estimators import estimator
 from opdtheory.exact import TabularPolicy, expected_gradient, random_pair
-from opdtheory.theorems.instances.cases import autograd_gradient, rational_distributions, values_of
+from opdtheory.theorems.instances.cases import at_atoms, autograd_gradient, rational_distributions, values_of
+from opdtheory.theorems.instances.one_sample import centred, in_logits, mean_gradient, row_gradient
 from opdtheory.theorems.theorem import Cases, Identity, Step, Theorem, close, holds, same
 
 __all__ = ["theorems"]
@@ -19,7 +20,7 @@ __all__ = ["theorems"]
 Potential = Callable[["sympy.Expr"], "sympy.Expr"]
 SymbolicAdvantage = Callable[[Potential, "sympy.Symbol", "sympy.Symbol"], "sympy.Expr"]
 
-# Convex potentials that take fractions to fractions: squares, cubes, and two that no power is.
+# Convex potentials that take fractions to fractions: a square, a cube, and two that are not powers.
 _POTENTIALS: tuple[Potential, ...] = (
     lambda x: x**2 / 2,
     lambda x: x**3 / 6,
@@ -27,7 +28,7 @@ _POTENTIALS: tuple[Potential, ...] = (
     lambda x: 1 / (1 + x),
 )
 
-# Weights of no Bregman divergence; some of them fall in p.
+# Weights that belong to no Bregman divergence; some of them fall in p.
 _OTHERS: tuple[Callable[[sympy.Symbol, sympy.Symbol], sympy.Expr], ...] = (
     lambda p, q: q / p,
     lambda p, q: q - 2 * p,
@@ -56,17 +57,17 @@ def theorems() -> list[Theorem]:
             derivation=(
                 Step(
                     r"\partial_\theta H(p, q) = -p\,A(p, q)\,\partial_\theta\log p",
-                    "the chain rule, H and p undefined; sum over atoms",
+                    "the chain rule, with H and p undefined functions; sum over atoms",
                     _chain,
                 ),
                 Step(
                     r"\partial_p[\varphi(p) - \varphi(q) - \varphi'(q)(p - q)] = -(\varphi'(q) - \varphi'(p))",
-                    "the potential undefined",
+                    "differentiate, with the potential an undefined function",
                     _bregman_weight,
                 ),
                 Step(
                     r"\varphi = x^{1+\alpha}/(1+\alpha):\quad A = q^\alpha - p^\alpha",
-                    "the density-power, or beta-divergence; convex for positive alpha",
+                    "the density-power divergence, also called the beta-divergence; convex for positive alpha",
                     _density_power,
                 ),
                 Step(
@@ -123,20 +124,19 @@ def theorems() -> list[Theorem]:
 
 def _check_power(advantage: Callable[[Tensor, Tensor, float], Tensor]) -> Cases:
     r"""For $A = q^\alpha - p^\alpha$: $H = p^{1+\alpha}/(1+\alpha) - q^\alpha p$ and a term of $q$ alone."""
+
+    def bregman(student: TabularPolicy, teacher: TabularPolicy, alpha: float) -> Tensor:
+        p, q = (torch.softmax(policy.logits[0], -1) for policy in (student, teacher))
+        return (p ** (1 + alpha) / (1 + alpha) - q**alpha * p).sum()
+
     for alpha in (0.25, 0.5, 1.0, 2.0):
         loss = estimator("power", alpha=alpha)
         for seed in range(3):
             pair = random_pair(5, 1, seed=seed)
-
-            def bregman(student: TabularPolicy, teacher: TabularPolicy = pair[1], alpha: float = alpha) -> Tensor:
-                p, q = (torch.softmax(policy.logits[0], -1) for policy in (student, teacher))
-                return (p ** (1 + alpha) / (1 + alpha) - q**alpha * p).sum()
-
-            by_autograd = autograd_gradient(pair, bregman)
-            yield close(expected_gradient(loss, *pair), by_autograd, alpha, seed)
+            by_autograd = autograd_gradient(pair, bregman, pair[1], alpha)
+            yield close(expected_gradient(loss, *pair), by_autograd, loss, f"seed {seed}", "estimator")
             p, q = (torch.softmax(policy.logits[0], -1) for policy in pair)
-            weight = advantage(p, q, alpha)
-            yield close(-p * (weight - (p * weight).sum(-1, keepdim=True)), by_autograd[0], alpha, seed)
+            yield close(row_gradient(p, advantage(p, q, alpha)), by_autograd[0], loss, f"seed {seed}", "weight")
 
 
 def _symbols() -> tuple[sympy.Symbol, sympy.Symbol]:
@@ -158,18 +158,8 @@ def _check_rational(advantage: SymbolicAdvantage) -> Cases:
     for phi in _POTENTIALS:
         in_p, claimed = sympy.diff(_divergence(phi, p, q), p), advantage(phi, p, q)
         for student, teacher in rational_distributions():
-            slopes, weights = (
-                [values_of(expr, {p: a, q: b}) for a, b in zip(student, teacher, strict=True)]
-                for expr in (in_p, claimed)
-            )
-            mean_slope, mean = (sum(a * v for a, v in zip(student, vs, strict=True)) for vs in (slopes, weights))
-            yield same(
-                [a * (v - mean_slope) for a, v in zip(student, slopes, strict=True)],
-                [-a * (v - mean) for a, v in zip(student, weights, strict=True)],
-                phi,
-                student,
-                teacher,
-            )
+            slopes, weights = (at_atoms(expr, student, teacher) for expr in (in_p, claimed))
+            yield same(in_logits(student, slopes), mean_gradient(student, weights), phi(p), student, teacher)
 
 
 def _advantages(p: sympy.Symbol, q: sympy.Symbol) -> list[sympy.Expr]:
@@ -181,11 +171,8 @@ def _check_fixed_point(stays: Callable[[sympy.Expr, sympy.Symbol, sympy.Symbol],
     r"""In fractions: the descent $-p_a(A_a - E_p A)$ vanishes at $p = q$ for all of the distributions, or not."""
     p, q = _symbols()
     for advantage in _advantages(p, q):
-        moved = False
-        for _, teacher in rational_distributions():
-            weights = [values_of(advantage, {p: b, q: b}) for b in teacher]
-            mean = sum(b * v for b, v in zip(teacher, weights, strict=True))
-            moved = moved or any(v != mean for v in weights)
+        teachers = [teacher for _, teacher in rational_distributions()]
+        moved = any(any(centred(teacher, at_atoms(advantage, teacher, teacher))) for teacher in teachers)
         yield holds(moved != stays(advantage, p, q), advantage)
 
 
@@ -204,9 +191,8 @@ def _check_minimum(sign: int) -> Cases:
     for phi in _POTENTIALS:
         h = _divergence(phi, p, q)
         for student, teacher in rational_distributions():
-            total = sum(values_of(h, {p: a, q: b}) for a, b in zip(student, teacher, strict=True))
-            yield holds(sign * total > 0, phi, student, teacher)
-            yield holds(all(values_of(h, {p: b, q: b}) == 0 for b in teacher), phi, student, teacher)
+            yield holds(sign * sum(at_atoms(h, student, teacher)) > 0, phi(p), student, teacher)
+            yield holds(not any(at_atoms(h, teacher, teacher)), phi(p), student, teacher, "at the teacher")
 
 
 # The derivation, with potential and H undefined functions.

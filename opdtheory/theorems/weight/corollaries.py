@@ -39,8 +39,8 @@ class Row:
     Attributes:
         loss: the estimator.
         weight: its local weight, in `u`.
-        generator: the generator that it descends, up to gauge and positive scale.
-        genuine: whether that is convex.
+        generator: the generator that it descends, up to gauge.
+        genuine: whether the generator is convex.
     """
 
     loss: Estimator
@@ -51,12 +51,12 @@ class Row:
 
 @functools.cache
 def rows() -> Mapping[str, Row]:
-    """The table, by what the estimators are called."""
+    """The table, by the estimators' names."""
     u = divergences.symbol()
     log_u, e, half = sympy.log(u), sympy.E, sympy.Rational(1, 2)
     reverse, forward = -log_u, u * log_u
     alpha = {order: divergences.divergence("alpha", alpha=order).expr for order in (-1.0, 0.5, 2.0)}
-    # Beyond a clip the weight is constant, and the generator goes on along its tangent.
+    # Beyond a clip the weight is constant, and the generator continues along its tangent.
     reverse_clipped = sympy.Piecewise((1 + u - e * u, u < 1 / e), (u - 1 - log_u, u < e), (u - 1 - u / e, sympy.true))
     forward_clipped = sympy.Piecewise(
         (half - u * sympy.log(2), u < half), (forward - u + 1, u < 2), (u * sympy.log(2) - 1, sympy.true)
@@ -91,13 +91,13 @@ def rows() -> Mapping[str, Row]:
 
 @functools.cache
 def implied(weight: sympy.Expr) -> sympy.Expr:
-    """`implied_generator`, kept."""
+    """`implied_generator`, cached."""
     return divergences.implied_generator(weight)
 
 
 @functools.cache
 def convex(generator: sympy.Expr) -> bool:
-    """`is_convex`, kept."""
+    """`is_convex`, cached."""
     return divergences.is_convex(generator)
 
 
@@ -114,49 +114,50 @@ def values_estimated() -> Mapping[str, sympy.Expr]:
 
 
 def check_stated(table: Table) -> Cases:
-    """Each stated generator is zero at one and the implied one of the local weight, up to gauge; symbolically."""
+    """Each stated generator is zero at one and is implied by the local weight, up to gauge; symbolically."""
     for name, generator in table().items():
-        yield holds(generator.subs(divergences.symbol(), 1) == 0, name, generator)
-        yield holds(divergences.same_divergence(implied(rows()[name].weight), generator), name, generator)
+        yield holds(generator.subs(divergences.symbol(), 1) == 0, name, "f(1)")
+        yield holds(divergences.same_divergence(implied(rows()[name].weight), generator), name, "f")
 
 
 def check_weights(constant: float) -> Cases:
-    r"""Each loss, run on rollouts of another distribution, where no constant is free: $-E_\mu[w(u)\,s]$ of its row's weight."""
+    r"""Each loss on another policy's rollouts, where no constant is free: $-E_\mu[w(u)\,s]$ of its row's weight."""
     u = divergences.symbol()
     student, teacher = random_pair(4, 1, distance=0.7, seed=6)
     behavior = TabularPolicy.random(4, 1, seed=7)
     p, q, mu = (policy.logits[0].softmax(-1) for policy in (student, teacher, behavior))
-    for row in rows().values():
+    for name, row in rows().items():
         weights = [float(row.weight.subs(u, ratio)) + constant for ratio in (q / p)[0].tolist()]
         drawn = mu * torch.tensor(weights, dtype=torch.float64)
-        yield close(expected_gradient(row.loss, student, teacher, behavior=behavior), [p * drawn.sum() - drawn], row)
+        yield close(expected_gradient(row.loss, student, teacher, behavior=behavior), [p * drawn.sum() - drawn], name)
 
 
 def check_followed(table: Table) -> Cases:
     r"""Each loss, run as a black box, follows autograd of $\sum_h P(h)\,D_V(h)$ with $P$ held fixed."""
-    u = divergences.symbol()
-    pair = random_pair(4, 2, distance=0.7, seed=5)
     for name, generator in table().items():
-        black_box = _black_box(name)
         # Torch takes logarithms of tensors only: constants go in as numbers.
         parts = [x for x in sympy.preorder_traversal(generator) if getattr(x, "is_number", False) and not x.is_Rational]
-        function = sympy.lambdify(u, generator.xreplace({x: sympy.N(x, 20) for x in parts}), "torch")
-        yield close(
-            black_box, autograd_gradient(pair, functools.partial(_token_local, pair, function)), name, generator
-        )
+        in_numbers = generator.xreplace({x: sympy.N(x, 20) for x in parts})
+        function = sympy.lambdify(divergences.symbol(), in_numbers, "torch")
+        yield close(_black_box(name), autograd_gradient(_pair(), _token_local, _pair()[1], function), name)
+
+
+@functools.cache
+def _pair() -> Pair:
+    return random_pair(4, 2, distance=0.7, seed=5)
 
 
 @functools.cache
 def _black_box(name: str) -> list[Tensor]:
-    return expected_gradient(rows()[name].loss, *random_pair(4, 2, distance=0.7, seed=5))
+    return expected_gradient(rows()[name].loss, *_pair())
 
 
-def _token_local(pair: Pair, generator: Callable[[Tensor], Tensor], student: TabularPolicy) -> Tensor:
-    """The divergence of both tokens' rows, prefixes drawn from the student but not differentiated."""
+def _token_local(student: TabularPolicy, teacher: TabularPolicy, generator: Callable[[Tensor], Tensor]) -> Tensor:
+    """The divergence of both tokens' rows; prefixes are drawn from the student but not differentiated."""
     total = torch.zeros((), dtype=torch.float64)
     reach = torch.ones(1, dtype=torch.float64)
-    for level, teacher in zip(student.logits, pair[1].logits, strict=True):
-        p, q = torch.softmax(level, -1), torch.softmax(teacher, -1)
+    for levels in zip(student.logits, teacher.logits, strict=True):
+        p, q = (torch.softmax(level, -1) for level in levels)
         u = q / p
         total = total + (reach.unsqueeze(-1) * p * generator(u) * torch.ones_like(u)).sum()
         reach = (reach.unsqueeze(-1) * p).detach().flatten()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from fractions import Fraction
@@ -14,7 +15,15 @@ from torch import Tensor
 
 from opdtheory import divergences
 from opdtheory.divergences import Divergence, implied_generator_values
-from opdtheory.theorems.instances.cases import catalogue, enclose, interval, rational_distributions, values_of
+from opdtheory.theorems.instances.cases import (
+    at_atoms,
+    catalogue,
+    enclose,
+    interval,
+    perspective,
+    rational_distributions,
+)
+from opdtheory.theorems.instances.one_sample import in_logits, mean_gradient, weight_of
 from opdtheory.theorems.theorem import Cases, Identity, Step, Theorem, close, holds, same
 from opdtheory.theorems.weight.corollaries import (
     Row,
@@ -51,36 +60,40 @@ def _implied_divergence() -> Theorem:
         ),
         hypotheses=(
             "the estimator descends -E_p[w(u) s] with a weight of the ratio alone, locally bounded on (0, ∞)",
-            "where w jumps, V has a kink and any value between the sides serves",
+            "where w jumps, V has a kink, and any value between the two sides will do",
         ),
         source="derived here",
         advice="Plot the local weight over log u: where it falls as u grows, no divergence is being minimised.",
         derivation=(
-            Step(r"u V' - V = w", "differentiate the integral, w undefined", _inverse),
-            Step(r"V[k] = k\,(u - 1)", "a constant weight is a gauge: both stand for nothing", _constant_is_gauge),
+            Step(r"u V' - V = w", "differentiate the integral, with w an undefined function", _inverse),
+            Step(r"V[k] = k\,(u - 1)", "a constant weight is a gauge: neither moves the gradient", _constant_is_gauge),
             Step(
                 r"\int_1^u w_f(t)\,t^{-2}dt = f(u)/u - f(1) \implies V[w_f] = f",
-                "f/t is the primitive, f undefined, and f(1) = 0",
+                "f/t is the primitive, with f an undefined function, and f(1) = 0",
                 _primitive,
             ),
-            Step(r"V[w]'' = w'/u", "differentiate twice, w undefined", _second_derivative),
+            Step(r"V[w]'' = w'/u", "differentiate twice, with w an undefined function", _second_derivative),
             Step(
                 r"V'(b) - V'(a) = \int_a^b \frac{dw(t)}{t}\ \ge\ \frac{w(b) - w(a)}{b}",
-                "by parts; with jumps as a Stieltjes integral, each jump j at t adding j/t: V' never falls if and only"
-                " if w never does, differentiable or not",
+                "by parts; with jumps, a Stieltjes integral to which a jump j at t adds j/t. So V' never falls if and"
+                " only if w never does, differentiable or not",
                 _monotone_is_convex,
                 in_words=True,
             ),
             Step(
                 r"\nabla_\theta\,\kappa(\log u) = -\kappa'(\log u)\,s",
-                "a loss of log u that is differentiated has its slope for a weight, kappa undefined",
+                "differentiating a loss of log u makes its slope the weight of the score; kappa is undefined",
                 _loss_weight,
             ),
-            Step(r"V[-f]'' = -f'/u", "stop-gradient is genuine exactly if f never rises", _stop_gradient),
+            Step(
+                r"V[-f]'' = -f'/u",
+                "stop-gradient descends a genuine divergence exactly if f never rises",
+                _stop_gradient,
+            ),
             Step(
                 r"w \text{ non-decreasing} \implies \mathrm{clamp}(w, a, b),\ w(\mathrm{clamp}(\log u, -C, C))"
                 r" \text{ non-decreasing}",
-                "a clamp never falls, and neither does a composition of maps that never fall",
+                "a clamp is a map that never falls, and neither does a composition of such maps",
                 _clips,
                 in_words=True,
             ),
@@ -208,15 +221,15 @@ def _numeric() -> tuple[Identity, ...]:
     )
 
 
-def _check_inverse(weight_of: SymbolicWeight) -> Cases:
+def _check_inverse(back: SymbolicWeight) -> Cases:
     r"""$w_{V[w]} - w$ is constant, symbolically, for the smooth weights of the corollary table."""
     u = divergences.symbol()
-    for row in _smooth_rows():
-        yield holds(sympy.simplify(sympy.diff(weight_of(implied(row.weight), u) - row.weight, u)) == 0, row)
+    for name, row in _smooth_rows():
+        yield holds(sympy.simplify(sympy.diff(back(implied(row.weight), u) - row.weight, u)) == 0, name)
 
 
-def _smooth_rows() -> Iterator[Row]:
-    return (row for row in rows().values() if not row.weight.has(sympy.Max, sympy.Min, sympy.sign))
+def _smooth_rows() -> Iterator[tuple[str, Row]]:
+    return ((name, row) for name, row in rows().items() if not row.weight.has(sympy.Max, sympy.Min, sympy.sign))
 
 
 def _check_round_trip(gauge: Callable[[sympy.Symbol], sympy.Expr]) -> Cases:
@@ -224,35 +237,26 @@ def _check_round_trip(gauge: Callable[[sympy.Symbol], sympy.Expr]) -> Cases:
     u = divergences.symbol()
     for name in _CLOSED:
         f = divergences.divergence(name).expr
-        back = implied(u * sympy.diff(f, u) - f)
         slope = sympy.diff(f, u).subs(u, 1)
-        yield holds(sympy.simplify(back + slope * gauge(u) - f) == 0, name)
+        yield holds(sympy.simplify(implied(weight_of(name)) + slope * gauge(u) - f) == 0, name)
 
 
 def _check_convexity(genuine: Callable[[Row], bool]) -> Cases:
-    r"""$V[w]'' = w'/u$, so that $V[w]$ is convex exactly if $w$ never falls: here by the library's convexity test."""
+    r"""$V[w]'' = w'/u$, so $V[w]$ is convex exactly if $w$ never falls; the library's test decides the convexity."""
     u = divergences.symbol()
-    for row in _smooth_rows():
-        yield holds(sympy.simplify(sympy.diff(implied(row.weight), u, 2) - sympy.diff(row.weight, u) / u) == 0, row)
-    for row in rows().values():
-        yield holds(convex(implied(row.weight)) == genuine(row), row)
+    for name, row in _smooth_rows():
+        gap = sympy.diff(implied(row.weight), u, 2) - sympy.diff(row.weight, u) / u
+        yield holds(sympy.simplify(gap) == 0, name, "curvature")
+    for name, row in rows().items():
+        yield holds(convex(implied(row.weight)) == genuine(row), name, "convexity")
 
 
 _POINTS = [Fraction(k, 16) for k in range(1, 33)] + [Fraction(k) for k in (3, 5, 10, 30, 100)]
 
 
-def _weights(row: Row) -> list[float]:
-    u = divergences.symbol()
-    return [float(row.weight.subs(u, _rational(point))) for point in _POINTS]
-
-
 def _never_falls(row: Row) -> bool:
-    weights = _weights(row)
-    return all(right >= left for left, right in zip(weights, weights[1:], strict=False))
-
-
-def _rational(value: Fraction) -> sympy.Expr:
-    return sympy.Rational(value.numerator, value.denominator)
+    weights = [float(row.weight.subs(divergences.symbol(), sympy.Rational(point))) for point in _POINTS]
+    return all(right >= left for left, right in itertools.pairwise(weights))
 
 
 def _check_stop_gradient(genuine: Callable[[sympy.Expr], bool]) -> Cases:
@@ -261,16 +265,15 @@ def _check_stop_gradient(genuine: Callable[[sympy.Expr], bool]) -> Cases:
     gauges = {"jsd": (-sympy.log(2) / 2,), "forward_kl": (0, -1, -2)}
     for name in ("reverse_kl", "forward_kl", "jsd", "chi2", "hellinger", "le_cam", "total_variation"):
         for c in gauges.get(name, (0, -1)):
-            f = divergences.divergence(name).expr + c * u  # a constant of f makes neither side another
-            yield holds(convex(implied(-f)) == genuine(f), name, c)
+            f = divergences.divergence(name).expr + c * u  # a constant of f changes neither side
+            yield holds(convex(implied(-f)) == genuine(f), name, f"gauge {c}")
 
 
 def _never_rises(f: sympy.Expr) -> bool:
     u = divergences.symbol()
     value = sympy.lambdify(u, f, "mpmath")
     points = [2.0**k for k in range(-40, 41)]
-    values = [value(point) for point in points]
-    return all(right <= left + 1e-12 for left, right in zip(values, values[1:], strict=False))
+    return all(right <= left + 1e-12 for left, right in itertools.pairwise(map(value, points)))
 
 
 def _falls_at_one(f: sympy.Expr) -> bool:
@@ -285,12 +288,11 @@ def _check_quadrature(weight: Callable[[Divergence, Tensor], Tensor]) -> Cases:
     for divergence in catalogue():
         slope = divergence.log_slope(zero)
         expected = divergence.generator(log_u) - slope * torch.expm1(log_u)
-        values = implied_generator_values(lambda t, d=divergence: weight(d, t), log_u, breaks=(0.0,))  # type: ignore[misc]
+        values = implied_generator_values(functools.partial(weight, divergence), log_u, breaks=(0.0,))
         yield close(values, expected, divergence)
 
 
 # Exact and rigorous forms.
-
 
 # Weights whose implied generators take fractions to fractions: coefficients of powers of u.
 _POWERS = ({2: 1}, {-1: -1}, {3: 1, -2: -2})
@@ -304,25 +306,16 @@ def _rational_weights() -> list[sympy.Expr]:
     return [*sums, clipped, sympy.sign(sympy.log(u))]
 
 
-def _check_rational(weight_of: Callable[[sympy.Expr], sympy.Expr]) -> Cases:
+def _check_rational(claim: Callable[[sympy.Expr], sympy.Expr]) -> Cases:
     r"""In fractions: the slope of $\sum_a p_a V[w](q_a/p_a)$ in the logits is $-p_a (w_a - E_p w)$."""
-    u, p, q = divergences.symbol(), sympy.Symbol("p", positive=True), sympy.Symbol("q", positive=True)
     for weight in _rational_weights():
-        in_p = sympy.diff(p * implied(weight).subs(u, q / p), p)
-        claimed = weight_of(weight)
+        term, p, _ = perspective(implied(weight))
+        in_p, claimed = sympy.diff(term, p), claim(weight)
         for student, teacher in rational_distributions()[:4]:
             if weight.has(sympy.sign) and any(a == b for a, b in zip(student, teacher, strict=True)):
                 continue  # at a jump of the weight the generator has a kink, and no slope
-            slopes = [values_of(in_p, {p: a, q: b}) for a, b in zip(student, teacher, strict=True)]
-            weights = [values_of(claimed, {u: b / a}) for a, b in zip(student, teacher, strict=True)]
-            mean_slope, mean = (sum(a * v for a, v in zip(student, vs, strict=True)) for vs in (slopes, weights))
-            yield same(
-                [a * (v - mean_slope) for a, v in zip(student, slopes, strict=True)],
-                [-a * (v - mean) for a, v in zip(student, weights, strict=True)],
-                weight,
-                student,
-                teacher,
-            )
+            slopes, weights = (at_atoms(expr, student, teacher) for expr in (in_p, claimed))
+            yield same(in_logits(student, slopes), mean_gradient(student, weights), weight, student, teacher)
 
 
 _CORNERS = tuple(Fraction(a, b) for a, b in ((1, 50), (1, 5), (2, 3), (5, 4), (5, 2), (7, 1), (60, 1)))
@@ -330,40 +323,37 @@ _CORNERS = tuple(Fraction(a, b) for a, b in ((1, 50), (1, 5), (2, 3), (5, 4), (5
 
 def _enclosed(expr: sympy.Expr, point: Fraction) -> Any:
     """An interval around an expression in `u` at a rational point off its kinks."""
-    u, e = divergences.symbol(), sympy.Symbol("e", positive=True)
-    at = _rational(point)
+    u, e, at = divergences.symbol(), sympy.Symbol("e", positive=True), sympy.Rational(point)
     for node in sorted(expr.atoms(sympy.Piecewise), key=sympy.count_ops):
         branch = next(value for value, condition in node.args if bool(condition.subs(u, at)))
         expr = expr.xreplace({node: branch})
     if expr.has(sympy.Max, sympy.Min, sympy.sign):
         expr = expr.subs(u, at)
-    point_interval = interval(point)
-    return enclose(expr.xreplace({sympy.E: e}), {u: point_interval, e: iv.exp(iv.mpf(1))})
+    return enclose(expr.xreplace({sympy.E: e}), {u: interval(point), e: iv.exp(iv.mpf(1))})
 
 
 def _check_certified(genuine: Callable[[Row], bool]) -> Cases:
     r"""$V'$ of the stated generators, in intervals: certified to fall between two rational points, or never so."""
     u = divergences.symbol()
-    for row in rows().values():
+    for name, row in rows().items():
         if row.generator.has(sympy.Abs):
             continue
         slopes = [_enclosed(sympy.diff(row.generator, u), point) for point in _CORNERS]
-        falls = any(bool((right - left).b < 0) for left, right in zip(slopes, slopes[1:], strict=False))
-        yield holds(falls != genuine(row), row)
+        falls = any(bool((right - left).b < 0) for left, right in itertools.pairwise(slopes))
+        yield holds(falls != genuine(row), name)
 
 
 def _check_rise(least: Callable[[Any, Any, Any], Any]) -> Cases:
     r"""For monotone weights, smooth or clipped: $V'(b) - V'(a) \ge (w(b) - w(a))/b$ certified, for all $a < b$."""
-    u = divergences.symbol()
-    for row in rows().values():
+    for name, row in rows().items():
         if not row.genuine or row.generator.has(sympy.Abs):
             continue
-        slope = sympy.diff(row.generator, u)
-        at = [(interval(b), _enclosed(slope, b), _enclosed(row.weight, b)) for b in _CORNERS]
+        slope = sympy.diff(row.generator, divergences.symbol())
+        at = [(b, _enclosed(slope, b), _enclosed(row.weight, b)) for b in _CORNERS]
         for (a, slope_a, w_a), (b, slope_b, w_b) in itertools.combinations(at, 2):
-            gap = slope_b - slope_a - least(a, b, w_b - w_a)
+            gap = slope_b - slope_a - least(interval(a), interval(b), w_b - w_a)
             flat = bool(abs(w_b - w_a).b < 1e-40)
-            yield holds(bool(abs(gap).b < 1e-40) if flat else bool(gap.a > 0), row, a, slope_a, w_a, b, slope_b, w_b)
+            yield holds(bool(abs(gap).b < 1e-40) if flat else bool(gap.a > 0), name, f"a {a}", f"b {b}")
 
 
 # The derivation, with weight and generator undefined functions.
