@@ -18,7 +18,7 @@ from opdtheory.estimators import estimator
 from opdtheory.exact import exact_gradient, exact_value, expected_gradient
 from opdtheory.rollouts import Rollouts
 from opdtheory.theorems.instances.cases import RATIONAL, catalogue, interval, pairs, rational_distributions, values_of
-from opdtheory.theorems.instances.kept_tokens import in_logits
+from opdtheory.theorems.instances.one_sample import in_logits
 from opdtheory.theorems.theorem import Cases, Identity, Step, Theorem, close, furthest, holds, overlap, same
 
 __all__ = ["theorems"]
