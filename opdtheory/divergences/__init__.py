@@ -7,14 +7,11 @@ from typing import Any
 from opdtheory.divergences.catalogue import (
     alpha,
     chi2,
-    divergence,
-    families,
     forward_kl,
     hellinger,
     jeffreys,
     jsd,
     le_cam,
-    names,
     neyman_chi2,
     reverse_kl,
     skew_forward_kl,
@@ -24,6 +21,7 @@ from opdtheory.divergences.catalogue import (
 )
 from opdtheory.divergences.divergence import Divergence
 from opdtheory.divergences.quadrature import implied_generator_values
+from opdtheory.divergences.registry import divergence, entries, families, names
 from opdtheory.divergences.transform import (
     implied_generator,
     is_convex,
@@ -65,4 +63,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name == "u":
         return symbol()
+    found = {each.name: each for each in entries()}
+    if name in found:
+        return found[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,11 +6,8 @@ in the symbolic generator and in the numbers alike.
 
 from __future__ import annotations
 
-import difflib
 import functools
-import inspect
 import math
-import re
 from collections.abc import Callable
 from decimal import Decimal, localcontext
 from fractions import Fraction
@@ -20,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from opdtheory.divergences.divergence import Divergence, Form, Parameters
+from opdtheory.divergences.divergence import Divergence, Form
 from opdtheory.divergences.logspace import (
     TwoFloat,
     box_cox,
@@ -34,74 +31,15 @@ from opdtheory.divergences.logspace import (
     sigmoid,
     xlogx_remainder,
 )
+from opdtheory.divergences.registry import entry, family, member
 from opdtheory.divergences.transform import symbol
 from opdtheory.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     import sympy
 
-__all__ = [
-    "FAMILIES",
-    "alpha",
-    "chi2",
-    "divergence",
-    "families",
-    "forward_kl",
-    "hellinger",
-    "jeffreys",
-    "jsd",
-    "le_cam",
-    "names",
-    "neyman_chi2",
-    "reverse_kl",
-    "skew_forward_kl",
-    "skew_jsd",
-    "skew_reverse_kl",
-    "total_variation",
-]
-
 _INF = math.inf
 _LOG2 = math.log(2.0)
-
-
-def _entry(
-    name: str,
-    expr: Callable[[], sympy.Expr],
-    *,
-    generator: Form,
-    log_slope: Form,
-    weight: Form,
-    curvature: Form,
-    curvature_slope: Callable[[Tensor], Tensor],
-    slope_at_infinity: float,
-    reference: str,
-    parameters: dict[str, float] | None = None,
-) -> Divergence:
-    forms = {
-        "generator": generator,
-        "log_slope": log_slope,
-        "weight": weight,
-        "curvature": curvature,
-        # A curvature that levels off has no slope left; one that diverges does so exponentially.
-        "curvature_slope": Form(
-            curvature_slope,
-            -_INF if math.isinf(curvature.at_zero) else 0.0,
-            _INF if math.isinf(curvature.at_infinity) else 0.0,
-        ),
-    }
-    return Divergence(
-        name=name,
-        parameters=Parameters(parameters),
-        reference=reference,
-        _forms=forms,
-        _slope_at_infinity=slope_at_infinity,
-        _make_expr=functools.cache(expr),
-        _remake=(_from_names, (name, dict(parameters or {}))),
-    )
-
-
-def _from_names(name: str, parameters: dict[str, float]) -> Divergence:
-    return divergence(name, **parameters)
 
 
 def _constant(value: float) -> Callable[[Tensor], Tensor]:
@@ -134,7 +72,7 @@ def _jsd_generator(t: Tensor) -> Tensor:
     return torch.where(t.abs() < 2.0, near, far)
 
 
-reverse_kl = _entry(
+reverse_kl = entry(
     "reverse_kl",
     lambda: -_log_u(),
     generator=Form(lambda t: -t, _INF, -_INF),
@@ -150,7 +88,7 @@ r"""Reverse KL, $D = KL(p\|q)$: $f = -\log u$. Range $[0, \infty]$, not symmetri
 Reference: Kullback & Leibler (1951); in distillation MiniLLM, arXiv 2306.08543.
 """
 
-forward_kl = _entry(
+forward_kl = entry(
     "forward_kl",
     lambda: symbol() * _log_u(),
     generator=Form(lambda t: mul_exp(t, t), 0.0, _INF),
@@ -166,7 +104,7 @@ r"""Forward KL, $D = KL(q\|p)$: $f = u \log u$. Range $[0, \infty]$, not symmetr
 Reference: Kullback & Leibler (1951).
 """
 
-jsd = _entry(
+jsd = entry(
     "jsd",
     _jsd_expr,
     generator=Form(_jsd_generator, _LOG2 / 2, _INF),
@@ -183,122 +121,8 @@ $f = \frac12 [u \log u - (u+1) \log\frac{u+1}2]$. Range $[0, \log 2]$, symmetric
 Reference: Lin (1991), doi:10.1109/18.61115.
 """
 
-chi2 = _entry(
-    "chi2",
-    lambda: (symbol() - 1) ** 2,
-    generator=Form(lambda t: torch.expm1(t) ** 2, 1.0, _INF),
-    log_slope=Form(lambda t: mul_exp(2 * torch.expm1(t), t), 0.0, _INF),
-    weight=Form(lambda t: torch.expm1(2 * t), -1.0, _INF),
-    curvature=Form(lambda t: 2 * torch.exp(2 * t), 0.0, _INF),
-    curvature_slope=lambda t: 4 * torch.exp(2 * t),
-    slope_at_infinity=_INF,
-    reference="Pearson (1900), doi:10.1080/14786440009463897",
-)
-r"""Pearson $\chi^2$, $D = \sum (q - p)^2 / p$: $f = (u - 1)^2$. Range $[0, \infty]$, not symmetric.
 
-Reference: Pearson (1900).
-"""
-
-neyman_chi2 = _entry(
-    "neyman_chi2",
-    lambda: (symbol() - 1) ** 2 / symbol(),
-    generator=Form(lambda t: (2 * torch.sinh(t / 2)) ** 2, _INF, _INF),
-    log_slope=Form(lambda t: 2 * torch.sinh(t), -_INF, _INF),
-    weight=Form(lambda t: -2 * torch.expm1(-t), -_INF, 2.0),
-    curvature=Form(lambda t: 2 * torch.exp(-t), _INF, 0.0),
-    curvature_slope=lambda t: -2 * torch.exp(-t),
-    slope_at_infinity=1.0,
-    reference="Neyman (1949), Proc. Berkeley Symp. Math. Stat. Prob. 1, 239-273",
-)
-r"""Neyman $\chi^2$, $D = \sum (q - p)^2 / q$: $f = (u - 1)^2 / u$. Range $[0, \infty]$, not symmetric.
-
-Reference: Neyman (1949), first Berkeley Symposium, 239-273.
-"""
-
-
-def _hellinger_expr() -> sympy.Expr:
-    import sympy
-
-    return (sympy.sqrt(symbol()) - 1) ** 2
-
-
-hellinger = _entry(
-    "hellinger",
-    _hellinger_expr,
-    generator=Form(lambda t: torch.expm1(t / 2) ** 2, 1.0, _INF),
-    log_slope=Form(lambda t: torch.exp(t / 2) * torch.expm1(t / 2), 0.0, _INF),
-    weight=Form(lambda t: torch.expm1(t / 2), -1.0, _INF),
-    curvature=Form(lambda t: torch.exp(t / 2) / 2, 0.0, _INF),
-    curvature_slope=lambda t: torch.exp(t / 2) / 4,
-    slope_at_infinity=1.0,
-    reference="Hellinger (1909), doi:10.1515/crll.1909.136.210",
-)
-r"""Squared Hellinger, $D = \sum (\sqrt q - \sqrt p)^2$: $f = (\sqrt u - 1)^2$. Range $[0, 2]$, symmetric.
-
-Reference: Hellinger (1909), doi:10.1515/crll.1909.136.210.
-"""
-
-
-def _total_variation_expr() -> sympy.Expr:
-    import sympy
-
-    return sympy.Abs(symbol() - 1) / 2
-
-
-def _total_variation_generator(t: Tensor) -> Tensor:
-    return torch.where(t > 700.0, mul_exp(0.5, t), torch.expm1(t).abs() / 2)
-
-
-total_variation = _entry(
-    "total_variation",
-    _total_variation_expr,
-    generator=Form(_total_variation_generator, 0.5, _INF),
-    log_slope=Form(lambda t: mul_exp(torch.sign(t) / 2, t), 0.0, _INF),
-    weight=Form(lambda t: torch.sign(t) / 2, -0.5, 0.5),
-    curvature=Form(torch.zeros_like, 0.0, 0.0),
-    curvature_slope=torch.zeros_like,
-    slope_at_infinity=0.5,
-    reference="Csiszar (1967), Studia Sci. Math. Hungar. 2, 299-318",
-)
-r"""Total variation, $D = \frac12 \sum |q - p|$: $f = \frac12 |u - 1|$. Range $[0, 1]$, symmetric.
-
-At the kink $u = 1$ slope and weight are 0, the middle of the subdifferential, and `curvature`, a delta function
-there, is taken to be 0 everywhere. Reference: Csiszar (1967), Studia Sci. Math. Hungar. 2, 299-318.
-"""
-
-le_cam = _entry(
-    "le_cam",
-    lambda: (symbol() - 1) ** 2 / (symbol() + 1),
-    generator=Form(lambda t: torch.expm1(t) * torch.tanh(t / 2), 1.0, _INF),
-    log_slope=Form(lambda t: torch.tanh(t / 2) * sigmoid(t) * (torch.exp(t) + 3), 0.0, _INF),
-    weight=Form(lambda t: torch.tanh(t / 2) * (1 + 2 * sigmoid(t)), -1.0, 3.0),
-    curvature=Form(lambda t: 8 * sigmoid(t) ** 2 * sigmoid(-t), 0.0, 0.0),
-    curvature_slope=lambda t: 8 * sigmoid(t) ** 2 * sigmoid(-t) * (2 * sigmoid(-t) - sigmoid(t)),
-    slope_at_infinity=1.0,
-    reference="Le Cam (1986), Asymptotic Methods in Statistical Decision Theory; Vincze (1981)",
-)
-r"""Le Cam (triangular discrimination), $D = \sum (q - p)^2 / (q + p)$: $f = (u - 1)^2 / (u + 1)$.
-
-Range $[0, 2]$, symmetric. Reference: Le Cam (1986), Asymptotic Methods in Statistical Decision Theory.
-"""
-
-jeffreys = _entry(
-    "jeffreys",
-    lambda: (symbol() - 1) * _log_u(),
-    generator=Form(lambda t: t * torch.expm1(t), _INF, _INF),
-    log_slope=Form(lambda t: mul_exp(t, t) + torch.expm1(t), -1.0, _INF),
-    weight=Form(lambda t: torch.expm1(t) + t, -_INF, _INF),
-    curvature=Form(lambda t: torch.exp(t) + 1, 1.0, _INF),
-    curvature_slope=torch.exp,
-    slope_at_infinity=_INF,
-    reference="Jeffreys (1946), doi:10.1098/rspa.1946.0056",
-)
-r"""Jeffreys, $D = KL(p\|q) + KL(q\|p)$: $f = (u - 1) \log u$. Range $[0, \infty]$, symmetric.
-
-Reference: Jeffreys (1946), doi:10.1098/rspa.1946.0056.
-"""
-
-
+@family(sought=(1e-3, 1.0 - 1e-3), drawn=(0.01, 0.99), examples=(0.1, 0.9))
 def skew_jsd(beta: float) -> Divergence:
     r"""Skew Jensen-Shannon, $D = \beta KL(q\|m) + (1-\beta) KL(p\|m)$, $m = \beta q + (1-\beta) p$.
 
@@ -315,7 +139,7 @@ def skew_jsd(beta: float) -> Divergence:
 
     References: arXiv 2306.13649; Lin (1991), doi:10.1109/18.61115.
     """
-    exact = _parameter("beta", beta, lambda x: 0 <= x <= 1, "in [0, 1]")
+    exact = _parameter("beta", beta, lambda x: 0 <= x <= 1, "a real number in [0, 1]")
     b, c = float(exact), float(1 - exact)
     variance = float(exact * (1 - exact))
 
@@ -346,7 +170,7 @@ def skew_jsd(beta: float) -> Divergence:
             "weight": Form(lambda t: c * log_mixture(t, b, c), c * _log(1 - exact), _INF),
             "curvature": Form(lambda t: variance * mixture_ratio(t, b, c), 0.0, c),
         }
-    return _entry(
+    return member(
         "skew_jsd",
         expr,
         **forms,
@@ -362,6 +186,123 @@ def _skew_jsd_near(t: Tensor, b: float) -> Tensor:
     return b * xlogx_remainder(t) - xlogx_remainder(torch.log1p(excess))
 
 
+chi2 = entry(
+    "chi2",
+    lambda: (symbol() - 1) ** 2,
+    generator=Form(lambda t: torch.expm1(t) ** 2, 1.0, _INF),
+    log_slope=Form(lambda t: mul_exp(2 * torch.expm1(t), t), 0.0, _INF),
+    weight=Form(lambda t: torch.expm1(2 * t), -1.0, _INF),
+    curvature=Form(lambda t: 2 * torch.exp(2 * t), 0.0, _INF),
+    curvature_slope=lambda t: 4 * torch.exp(2 * t),
+    slope_at_infinity=_INF,
+    reference="Pearson (1900), doi:10.1080/14786440009463897",
+)
+r"""Pearson $\chi^2$, $D = \sum (q - p)^2 / p$: $f = (u - 1)^2$. Range $[0, \infty]$, not symmetric.
+
+Reference: Pearson (1900).
+"""
+
+neyman_chi2 = entry(
+    "neyman_chi2",
+    lambda: (symbol() - 1) ** 2 / symbol(),
+    generator=Form(lambda t: (2 * torch.sinh(t / 2)) ** 2, _INF, _INF),
+    log_slope=Form(lambda t: 2 * torch.sinh(t), -_INF, _INF),
+    weight=Form(lambda t: -2 * torch.expm1(-t), -_INF, 2.0),
+    curvature=Form(lambda t: 2 * torch.exp(-t), _INF, 0.0),
+    curvature_slope=lambda t: -2 * torch.exp(-t),
+    slope_at_infinity=1.0,
+    reference="Neyman (1949), Proc. Berkeley Symp. Math. Stat. Prob. 1, 239-273",
+)
+r"""Neyman $\chi^2$, $D = \sum (q - p)^2 / q$: $f = (u - 1)^2 / u$. Range $[0, \infty]$, not symmetric.
+
+Reference: Neyman (1949), first Berkeley Symposium, 239-273.
+"""
+
+
+def _hellinger_expr() -> sympy.Expr:
+    import sympy
+
+    return (sympy.sqrt(symbol()) - 1) ** 2
+
+
+hellinger = entry(
+    "hellinger",
+    _hellinger_expr,
+    generator=Form(lambda t: torch.expm1(t / 2) ** 2, 1.0, _INF),
+    log_slope=Form(lambda t: torch.exp(t / 2) * torch.expm1(t / 2), 0.0, _INF),
+    weight=Form(lambda t: torch.expm1(t / 2), -1.0, _INF),
+    curvature=Form(lambda t: torch.exp(t / 2) / 2, 0.0, _INF),
+    curvature_slope=lambda t: torch.exp(t / 2) / 4,
+    slope_at_infinity=1.0,
+    reference="Hellinger (1909), doi:10.1515/crll.1909.136.210",
+)
+r"""Squared Hellinger, $D = \sum (\sqrt q - \sqrt p)^2$: $f = (\sqrt u - 1)^2$. Range $[0, 2]$, symmetric.
+
+Reference: Hellinger (1909), doi:10.1515/crll.1909.136.210.
+"""
+
+
+def _total_variation_expr() -> sympy.Expr:
+    import sympy
+
+    return sympy.Abs(symbol() - 1) / 2
+
+
+def _total_variation_generator(t: Tensor) -> Tensor:
+    return torch.where(t > 700.0, mul_exp(0.5, t), torch.expm1(t).abs() / 2)
+
+
+total_variation = entry(
+    "total_variation",
+    _total_variation_expr,
+    generator=Form(_total_variation_generator, 0.5, _INF),
+    log_slope=Form(lambda t: mul_exp(torch.sign(t) / 2, t), 0.0, _INF),
+    weight=Form(lambda t: torch.sign(t) / 2, -0.5, 0.5),
+    curvature=Form(torch.zeros_like, 0.0, 0.0),
+    curvature_slope=torch.zeros_like,
+    slope_at_infinity=0.5,
+    reference="Csiszar (1967), Studia Sci. Math. Hungar. 2, 299-318",
+)
+r"""Total variation, $D = \frac12 \sum |q - p|$: $f = \frac12 |u - 1|$. Range $[0, 1]$, symmetric.
+
+At the kink $u = 1$ slope and weight are 0, the middle of the subdifferential, and `curvature`, a delta function
+there, is taken to be 0 everywhere. Reference: Csiszar (1967), Studia Sci. Math. Hungar. 2, 299-318.
+"""
+
+le_cam = entry(
+    "le_cam",
+    lambda: (symbol() - 1) ** 2 / (symbol() + 1),
+    generator=Form(lambda t: torch.expm1(t) * torch.tanh(t / 2), 1.0, _INF),
+    log_slope=Form(lambda t: torch.tanh(t / 2) * sigmoid(t) * (torch.exp(t) + 3), 0.0, _INF),
+    weight=Form(lambda t: torch.tanh(t / 2) * (1 + 2 * sigmoid(t)), -1.0, 3.0),
+    curvature=Form(lambda t: 8 * sigmoid(t) ** 2 * sigmoid(-t), 0.0, 0.0),
+    curvature_slope=lambda t: 8 * sigmoid(t) ** 2 * sigmoid(-t) * (2 * sigmoid(-t) - sigmoid(t)),
+    slope_at_infinity=1.0,
+    reference="Le Cam (1986), Asymptotic Methods in Statistical Decision Theory; Vincze (1981)",
+)
+r"""Le Cam (triangular discrimination), $D = \sum (q - p)^2 / (q + p)$: $f = (u - 1)^2 / (u + 1)$.
+
+Range $[0, 2]$, symmetric. Reference: Le Cam (1986), Asymptotic Methods in Statistical Decision Theory.
+"""
+
+jeffreys = entry(
+    "jeffreys",
+    lambda: (symbol() - 1) * _log_u(),
+    generator=Form(lambda t: t * torch.expm1(t), _INF, _INF),
+    log_slope=Form(lambda t: mul_exp(t, t) + torch.expm1(t), -1.0, _INF),
+    weight=Form(lambda t: torch.expm1(t) + t, -_INF, _INF),
+    curvature=Form(lambda t: torch.exp(t) + 1, 1.0, _INF),
+    curvature_slope=torch.exp,
+    slope_at_infinity=_INF,
+    reference="Jeffreys (1946), doi:10.1098/rspa.1946.0056",
+)
+r"""Jeffreys, $D = KL(p\|q) + KL(q\|p)$: $f = (u - 1) \log u$. Range $[0, \infty]$, symmetric.
+
+Reference: Jeffreys (1946), doi:10.1098/rspa.1946.0056.
+"""
+
+
+@family(sought=(-4.0, 4.0), drawn=(-3.0, 4.0), examples=(-1.5, 0.0, 0.3, 1.0, 2.5))
 def alpha(alpha: float) -> Divergence:
     r"""Cressie-Read power divergence, $D = \frac{1}{\alpha(\alpha-1)} \left(\sum q^\alpha p^{1-\alpha} - 1\right)$.
 
@@ -380,7 +321,7 @@ def alpha(alpha: float) -> Divergence:
 
     References: Cressie & Read (1984), doi:10.1111/j.2517-6161.1984.tb01318.x; Box & Cox (1964).
     """
-    exact = _parameter("alpha", alpha, lambda x: True, "finite")
+    exact = _parameter("alpha", alpha, lambda x: True, "a finite real number")
     power, below = TwoFloat.of(exact), TwoFloat.of(exact - 1)
     a = power.hi
 
@@ -402,7 +343,7 @@ def alpha(alpha: float) -> Divergence:
         return _float(-1 / exact)
 
     curvature_limits = (1.0, 1.0) if exact == 0 else ((0.0, _INF) if exact > 0 else (_INF, 0.0))
-    return _entry(
+    return member(
         "alpha",
         expr,
         generator=Form(_alpha_generator(exact), _float(1 / exact) if exact > 0 else _INF, _INF),
@@ -482,6 +423,7 @@ def _scaled_box_cox(t: Tensor, power: TwoFloat) -> Tensor:
     return torch.where(tiny, t * _SCALE, expm1_product(t, power, _SCALE / power.hi))
 
 
+@family(sought=(0.0, 1.0 - 1e-3), drawn=(0.0, 0.95), examples=(0.0, 0.3))
 def skew_forward_kl(lam: float) -> Divergence:
     r"""Skew forward KL, $D = KL(q \,\|\, \lambda q + (1-\lambda) p)$.
 
@@ -497,7 +439,7 @@ def skew_forward_kl(lam: float) -> Divergence:
 
     References: DistiLLM, arXiv 2402.03898.
     """
-    exact = _parameter("lam", lam, lambda x: 0 <= x < 1, "in [0, 1)")
+    exact = _parameter("lam", lam, lambda x: 0 <= x < 1, "a real number in [0, 1)")
     b, c = float(exact), float(1 - exact)
     per_ratio = _SkewSlope(exact)
 
@@ -513,7 +455,7 @@ def skew_forward_kl(lam: float) -> Divergence:
         mixture = b * torch.exp(t.clamp(max=0.0)) + c * torch.exp(-t.clamp(min=0.0))
         return (c * torch.exp(-t.abs() / 2) / mixture) ** 2
 
-    return _entry(
+    return member(
         "skew_forward_kl",
         expr,
         generator=Form(lambda t: mul_exp(-log_mixture(-t, c, b), t), 0.0, _INF),
@@ -527,6 +469,7 @@ def skew_forward_kl(lam: float) -> Divergence:
     )
 
 
+@family(sought=(0.0, 1.0 - 1e-3), drawn=(0.0, 0.95), examples=(0.0, 0.3))
 def skew_reverse_kl(lam: float) -> Divergence:
     r"""Skew reverse KL, $D = KL(p \,\|\, \lambda p + (1-\lambda) q)$.
 
@@ -542,7 +485,7 @@ def skew_reverse_kl(lam: float) -> Divergence:
 
     References: DistiLLM, arXiv 2402.03898.
     """
-    exact = _parameter("lam", lam, lambda x: 0 <= x < 1, "in [0, 1)")
+    exact = _parameter("lam", lam, lambda x: 0 <= x < 1, "a real number in [0, 1)")
     b, c = float(exact), float(1 - exact)
     per_ratio = _SkewSlope(exact)
 
@@ -555,7 +498,7 @@ def skew_reverse_kl(lam: float) -> Divergence:
     def curvature(t: Tensor) -> Tensor:
         return (c * mixture_ratio(t, c, b)) ** 2
 
-    return _entry(
+    return member(
         "skew_reverse_kl",
         expr,
         generator=Form(lambda t: -log_mixture(t, c, b), -_log(exact) if exact else _INF, -_INF),
@@ -636,103 +579,5 @@ def _rational(value: Fraction) -> sympy.Expr:
 
 def _parameter(name: str, value: object, valid: Callable[[float], bool], wanted: str) -> Fraction:
     if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or not valid(float(value)):
-        raise InvalidArgumentError(name, f"got {value!r}; a real number {wanted} is needed")
+        raise InvalidArgumentError(name, f"must be {wanted}, got {value!r}")
     return Fraction(repr(float(value)))
-
-
-_ENTRIES: dict[str, Divergence | Callable[..., Divergence]] = {
-    "reverse_kl": reverse_kl,
-    "forward_kl": forward_kl,
-    "jsd": jsd,
-    "skew_jsd": skew_jsd,
-    "chi2": chi2,
-    "neyman_chi2": neyman_chi2,
-    "hellinger": hellinger,
-    "total_variation": total_variation,
-    "le_cam": le_cam,
-    "jeffreys": jeffreys,
-    "alpha": alpha,
-    "skew_forward_kl": skew_forward_kl,
-    "skew_reverse_kl": skew_reverse_kl,
-}
-
-
-# How a member of a family prints.
-_LABEL = re.compile(r"\s*(\w+)\(\s*(\w+)\s*=\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)\s*\)\s*", re.IGNORECASE)
-
-
-def names() -> tuple[str, ...]:
-    """The catalogue's names, parameterised families included."""
-    return tuple(_ENTRIES)
-
-
-def families() -> dict[str, str]:
-    """The names that take a parameter, with the parameter's name.
-
-    Example:
-        >>> families()["skew_jsd"]
-        'beta'
-    """
-    return {
-        name: next(iter(inspect.signature(entry).parameters))
-        for name, entry in _ENTRIES.items()
-        if not isinstance(entry, Divergence)
-    }
-
-
-def divergence(name: str | Divergence, **parameters: float) -> Divergence:
-    """A divergence of the catalogue by name or label; a `Divergence` passes through unchanged.
-
-    Args:
-        name: one of `names()`, a label such as `"alpha(alpha=0.5)"`, or a `Divergence`.
-        parameters: those of the family: `beta` of `skew_jsd`, `alpha` of `alpha`, `lam` of the skew KLs.
-
-    Raises:
-        InvalidArgumentError: an unknown name, or a parameter that is missing, unexpected or out of range.
-
-    Example:
-        >>> divergence("skew_jsd", beta=0.1) == divergence("skew_jsd(beta=0.1)")
-        True
-    """
-    if isinstance(name, Divergence):
-        if parameters:
-            raise InvalidArgumentError(next(iter(parameters)), f"{name.label} is an object and takes no parameters")
-        return name
-    if isinstance(name, str) and (label := _LABEL.fullmatch(name)) and not parameters:
-        return _labelled(label[1], label[2], float(label[3]))
-    if not isinstance(name, str) or name not in _ENTRIES:
-        raise InvalidArgumentError("divergence", _unknown(name))
-    entry = _ENTRIES[name]
-    wanted = () if isinstance(entry, Divergence) else tuple(inspect.signature(entry).parameters)
-    for key in parameters:
-        if key not in wanted:
-            takes = f"takes {', '.join(wanted)}" if wanted else "takes no parameters"
-            raise InvalidArgumentError(key, f"is not a parameter of {name}, which {takes}")
-    for key in wanted:
-        if key not in parameters:
-            raise InvalidArgumentError(key, f'is missing; write divergence("{name}", {key}=...)')
-    return entry if isinstance(entry, Divergence) else entry(**parameters)
-
-
-@functools.lru_cache(maxsize=256)
-def _labelled(name: str, key: str, number: float) -> Divergence:
-    """A member by its label, kept: a loss names one at every step."""
-    return divergence(name, **{key: number})
-
-
-def _unknown(name: object) -> str:
-    close = difflib.get_close_matches(str(name), _ENTRIES, n=1)
-    hint = f"did you mean {close[0]!r}? Known" if close else "known"
-    return f"got {name!r}; {hint} names: {', '.join(_ENTRIES)}"
-
-
-_SOUGHT = {
-    "skew_jsd": (1e-3, 1.0 - 1e-3),
-    "alpha": (-4.0, 4.0),
-    "skew_forward_kl": (0.0, 1.0 - 1e-3),
-    "skew_reverse_kl": (0.0, 1.0 - 1e-3),
-}
-
-
-# Parameterised families of the catalogue, their parameter and the interval in which it is sought.
-FAMILIES = {name: (parameter, *_SOUGHT[name]) for name, parameter in families().items()}

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from opdtheory.choices import Verdict
-from opdtheory.divergences import Divergence, divergence, families, names
+from opdtheory.divergences import Divergence, divergence
+from opdtheory.divergences.registry import parameter_free
 from opdtheory.estimators.base import (
     BATCH_OF_TWO,
     FIXED_LENGTH,
@@ -113,7 +114,7 @@ def _of_advantage(advantage: object, nominal: Divergence, theorem: str, descends
 
 def _other_divergence(weight: Tensor, nominal: Divergence) -> str | None:
     """The label of the catalogue's divergence whose local weight this is, up to a positive scale."""
-    candidates = [divergence(name) for name in names() if name not in families()]
+    candidates = list(parameter_free())
     if nominal.name == "skew_reverse_kl":
         # V[-f] = skew_jsd(1 - lam) / lam: plain OPD with this generator descends the generalised JSD.
         candidates.append(divergence("skew_jsd", beta=round(1 - nominal.parameters["lam"], 12)))

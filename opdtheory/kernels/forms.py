@@ -61,18 +61,13 @@ class Form:
 
 
 def fast_form(divergence: Divergence) -> Form | None:
-    """The form of a divergence of the catalogue, or None where only the reference form is accurate."""
+    """The form of a divergence of the catalogue, or None where there is none or only the reference form is accurate."""
     if divergence._own_expr is not None:
         return None
     if divergence.name in _FIXED:
         return _FIXED[divergence.name]
-    (parameter,) = divergence.parameters.values()
-    if divergence.name == "alpha":
-        return _alpha(parameter)
-    if parameter == 0.0 and divergence.name in _AT_ZERO:
-        return _AT_ZERO[divergence.name]
-    inside = _SHARE <= parameter <= 1 - _SHARE
-    return _SKEW[divergence.name](parameter) if inside and divergence.name in _SKEW else None
+    make = _BY_PARAMETER.get(divergence.name)
+    return None if make is None else make(*divergence.parameters.values())
 
 
 def _forward_kl(distributions: Distributions) -> Filled:
@@ -137,7 +132,15 @@ def _le_cam(distributions: Distributions) -> Filled:
     return Filled(weight, value, row_dot(distributions.p, weight))
 
 
-def _skew_jsd(beta: float) -> Form:
+def _inside(share: float) -> bool:
+    return _SHARE <= share <= 1 - _SHARE
+
+
+def _skew_jsd(beta: float) -> Form | None:
+    return _mixed(beta) if _inside(beta) else None
+
+
+def _mixed(beta: float) -> Form:
     rest = 1.0 - beta
 
     def fill(distributions: Distributions) -> Filled:
@@ -151,7 +154,11 @@ def _skew_jsd(beta: float) -> Form:
     return Form("weight", rest, fill, guardable=True)
 
 
-def _skew_forward_kl(lam: float) -> Form:
+def _skew_forward_kl(lam: float) -> Form | None:
+    if lam == 0.0:
+        return _FIXED["forward_kl"]
+    if not _inside(lam):
+        return None
     rest = 1.0 - lam
 
     def fill(distributions: Distributions) -> Filled:
@@ -166,7 +173,11 @@ def _skew_forward_kl(lam: float) -> Form:
     return Form("weight", rest, fill, guardable=True)
 
 
-def _skew_reverse_kl(lam: float) -> Form:
+def _skew_reverse_kl(lam: float) -> Form | None:
+    if lam == 0.0:
+        return _FIXED["reverse_kl"]
+    if not _inside(lam):
+        return None
     rest = 1.0 - lam
 
     def fill(distributions: Distributions) -> Filled:
@@ -232,7 +243,7 @@ def _multiple(form: Form, factor: float) -> Form:
 _FIXED: dict[str, Form] = {
     "reverse_kl": Form("weight", 1.0, _reverse_kl, by_log_ratio=True),
     "forward_kl": Form("mass", 1.0, _forward_kl, by_log_ratio=True),
-    "jsd": _skew_jsd(0.5),
+    "jsd": _mixed(0.5),
     "chi2": Form("mass", 1.0, _chi2, by_log_ratio=True),
     "neyman_chi2": Form("mass", 2.0, _neyman_chi2, by_log_ratio=True),
     "hellinger": Form("mass", 1.0, _hellinger),
@@ -240,8 +251,8 @@ _FIXED: dict[str, Form] = {
     "le_cam": Form("weight", 2.0, _le_cam, guardable=True),
     "jeffreys": Form("mass", 1.0, _jeffreys, by_log_ratio=True),
 }
-_AT_ZERO: dict[str, Form] = {"skew_forward_kl": _FIXED["forward_kl"], "skew_reverse_kl": _FIXED["reverse_kl"]}
-_SKEW: dict[str, Callable[[float], Form]] = {
+_BY_PARAMETER: dict[str, Callable[[float], Form | None]] = {
+    "alpha": _alpha,
     "skew_jsd": _skew_jsd,
     "skew_forward_kl": _skew_forward_kl,
     "skew_reverse_kl": _skew_reverse_kl,

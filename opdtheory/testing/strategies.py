@@ -9,7 +9,8 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from opdtheory.divergences import Divergence, divergence, names
+from opdtheory.divergences import Divergence
+from opdtheory.divergences.registry import Family, entries
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.exact import TabularPolicy
 from opdtheory.rollouts import Rollouts
@@ -26,14 +27,6 @@ __all__ = ["divergences", "policies", "policy_pairs", "rollouts"]
 Size: TypeAlias = int | tuple[int, int]
 Draw: TypeAlias = Callable[..., Any]  # hypothesis' own protocol cannot be checked at run time
 
-# Parameters in hundredths, so that examples print short: lowest, highest, and where shrinking ends.
-_PARAMETERS = {
-    "skew_jsd": ("beta", 1, 99, 50),
-    "alpha": ("alpha", -300, 400, 0),
-    "skew_forward_kl": ("lam", 0, 95, 0),
-    "skew_reverse_kl": ("lam", 0, 95, 0),
-}
-
 # Logits are drawn one by one, which shrinks best, up to this many; beyond it, a seed is drawn.
 _DRAWN_LOGITS = 96
 
@@ -48,8 +41,9 @@ def divergences(*, families: bool = True, smooth: bool = False) -> st.SearchStra
         families: whether to draw `skew_jsd`, `alpha` and the skew KLs too.
         smooth: whether to leave out `total_variation`, whose generator has a kink.
     """
-    kept = [n for n in names() if (families or n not in _PARAMETERS) and not (smooth and n == "total_variation")]
-    kept.sort(key=lambda name: name != "reverse_kl")
+    kept = [each for each in entries() if families or isinstance(each, Divergence)]
+    kept = [each for each in kept if not (smooth and each.name == "total_variation")]
+    kept.sort(key=lambda each: each.name != "reverse_kl")
     return st.sampled_from(kept).flatmap(_member)
 
 
@@ -161,12 +155,13 @@ def rollouts(
     return Rollouts.from_logits(tokens, student, teacher, mask=mask, behavior_logprobs=behavior_logprobs)
 
 
-def _member(name: str) -> st.SearchStrategy[Divergence]:
-    if name not in _PARAMETERS:
-        return st.just(divergence(name))
-    parameter, low, high, origin = _PARAMETERS[name]
-    hundredths = st.integers(low - origin, high - origin)
-    return hundredths.map(lambda n: divergence(name, **{parameter: (origin + n) / 100}))
+def _member(entry: Divergence | Family) -> st.SearchStrategy[Divergence]:
+    """The divergence, or a family with a parameter in hundredths, which print short; shrinks to zero or the middle."""
+    if isinstance(entry, Divergence):
+        return st.just(entry)
+    low, high = (round(100 * end) for end in entry.drawn)
+    origin = 0 if low <= 0 <= high else (low + high) // 2
+    return st.integers(low - origin, high - origin).map(lambda n: entry((origin + n) / 100))
 
 
 def _dimensions(

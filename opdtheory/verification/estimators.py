@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from opdtheory import divergences
-from opdtheory.divergences import Divergence
-from opdtheory.errors import InvalidArgumentError
+from opdtheory.divergences.registry import parameter_free
 from opdtheory.estimators import Estimator, estimator
 
 if TYPE_CHECKING:
@@ -117,25 +116,15 @@ def _named(weight: sympy.Expr, u: sympy.Symbol) -> str | None:
     """The catalogue entry without a parameter whose weight is a positive multiple of this one (T3, T4)."""
     if weight == 0:
         return None
-    for name in divergences.names():
-        entry = _parameter_free(name)
-        if entry is None:
-            continue
+    for entry in parameter_free():
         other = divergences.weight_of(entry.expr)
         theirs = _curve(other, u, 4)
         theirs = [value - theirs[len(theirs) // 2] for value in theirs]
         ours = _curve(weight, u, 4)
         scale = ours[-1] / theirs[-1]
         if scale > 0 and all(abs(a - scale * b) <= 1e-12 * abs(ours[-1]) for a, b in zip(ours, theirs, strict=True)):
-            return name
+            return entry.name
     return None
-
-
-def _parameter_free(name: str) -> Divergence | None:
-    try:
-        return divergences.divergence(name)
-    except InvalidArgumentError:
-        return None
 
 
 def _curve(weight: sympy.Expr, u: sympy.Symbol, limit: int) -> list[Any]:

@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from opdtheory import divergences
 from opdtheory.divergences import Divergence, symbol, weight_of
-from opdtheory.divergences.catalogue import FAMILIES
+from opdtheory.divergences.registry import parameter_free
 
 if TYPE_CHECKING:
     import sympy
@@ -71,10 +70,14 @@ def catalogue_atom(divergence: Divergence) -> Atom:
     return Atom(divergence.label, values, expr, generator)
 
 
-@functools.cache
 def catalogue_atoms() -> tuple[Atom, ...]:
     """The weights of the catalogue's entries that have no parameter."""
-    return tuple(catalogue_atom(divergences.divergence(name)) for name in divergences.names() if name not in FAMILIES)
+    return _atoms(parameter_free())
+
+
+@functools.lru_cache(maxsize=2)
+def _atoms(entries: tuple[Divergence, ...]) -> tuple[Atom, ...]:
+    return tuple(map(catalogue_atom, entries))
 
 
 @functools.cache

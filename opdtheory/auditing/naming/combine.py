@@ -11,7 +11,7 @@ from torch import Tensor
 from opdtheory import divergences
 from opdtheory.auditing.naming.formula import label_of_terms, simple_ratio
 from opdtheory.auditing.naming.identify import ExactGradients
-from opdtheory.divergences.catalogue import FAMILIES
+from opdtheory.divergences.registry import parameter_free
 from opdtheory.exact import OBJECTIVES
 
 __all__ = ["Combination", "best_combination"]
@@ -57,7 +57,7 @@ def best_combination(
     if any(float(g.norm()) == 0.0 for g in gradients):
         return None
     order = sorted(OBJECTIVES, key=lambda granularity: granularity != prefer)
-    names = [name for name in divergences.names() if name not in FAMILIES and name != "jeffreys"]
+    names = [entry.name for entry in parameter_free() if entry.name != "jeffreys"]
     designs = {granularity: _design(gradients, exact, names, granularity) for granularity in order}
     target = torch.cat([g / g.norm() for g in gradients])
     for size, granularity in itertools.product((2, 3), order):

@@ -12,7 +12,7 @@ import numpy as np
 from opdtheory import divergences
 from opdtheory.auditing.naming.atoms import PARAMETRIC, Atom, as_number, catalogue_atom, catalogue_atoms, fixed_atoms
 from opdtheory.auditing.naming.sparse import Curve, Subset, all_matter, best_subset, fit, fit_parameter, ratios, snap
-from opdtheory.divergences.catalogue import FAMILIES
+from opdtheory.divergences.registry import Family, parametric
 
 if TYPE_CHECKING:
     import sympy
@@ -110,17 +110,14 @@ def _single(curve: Curve, tolerance: float) -> Formula | None:
     return best
 
 
-@functools.cache
 def _members() -> dict[str, tuple[Callable[[float], Atom], float, float]]:
     """The catalogue's families as functions of their parameter."""
+    return {each.name: (_maker(each), *each.sought) for each in parametric()}
 
-    def maker(name: str, parameter: str) -> Callable[[float], Atom]:
-        def make(value: float) -> Atom:
-            return catalogue_atom(divergences.divergence(name, **{parameter: value}))
 
-        return make
-
-    return {name: (maker(name, parameter), low, high) for name, (parameter, low, high) in FAMILIES.items()}
+@functools.cache
+def _maker(family: Family) -> Callable[[float], Atom]:
+    return lambda value: catalogue_atom(family(value))
 
 
 @functools.lru_cache(maxsize=4096)

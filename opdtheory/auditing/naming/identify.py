@@ -9,13 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opdtheory import divergences
 from opdtheory.auditing.naming.fit import _FLOOR, Fit, fit_scale, flat
 from opdtheory.auditing.naming.recover import RecoveredWeight
 from opdtheory.auditing.naming.sparse import shortest
 from opdtheory.auditing.scenario import Case
 from opdtheory.divergences import Divergence
-from opdtheory.divergences.catalogue import FAMILIES
+from opdtheory.divergences.registry import Family, parameter_free, parametric
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.exact import OBJECTIVES
 from opdtheory.exact.oracle import tree_gradient
@@ -81,10 +80,10 @@ def best_match(
         tolerance: error up to which an entry matches.
     """
     order = sorted(OBJECTIVES, key=lambda granularity: granularity != prefer)
-    plain = [divergences.divergence(name) for name in divergences.names() if name not in FAMILIES]
+    plain = list(parameter_free())
     best = _nearest(gradients, exact, itertools.product(plain, order), tolerance)
     if (best is None or best.fit.worst_error > tolerance) and weight.depends_on_ratio_only:
-        fitted = [entry for name in FAMILIES if (entry := _fit_family(name, weight)) is not None]
+        fitted = [entry for each in parametric() if (entry := _fit_family(each, weight)) is not None]
         other = _nearest(gradients, exact, itertools.product(fitted, order), tolerance)
         # A member that is an entry in another name does not displace it.
         if other is not None and (best is None or other.fit.typical_error < (1 - 1e-6) * best.fit.typical_error):
@@ -154,18 +153,18 @@ def _nearest(
     return best
 
 
-def _fit_family(name: str, recovered: RecoveredWeight) -> Divergence | None:
+def _fit_family(family: Family, recovered: RecoveredWeight) -> Divergence | None:
     """The member of a family whose weight is nearest to a positive multiple of the recovered one."""
     from scipy.optimize import least_squares
 
-    parameter, low, high = FAMILIES[name]
+    low, high = family.sought
     middle = len(recovered.log_u) // 2
     size = float(recovered.weight.norm())
     if size == 0.0:
         return None
 
     def residual(value: float) -> Tensor:
-        curve = divergences.divergence(name, **{parameter: float(value)}).weight(recovered.log_u)
+        curve = family(float(value)).weight(recovered.log_u)
         curve = curve - curve[middle]
         return recovered.weight / size - (recovered.weight @ curve) / (curve @ curve) * curve / size
 
@@ -179,6 +178,6 @@ def _fit_family(name: str, recovered: RecoveredWeight) -> Divergence | None:
     )
     value = shortest(float(solution.x[0]), error, _SHORT)
     try:
-        return divergences.divergence(name, **{parameter: value})
+        return family(value)
     except InvalidArgumentError:
         return None

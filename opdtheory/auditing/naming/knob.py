@@ -12,7 +12,7 @@ from opdtheory.auditing.naming.formula import label_of_terms
 from opdtheory.auditing.scenario import Case
 from opdtheory.divergences import Divergence
 from opdtheory.divergences import divergence as as_divergence
-from opdtheory.divergences.catalogue import FAMILIES
+from opdtheory.divergences.registry import Family, parametric
 from opdtheory.exact import exact_gradient
 
 __all__ = ["Aim", "Knob"]
@@ -101,13 +101,13 @@ class Aim:
             return Knob(f"{other.label} per {named.label}", ratio, mixed, ends[0], ends[1])
         if self.discounted:
             return Knob("gamma", self.gamma, lambda gamma: replace(self, gamma=gamma), 0.0, 1.0)
-        if named.name in FAMILIES and named.parameters:
-            parameter, low, high = FAMILIES[named.name]
+        for family in parametric():
+            if named.name == family.name and named.parameters:
 
-            def member(value: float) -> Aim:
-                return Aim.of(as_divergence(named.name, **{parameter: value}), self.granularity, self.gamma)
+                def member(value: float, family: Family = family) -> Aim:
+                    return Aim.of(family(value), self.granularity, self.gamma)
 
-            return Knob(parameter, named.parameters[parameter], member, low, high)
+                return Knob(family.parameter, named.parameters[family.parameter], member, *family.sought)
         return None
 
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from opdtheory import divergences
 from opdtheory.auditing.naming.atoms import catalogue_atoms, fixed_atoms
 from opdtheory.auditing.naming.formula import (
     Formula,
@@ -21,7 +20,7 @@ from opdtheory.auditing.naming.formula import (
 )
 from opdtheory.auditing.naming.shape import Shape, shape_of
 from opdtheory.auditing.naming.sparse import Curve, fit
-from opdtheory.divergences.catalogue import FAMILIES
+from opdtheory.divergences.registry import parameter_free
 from opdtheory.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -201,13 +200,11 @@ def _stop_gradient(curve: Curve, tolerance: float) -> str | None:
     if most_terms(curve, tolerance) < 2:
         return None
     log_u, u = torch.from_numpy(curve.points), np.exp(curve.points)
-    for name in divergences.names():
-        if name in FAMILIES:
-            continue
-        columns = np.column_stack([-divergences.divergence(name).generator(log_u).numpy(), u])
+    for entry in parameter_free():
+        columns = np.column_stack([-entry.generator(log_u).numpy(), u])
         coefficients, _, error = fit(curve, columns)
         if coefficients[0] > 0 and error <= tolerance:
-            return name
+            return entry.name
     return None
 
 

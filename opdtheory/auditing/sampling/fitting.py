@@ -12,11 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opdtheory import divergences
 from opdtheory.auditing.naming.objective import Aim, Knob
 from opdtheory.auditing.sampling.montecarlo import Search
 from opdtheory.divergences import Divergence
-from opdtheory.divergences.catalogue import FAMILIES
+from opdtheory.divergences.registry import Family, parameter_free, parametric
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.exact import OBJECTIVES
 from opdtheory.exact.oracle import tree_gradient
@@ -139,28 +138,27 @@ class _Seen:
 
 
 def _plain() -> list[Divergence]:
-    return [divergences.divergence(name) for name in divergences.names() if name not in FAMILIES]
+    return list(parameter_free())
 
 
 def _members(seen: _Seen) -> list[tuple[float, Aim]]:
     """The nearest member of each family, at the granularity where some member comes nearest."""
 
-    def of(name: str, where: str, value: float) -> float:
+    def of(family: Family, where: str, value: float) -> float:
         try:
-            return seen.misfit(seen.along(divergences.divergence(name, **{FAMILIES[name][0]: value}), where))
+            return seen.misfit(seen.along(family(value), where))
         except InvalidArgumentError:
             return math.inf
 
     found = []
-    for name, (_, low, high) in FAMILIES.items():
-        values = np.linspace(low, high, _STARTS).tolist()
-        misfits = {(where, i): of(name, where, value) for where in seen.order for i, value in enumerate(values)}
+    for family in parametric():
+        values = np.linspace(*family.sought, _STARTS).tolist()
+        misfits = {(where, i): of(family, where, value) for where in seen.order for i, value in enumerate(values)}
         where, i = min(misfits, key=lambda key: misfits[key])
         around = values[max(i - 1, 0)], values[min(i + 1, _STARTS - 1)]
-        value, misfit = _least(functools.partial(of, name, where), *around)
+        value, misfit = _least(functools.partial(of, family, where), *around)
         if math.isfinite(misfit):
-            named = divergences.divergence(name, **{FAMILIES[name][0]: value})
-            found.append((misfit, Aim.of(named, where)))
+            found.append((misfit, Aim.of(family(value), where)))
     return found
 
 
