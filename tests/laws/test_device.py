@@ -23,8 +23,7 @@ from opdtheory.errors import InvalidArgumentError
 from opdtheory.kernels import sweep
 from opdtheory.training.trainer import train
 from tests.conftest import CHECKED
-from tests.training.test_trainer import CASES
-from tests.training_runs import GROUPED, TASK, config, model
+from tests.training.runs import CASES, GROUPED, TASK, config, model
 
 DEVICE = os.environ.get("OPDTHEORY_TEST_DEVICE") or ("cuda" if torch.cuda.is_available() else None)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

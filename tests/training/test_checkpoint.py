@@ -18,10 +18,9 @@ import opdtheory as opd
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.training import checkpoint
 from opdtheory.training.checkpoint import Checkpoint
-from opdtheory.training.metrics import Metrics
-from tests.training_runs import TASK, config, model, trained
+from tests.training.runs import TASK, config, model, trained
 
-RUNS = Path(__file__).parents[1] / "training_runs.py"
+RUNS = Path(__file__).parent / "runs.py"
 
 
 def _state(step: int = 1) -> Checkpoint:
@@ -95,19 +94,6 @@ def test_one_run_at_a_time_in_a_folder(tmp_path: Path) -> None:
     trained(tmp_path, steps=2)
 
 
-def test_metrics_are_cut_to_the_finished_steps(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 0}\n{"step": 1, "x": 1.5}\n{"step": 2}\n{"step": 3')
-    metrics = Metrics(tmp_path, 1, 5)
-    assert metrics.rows == [{"step": 0}, {"step": 1, "x": 1.5}]
-    metrics.add({"step": 2, "x": float("inf")})
-    metrics.close()
-    assert [json.loads(line) for line in path.read_text().splitlines()][1:] == [
-        {"step": 1, "x": 1.5},
-        {"step": 2, "x": None},
-    ]
-
-
 class _StoppedError(Exception):
     pass
 
@@ -160,7 +146,7 @@ def test_state_left_out_of_a_checkpoint_would_be_missed(tmp_path: Path) -> None:
 
 
 def _start(folder: Path, steps: int) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "PYTHONPATH": str(RUNS.parents[1]), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(RUNS.parents[2]), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen([sys.executable, str(RUNS), str(steps), str(folder)], env=environment)
 
 

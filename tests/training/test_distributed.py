@@ -12,17 +12,11 @@ import pytest
 import torch
 
 from opdtheory.errors import InvalidArgumentError
-from opdtheory.training.batches import parts
 from opdtheory.training.distributed import Processes, processes
 from tests.tolerances import ALGEBRA
-from tests.training_runs import GROUPED, config, gradients, trained
+from tests.training.runs import GROUPED, config, distance, gradients, trained
 
-RUNS = Path(__file__).parents[1] / "training_runs.py"
-
-
-def _distance(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
-    flat, other = (torch.cat([each.flatten() for each in some]) for some in (a, b))
-    return float((flat - other).abs().max() / other.abs().max())
+RUNS = Path(__file__).parent / "runs.py"
 
 
 def _free_port() -> int:
@@ -33,7 +27,7 @@ def _free_port() -> int:
 
 
 def _environment(**more: object) -> dict[str, str]:
-    base = {"PYTHONPATH": str(RUNS.parents[1]), "OMP_NUM_THREADS": "1"}
+    base = {"PYTHONPATH": str(RUNS.parents[2]), "OMP_NUM_THREADS": "1"}
     return {**os.environ, **base, **{key: str(value) for key, value in more.items()}}
 
 
@@ -63,14 +57,14 @@ def test_two_processes_take_the_step_of_one(two: Path) -> None:
     one, report, run = gradients(settings)
     (first, said), (second, said_too) = (torch.load(two / f"rank_{rank}.pt") for rank in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    assert _distance(first, one) < ALGEBRA
+    assert distance(first, one) < ALGEBRA
     assert said == said_too == pytest.approx(report, rel=1e-11, abs=1e-12)
     # The twin averages what each process finds for itself, as DistributedDataParallel does.
     mean = [torch.zeros_like(each) for each in one]
     for rank in range(2):
         own, _, _ = _alone(settings, rank)
         mean = [total + each / 2 for total, each in zip(mean, own, strict=True)]
-    assert _distance(mean, one) > 1e-3
+    assert distance(mean, one) > 1e-3
 
 
 def _alone(settings, rank: int):
@@ -114,7 +108,7 @@ def test_torchrun_starts_it(tmp_path: Path) -> None:
     command += [RUNS, "gradients", tmp_path]
     subprocess.run([str(part) for part in command], env=_environment(), check=True, timeout=300)
     one, _, _ = gradients(config(**GROUPED))
-    assert _distance(torch.load(tmp_path / "rank_1.pt")[0], one) < ALGEBRA
+    assert distance(torch.load(tmp_path / "rank_1.pt")[0], one) < ALGEBRA
 
 
 @pytest.mark.parametrize("count", [0, 1, 5, 8, 13])
@@ -138,14 +132,3 @@ def test_one_process_needs_no_group() -> None:
 def test_unknown_device_is_refused(name: str) -> None:
     with pytest.raises(InvalidArgumentError, match="device"), processes(name):
         pass
-
-
-def test_parts_hold_every_row_once() -> None:
-    _, _, run = gradients(config())
-    from opdtheory.training.trainer import collect
-
-    _, samples = collect(run, 0)
-    for size in (None, 1, 4, 100):
-        pieces = list(parts(samples, size))
-        assert sum(map(len, pieces)) == len(samples)
-        assert sum(float(piece.mask.sum()) for piece in pieces) == float(samples.mask.sum())

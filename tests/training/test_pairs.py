@@ -1,4 +1,4 @@
-"""Teachers and students from demonstrations: what they learn from, what the cache keeps and refuses."""
+"""Teachers and students from demonstrations: what they learn from, and what the cache keeps."""
 
 from __future__ import annotations
 
@@ -11,15 +11,9 @@ import torch
 
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.training import pairs as supervised
-from opdtheory.training.models import storage
-from opdtheory.training.pairs import Recipe, accuracy, load_model, load_pair, main, recipe_for, train_supervised
+from opdtheory.training.pairs import accuracy, load_model, load_pair, main, recipe_for, train_supervised
 from opdtheory.training.tasks import TASKS, split_of, task
-
-TINY = Recipe("tools", "student", seed=0, width=16, layers=1, heads=1, steps=3, batch_size=4, warmup=2)
-
-
-def parameters(model) -> torch.Tensor:
-    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+from tests.training.recipes import TINY, parameters
 
 
 @pytest.fixture
@@ -28,9 +22,6 @@ def tiny(monkeypatch):
     monkeypatch.setattr(
         supervised, "recipe_for", lambda name, role, seed=0: dataclasses.replace(TINY, task=name, role=role, seed=seed)
     )
-
-
-# --- what is learned -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -94,9 +85,6 @@ def test_accuracy_counts_right_answers(monkeypatch):
     assert accuracy(model, subject, 16) == 0.75
 
 
-# --- the cache -------------------------------------------------------------------------------------------------
-
-
 def test_a_cached_model_is_loaded_to_the_same_bits(tmp_path):
     model, record = load_model(TINY, cache=tmp_path)
 
@@ -109,42 +97,6 @@ def test_a_cached_model_is_loaded_to_the_same_bits(tmp_path):
     assert record["parameters"] == parameters(model).numel()
     with pytest.raises(AssertionError, match="trained again"):
         load_model(dataclasses.replace(TINY, seed=9), cache=tmp_path, report=refuse)
-
-
-def test_a_file_that_was_changed_is_refused(tmp_path):
-    load_model(TINY, cache=tmp_path)
-    path = tmp_path / f"{TINY.key}.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(bytes(data))
-    with pytest.raises(InvalidArgumentError, match=r"cache: .*safetensors has the SHA-256 [0-9a-f]{64}, not"):
-        load_model(TINY, cache=tmp_path)
-
-
-def test_an_interrupted_write_leaves_nothing_that_is_read(tmp_path, monkeypatch):
-    write, calls = storage._write, []
-
-    def interrupted(path, data):
-        calls.append(path)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        write(path, data)
-
-    monkeypatch.setattr(storage, "_write", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        load_model(TINY, cache=tmp_path)
-    monkeypatch.undo()
-    assert not storage.stored(tmp_path / f"{TINY.key}.safetensors")
-    model, _ = load_model(TINY, cache=tmp_path)
-    assert torch.equal(parameters(model), parameters(train_supervised(TINY)))
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{TINY.key}.record.json", f"{TINY.key}.safetensors"]
-
-
-def test_the_cache_folder_follows_the_environment(tmp_path, monkeypatch):
-    monkeypatch.setenv("OPDTHEORY_CACHE", str(tmp_path))
-    assert storage.cache_folder() == tmp_path and storage.cache_folder(tmp_path / "x") == tmp_path / "x"
-    monkeypatch.delenv("OPDTHEORY_CACHE")
-    assert storage.cache_folder().parts[-2:] == (".cache", "opdtheory")
 
 
 def test_a_pair_shares_its_vocabulary_and_its_teacher(tmp_path, tiny):

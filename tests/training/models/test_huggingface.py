@@ -14,7 +14,7 @@ from opdtheory.training.models.language_model import response_logits, rollouts
 from opdtheory.training.models.variants import drop_layer, perturb
 from opdtheory.training.trainer import train
 from tests.tolerances import ALGEBRA
-from tests.training_runs import TASK, config
+from tests.training.runs import TASK, config
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")

@@ -1,0 +1,3 @@
+from __future__ import annotations
+
+from tests.reproduction.stand_in import stand_in  # noqa: F401
