@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "check_generator",
     "forms",
+    "has_kinks",
     "implied_generator",
     "is_convex",
     "limits",
@@ -170,7 +171,7 @@ def forms(generator: sympy.Expr) -> dict[str, sympy.Expr]:
         "log_slope": u * _shortest(first),
         # The terms in u that slope and generator share must cancel in symbols, as in numbers they leave nothing.
         "weight": _by_pieces(u * first - generator),
-        "curvature": curvature if _has_kinks(curvature) else sympy.factor(curvature),
+        "curvature": curvature if has_kinks(curvature) else sympy.factor(curvature),
         "curvature_slope": u * _differentiate(curvature),
     }
 
@@ -221,7 +222,7 @@ def _shortest(expression: sympy.Expr) -> sympy.Expr:
     """The shortest of a few rewritings, as rational functions in `u` and its logarithms."""
     import sympy
 
-    if _has_kinks(expression):
+    if has_kinks(expression):
         return expression
     split = expression.replace(sympy.log, _split_log)
     try:
@@ -251,7 +252,8 @@ def _by_pieces(expression: sympy.Expr) -> sympy.Expr:
     return sympy.Piecewise(*branches, (pieces[-1][1], True)) if branches else pieces[0][1]
 
 
-def _has_kinks(expression: sympy.Expr) -> bool:
+def has_kinks(expression: sympy.Expr) -> bool:
+    """Whether the expression is put together from pieces."""
     import sympy
 
     return expression.has(sympy.Piecewise, sympy.Abs, sympy.sign, sympy.Heaviside, sympy.Max, sympy.Min)
@@ -335,7 +337,7 @@ def _pieces(argument: str, expression: sympy.Expr) -> list[tuple[sympy.Expr, sym
     import sympy
 
     u = symbol()
-    if not _has_kinks(expression):
+    if not has_kinks(expression):
         return [(sympy.Integer(0), sympy.oo, expression)]
     if expression.free_symbols - {u}:
         raise InvalidArgumentError(argument, "has kinks and symbols other than u; put in numbers for these")
@@ -415,7 +417,7 @@ def _convexity_violation(f: sympy.Expr) -> str | None:
     import sympy
 
     u = symbol()
-    if not _has_kinks(f):
+    if not has_kinks(f):
         second = sympy.factor(sympy.simplify(_differentiate(_differentiate(f))))
         if second.is_nonnegative:
             return None

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from opdtheory.divergences import Divergence
 from opdtheory.divergences.registry import Family, entries
+from opdtheory.divergences.transform import has_kinks
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.exact import TabularPolicy
 from opdtheory.rollouts import Rollouts
@@ -39,10 +40,10 @@ def divergences(*, families: bool = True, smooth: bool = False) -> st.SearchStra
 
     Args:
         families: whether to draw `skew_jsd`, `alpha` and the skew KLs too.
-        smooth: whether to leave out `total_variation`, whose generator has a kink.
+        smooth: whether to leave out generators with a kink, such as that of `total_variation`.
     """
     kept = [each for each in entries() if families or isinstance(each, Divergence)]
-    kept = [each for each in kept if not (smooth and each.name == "total_variation")]
+    kept = [each for each in kept if not (smooth and _kinked(each))]
     kept.sort(key=lambda each: each.name != "reverse_kl")
     return st.sampled_from(kept).flatmap(_member)
 
@@ -153,6 +154,11 @@ def rollouts(
         behavior = _logits(draw, (count, length, size), "behavior").to(dtype)
         behavior_logprobs = torch.log_softmax(behavior, -1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     return Rollouts.from_logits(tokens, student, teacher, mask=mask, behavior_logprobs=behavior_logprobs)
+
+
+def _kinked(entry: Divergence | Family) -> bool:
+    member = entry if isinstance(entry, Divergence) else entry(entry.examples[0])
+    return has_kinks(member.expr)
 
 
 def _member(entry: Divergence | Family) -> st.SearchStrategy[Divergence]:
