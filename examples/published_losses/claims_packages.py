@@ -19,10 +19,11 @@ _VERL_PLUS = "k2 estimator gives right gradient estimator, so we use a straight 
 _OPENRLHF = "openrlhf.models.utils.compute_approx_kl"
 _OPENRLHF_SAYS = "Compute the approximate KL divergence between two distributions."
 _TOP_2 = (
-    "Both distributions are renormalised on the teacher's top tokens: the student's mass outside is free (T9 c).",
+    "Both distributions are renormalised on the teacher's top tokens, so the student's mass outside is unconstrained "
+    "(T9 c).",
     "JSD(0.5) within the teacher's top 2",
 )
-_HARD_LABELS = "Half of it is the cross-entropy of the student's own samples, whose expected gradient is zero."
+_HARD_LABELS = "Half of the loss is the cross-entropy of the student's own samples, whose expected gradient is zero."
 _TEXTBREWER = "textbrewer.losses.kd_{}_loss"
 
 
@@ -103,8 +104,8 @@ ENTRIES: tuple[Entry, ...] = (
         "verl_k3_reward",
         "distillation, `k3` as a reward",
         "Use negative distillation loss as reward",
-        "The two options together are the defaults of the dataclass, not of the shipped YAML. The weight log u − u + 1 "
-        "falls for u > 1, and the teacher does not attract to first order (T5).",
+        "This combination is the default of the dataclass, not of the shipped YAML. The weight log u − u + 1 falls for "
+        "u > 1, and the teacher does not attract to first order (T5).",
         "reverse KL − forward KL (T4), where k3 ≤ 10",
     ),
     _verl("verl_k2_loss", "distillation, `k2` backpropagated", _VERL_SAYS),
@@ -112,13 +113,13 @@ ENTRIES: tuple[Entry, ...] = (
         "verl_k1_loss",
         "distillation, `k1` backpropagated",
         "Directly backpropagating k1 loss is incorrect",
-        "Its configuration refuses this combination, and says why; the audit agrees.",
+        "The configuration rejects this combination and says why; the audit agrees.",
     ),
     _verl(
         "verl_abs_reward",
         "distillation, `abs` as a reward",
         _VERL_SAYS,
-        "The reward −|log u| is largest at u = 1: tokens that the teacher likes more are discouraged as well.",
+        "The reward −|log u| is largest at u = 1, so tokens that the teacher prefers are discouraged too.",
     ),
     Entry(
         "verl_forward_kl_top_2",
@@ -128,8 +129,8 @@ ENTRIES: tuple[Entry, ...] = (
         "forward KL on the top k",
         "Compute forward KL distillation loss using top-k log probabilities.",
         "forward_kl",
-        remark="Not renormalised: the sum is least at p = q/q(S) on the top tokens S (T9 a); its clamp at 0 stops the "
-        "gradient wherever the sum is negative.",
+        remark="Without renormalisation the minimum is at p = q/q(S) on the top tokens S (T9 a). The clamp at 0 stops "
+        "the gradient wherever the sum is negative.",
         follows="Σ q log(q/p) over the teacher's top 2, where positive",
     ),
     _verl_penalty(
@@ -154,7 +155,7 @@ ENTRIES: tuple[Entry, ...] = (
         "reverse KL",
         "Compute reverse KL between the student (log p) and the teacher model (log q)",
         "reverse_kl",
-        remark="The advantages are the package's, the line that puts them into a loss is ours.",
+        remark="The advantages come from the package; the line that turns them into a loss is ours.",
     ),
     Entry(
         "tinker_opd_discounted",
@@ -165,7 +166,7 @@ ENTRIES: tuple[Entry, ...] = (
         "We can optionally apply a discount factor.",
         "reverse_kl",
         granularity="sequence",
-        remark="The advantages are the package's, the line that puts them into a loss is ours.",
+        remark="The advantages come from the package; the line that turns them into a loss is ours.",
     ),
     Entry(
         "textbrewer_kd_ce",
@@ -184,7 +185,8 @@ ENTRIES: tuple[Entry, ...] = (
         "forward KL between softened distributions",
         "Calculate the cross entropy between logits_S and logits_T",
         "forward_kl",
-        remark="Compared with the forward KL at temperature 1: softened distributions are other distributions, with the same minimiser.",
+        remark="The comparison is with the forward KL at temperature 1. Softened distributions are different "
+        "distributions, but the minimiser is the same.",
     ),
     Entry(
         "textbrewer_kd_mse",
@@ -194,8 +196,8 @@ ENTRIES: tuple[Entry, ...] = (
         "mean squared error of logits",
         "Calculate the mse loss between logits_S and logits_T",
         "forward_kl",
-        remark="Compared with the forward KL, which it does not claim. It also pulls at the sum of a row of logits, "
-        "which no divergence sees.",
+        remark="The comparison is with the forward KL, which it does not claim. It also moves the sum of a row of "
+        "logits, on which no divergence depends.",
     ),
     Entry(
         "torchdistill_kd",

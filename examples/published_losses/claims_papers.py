@@ -1,4 +1,4 @@
-"""What well-known published estimators say they minimise, as re-expressed in `papers.py`."""
+"""What well-known published estimators, as written in `papers.py`, say they minimise."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def _paper(
 
 
 _POWER = (
-    "Compared with the reverse KL. The weight q^α − p^α is exact for Σ [p^(α+1)/(α+1) − p q^α + α q^(α+1)/(α+1)], "
-    "least at the teacher (T4, beyond the ratio)."
+    "The comparison is with the reverse KL. The weight q^α − p^α is exact for "
+    "Σ [p^(α+1)/(α+1) − p q^α + α q^(α+1)/(α+1)], whose minimum is at the teacher (T4b)."
 )
-_TOP = "Compared with the divergence over the whole vocabulary. "
+_TOP = "The comparison is with the divergence over the whole vocabulary. "
 
 ENTRIES: tuple[Entry, ...] = (
     _paper(
@@ -46,11 +46,11 @@ ENTRIES: tuple[Entry, ...] = (
         "minillm_normalised",
         "MiniLLM, length-normalised",
         _ARXIV + "2306.08543",
-        "reverse KL, less favour to short rollouts",
+        "reverse KL, less bias towards short rollouts",
         "reverse_kl",
         "sequence",
-        "The mean over later tokens in place of their sum weighs later tokens less; the paper introduces it as a "
-        "correction of favour to short rollouts, not as unbiased.",
+        "A mean over later tokens instead of a sum gives later tokens less weight; the paper introduces it to reduce "
+        "the bias towards short rollouts, not as an unbiased form.",
     ),
     _paper(
         "minillm_discounted",
@@ -59,8 +59,7 @@ ENTRIES: tuple[Entry, ...] = (
         "reverse KL, discounted",
         "reverse_kl",
         "sequence",
-        "Between the two: the token-local reverse KL at discount 0, the sequence's at 1, the gradient of neither "
-        "in between.",
+        "At discount 0 it is the token-local reverse KL, at 1 that of whole rollouts; in between it follows neither.",
     ),
     _paper("gkd", "GKD, β = 0.3", _ARXIV + "2306.13649", "JSD(0.3)", "skew_jsd", beta=0.3),
     _paper("distillm_skew_kl", "DistiLLM, skew KL", _ARXIV + "2402.03898", "skew KL(0.1)", "skew_forward_kl", lam=0.1),
@@ -105,9 +104,9 @@ ENTRIES: tuple[Entry, ...] = (
         "top_2_forward_kl",
         "forward KL on the teacher's top 2 of 4",
         "",
-        "about forward KL",
+        "approximate forward KL",
         "forward_kl",
-        remark=_TOP + "Least at p = q/q(S) on the top tokens S: the teacher is not a fixed point (T9 a).",
+        remark=_TOP + "Its minimum is at p = q/q(S) on the top tokens S, so the teacher is not a fixed point (T9 a).",
         follows="Σ q log(q/p) over the teacher's top 2",
     ),
     _paper(
@@ -116,26 +115,26 @@ ENTRIES: tuple[Entry, ...] = (
         "",
         "forward KL within the top k",
         "forward_kl",
-        remark=_TOP + "The student's mass outside the top tokens is free (T9 c).",
+        remark=_TOP + "The student's mass outside the top tokens is unconstrained (T9 c).",
         follows="forward KL within the teacher's top 2",
     ),
     _paper(
         "top_2_forward_kl_tail",
         "the same with a tail bucket",
         "",
-        "about forward KL",
+        "approximate forward KL",
         "forward_kl",
         remark=_TOP
-        + "The forward KL of a coarser distribution; how mass is spread outside the top tokens is free (T9 d).",
+        + "Forward KL of coarser distributions: how mass is spread outside the top tokens is unconstrained (T9 d).",
         follows="forward KL of the teacher's top 2 and the rest",
     ),
     _paper(
         "top_2_reverse_kl",
         "reverse KL on the teacher's top 2 of 4",
         "",
-        "about reverse KL",
+        "approximate reverse KL",
         "reverse_kl",
-        remark=_TOP + "Not renormalised it pushes mass off the top tokens, down to 1/e of the teacher's (T9 b).",
+        remark=_TOP + "Without renormalisation it pushes mass off the top tokens, down to 1/e of the teacher's (T9 b).",
         follows="Σ p log(p/q) over the teacher's top 2",
     ),
 )

@@ -11,6 +11,9 @@ _DISTILLATION = "When `0.0`, the loss is the forward KL divergence. When `1.0`, 
 _SDPO = "trl.experimental.sdpo.loss_utils.compute_{}_self_distillation_loss"
 _SERVER = "trl.experimental.server_distillation.ServerDistillationTrainer."
 _ASYNC = "trl.experimental.async_distillation.async_distillation_trainer._jsd_loss_chunk"
+_WHOLE = "The comparison is with the divergence over the whole vocabulary. "
+_TAIL = _WHOLE + "How mass is spread outside the top tokens is unconstrained (T9 d)."
+_SAMPLED = "It compares the sampled token with the rest, so the support moves with the sample."
 
 
 def _gkd(function: str, beta: float, says: str, objective: str, parameters: dict[str, float]) -> Entry:
@@ -59,7 +62,7 @@ ENTRIES: tuple[Entry, ...] = (
         "reverse KL within the top k",
         "Drop the tail and renormalize the top-k to sum to 1: divergence over the top-k conditional only.",
         "reverse_kl",
-        remark="Compared with the whole vocabulary's. The mass outside the top tokens is free (T9 c).",
+        remark=_WHOLE + "The mass outside the top tokens is unconstrained (T9 c).",
         follows="reverse KL within the student's top 2",
     ),
     Entry(
@@ -67,10 +70,10 @@ ENTRIES: tuple[Entry, ...] = (
         "the same with a tail bucket",
         "trl",
         _SDPO.format("topk"),
-        "about reverse KL",
+        "approximate reverse KL",
         "Lump the tail into one bucket so the divergence approximates the full-vocab divergence.",
         "reverse_kl",
-        remark="Compared with the whole vocabulary's. How the mass outside the top tokens is spread is free (T9 d).",
+        remark=_TAIL,
         follows="reverse KL of the student's top 2 and the rest",
     ),
     Entry(
@@ -81,7 +84,7 @@ ENTRIES: tuple[Entry, ...] = (
         "reverse KL, early tokens first",
         "reweights the sampled-token distillation signal by accumulated teacher-student prefix discrepancy",
         "reverse_kl",
-        remark="Weights lie between 1 and 1.5 and depend on the tokens after, so the teacher stays stationary.",
+        remark="The weights depend on later tokens. They lie between 1 and 1.5, so the teacher stays stationary.",
     ),
     Entry(
         "server_top_1_tail",
@@ -91,7 +94,7 @@ ENTRIES: tuple[Entry, ...] = (
         "reverse KL on the top 1",
         "Compute exact generalized JSD/KL on top-1 support for the mixed beta>0 path.",
         "reverse_kl",
-        remark="The sampled token against the rest: the support moves with the sample.",
+        remark=_SAMPLED,
         follows="Σ ½ [p² (logit p − logit q) + p + log(1−p)]",
     ),
     Entry(
@@ -102,7 +105,7 @@ ENTRIES: tuple[Entry, ...] = (
         "reverse KL on the top 1",
         "Compute exact generalized JSD/KL on top-1 support for the mixed beta>0 path.",
         "reverse_kl",
-        remark="A single token renormalised has probability 1 under both.",
+        remark="A single token, renormalised, has probability 1 under both models.",
     ),
     Entry(
         "server_jsd_tail",
@@ -113,7 +116,7 @@ ENTRIES: tuple[Entry, ...] = (
         "Compute exact generalized JSD/KL on top-1 support for the mixed beta>0 path.",
         "skew_jsd",
         {"beta": 0.5},
-        remark="The sampled token against the rest: the support moves with the sample.",
+        remark=_SAMPLED,
     ),
     Entry(
         "server_forward_top_2_tail",
@@ -123,7 +126,7 @@ ENTRIES: tuple[Entry, ...] = (
         "sparse forward KL",
         "Compute sparse forward KL from server-provided teacher top-k logprobs (beta==0 path).",
         "forward_kl",
-        remark="Compared with the whole vocabulary's. How the mass outside the top tokens is spread is free (T9 d).",
+        remark=_TAIL,
         follows="forward KL of the teacher's top 2 and the rest",
     ),
     Entry(
@@ -143,7 +146,7 @@ ENTRIES: tuple[Entry, ...] = (
         "reverse KL",
         "`0.0` is forward KL (mean-seeking), `1.0` is reverse KL (mode-seeking)",
         "reverse_kl",
-        remark="The sampled token against the rest: the support moves with the sample.",
+        remark=_SAMPLED,
         follows="Σ ½ [p² (logit p − logit q) + p + log(1−p)]",
     ),
     Entry(
@@ -155,7 +158,7 @@ ENTRIES: tuple[Entry, ...] = (
         "a hybrid loss that combines ULD loss and JSD loss",
         "skew_jsd",
         {"beta": 0.5},
-        remark="Compared with the divergence over the whole vocabulary; the teacher is stationary.",
+        remark=_WHOLE + "The teacher is stationary.",
     ),
     Entry(
         "gold_hybrid_1",
@@ -165,7 +168,7 @@ ENTRIES: tuple[Entry, ...] = (
         "reverse KL on shared tokens, L1 on the rest",
         _GKD,
         "reverse_kl",
-        remark="Compared with the divergence over the whole vocabulary; the teacher is not stationary (T9 b).",
+        remark=_WHOLE + "The teacher is not stationary (T9 b).",
     ),
     Entry(
         "grpo_kl",

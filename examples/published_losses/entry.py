@@ -13,7 +13,7 @@ import opdtheory as opd
 
 __all__ = ["OURS", "Entry"]
 
-# The "package" of the losses that are written here as a paper describes them.
+# The "package" of the losses that are written here from a paper's description.
 OURS = "papers"
 
 _MODULES = {
@@ -31,17 +31,17 @@ class Entry:
 
     Attributes:
         function: name of the adapter.
-        label: what to call it in the table.
-        package: the distribution it is imported from, or `OURS`.
+        label: name of the loss in the table.
+        package: the package it is imported from, or `OURS`.
         source: where the published function lives, or the link to the paper.
         says: the claim, short enough for a table.
-        quote: the words of its documentation that the claim rests on.
-        objective: the claim as a catalogue name.
-        parameters: of that catalogue entry.
-        granularity: the claim's second half.
+        quote: the words of the documentation that the claim rests on.
+        objective: the claimed divergence, as a catalogue name.
+        parameters: parameters of that catalogue entry.
+        granularity: the claimed granularity.
         settings: further arguments of `audit`.
-        remark: a sentence that the verdict does not say by itself.
-        follows: what the loss descends where the catalogue has no name for it; held to by a test.
+        remark: what the verdict does not say by itself.
+        follows: what the loss descends if the catalogue has no name for it; a test checks this.
     """
 
     function: str
@@ -59,12 +59,12 @@ class Entry:
 
     @property
     def loss(self) -> Callable[[opd.Rollouts], Any]:
-        """The adapter; loading it imports neither the package nor other packages' adapters."""
+        """The adapter; loading it imports neither the package nor the adapters of other packages."""
         return getattr(self._adapters(), self.function)
 
     @property
     def version(self) -> str | None:
-        """Version of the installed package, None if it is absent; empty for what is written here."""
+        """The version of the installed package: None if it is not installed, empty for `OURS`."""
         if self.package == OURS:
             return ""
         try:

@@ -1,8 +1,9 @@
 """Published distillation losses: what each says it minimises, and what an audit finds.
 
-`python examples/published_losses/gallery.py` audits what is installed and prints a table; `--write README.md` puts that
-of TRL and torchrl between the markers `<!-- gallery:start -->` and `<!-- gallery:end -->` of that file; `--page` brings
-`gallery.json` and the table of `docs/gallery.md` up to date, keeping what was recorded of packages that are absent.
+`python examples/published_losses/gallery.py` audits the losses that are installed and prints a table. With
+`--write README.md` it writes the table of TRL and torchrl between the markers `<!-- gallery:start -->` and
+`<!-- gallery:end -->` of that file. With `--page` it updates `gallery.json` and the table of `docs/gallery.md`, and
+keeps the records of packages that are absent.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-# As a script, this file does not see the package it is part of.
+# As a script, this file cannot import the package that it is part of.
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
@@ -73,7 +74,7 @@ _FRACTION = 1e-5
 
 
 def found(audit: opd.Audit) -> str:
-    """The verdict at fixed length, in a few words."""
+    """The verdict at fixed length in a few words."""
     if audit.verdict == "zero":
         return "**zero gradient**"
     if audit.descends is None:
@@ -85,7 +86,7 @@ def found(audit: opd.Audit) -> str:
 
 
 def found_at_variable_lengths(audit: opd.Audit) -> str:
-    """Whether that holds when rollouts may end early."""
+    """Whether the verdict is the same if rollouts may end early."""
     if audit.variable_lengths is None:
         return "–"
     if audit.variable_lengths["verdict"] in ("exact", "exact_up_to_scale"):
@@ -102,16 +103,16 @@ def implied(entry: Entry, audit: opd.Audit) -> str:
     if entry.follows:
         return entry.follows
     if not audit.weight["depends_on_ratio_only"]:
-        return "no f-divergence: the weight is no function of u alone"
+        return "no f-divergence: the weight is not a function of u alone"
     if audit.weight["explains_panel"] is False:
         return "none: the weight depends on more than the token's own ratio"
     if audit.weight["non_decreasing"]:
-        return "an f-divergence outside the catalogue, as far as |log u| ≤ 4 tells"
-    return "none convex: the weight falls somewhere"
+        return "an f-divergence outside the catalogue, judging by |log u| ≤ 4"
+    return "no f-divergence: the weight falls somewhere"
 
 
 def sentence(entry: Entry, audit: opd.Audit) -> str:
-    """What the expected gradient is under the student's own sampling, and the entry's remark."""
+    """The expected gradient on the student's own rollouts in words, followed by the entry's remark."""
     times = "" if audit.identified is None else _times(audit).replace(" × ", ", times ")
     if audit.verdict == "zero":
         says = "The expected gradient is zero."
@@ -120,20 +121,20 @@ def sentence(entry: Entry, audit: opd.Audit) -> str:
     elif audit.verdict == "exact_up_to_scale":
         says = f"The expected gradient is that of the claim{times}."
     elif audit.verdict == "other_objective":
-        says = f"The expected gradient is that of another objective, {_descended(audit)}{times}."
+        says = f"The expected gradient is that of another objective, the {_descended(audit)}{times}."
     else:
-        says = "The expected gradient is no multiple of that of "
-        says += f"{_objective(entry.objective, entry.parameters)}{_where(entry.granularity)}."
+        claimed = _objective(entry.objective, entry.parameters) + _where(entry.granularity)
+        says = f"The expected gradient is not a multiple of the gradient of the {claimed}."
     return f"{says} {entry.remark}".strip()
 
 
 def row(entry: Entry, audit: opd.Audit) -> str:
-    """The entry's line of the table in the README."""
+    """The entry's row of the table in the README."""
     return _line(entry.label, entry.origin, entry.says, found(audit), found_at_variable_lengths(audit))
 
 
 def record(entry: Entry, audit: opd.Audit) -> dict[str, Any]:
-    """What the page shows of an audit, as plain values."""
+    """The results of an audit that the page shows, as plain values."""
     return {
         "package": entry.package,
         "version": entry.version,
@@ -153,15 +154,15 @@ def page(records: dict[str, dict[str, Any]]) -> str:
 
 
 def table(rows: Iterable[str], header: tuple[str, ...] = _README_HEADER) -> str:
-    """A Markdown table of the entries' lines."""
+    """A Markdown table of these rows."""
     return "\n".join([_line(*header), _line(*("---" for _ in header)), *rows])
 
 
 def between_markers(text: str) -> str:
-    """What stands between the two markers.
+    """The text between the two markers.
 
     Raises:
-        ValueError: unless each marker occurs once, the start before the end.
+        ValueError: if a marker does not occur exactly once, or the end comes before the start.
     """
     if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
         raise ValueError(f"the file must hold the lines {START} and {END} once each, in this order")
@@ -169,7 +170,7 @@ def between_markers(text: str) -> str:
 
 
 def write(path: Path, content: str) -> None:
-    """Replace what stands between the markers of a file.
+    """Replace the text between the markers of a file.
 
     Raises:
         ValueError: as `between_markers`.
@@ -181,16 +182,16 @@ def write(path: Path, content: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Audit every entry whose package is installed and print the table, or write it into a file."""
+    """Audit every entry whose package is installed, and print the table or write it to a file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", type=Path, metavar="FILE", help="put the table between the markers of this file")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="write the table between the markers of this file")
     parser.add_argument("--page", action="store_true", help=f"update {RECORD.name} and docs/{PAGE.name}")
     parser.add_argument("--require-all", action="store_true", help="fail if a package is absent")
     options = parser.parse_args(arguments)
     entries = IN_README if options.write else ENTRIES
     absent = sorted({e.package for e in entries if e.version is None})
     if absent:
-        print(f"not installed, left out: {', '.join(absent)}; `make gallery` installs them", file=sys.stderr)
+        print(f"skipped, not installed: {', '.join(absent)}; `make gallery` installs them", file=sys.stderr)
         if options.require_all:
             return 1
     audits = []

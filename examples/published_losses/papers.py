@@ -1,6 +1,6 @@
-"""Well-known published estimators, written here from their description, as functions `loss(rollouts) -> scalar`.
+"""Well-known published estimators, written from their descriptions, as functions `loss(rollouts) -> scalar`.
 
-These are re-expressions, not anybody's code: each docstring links the source, and says what is uncertain or left out.
+The code is our own. Each docstring or comment links the source and says what is uncertain or left out.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ thinking_machines_opd = from_advantage(_log_ratio, detach=True, importance_ratio
 def minillm(r: opd.Rollouts) -> Tensor:
     """MiniLLM's gradient without length normalisation, as described in https://arxiv.org/abs/2306.08543 (section 2.2).
 
-    The single step's part is the whole-vocabulary reverse KL, the rest a policy gradient with the log-ratios of all
-    later tokens. Rollouts are the student's own; the paper also mixes in the teacher's, and clips. Left out: its
-    language modelling loss.
+    The single-step part is the whole-vocabulary reverse KL. The rest is a policy gradient with the log-ratios of all
+    later tokens. Rollouts are the student's own; the paper also mixes in the teacher's, and clips. The paper's language
+    modelling loss is left out.
     """
     return _minillm(r, _later(r, gamma=1.0))
 
@@ -34,14 +34,14 @@ def minillm(r: opd.Rollouts) -> Tensor:
 def minillm_normalised(r: opd.Rollouts) -> Tensor:
     """The same with the paper's length normalisation: the mean, not the sum, over the later tokens.
 
-    The paper divides by T - t - 1, which is zero for one remaining token; here it is their number.
+    The paper divides by T - t - 1, which is zero if one token remains; this divides by the number of later tokens.
     """
     remaining = r.mask.flip(-1).cumsum(-1).flip(-1) - r.mask
     return _minillm(r, _later(r, gamma=1.0) / remaining.clamp_min(1.0))
 
 
 def minillm_discounted(r: opd.Rollouts) -> Tensor:
-    """The same with a discount of 0.9 on later tokens, no part of the paper but offered by implementations of it."""
+    """The same with a discount of 0.9 on later tokens, which is not in the paper but in implementations of it."""
     return _minillm(r, _later(r, gamma=0.9))
 
 
@@ -50,7 +50,7 @@ def _minillm(r: opd.Rollouts, later: Tensor) -> Tensor:
 
 
 def _later(r: opd.Rollouts, gamma: float) -> Tensor:
-    """Discounted sum of the log-ratios of the tokens after each, detached."""
+    """For each token, the discounted sum of the log-ratios of the tokens after it, detached."""
     log_u = (r.mask * r.log_u).detach()
     total = torch.zeros_like(log_u)
     for n in range(log_u.shape[1] - 2, -1, -1):
@@ -64,7 +64,7 @@ def _reverse_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 
 
 def _to_mixture(one: Tensor, other: Tensor, share: float) -> Tensor:
-    """KL of one distribution to the mixture with `share` of it and the rest of the other, from log-probabilities."""
+    """KL from one distribution to its mixture with the other, of which it makes up `share`, from log-probabilities."""
     mixture = share * one.exp() + (1.0 - share) * other.exp()
     return (one.exp() * (one - mixture.log())).sum(-1)
 
@@ -88,7 +88,7 @@ def _skew_reverse(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 
 
 # DistiLLM, as described in https://arxiv.org/abs/2402.03898: the skew KL(q || a q + (1 - a) p) and the skew reverse
-# KL(p || a p + (1 - a) q) at a = 0.1. Its adaptive use of old student rollouts is no part of the loss.
+# KL(p || a p + (1 - a) q) at a = 0.1. Its adaptive use of old student rollouts is not part of the loss.
 distillm_skew_kl = from_logits(_skew_forward, names=("student_logits", "teacher_logits", None))
 distillm_skew_reverse_kl = from_logits(_skew_reverse, names=("student_logits", "teacher_logits", None))
 
@@ -104,7 +104,7 @@ power_opd_5 = _power(5.0)
 
 
 # Sign-TV, the local signal of TV-OPD, as described in https://arxiv.org/abs/2609.08341: the sign of the log-ratio. The
-# common factor of TV-OPD is fixed before the step's rollouts, so it scales a step and turns nothing.
+# common factor of TV-OPD is fixed before the step's rollouts, so it scales a step and does not change its direction.
 tv_opd = from_advantage(torch.sign, of="log_u", detach=True)
 
 
@@ -115,7 +115,7 @@ def vopd(r: opd.Rollouts) -> Tensor:
 
 
 def vopd_top_2(r: opd.Rollouts) -> Tensor:
-    """The same with the baseline summed over the student's two likeliest tokens only; which k tokens is our choice."""
+    """The same with the baseline summed over only the student's two likeliest tokens; this choice of tokens is ours."""
     log_p, log_q = r.student_logits.detach().log_softmax(-1), r.teacher_logits.log_softmax(-1)
     top, ids = log_p.topk(2, -1)
     baseline = (top.exp() * (log_q.gather(-1, ids) - top)).sum(-1)
@@ -150,18 +150,14 @@ def _top_forward(student_logits: Tensor, ids: Tensor, logprobs: Tensor) -> Tenso
 
 
 def _top_forward_renormalised(student_logits: Tensor, ids: Tensor, logprobs: Tensor) -> Tensor:
-    log_p, log_q = (
-        distribution.log_softmax(-1) for distribution in _top_k_distributions(student_logits, ids, logprobs)
-    )
-    return _forward(log_p, log_q)
+    return _forward(*(kept.log_softmax(-1) for kept in _top_k_distributions(student_logits, ids, logprobs)))
 
 
 def _top_forward_tail(student_logits: Tensor, ids: Tensor, logprobs: Tensor) -> Tensor:
-    distributions = _top_k_distributions(student_logits, ids, logprobs)
     # The rest of each distribution as one more token.
     log_p, log_q = (
-        torch.cat([distribution, (-distribution.exp().sum(-1, keepdim=True)).log1p()], -1)
-        for distribution in distributions
+        torch.cat([kept, (-kept.exp().sum(-1, keepdim=True)).log1p()], -1)
+        for kept in _top_k_distributions(student_logits, ids, logprobs)
     )
     return _forward(log_p, log_q)
 
@@ -173,8 +169,8 @@ def _top_reverse(student_logits: Tensor, ids: Tensor, logprobs: Tensor) -> Tenso
 
 _TOP = ("student_logits", "ids", "logprobs", None)
 
-# A teacher that reports its k likeliest tokens: the divergence on them alone, on both distributions renormalised, or with the
-# rest of each distribution as one more token. No single source; all are in use.
+# A teacher that reports its k likeliest tokens: the divergence on these tokens alone, with both distributions
+# renormalised, or with the rest of each distribution as one more token. No single source; all three are in use.
 top_2_forward_kl = from_top_k(_top_forward, 2, names=_TOP)
 top_2_forward_kl_renormalised = from_top_k(_top_forward_renormalised, 2, names=_TOP)
 top_2_forward_kl_tail = from_top_k(_top_forward_tail, 2, names=_TOP)
