@@ -5,6 +5,7 @@ The score of token $a$ in the logits is $s_a = e_a - p$.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from typing import Any
@@ -19,10 +20,10 @@ from opdtheory.theorems.instances.cases import (
     RATIONAL,
     Distribution,
     Pair,
+    at_atoms,
     enclose,
     interval,
     rational_distributions,
-    values_of,
 )
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "softmax",
     "square",
     "three_atoms",
+    "vanishes",
     "variance",
     "weight_of",
     "weighted",
@@ -148,6 +150,7 @@ def optimal_baseline(p: Sequence[Any], w: Sequence[Any]) -> Any:
     return expectation(p, [x * n for x, n in zip(w, norms, strict=True)]) / expectation(p, norms)
 
 
+@functools.cache
 def first_rows(pair: Pair) -> Pair:
     """The pair cut to its first token."""
     student, teacher = (TabularPolicy([policy.logits[0]]) for policy in pair)
@@ -177,8 +180,7 @@ def weight_of(name: str) -> sympy.Expr:
 
 def weights(name: str, p: Distribution, q: Distribution) -> list[Fraction]:
     r"""$w_f(u_a)$ of a catalogue entry whose weight is rational."""
-    w = sympy.expand(weight_of(name))
-    return [values_of(w, {divergences.symbol(): ratio}) for ratio in ratios(p, q)]
+    return at_atoms(sympy.expand(weight_of(name)), p, q)
 
 
 def weighted(
@@ -212,6 +214,11 @@ def softmax() -> tuple[list[sympy.Symbol], list[sympy.Expr]]:
     z = list(sympy.symbols("z0:3", real=True))
     total = sum(sympy.exp(x) for x in z)
     return z, [sympy.exp(x) / total for x in z]
+
+
+def vanishes(expr: sympy.Expr) -> bool:
+    """Whether sympy simplifies an expression with logarithms to zero."""
+    return sympy.simplify(sympy.expand_log(sympy.expand(sympy.together(expr)), force=True)) == 0
 
 
 def three_atoms() -> tuple[list[sympy.Expr], list[sympy.Symbol], list[list[sympy.Symbol]]]:

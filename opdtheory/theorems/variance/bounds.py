@@ -1,4 +1,4 @@
-"""Bounds on the variance that a baseline can take away."""
+"""T7h: lower bounds on the variance of sampled forward-KL estimators."""
 
 from __future__ import annotations
 
@@ -8,32 +8,37 @@ from fractions import Fraction
 from typing import Any
 
 import sympy
-import torch
 from mpmath import iv
 from torch import Tensor
 
-from opdtheory.estimators import estimator
-from opdtheory.exact import gradient_moments
-from opdtheory.theorems.instances.cases import interval, pairs, rational_distributions
+from opdtheory.theorems.instances.cases import distribution, interval, pairs, rational_distributions, sampled_variance
 from opdtheory.theorems.instances.one_sample import (
     OfPair,
+    centred,
+    chi2,
     distance,
     dot,
-    chi2,
     expectation,
     first_rows,
+    minus,
     optimal_baseline,
     ratios,
     score,
     score_norms,
     second_moment,
+    simplex,
     square,
     three_atoms,
     variance,
 )
 from opdtheory.theorems.theorem import Cases, Identity, Step, Theorem, close, furthest, holds, same
 
-__all__ = []
+__all__ = ["theorems"]
+
+
+def theorems() -> list[Theorem]:
+    """T7h."""
+    return [_lower_bound()]
 
 
 def _lower_bound() -> Theorem:
@@ -48,19 +53,19 @@ def _lower_bound() -> Theorem:
             "one softmax row of V tokens with positive probabilities, one token y from p, gradient in the logits",
             "first bound: every estimator A(y) s_y that is unbiased; A = u - b is the only such form",
             "second bound: T(y, q_y) sees the teacher at the sampled token only, is unbiased for every teacher, and is "
-            "differentiable in q_y; V >= 3; sd_q is the standard deviation when the teacher is q; any other family: "
-            "tr Var_r(s) - |E_q s|²/chi2 in place of 1 - |r|² - |p-q|²/chi2",
-            "with the teacher's whole row a constant is unbiased: no bound holds",
+            "differentiable in q_y; V >= 3; sd_q is the standard deviation when the teacher is q; for any other "
+            "family, tr Var_r(s) - |E_q s|²/chi2 replaces 1 - |r|² - |p-q|²/chi2",
+            "an estimator that sees the teacher's whole row may be constant: no bound holds",
         ),
         source="derived here; two teachers are compared as two parameters are by Hammersley, Chapman and Robbins",
-        advice="Where chi2 is large a constant rescues no sampled forward KL: sum over the vocabulary, or take another "
-        "divergence. Of those that are at rest at the teacher, (u-1)(s - kappa) with kappa the mean score under r "
-        "is the quietest.",
+        advice="Where chi2 is large, no constant makes a sampled forward KL quiet: sum over the vocabulary, or take "
+        "another divergence. Of the estimators that are at rest at the teacher, (u-1)(s - kappa), with kappa the mean "
+        "score under r, is the quietest.",
         derivation=(
             Step(
                 r"\mathrm{Var}[-(u-1)s] = \chi^2(1+|p|^2) - 3|p-q|^2,\quad b^* - 1 = "
                 r"\tfrac{2(|p|^2 - p\cdot q)}{1-|p|^2}",
-                "softmax norms 1 - 2p_a + |p|²; then T7a's excess (b* - 1)² E_p|s|² is what b* saves",
+                "softmax norms 1 - 2p_a + |p|²; b* saves T7a's excess (b* - 1)² E_p|s|²",
                 _centred_closed_form,
             ),
             Step(
@@ -79,7 +84,7 @@ def _lower_bound() -> Theorem:
             ),
             Step(
                 r"T_q - T_{q'} = -(u - u')(s - \kappa)",
-                "d drops out; with q' = p it is -(u-1)(s-κ), of mean p - q",
+                "d cancels; for q' = p the difference is -(u-1)(s-κ), of mean p - q",
                 _difference_of_teachers,
             ),
             Step(
@@ -112,12 +117,8 @@ def _lower_bound() -> Theorem:
                 "the library's estimator as a black box",
                 r"\mathrm{Var}[-(u-1)s] = \chi^2(1+|p|^2) - 3|p-q|^2",
                 _check_library,
-                lambda p, q: ((q / p - 1).square() * p).sum() * (1 + p.square().sum()) - 3 * (p - q).square().sum(),
-                {
-                    "2 in place of 3": lambda p, q: (
-                        ((q / p - 1).square() * p).sum() * (1 + p.square().sum()) - 2 * (p - q).square().sum()
-                    ),
-                },
+                lambda p, q: _in_float64(p, q, 3),
+                {"2 in place of 3": lambda p, q: _in_float64(p, q, 2)},
             ),
             Identity(
                 "the least over constants",
@@ -199,12 +200,17 @@ def _least_variance(p: Sequence[Any], q: Sequence[Any]) -> Any:
     return _centred_variance(p, q) - 4 * (square(p) - dot(p, q)) ** 2 / (1 - square(p))
 
 
+def _in_float64(p: Tensor, q: Tensor, times: int) -> Tensor:
+    """`_centred_variance` of tensors, with another factor in place of 3."""
+    return ((q / p - 1).square() * p).sum() * (1 + p.square().sum()) - times * (p - q).square().sum()
+
+
 def _check_library(value: Callable[[Tensor, Tensor], Tensor]) -> Cases:
     """The library's centred forward-KL estimator as a black box, one step."""
-    for pair in map(first_rows, pairs()):
-        p, q = (policy.logits[0][0].softmax(-1) for policy in pair)
-        found = gradient_moments(estimator("opd_plus_centred", "forward_kl"), *pair).variance
-        yield close(torch.tensor(found, dtype=torch.float64), value(p, q), pair)
+    for pair in pairs():
+        row = first_rows(pair)
+        p, q = (policy.logits[0][0].softmax(-1) for policy in row)
+        yield close(sampled_variance("opd_plus_centred", "forward_kl", row), value(p, q), pair)
 
 
 def _check_least(value: OfPair) -> Cases:
@@ -216,22 +222,18 @@ def _check_least(value: OfPair) -> Cases:
 
 def _check_score_bound(bound: OfPair) -> Cases:
     """No constant makes the score-function estimator quieter than the bound, which a uniform student attains."""
-    for p, q in _apart_distributions():
+    for p, q in _near_and_far():
         yield holds(_least_variance(p, q) >= bound(p, q), p, q)
     for _, q in rational_distributions():
-        uniform = [Fraction(1, len(q))] * len(q)
-        yield same(_least_variance(uniform, q), bound(uniform, q), q)
+        uniform = distribution(*[1] * len(q))
+        yield same(_least_variance(uniform, q), bound(uniform, q), "uniform student", q)
 
 
-def _apart_distributions() -> Iterator[tuple[Sequence[Fraction], Sequence[Fraction]]]:
+def _near_and_far() -> Iterator[tuple[Sequence[Fraction], Sequence[Fraction]]]:
     yield from rational_distributions()
     for rare in (Fraction(1, 100), Fraction(1, 10**6)):
-        yield _distribution(1 / rare, 1, 1), _distribution(1, 1, 1)
-        yield _distribution(3 / rare, 1 / rare, 4), _distribution(1, 1, 2)
-
-
-def _distribution(*parts: int | Fraction) -> tuple[Fraction, ...]:
-    return tuple(Fraction(part) / sum(parts) for part in parts)
+        yield distribution(1 / rare, 1, 1), distribution(1, 1, 1)
+        yield distribution(3 / rare, 1 / rare, 4), distribution(1, 1, 2)
 
 
 def _score_bound(p: Sequence[Any], q: Sequence[Any]) -> Any:
@@ -247,7 +249,7 @@ def _tilted(p: Sequence[Any], q: Sequence[Any]) -> list[Any]:
 
 def _check_least_over_vectors(value: OfPair) -> Cases:
     r"""$\min_\kappa E_p[(u-1)^2 |s-\kappa|^2]$, each component's parabola through $-1, 0, 1$, in fractions."""
-    for p, q in _apart_distributions():
+    for p, q in _near_and_far():
         u, least = ratios(p, q), Fraction(0)
         for k in range(len(p)):
 
@@ -263,44 +265,41 @@ def _least_over_vectors(p: Sequence[Any], q: Sequence[Any]) -> Any:
     return chi2(p, q) * (1 - square(_tilted(p, q)))
 
 
-def _members(p: Sequence[Fraction]) -> Iterator[tuple[list[Fraction], list[list[Fraction]], Sequence[Fraction]]]:
-    r"""Estimators $T_a = -u_a (s_a - \kappa) + d_a/p_a$ with $\sum_a d_a = -\kappa$: vectors $\kappa$ and $d_a$.
+def _members(p: Sequence[Fraction]) -> Iterator[tuple[list[Fraction], list[list[Fraction]], Sequence[Fraction], str]]:
+    r"""Estimators $T_a = -u_a (s_a - \kappa) + d_a/p_a$ with $\sum_a d_a = -\kappa$: the vectors $\kappa$ and $d_a$.
 
-    Each with the teacher for which it has no variance: the student itself, or a uniform one.
+    Each comes with the teacher for which it has no variance, the student itself or a uniform one, and a label.
     """
-    count = len(p)
     for step in (0, 1, 3):
-        kappa = [Fraction(step * k, 5) for k in range(count)]
-        for quiet in (p, _distribution(*[1] * count)):
-            d = [[b * (x - c) for x, c in zip(score(p, i), kappa, strict=True)] for i, b in enumerate(quiet)]
-            rest = [sum(row[k] for row in d) + kappa[k] for k in range(count)]
+        kappa = [Fraction(step * k, 5) for k in range(len(p))]
+        for name, quiet in (("student", p), ("uniform", distribution(*[1] * len(p)))):
+            d = [[b * x for x in minus(score(p, i), kappa)] for i, b in enumerate(quiet)]
+            rest = [sum(column) + c for column, c in zip(zip(*d, strict=True), kappa, strict=True)]
             d = [[x - a * r for x, r in zip(row, rest, strict=True)] for a, row in zip(p, d, strict=True)]
-            yield kappa, d, quiet
+            yield kappa, d, quiet, f"kappa step {step}/5, quiet at {name}"
 
 
-def _values(
+def _moments(
     p: Sequence[Fraction], q: Sequence[Fraction], kappa: list[Fraction], d: list[list[Fraction]]
-) -> list[list[Fraction]]:
-    return [
+) -> tuple[list[Fraction], Fraction]:
+    """Mean and variance of an estimator when the teacher is q."""
+    rows = [
         [-u * (s - c) + x / p[a] for s, c, x in zip(score(p, a), kappa, d[a], strict=True)]
         for a, u in enumerate(ratios(p, q))
     ]
-
-
-def _moments(p: Sequence[Fraction], rows: list[list[Fraction]]) -> tuple[list[Fraction], Fraction]:
-    mean = [expectation(p, [row[k] for row in rows]) for k in range(len(p))]
+    mean = [expectation(p, column) for column in zip(*rows, strict=True)]
     return mean, expectation(p, [square(row) for row in rows]) - square(mean)
 
 
 def _check_family(offset: Fraction) -> Cases:
-    """Each has the forward KL's gradient as its mean, whatever the teacher, and is quiet where it should be."""
+    """Each has the forward KL's gradient as its mean for every teacher, and no variance for one of them."""
     for p, q in rational_distributions():
-        for kappa, d, quiet in _members(p):
+        for kappa, d, quiet, label in _members(p):
             moved = [[x + offset for x in row] for row in d]
-            for teacher in (q, quiet):
-                mean, spread = _moments(p, _values(p, teacher, kappa, moved))
-                yield same(mean, [a - b for a, b in zip(p, teacher, strict=True)], p, q, kappa, d, quiet, teacher)
-            yield same(spread, 0, p, q, kappa, d, quiet)
+            for name, teacher in (("q", q), ("quiet teacher", quiet)):
+                mean, spread = _moments(p, teacher, kappa, moved)
+                yield same(mean, minus(p, teacher), p, q, label, f"mean under {name}")
+            yield same(spread, 0, p, q, label, "variance")
 
 
 def _check_dimension(value: Callable[[int, int], int]) -> Cases:
@@ -313,34 +312,37 @@ def _check_dimension(value: Callable[[int, int], int]) -> Cases:
         total = sum(c * x**j for x, row in zip(q, rows, strict=True) for j, c in enumerate(row))
         conditions = sympy.Poly(sympy.expand(total), *q[:-1]).coeffs()
         rank = sympy.Matrix([[sympy.diff(c, x) for x in free] for c in conditions]).rank()
-        yield same(len(free) - rank, value(count, degree), count, degree)
+        yield same(len(free) - rank, value(count, degree), f"{count} tokens", f"degree {degree}")
 
 
 def _check_two_teachers(bound: OfPair) -> Cases:
     r"""$(\mathrm{sd}_q + \mathrm{sd}_p)^2$ of every member against the bound, enclosed."""
-    for p, q in _apart_distributions():
-        for kappa, d, _ in _members(p):
-            (_, there), (_, here) = (_moments(p, _values(p, each, kappa, d)) for each in (q, p))
+    for p, q in _near_and_far():
+        for kappa, d, _, label in _members(p):
+            (_, there), (_, here) = (_moments(p, teacher, kappa, d) for teacher in (q, p))
             spread = (iv.sqrt(interval(there)) + iv.sqrt(interval(here))) ** 2
             # Rounding outwards may leave equality undecided: only what is certainly below refutes.
-            yield holds(not spread < interval(Fraction(bound(p, q))), p, q, kappa, d)
-        # Without variance at p, and of the least at q: it attains the bound.
-        r = _tilted(p, q)
-        kappa = [sum(b * score(p, a)[k] for a, b in enumerate(r)) for k in range(len(p))]
-        d = [[a * (x - c) for x, c in zip(score(p, i), kappa, strict=True)] for i, a in enumerate(p)]
-        mean, spread = _moments(p, _values(p, q, kappa, d))
-        yield same(mean, [a - b for a, b in zip(p, q, strict=True)], p, q)
-        yield same(spread, bound(p, q), p, q)
+            yield holds(not spread < interval(Fraction(bound(p, q))), p, q, label)
+        # The estimator without variance at p and with the least at q attains the bound.
+        kappa = [
+            expectation(_tilted(p, q), column) for column in zip(*(score(p, a) for a in range(len(p))), strict=True)
+        ]
+        d = [[a * x for x in minus(score(p, i), kappa)] for i, a in enumerate(p)]
+        mean, least = _moments(p, q, kappa, d)
+        yield same(mean, minus(p, q), p, q, "mean of the quietest")
+        yield same(least, bound(p, q), p, q, "variance of the quietest")
+
+
+# The derivation.
 
 
 def _centred_closed_form() -> bool:
-    p0, p1, q0, q1 = sympy.symbols("p0 p1 q0 q1", positive=True)
-    p, q = [p0, p1, 1 - p0 - p1], [q0, q1, 1 - q0 - q1]
+    p, q = simplex("p"), simplex("q")
     u = ratios(p, q)
     best = optimal_baseline(p, u)
     shift = best - 1 - 2 * (square(p) - dot(p, q)) / (1 - square(p))
-    centred = variance(p, [x - 1 for x in u]) - _centred_variance(p, q)
-    return sympy.simplify(shift) == 0 and sympy.simplify(centred) == 0
+    gap = variance(p, [x - 1 for x in u]) - _centred_variance(p, q)
+    return sympy.simplify(shift) == 0 and sympy.simplify(gap) == 0
 
 
 def _norm_floor() -> bool:
@@ -364,24 +366,23 @@ def _tilted_square() -> bool:
     """Three atoms, any scores: the square about κ splits into the spread under r and the distance to its mean."""
     p, _, s = three_atoms()
     m = sympy.symbols("m0:3", real=True)  # (u - 1)^2
-    kappa = sympy.symbols("k0:2", real=True)
     total = expectation(p, m)
     r = [a * x / total for a, x in zip(p, m, strict=True)]
-    for k in range(2):
-        centre = sum(a * vector[k] for a, vector in zip(r, s, strict=True))
-        left = sum(a * x * (vector[k] - kappa[k]) ** 2 for a, x, vector in zip(p, m, s, strict=True))
-        spread = sum(a * (vector[k] - centre) ** 2 for a, vector in zip(r, s, strict=True))
-        if sympy.simplify(left - total * (spread + (kappa[k] - centre) ** 2)) != 0:
+    for k, kappa in enumerate(sympy.symbols("k0:2", real=True)):
+        scores = [vector[k] for vector in s]
+        centre = expectation(r, scores)
+        left = expectation(p, [x * (value - kappa) ** 2 for x, value in zip(m, scores, strict=True)])
+        spread = expectation(r, [(value - centre) ** 2 for value in scores])
+        if sympy.simplify(left - total * (spread + (kappa - centre) ** 2)) != 0:
             return False
     return True
 
 
 def _softmax_spread() -> bool:
     r"""$\mathrm{tr\,Var}_r(e_a - p) = 1 - |r|^2$."""
-    r0, r1 = sympy.symbols("r0 r1")
-    r, p = [r0, r1, 1 - r0 - r1], sympy.symbols("p0:3")
-    mean = [sum(r[a] * score(p, a)[k] for a in range(3)) for k in range(3)]
-    spread = sum(r[a] * (score(p, a)[k] - mean[k]) ** 2 for a in range(3) for k in range(3))
+    r, p = simplex("r"), sympy.symbols("p0:3")
+    columns = list(zip(*(score(p, a) for a in range(3)), strict=True))
+    spread = sum(expectation(r, [x**2 for x in centred(r, column)]) for column in columns)
     return sympy.expand(spread - (1 - square(r))) == 0
 
 
