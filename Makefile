@@ -1,4 +1,4 @@
-# Every target sets up what it needs in .venv; `make verify` or `make test` can be the first command on a fresh clone.
+# Every target sets up what it needs in .venv: `make verify` or `make test` can be the first command on a fresh clone.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -14,12 +14,12 @@ help: ## list the targets
 
 $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	  echo "error: '$(PYTHON)' is no Python 3.11 or newer, which the development tools and TRL need." >&2; \
-	  echo "       Name another one:  make $(firstword $(MAKECMDGOALS)) PYTHON=python3.12" >&2; exit 1; }
+	  echo "error: '$(PYTHON)' must be Python 3.11 or newer, which the development tools and TRL need." >&2; \
+	  echo "       Choose another one:  make $(firstword $(MAKECMDGOALS)) PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-# The development environment holds all that `verify` needs, so either may come first.
+# The development environment includes everything that `verify` needs, so either may come first.
 $(VENV)/.installed-verify: $(INPUTS) | $(VENV)/.created
 	$(PIP) -e ".[cli,plots]"
 	@touch $@
@@ -31,26 +31,26 @@ $(VENV)/.installed-dev: $(INPUTS) | $(VENV)/.created
 verify: $(VENV)/.installed-verify ## check every identity and refute every false twin; writes reports/verify.html
 	$(BIN)/opdtheory verify
 
-lint: $(VENV)/.installed-dev ## ruff, mypy and the import layers
+lint: $(VENV)/.installed-dev ## run ruff, mypy and the import layers
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: lint ## lint, then the tests and doctests
+test: lint ## lint, then run the tests and doctests
 	$(BIN)/python -m pytest -n auto --maxprocesses 8
 
-test-slow: $(VENV)/.installed-dev ## the tests that take minutes
+test-slow: $(VENV)/.installed-dev ## run the tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
-typecheck-runtime: $(VENV)/.installed-dev ## the tests with every annotation and shape checked at run time
+typecheck-runtime: $(VENV)/.installed-dev ## run the tests with every annotation and shape checked at run time
 	OPDTHEORY_TYPECHECK=1 $(BIN)/python -m pytest -n auto --maxprocesses 8
 
-format: $(VENV)/.installed-dev ## let ruff rewrite the sources
+format: $(VENV)/.installed-dev ## format the sources with ruff
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-# An environment of its own: the packages of the gallery are many, and installed without what they ask for.
+# A separate environment: the gallery needs many packages, which are installed without their dependencies.
 GALLERY := build/gallery
 $(GALLERY)/.installed: $(INPUTS) examples/published_losses/requirements.txt
 	$(PYTHON) -m venv $(GALLERY)
@@ -67,11 +67,11 @@ gallery: $(GALLERY)/.installed ## audit every published loss; writes docs/galler
 mutation: $(VENV)/.installed-dev ## break the library term by term; writes docs/mutation.md (about an hour)
 	$(BIN)/python -m tests.mutation --log reports/mutation.jsonl --page docs/mutation.md
 
-fuzz: $(VENV)/.installed-dev ## 100,000 generated calls of the public border: each is right, or refused by name
+fuzz: $(VENV)/.installed-dev ## make 100,000 generated calls of the public API: each is right or raises a clear error
 	$(BIN)/python -m tests.fuzz --calls 100000
 
-# Triton comes with torch for GPUs; where there is none it interprets the programs, and is for this alone.
-device: $(VENV)/.installed-dev ## the tests for a GPU, interpreted on the CPU where there is none
+# Triton comes with torch for GPUs. Without a GPU it is installed for this target only and interprets the programs.
+device: $(VENV)/.installed-dev ## run the tests for a GPU; without one, interpret them on the CPU
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 	  $(BIN)/python -m pytest -n auto --maxprocesses 8 tests/laws/test_device.py; \
 	else \
@@ -80,20 +80,20 @@ device: $(VENV)/.installed-dev ## the tests for a GPU, interpreted on the CPU wh
 	    $(BIN)/python -m pytest -n auto --maxprocesses 8 tests/laws/test_device.py; \
 	fi
 
-bench: $(VENV)/.installed-dev ## time and memory beside TRL's, medians of alternated repeats; writes docs/performance.md
+bench: $(VENV)/.installed-dev ## compare time and memory with TRL (medians of alternated repeats); writes docs/performance.md
 	$(BIN)/python benchmarks/fused.py --write docs/performance.md
 	$(BIN)/python benchmarks/oracle.py --write docs/performance.md
 	$(BIN)/python benchmarks/growth.py --write docs/performance.md
 
-# The ball arithmetic is for this alone, and not where sympy would take it up.
-accuracy: $(VENV)/.installed-dev ## errors of every function in units in the last place; writes docs/accuracy.md
+# The ball arithmetic is for this target only, and kept away from sympy, which would use it.
+accuracy: $(VENV)/.installed-dev ## measure every function.s error in units in the last place; writes docs/accuracy.md
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target build/accuracy "python-flint>=0.8"
 	PYTHONPATH=build/accuracy $(BIN)/python benchmarks/accuracy.py --write docs/accuracy.md
 
-docs: $(VENV)/.installed-dev ## the documentation, into site/
+docs: $(VENV)/.installed-dev ## build the documentation in site/
 	$(BIN)/mkdocs build --strict
 
-wheel: $(VENV)/.installed-dev ## a wheel, into dist/
+wheel: $(VENV)/.installed-dev ## build a wheel in dist/
 	$(BIN)/python -m build --wheel
 
 clean: ## remove .venv and everything built
