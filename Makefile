@@ -86,7 +86,7 @@ bench: $(VENV)/.installed-dev ## compare time and memory with TRL (medians of al
 	$(BIN)/python benchmarks/growth.py --write docs/performance.md
 
 # The ball arithmetic is for this target only, and kept away from sympy, which would use it.
-accuracy: $(VENV)/.installed-dev ## measure every function.s error in units in the last place; writes docs/accuracy.md
+accuracy: $(VENV)/.installed-dev ## measure every function's error in units in the last place; writes docs/accuracy.md
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target build/accuracy "python-flint>=0.8"
 	PYTHONPATH=build/accuracy $(BIN)/python benchmarks/accuracy.py --write docs/accuracy.md
 
