@@ -12,7 +12,7 @@ from collections.abc import Callable
 from decimal import Decimal, localcontext
 from fractions import Fraction
 from numbers import Real
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -32,7 +32,6 @@ from opdtheory.divergences.logspace import (
     xlogx_remainder,
 )
 from opdtheory.divergences.registry import entry, family, member
-from opdtheory.divergences.transform import symbol
 from opdtheory.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -44,19 +43,6 @@ _LOG2 = math.log(2.0)
 
 def _constant(value: float) -> Callable[[Tensor], Tensor]:
     return lambda t: torch.full_like(t, value)
-
-
-def _log_u() -> sympy.Expr:
-    import sympy
-
-    return sympy.log(symbol())
-
-
-def _jsd_expr() -> sympy.Expr:
-    import sympy
-
-    u = symbol()
-    return (u * sympy.log(u) - (u + 1) * sympy.log((u + 1) / 2)) / 2
 
 
 def _jsd_generator(t: Tensor) -> Tensor:
@@ -74,7 +60,7 @@ def _jsd_generator(t: Tensor) -> Tensor:
 
 reverse_kl = entry(
     "reverse_kl",
-    lambda: -_log_u(),
+    lambda sympy, u: -sympy.log(u),
     generator=Form(lambda t: -t, _INF, -_INF),
     log_slope=Form(_constant(-1.0), -1.0, -1.0),
     weight=Form(lambda t: t - 1, -_INF, _INF),
@@ -90,7 +76,7 @@ Reference: Kullback & Leibler (1951); in distillation MiniLLM, arXiv 2306.08543.
 
 forward_kl = entry(
     "forward_kl",
-    lambda: symbol() * _log_u(),
+    lambda sympy, u: u * sympy.log(u),
     generator=Form(lambda t: mul_exp(t, t), 0.0, _INF),
     log_slope=Form(lambda t: mul_exp(t + 1, t), 0.0, _INF),
     weight=Form(torch.exp, 0.0, _INF),
@@ -106,7 +92,7 @@ Reference: Kullback & Leibler (1951).
 
 jsd = entry(
     "jsd",
-    _jsd_expr,
+    lambda sympy, u: (u * sympy.log(u) - (u + 1) * sympy.log((u + 1) / 2)) / 2,
     generator=Form(_jsd_generator, _LOG2 / 2, _INF),
     log_slope=Form(lambda t: mul_exp(-log_mixture(-t, 0.5, 0.5) / 2, t), 0.0, _INF),
     weight=Form(lambda t: log_mixture(t, 0.5, 0.5) / 2, -_LOG2 / 2, _INF),
@@ -143,10 +129,8 @@ def skew_jsd(beta: float) -> Divergence:
     b, c = float(exact), float(1 - exact)
     variance = float(exact * (1 - exact))
 
-    def expr() -> sympy.Expr:
-        import sympy
-
-        u, weight = symbol(), _rational(exact)
+    def expr(sympy: Any, u: sympy.Symbol) -> sympy.Expr:
+        weight = sympy.Rational(exact)
         mixture = weight * u + (1 - weight)
         return weight * u * sympy.log(u) - mixture * sympy.log(mixture)
 
@@ -188,7 +172,7 @@ def _skew_jsd_near(t: Tensor, b: float) -> Tensor:
 
 chi2 = entry(
     "chi2",
-    lambda: (symbol() - 1) ** 2,
+    lambda sympy, u: (u - 1) ** 2,
     generator=Form(lambda t: torch.expm1(t) ** 2, 1.0, _INF),
     log_slope=Form(lambda t: mul_exp(2 * torch.expm1(t), t), 0.0, _INF),
     weight=Form(lambda t: torch.expm1(2 * t), -1.0, _INF),
@@ -204,7 +188,7 @@ Reference: Pearson (1900).
 
 neyman_chi2 = entry(
     "neyman_chi2",
-    lambda: (symbol() - 1) ** 2 / symbol(),
+    lambda sympy, u: (u - 1) ** 2 / u,
     generator=Form(lambda t: (2 * torch.sinh(t / 2)) ** 2, _INF, _INF),
     log_slope=Form(lambda t: 2 * torch.sinh(t), -_INF, _INF),
     weight=Form(lambda t: -2 * torch.expm1(-t), -_INF, 2.0),
@@ -218,16 +202,9 @@ r"""Neyman $\chi^2$, $D = \sum (q - p)^2 / q$: $f = (u - 1)^2 / u$. Range $[0, \
 Reference: Neyman (1949), first Berkeley Symposium, 239-273.
 """
 
-
-def _hellinger_expr() -> sympy.Expr:
-    import sympy
-
-    return (sympy.sqrt(symbol()) - 1) ** 2
-
-
 hellinger = entry(
     "hellinger",
-    _hellinger_expr,
+    lambda sympy, u: (sympy.sqrt(u) - 1) ** 2,
     generator=Form(lambda t: torch.expm1(t / 2) ** 2, 1.0, _INF),
     log_slope=Form(lambda t: torch.exp(t / 2) * torch.expm1(t / 2), 0.0, _INF),
     weight=Form(lambda t: torch.expm1(t / 2), -1.0, _INF),
@@ -242,19 +219,13 @@ Reference: Hellinger (1909), doi:10.1515/crll.1909.136.210.
 """
 
 
-def _total_variation_expr() -> sympy.Expr:
-    import sympy
-
-    return sympy.Abs(symbol() - 1) / 2
-
-
 def _total_variation_generator(t: Tensor) -> Tensor:
     return torch.where(t > 700.0, mul_exp(0.5, t), torch.expm1(t).abs() / 2)
 
 
 total_variation = entry(
     "total_variation",
-    _total_variation_expr,
+    lambda sympy, u: sympy.Abs(u - 1) / 2,
     generator=Form(_total_variation_generator, 0.5, _INF),
     log_slope=Form(lambda t: mul_exp(torch.sign(t) / 2, t), 0.0, _INF),
     weight=Form(lambda t: torch.sign(t) / 2, -0.5, 0.5),
@@ -271,7 +242,7 @@ there, is taken to be 0 everywhere. Reference: Csiszar (1967), Studia Sci. Math.
 
 le_cam = entry(
     "le_cam",
-    lambda: (symbol() - 1) ** 2 / (symbol() + 1),
+    lambda sympy, u: (u - 1) ** 2 / (u + 1),
     generator=Form(lambda t: torch.expm1(t) * torch.tanh(t / 2), 1.0, _INF),
     log_slope=Form(lambda t: torch.tanh(t / 2) * sigmoid(t) * (torch.exp(t) + 3), 0.0, _INF),
     weight=Form(lambda t: torch.tanh(t / 2) * (1 + 2 * sigmoid(t)), -1.0, 3.0),
@@ -287,7 +258,7 @@ Range $[0, 2]$, symmetric. Reference: Le Cam (1986), Asymptotic Methods in Stati
 
 jeffreys = entry(
     "jeffreys",
-    lambda: (symbol() - 1) * _log_u(),
+    lambda sympy, u: (u - 1) * sympy.log(u),
     generator=Form(lambda t: t * torch.expm1(t), _INF, _INF),
     log_slope=Form(lambda t: mul_exp(t, t) + torch.expm1(t), -1.0, _INF),
     weight=Form(lambda t: torch.expm1(t) + t, -_INF, _INF),
@@ -325,10 +296,8 @@ def alpha(alpha: float) -> Divergence:
     power, below = TwoFloat.of(exact), TwoFloat.of(exact - 1)
     a = power.hi
 
-    def expr() -> sympy.Expr:
-        import sympy
-
-        u, order = symbol(), _rational(exact)
+    def expr(sympy: Any, u: sympy.Symbol) -> sympy.Expr:
+        order = sympy.Rational(exact)
         if exact == 0:
             return u - 1 - sympy.log(u)
         if exact == 1:
@@ -443,10 +412,8 @@ def skew_forward_kl(lam: float) -> Divergence:
     b, c = float(exact), float(1 - exact)
     per_ratio = _SkewSlope(exact)
 
-    def expr() -> sympy.Expr:
-        import sympy
-
-        u, share = symbol(), _rational(exact)
+    def expr(sympy: Any, u: sympy.Symbol) -> sympy.Expr:
+        share = sympy.Rational(exact)
         return u * sympy.log(u / (share * u + (1 - share)))
 
     def curvature(t: Tensor) -> Tensor:
@@ -489,10 +456,8 @@ def skew_reverse_kl(lam: float) -> Divergence:
     b, c = float(exact), float(1 - exact)
     per_ratio = _SkewSlope(exact)
 
-    def expr() -> sympy.Expr:
-        import sympy
-
-        u, share = symbol(), _rational(exact)
+    def expr(sympy: Any, u: sympy.Symbol) -> sympy.Expr:
+        share = sympy.Rational(exact)
         return -sympy.log(share + (1 - share) * u)
 
     def curvature(t: Tensor) -> Tensor:
@@ -569,12 +534,6 @@ def _float(value: Fraction) -> float:
 def _log(value: Fraction) -> float:
     """The logarithm of an exact positive value; a float near one would have lost the digits that count."""
     return math.log1p(float(value - 1)) if value > Fraction(1, 2) else math.log(float(value))
-
-
-def _rational(value: Fraction) -> sympy.Expr:
-    import sympy
-
-    return sympy.Rational(value.numerator, value.denominator)
 
 
 def _parameter(name: str, value: object, valid: Callable[[float], bool], wanted: str) -> Fraction:

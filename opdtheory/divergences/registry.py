@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import Tensor
 
 from opdtheory.divergences.divergence import Divergence, Form, Parameters
+from opdtheory.divergences.transform import symbol
 from opdtheory.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def register(added: Entry) -> Entry:
     return added
 
 
-def entry(name: str, expr: Callable[[], sympy.Expr], **forms: Any) -> Divergence:
+def entry(name: str, expr: Callable[[Any, sympy.Symbol], sympy.Expr], **forms: Any) -> Divergence:
     """A divergence without a parameter, made as `member` does and registered."""
     return register(member(name, expr, **forms))
 
@@ -105,7 +106,7 @@ def family(
 
 def member(
     name: str,
-    expr: Callable[[], sympy.Expr],
+    expr: Callable[[Any, sympy.Symbol], sympy.Expr],
     *,
     generator: Form,
     log_slope: Form,
@@ -116,7 +117,17 @@ def member(
     reference: str,
     parameters: dict[str, float] | None = None,
 ) -> Divergence:
-    """A divergence from its symbolic generator and its functions of `log u`."""
+    """A divergence from its generator and its functions of `log u`.
+
+    `expr` gets the module `sympy`, which nothing here imports before an expression is asked for, and the symbol `u`.
+    """
+
+    @functools.cache
+    def make_expr() -> sympy.Expr:
+        import sympy
+
+        return expr(sympy, symbol())
+
     forms = {
         "generator": generator,
         "log_slope": log_slope,
@@ -135,7 +146,7 @@ def member(
         reference=reference,
         _forms=forms,
         _slope_at_infinity=slope_at_infinity,
-        _make_expr=functools.cache(expr),
+        _make_expr=make_expr,
         _remake=(_from_names, (name, dict(parameters or {}))),
     )
 

@@ -30,11 +30,9 @@ INF = math.inf
 
 def _plain() -> str:
     r"""An entry that the catalogue lacks: $f = (u - 1)^2/\sqrt u$."""
-    half, three_halves = sympy.Rational(1, 2), sympy.Rational(3, 2)
-    u = divergences.symbol()
     entry(
         "root_chi2",
-        lambda: u**three_halves - 2 * u**half + u**-half,
+        lambda sympy, u: (u - 1) ** 2 / sympy.sqrt(u),
         generator=Form(lambda t: torch.exp(t / 2) * (2 * torch.sinh(t / 2)) ** 2, INF, INF),
         log_slope=Form(lambda t: torch.exp(-t / 2) * torch.expm1(t) * (1.5 * torch.exp(t) + 0.5), -INF, INF),
         weight=Form(lambda t: torch.exp(-t / 2) * torch.expm1(t) * (0.5 * torch.exp(t) + 1.5), -INF, INF),
@@ -57,7 +55,6 @@ def _family() -> str:
         if not 0 < share < 1:
             raise InvalidArgumentError("share", f"must lie in (0, 1), got {share!r}")
         a, b = share, 1 - share
-        u, exact = divergences.symbol(), sympy.Rational(str(share))
 
         def inverse(t: Tensor) -> Tensor:
             return mixture_ratio(-t, b, a)
@@ -67,7 +64,7 @@ def _family() -> str:
 
         return member(
             "skew_chi2",
-            lambda: (u - 1) ** 2 / (exact * u + 1 - exact),
+            lambda sympy, u: (u - 1) ** 2 / (sympy.Rational(str(share)) * (u - 1) + 1),
             generator=Form(lambda t: torch.expm1(t) ** 2 * inverse(t), 1 / b, INF),
             log_slope=Form(lambda t: torch.expm1(t) * inverse(t) * (torch.exp(t) + ratio(t)), 0.0, INF),
             weight=Form(lambda t: torch.expm1(t) * inverse(t) * (ratio(t) + 1), -1 / b, (1 + a) / a**2),
