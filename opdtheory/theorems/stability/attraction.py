@@ -1,4 +1,4 @@
-"""T5: whether the teacher attracts a student that is near it; T5b and T5c come from the two modules beside."""
+"""T5: whether the teacher attracts a student near it. T5b and T5c are in the modules beside this one."""
 
 from __future__ import annotations
 
@@ -9,20 +9,8 @@ import sympy
 
 from opdtheory import divergences
 from opdtheory.theorems.instances.flows import jacobian_at_teacher, softmax_slope
-from opdtheory.theorems.stability.checks import (
-    FALSE_SLOPES,
-    check_autograd,
-    check_collapse,
-    check_distance,
-    check_far,
-    check_first_order,
-    check_hessian,
-    check_jacobian,
-    check_rates,
-    check_spectrum,
-    slope,
-    symbolic_weight,
-)
+from opdtheory.theorems.instances.one_sample import covariance, expectation, in_logits, ratios, simplex
+from opdtheory.theorems.stability import checks
 from opdtheory.theorems.theorem import Identity, Step, Theorem
 
 __all__ = ["theorems"]
@@ -35,9 +23,9 @@ def theorems() -> list[Theorem]:
 
 def _attraction() -> Theorem:
     def at_one(name: str, f: sympy.Expr, u: sympy.Symbol) -> sympy.Expr:
-        return sympy.simplify(sympy.diff(symbolic_weight(name, f, u), u).subs(u, 1))
+        return sympy.simplify(sympy.diff(checks.symbolic_weight(name, f, u), u).subs(u, 1))
 
-    # Which of five students approach, from the nearest on.
+    # Which of five students approach, the nearest first.
     far = {
         "forward KL, OPD+": "+++++",
         "JSD, OPD+": "+++++",
@@ -65,12 +53,12 @@ def _attraction() -> Theorem:
         derivation=(
             Step(
                 r"\dot z_a = p_a (w(u_a) - E_p w) = 0 \text{ at } p = q",
-                "every ratio is 1; w undefined, three atoms",
+                "every ratio is 1; three atoms, w an undefined function",
                 _fixed,
             ),
             Step(
                 r"\partial \dot z_a/\partial z_b\,|_{p=q} = -w'(1)\, q_a (\delta_{ab} - q_b)",
-                "chain rule through softmax; w undefined, three atoms",
+                "the chain rule through softmax; three atoms, w an undefined function",
                 _linearised,
             ),
             Step(
@@ -81,12 +69,12 @@ def _attraction() -> Theorem:
             ),
             Step(
                 r"\det(x - J) = x\,(x^2 + w'(1)\,(1 - \textstyle\sum q^2)\,x + 3 w'(1)^2 q_1 q_2 q_3)",
-                "three atoms; both other roots are real, as the discriminant is a sum of squares",
+                "three atoms; the other two roots are real, since the discriminant is a sum of squares",
                 _eigenvalues,
             ),
             Step(
                 r"w'(1) = -f'(1) - c \text{ for } -(f + c(u-1)), \qquad w'(1) = f''(1) \text{ for OPD+}",
-                "product rule, f undefined: the first depends on the gauge, the second does not",
+                "the product rule, with f an undefined function: the first depends on the gauge, the second does not",
                 _slopes,
             ),
             Step(
@@ -97,7 +85,7 @@ def _attraction() -> Theorem:
             Step(
                 r"w'(1) = 0,\ p_a = q_a(1 - \varepsilon x_a):\quad"
                 r"\dot z_a = \tfrac12 w''(1)\, q_a (x_a^2 - E_q x^2)\, \varepsilon^2 + O(\varepsilon^3)",
-                "second-order expansion, three atoms",
+                "expansion to the second order, three atoms",
                 _second_order,
             ),
             Step(
@@ -114,7 +102,7 @@ def _attraction() -> Theorem:
             Identity(
                 "Jacobian in fractions",
                 r"J = -w'(1)(\mathrm{diag}\,q - qq^\top)",
-                check_jacobian,
+                checks.check_jacobian,
                 jacobian_at_teacher,
                 {
                     "sign flipped": lambda q, s: jacobian_at_teacher(q, -s),
@@ -126,7 +114,7 @@ def _attraction() -> Theorem:
             Identity(
                 "spectrum in fractions",
                 r"\det(x - J) = x\,(x^2 + w'(1)(1 - \textstyle\sum q^2)x + 3w'(1)^2 q_1q_2q_3)",
-                check_spectrum,
+                checks.check_spectrum,
                 1,
                 {"sign flipped": -1},
                 "exact",
@@ -134,7 +122,7 @@ def _attraction() -> Theorem:
             Identity(
                 "distance falls or grows, certified",
                 r"\mathrm{sign}\ \tfrac{d}{dt}\lVert z - \log q\rVert = -\mathrm{sign}\ w'(1)",
-                check_distance,
+                checks.check_distance,
                 at_one,
                 {
                     "sign flipped": lambda name, f, u: -at_one(name, f, u),
@@ -146,7 +134,7 @@ def _attraction() -> Theorem:
             Identity(
                 "attracting only near, certified",
                 r"-(u\log u - 2(u-1)) < 0 \text{ for } u \ge 5:\ \text{an underrated token loses further}",
-                check_collapse,
+                checks.check_collapse,
                 {Fraction(1, 10): 7, Fraction(1, 2): 6, Fraction(99, 100): 5},
                 {
                     "everywhere": dict.fromkeys((Fraction(1, 10), Fraction(1, 2), Fraction(99, 100)), 1000),
@@ -157,31 +145,31 @@ def _attraction() -> Theorem:
             Identity(
                 "Jacobian by autograd",
                 r"J = -w'(1)(\mathrm{diag}\,q - qq^\top)",
-                check_autograd,
-                slope,
-                FALSE_SLOPES,
+                checks.check_autograd,
+                checks.slope,
+                checks.FALSE_SLOPES,
             ),
             Identity(
                 "Hessian of the objective",
                 r"\nabla^2 D_f(q\|p)|_{p=q} = f''(1)\,(\mathrm{diag}\,q - qq^\top)",
-                check_hessian,
-                slope,
+                checks.check_hessian,
+                checks.slope,
                 {
-                    "sign flipped": lambda name, d: -slope(name, d),
-                    "f''(1) + f'(1)": lambda name, d: slope("opd_plus", d) - slope("opd", d),
+                    "sign flipped": lambda name, d: -checks.slope(name, d),
+                    "f''(1) + f'(1)": lambda name, d: checks.slope("opd_plus", d) - checks.slope("opd", d),
                 },
             ),
             Identity(
                 "simulated rates",
                 r"\lVert z - \log q \rVert \propto e^{-w'(1)\lambda t}",
-                check_rates,
-                slope,
-                FALSE_SLOPES,
+                checks.check_rates,
+                checks.slope,
+                checks.FALSE_SLOPES,
             ),
             Identity(
                 "no first-order force",
                 r"\pm(u-1)^m \text{ attracts from every side iff } m \text{ is odd and the sign is } +",
-                check_first_order,
+                checks.check_first_order,
                 lambda order, sign: sign > 0 and order % 2 == 1,
                 {
                     "iff w'(1) > 0": lambda order, sign: sign > 0 and order == 1,
@@ -193,7 +181,7 @@ def _attraction() -> Theorem:
                 "simulated from far",
                 r"\text{OPD+ approaches from everywhere; OPD's forward KL from nowhere, its JSD and } \chi^2"
                 r"\text{ from one side}",
-                check_far,
+                checks.check_far,
                 far,
                 {
                     "OPD's forward KL approaches": {**far, "forward KL, OPD": "+++++"},
@@ -223,11 +211,8 @@ def _undefined(name: str) -> tuple[Any, Any]:
 def _field() -> tuple[list[Any], list[Any], list[Any], Any]:
     """Probabilities, teacher, velocity of the logits, and `w'`, for three atoms."""
     w, prime = _undefined("w")
-    p, q = list(sympy.symbols("p0:3", positive=True)), list(sympy.symbols("q0:2", positive=True))
-    q.append(1 - q[0] - q[1])
-    weights = [w(b / a) for a, b in zip(p, q, strict=True)]
-    mean = sum(a * v for a, v in zip(p, weights, strict=True))
-    return p, q, [a * (v - mean) for a, v in zip(p, weights, strict=True)], prime
+    p, q = list(sympy.symbols("p0:3", positive=True)), simplex("q")
+    return p, q, in_logits(p, [w(u) for u in ratios(p, q)]), prime
 
 
 def _fixed() -> bool:
@@ -243,8 +228,7 @@ def _linearised() -> bool:
 
 def _variance_form() -> bool:
     """The quadratic form of `diag q - q q^T` is half the mean squared difference, for any three atoms."""
-    q, x = list(sympy.symbols("q0:2", positive=True)), sympy.Matrix(sympy.symbols("x0:3", real=True))
-    q.append(1 - q[0] - q[1])
+    q, x = simplex("q"), sympy.Matrix(sympy.symbols("x0:3", real=True))
     form = (x.T * jacobian_at_teacher(q, sympy.Integer(-1)) * x)[0]
     half = sum(q[a] * q[b] * (x[a] - x[b]) ** 2 for a in range(3) for b in range(3)) / 2
     return sympy.expand(form - half) == 0
@@ -252,9 +236,7 @@ def _variance_form() -> bool:
 
 def _eigenvalues() -> bool:
     """The characteristic polynomial for three atoms, and a discriminant that is a sum of squares."""
-    x, s = sympy.Symbol("x"), sympy.Symbol("s", real=True)
-    q = list(sympy.symbols("q0:2", positive=True))
-    q.append(1 - q[0] - q[1])
+    x, s, q = sympy.Symbol("x"), sympy.Symbol("s", real=True), simplex("q")
     spread, product = 1 - sum(b**2 for b in q), q[0] * q[1] * q[2]
     found = jacobian_at_teacher(q, s).charpoly(x).as_expr()
     discriminant = spread**2 - 12 * product
@@ -296,12 +278,10 @@ def _second_order() -> bool:
     x.append(-(q[0] * x[0] + q[1] * x[1]) / q[2])
     p = [b * (1 - e * y) for b, y in zip(q, x, strict=True)]
     # The constant w(1) drops out; u - 1 = e x + O(e^2).
-    excess = [b / a - 1 for a, b in zip(p, q, strict=True)]
-    weights = [first * t + second * t**2 / 2 for t in excess]
-    mean = sum(a * v for a, v in zip(p, weights, strict=True))
-    square = sum(b * y**2 for b, y in zip(q, x, strict=True))
-    for a, b, v, y in zip(p, q, weights, x, strict=True):
-        orders = [sympy.diff(a * (v - mean), e, n).subs(e, 0) for n in (1, 2)]
+    weights = [first * (u - 1) + second * (u - 1) ** 2 / 2 for u in ratios(p, q)]
+    square = expectation(q, [y**2 for y in x])
+    for b, y, velocity in zip(q, x, in_logits(p, weights), strict=True):
+        orders = [sympy.diff(velocity, e, n).subs(e, 0) for n in (1, 2)]
         claimed = (first * b * y, second * b * (y**2 - square))
         if any(sympy.simplify(gap) != 0 for gap in (orders[0] - claimed[0], orders[1].subs(first, 0) - claimed[1])):
             return False
@@ -315,9 +295,8 @@ def _leading_order() -> bool:
     for m in (1, 2, 3):
         p = [c * (1 - e * t) for c, t in zip(q, x, strict=True)]
         logs, weights = [-sympy.log(1 - e * t) for t in x], [(1 / (1 - e * t) - 1) ** m for t in x]
-        mean = sum(a * v for a, v in zip(p, weights, strict=True))
-        pull = sum(a * ell * (v - mean) for a, ell, v in zip(p, logs, weights, strict=True))
-        leading = sum(c * t ** (m + 1) for c, t in zip(q, x, strict=True))
+        pull = covariance(p, logs, weights)
+        leading = expectation(q, [t ** (m + 1) for t in x])
         for n, claimed in enumerate([*(0 for _ in range(m)), 0, leading]):
             if sympy.simplify(sympy.diff(pull, e, n).subs(e, 0) / sympy.factorial(n) - claimed) != 0:
                 return False

@@ -15,7 +15,7 @@ from torch import Tensor
 from opdtheory import divergences
 from opdtheory.divergences import Divergence
 from opdtheory.exact import TabularPolicy, enumerated_value
-from opdtheory.theorems.instances.cases import RATIONAL, catalogue, enclose, interval, pairs, rational_distributions
+from opdtheory.theorems.instances.cases import RATIONAL, at_atoms, catalogue, interval, pairs, rational_distributions
 from opdtheory.theorems.instances.flows import (
     TEACHER,
     distance,
@@ -25,10 +25,11 @@ from opdtheory.theorems.instances.flows import (
     jacobian_at_teacher,
     softmax_slope,
 )
-from opdtheory.theorems.instances.one_sample import covariance
+from opdtheory.theorems.instances.one_sample import covariance, in_logits, intervals, ratios
 from opdtheory.theorems.theorem import Cases, close, holds, same
 
 __all__ = [
+    "AT_TEACHER",
     "FALSE_SLOPES",
     "check_autograd",
     "check_collapse",
@@ -41,6 +42,7 @@ __all__ = [
     "check_spectrum",
     "local_weight",
     "slope",
+    "smooth",
     "symbolic_weight",
 ]
 
@@ -50,10 +52,10 @@ NumericSlope = Callable[[str, Divergence], float]
 JacobianForm = Callable[[list["sympy.Expr"], "sympy.Expr"], "sympy.Matrix"]
 
 _ESTIMATORS = ("opd", "opd_plus")
-_AT_TEACHER = torch.zeros(1, dtype=torch.float64)
+AT_TEACHER = torch.zeros(1, dtype=torch.float64)  # log u there
 
 
-def _smooth() -> list[Divergence]:
+def smooth() -> list[Divergence]:
     """The catalogue without the total variation, whose weight jumps at the teacher."""
     return [d for d in catalogue() if d.name != "total_variation"]
 
@@ -72,9 +74,9 @@ def local_weight(name: str, divergence: Divergence) -> Callable[[Tensor], Tensor
 
 
 @functools.cache
-def _derived_jacobians() -> tuple[tuple[tuple[sympy.Expr, ...], sympy.Expr, tuple[sympy.Expr, ...]], ...]:
-    """Rational teachers, the weight's slope at one, and the flow's Jacobian there, differentiated by sympy."""
-    found = []
+def _derived_jacobians() -> tuple[tuple[Any, ...], ...]:
+    """Generators, estimators, rational teachers, the weight's slope at one, and the flow's Jacobian by sympy."""
+    found: list[tuple[Any, ...]] = []
     u = divergences.symbol()
     for name in (n for n in RATIONAL if n != "total_variation"):
         # A gauge other than the catalogue's, so that stop-gradient has a slope.
@@ -83,23 +85,19 @@ def _derived_jacobians() -> tuple[tuple[tuple[sympy.Expr, ...], sympy.Expr, tupl
             w = sympy.factor(symbolic_weight(estimator, f, u))
             for q in _rational_teachers():
                 p = list(sympy.symbols(f"p0:{len(q)}", positive=True))
-                weights = [w.subs(u, b / a) for a, b in zip(p, q, strict=True)]
-                mean = sum(a * v for a, v in zip(p, weights, strict=True))
-                field = [a * (v - mean) for a, v in zip(p, weights, strict=True)]
-                derived = softmax_slope(field, p, q)
-                found.append((tuple(q), sympy.diff(w, u).subs(u, 1), tuple(derived)))
+                field = in_logits(p, [w.subs(u, r) for r in ratios(p, q)])
+                found.append((name, estimator, q, sympy.diff(w, u).subs(u, 1), tuple(softmax_slope(field, p, q))))
     return tuple(found)
 
 
 def check_jacobian(form: JacobianForm) -> Cases:
     """The flow's Jacobian at rational teachers, differentiated by sympy, against the closed form."""
-    for q, slope, derived in _derived_jacobians():
-        yield same(derived, tuple(form(list(q), slope)), q, slope, derived)
+    for name, estimator, q, slope, derived in _derived_jacobians():
+        yield same(derived, tuple(form(q, slope)), name, estimator, q)
 
 
 def _rational_teachers() -> list[list[sympy.Expr]]:
-    chosen = [q for _, q in rational_distributions()[1:4]]
-    return [[sympy.Rational(b.numerator, b.denominator) for b in q] for q in chosen]
+    return [[sympy.Rational(b) for b in q] for _, q in rational_distributions()[1:4]]
 
 
 def check_spectrum(sign: int) -> Cases:
@@ -113,35 +111,31 @@ def check_spectrum(sign: int) -> Cases:
             else:
                 pairs_of = 1 - sum(b**2 for b in q)
                 claimed = x * (x**2 + sign * slope * pairs_of * x + 3 * slope**2 * q[0] * q[1] * q[2])
-            yield same(sympy.expand(found - claimed), 0, slope, q)
+            yield same(sympy.expand(found - claimed), 0, f"slope {slope}", q)
 
 
 # Enclosed.
 
 
-def _near_distributions() -> list[tuple[list[Any], list[Any]]]:
-    """Students a thousandth of the way from each teacher to another distribution, as intervals."""
-    return [
-        ([interval((999 * b + a) / 1000) for a, b in zip(p, q, strict=True)], [interval(b) for b in q])
-        for p, q in rational_distributions()
-    ]
-
-
 def check_distance(slope: SymbolicSlope) -> Cases:
-    r"""The pull $\mathrm{Cov}_p(\log u, w) = -\frac12\frac{d}{dt}\lVert z - \log q\rVert^2$ has the sign of $w'(1)$."""
+    r"""The pull $\mathrm{Cov}_p(\log u, w) = -\frac12\frac{d}{dt}\lVert z - \log q\rVert^2$ has the sign of $w'(1)$.
+
+    The students are a thousandth of the way from each teacher to another distribution.
+    """
     u = divergences.symbol()
-    for divergence in _smooth():
+    for divergence in smooth():
         f = divergence.expr
         for estimator in _ESTIMATORS:
             claimed = sympy.sign(slope(estimator, f, u))
             if claimed == 0:
                 continue  # decided by the second order
             w = symbolic_weight(estimator, f, u)
-            for ps, qs in _near_distributions():
-                ratios = [b / a for a, b in zip(ps, qs, strict=True)]
-                pull = covariance(ps, [iv.log(r) for r in ratios], [enclose(w, {u: r}) for r in ratios])
-                yield holds(pull.a > 0 if claimed > 0 else pull.b < 0, divergence, estimator, ps, qs)
-                yield holds(1 in sum(ps), divergence, estimator, ps, qs)
+            for other, teacher in rational_distributions():
+                near = tuple((999 * b + a) / 1000 for a, b in zip(other, teacher, strict=True))
+                ps, qs = intervals(near), intervals(teacher)
+                pull = covariance(ps, [iv.log(r) for r in ratios(ps, qs)], at_atoms(w, ps, qs))
+                yield holds(pull.a > 0 if claimed > 0 else pull.b < 0, divergence, estimator, teacher, "pull")
+                yield holds(1 in sum(ps), divergence, estimator, teacher, "sum of p")
 
 
 def check_collapse(turns: dict[Fraction, int]) -> Cases:
@@ -153,7 +147,7 @@ def check_collapse(turns: dict[Fraction, int]) -> Cases:
         for above in (Fraction(11, 10), *map(Fraction, (2, 3, 4, 5, 6, 7, 20, 200))):
             # Distributions with these ratios exist; the second token gains if its weight is the larger one.
             first, second = (2 * r - r * iv.log(r) for r in (interval(below), interval(above)))  # up to a constant
-            yield holds(second.a > first.b if above < turn else second.b < first.a, below, turn, above)
+            yield holds(second.a > first.b if above < turn else second.b < first.a, f"u_1 {below}", f"u_2 {above}")
 
 
 # In float64.
@@ -161,20 +155,20 @@ def check_collapse(turns: dict[Fraction, int]) -> Cases:
 
 def slope(name: str, divergence: Divergence) -> float:
     """The slope `w'(1)`: `-f'(1)` of stop-gradient or `f''(1)` of OPD+."""
-    return float(divergence.curvature(_AT_TEACHER) if name == "opd_plus" else -divergence.log_slope(_AT_TEACHER))
+    return float(divergence.curvature(AT_TEACHER) if name == "opd_plus" else -divergence.log_slope(AT_TEACHER))
 
 
 FALSE_SLOPES: dict[str, NumericSlope] = {
     "sign flipped": lambda name, d: -slope(name, d),
     "f''(1) for stop-gradient too": lambda name, d: slope("opd_plus", d),
-    "w(1) in place of w'(1)": lambda name, d: float(local_weight(name, d)(_AT_TEACHER)),
+    "w(1) in place of w'(1)": lambda name, d: float(local_weight(name, d)(AT_TEACHER)),
 }
 
 
 def check_autograd(claimed: NumericSlope) -> Cases:
     """Autograd through the flow against the closed form, on four tokens."""
     q = torch.tensor(TEACHER, dtype=torch.float64)
-    for divergence in _smooth():
+    for divergence in smooth():
         for name in _ESTIMATORS:
             field = functools.partial(drift, log_q=q.log(), weight=local_weight(name, divergence))
             derived = torch.autograd.functional.jacobian(field, q.log())
@@ -186,7 +180,7 @@ def check_hessian(claimed: NumericSlope) -> Cases:
     teacher = pairs()[1][1]
     first, rest = teacher.logits[0], list(teacher.logits[1:])
     q = torch.log_softmax(first[0], -1).exp()
-    for divergence in _smooth():
+    for divergence in smooth():
 
         def value(z: Tensor, d: Divergence = divergence) -> Tensor:
             return enumerated_value(TabularPolicy([z, *rest], eos=teacher.eos), teacher, d)
@@ -213,7 +207,7 @@ def _growth(name: str, divergence: Divergence) -> Tensor:
 def check_rates(claimed: NumericSlope) -> Cases:
     r"""Simulated from a millionth away, each mode's distance grows by $e^{-w'(1)\lambda t}$."""
     _, rates, _ = _modes()
-    for divergence in _smooth():
+    for divergence in smooth():
         for name in _ESTIMATORS:
             error = _growth(name, divergence) + claimed(name, divergence) * rates * 8.0
             yield holds(float(error.abs().max()) < 1e-3, divergence, name)
@@ -266,4 +260,4 @@ def _ends(label: str) -> str:
 def check_far(every: dict[str, str]) -> Cases:
     """Which of the far students approach."""
     for label, claimed in every.items():
-        yield holds(_ends(label) == claimed, label, claimed)
+        yield holds(_ends(label) == claimed, label)
