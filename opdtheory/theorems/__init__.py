@@ -41,6 +41,7 @@ _MODULES = (
     "variance.optimal_baselines",
     "variance.bounds",
     "samplers.offpolicy",
+    "samplers.clipping",
     "samplers.support",
     "samplers.truncated_sampling",
     "truncation.top_k",

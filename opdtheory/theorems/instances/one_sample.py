@@ -128,10 +128,11 @@ def score_norms(p: Sequence[Any]) -> list[Any]:
     return [square(score(p, a)) for a in range(len(p))]
 
 
-def mean_gradient(p: Sequence[Any], advantages: Sequence[Any]) -> list[Any]:
-    r"""$-E_p[A s]$, summed token by token from the scores."""
+def mean_gradient(p: Sequence[Any], advantages: Sequence[Any], mu: Sequence[Any] | None = None) -> list[Any]:
+    r"""$-E_\mu[A s]$, summed token by token from the scores; $\mu$ is $p$ by default."""
     scores = [score(p, a) for a in range(len(p))]
-    return [-expectation(p, [w * s[k] for w, s in zip(advantages, scores, strict=True)]) for k in range(len(p))]
+    chances = p if mu is None else mu
+    return [-expectation(chances, [w * s[k] for w, s in zip(advantages, scores, strict=True)]) for k in range(len(p))]
 
 
 def second_moment(p: Sequence[Any], advantages: Sequence[Any]) -> Any:

@@ -1,4 +1,4 @@
-"""T7e and T7f: groups of rollouts, their mean, leave-one-out and standard deviation as baselines and scales."""
+"""T7e and T7f: groups of rollouts, with their mean, leave-one-out mean and standard deviation as baseline and scale."""
 
 from __future__ import annotations
 
@@ -10,22 +10,31 @@ from fractions import Fraction
 from typing import Any, Literal
 
 import sympy
-import torch
 from mpmath import iv
 from torch import Tensor
 
 from opdtheory import divergences
-from opdtheory.estimators import estimator
-from opdtheory.exact import exact_gradient, expected_gradient, random_pair
-from opdtheory.theorems.instances.cases import RATIONAL, Distribution, Pair, interval, rational_distributions
+from opdtheory.exact import exact_gradient, random_pair
+from opdtheory.theorems.instances.cases import (
+    Distribution,
+    Pair,
+    distribution,
+    interval,
+    rational_distributions,
+    sampled_gradient,
+)
 from opdtheory.theorems.instances.one_sample import (
     SMOOTH,
+    dot,
     expectation,
     intervals,
+    log_rows,
     mean_gradient,
+    row_gradient,
     score,
     square,
     variance,
+    weighted,
     weights,
 )
 from opdtheory.theorems.theorem import Cases, Identity, Step, Theorem, close, holds, same
@@ -51,11 +60,11 @@ def _group_baselines() -> Theorem:
         r"E\big[\tfrac{A_i - \bar A}{\sigma} s_i\big] \not\parallel E[A s] \text{ in general}",
         hypotheses=(
             "G independent rollouts, A_i a function of rollout i",
-            "for the group mean: all rollouts of one length, else the number still running is random",
+            "for the group mean: all rollouts of one length; otherwise the number still running is random",
             "exceptions to the last claim: an advantage of two values, with G = 2 or 3, or with one step at any G",
         ),
         source="RLOO, arXiv 2402.14740; GRPO, arXiv 2402.03300; derived here",
-        advice="Take leave-one-out, or multiply the group mean's gradient by G/(G-1); do not divide by the group's "
+        advice="Use leave-one-out, or multiply the group mean's gradient by G/(G-1); do not divide by the group's "
         "standard deviation if the direction matters.",
         derivation=(
             Step(
@@ -65,7 +74,7 @@ def _group_baselines() -> Theorem:
             ),
             Step(
                 r"E[\bar A\, s_i] = \tfrac1G E[A_i s_i]",
-                "only the own term is correlated with the own score",
+                "only a rollout's own term is correlated with its score",
                 lambda: _expected_with(_everyone, lambda size: Fraction(size - 1, size)),
             ),
             Step(
@@ -81,8 +90,8 @@ def _group_baselines() -> Theorem:
             ),
             Step(
                 r"A \in \{a, b\}:\ E[\tfrac{A_i - \bar A}{\sigma} \mid A_i] = \alpha + \beta A_i,\ \beta > 0",
-                "given its own value a z-score is a function of two values, so affine and increasing; one step, any G; "
-                "beta depends on the distribution of A, which differs between steps",
+                "given A_i, the expected z-score is a function of two values, so affine and increasing, for any G; "
+                "beta depends on the distribution of A, which differs between steps: hence one step",
                 _affine_on_two_values,
                 in_words=True,
             ),
@@ -91,7 +100,7 @@ def _group_baselines() -> Theorem:
             Identity(
                 "leave-one-out in fractions",
                 r"E[(A_i - \bar A_{-i}) s_i] = E[A s]",
-                _check_scale(_others),
+                functools.partial(_check_scale, _others),
                 lambda size: one,
                 {"scaled by (G-1)/G": lambda size: Fraction(size - 1, size)},
                 "exact",
@@ -99,7 +108,7 @@ def _group_baselines() -> Theorem:
             Identity(
                 "group mean in fractions",
                 r"E[(A_i - \bar A) s_i] = \tfrac{G-1}{G} E[A s]",
-                _check_scale(_everyone),
+                functools.partial(_check_scale, _everyone),
                 lambda size: Fraction(size - 1, size),
                 {
                     "unbiased": lambda size: one,
@@ -155,9 +164,9 @@ def _independent() -> Theorem:
         number="T7f",
         name="averaging rollouts",
         statement=r"\mathrm{Var}\big(\tfrac1G\textstyle\sum_i \hat g_i\big) = \tfrac1G \mathrm{Var}(\hat g)",
-        hypotheses=("G independent rollouts of one distribution, no baseline that couples them",),
+        hypotheses=("G independent rollouts from one distribution, no baseline that couples them",),
         source="textbook",
-        advice="Compare estimators at equal cost: a G times smaller variance is worth G times the rollouts.",
+        advice="Compare estimators at equal cost: a variance G times smaller is worth G times the rollouts.",
         derivation=(
             Step(
                 r"E|\tfrac1G\textstyle\sum_i X_i|^2 = \tfrac{1}{G^2}\sum_{i,j} E[X_i X_j] = \tfrac1G E|X|^2",
@@ -207,17 +216,13 @@ def _everyone(own: Sequence[Any], i: int) -> Any:
     return sum(own) / len(own)
 
 
-def _check_scale(baseline: GroupBaseline) -> Callable[[Callable[[int], Fraction]], Cases]:
+def _check_scale(baseline: GroupBaseline, scale: Callable[[int], Fraction]) -> Cases:
     """The expected gradient under a group baseline as a multiple of the exact one, in fractions."""
-
-    def check(scale: Callable[[int], Fraction]) -> Cases:
-        for size in SIZES:
-            for p, q in rational_distributions()[:4]:
-                w = weights("chi2", p, q)
-                exact = mean_gradient(p, w)
-                yield same(_group_gradient(p, w, size, baseline), [scale(size) * g for g in exact], size, p, q)
-
-    return check
+    for size in SIZES:
+        for p, q in rational_distributions()[:4]:
+            w = weights("chi2", p, q)
+            expected = [scale(size) * g for g in mean_gradient(p, w)]
+            yield same(_group_gradient(p, w, size, baseline), expected, f"G {size}", p, q)
 
 
 def _check_library(scale: dict[Baseline, Callable[[int], float]]) -> Cases:
@@ -226,16 +231,11 @@ def _check_library(scale: dict[Baseline, Callable[[int], float]]) -> Cases:
         exact = exact_gradient(*_short_pair(None), name)
         for baseline, factor in scale.items():
             for size in (2, 3):
-                mean = _library_mean(name, baseline, size, None)
-                yield close(mean, [factor(size) * level for level in exact], name, baseline, factor, size)
+                mean = sampled_gradient("opd_plus", name, _short_pair(None), batch_size=size, baseline=baseline)
+                yield close(mean, [factor(size) * level for level in exact], name, baseline, f"G {size}")
 
 
 @functools.cache
-def _library_mean(name: str, baseline: Baseline, size: int, eos: int | None) -> list[Tensor]:
-    """The expected gradient over every batch; kept, as every twin needs it again."""
-    return expected_gradient(estimator("opd_plus", name, baseline=baseline), *_short_pair(eos), batch_size=size)
-
-
 def _short_pair(eos: int | None) -> Pair:
     return random_pair(2, 2, eos=eos, scale=1.0, distance=1.0, seed=5)
 
@@ -244,7 +244,7 @@ def _check_variable_length(baseline: Baseline) -> Cases:
     """With an end-of-sequence token the number of rollouts still running is random: the mean up to one factor."""
     for name in SMOOTH:
         exact = exact_gradient(*_short_pair(0), name)
-        mean = _library_mean(name, baseline, 2, 0)
+        mean = sampled_gradient("opd_plus", name, _short_pair(0), batch_size=2, baseline=baseline)
         factor = float((mean[0] * exact[0]).sum() / exact[0].square().sum())
         yield close(mean, [factor * level for level in exact], name)
 
@@ -256,7 +256,6 @@ def _check_variable_length(baseline: Baseline) -> Cases:
 def _z_scored(p: Distribution, w: Distribution, size: int) -> list[Any]:
     """The expected z-scored gradient as intervals; a group without spread counts zero."""
     total = [interval(0)] * len(p)
-    distribution = intervals(p)
     for group, chance in _groups(p, size):
         own = [w[a] for a in group]
         mean = sum(own) / Fraction(size)
@@ -265,55 +264,51 @@ def _z_scored(p: Distribution, w: Distribution, size: int) -> list[Any]:
             continue
         for i, a in enumerate(group):
             advantage = interval(chance * (own[i] - mean) / size) / iv.sqrt(interval(spread))
-            total = [t - advantage * s for t, s in zip(total, score(distribution, a), strict=True)]
+            total = [t - advantage * s for t, s in zip(total, score(intervals(p), a), strict=True)]
     return total
 
 
-def _parallel(left: Sequence[Any], right: Sequence[Any]) -> bool | None:
+def _may_be_parallel(left: Sequence[Any], right: Sequence[Any]) -> bool:
     """Whether two interval vectors may point the same way; False is certain."""
-    dot = sum(a * b for a, b in zip(left, right, strict=True))
     flat = all(0 in left[i] * right[j] - left[j] * right[i] for i, j in itertools.combinations(range(len(left)), 2))
-    return flat and dot.b > 0
+    return flat and bool(dot(left, right).b > 0)
 
 
 def _check_direction(keeps: Callable[[int, int, int], bool]) -> Cases:
     r"""Does the z-score keep the direction? Predicted from the numbers of values, of rollouts and of steps.
 
-    Two steps are two rows met with certainty, whose gradients must be scaled alike; not to be parallel is certified,
-    and what may be parallel agrees to 40 digits.
+    The two steps are two rows that are reached with certainty, whose gradients must be scaled alike. Intervals certify
+    that vectors are not parallel; those that may be parallel agree to 40 digits.
     """
-    p, later = (Fraction(1, 6), Fraction(1, 3), Fraction(1, 2)), (Fraction(3, 5), Fraction(1, 5), Fraction(1, 5))
+    rows = distribution(1, 2, 3), distribution(3, 1, 1)
     for values, w in ((2, (1, -1, -1)), (2, (0, 0, 5)), (3, (3, 1, -1)), (3, (9, 1, 0))):
-        advantage = tuple(Fraction(x) for x in w)
+        advantage = tuple(map(Fraction, w))
         for size in SIZES:
-            first, second = (_z_scored(distribution, advantage, size) for distribution in (p, later))
-            exact = [[interval(g) for g in mean_gradient(distribution, advantage)] for distribution in (p, later)]
-            yield holds(_parallel(first, exact[0]) == keeps(values, size, 1), values, w, size)
-            yield holds(_parallel([*first, *second], [*exact[0], *exact[1]]) == keeps(values, size, 2), values, w, size)
+            found = [_z_scored(p, advantage, size) for p in rows]
+            exact = [[interval(g) for g in mean_gradient(p, advantage)] for p in rows]
+            for steps in (1, 2):
+                kept = _may_be_parallel(*(list(itertools.chain(*each[:steps])) for each in (found, exact)))
+                yield holds(kept == keeps(values, size, steps), f"A {w}", f"G {size}", f"{steps} steps")
 
 
 def _check_ranks(weight: Callable[[Tensor, Tensor], Tensor]) -> Cases:
     """The library's z-score of two rollouts, run on every pair of them, one step."""
     for seed in (1, 2):
-        log_p, log_q = (policy.logits[0].log_softmax(-1) for policy in _one_row(seed))
+        log_p, log_q = log_rows(*_one_row(seed))
         p = log_p.exp()
         for name in SMOOTH:
             advantage = weight(p, divergences.divergence(name).weight(log_q - log_p))
-            expected = -p * (advantage - (p * advantage).sum())
-            yield close(_ranked(name, seed), [expected], seed, name)
+            found = sampled_gradient("opd_plus", name, _one_row(seed), batch_size=2, zscore=True, eps=1e-300)
+            yield close(found, [row_gradient(p, advantage)], f"seed {seed}", name)
 
 
 @functools.cache
-def _ranked(name: str, seed: int) -> list[Tensor]:
-    return expected_gradient(estimator("opd_plus", name, zscore=True, eps=1e-300), *_one_row(seed), batch_size=2)
-
-
 def _one_row(seed: int) -> Pair:
     return random_pair(4, 1, scale=1.0, distance=1.0, seed=seed)
 
 
 def _rank(p: Tensor, w: Tensor) -> Tensor:
-    return (p * torch.sign(w.T - w)).sum(-1) / math.sqrt(2.0)
+    return (p * (w.T - w).sign()).sum(-1) / math.sqrt(2.0)
 
 
 # T7f: independent rollouts.
@@ -321,22 +316,20 @@ def _rank(p: Tensor, w: Tensor) -> Tensor:
 
 def _check_mean_of_group(share: Callable[[int], Fraction]) -> Cases:
     """The variance of a mean over every group, in fractions."""
-    for name in RATIONAL:
-        for p, q in rational_distributions()[:3]:
-            w = weights(name, p, q)
-            one, exact = variance(p, w), mean_gradient(p, w)
-            for size in (2, 3):
-                moment = Fraction(0)
-                for group, chance in _groups(p, size):
-                    rows = [[w[a] * s for s in score(p, a)] for a in group]
-                    moment += chance * square([sum(column) / size for column in zip(*rows, strict=True)])
-                yield same(moment - square(exact), share(size) * one, name, p, q, size)
+    for name, p, q, w in weighted(count=3):
+        for size in (2, 3):
+            moment = Fraction(0)
+            for group, chance in _groups(p, size):
+                rows = [[w[a] * s for s in score(p, a)] for a in group]
+                moment += chance * square([sum(column) / size for column in zip(*rows, strict=True)])
+            found = moment - square(mean_gradient(p, w))
+            yield same(found, share(size) * variance(p, w), name, p, q, f"G {size}")
 
 
 # The derivation.
 
 
-def _group_symbols(size: int) -> tuple[Any, Any, Any]:
+def _group_symbols() -> tuple[Any, Any, Any]:
     """Two atoms with symbolic probabilities, weights and scalar scores of mean zero."""
     p = sympy.Symbol("p", positive=True)
     w = sympy.symbols("w0:2", real=True)
@@ -346,7 +339,7 @@ def _group_symbols(size: int) -> tuple[Any, Any, Any]:
 
 def _expected_with(baseline: GroupBaseline, scale: Callable[[int], Fraction]) -> bool:
     for size in SIZES:
-        p, w, s = _group_symbols(size)
+        p, w, s = _group_symbols()
         total = sum(
             chance * sum((w[a] - baseline([w[b] for b in group], i)) * s[a] for i, a in enumerate(group)) / size
             for group, chance in _groups(p, size)
@@ -366,21 +359,21 @@ def _spread_of_two_values() -> bool:
 
 
 def _one_spread_only_up_to_three() -> bool:
-    """All mixed groups have the same k(G-k) exactly for G = 2 and 3."""
+    """All mixed groups have the same k(G-k) for G = 2 and 3 only."""
     return [size for size in range(2, 9) if len({k * (size - k) for k in range(1, size)}) == 1] == [2, 3]
 
 
 def _affine_on_two_values() -> bool:
-    """Whatever a function does to two values it does by an affine map."""
+    """On two values every function is an affine map."""
     a, b, at_a, at_b, x = sympy.symbols("a b A B x")
     line = at_a + (at_b - at_a) / (b - a) * (x - a)
     return sympy.simplify(line.subs(x, a) - at_a) == 0 and sympy.simplify(line.subs(x, b) - at_b) == 0
 
 
 def _variance_of_a_mean() -> bool:
-    """Independent scalars of mean zero: E of the square of their mean, by the cross terms."""
+    """Independent scalars of mean zero: the expected square of their mean, by the cross terms."""
     for size in (2, 3):
-        p, w, _ = _group_symbols(size)
+        p, w, _ = _group_symbols()
         x = [w[0], -p[0] * w[0] / p[1]]
         left = sum(chance * (sum(x[a] for a in group) / size) ** 2 for group, chance in _groups(p, size))
         if sympy.simplify(left - expectation(p, [y**2 for y in x]) / size) != 0:

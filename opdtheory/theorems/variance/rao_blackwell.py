@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
@@ -12,32 +11,41 @@ import torch
 from torch import Tensor
 
 from opdtheory import divergences
-from opdtheory.estimators import estimator
-from opdtheory.exact import exact_gradient, expected_gradient, gradient_moments
+from opdtheory.exact import exact_gradient, expected_gradient
 from opdtheory.exact.tree import Tree
 from opdtheory.rollouts import Rollouts
-from opdtheory.theorems.instances.cases import RATIONAL, Pair, pairs, rational_distributions
+from opdtheory.theorems.instances.cases import (
+    RATIONAL,
+    Distribution,
+    distribution,
+    pairs,
+    rational_distributions,
+    sampled_variance,
+)
 from opdtheory.theorems.instances.one_sample import (
     SMOOTH,
+    OfPair,
+    dot,
     expectation,
     first_rows,
     intervals,
     kl,
     mean_gradient,
+    minus,
     optimal_baseline,
     ratios,
     score,
+    softmax,
     square,
     three_atoms,
     variance,
     weights,
     weights_enclosed,
 )
+from opdtheory.theorems.instances.two_steps import weight_at
 from opdtheory.theorems.theorem import Cases, Identity, Step, Theorem, close, holds, overlap, same
 
 __all__ = ["theorems"]
-
-# T7b: baselines that read the history.
 
 TwoStep = Callable[[int, int, Sequence[Fraction], Sequence[Sequence[Fraction]], Any], tuple[Fraction, Fraction]]
 
@@ -58,8 +66,8 @@ def _history() -> Theorem:
             "the third claim: one softmax row, against no baseline; b* as in T7a",
         ),
         source="vOPD, arXiv 2605.07865; the third claim derived here",
-        advice="A baseline computed from both models' logits at the history is always safe for the mean; measure "
-        "whether it lowers the variance, for chi2 it may raise it.",
+        advice="A baseline computed from both models' logits at the history never changes the mean. Measure whether "
+        "it lowers the variance: for chi2 it may raise it.",
         derivation=(
             Step(
                 r"E_p[b(h)\,s \mid h] = b(h)\,\textstyle\sum_a \partial p_a = 0",
@@ -68,12 +76,12 @@ def _history() -> Theorem:
             ),
             Step(
                 r"E_p[b(y_{>n})\,s_n] \ne 0 \text{ in general}",
-                "the distribution of later tokens depends on y_n: two tokens, a baseline that tells the second ones apart",
+                "the distribution of later tokens depends on y_n: two tokens, a baseline that depends on the second",
                 _later_token_biases,
             ),
             Step(
                 r"E_p[(w-b)^2] = E_p[(w - E_p w)^2] + (b - E_p w)^2",
-                "so the conditional mean is the best baseline for the weight's own square, not for that of w s",
+                "so the conditional mean is the best baseline for the weight's square, not for that of w s",
                 _mean_is_best_for_squares,
             ),
         ),
@@ -82,16 +90,10 @@ def _history() -> Theorem:
                 "two steps in fractions",
                 r"E_p[\textstyle\sum_n (w_n - b_n(h_n)) s_n] = E_p[\sum_n w_n s_n]",
                 _check_two_steps,
-                lambda a, b, w1, w2, distributions: (
-                    expectation(distributions[0], w1),
-                    expectation(distributions[1 + a], w2[a]),
-                ),
+                lambda a, b, w1, w2, rows: (expectation(rows[0], w1), expectation(rows[1 + a], w2[a])),
                 {
-                    "the baseline reads the next token": lambda a, b, w1, w2, distributions: (w2[a][b], Fraction(0)),
-                    "the baseline reads the token itself": lambda a, b, w1, w2, distributions: (
-                        Fraction(0),
-                        w2[a][b] / 2,
-                    ),
+                    "the baseline reads the next token": lambda a, b, w1, w2, rows: (w2[a][b], Fraction(0)),
+                    "the baseline reads the token itself": lambda a, b, w1, w2, rows: (Fraction(0), w2[a][b] / 2),
                 },
                 "exact",
             ),
@@ -136,21 +138,21 @@ def _vocabulary() -> Theorem:
         r"\text{ the last sum zero where rows share no parameters}",
         hypotheses=(
             "delta_n = -w_n s_n - E[-w_n s_n | h_n] and m_n(h_n) = E[-w_n s_n | h_n]",
-            "never a larger variance: for one step, for each position's term by itself, and for tables of logits; "
+            "the variance is never larger for one step, for each position's term by itself, and for tables of logits; "
             "with shared parameters the whole vocabulary may have the larger variance, as the last check shows",
         ),
         source="Rao-Blackwell; the cross term derived here",
-        advice="Sum over the vocabulary where logits are at hand; what is left is the noise of the histories, which in "
-        "a network of shared parameters is not always the smaller one.",
+        advice="Sum over the vocabulary if you have the logits. The noise of the histories remains; in a network, "
+        "which shares parameters, the total is not always smaller.",
         derivation=(
             Step(
                 r"\partial_{z} \textstyle\sum_a p_a f(q_a/p_a) = -E_p[w_f(u)\,s]",
-                "T1 on one row: the sampled gradient's mean given the history, which does not depend on y_n",
+                "T1 on one row: the mean of the sampled gradient given the history, which y_n does not enter",
                 _inner_mean,
             ),
             Step(
                 r"E|X + m|^2 = E|X - EX|^2 + |EX + m|^2",
-                "the spread within a history adds to whatever is fixed by it; with disjoint rows nothing else does",
+                "the spread within a history adds to what the history fixes; with disjoint rows nothing else does",
                 _total_variance,
             ),
         ),
@@ -162,9 +164,7 @@ def _vocabulary() -> Theorem:
                 _check_total_variance,
                 _conditional_variance,
                 {
-                    "squared mean dropped": lambda p, w: (
-                        p * w.square() * (1 - 2 * p + p.square().sum(-1, keepdim=True))
-                    ).sum(-1),
+                    "squared mean dropped": lambda p, w: (p * w.square() * _norms(p)).sum(-1),
                     "variance of the weight alone": lambda p, w: (p * w.square()).sum(-1) - (p * w).sum(-1).square(),
                 },
             ),
@@ -193,9 +193,8 @@ def _vocabulary() -> Theorem:
 
 def _check_two_steps(baseline: TwoStep) -> Cases:
     r"""$E_p[\sum_n (w_n - b_n) s_n]$ over all rollouts of two tokens, in fractions, row by row."""
-    distributions = [pair for pair in rational_distributions() if len(pair[0]) == 3]
-    p, q = distributions[0]
-    later = [distributions[1], distributions[0], (distributions[1][1], distributions[0][0])]
+    first, second = (pair for pair in rational_distributions() if len(pair[0]) == 3)
+    (p, q), later = first, [second, first, (second[1], first[0])]
     for name in RATIONAL:
         w1, w2 = weights(name, p, q), [weights(name, *pair) for pair in later]
         total = [[Fraction(0)] * 3 for _ in range(4)]
@@ -206,10 +205,10 @@ def _check_two_steps(baseline: TwoStep) -> Cases:
                 for k in range(3):
                     total[0][k] -= reach * (w1[a] - b1) * score(p, a)[k]
                     total[1 + a][k] -= reach * (w2[a][b] - b2) * score(later[a][0], b)[k]
-        exact = [mean_gradient(p, w1)]
-        exact += [[p[a] * g for g in mean_gradient(later[a][0], w2[a])] for a in range(3)]
-        for row, expected in zip(total, exact, strict=True):
-            yield same(row, expected, name)
+        yield same(total[0], mean_gradient(p, w1), name, "first row")
+        for a in range(3):
+            exact = [p[a] * g for g in mean_gradient(later[a][0], w2[a])]
+            yield same(total[1 + a], exact, name, f"row after token {a}")
 
 
 def _check_history(baseline: Callable[[Rollouts, Any], Tensor]) -> Cases:
@@ -235,8 +234,8 @@ def _next_weight(r: Rollouts, d: Any) -> Tensor:
     return torch.cat([own[:, 1:], torch.zeros_like(own[:, :1])], -1)
 
 
-def _check_mean_is_kl(value: Callable[[Any, Any], Any]) -> Cases:
-    r"""$E_p[\log u]$, the centred reverse-KL weight's mean, enclosed."""
+def _check_mean_is_kl(value: OfPair) -> Cases:
+    r"""$E_p[\log u]$, the mean of the reverse KL's centred weight, enclosed."""
     for student, teacher in rational_distributions():
         p, q = intervals(student), intervals(teacher)
         mean = expectation(p, [w + 1 for w in weights_enclosed("reverse_kl", student, teacher)])
@@ -245,8 +244,7 @@ def _check_mean_is_kl(value: Callable[[Any, Any], Any]) -> Cases:
 
 def _check_may_cost(rises: Callable[[list[Fraction], list[Fraction]], bool]) -> Cases:
     r"""Whether $E_p[w]$ as a baseline raises the variance: for $\chi^2$ it does on one pair and does not on another."""
-    sevenths, eighths = tuple(Fraction(n, 7) for n in (2, 4, 1)), tuple(Fraction(n, 8) for n in (1, 6, 1))
-    for p, q in ((sevenths, eighths), *rational_distributions()):
+    for p, q in ((distribution(2, 4, 1), distribution(1, 6, 1)), *rational_distributions()):
         w = weights("chi2", p, q)
         mean = expectation(p, w)
         yield holds((variance(p, [x - mean for x in w]) > variance(p, w)) == rises(list(p), w), p, q)
@@ -265,86 +263,71 @@ def _check_total_variance(spread: Callable[[Tensor, Tensor], Tensor]) -> Cases:
     for name in SMOOTH:
         divergence = divergences.divergence(name)
         for pair in pairs():
-            sampled, whole = (_variance(each, name, pair) for each in ("opd_plus", "full_vocab"))
-            yield holds(whole <= sampled, name, pair)
+            sampled, whole = (sampled_variance(each, name, pair) for each in ("opd_plus", "full_vocab"))
+            yield holds(bool(whole <= sampled), name, pair, "not larger")
             tree = Tree.build(*pair)
             inside = torch.zeros((), dtype=torch.float64)
             for n in range(tree.horizon):
                 p, w = tree.log_p[n].exp(), divergence.weight(tree.log_q[n] - tree.log_p[n])
                 inside = inside + (tree.reach(n) * spread(p, w)).sum()
-            yield close(torch.tensor(sampled - whole, dtype=torch.float64), inside, name, pair)
+            yield close(sampled - whole, inside, name, pair, "difference")
 
 
-@functools.cache
-def _variance(each: str, name: str, pair: Pair) -> float:
-    return gradient_moments(estimator(each, name), *pair).variance
+def _norms(p: Tensor) -> Tensor:
+    r"""$|s_a|^2 = 1 - 2 p_a + |p|^2$ of softmax rows."""
+    return 1 - 2 * p + p.square().sum(-1, keepdim=True)
 
 
 def _conditional_variance(p: Tensor, w: Tensor) -> Tensor:
-    norms = 1 - 2 * p + p.square().sum(-1, keepdim=True)
     mean = p * (w - (p * w).sum(-1, keepdim=True))
-    return (p * w.square() * norms).sum(-1) - mean.square().sum(-1)
+    return (p * w.square() * _norms(p)).sum(-1) - mean.square().sum(-1)
 
 
 def _check_one_step_is_certain(name: str) -> Cases:
     """One token, the whole vocabulary: the same gradient on every rollout."""
     for divergence in SMOOTH:
         for pair in pairs():
-            row = first_rows(pair)
-            yield close(
-                torch.tensor(gradient_moments(estimator(name, divergence), *row).variance),
-                torch.tensor(0.0),
-                divergence,
-                pair,
-            )
+            left = sampled_variance(name, divergence, first_rows(pair))
+            yield close(left, torch.zeros_like(left), divergence, pair)
+
+
+def _mean_and_noise(p: Distribution, q: Distribution) -> tuple[list[Fraction], list[list[Fraction]]]:
+    """The mean gradient for the weight $u - 1$, and what each token's gradient adds to it."""
+    w = [u - 1 for u in ratios(p, q)]
+    mean = mean_gradient(p, w)
+    return mean, [minus([-w[a] * s for s in score(p, a)], mean) for a in range(len(p))]
 
 
 def _check_tied(difference: Callable[[Fraction, Fraction, Fraction], Fraction]) -> Cases:
     r"""Two steps that share one softmax row: variances of the sampled and the whole-vocabulary gradient, in fractions.
 
-    The weight is $u - 1$. The pairs are such that the whole vocabulary has the larger variance on the first.
+    For the first of the instances the whole vocabulary has the larger variance.
     """
-
-    def distribution(*parts: int) -> list[Fraction]:
-        return [Fraction(part, sum(parts)) for part in parts]
-
+    d = distribution
     worse = []
     for p, first, second in (
-        (distribution(3, 4), distribution(1, 3), (distribution(1, 1), distribution(2, 3))),
-        (distribution(1, 2), distribution(2, 1), (distribution(3, 1), distribution(1, 3))),
-        (
-            distribution(1, 2, 3),
-            distribution(3, 2, 1),
-            (distribution(1, 1, 1), distribution(5, 1, 2), distribution(1, 4, 1)),
-        ),
+        (d(3, 4), d(1, 3), (d(1, 1), d(2, 3))),
+        (d(1, 2), d(2, 1), (d(3, 1), d(1, 3))),
+        (d(1, 2, 3), d(3, 2, 1), (d(1, 1, 1), d(5, 1, 2), d(1, 4, 1))),
     ):
-        size = len(p)
-
-        def parts(q: list[Fraction], p: list[Fraction] = p) -> tuple[list[Fraction], list[list[Fraction]]]:
-            w = [u - 1 for u in ratios(p, q)]
-            mean = mean_gradient(p, w)
-            noise = [[-w[a] * s - m for s, m in zip(score(p, a), mean, strict=True)] for a in range(len(p))]
-            return mean, noise
-
-        mean, noise = parts(first)
-        later = [parts(q) for q in second]
-        middle = [expectation(p, [m[k] for m, _ in later]) for k in range(size)]
-        moves = [[m[k] - middle[k] for k in range(size)] for m, _ in later]
-        yield same(
-            [expectation(p, column) for column in zip(*moves, strict=True)], [Fraction(0)] * size, p, first, second
-        )
+        size = range(len(p))
+        _, noise = _mean_and_noise(p, first)
+        later = [_mean_and_noise(p, q) for q in second]
+        middle = [expectation(p, [mean[k] for mean, _ in later]) for k in size]
+        moves = [minus(mean, middle) for mean, _ in later]
+        yield same([expectation(p, [move[k] for move in moves]) for k in size], [0] * len(p), p, first, "moves")
         whole = expectation(p, [square(move) for move in moves])
         sampled = sum(
-            p[a] * p[b] * square([noise[a][k] + moves[a][k] + later[a][1][b][k] for k in range(size)])
-            for a in range(size)
-            for b in range(size)
+            p[a] * p[b] * square([noise[a][k] + moves[a][k] + later[a][1][b][k] for k in size])
+            for a in size
+            for b in size
         )
         own = expectation(p, [square(x) for x in noise])
-        own_later = expectation(p, [expectation(p, [square(x) for x in later[a][1]]) for a in range(size)])
-        cross = expectation(p, [sum(x * y for x, y in zip(noise[a], moves[a], strict=True)) for a in range(size)])
-        yield same(sampled - whole, difference(own, own_later, cross), p, first, second)
+        own_later = expectation(p, [expectation(p, [square(x) for x in rest]) for _, rest in later])
+        cross = expectation(p, [dot(x, move) for x, move in zip(noise, moves, strict=True)])
+        yield same(sampled - whole, difference(own, own_later, cross), p, first, "difference")
         worse.append(whole > sampled)
-    yield holds(worse[0] and not all(worse))
+    yield holds(worse[0] and not all(worse), "the first instance is worse")
 
 
 # The derivation.
@@ -372,23 +355,18 @@ def _later_token_biases() -> bool:
 
 def _mean_is_best_for_squares() -> bool:
     p, w, _ = three_atoms()
-    b = sympy.Symbol("b", real=True)
-    mean = sum(x * y for x, y in zip(p, w, strict=True))
-    gap = sum(a * (x - b) ** 2 - a * (x - mean) ** 2 for a, x in zip(p, w, strict=True))
+    b, mean = sympy.Symbol("b", real=True), expectation(p, w)
+    gap = expectation(p, [(x - b) ** 2 - (x - mean) ** 2 for x in w])
     return sympy.expand(gap - (b - mean) ** 2) == 0
 
 
 def _inner_mean() -> bool:
     r"""$-\sum_a p_a w_a s_a$ for softmax scores is the gradient of $\sum_a p_a f(q_a/p_a)$ in the logits."""
-    z = sympy.symbols("z0:3", real=True)
-    q = sympy.symbols("q0:3", positive=True)
-    u, f = sympy.Symbol("u", positive=True), sympy.Function("f")
-    total = sum(sympy.exp(x) for x in z)
-    p = [sympy.exp(x) / total for x in z]
-    loss = sum(a * f(b / a) for a, b in zip(p, q, strict=True))
-    w = [(u * sympy.diff(f(u), u) - f(u)).subs(u, b / a).doit() for a, b in zip(p, q, strict=True)]
-    mean = sum(a * x for a, x in zip(p, w, strict=True))
-    return sympy.simplify((sympy.diff(loss, z[0]) + p[0] * (w[0] - mean)).doit()) == 0
+    z, p = softmax()
+    q, f = sympy.symbols("q0:3", positive=True), sympy.Function("f")
+    loss = expectation(p, [f(u) for u in ratios(p, q)])
+    w = [weight_at(f, u) for u in ratios(p, q)]
+    return sympy.simplify((sympy.diff(loss, z[0]) + p[0] * (w[0] - expectation(p, w))).doit()) == 0
 
 
 def _total_variance() -> bool:
