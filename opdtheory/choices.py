@@ -1,15 +1,51 @@
-"""The words that arguments choose from, each list once."""
+"""The words that arguments and results choose from, each list once. No torch here: the command line reads them."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
-__all__ = ["Control", "Granularity", "Reduction", "Verdict"]
+__all__ = [
+    "FAITHFUL",
+    "GRANULARITIES",
+    "REDUCTIONS",
+    "VERDICTS",
+    "Baseline",
+    "Control",
+    "Granularity",
+    "Importance",
+    "Reduction",
+    "Support",
+    "Verdict",
+]
 
-Control = Literal["constant_advantage", "supervised", "exact_opd"]
-
+# Which of the three objectives that are often confused (T6).
 Granularity = Literal["token_local", "token_return", "sequence"]
+GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
 
-Verdict = Literal["exact", "exact_up_to_scale", "other_objective", "zero", "biased"]
-
+# How the losses of tokens become one number (T11).
 Reduction = Literal["token_sum", "token_mean", "sequence_mean"]
+REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
+
+# How an expected gradient relates to that of an objective; `undecided` where sampling ran out of budget.
+Verdict = Literal["exact", "exact_up_to_scale", "other_objective", "zero", "biased", "undecided"]
+VERDICTS: dict[Verdict, str] = {
+    "exact": "its expected gradient is the exact one",
+    "exact_up_to_scale": "its expected gradient is the exact one times a constant",
+    "other_objective": "it descends another objective than the one claimed",
+    "zero": "its expected gradient is zero",
+    "biased": "its expected gradient is biased",
+    "undecided": "the budget ended before its expected gradient could be told",
+}
+FAITHFUL: tuple[Verdict, ...] = ("exact", "exact_up_to_scale")
+
+# What is taken from an advantage before it multiplies the score (T7).
+Baseline = Literal["constant", "group_mean", "leave_one_out", "vocabulary"]
+
+# Which ratios p/mu weigh rollouts of another policy (T8).
+Importance = Literal["token", "prefix", "sequence", "ppo"]
+
+# Whose likeliest tokens a top-k loss keeps (T9).
+Support = Literal["teacher", "student"]
+
+# What a training run may descend in place of an estimator.
+Control = Literal["constant_advantage", "supervised", "exact_opd"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -18,18 +18,20 @@ from opdtheory.auditing.naming.bandits import is_dear
 from opdtheory.auditing.naming.combine import best_combination
 from opdtheory.auditing.naming.fit import Fit, fit_scale, flat
 from opdtheory.auditing.naming.identify import ExactGradients, Match, best_match
-from opdtheory.auditing.naming.objective import Aim
 from opdtheory.auditing.naming.recover import RecoveredWeight, explains_panel, recover_weight
 from opdtheory.auditing.naming.weight_form import describe
-from opdtheory.auditing.report import FAITHFUL, Audit, PairResult
+from opdtheory.auditing.records import Identified, VariableLengths
+from opdtheory.auditing.report import Audit, PairResult
 from opdtheory.auditing.sampling.whole import sampled
-from opdtheory.auditing.scenario import Case, _Settings
+from opdtheory.auditing.scenario import Case, Scenario
+from opdtheory.choices import FAITHFUL, Verdict
 from opdtheory.divergences import Divergence
 from opdtheory.divergences import divergence as as_divergence
 from opdtheory.errors import BudgetExceededError, InvalidArgumentError, LossError
-from opdtheory.exact import GradientMoments, Loss, exact_gradient, gradient_moments
-from opdtheory.exact.oracle import check_objective, full_vocabulary_variance
+from opdtheory.exact import GradientMoments, Loss
+from opdtheory.exact.oracle import full_vocabulary_variance
 from opdtheory.exact.threads import one_thread
+from opdtheory.objective import Objective
 
 __all__ = ["METHODS", "audit", "quick_verdict"]
 
@@ -97,25 +99,19 @@ def audit(
         >>> audit(k3, "reverse_kl").descends
         'forward_kl'
     """
-    divergence = as_divergence(objective)
-    check_objective(granularity, gamma)
-    if not 0.0 <= off_policy < float("inf"):
-        raise InvalidArgumentError("off_policy", f"is {off_policy!r}; a finite number of at least 0 is needed")
+    claim = Objective.of(as_divergence(objective), granularity, gamma)
     if method not in METHODS:
-        raise InvalidArgumentError("method", f"is {method!r}; one of {', '.join(METHODS)} is needed")
-    for argument, value in (("batch_size", batch_size), ("seed", seed)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < (argument == "batch_size"):
-            raise InvalidArgumentError(argument, f"is {value!r}; a whole number is needed")
-    settings = _Settings(batch_size, eos, off_policy, gamma, seed, prompts, tuple(environment), shared_prompt)
+        raise InvalidArgumentError("method", f"must be one of {', '.join(METHODS)}, got {method!r}")
+    scenario = Scenario(batch_size, eos, off_policy, seed, prompts, tuple(environment), shared_prompt)
     counted, name, start = BlackBox(loss), name or name_of(loss), time.perf_counter()
     with one_thread():
-        plan = None if method == "monte_carlo" else _plan(counted, settings, method)
-        if plan is None:
-            report = _by_sampling(counted, divergence, granularity, settings, name, details)
+        cases = None if method == "monte_carlo" else _cases(counted, scenario, method)
+        if cases is None:
+            report = _by_sampling(counted, claim, scenario, name, details)
         else:
-            report = _exactly(counted, divergence, granularity, plan, name, details)
+            report = _exactly(counted, claim, scenario, cases, name, details)
         if details and report.monte_carlo is None:
-            report = replace(report, remedies=remedies(counted, divergence, granularity, report=report))
+            report = replace(report, remedies=remedies(counted, report=report))
         return replace(report, evaluations=counted.calls, seconds=time.perf_counter() - start)
 
 
@@ -139,9 +135,10 @@ def quick_verdict(
         InvalidArgumentError: as `audit`.
         LossError: as `audit`.
     """
+    scenario = Scenario(batch_size, eos, off_policy, seed)
     with one_thread():
-        settings = _Settings(batch_size, eos, off_policy, gamma, seed)
-        return _compare(BlackBox(loss), as_divergence(objective), granularity, settings).verdict
+        claim = Objective.of(as_divergence(objective), granularity, gamma)
+        return _compare(BlackBox(loss), claim, scenario, scenario.pairs()).verdict
 
 
 @dataclass(frozen=True)
@@ -153,18 +150,14 @@ class _Comparison:
     gradients: list[Tensor]
     fit: Fit
     tolerance: float
-    verdict: str
+    verdict: Verdict
 
 
-def _compare(loss: BlackBox, divergence: Divergence, granularity: str, settings: _Settings) -> _Comparison:
-    cases = settings.panel(settings.batch_size, settings.eos)
-    exact = [
-        flat(exact_gradient(case.student, case.teacher, divergence, granularity, gamma=settings.gamma))
-        for case in cases
-    ]
+def _compare(loss: BlackBox, claim: Objective, scenario: Scenario, cases: list[Case]) -> _Comparison:
+    exact = [flat(case.exact(claim)) for case in cases]
     if any(float(g.norm()) == 0.0 for g in exact):
-        raise InvalidArgumentError("objective", f"{divergence.label} has a zero gradient everywhere; nothing to audit")
-    moments = _moments(loss, cases, settings, settings.batch_size)
+        raise InvalidArgumentError("objective", f"{claim.label} has a zero gradient everywhere; nothing to audit")
+    moments = [scenario.moments(loss, case) for case in cases]
     gradients = [flat(m.mean) for m in moments]
     fit = fit_scale(gradients, exact)
     tolerance = loss.tolerance
@@ -172,32 +165,26 @@ def _compare(loss: BlackBox, divergence: Divergence, granularity: str, settings:
     return _Comparison(cases, moments, gradients, fit, tolerance, "zero" if zero else fit.verdict(tolerance))
 
 
-def _plan(loss: Loss, settings: _Settings, method: str) -> _Settings | None:
-    """The settings under which batches can be enumerated in seconds, or None if they are better sampled."""
+def _cases(loss: Loss, scenario: Scenario, method: str) -> list[Case] | None:
+    """Pairs on which batches can be enumerated in seconds, or None if batches are better sampled."""
     try:
-        cases = settings.panel(settings.batch_size, settings.eos)
+        cases = scenario.pairs()
     except BudgetExceededError:
-        if _is_separable(loss, settings):
-            return replace(settings, separable=True)
+        if _is_separable(loss, scenario):
+            return scenario.single.pairs()
         if method == "exact":
             raise
         return None
-    if method == "auto" and is_dear(settings.batch_size):
-        if not _is_separable(loss, settings, cases[:1]):
-            return None
-    return settings
+    if method == "auto" and is_dear(scenario.batch_size) and not _is_separable(loss, scenario, cases[:1]):
+        return None
+    return cases
 
 
-def _is_separable(loss: Loss, settings: _Settings, cases: list[Case] | None = None) -> bool:
-    """Whether the rollouts of a batch do not enter each other's gradient, so that one rollout tells all."""
+def _is_separable(loss: Loss, scenario: Scenario, cases: list[Case] | None = None) -> bool:
+    """Whether no rollout enters the gradient of another one of its batch, so that one rollout tells all."""
     try:
-        cases = settings.panel(2, settings.eos)[1:2] if cases is None else cases
-        return all(
-            gradient_moments(
-                loss, c.student, c.teacher, settings.batch_size, c.behavior, _FEW_BATCHES, settings.shared_prompt
-            ).separable
-            for c in cases
-        )
+        cases = replace(scenario, batch_size=2).pairs()[1:2] if cases is None else cases
+        return all(scenario.moments(loss, case, _FEW_BATCHES).separable for case in cases)
     except BudgetExceededError:
         return False
     except LossError:
@@ -207,110 +194,82 @@ def _is_separable(loss: Loss, settings: _Settings, cases: list[Case] | None = No
 
 
 def _exactly(
-    loss: BlackBox, divergence: Divergence, granularity: str, settings: _Settings, name: str, details: bool
+    loss: BlackBox, claim: Objective, scenario: Scenario, cases: list[Case], name: str, details: bool
 ) -> Audit:
-    found = _compare(loss, divergence, granularity, settings)
-    batch_size, fit, tolerance, verdict = settings.batch_size, found.fit, found.tolerance, found.verdict
-    weight = recover_weight(loss, batch_size, settings.off_policy, settings.seed, tolerance)
+    found = _compare(loss, claim, scenario, cases)
+    fit, tolerance, verdict = found.fit, found.tolerance, found.verdict
+    weight = recover_weight(loss, scenario, tolerance)
     match: Match | None = None
-    identified: dict[str, Any] | None = None
+    identified: Identified | None = None
     if verdict in FAITHFUL:
-        match = Match(divergence, granularity, fit, settings.gamma)
+        match = Match(claim, fit)
     elif verdict == "biased":
-        catalogue = ExactGradients(found.cases)
-        match = best_match(found.gradients, catalogue, weight, granularity, tolerance)
+        catalogue = ExactGradients(cases)
+        match = best_match(found.gradients, catalogue, weight, claim.granularity, tolerance)
         if match is not None and match.fit.worst_error <= tolerance:
             verdict = "other_objective"
         else:
-            identified = _combination(found.gradients, catalogue, granularity, tolerance)
+            combination = best_combination(found.gradients, catalogue, claim.granularity, tolerance)
+            if combination is not None:
+                identified = Identified.of(combination.objective, 1.0, combination.error)
     if match is not None and identified is None:
-        identified = _record(match, tolerance)
+        identified = Identified.of(match.objective, match.fit.scale, match.error(tolerance))
 
     lengths = None
-    if settings.eos is None and batch_size == 1 and match is not None and match.fit.worst_error <= tolerance:
-        lengths = _with_lengths(loss, match, settings, tolerance)
-    cosine = [0.0] * len(found.cases) if verdict == "zero" else fit.cosine
+    if scenario.eos is None and not scenario.coupled and match is not None and match.fit.worst_error <= tolerance:
+        lengths = _with_lengths(loss, match.objective, scenario, tolerance)
+    cosine = [0.0] * len(cases) if verdict == "zero" else fit.cosine
     return Audit(
         name=name,
-        objective=divergence.label,
-        granularity=granularity,
+        claim=claim,
+        scenario=scenario,
         verdict=verdict,
         relative_bias=max(fit.relative_bias),
         cosine=min(cosine),
         scale=fit.scale,
         tolerance=tolerance,
         identified=identified,
-        weight={**vars(weight), "explains_panel": explains_panel(weight, found.gradients, found.cases)},
+        weight=replace(weight, explains_panel=explains_panel(weight, found.gradients, cases)),
         pairs=[
             PairResult(
                 label=case.label,
                 relative_bias=bias,
                 cosine=cos,
                 variance=moments.variance,
-                full_vocabulary_variance=full_vocabulary_variance(case.student, case.teacher, divergence) / batch_size,
+                full_vocabulary_variance=full_vocabulary_variance(case.student, case.teacher, claim.divergence)
+                / scenario.batch_size,
             )
-            for case, bias, cos, moments in zip(found.cases, fit.relative_bias, cosine, found.moments, strict=True)
+            for case, bias, cos, moments in zip(cases, fit.relative_bias, cosine, found.moments, strict=True)
         ],
         variable_lengths=lengths,
-        settings=settings.to_dict(),
-        **(_details(loss, weight, found, divergence, granularity, settings) if details else {}),
+        **(_details(loss, weight, found, claim, scenario) if details else {}),
     )
 
 
 def _details(
-    loss: BlackBox,
-    weight: RecoveredWeight,
-    found: _Comparison,
-    divergence: Divergence,
-    granularity: str,
-    settings: _Settings,
+    loss: BlackBox, weight: RecoveredWeight, found: _Comparison, claim: Objective, scenario: Scenario
 ) -> dict[str, Any]:
     """What goes beyond verdict and name, as fields of `Audit`."""
-    common: dict[str, Any] = {"batch_size": settings.batch_size, "seed": settings.seed, "tolerance": found.tolerance}
     return {
         "form": describe(weight, found.tolerance) if weight.depends_on_ratio_only else None,
-        "dependence": dependence(loss, weight, **common),
-        "checks": soundness(
-            loss,
-            found.cases,
-            found.moments,
-            divergence,
-            granularity,
-            off_policy=settings.off_policy,
-            gamma=settings.gamma,
-            shared_prompt=settings.shared_prompt,
-            **common,
-        ),
-        "numerics": numerics(loss, batch_size=settings.batch_size, seed=settings.seed),
+        "dependence": dependence(loss, weight, scenario, found.tolerance),
+        "checks": soundness(loss, found.cases, found.moments, claim, scenario, found.tolerance),
+        "numerics": numerics(loss, batch_size=scenario.batch_size, seed=scenario.seed),
     }
 
 
-def _by_sampling(
-    loss: BlackBox, divergence: Divergence, granularity: str, settings: _Settings, name: str, details: bool
-) -> Audit:
+def _by_sampling(loss: BlackBox, claim: Objective, scenario: Scenario, name: str, details: bool) -> Audit:
     """The audit of batches that are too many to enumerate."""
-    # Two pairs, near and far: each needs thousands of rollouts of its own.
-    cases, size = settings.panel(1, settings.eos)[1:4:2], settings.batch_size
-    found = sampled(
-        loss,
-        cases,
-        Aim.of(divergence, granularity, settings.gamma),
-        replace(settings, separable=False).panel,
-        batch_size=size,
-        eos=settings.eos,
-        off_policy=settings.off_policy,
-        seed=settings.seed,
-        shared_prompt=settings.shared_prompt,
-        weigh=details,
-    )
-    result, weight = found.result, found.weight
-    verdict = "other_objective" if result.verdict == "biased" and result.follows is not None else result.verdict
+    result, weight = sampled(loss, claim, scenario, weigh=details)
+    verdict: Verdict = result.verdict
+    if verdict == "biased" and result.follows is not None:
+        verdict = "other_objective"
     low, high = result.relative_bias
     scale = result.scale or (float("nan"), float("nan"))
     return Audit(
         name=name,
-        objective=divergence.label,
-        granularity=granularity,
+        claim=claim,
+        scenario=scenario,
         verdict=verdict,
         relative_bias=high if verdict in FAITHFUL else low,
         cosine=result.cosine[0],
@@ -319,57 +278,16 @@ def _by_sampling(
         identified=result.follows,
         weight=weight,
         pairs=[],
-        monte_carlo=asdict(result),
-        settings=settings.to_dict(),
-        numerics=numerics(loss, batch_size=size, seed=settings.seed) if details else [],
+        monte_carlo=result,
+        numerics=numerics(loss, batch_size=scenario.batch_size, seed=scenario.seed) if details else [],
     )
 
 
-def _moments(loss: Loss, cases: list[Case], settings: _Settings, batch_size: int) -> list[GradientMoments]:
-    return [
-        gradient_moments(
-            loss, case.student, case.teacher, batch_size, case.behavior, shared_prompt=settings.shared_prompt
-        )
-        for case in cases
-    ]
-
-
-def _with_lengths(loss: Loss, match: Match, settings: _Settings, tolerance: float) -> dict[str, Any]:
+def _with_lengths(loss: Loss, objective: Objective, scenario: Scenario, tolerance: float) -> VariableLengths:
     """The verdict against the objective found, on two pairs whose rollouts may end early."""
-    cases = settings.panel(1, 0)[1:4:2]
-    discount = match.gamma if match.granularity == "token_return" else 1.0
-    exact = [
-        flat(exact_gradient(case.student, case.teacher, match.divergence, match.granularity, gamma=discount))
-        for case in cases
-    ]
-    fit = fit_scale([flat(m.mean) for m in _moments(loss, cases, settings, 1)], exact)
-    return {"verdict": fit.verdict(tolerance), "relative_bias": max(fit.errors)}
-
-
-def _combination(
-    gradients: list[Tensor], catalogue: ExactGradients, granularity: str, tolerance: float
-) -> dict[str, Any] | None:
-    """The signed sum of a few catalogue objectives that the loss follows, if there is one."""
-    combination = best_combination(gradients, catalogue, granularity, tolerance)
-    if combination is None:
-        return None
-    return {
-        "objective": combination.label,
-        "granularity": combination.granularity,
-        "parameters": {},
-        "terms": combination.terms,
-        "scale": 1.0,
-        "error": combination.error,
-    }
-
-
-def _record(match: Match, tolerance: float) -> dict[str, Any]:
-    discount = {"gamma": match.gamma} if match.granularity == "token_return" and match.gamma != 1.0 else {}
-    return {
-        "objective": match.divergence.name,
-        "granularity": match.granularity,
-        "parameters": {**match.divergence.parameters},
-        **discount,
-        "scale": match.fit.scale,
-        "error": match.fit.worst_error if match.fit.worst_error <= tolerance else match.fit.typical_error,
-    }
+    ending = replace(scenario, batch_size=1, eos=0)
+    cases = ending.pairs()[1:4:2]
+    fit = fit_scale(
+        [flat(ending.moments(loss, case).mean) for case in cases], [flat(case.exact(objective)) for case in cases]
+    )
+    return VariableLengths(fit.verdict(tolerance), max(fit.errors))

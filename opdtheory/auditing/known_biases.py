@@ -9,7 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from opdtheory.auditing.report import FAITHFUL, Audit
+from opdtheory.auditing.records import plain
+from opdtheory.auditing.report import Audit
+from opdtheory.choices import FAITHFUL
 from opdtheory.errors import InvalidArgumentError
 
 __all__ = ["BASELINE_VERSION", "STATUSES", "Judgement", "KnownVerdict", "judge", "read_baseline", "write_baseline"]
@@ -64,16 +66,16 @@ class KnownVerdict:
             objective=report.objective,
             granularity=report.granularity,
             verdict=report.verdict,
-            descends=None if followed is None else f"{report.descends} ({followed['granularity']})",
+            descends=None if followed is None else f"{report.descends} ({followed.granularity})",
             # Of an exact loss only rounding is left.
             relative_bias=0.0 if report.verdict == "exact" else float(report.relative_bias),
             cosine=float(report.cosine),
-            settings=report.to_dict()["settings"],
+            settings=plain(report.settings),
         )
 
     def is_about(self, report: Audit) -> bool:
         """Whether the audit asked the same: claim and settings are those of the record."""
-        settings = report.to_dict()["settings"]
+        settings = plain(report.settings)
         # A setting that came with a later version, at its default, leaves an older record valid.
         same = all(key in settings and settings[key] == value for key, value in self.settings.items())
         return same and (report.objective, report.granularity) == (self.objective, self.granularity)

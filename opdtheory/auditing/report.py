@@ -3,34 +3,30 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, fields
+from typing import Any
 
+from opdtheory.auditing.checks.numerics import DtypeResult
+from opdtheory.auditing.checks.subject import Check
+from opdtheory.auditing.effects.dependence import Dependence
+from opdtheory.auditing.naming.recover import RecoveredWeight
+from opdtheory.auditing.naming.weight_form import WeightForm
+from opdtheory.auditing.records import Count, Finite, Identified, VariableLengths, plain
+from opdtheory.auditing.sampling.montecarlo_result import MonteCarloResult
+from opdtheory.auditing.scenario import Scenario
+from opdtheory.choices import FAITHFUL, Verdict
+from opdtheory.objective import Objective
 from opdtheory.rendering import text
 
-if TYPE_CHECKING:
-    from opdtheory.auditing.checks.numerics import DtypeResult
-    from opdtheory.auditing.checks.soundness import Check
-    from opdtheory.auditing.effects.dependence import Dependence
-    from opdtheory.auditing.naming.weight_form import WeightForm
-
-__all__ = ["FAITHFUL", "VERDICTS", "Audit", "PairResult", "Remedy"]
+__all__ = ["NOT_JSON", "SCHEMA_VERSION", "Audit", "PairResult", "Remedy"]
 
 SCHEMA_VERSION = 1
 
+# Fields of an audit that JSON has in parts: as objective, granularity and settings.
+NOT_JSON = ("claim", "scenario")
+
 # A slope at the teacher this small against the weight's range is a finite difference's error.
 _FLAT = 1e-6
-
-VERDICTS = {
-    "exact": "its expected gradient is the exact one",
-    "exact_up_to_scale": "its expected gradient is the exact one times a constant",
-    "other_objective": "it descends another objective than the one claimed",
-    "zero": "its expected gradient is zero",
-    "biased": "its expected gradient is biased",
-    "undecided": "the budget ended before its expected gradient could be told",
-}
-
-FAITHFUL = ("exact", "exact_up_to_scale")
 
 # Checks that say the same as the verdict, and those of extreme numbers, which are about range and not about the claim.
 _OF_THE_VERDICT = ("stationary at the teacher", "one common scale", "error at the best scale")
@@ -83,56 +79,64 @@ class Audit:
 
     Attributes:
         name: of the loss.
-        objective: the claimed divergence.
-        granularity: the claimed one of `token_local`, `token_return` and `sequence`.
-        verdict: a key of `VERDICTS`.
+        claim: the claimed objective.
+        scenario: what the rollouts looked like.
+        verdict: how the expected gradient relates to the claimed one, a key of `VERDICTS`.
         relative_bias: worst over the panel, against the claimed objective at scale one.
         cosine: worst over the panel.
         scale: best common multiple of the claimed gradient.
         tolerance: relative error that counts as rounding.
-        identified: the catalogue objective that matches best over all granularities, with
-            `objective`, `granularity`, `parameters`, `scale` and `error`, or None if no objective
-            points the same way; with `gamma` where a discount was fitted, and with `terms` where it is a signed sum of
-            a few objectives, their coefficients by name. The error is relative to the loss's gradient, at that
-            scale: the worst over the panel for a match, the root mean square for the nearest miss.
-        weight: the recovered local weight: `log_u`, `weight`, `depends_on_ratio_only`, `non_decreasing`,
-            `residual`, `slope_at_teacher` (see `RecoveredWeight`) and `explains_panel`: whether that weight
-            of each token's own ratio gives the gradient over several tokens too (None: cannot tell).
+        identified: the catalogue objective that matches best over all granularities; None if no objective points the
+            same way.
+        weight: the weight that the loss puts on a token, as a function of the ratio.
         pairs: one row per pair of the panel.
-        variable_lengths: verdict and worst relative bias, against the objective that the loss
-            follows at fixed length, when rollouts may end early; None if not looked at.
-        form: the recovered weight as a formula, with the divergence it implies and its behaviour (T4, T5, T7d).
-        dependence: on what the weight of a token depends beside its own ratio.
+        variable_lengths: what is left of the finding when rollouts may end early; None if not looked at.
+        form: the recovered weight as a formula, with the divergence it implies and its behaviour (T4, T5, T7d); None
+            if not looked for.
+        dependence: what else the weight of a token depends on besides its own ratio; None if not looked at.
         checks: what else must hold of a loss that follows its claim, such as no gradient on padding.
         numerics: the same loss in lower precision.
         remedies: verified changes that would make the loss do what it claims.
         monte_carlo: intervals and sample sizes where the expectation was estimated; None if it is exact.
-        settings: batch size, eos, off_policy, gamma, seed.
         evaluations: how often the loss was called.
         seconds: how long the audit took.
     """
 
     name: str
-    objective: str
-    granularity: str
-    verdict: str
+    claim: Objective
+    scenario: Scenario
+    verdict: Verdict
     relative_bias: float
     cosine: float
     scale: float
-    tolerance: float
-    identified: dict[str, Any] | None
-    weight: dict[str, Any]
+    tolerance: Finite
+    identified: Identified | None
+    weight: RecoveredWeight
     pairs: list[PairResult]
-    variable_lengths: dict[str, Any] | None = None
+    variable_lengths: VariableLengths | None = None
     form: WeightForm | None = None
     dependence: Dependence | None = None
     checks: list[Check] = field(default_factory=list)
     numerics: list[DtypeResult] = field(default_factory=list)
     remedies: list[Remedy] = field(default_factory=list)
-    monte_carlo: dict[str, Any] | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
-    evaluations: int = 0
-    seconds: float = 0.0
+    monte_carlo: MonteCarloResult | None = None
+    evaluations: Count = 0
+    seconds: Finite = 0.0
+
+    @property
+    def objective(self) -> str:
+        """The label of the claimed divergence."""
+        return self.claim.label
+
+    @property
+    def granularity(self) -> str:
+        """The claimed one of `token_local`, `token_return` and `sequence`."""
+        return self.claim.granularity
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The arguments of `audit`: those of the scenario, and `gamma`."""
+        return {**self.scenario.to_dict(), "gamma": self.claim.gamma}
 
     @property
     def faithful(self) -> bool:
@@ -147,47 +151,27 @@ class Audit:
     @property
     def descends(self) -> str | None:
         """The catalogue objective whose exact gradient the loss follows, or None if there is none."""
-        if self.identified is None or self.identified["error"] > self.tolerance or self.verdict == "zero":
-            return None
-        # A signed sum of objectives is none of the catalogue's.
-        return None if "terms" in self.identified else _label(self.identified)
+        found = self._followed
+        # A signed sum of objectives is not in the catalogue.
+        return None if found is None or found.terms is not None else found.label
+
+    @property
+    def _followed(self) -> Identified | None:
+        """The objective identified, if its gradient is the loss's, to rounding."""
+        found = self.identified
+        return None if found is None or found.error > self.tolerance or self.verdict == "zero" else found
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain Python values that `json.dumps` takes; infinite numbers become null."""
-        record = {
-            "schema_version": SCHEMA_VERSION,
-            "name": self.name,
-            "objective": self.objective,
-            "granularity": self.granularity,
-            "verdict": self.verdict,
-            "faithful": self.faithful,
-            "descends": self.descends,
-            "relative_bias": self.relative_bias,
-            "cosine": self.cosine,
-            "scale": self.scale,
-            "tolerance": self.tolerance,
-            "identified": self.identified,
-            "weight": {k: v.tolist() if hasattr(v, "tolist") else v for k, v in self.weight.items()},
-            "pairs": [vars(pair) for pair in self.pairs],
-            "variable_lengths": self.variable_lengths,
-            "form": None if self.form is None else asdict(self.form),
-            "dependence": None if self.dependence is None else asdict(self.dependence),
-            "checks": [asdict(check) for check in self.checks],
-            "numerics": [asdict(result) for result in self.numerics],
-            "remedies": [asdict(remedy) for remedy in self.remedies],
-            "monte_carlo": self.monte_carlo,
-            "settings": self.settings,
-            "evaluations": self.evaluations,
-            "seconds": self.seconds,
-        }
-        plain = _plain(record)
-        assert isinstance(plain, dict)
-        return plain
+        computed = {key: getattr(self, key) for key in ("objective", "granularity", "faithful", "descends", "settings")}
+        measured = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in NOT_JSON}
+        record: dict[str, Any] = plain({"schema_version": SCHEMA_VERSION, **computed, **measured})
+        return record
 
     def summary(self) -> str:
         """The findings in a few sentences."""
         if self.monte_carlo is not None:
-            return str(self.monte_carlo["words"])
+            return self.monte_carlo.words
         sentences = (
             self._claim(),
             self._follows(),
@@ -240,25 +224,22 @@ class Audit:
         )
 
     def _follows(self) -> str:
-        if self.identified is None or self.verdict in ("zero", *FAITHFUL):
+        found = self.identified
+        if found is None or self.verdict in ("zero", *FAITHFUL):
             return ""
-        where = f"{_label(self.identified)} ({self.identified['granularity']})"
-        if self.identified["error"] > self.tolerance:
-            near = "" if self.identified["error"] < 0.5 else " and far from it"
-            return (
-                f"The nearest catalogue objective is {where}, off by {_percent(self.identified['error'])} "
-                f"at best scale{near}."
-            )
-        factor = self.identified["scale"]
-        times = "" if abs(factor - 1.0) <= self.tolerance else f" times {factor:.6g}"
-        return f"Its expected gradient is that of {where}{times}, to {self.identified['error']:.0e}."
+        where = f"{found.label} ({found.granularity})"
+        if found.error > self.tolerance:
+            near = "" if found.error < 0.5 else " and far from it"
+            return f"The nearest catalogue objective is {where}, off by {_percent(found.error)} at best scale{near}."
+        times = "" if abs(found.scale - 1.0) <= self.tolerance else f" times {found.scale:.6g}"
+        return f"Its expected gradient is that of {where}{times}, to {found.error:.0e}."
 
     def _shape(self) -> str:
         if self.verdict == "zero":
             return ""
-        if not self.weight["depends_on_ratio_only"]:
+        if not self.weight.depends_on_ratio_only:
             return "The weight on a token is no function of the ratio u = teacher/student alone."
-        if self.descends is None and self.weight["explains_panel"] is False:
+        if self.descends is None and self.weight.explains_panel is False:
             return (
                 "On one-step policies the weight on a token is a function of the ratio u = teacher/student; over "
                 "several tokens it depends on more than this token's."
@@ -266,11 +247,11 @@ class Audit:
         sentences = []
         if self.form is not None and self.form.expr is not None and self.descends is None:
             sentences.append(f"The weight on a token is {self.form.expr}, up to a scale and a constant.")
-        if not self.weight["non_decreasing"]:
+        if not self.weight.non_decreasing:
             sentences.append(f"The weight falls {_intervals(self.weight)}, so no f-divergence is minimised (T4).")
         elif self.descends is None:
             sentences.append("The weight never falls as u grows, so some f-divergence is minimised (T4).")
-        slope, span = self.weight["slope_at_teacher"], float(self.weight["weight"].abs().max())
+        slope, span = self.weight.slope_at_teacher, float(self.weight.weight.abs().max())
         if slope < -_FLAT * span:
             sentences.append("The teacher is a repelling fixed point (T5).")
         elif slope <= _FLAT * span:
@@ -278,7 +259,7 @@ class Audit:
         return " ".join(sentences)
 
     def _depends(self) -> str:
-        """On what else than the token's own ratio the weight depends."""
+        """What else the weight depends on besides the token's own ratio."""
         if self.dependence is None or self.dependence.ratio_only:
             return ""
         return " ".join(self.dependence.words)
@@ -286,7 +267,7 @@ class Audit:
     def _lengths(self) -> str:
         if self.variable_lengths is None:
             return ""
-        if self.variable_lengths["verdict"] in FAITHFUL:
+        if self.variable_lengths.verdict in FAITHFUL:
             return ""
         return (
             "This holds at fixed length only: when rollouts may end early, it is off by up to "
@@ -310,32 +291,17 @@ class Audit:
         return f"At equal scale its variance is {middle:.3g} times that of the whole-vocabulary estimator."
 
 
-def _label(identified: dict[str, Any]) -> str:
-    parameters = ", ".join(f"{k}={v:.6g}" for k, v in identified["parameters"].items())
-    return f"{identified['objective']}({parameters})" if parameters else str(identified["objective"])
-
-
 def _percent(ratio: float) -> str:
     return f"{100 * ratio:.3g}%" if math.isfinite(ratio) else "any amount"
 
 
-def _intervals(weight: dict[str, Any]) -> str:
+def _intervals(weight: RecoveredWeight) -> str:
     """Where the weight falls, as words."""
-    log_u, falls = weight["log_u"], (weight["weight"].diff() < 0).tolist()
+    log_u, falls = weight.log_u, (weight.weight.diff() < 0).tolist()
     starts = [i for i, f in enumerate(falls) if f and (i == 0 or not falls[i - 1])]
     ends = [i + 1 for i, f in enumerate(falls) if f and (i + 1 == len(falls) or not falls[i + 1])]
     spans = [f"[{float(log_u[a]):.3g}, {float(log_u[b]):.3g}]" for a, b in zip(starts, ends, strict=True)]
     return "for log u in " + " and ".join(spans)
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def _matters(result: DtypeResult) -> bool:

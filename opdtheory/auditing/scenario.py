@@ -1,58 +1,34 @@
-"""What the rollouts of an audit look like, and the enumerated pairs of policies that give them."""
+"""What the rollouts of an audit look like, and the pairs of enumerated policies that produce them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from opdtheory.auditing.records import Count, Finite, Positive
 from opdtheory.errors import BudgetExceededError, InvalidArgumentError
-from opdtheory.exact import TabularPolicy, random_pair
+from opdtheory.exact import GradientMoments, Loss, TabularPolicy, exact_gradient, gradient_moments, random_pair
+from opdtheory.exact.expectation import BATCH_BUDGET
+from opdtheory.objective import Objective
 
-__all__ = ["Case", "panel"]
-
-
-@dataclass(frozen=True)
-class _Settings:
-    """How the panel is drawn: arguments of `audit`, and whether pairs may be as large as for single rollouts."""
-
-    batch_size: int
-    eos: int | None
-    off_policy: float
-    gamma: float
-    seed: int
-    prompts: int = 1
-    environment: tuple[int, ...] = ()
-    shared_prompt: bool = False
-    separable: bool = False
-
-    def to_dict(self) -> dict[str, Any]:
-        """The arguments of `audit`."""
-        return {key: value for key, value in vars(self).items() if key != "separable"}
-
-    def panel(self, batch_size: int, eos: int | None) -> list[Case]:
-        """Pairs of policies for batches of this size that end with this token."""
-        size = 1 if self.separable else batch_size
-        return panel(size, eos, self.off_policy, self.seed, self.prompts, self.environment, self.shared_prompt)
-
+__all__ = ["Case", "Scenario", "count_batches"]
 
 # (sharpness of the student, distance of the teacher): from nearly equal to far apart.
 _PAIRS = ((1.0, 0.03), (1.0, 0.5), (0.3, 1.0), (1.0, 1.5), (2.5, 1.0), (0.5, 2.5))
 
 # Vocabulary and horizon of a pair: for single rollouts, and, largest first, for batches that are enumerated.
 _SINGLE = (4, 3)
-
 _BATCHED = ((3, 2), (2, 2))
 
-# Evaluations of a coupled loss that one pair, or one bandit, should cost; and the most that one may.
+# Evaluations of a coupled loss that one pair should cost, and the most that it may.
 _PAIR_EVALUATIONS = 1_000
-
 _MOST_EVALUATIONS = 5_000
 
-# Position of the response up to which an environment may write.
+# Last position of the response at which an environment may write.
 _LAST_WRITTEN = 2
 
 
@@ -72,83 +48,155 @@ class Case:
     behavior: TabularPolicy | None
     label: str
 
+    def exact(self, objective: Objective) -> list[Tensor]:
+        """The exact gradient of an objective, by level.
 
-def panel(
-    batch_size: int = 1,
-    eos: int | None = None,
-    off_policy: float = 0.0,
-    seed: int = 0,
-    prompts: int = 1,
-    environment: Iterable[int] = (),
-    shared_prompt: bool = False,
-) -> list[Case]:
-    """Six pairs of one size, from nearly equal to far apart, small enough for the batch size.
+        Raises:
+            InvalidArgumentError: it is infinite here.
+        """
+        parts = [
+            [
+                c * level
+                for level in exact_gradient(
+                    self.student, self.teacher, divergence, objective.granularity, gamma=objective.gamma
+                )
+            ]
+            for c, divergence in objective.terms
+        ]
+        return [sum(levels[1:], levels[0]) for levels in zip(*parts, strict=True)]
 
-    Args:
+
+@dataclass(frozen=True)
+class Scenario:
+    """What the rollouts look like that a loss is audited on.
+
+    Attributes:
         batch_size: rollouts that the loss sees at once.
-        eos: the token that ends a rollout, or None.
-        off_policy: standard deviation of the noise on the sampling policy's logits.
-        seed: of everything.
-        prompts: number of prompts; from 2 on a prompt of one token, drawn by a distribution of its own, comes before the
-            response: position 0, written by the environment.
-        environment: positions of the response, counted from 0 after the prompt, whose tokens an environment
-            writes. The response is as long as without, or longer where the student would not have the last word.
-        shared_prompt: whether the batches to be counted share a prompt, as in `gradient_moments`.
+        eos: the token that ends a rollout early; None for a fixed length.
+        off_policy: standard deviation of the noise on the logits of the policy that samples; 0 for the student itself.
+        seed: seed of the panel.
+        prompts: number of prompts. From 2 on, a prompt of one token, drawn from a distribution of its own, precedes
+            the response: position 0, written by the environment.
+        environment: positions of the response, counted from 0 after the prompt, whose tokens an environment writes.
+            The response gets longer where the student would not have the last word.
+        shared_prompt: whether the rollouts of a batch answer one prompt, as a group of GRPO does.
 
     Raises:
-        InvalidArgumentError: `prompts` or `environment` is out of range.
-        BudgetExceededError: batches of this size cannot be enumerated even on the smallest pair.
+        InvalidArgumentError: a value out of range.
     """
-    written = tuple(environment)
-    _check_written(prompts, written)
-    sizes = [
-        (vocab_size, max(horizon, 2 + max(written, default=-1)))
-        for vocab_size, horizon in (_BATCHED if batch_size > 1 else (_SINGLE,))
-    ]
-    counts = {size: _evaluations(size, batch_size, prompts, shared_prompt) for size in sizes}
-    vocab_size, horizon = next((size for size in sizes if counts[size] <= _PAIR_EVALUATIONS), sizes[-1])
-    if counts[vocab_size, horizon] > _MOST_EVALUATIONS:
-        raise BudgetExceededError(
-            f"auditing batches of {batch_size} rollouts",
-            counts[vocab_size, horizon],
-            _MOST_EVALUATIONS,
-            "audit a smaller batch_size",
-        )
-    if prompts > vocab_size:
-        raise InvalidArgumentError("prompts", f"is {prompts}; the panel's policies have {vocab_size} tokens")
-    cases = []
-    for i, (scale, distance) in enumerate(_PAIRS):
-        levels = (0, *(1 + n for n in written)) if prompts > 1 else written
+
+    batch_size: Positive = 1
+    eos: int | None = None
+    off_policy: Finite = 0.0
+    seed: int = 0
+    prompts: Positive = 1
+    environment: tuple[Count, ...] = ()
+    shared_prompt: bool = False
+
+    def __post_init__(self) -> None:
+        for name, lowest in (("batch_size", 1), ("seed", 0), ("prompts", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
+                raise InvalidArgumentError(name, f"must be a whole number of at least {lowest}, got {value!r}")
+        if not 0.0 <= self.off_policy < float("inf"):
+            raise InvalidArgumentError("off_policy", f"must be a finite number of at least 0, got {self.off_policy!r}")
+        for n in self.environment:
+            if isinstance(n, bool) or not isinstance(n, int) or not 0 <= n <= _LAST_WRITTEN:
+                raise InvalidArgumentError(
+                    "environment", f"must hold positions from 0 to {_LAST_WRITTEN} only, got {n!r}"
+                )
+
+    @property
+    def single(self) -> Scenario:
+        """The same for one rollout at a time."""
+        return replace(self, batch_size=1)
+
+    @property
+    def coupled(self) -> bool:
+        """Whether the loss sees more than one rollout at once."""
+        return self.batch_size > 1
+
+    @property
+    def masks(self) -> bool:
+        """Whether some positions are masked: after an early end, or written by an environment."""
+        return self.eos is not None or self.prompts > 1 or bool(self.environment)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields by name."""
+        return dict(vars(self))
+
+    def behavior(self, student: TabularPolicy, seed: int) -> TabularPolicy | None:
+        """The policy that samples in the student's place, or None on-policy."""
+        return student.perturbed(self.off_policy, seed=seed) if self.off_policy else None
+
+    def pairs(self) -> list[Case]:
+        """The panel: six pairs of one size, from nearly equal to far apart, small enough for the batch size.
+
+        Raises:
+            InvalidArgumentError: there are more prompts than tokens.
+            BudgetExceededError: batches of this size cannot be enumerated even on the smallest pair.
+        """
+        vocab_size, horizon = self._size()
+        levels = tuple(self.environment)
+        if self.prompts > 1:
+            levels = (0, *(1 + n for n in levels))
+        return [self._pair(i, vocab_size, horizon, levels) for i in range(len(_PAIRS))]
+
+    def _pair(self, i: int, vocab_size: int, horizon: int, levels: tuple[int, ...]) -> Case:
+        scale, distance = _PAIRS[i]
         student, teacher = random_pair(
             vocab_size,
-            horizon + (prompts > 1),
-            eos=eos,
+            horizon + (self.prompts > 1),
+            eos=self.eos,
             scale=scale,
             distance=distance,
-            seed=1000 * seed + i,
+            seed=1000 * self.seed + i,
             environment=levels,
         )
-        if prompts > 1:
-            student, teacher = _with_prompts(student, prompts), _with_prompts(teacher, prompts)
-        behavior = student.perturbed(off_policy, seed=1000 * seed + 500 + i) if off_policy else None
-        cases.append(Case(student, teacher, behavior, f"sharpness {scale:g}, distance {distance:g}"))
-    return cases
+        if self.prompts > 1:
+            student, teacher = _with_prompts(student, self.prompts), _with_prompts(teacher, self.prompts)
+        behavior = self.behavior(student, 1000 * self.seed + 500 + i)
+        return Case(student, teacher, behavior, f"sharpness {scale:g}, distance {distance:g}")
+
+    def _size(self) -> tuple[int, int]:
+        """The largest vocabulary and horizon whose batches are affordable."""
+        longest = 2 + max(self.environment, default=-1)
+        sizes = [(v, max(horizon, longest)) for v, horizon in (_BATCHED if self.coupled else (_SINGLE,))]
+        counts = {size: self._batches(*size) for size in sizes}
+        size = next((size for size in sizes if counts[size] <= _PAIR_EVALUATIONS), sizes[-1])
+        if counts[size] > _MOST_EVALUATIONS:
+            raise BudgetExceededError(
+                f"auditing batches of {self.batch_size} rollouts",
+                counts[size],
+                _MOST_EVALUATIONS,
+                "audit a smaller batch_size",
+            )
+        if self.prompts > size[0]:
+            raise InvalidArgumentError("prompts", f"must be at most the panel's {size[0]} tokens, got {self.prompts}")
+        return size
+
+    def _batches(self, vocab_size: int, horizon: int) -> int:
+        """Batches up to symmetry, of sequences of full length."""
+        sequences = vocab_size**horizon
+        if self.shared_prompt:
+            return self.prompts * count_batches(sequences, self.batch_size)
+        return count_batches(self.prompts * sequences, self.batch_size)
+
+    def moments(self, loss: Loss, case: Case, budget: int = BATCH_BUDGET) -> GradientMoments:
+        """The exact moments of the loss's gradient on a pair.
+
+        Raises:
+            BudgetExceededError: there are more batches than the budget allows.
+            LossError: as `gradient_moments`.
+        """
+        return gradient_moments(
+            loss, case.student, case.teacher, self.batch_size, case.behavior, budget, self.shared_prompt
+        )
 
 
-def _check_written(prompts: int, environment: tuple[int, ...]) -> None:
-    if isinstance(prompts, bool) or not isinstance(prompts, int) or prompts < 1:
-        raise InvalidArgumentError("prompts", f"is {prompts!r}; a positive integer is needed")
-    for n in environment:
-        if isinstance(n, bool) or not isinstance(n, int) or not 0 <= n <= _LAST_WRITTEN:
-            raise InvalidArgumentError("environment", f"holds {n!r}; every position must lie in [0, {_LAST_WRITTEN}]")
-
-
-def _evaluations(size: tuple[int, int], batch_size: int, prompts: int, shared_prompt: bool) -> int:
-    """Batches up to symmetry, of sequences of full length."""
-    sequences = size[0] ** size[1]
-    if shared_prompt:
-        return prompts * _batches(sequences, batch_size)
-    return _batches(prompts * sequences, batch_size)
+def count_batches(sequences: int, batch_size: int) -> int:
+    """The number of batches of so many sequences, up to the order of the rollouts."""
+    return math.comb(sequences + batch_size - 1, batch_size)
 
 
 def _with_prompts(policy: TabularPolicy, prompts: int) -> TabularPolicy:
@@ -156,7 +204,3 @@ def _with_prompts(policy: TabularPolicy, prompts: int) -> TabularPolicy:
     first = policy.logits[0].clone()
     first[:, prompts:] = -torch.inf
     return TabularPolicy([first, *policy.logits[1:]], eos=policy.eos, environment=policy.environment)
-
-
-def _batches(sequences: int, batch_size: int) -> int:
-    return math.comb(sequences + batch_size - 1, batch_size)

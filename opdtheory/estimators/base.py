@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -12,30 +12,63 @@ from torch import Tensor
 
 from opdtheory.choices import Granularity, Reduction, Verdict
 from opdtheory.divergences import Divergence
+from opdtheory.objective import Objective
 from opdtheory.rollouts import Rollouts
 
 __all__ = [
-    "BATCH_OF_TWO",
-    "FIXED_LENGTH",
-    "ON_POLICY",
-    "ON_POLICY_OR_ONE_STEP",
-    "SEVERAL_STEPS",
+    "Assumptions",
     "Claim",
     "Estimator",
+    "Sampler",
     "TokenLoss",
     "unmasked",
 ]
 
 TokenLoss = Callable[[Rollouts], Tensor]
-
-ON_POLICY = "on-policy"
-ON_POLICY_OR_ONE_STEP = "on-policy or one step"
-FIXED_LENGTH = "fixed length"
-SEVERAL_STEPS = "more than one step"
-BATCH_OF_TWO = "batch of at least 2"
+Sampler = Literal["any", "on_policy", "on_policy_or_one_step"]
 
 # Estimators whose weights look at the whole rollout.
 _WHOLE_ROLLOUT = ("return_to_go", "sequence_opd_plus")
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What must hold of the rollouts, or occur in them, for a claim's verdict to be right.
+
+    Attributes:
+        sampler: who samples: `any` policy, or the student (`on_policy`), which is needed at one step too or, for
+            `on_policy_or_one_step`, beyond one step only.
+        fixed_length: whether all rollouts are of one length.
+        batch_size: rollouts that a batch has at least.
+        several_steps: whether there is more than one step.
+        vocabulary_above: a number of tokens that the vocabulary exceeds.
+        log_ratio_beyond: a bound on `|log u|` that some tokens exceed.
+        advantage_outside: an interval that some advantages lie outside of.
+    """
+
+    sampler: Sampler = "any"
+    fixed_length: bool = False
+    batch_size: int = 1
+    several_steps: bool = False
+    vocabulary_above: int | None = None
+    log_ratio_beyond: float | None = None
+    advantage_outside: tuple[float, float] | None = None
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """Each assumption as text."""
+        found = [] if self.sampler == "any" else [self.sampler.replace("_", " ").replace("on policy", "on-policy")]
+        found += ["fixed length"] if self.fixed_length else []
+        found += [f"batch of at least {self.batch_size}"] if self.batch_size > 1 else []
+        found += ["more than one step"] if self.several_steps else []
+        if self.vocabulary_above is not None:
+            found.append(f"vocabulary above {self.vocabulary_above}")
+        if self.log_ratio_beyond is not None:
+            found.append(f"log-ratios beyond {self.log_ratio_beyond:g} occur")
+        if self.advantage_outside is not None:
+            low, high = self.advantage_outside
+            found.append(f"advantages outside [{low:g}, {high:g}] occur")
+        return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -53,7 +86,7 @@ class Claim:
         theorem: the statements of the theory that say so.
         descends: what the loss descends instead, in words or as a catalogue name; None where nothing is known.
         gamma: the discount of `token_return`.
-        assumptions: under which the verdict holds, such as "on-policy" or "fixed length".
+        assumptions: under which the verdict holds.
     """
 
     divergence: Divergence
@@ -62,7 +95,17 @@ class Claim:
     theorem: str
     descends: str | None = None
     gamma: float = 1.0
-    assumptions: tuple[str, ...] = ()
+    assumptions: Assumptions = Assumptions()
+
+    @property
+    def objective(self) -> Objective:
+        """The objective that the verdict is about."""
+        gamma = self.gamma if self.granularity == "token_return" else 1.0
+        return Objective.of(self.divergence, self.granularity, gamma)
+
+    def assuming(self, **more: Any) -> Claim:
+        """The claim under further assumptions, fields of `Assumptions`."""
+        return replace(self, assumptions=replace(self.assumptions, **more))
 
     def to_dict(self) -> dict[str, object]:
         """The claim as plain JSON values, the divergence as its label."""
@@ -73,7 +116,7 @@ class Claim:
             "theorem": self.theorem,
             "descends": self.descends,
             "gamma": self.gamma,
-            "assumptions": list(self.assumptions),
+            "assumptions": list(self.assumptions.words),
         }
 
     def __str__(self) -> str:
@@ -81,8 +124,8 @@ class Claim:
         text = f"{self.verdict} for the {self.granularity} objective{discount} of {self.divergence.label}"
         if self.descends is not None:
             text += f"; descends {self.descends}"
-        if self.assumptions:
-            text += f"; given: {', '.join(self.assumptions)}"
+        if self.assumptions.words:
+            text += f"; given: {', '.join(self.assumptions.words)}"
         return f"{text} [{self.theorem}]"
 
 

@@ -15,12 +15,8 @@ from opdtheory.choices import Verdict
 from opdtheory.divergences import Divergence, divergence
 from opdtheory.divergences.registry import parameter_free
 from opdtheory.estimators.base import (
-    BATCH_OF_TWO,
-    FIXED_LENGTH,
-    ON_POLICY,
-    ON_POLICY_OR_ONE_STEP,
-    SEVERAL_STEPS,
     Claim,
+    Sampler,
     TokenLoss,
 )
 from opdtheory.estimators.sampled import (
@@ -36,7 +32,6 @@ from opdtheory.estimators.vocabulary import TopKReward, VocabularyLoss
 __all__ = ["claim_of", "local_weight", "relation"]
 
 _TOLERANCE = 1e-9
-BATCH_OF_FOUR = "batch of at least 4"
 _NEAR = torch.linspace(-3, 3, 121, dtype=torch.float64)
 _WIDE = torch.linspace(-30, 30, 601, dtype=torch.float64)
 
@@ -59,7 +54,7 @@ def claim_of(loss: TokenLoss, nominal: Divergence, reduction: str, theorem: str,
         claim = _modified(_of_advantage(loss.advantage, nominal, theorem, descends), loss)
     else:
         raise TypeError(f"no claim can be derived for {type(loss).__name__}")
-    claim = _assuming(claim, *_distribution_of_rollouts(loss, claim))
+    claim = claim.assuming(sampler=_sampler(loss, claim))
     return claim if reduction == "token_sum" else _divided_by_length(claim)
 
 
@@ -135,7 +130,7 @@ def _of_return_to_go(advantage: ReturnToGo, nominal: Divergence) -> Claim:
         claim = Claim(nominal, "token_return", "exact" if exact else "biased", "T6", gamma=advantage.gamma)
         if not exact:
             claim = replace(claim, descends="no objective: the outer gamma^(n-1) is left out")
-            claim = _assuming(claim, SEVERAL_STEPS)
+            claim = claim.assuming(several_steps=True)
         functions = [nominal.weight, nominal.generator]
     return _clipped(claim, advantage.clip_log_ratio, *functions)
 
@@ -157,14 +152,14 @@ def _of_vocabulary(loss: VocabularyLoss, nominal: Divergence, theorem: str) -> C
         return Claim(nominal, "token_local", "zero", theorem, "nothing: one token renormalised has probability 1")
     if form == "tail":
         what = f"the divergence of the distributions on {k} tokens and one bucket"
-        return Claim(nominal, "token_local", "biased", theorem, what, assumptions=(f"vocabulary above {k + 1}",))
+        return Claim(nominal, "token_local", "biased", theorem, what).assuming(vocabulary_above=k + 1)
     # At the teacher the terms on S pull by -f'(1) q (1_S - q(S)): a matter of the gauge.
     rests = abs(float(nominal.log_slope(torch.zeros((), dtype=torch.float64)))) < _TOLERANCE
     what = {
         "truncated": f"the terms of {k} tokens" + ("" if rests else ": the teacher is no fixed point"),
         "renormalised": f"the divergence of the distributions conditioned on {k} tokens",
     }[form]
-    return Claim(nominal, "token_local", "biased", theorem, what, assumptions=(f"vocabulary above {k}",))
+    return Claim(nominal, "token_local", "biased", theorem, what).assuming(vocabulary_above=k)
 
 
 def _clipped(claim: Claim, bound: float | None, *functions: Callable[[Tensor], Tensor]) -> Claim:
@@ -172,7 +167,7 @@ def _clipped(claim: Claim, bound: float | None, *functions: Callable[[Tensor], T
     if bound is None or (functions and all(_is_flat_beyond(bound, function) for function in functions)):
         return claim
     claim = replace(claim, verdict="biased", descends=None, theorem=_and(claim.theorem, "T4"))
-    return _assuming(claim, f"log-ratios beyond {bound:g} occur")
+    return claim.assuming(log_ratio_beyond=bound)
 
 
 def _is_flat_beyond(bound: float, function: Callable[[Tensor], Tensor]) -> bool:
@@ -191,14 +186,14 @@ def _modified(claim: Claim, loss: ScoreFunction) -> Claim:
         values = _as_function_of_ratio(loss)
         if values is not None and _is_two_valued(values):
             # In groups of 2 or 3 the spread of two values rescales the mean gradient by a constant, nothing more.
-            return _assuming(claim, BATCH_OF_FOUR, SEVERAL_STEPS)
-        return _assuming(claim, BATCH_OF_TWO)
+            return claim.assuming(batch_size=4, several_steps=True)
+        return claim.assuming(batch_size=2)
     if loss.baseline == "group_mean":
-        claim = _assuming(replace(claim, theorem=_and(claim.theorem, "T7e")), BATCH_OF_TWO)
+        claim = replace(claim, theorem=_and(claim.theorem, "T7e")).assuming(batch_size=2)
         if claim.verdict in ("exact", "exact_up_to_scale"):
-            claim = _assuming(replace(claim, verdict="exact_up_to_scale"), FIXED_LENGTH)
+            claim = replace(claim, verdict="exact_up_to_scale").assuming(fixed_length=True)
     elif loss.baseline == "leave_one_out":
-        claim = _assuming(replace(claim, theorem=_and(claim.theorem, "T7e")), BATCH_OF_TWO)
+        claim = replace(claim, theorem=_and(claim.theorem, "T7e")).assuming(batch_size=2)
     elif loss.baseline is not None:
         claim = replace(claim, theorem=_and(claim.theorem, "T7a" if loss.baseline == "constant" else "T7b"))
     return claim
@@ -219,7 +214,7 @@ def _weight_clipped(claim: Claim, loss: ScoreFunction) -> Claim:
         elif _is_two_valued(values) and claim.verdict in ("exact", "exact_up_to_scale"):
             verdict = "exact_up_to_scale"
     claim = replace(claim, verdict=verdict, descends=None, theorem=_and(claim.theorem, "T4"))
-    return _assuming(claim, f"advantages outside [{low:g}, {high:g}] occur")
+    return claim.assuming(advantage_outside=(low, high))
 
 
 def _as_function_of_ratio(loss: ScoreFunction) -> Tensor | None:
@@ -238,17 +233,17 @@ def _is_two_valued(values: Tensor) -> bool:
     )
 
 
-def _distribution_of_rollouts(loss: object, claim: Claim) -> tuple[str, ...]:
-    """The assumption on the policy that sampled, if the importance weights leave one (T8)."""
+def _sampler(loss: object, claim: Claim) -> Sampler:
+    """Who must have sampled the rollouts, given the importance weights (T8)."""
     importance = getattr(loss, "importance", None)
     if isinstance(loss, VocabularyLoss):
-        return () if importance == "prefix" else (ON_POLICY_OR_ONE_STEP,)
+        return "any" if importance == "prefix" else "on_policy_or_one_step"
     if importance == "sequence" or (importance == "prefix" and claim.granularity == "token_local"):
-        return ()
+        return "any"
     if importance == "token" and claim.granularity == "token_local":
-        # A gradient that is zero at every history is so whatever distribution the histories have.
-        return () if claim.verdict == "zero" else (ON_POLICY_OR_ONE_STEP,)
-    return (ON_POLICY,)
+        # A gradient that is zero at every history is zero whatever distribution the histories have.
+        return "any" if claim.verdict == "zero" else "on_policy_or_one_step"
+    return "on_policy"
 
 
 def _divided_by_length(claim: Claim) -> Claim:
@@ -256,11 +251,7 @@ def _divided_by_length(claim: Claim) -> Claim:
     if claim.verdict == "biased":
         return claim
     scaled = "exact_up_to_scale" if claim.verdict == "exact" else claim.verdict
-    return _assuming(replace(claim, verdict=scaled), FIXED_LENGTH)
-
-
-def _assuming(claim: Claim, *more: str) -> Claim:
-    return replace(claim, assumptions=(*claim.assumptions, *(text for text in more if text not in claim.assumptions)))
+    return replace(claim, verdict=scaled).assuming(fixed_length=True)
 
 
 def _and(theorem: str, more: str) -> str:

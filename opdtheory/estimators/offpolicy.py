@@ -2,18 +2,15 @@ r"""Importance weights for rollouts of another policy $\mu$, and PPO's clipped s
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from opdtheory.choices import Importance
 from opdtheory.estimators.base import unmasked
 from opdtheory.rollouts import Rollouts
 
 __all__ = ["Importance", "importance_weight", "ppo_surrogate", "prefix_weight", "weighted"]
-
-Importance = Literal["token", "prefix", "sequence", "ppo"]
 
 
 def importance_weight(rollouts: Rollouts, kind: Importance) -> Float[Tensor, "B T"]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from opdtheory.choices import Baseline
 from opdtheory.divergences import Divergence
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.estimators import baselines, offpolicy
@@ -40,7 +41,6 @@ __all__ = [
 
 LogRatioFunction = Callable[[Tensor], Tensor]
 Advantage = Callable[[Rollouts], Tensor]
-Baseline = Literal["constant", "group_mean", "leave_one_out", "vocabulary"]
 
 
 def k1(log_u: Tensor) -> Tensor:

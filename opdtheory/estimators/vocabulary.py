@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from opdtheory.choices import Support
 from opdtheory.divergences import Divergence
 from opdtheory.divergences.divergence import transforms_active
 from opdtheory.errors import InvalidArgumentError
@@ -19,7 +20,6 @@ from opdtheory.rollouts import Rollouts
 
 __all__ = ["Support", "TopK", "TopKReward", "VocabularyLoss", "perspective"]
 
-Support = Literal["teacher", "student"]
 _FARTHEST_LOG_U = 300.0  # beyond, p may underflow
 _LARGEST_LOG_U = 700.0  # beyond, u itself overflows
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from opdtheory.divergences import Divergence
 from opdtheory.divergences import divergence as as_divergence
 from opdtheory.errors import BudgetExceededError, InvalidArgumentError
-from opdtheory.exact.oracle import check_objective
 from opdtheory.exact.policies import Policy
 from opdtheory.exact.tree import check_pair
+from opdtheory.objective import check_objective
 from opdtheory.rollouts import Rollouts, gather_logprobs
 
 __all__ = ["SEQUENCE_BUDGET", "Enumeration", "enumerated_value", "shown_tables"]

@@ -22,8 +22,8 @@ from torch import Tensor
 from opdtheory.errors import BudgetExceededError, InvalidArgumentError
 from opdtheory.exact.chain import Chain
 from opdtheory.exact.finite_state import FiniteStatePolicy
-from opdtheory.exact.oracle import check_discount
 from opdtheory.exact.tree import check_pair
+from opdtheory.objective import check_discount
 
 __all__ = ["RolloutMoments", "rollout_moments"]
 

@@ -5,7 +5,6 @@ They need no test framework.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -15,13 +14,12 @@ from torch import Tensor
 from opdtheory.auditing import VERDICTS, Audit, audit
 from opdtheory.auditing.black_box import ZERO, BlackBox, name_of
 from opdtheory.auditing.naming.fit import flat
-from opdtheory.auditing.scenario import panel
+from opdtheory.auditing.scenario import Scenario
 from opdtheory.divergences import Divergence
 from opdtheory.divergences import divergence as as_divergence
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.estimators import Claim, Estimator
-from opdtheory.estimators.base import FIXED_LENGTH, ON_POLICY, ON_POLICY_OR_ONE_STEP
-from opdtheory.exact import GradientMoments, Loss, TabularPolicy, gradient_moments
+from opdtheory.exact import GradientMoments, Loss, TabularPolicy
 
 __all__ = [
     "assert_claim",
@@ -34,10 +32,6 @@ __all__ = [
 
 # Noise on the sampling policy's logits where a claim does not ask for on-policy rollouts.
 _OFF_POLICY = 0.3
-
-_BATCH = re.compile(r"batch of at least (\d+)")
-_BEYOND = re.compile(r"log-ratios beyond (\S+) occur")
-_ABOVE = re.compile(r"vocabulary above (\d+)")
 
 
 def assert_unbiased(
@@ -168,14 +162,12 @@ def assert_same_gradient(
         True
     """
     if tolerance is not None and not 0.0 <= tolerance < float("inf"):
-        raise InvalidArgumentError("tolerance", f"is {tolerance!r}; a finite number of at least 0 is needed")
-    if not 0.0 <= off_policy < float("inf"):
-        raise InvalidArgumentError("off_policy", f"is {off_policy!r}; a finite number of at least 0 is needed")
+        raise InvalidArgumentError("tolerance", f"must be a finite number of at least 0, got {tolerance!r}")
+    scenario = Scenario(batch_size, eos, off_policy, seed, prompts, tuple(environment), shared_prompt)
     losses = (BlackBox(first), BlackBox(second))
     rows, worst = [], 0.0
-    for case in panel(batch_size, eos, off_policy, seed, prompts, environment, shared_prompt):
-        where = (case.student, case.teacher, batch_size, case.behavior)
-        moments = [gradient_moments(loss, *where, shared_prompt=shared_prompt) for loss in losses]
+    for case in scenario.pairs():
+        moments = [scenario.moments(loss, case) for loss in losses]
         gap, sizes = _gap(*moments)
         worst = max(worst, gap)
         rows.append(f"  {case.label}: differs by {gap:.3g}; lengths {sizes[0]:.6g} and {sizes[1]:.6g}")
@@ -212,7 +204,7 @@ def assert_claim(estimator: Estimator, *, seed: int = 0) -> Audit:
         'forward_kl'
     """
     claim, settings = estimator.claim, claim_settings(estimator.claim)
-    _check_met(claim, settings, seed)
+    _check_met(claim, _scenario_of(claim, seed))
     report = audit(
         estimator, claim.divergence, claim.granularity, seed=seed, name=repr(estimator), details=False, **settings
     )
@@ -235,14 +227,19 @@ def claim_settings(claim: Claim) -> dict[str, Any]:
     Rollouts vary in length unless the claim asks for a fixed one, and come from another policy than the student
     unless it asks for on-policy ones.
     """
-    batches = [int(found[1]) for text in claim.assumptions if (found := _BATCH.fullmatch(text))]
-    on_policy = ON_POLICY in claim.assumptions or ON_POLICY_OR_ONE_STEP in claim.assumptions
-    return {
-        "batch_size": max(batches, default=1),
-        "eos": None if FIXED_LENGTH in claim.assumptions else 0,
-        "off_policy": 0.0 if on_policy else _OFF_POLICY,
-        "gamma": claim.gamma if claim.granularity == "token_return" else 1.0,
-    }
+    scenario = _scenario_of(claim)
+    names = ("batch_size", "eos", "off_policy")
+    return {**{name: getattr(scenario, name) for name in names}, "gamma": claim.objective.gamma}
+
+
+def _scenario_of(claim: Claim, seed: int = 0) -> Scenario:
+    given = claim.assumptions
+    return Scenario(
+        batch_size=given.batch_size,
+        eos=None if given.fixed_length else 0,
+        off_policy=_OFF_POLICY if given.sampler == "any" else 0.0,
+        seed=seed,
+    )
 
 
 def gradient_gap(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
@@ -273,21 +270,23 @@ def _gap(first: GradientMoments, second: GradientMoments) -> tuple[float, tuple[
     return (0.0 if apart <= ZERO * noise else apart / max(sizes)), sizes
 
 
-def _check_met(claim: Claim, settings: dict[str, Any], seed: int) -> None:
-    """Refuse a claim that the audit's policies say nothing about."""
-    cases = panel(settings["batch_size"], settings["eos"], settings["off_policy"], seed)
+def _check_met(claim: Claim, scenario: Scenario) -> None:
+    """Raise for a claim that the audit's policies say nothing about."""
+    cases, given = scenario.pairs(), claim.assumptions
     largest_ratio = max(_largest_log_ratio(case.student, case.teacher) for case in cases)
     vocabulary = max(case.student.vocab_size for case in cases)
-    for text in claim.assumptions:
-        beyond, above = _BEYOND.fullmatch(text), _ABOVE.fullmatch(text)
-        if beyond and float(beyond[1]) >= largest_ratio:
-            raise InvalidArgumentError(
-                "estimator", f"claims something given that {text}; the audit's log-ratios end at {largest_ratio:.3g}"
-            )
-        if above and int(above[1]) >= vocabulary:
-            raise InvalidArgumentError(
-                "estimator", f"claims something given a {text}; the audit's policies have {vocabulary} tokens"
-            )
+    if given.log_ratio_beyond is not None and given.log_ratio_beyond >= largest_ratio:
+        raise InvalidArgumentError(
+            "estimator",
+            f"claims something given that log-ratios beyond {given.log_ratio_beyond:g} occur; the audit's log-ratios "
+            f"end at {largest_ratio:.3g}",
+        )
+    if given.vocabulary_above is not None and given.vocabulary_above >= vocabulary:
+        raise InvalidArgumentError(
+            "estimator",
+            f"claims something given a vocabulary above {given.vocabulary_above}; the audit's policies have "
+            f"{vocabulary} tokens",
+        )
 
 
 def _largest_log_ratio(student: TabularPolicy, teacher: TabularPolicy) -> float:
@@ -305,9 +304,9 @@ def _catalogue_entry(label: str | None) -> Divergence | None:
 
 
 def _descends(report: Audit, divergence: Divergence) -> bool:
-    if report.identified is None or report.identified["error"] > report.tolerance:
+    found = report.identified
+    if found is None or found.error > report.tolerance:
         return False
-    found = report.identified["parameters"]
-    return report.identified["objective"] == divergence.name and all(
-        abs(found[key] - value) < 1e-6 for key, value in divergence.parameters.items()
+    return found.objective == divergence.name and all(
+        abs(found.parameters[key] - value) < 1e-6 for key, value in divergence.parameters.items()
     )

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from opdtheory.choices import GRANULARITIES, VERDICTS
 from opdtheory.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -19,8 +20,6 @@ __all__ = ["LossClaim", "claims_of", "opd_loss"]
 F = TypeVar("F", bound=Callable[..., Any])
 
 _ATTRIBUTE = "__opd_claims__"
-_GRANULARITIES = ("token_local", "token_return", "sequence")
-_VERDICTS = ("exact", "exact_up_to_scale", "other_objective", "zero", "biased")
 
 
 @dataclass(frozen=True)
@@ -76,10 +75,11 @@ def opd_loss(
         ['reverse_kl-token_local', 'reverse_kl-sequence']
     """
     if callable(claims):
-        raise InvalidArgumentError("claims", f"is {claims!r}; write @opd_loss(claims=...) with a divergence")
-    for name, value, allowed in (("granularity", granularity, _GRANULARITIES), ("verdict", verdict, _VERDICTS)):
+        raise InvalidArgumentError("claims", f"must be a divergence, as in @opd_loss(claims=...), got {claims!r}")
+    claimable = tuple(each for each in VERDICTS if each != "undecided")
+    for name, value, allowed in (("granularity", granularity, GRANULARITIES), ("verdict", verdict, claimable)):
         if value not in allowed:
-            raise InvalidArgumentError(name, f"is {value!r}; one of {', '.join(allowed)} is needed")
+            raise InvalidArgumentError(name, f"must be one of {', '.join(allowed)}, got {value!r}")
     claim = LossClaim(claims, granularity, verdict, settings)
 
     def mark(loss: F) -> F:

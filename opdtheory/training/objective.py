@@ -17,7 +17,7 @@ from opdtheory.choices import Control
 from opdtheory.divergences import Divergence, divergence, names
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.estimators import Claim, Estimator, estimator
-from opdtheory.estimators.base import unmasked
+from opdtheory.estimators.base import Assumptions, unmasked
 from opdtheory.estimators.sampled import RatioAdvantage, ScoreFunction
 from opdtheory.rollouts import Rollouts
 
@@ -109,7 +109,8 @@ def objective(
         raise InvalidArgumentError("advantage", "control='constant_advantage' needs it, such as -1.0")
     weight = 1.0 if advantage is None else advantage
     verdict: Literal["zero", "biased"] = "biased" if control == "supervised" else "zero"
-    claim = Claim(divergence("reverse_kl"), "token_local", verdict, "T4", assumptions=("on-policy", "fixed length"))
+    given_that = Assumptions(sampler="on_policy", fixed_length=True)
+    claim = Claim(divergence("reverse_kl"), "token_local", verdict, "T4", assumptions=given_that)
     return Estimator(control, claim, lambda rollouts: -weight * rollouts.student_logprobs, options["reduction"])
 
 

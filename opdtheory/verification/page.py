@@ -102,7 +102,7 @@ def _theorems(result: Verification) -> str:
 def _estimators(result: Verification) -> str:
     rows = []
     for r in result.estimators:
-        assumptions = f"<br><small>{escape(', '.join(r.claim.assumptions))}</small>" if r.claim.assumptions else ""
+        assumptions = f"<br><small>{escape(', '.join(r.claim.assumptions.words))}</small>" if r.claim.assumptions.words else ""
         rows.append(
             f"<tr><td>{_mark(r.passed)}</td><td><code>{escape(r.name)}</code></td>"
             f"<td>{escape(r.claim.divergence.label)} ({escape(r.claim.granularity)}){assumptions}</td>"

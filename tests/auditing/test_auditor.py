@@ -12,7 +12,7 @@ import opdtheory as opd
 from opdtheory.auditing import VERDICTS, quick_verdict
 from opdtheory.auditing.naming.bandits import bandit_parts, bandits, far_bandit, far_grid, log_u_grid
 from opdtheory.auditing.naming.fit import fit_scale
-from opdtheory.auditing.scenario import Case, panel
+from opdtheory.auditing.scenario import Case, Scenario
 from opdtheory.errors import BudgetExceededError, InvalidArgumentError, LossError
 from opdtheory.rollouts import Rollouts
 from tests.tolerances import ALGEBRA, ENUMERATION
@@ -318,7 +318,7 @@ def test_zero_gradient_loss_is_zero_not_an_error() -> None:
 
 def test_panel_pairs_differ_in_distance_and_length() -> None:
     for eos in (None, 0):
-        cases = panel(eos=eos)
+        cases = Scenario(eos=eos).pairs()
         assert len(cases) == 6
         assert all(case.student.eos == eos for case in cases)
         distances = [float(opd.exact_value(case.student, case.teacher, "jsd")) for case in cases]
@@ -333,11 +333,11 @@ def test_bandits_have_the_grid_as_log_ratios() -> None:
         parts = bandit_parts(batch_size)
         torch.testing.assert_close(torch.cat(parts).unique(), grid, rtol=0, atol=0)
         for part in parts:
-            for case in bandits(part, 0.0, seed=0):
+            for case in bandits(part, Scenario()):
                 torch.testing.assert_close(log_ratios(case), part, rtol=0, atol=ALGEBRA)
     for sign in (-1, 1):
         far = far_grid(sign)
-        torch.testing.assert_close(log_ratios(far_bandit(far, 0.0, 0))[:-1], far, rtol=0, atol=ALGEBRA)
+        torch.testing.assert_close(log_ratios(far_bandit(far, Scenario()))[:-1], far, rtol=0, atol=ALGEBRA)
 
 
 def log_ratios(case: Case) -> torch.Tensor:

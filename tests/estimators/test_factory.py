@@ -16,7 +16,6 @@ from torch import Tensor
 from opdtheory import divergences
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.estimators import Claim, Estimator, estimator, estimator_names
-from opdtheory.estimators.base import FIXED_LENGTH, ON_POLICY, ON_POLICY_OR_ONE_STEP
 from opdtheory.estimators.vocabulary import perspective
 from opdtheory.rollouts import Rollouts
 from tests.tolerances import ALGEBRA
@@ -371,12 +370,12 @@ def found(loss: Estimator, *, eos: bool, off_policy: bool, horizon: int = 2) -> 
 def test_claim_holds_under_its_assumptions(loss: Estimator) -> None:
     assumptions = loss.claim.assumptions
     assert found(loss, eos=False, off_policy=False) == loss.claim.verdict
-    if FIXED_LENGTH not in assumptions:
+    if not assumptions.fixed_length:
         assert found(loss, eos=True, off_policy=False) == loss.claim.verdict
-    if ON_POLICY_OR_ONE_STEP in assumptions:
+    if assumptions.sampler == "on_policy_or_one_step":
         assert found(loss, eos=False, off_policy=True, horizon=1) == loss.claim.verdict
-    elif ON_POLICY not in assumptions:
-        assert found(loss, eos=FIXED_LENGTH not in assumptions, off_policy=True) == loss.claim.verdict
+    elif assumptions.sampler == "any":
+        assert found(loss, eos=not assumptions.fixed_length, off_policy=True) == loss.claim.verdict
 
 
 @pytest.mark.parametrize(
@@ -425,7 +424,8 @@ def test_group_mean_scales_by_one_less_than_the_group() -> None:
 
 def test_z_score_of_two_values_shows_its_bias_in_groups_of_four() -> None:
     loss = estimator("sign", zscore=True)
-    assert {"batch of at least 4", "more than one step"} <= set(loss.claim.assumptions)
+    assert loss.claim.assumptions.batch_size == 4 and loss.claim.assumptions.several_steps
+    assert {"batch of at least 4", "more than one step"} <= set(loss.claim.assumptions.words)
 
     def of_size(size: int, horizon: int) -> str:
         policies = pair(11, 2, horizon)

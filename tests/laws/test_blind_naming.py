@@ -24,13 +24,14 @@ from opdtheory.auditing.naming.fit import fit_scale, flat
 from opdtheory.auditing.naming.identify import ExactGradients, best_match
 from opdtheory.auditing.naming.recover import RecoveredWeight, recover_weight
 from opdtheory.auditing.naming.weight_form import WeightForm, describe
-from opdtheory.auditing.scenario import panel
+from opdtheory.auditing.scenario import Scenario
 from opdtheory.divergences import Divergence
 from opdtheory.estimators import Claim, Estimator, estimator, estimator_names
 from opdtheory.estimators.claims import local_weight
 from opdtheory.estimators.sampled import Differentiated, PowerAdvantage, RatioAdvantage, ReturnToGo, ScoreFunction
 from opdtheory.estimators.vocabulary import VocabularyLoss
 from opdtheory.exact import exact_gradient, gradient_moments, random_pair
+from opdtheory.objective import Objective
 from opdtheory.rollouts import Rollouts
 from opdtheory.testing.assertions import claim_settings
 from opdtheory.verification.verify import shipped_estimators
@@ -109,34 +110,32 @@ def check_objective(found: Blind, claim: Claim, divergence: Divergence) -> None:
     """The objective found has, on a pair not seen by the audit, the gradient of the one that the claim names."""
     settings = claim_settings(claim)
     if claim.granularity == "token_return" and claim.gamma < 1:
-        cases = panel(settings["batch_size"], settings["eos"], settings["off_policy"])
+        cases = Scenario(settings["batch_size"], settings["eos"], settings["off_policy"]).pairs()
         moments = [gradient_moments(found.loss, c.student, c.teacher, 1, c.behavior) for c in cases]
         match = best_match([flat(m.mean) for m in moments], ExactGradients(cases), found.weight, "token_local", 1e-9)
         assert match is not None and match.fit.worst_error <= 1e-9
-        named, granularity, gamma = match.divergence, match.granularity, match.gamma
+        named = match.objective
     else:
         assert found.report.verdict == "other_objective" and found.report.identified is not None
-        identified = found.report.identified
-        named = divergences.divergence(identified["objective"], **identified["parameters"])
-        granularity, gamma = identified["granularity"], 1.0
+        named = found.report.identified.read()
     student, teacher = random_pair(4, 2, scale=0.7, distance=1.1, seed=4321)
     expected = flat(exact_gradient(student, teacher, divergence, claim.granularity, gamma=claim.gamma))
-    actual = flat(exact_gradient(student, teacher, named, granularity, gamma=gamma))
+    actual = flat(exact_gradient(student, teacher, named.divergence, named.granularity, gamma=named.gamma))
     assert fit_scale([actual], [expected]).worst_error < 1e-6
     if len(found.weight.log_u) >= 7 and found.weight.depends_on_ratio_only:
         # On one step all granularities have this weight, which must be named too.
         assert found.form.kind == "catalogue"
         grid = found.weight.log_u
-        assert same_up_to_affine(named.weight(grid), divergence.weight(grid))
+        assert same_up_to_affine(named.divergence.weight(grid), divergence.weight(grid))
 
 
 def check_unnamed(found: Blind, subject: Estimator) -> None:
     """A loss that descends no catalogue objective is described by what its weight depends on, or by its formula."""
-    loss, batch_size = subject.token_loss, claim_settings(subject.claim)["batch_size"]
+    loss, scenario = subject.token_loss, Scenario(claim_settings(subject.claim)["batch_size"])
     advantage = loss.advantage if isinstance(loss, ScoreFunction) else None
     if found.weight.depends_on_ratio_only and not isinstance(advantage, ReturnToGo):
         return
-    on = dependence(found.loss, found.weight, batch_size=batch_size)
+    on = dependence(found.loss, found.weight, scenario)
     if isinstance(loss, VocabularyLoss):
         assert loss.top is not None and on.top_k == loss.top.k
         assert any(f"the {loss.top.support}'s" in text for text in on.words)
@@ -310,7 +309,7 @@ def test_a_wrong_name_is_refused() -> None:
 
 
 def on_panel(loss: Loss) -> tuple[list[Tensor], list[Any]]:
-    cases = panel()
+    cases = Scenario().pairs()
     return [flat(gradient_moments(loss, case.student, case.teacher).mean) for case in cases], cases
 
 
@@ -318,16 +317,16 @@ def test_discount_is_fitted() -> None:
     gamma = 0.83
     loss = estimator("return_to_go", "jsd", gamma=gamma, discounted=True)
     gradients, cases = on_panel(loss)
-    match = best_match(gradients, ExactGradients(cases), recover_weight(loss, 1, 0.0, 0, 1e-9), "token_local", 1e-9)
+    match = best_match(gradients, ExactGradients(cases), recover_weight(loss, Scenario()), "token_local", 1e-9)
     assert match is not None and match.fit.worst_error < 1e-12
-    assert (match.divergence.name, match.granularity, match.gamma) == ("jsd", "token_return", gamma)
+    assert match.objective == Objective.of(divergences.divergence("jsd"), "token_return", gamma)
 
 
 def test_no_discount_is_fitted_to_the_return_to_go_of_no_objective() -> None:
     """T6: without the outer gamma^(n-1) it is the gradient of nothing."""
     loss = estimator("return_to_go", "jsd", gamma=0.5)
     gradients, cases = on_panel(loss)
-    match = best_match(gradients, ExactGradients(cases), recover_weight(loss, 1, 0.0, 0, 1e-9), "token_local", 1e-9)
+    match = best_match(gradients, ExactGradients(cases), recover_weight(loss, Scenario()), "token_local", 1e-9)
     assert match is None or match.fit.worst_error > 1e-3
     assert best_combination(gradients, ExactGradients(cases), "token_local", 1e-9) is None
 
@@ -337,11 +336,12 @@ def test_combinations_of_objectives() -> None:
     gradients, cases = on_panel(lambda r: 1.5 * forward(r) - 0.5 * jsd(r))
     found = best_combination(gradients, ExactGradients(cases), "token_local", 1e-9)
     assert found is not None and found.error < 1e-12
-    assert (found.granularity, found.label) == ("token_return", "3 * forward_kl - jsd")
+    assert (found.objective.granularity, found.objective.label) == ("token_return", "3 * forward_kl - jsd")
     gradients, cases = on_panel(lambda r: 0.311 * forward(r) - 0.5 * jsd(r) + le_cam(r))
     three = best_combination(gradients, ExactGradients(cases), "token_local", 1e-9)
     assert three is not None
-    assert three.terms == pytest.approx({"forward_kl": 0.311, "jsd": -0.5, "le_cam": 1.0}, abs=1e-9)
+    terms = {divergence.name: c for c, divergence in three.objective.terms}
+    assert terms == pytest.approx({"forward_kl": 0.311, "jsd": -0.5, "le_cam": 1.0}, abs=1e-9)
     # One objective alone is no combination, and a loss of none of them neither.
     for loss in (forward, estimator("power", alpha=0.5)):
         gradients, cases = on_panel(loss)
@@ -382,7 +382,7 @@ def test_a_bias_of_a_millionth_flips_the_verdict(inputs: Callable[[Rollouts], li
     subject, bias = chance.choice(exact), smooth(chance, inputs)
     settings = claim_settings(subject.claim)
     claim = subject.claim
-    case = panel(1, settings["eos"], settings["off_policy"])[2]
+    case = Scenario(1, settings["eos"], settings["off_policy"]).pairs()[2]
     sizes = [
         float(flat(gradient_moments(loss, case.student, case.teacher, 1, case.behavior).mean).norm())
         for loss in (subject, bias)

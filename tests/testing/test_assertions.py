@@ -18,6 +18,7 @@ from opdtheory.auditing import VERDICTS
 from opdtheory.divergences import names
 from opdtheory.errors import InvalidArgumentError, LossError
 from opdtheory.estimators import Claim, Estimator
+from opdtheory.estimators.base import Assumptions
 from opdtheory.rollouts import Rollouts
 from opdtheory.testing import (
     assert_claim,
@@ -269,8 +270,11 @@ def claiming(loss: Estimator, **changes) -> Estimator:
             claiming(estimator("opd", divergence("skew_reverse_kl", lam=0.1)), descends="skew_jsd(beta=0.8)"),
             r"claims to descend skew_jsd\(beta=0.8\), the audit finds skew_jsd\(beta=0.9\)",
         ),
-        (claiming(estimator("opd_plus", "jsd", reduction="token_mean"), assumptions=()), "the audit finds 'biased'"),
-        (claiming(estimator("k2_loss"), assumptions=()), "the audit finds 'biased'"),
+        (
+            claiming(estimator("opd_plus", "jsd", reduction="token_mean"), assumptions=Assumptions()),
+            "the audit finds 'biased'",
+        ),
+        (claiming(estimator("k2_loss"), assumptions=Assumptions()), "the audit finds 'biased'"),
     ],
 )
 def test_claims_that_do_not_hold(loss, words):
@@ -287,16 +291,17 @@ def test_claims_of_coupled_losses(baseline):
 
 
 def test_settings_are_the_widest_that_the_assumptions_leave():
-    def settings(assumptions, granularity="token_local", gamma=1.0):
-        claim = Claim(divergence("jsd"), granularity, "exact", "T1", gamma=gamma, assumptions=assumptions)
+    def settings(granularity="token_local", gamma=1.0, **assumed):
+        claim = Claim(divergence("jsd"), granularity, "exact", "T1", gamma=gamma, assumptions=Assumptions(**assumed))
         return claim_settings(claim)
 
-    free = settings(())
+    free = settings()
     assert free["off_policy"] > 0 and free == {**free, "batch_size": 1, "eos": 0, "gamma": 1.0}
-    assert settings(("on-policy",))["off_policy"] == settings(("on-policy or one step",))["off_policy"] == 0.0
-    assert settings(("fixed length",))["eos"] is None
-    assert settings(("batch of at least 2", "batch of at least 3"))["batch_size"] == 3
-    assert settings((), "token_return", 0.5)["gamma"] == 0.5
+    for sampler in ("on_policy", "on_policy_or_one_step"):
+        assert settings(sampler=sampler)["off_policy"] == 0.0
+    assert settings(fixed_length=True)["eos"] is None
+    assert settings(batch_size=3)["batch_size"] == 3
+    assert settings("token_return", 0.5)["gamma"] == 0.5
 
 
 def test_assumptions_out_of_the_panel_s_reach_are_refused():

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -46,6 +47,9 @@ _NEGLIGIBLE = 1e-3
 _LOST = 0.01
 
 
+Regime = Literal["realistic", "adversarial"]
+
+
 @dataclass(frozen=True)
 class DtypeResult:
     """What a loss's gradient loses in one dtype, against float64 on the same rounded inputs.
@@ -62,7 +66,7 @@ class DtypeResult:
     """
 
     dtype: str
-    regime: str
+    regime: Regime
     overflow: list[float] | None
     lost_gradient: list[float] | None
     sign_changed: list[float] | None
@@ -304,7 +308,7 @@ def _token(log_u: float, narrow: Tensor, exact: Tensor) -> _Token | None:
     return _Token(log_u, size, error, cosine, length / scale)
 
 
-def _result(dtype: str, regime: str, found: list[_Token], negligible: float, over: str) -> DtypeResult:
+def _result(dtype: str, regime: Regime, found: list[_Token], negligible: float, over: str) -> DtypeResult:
     # What float64 finds negligible may get lost, but it may not overflow.
     overflow = _nearest([t.log_u for t in found if math.isnan(t.error)])
     telling = [t for t in found if not math.isnan(t.error) and t.size > negligible]
@@ -342,5 +346,5 @@ def _nearest(log_u: list[float]) -> list[float] | None:
     return ([max(below)] if below else []) + ([min(above)] if above else []) or None
 
 
-def _refused(dtype: str, regime: str, reason: str) -> DtypeResult:
+def _refused(dtype: str, regime: Regime, reason: str) -> DtypeResult:
     return DtypeResult(dtype, regime, None, None, None, math.nan, f"In {dtype} the loss raises {reason}")

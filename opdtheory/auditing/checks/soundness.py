@@ -9,11 +9,11 @@ from opdtheory.auditing.black_box import ZERO
 from opdtheory.auditing.checks.batch_checks import BATCH_CHECKS
 from opdtheory.auditing.checks.subject import Check, Subject, norm
 from opdtheory.auditing.naming.fit import fit_scale, flat
-from opdtheory.auditing.scenario import Case
-from opdtheory.divergences import Divergence
+from opdtheory.auditing.scenario import Case, Scenario
 from opdtheory.errors import BudgetExceededError, InvalidArgumentError
-from opdtheory.exact import Enumeration, GradientMoments, Loss, TabularPolicy, gradient_moments
+from opdtheory.exact import Enumeration, GradientMoments, Loss, TabularPolicy
 from opdtheory.exact.threads import one_thread
+from opdtheory.objective import Objective
 
 __all__ = ["CHECKS", "Check", "soundness"]
 
@@ -28,42 +28,29 @@ def soundness(
     loss: Loss,
     cases: list[Case],
     moments: list[GradientMoments],
-    objective: Divergence | None,
-    granularity: str = "token_local",
-    *,
-    batch_size: int = 1,
-    off_policy: float = 0.0,
-    gamma: float = 1.0,
-    seed: int = 0,
+    objective: Objective | None,
+    scenario: Scenario,
     tolerance: float = 1e-9,
-    shared_prompt: bool = False,
 ) -> list[Check]:
     r"""Look at what a sound loss has and the direction of its gradient does not show.
 
     Stationarity ($E\nabla L = 0$ at $p = q$), one common scale over the pairs, the teacher's part, the sampling
     policy, padding, shift invariance ($\sum_a \partial L/\partial z_a = 0$), backward against central differences,
-    the batch, and finiteness at rare tokens. An exception that the loss raises in a check fails
-    it, but for `InvalidArgumentError`, a refusal.
+    the batch, and finiteness at rare tokens. An exception that the loss raises in a check fails that check, except
+    `InvalidArgumentError`, which is a refusal.
 
     Args:
         loss: a function of rollouts that returns a scalar, deterministic and without state.
         cases: the audit's panel.
         moments: the moments of the loss's gradient, one per case.
-        objective: the claimed divergence, or None if no divergence is claimed.
-        granularity: `token_local`, `token_return` or `sequence`.
-        batch_size: rollouts that the loss sees at once.
-        off_policy: noise of the sampling policy's logits that the claim covers.
-        gamma: discount, for `token_return`.
-        seed: of the extra pairs.
+        objective: the claimed one, or None if none is claimed.
+        scenario: what the rollouts look like.
         tolerance: relative error that is rounding.
-        shared_prompt: whether the rollouts of a batch answer one prompt.
 
     Returns:
         One `Check` for each name in `CHECKS`, in that order.
     """
-    subject = Subject(
-        loss, cases, moments, objective, granularity, batch_size, off_policy, gamma, seed, tolerance, shared_prompt
-    )
+    subject = Subject(loss, cases, moments, objective, scenario, tolerance)
     with one_thread():
         return [_guarded(name, check, subject) for name, check in _CHECKS.items()]
 
@@ -136,7 +123,7 @@ def _best_scale(s: Subject) -> Check:
 
 def _teacher(s: Subject) -> Check:
     name = "depends on the teacher"
-    other = s.case.teacher.perturbed(1.0, seed=1000 * s.seed + 902)
+    other = s.case.teacher.perturbed(1.0, seed=1000 * s.scenario.seed + 902)
     tables = Enumeration.build(s.case.student, other, s.case.behavior).teacher_tables
     after = s.evaluate(replace(s.live, teacher_tables=tables), s.everyone(s.live))
     moved = s.gradient_moved(s.base[1], after[1])
@@ -147,8 +134,8 @@ def _teacher(s: Subject) -> Check:
 
 
 def _other_policy(s: Subject) -> Check:
-    name, case, claimed = "holds under another sampling policy", s.case, s.off_policy > 0
-    behavior = None if claimed else case.student.perturbed(_OTHER_POLICY, seed=1000 * s.seed + 903)
+    name, case, claimed = "holds under another sampling policy", s.case, s.scenario.off_policy > 0
+    behavior = None if claimed else case.student.perturbed(_OTHER_POLICY, seed=1000 * s.scenario.seed + 903)
     found = _moments(s, case.student, case.teacher, behavior)
     before = s.moments[s.middle]
     here, there = flat(before.mean), flat(found.mean)
@@ -166,7 +153,7 @@ def _other_policy(s: Subject) -> Check:
 def _moments(
     s: Subject, student: TabularPolicy, teacher: TabularPolicy, behavior: TabularPolicy | None
 ) -> GradientMoments:
-    return gradient_moments(s.loss, student, teacher, s.batch_size, behavior, _BUDGET, s.shared_prompt)
+    return s.scenario.moments(s.loss, Case(student, teacher, behavior, ""), _BUDGET)
 
 
 _CHECKS: dict[str, Callable[[Subject], Check]] = {

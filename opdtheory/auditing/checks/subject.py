@@ -11,9 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from opdtheory.auditing.naming.fit import flat
-from opdtheory.auditing.scenario import Case
-from opdtheory.divergences import Divergence
-from opdtheory.exact import Enumeration, GradientMoments, Loss, exact_gradient, random_pair
+from opdtheory.auditing.scenario import Case, Scenario
+from opdtheory.exact import Enumeration, GradientMoments, Loss, random_pair
+from opdtheory.objective import Objective
 
 __all__ = ["Check", "Subject", "norm", "ratio"]
 
@@ -50,14 +50,9 @@ class Subject:
     loss: Loss
     cases: list[Case]
     moments: list[GradientMoments]
-    objective: Divergence | None
-    granularity: str
-    batch_size: int
-    off_policy: float
-    gamma: float
-    seed: int
+    objective: Objective | None
+    scenario: Scenario
     tolerance: float
-    shared_prompt: bool = False
 
     @property
     def middle(self) -> int:
@@ -79,9 +74,13 @@ class Subject:
         """The sequences of a pair of which many end early, by token 0, and where an environment writes as it does."""
         like = self.case.student
         student, teacher = random_pair(
-            like.vocab_size, max(like.horizon, 2), eos=0, seed=1000 * self.seed + 900, environment=like.environment
+            like.vocab_size,
+            max(like.horizon, 2),
+            eos=0,
+            seed=1000 * self.scenario.seed + 900,
+            environment=like.environment,
         )
-        behavior = student.perturbed(self.off_policy, seed=1000 * self.seed + 901) if self.off_policy else None
+        behavior = self.scenario.behavior(student, 1000 * self.scenario.seed + 901)
         return Enumeration.build(student, teacher, behavior)
 
     @cached_property
@@ -97,17 +96,17 @@ class Subject:
     def everyone(self, everything: Enumeration) -> Tensor:
         """All sequences that can meet in a batch, the first ones repeated until whole batches are full."""
         pool = self._pool(everything)
-        count = -(-len(pool) // self.batch_size) * self.batch_size
+        count = -(-len(pool) // self.scenario.batch_size) * self.scenario.batch_size
         return pool[torch.arange(count) % len(pool)]
 
     def some(self) -> Tensor:
         """A batch of different live sequences."""
         pool = self._pool(self.live)
-        count = self.batch_size if self.batch_size > 1 else _SEVERAL
+        count = self.scenario.batch_size if self.scenario.batch_size > 1 else _SEVERAL
         return pool[torch.linspace(0, len(pool) - 1, count).round().long()]
 
     def _pool(self, everything: Enumeration) -> Tensor:
-        if self.shared_prompt:
+        if self.scenario.shared_prompt:
             return (everything.prompts == everything.prompts[0]).nonzero().squeeze(-1)
         return torch.arange(len(everything))
 
@@ -147,11 +146,7 @@ class Subject:
         """The loss's expected gradients and those of the claimed objective, flat, pair by pair."""
         if self.objective is None:
             return None
-        exact = [
-            flat(exact_gradient(c.student, c.teacher, self.objective, self.granularity, gamma=self.gamma))
-            for c in self.cases
-        ]
-        return [flat(m.mean) for m in self.moments], exact
+        return [flat(m.mean) for m in self.moments], [flat(case.exact(self.objective)) for case in self.cases]
 
 
 def norm(moments: GradientMoments) -> float:

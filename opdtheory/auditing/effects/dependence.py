@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from opdtheory.auditing.effects import batch_effects, both_probabilities, rollout_effects, sampler_effects
 from opdtheory.auditing.effects.probes import Pool, experiment, size_for
+from opdtheory.auditing.naming.recover import RecoveredWeight
+from opdtheory.auditing.scenario import Scenario
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.exact import Loss
-
-if TYPE_CHECKING:
-    from opdtheory.auditing.naming.recover import RecoveredWeight
 
 __all__ = ["Dependence", "dependence"]
 
@@ -47,9 +45,7 @@ class Dependence:
     words: list[str] = field(default_factory=list)
 
 
-def dependence(
-    loss: Loss, weight: RecoveredWeight, *, batch_size: int = 1, seed: int = 0, tolerance: float = 1e-9
-) -> Dependence:
+def dependence(loss: Loss, weight: RecoveredWeight, scenario: Scenario, tolerance: float = 1e-9) -> Dependence:
     r"""Find out on what the weight of a token depends, by experiments on rollouts made for the purpose.
 
     Rows that are alike at every history tell positions apart; replacing the rows of later or of earlier tokens tells
@@ -60,24 +56,23 @@ def dependence(
     Args:
         loss: a function `loss(rollouts) -> scalar tensor`.
         weight: its recovered weight, from `recover_weight`.
-        batch_size: number of rollouts that the loss sees at once.
-        seed: of the distributions.
+        scenario: its batch size and seed count here.
         tolerance: relative error of the loss's gradient that is rounding.
 
     Raises:
-        InvalidArgumentError: `batch_size` is below one or `tolerance` is not positive.
+        InvalidArgumentError: `tolerance` is not positive.
 
     Example:
         >>> import opdtheory as opd
         >>> from opdtheory.auditing.naming.recover import recover_weight
         >>> loss = opd.estimator("power", alpha=0.5)
-        >>> dependence(loss, recover_weight(loss, 1, 0.0, 0, 1e-9)).student_and_teacher
+        >>> from opdtheory.auditing.scenario import Scenario
+        >>> dependence(loss, recover_weight(loss, Scenario()), Scenario()).student_and_teacher
         'density-power divergence, alpha=0.5'
     """
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise InvalidArgumentError("batch_size", f"is {batch_size!r}; a positive integer is needed")
     if not tolerance > 0:
-        raise InvalidArgumentError("tolerance", f"is {tolerance!r}; a positive number is needed")
+        raise InvalidArgumentError("tolerance", f"must be positive, got {tolerance!r}")
+    batch_size = scenario.batch_size
     # What an expectation amplifies of the rounding of a gradient, as in the recovered weight.
     limit = 100.0 * tolerance
     words: list[str] = []
@@ -102,7 +97,9 @@ def dependence(
     distributions = both_probabilities.DistributionEffect()
     if not group.batch:
         with experiment(words, "The two distributions"):
-            distributions = both_probabilities.distribution_effect(loss, weight.depends_on_ratio_only, batch_size, seed, limit)
+            distributions = both_probabilities.distribution_effect(
+                loss, weight.depends_on_ratio_only, batch_size, scenario.seed, limit
+            )
     words += distributions.words
     ratio_only = (
         weight.depends_on_ratio_only

@@ -23,6 +23,7 @@ from opdtheory.auditing.fixes.facts import Candidate, Facts, alike
 from opdtheory.auditing.fixes.substitutes import backpropagated, unstandardised, value_as_reward, whole_vocabulary
 from opdtheory.auditing.fixes.trial import attempt
 from opdtheory.auditing.naming.bandits import bandits
+from opdtheory.auditing.scenario import Scenario
 from opdtheory.estimators.offpolicy import importance_weight, prefix_weight
 from opdtheory.exact import Loss, gradient_moments
 from opdtheory.rollouts import Rollouts
@@ -40,7 +41,7 @@ def candidates(facts: Facts) -> Iterator[Candidate]:
     reduced = [] if facts.verdict == "zero" else [*_reductions(facts), *_padding(facts)]
     yield from _constants(facts)
     # At fixed length a reduction alone is a factor.
-    if facts.variable or facts.coupled:
+    if facts.variable or facts.scenario.coupled:
         yield from reduced
     yield from _importance(facts, facts.loss)
     for correction in corrections:
@@ -65,20 +66,20 @@ def _pairs(facts: Facts, corrections: list[Correction], reduced: list[Candidate]
 
 def gauge(facts: Facts) -> Candidate | None:
     """A shift of the generator's gauge after which plain OPD descends some f-divergence (T5b), if there is one."""
-    if facts.curve is None or facts.granularity != "token_local" or facts.off_policy:
+    if facts.curve is None or facts.claim.granularity != "token_local" or facts.off_policy:
         return None
-    shift = gauge_shift(facts.curve, facts.divergence)
+    shift = gauge_shift(facts.curve, facts.claim.divergence)
     return None if shift is None else _added(shift, facts.loss)
 
 
 def _corrections(facts: Facts) -> Iterator[Correction]:
     if facts.curve is None:
         return
-    gamma = float(facts.settings["gamma"])
-    yield from missing_terms(facts.curve, facts.divergence, facts.granularity, gamma)
-    if int(facts.settings["batch_size"]) <= 2:
-        yield from clips(facts.curve, lambda: _far_curve(facts), facts.divergence)
-    yield from between_granularities(facts.curve, facts.divergence, facts.granularity, gamma)
+    claim = facts.claim
+    yield from missing_terms(facts.curve, claim.divergence, claim.granularity, claim.gamma)
+    if facts.scenario.batch_size <= 2:
+        yield from clips(facts.curve, lambda: _far_curve(facts), claim.divergence)
+    yield from between_granularities(facts.curve, claim.divergence, claim.granularity, claim.gamma)
 
 
 def _far_curve(facts: Facts) -> Curve | None:
@@ -87,8 +88,8 @@ def _far_curve(facts: Facts) -> Curve | None:
 
 def _curve_at_far(facts: Facts) -> Curve:
     log_u = torch.tensor(_FAR, dtype=torch.float64)
-    case = bandits(log_u, 0.0, 0)[0]
-    gradient = gradient_moments(facts.loss, case.student, case.teacher, int(facts.settings["batch_size"])).mean[0][0]
+    case = bandits(log_u, Scenario())[0]
+    gradient = gradient_moments(facts.loss, case.student, case.teacher, facts.scenario.batch_size).mean[0][0]
     weight = -gradient / torch.softmax(case.student.logits[0][0], -1)
     return Curve(log_u, weight - weight[len(_FAR) // 2])
 
@@ -115,8 +116,8 @@ def _constants(facts: Facts) -> Iterator[Candidate]:
         return
     table = torch.tensor(factors, dtype=torch.float64)
     shown = ", ".join(f"{float(factor):.4g}" for factor in table)
-    gamma = float(facts.settings["gamma"])
-    if facts.granularity == "token_return" and gamma < 1.0:
+    gamma = facts.claim.gamma
+    if facts.claim.granularity == "token_return" and gamma < 1.0:
         text = (
             f"Multiply the loss of token n by gamma^(n-1), gamma = {gamma:g}: a discounted return-to-go without it is "
             "the gradient of no objective (T6)."
@@ -132,7 +133,7 @@ def _constants(facts: Facts) -> Iterator[Candidate]:
 
 
 def _constant(facts: Facts, factor: float) -> Candidate:
-    group, simple = int(facts.settings["batch_size"]), Fraction(factor).limit_denominator(64)
+    group, simple = facts.scenario.batch_size, Fraction(factor).limit_denominator(64)
     if abs(float(simple) - factor) <= max(10 * facts.trial.tolerance, 1e-12) * abs(factor):
         factor = float(simple)
     shown = str(simple) if float(simple) == factor else f"{factor:.6g}"
@@ -192,7 +193,7 @@ def _importance(facts: Facts, loss: Loss) -> Iterator[Candidate]:
         return
     whole: tuple[str, PerToken] = ("the product of p/mu over the rollout", lambda r: importance_weight(r, "sequence"))
     ratios: list[tuple[str, PerToken]] = [whole]
-    if facts.granularity == "token_local":
+    if facts.claim.granularity == "token_local":
         ratios = [
             ("the product of p/mu over the tokens before n", prefix_weight),
             ("the product of p/mu over the tokens up to n", lambda r: importance_weight(r, "prefix")),

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 from opdtheory.auditing.fixes.corrections import Curve
 from opdtheory.auditing.fixes.trial import Trial, attempt
 from opdtheory.auditing.naming.recover import recover_weight
-from opdtheory.divergences import Divergence
+from opdtheory.auditing.scenario import Scenario
 from opdtheory.exact import Loss
+from opdtheory.objective import Objective
 
 __all__ = ["Candidate", "Facts", "alike", "on_policy_curve"]
 
@@ -35,46 +34,36 @@ class Facts:
 
     Attributes:
         loss: the black box.
-        divergence: the claimed one.
-        granularity: the claimed one.
+        claim: the claimed objective.
+        scenario: what the rollouts of the audit looked like.
         verdict: of the audit.
-        settings: of the audit: `batch_size`, `eos`, `off_policy`, `gamma`, `seed`, and maybe more of `panel`'s.
         lengths: whether what holds at fixed length fails at variable length.
         curve: the recovered weight, or None where it is no function of the ratio.
         trial: what decides.
     """
 
     loss: Loss
-    divergence: Divergence
-    granularity: str
+    claim: Objective
+    scenario: Scenario
     verdict: str
-    settings: Mapping[str, Any]
     lengths: bool
     curve: Curve | None
     trial: Trial
 
     @property
-    def coupled(self) -> bool:
-        """Whether the loss is audited on batches of more than one rollout."""
-        return int(self.settings["batch_size"]) > 1
-
-    @property
     def off_policy(self) -> bool:
         """Whether another policy than the student samples."""
-        return float(self.settings["off_policy"]) > 0
+        return self.scenario.off_policy > 0
 
     @property
     def variable(self) -> bool:
         """Whether there are masked positions: after an early end, or written by an environment."""
-        written = bool(self.settings.get("environment")) or self.settings.get("prompts", 1) > 1
-        return self.lengths or written or self.settings["eos"] is not None
+        return self.lengths or self.scenario.masks
 
 
-def on_policy_curve(loss: Loss, settings: Mapping[str, Any], tolerance: float) -> Curve | None:
+def on_policy_curve(loss: Loss, scenario: Scenario, tolerance: float) -> Curve | None:
     """The recovered weight where the student itself samples, or None where it is no function of the ratio."""
-    found = attempt(lambda: recover_weight(loss, settings["batch_size"], 0.0, settings["seed"], tolerance))
-    return (
-        Curve(found.log_u, found.weight, alike(tolerance))
-        if found is not None and found.depends_on_ratio_only
-        else None
-    )
+    found = attempt(lambda: recover_weight(loss, replace(scenario, off_policy=0.0), tolerance))
+    if found is None or not found.depends_on_ratio_only:
+        return None
+    return Curve(found.log_u, found.weight, alike(tolerance))

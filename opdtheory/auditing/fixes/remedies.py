@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from opdtheory.auditing.fixes.candidates import candidates, gauge
 from opdtheory.auditing.fixes.corrections import Curve
@@ -11,16 +10,11 @@ from opdtheory.auditing.fixes.facts import Candidate, Facts, alike, on_policy_cu
 from opdtheory.auditing.fixes.remembered import Remembered
 from opdtheory.auditing.fixes.substitutes import bucket_added, last_resort, topk_form
 from opdtheory.auditing.fixes.trial import Trial, attempt
-from opdtheory.auditing.report import Remedy
-from opdtheory.divergences import Divergence
-from opdtheory.divergences import divergence as as_divergence
+from opdtheory.auditing.report import Audit, Remedy
+from opdtheory.choices import Verdict
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.exact import Loss
-from opdtheory.exact.oracle import check_objective
 from opdtheory.exact.threads import one_thread
-
-if TYPE_CHECKING:
-    from opdtheory.auditing.report import Audit
 
 __all__ = ["remedies"]
 
@@ -38,8 +32,6 @@ _COUPLED_TRIALS = 14
 
 def remedies(
     loss: Loss,
-    objective: str | Divergence,
-    granularity: str = "token_local",
     *,
     report: Audit,
     verdict: Callable[[Loss], tuple[str, float]] | None = None,
@@ -55,9 +47,7 @@ def remedies(
 
     Args:
         loss: the black box.
-        objective: the claimed divergence, an object or a catalogue name.
-        granularity: the claimed `token_local`, `token_return` or `sequence`.
-        report: the audit of `loss` against that claim, whose settings, weight and findings are used.
+        report: the audit of `loss`, whose claim, scenario, weight and findings are used.
         verdict: maps a changed loss to its verdict and worst relative bias; by default a `Trial` on the audit's pairs.
         limit: the most that are returned.
         pairs: how many of the audit's pairs judge a changed loss, those that refute most first; None takes all.
@@ -68,32 +58,28 @@ def remedies(
     Raises:
         InvalidArgumentError: an unknown objective or granularity, or a limit or a number of pairs below 1.
     """
-    divergence, gamma = as_divergence(objective), float(report.settings["gamma"])
-    check_objective(granularity, gamma)
     for name, value in (("limit", limit), ("pairs", pairs)):
         if value is not None and value < 1:
-            raise InvalidArgumentError(name, f"is {value!r}; at least 1 is needed")
-    lengths = report.variable_lengths is not None and report.variable_lengths["verdict"] not in _RANK
+            raise InvalidArgumentError(name, f"must be at least 1, got {value!r}")
+    lengths = report.variable_lengths is not None and report.variable_lengths.verdict not in _RANK
     if report.verdict == "undecided" or (report.verdict == "exact" and not lengths):
         return []
     with one_thread():
-        facts = _facts(Remembered(loss), divergence, granularity, report, lengths, pairs)
+        facts = _facts(Remembered(loss), report, lengths, pairs)
         found = _Search(verdict or facts.trial, _WRONG if lengths else _RANK.get(report.verdict, _WRONG), facts)
         return found.run(report, limit)
 
 
-def _facts(
-    loss: Loss, divergence: Divergence, granularity: str, report: Audit, lengths: bool, pairs: int | None
-) -> Facts:
-    settings = dict(report.settings)
-    how = settings if pairs is None else {**settings, "pairs": pairs}
-    trial = Trial(loss, divergence, granularity, **how, tolerance=report.tolerance, lengths=lengths)
+def _facts(loss: Loss, report: Audit, lengths: bool, pairs: int | None) -> Facts:
+    scenario, tolerance = report.scenario, report.tolerance
+    few = {} if pairs is None else {"pairs": pairs}
+    trial = Trial(loss, report.claim, scenario, tolerance=tolerance, lengths=lengths, **few)
     curve = None
-    if settings["off_policy"]:
-        curve = on_policy_curve(loss, settings, report.tolerance)
-    elif report.weight["depends_on_ratio_only"]:
-        curve = Curve(report.weight["log_u"], report.weight["weight"], alike(report.tolerance))
-    return Facts(loss, divergence, granularity, report.verdict, settings, lengths, curve, trial)
+    if scenario.off_policy:
+        curve = on_policy_curve(loss, scenario, tolerance)
+    elif report.weight.depends_on_ratio_only:
+        curve = Curve(report.weight.log_u, report.weight.weight, alike(tolerance))
+    return Facts(loss, report.claim, scenario, report.verdict, lengths, curve, trial)
 
 
 class _Search:
@@ -106,7 +92,7 @@ class _Search:
         """The remedies, smallest change first."""
         claim = _other_claim(report)
         # A verified fix of coupled rollouts is dear: one is enough.
-        most = 1 if self.facts.coupled else limit - (claim is not None and limit > 1)
+        most = 1 if self.facts.scenario.coupled else limit - (claim is not None and limit > 1)
         found = self._verified(most)
         if not found:
             found = [r for r in [self.tried(last_resort(self.facts))] if r is not None]
@@ -117,7 +103,7 @@ class _Search:
 
     def _verified(self, most: int) -> list[Remedy]:
         found: list[Remedy] = []
-        allowed = _COUPLED_TRIALS if self.facts.coupled else _TRIALS
+        allowed = _COUPLED_TRIALS if self.facts.scenario.coupled else _TRIALS
         for _, candidate in zip(range(allowed), candidates(self.facts), strict=False):
             # Two changes together are no alternative to one.
             if len(found) == most or (found and "," in candidate.kind):
@@ -154,7 +140,7 @@ class _Search:
         judged = attempt(lambda: self.facts.trial(candidate.loss, to_the_end=True))
         if judged is None or judged[1] >= report.relative_bias:
             return None
-        text = f"{candidate.text} The divergence of the coarser distribution is then descended, exactly, not the claimed one."
+        text = f"{candidate.text} The loss then descends the divergence of the coarser distribution exactly, not the claimed one."
         return Remedy("tail", text, *judged, verified=judged[0] in _RANK)
 
     def _judged(self, candidate: Candidate) -> tuple[str, float] | None:
@@ -163,14 +149,11 @@ class _Search:
 
 def _other_claim(report: Audit) -> Remedy | None:
     """The objective that the loss does descend, to be claimed instead."""
-    if report.verdict != "other_objective" or report.identified is None or report.descends is None:
+    found = report.identified
+    if report.verdict != "other_objective" or found is None or report.descends is None:
         return None
-    scale = report.identified["scale"]
-    exact = abs(scale - 1.0) <= report.tolerance
-    times = "" if exact else f" times {scale:.6g}"
-    text = (
-        f"Claim {report.descends} ({report.identified['granularity']}) instead: the expected gradient is exactly "
-        f"that{times}."
-    )
-    verdict = "exact" if exact else "exact_up_to_scale"
-    return Remedy("claim", text, verdict, max(abs(scale - 1.0), report.identified["error"]), verified=True)
+    exact = abs(found.scale - 1.0) <= report.tolerance
+    times = "" if exact else f" times {found.scale:.6g}"
+    text = f"Claim {report.descends} ({found.granularity}) instead: the expected gradient is exactly that{times}."
+    verdict: Verdict = "exact" if exact else "exact_up_to_scale"
+    return Remedy("claim", text, verdict, max(abs(found.scale - 1.0), found.error), verified=True)

@@ -13,6 +13,7 @@ from opdtheory.auditing.fixes.facts import Candidate, Facts, alike
 from opdtheory.auditing.fixes.topk import TopKForm, recognise, tail_bucket
 from opdtheory.auditing.fixes.trial import attempt
 from opdtheory.auditing.naming.bandits import bandits
+from opdtheory.auditing.scenario import Scenario
 from opdtheory.estimators import estimator
 from opdtheory.estimators.sampled import k2, k3
 from opdtheory.exact import Enumeration
@@ -42,26 +43,26 @@ _LEFT_OUT = {
 
 def last_resort(facts: Facts) -> Candidate:
     """The library's own estimator of the claimed gradient, in place of the loss."""
-    options: dict[str, Any] = {"baseline": "leave_one_out"} if facts.coupled else {}
+    options: dict[str, Any] = {"baseline": "leave_one_out"} if facts.scenario.coupled else {}
     name, theorem = "opd_plus", "T1"
-    if facts.granularity == "token_return":
+    if facts.claim.granularity == "token_return":
         name, theorem = "return_to_go", "T6"
-        gamma = float(facts.settings["gamma"])
+        gamma = facts.claim.gamma
         options |= {"gamma": gamma, "discounted": gamma < 1.0}
-    elif facts.granularity == "sequence":
+    elif facts.claim.granularity == "sequence":
         name, theorem = "sequence_opd_plus", "T6"
     if facts.off_policy:
-        options["importance"] = "prefix" if facts.granularity == "token_local" else "sequence"
-    loss = estimator(name, facts.divergence, **options)
+        options["importance"] = "prefix" if facts.claim.granularity == "token_local" else "sequence"
+    loss = estimator(name, facts.claim.divergence, **options)
     return Candidate("replace", f"Use opdtheory.{loss!r} instead, whose expected gradient is exact ({theorem}).", loss)
 
 
 def value_as_reward(facts: Facts) -> Iterator[Candidate]:
     """The detached value of a loss that backpropagates it, if as a reward it is the right one."""
-    if facts.granularity != "token_local" or facts.off_policy:
+    if facts.claim.granularity != "token_local" or facts.off_policy:
         return
     read = _values_on_grid(facts)
-    if read is not None and _multiple(-read[1], facts.divergence.weight(read[0]), alike(facts.trial.tolerance)):
+    if read is not None and _multiple(-read[1], facts.claim.divergence.weight(read[0]), alike(facts.trial.tolerance)):
         text = (
             "Detach the loss's value of each token and use it as a reward, sg(v_n) * log p(y_n|h_n), in place of "
             "backpropagating through the value (T4)."
@@ -72,7 +73,7 @@ def value_as_reward(facts: Facts) -> Iterator[Candidate]:
 def _values_on_grid(facts: Facts) -> tuple[Tensor, Tensor] | None:
     """The loss's value of one token as a function of the log-ratio; None if it takes no rollout alone."""
     log_u = torch.linspace(-3.0, 3.0, 13, dtype=torch.float64)
-    case = bandits(log_u, 0.0, 0)[1]
+    case = bandits(log_u, Scenario())[1]
     rollouts = Enumeration.build(case.student, case.teacher).rollouts()
     values = attempt(lambda: changes.token_values(facts.loss, rollouts).flatten())
     return None if values is None else (log_u, values)
@@ -80,10 +81,10 @@ def _values_on_grid(facts: Facts) -> tuple[Tensor, Tensor] | None:
 
 def backpropagated(facts: Facts) -> Iterator[Candidate]:
     """The one of Schulman's estimators that is right as a loss, where one is used in another way."""
-    if facts.divergence.name not in _AS_LOSS or facts.granularity != "token_local" or facts.curve is None:
+    if facts.claim.divergence.name not in _AS_LOSS or facts.claim.granularity != "token_local" or facts.curve is None:
         return
     log_u, weight, near = facts.curve.log_u, facts.curve.weight, facts.curve.alike
-    name, formula, value, why = _AS_LOSS[facts.divergence.name]
+    name, formula, value, why = _AS_LOSS[facts.claim.divergence.name]
     options: dict[str, Any] = {"importance": "prefix"} if facts.off_policy else {}
     right = estimator(name, **options)
     if _multiple(weight, -value(log_u), near):
@@ -114,10 +115,10 @@ def _multiple(curve: Tensor, target: Tensor, near: float) -> bool:
 
 def whole_vocabulary(facts: Facts) -> Iterator[Candidate]:
     """What a loss of the k likeliest tokens leaves out, and the divergence over the whole vocabulary (T9, T12)."""
-    if facts.granularity != "token_local" or facts.coupled:
+    if facts.claim.granularity != "token_local" or facts.scenario.coupled:
         return
     options: dict[str, Any] = {"importance": "prefix"} if facts.off_policy else {}
-    whole = estimator("full_vocab", facts.divergence, **options)
+    whole = estimator("full_vocab", facts.claim.divergence, **options)
     found = topk_form(facts)
     if found is not None:
         if found.form == "topk_truncated":
@@ -131,9 +132,9 @@ def whole_vocabulary(facts: Facts) -> Iterator[Candidate]:
 
 def topk_form(facts: Facts) -> TopKForm | None:
     """The form of a loss of the k likeliest tokens, or None if it is something else."""
-    if facts.curve is not None or facts.granularity != "token_local" or facts.coupled:
+    if facts.curve is not None or facts.claim.granularity != "token_local" or facts.scenario.coupled:
         return None
-    return attempt(lambda: recognise(facts.loss, facts.divergence))
+    return attempt(lambda: recognise(facts.loss, facts.claim.divergence))
 
 
 def bucket_added(facts: Facts, found: TopKForm) -> Candidate:
@@ -142,12 +143,12 @@ def bucket_added(facts: Facts, found: TopKForm) -> Candidate:
         f"Add the tail: one bucket for the tokens outside the {found.support}'s {found.k} likeliest, with both distributions' "
         "mass there, P f(Q/P) (T9d)."
     )
-    return Candidate("tail", text, tail_bucket(facts.loss, facts.divergence, found))
+    return Candidate("tail", text, tail_bucket(facts.loss, facts.claim.divergence, found))
 
 
 def unstandardised(facts: Facts) -> Iterator[Candidate]:
     """The leave-one-out mean in place of a z-score (T7e)."""
-    if facts.coupled and attempt(lambda: _standardised(facts)):
+    if facts.scenario.coupled and attempt(lambda: _standardised(facts)):
         text = (
             "Do not divide by the group's standard deviation; take the leave-one-out mean from the advantage "
             "w(u) = u f'(u) - f(u) (T1, T7e)."
@@ -157,7 +158,7 @@ def unstandardised(facts: Facts) -> Iterator[Candidate]:
 
 def _standardised(facts: Facts) -> bool:
     """Whether the advantages of a batch's first tokens have the same sum of squares whatever the batch."""
-    case, size = facts.trial.cases[-1], int(facts.settings["batch_size"])
+    case, size = facts.trial.cases[-1], facts.scenario.batch_size
     everything = Enumeration.build(case.student, case.teacher, case.behavior)
     generator = torch.Generator().manual_seed(0)
     squares: list[float] = []

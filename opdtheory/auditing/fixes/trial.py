@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -11,9 +11,9 @@ from torch import Tensor
 
 from opdtheory.auditing.black_box import ZERO
 from opdtheory.auditing.naming.fit import fit_scale, flat
-from opdtheory.auditing.scenario import Case, panel
-from opdtheory.divergences import Divergence
-from opdtheory.exact import Enumeration, Loss, exact_gradient, gradient_moments, random_pair
+from opdtheory.auditing.scenario import Case, Scenario, count_batches
+from opdtheory.exact import Enumeration, Loss, random_pair
+from opdtheory.objective import Objective
 
 __all__ = ["Trial", "attempt"]
 
@@ -33,61 +33,43 @@ class Trial:
 
     Args:
         loss: the one that is to be changed: small pairs on which it fails are left out.
-        divergence: the claimed one.
-        granularity: the claimed one.
-        batch_size: as of `audit`; likewise `eos`, `off_policy`, `gamma` and `seed`.
-        prompts: as of `panel`; likewise `environment` and `shared_prompt`.
+        claim: the claimed objective.
+        scenario: what the rollouts look like.
         tolerance: relative error that rounding can leave.
-        lengths: whether rollouts of variable length are looked at too where `eos` is None.
+        lengths: whether rollouts of variable length are looked at too where the scenario has fixed ones.
         pairs: how many of the panel's pairs are looked at, those that refute most first.
     """
 
     def __init__(
         self,
         loss: Loss,
-        divergence: Divergence,
-        granularity: str,
+        claim: Objective,
+        scenario: Scenario,
         *,
-        batch_size: int = 1,
-        eos: int | None = None,
-        off_policy: float = 0.0,
-        gamma: float = 1.0,
-        seed: int = 0,
-        prompts: int = 1,
-        environment: Sequence[int] = (),
-        shared_prompt: bool = False,
         tolerance: float = 1e-9,
         lengths: bool = False,
         pairs: int = len(_ORDER),
     ) -> None:
-        self.batch_size, self.tolerance = batch_size, tolerance
-        self.shared_prompt = shared_prompt
+        self.claim, self.scenario, self.tolerance = claim, scenario, tolerance
         self.cases: list[Case] = []
         # A loss that looks for a prompt, or for what an environment wrote, may need both.
-        if batch_size > 1 and prompts == 1 and not environment:
-            small = _small_cases(eos, off_policy, seed)
-            self.cases += [case for case in small if _runs(loss, case, batch_size)]
-        self.cases += _kept(
-            panel(batch_size, eos, off_policy, seed, prompts, environment, shared_prompt), batch_size, prompts
-        )[:pairs]
-        if lengths and eos is None and batch_size == 1:
-            self.cases += panel(1, 0, off_policy, seed)[1:4:2]
+        if scenario.coupled and scenario.prompts == 1 and not scenario.environment:
+            self.cases += [case for case in _small_cases(scenario) if _runs(loss, case, scenario.batch_size)]
+        self.cases += _kept(scenario)[:pairs]
+        if lengths and scenario.eos is None and not scenario.coupled:
+            ending = Scenario(eos=0, off_policy=scenario.off_policy, seed=scenario.seed)
+            self.cases += ending.pairs()[1:4:2]
         self._exact: dict[int, list[Tensor]] = {}
-        self._objective = (divergence, granularity, gamma)
 
     def exact(self, index: int) -> list[Tensor]:
         """The exact gradient of the claimed objective on one pair, by level."""
         if index not in self._exact:
-            case, (divergence, granularity, gamma) = self.cases[index], self._objective
-            self._exact[index] = exact_gradient(case.student, case.teacher, divergence, granularity, gamma=gamma)
+            self._exact[index] = self.cases[index].exact(self.claim)
         return self._exact[index]
 
     def gradient(self, loss: Loss, index: int) -> list[Tensor]:
         """The expected gradient of a loss on one pair, by level; exactly zero where only rounding is left of it."""
-        case = self.cases[index]
-        moments = gradient_moments(
-            loss, case.student, case.teacher, self.batch_size, case.behavior, shared_prompt=self.shared_prompt
-        )
+        moments = self.scenario.moments(loss, self.cases[index])
         size = math.sqrt(sum(float(level.square().sum()) for level in moments.mean))
         if size <= ZERO * math.sqrt(moments.second_moment):
             return [level * 0.0 for level in moments.mean]
@@ -130,28 +112,28 @@ def _runs(loss: Loss, case: Case, batch_size: int) -> bool:
     return attempt(lambda: loss(rollouts)) is not None
 
 
-def _kept(pairs: list[Case], batch_size: int, prompts: int) -> list[Case]:
-    """The pairs that refute most first, and of coupled rollouts as many as a trial may cost."""
-    pairs = [pairs[i] for i in _ORDER if i < len(pairs)]
-    if batch_size == 1:
+def _kept(scenario: Scenario) -> list[Case]:
+    """The panel's pairs that refute most first, and of coupled rollouts as many as a trial may cost."""
+    panel = scenario.pairs()
+    pairs = [panel[i] for i in _ORDER]
+    if not scenario.coupled:
         return pairs
     first = pairs[0].student
-    sequences = prompts * first.vocab_size ** (first.horizon - (prompts > 1))
-    batches = math.comb(sequences + batch_size - 1, batch_size)
-    return pairs[: max(1, _PANEL_BATCHES // batches)]
+    sequences = scenario.prompts * first.vocab_size ** (first.horizon - (scenario.prompts > 1))
+    return pairs[: max(1, _PANEL_BATCHES // count_batches(sequences, scenario.batch_size))]
 
 
-def _small_cases(eos: int | None, off_policy: float, seed: int) -> list[Case]:
+def _small_cases(scenario: Scenario) -> list[Case]:
     shapes = ((2, 2), (3, 1), (2, 2))
-    return [_small(shape, eos, off_policy, seed, index) for index, shape in enumerate(shapes)]
+    return [_small(shape, scenario, index) for index, shape in enumerate(shapes)]
 
 
-def _small(shape: tuple[int, int], eos: int | None, off_policy: float, seed: int, index: int) -> Case:
+def _small(shape: tuple[int, int], scenario: Scenario, index: int) -> Case:
     vocab_size, horizon = shape
     # An end that only the panel's larger vocabulary has needs that vocabulary.
-    vocab_size = vocab_size if eos is None else max(vocab_size, eos + 1)
+    vocab_size = vocab_size if scenario.eos is None else max(vocab_size, scenario.eos + 1)
+    seed = 1000 * scenario.seed + index
     student, teacher = random_pair(
-        vocab_size, horizon, eos=eos, scale=1.0, distance=1.0 + index / 2, seed=1000 * seed + 100 + index
+        vocab_size, horizon, eos=scenario.eos, scale=1.0, distance=1.0 + index / 2, seed=seed + 100
     )
-    behavior = student.perturbed(off_policy, seed=1000 * seed + 600 + index) if off_policy else None
-    return Case(student, teacher, behavior, f"V={vocab_size}, T={horizon}")
+    return Case(student, teacher, scenario.behavior(student, seed + 600), f"V={vocab_size}, T={horizon}")

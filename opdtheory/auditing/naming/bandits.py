@@ -1,4 +1,4 @@
-"""The enumerated student-teacher pairs that an audit looks at."""
+"""One-step pairs of policies whose log-ratios are chosen, from which a weight is recovered."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from opdtheory.auditing.scenario import Case, _batches
+from opdtheory.auditing.scenario import Case, Scenario, count_batches
 from opdtheory.exact import TabularPolicy
 
 __all__ = ["STEP", "bandit_parts", "bandits", "far_bandit", "far_grid", "is_dear", "log_u_grid"]
@@ -41,7 +41,7 @@ STEP = 0.01
 
 def is_dear(batch_size: int) -> bool:
     """Whether recovering the weight of a loss that couples batches of this size takes seconds."""
-    return _batches(_FEWEST_POINTS, batch_size) > _AFFORDABLE_BATCHES
+    return count_batches(_FEWEST_POINTS, batch_size) > _AFFORDABLE_BATCHES
 
 
 def log_u_grid(batch_size: int = 1) -> Float[Tensor, " points"]:
@@ -68,8 +68,8 @@ def bandit_parts(batch_size: int) -> list[Float[Tensor, " points"]]:
 def _bandit_evaluations(points: int, batch_size: int) -> int:
     """Batches that the bandits of one distribution take."""
     if batch_size < _SPLIT_FROM:
-        return _batches(points, batch_size)
-    return points // 2 * _batches(3, batch_size)
+        return count_batches(points, batch_size)
+    return points // 2 * count_batches(3, batch_size)
 
 
 def far_grid(sign: int) -> Float[Tensor, " points"]:
@@ -77,7 +77,7 @@ def far_grid(sign: int) -> Float[Tensor, " points"]:
     return sign * _OFF_ROUND * torch.tensor((_GRID_LIMIT, *_FAR), dtype=torch.float64)
 
 
-def far_bandit(log_u: Float[Tensor, " points"], off_policy: float, seed: int) -> Case:
+def far_bandit(log_u: Float[Tensor, " points"], scenario: Scenario) -> Case:
     """A one-step pair whose tokens have the log-ratios given, all of one sign, and a last one that balances the distributions.
 
     All but that one have a small share in the distribution that favours them, so that none outweighs the others.
@@ -88,23 +88,23 @@ def far_bandit(log_u: Float[Tensor, " points"], off_policy: float, seed: int) ->
         TabularPolicy([torch.cat([distribution, 1.0 - distribution.sum(0, keepdim=True)]).log().unsqueeze(0)])
         for distribution in (p, q)
     )
-    behavior = student.perturbed(off_policy, seed=seed + 1) if off_policy else None
+    behavior = scenario.behavior(student, scenario.seed + 1)
     return Case(student, teacher, behavior, "far bandit")
 
 
-def bandits(log_u: Float[Tensor, " points"], off_policy: float, seed: int) -> list[Case]:
+def bandits(log_u: Float[Tensor, " points"], scenario: Scenario) -> list[Case]:
     r"""One-step pairs with one token per grid point, whose log-ratios are the grid exactly.
 
     With $p_a \propto r_a e^{-t_a/2}$, $q_a \propto r_a e^{t_a/2}$ and both $t$ and $r$ symmetric about the
     middle, the normalisers agree and $\log u_a = t_a$. Different $r$ sweep $p$ apart from $u$.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(scenario.seed)
     cases = []
     for spread in (0.0, 0.7, 1.4):
         noise = spread * torch.randn(log_u.shape, generator=generator, dtype=torch.float64)
         log_r = (noise + noise.flip(0)) / 2
         student = TabularPolicy([(log_r - log_u / 2).unsqueeze(0)])
         teacher = TabularPolicy([(log_r + log_u / 2).unsqueeze(0)])
-        behavior = student.perturbed(off_policy, seed=seed + 1) if off_policy else None
+        behavior = scenario.behavior(student, scenario.seed + 1)
         cases.append(Case(student, teacher, behavior, f"bandit, spread {spread:g}"))
     return cases

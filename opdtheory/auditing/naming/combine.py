@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from opdtheory import divergences
-from opdtheory.auditing.naming.formula import label_of_terms, simple_ratio
 from opdtheory.auditing.naming.identify import ExactGradients
 from opdtheory.divergences.registry import parameter_free
 from opdtheory.exact import OBJECTIVES
+from opdtheory.objective import Objective, simple_ratios
 
 __all__ = ["Combination", "best_combination"]
 
@@ -22,22 +22,15 @@ _INDEPENDENT = 1e-6
 
 @dataclass(frozen=True)
 class Combination:
-    r"""Several catalogue objectives of one granularity whose signed sum the loss's expected gradient follows.
+    r"""A signed sum of catalogue objectives whose gradient the loss's expected gradient is.
 
     Attributes:
-        granularity: which of the three objectives.
-        terms: coefficient by catalogue name, $\nabla = \sum_i c_i \nabla J_i$.
+        objective: the sum, with the coefficients of $\nabla = \sum_i c_i \nabla J_i$.
         error: the largest `|actual - combination| / |actual|` over the panel.
     """
 
-    granularity: str
-    terms: dict[str, float]
+    objective: Objective
     error: float
-
-    @property
-    def label(self) -> str:
-        """The terms in the ratio of their coefficients, such as `reverse_kl - forward_kl`."""
-        return label_of_terms(self.terms)
 
 
 def best_combination(
@@ -99,17 +92,18 @@ def _combined(
     columns = design[:, indices]
     coefficients = torch.linalg.lstsq(columns, target.unsqueeze(1)).solution.squeeze(1)
     parts = [len(g) for g in gradients]
-    error, simple = _worst(columns @ coefficients - target, parts), simple_ratio(coefficients.numpy())
+    error, simple = _worst(columns @ coefficients - target, parts), simple_ratios(coefficients.tolist())
     if error > tolerance or float((coefficients * lengths[indices]).abs().min()) <= 100 * tolerance:
         return None
     if simple is not None:
-        direction = columns @ torch.from_numpy(simple)
-        short = float(direction @ target / (direction @ direction)) * torch.from_numpy(simple)
+        ratios = torch.tensor([float(f) for f in simple], dtype=torch.float64)
+        direction = columns @ ratios
+        short = float(direction @ target / (direction @ direction)) * ratios
         snapped = _worst(columns @ short - target, parts)
         if snapped <= max(10 * error, 1e-3 * tolerance):
             coefficients, error = short, snapped
-    terms = {names[int(i)]: float(c) for i, c in zip(indices, coefficients, strict=True)}
-    return Combination(granularity, terms, error)
+    entries = [divergences.divergence(names[int(i)]) for i in indices]
+    return Combination(Objective(tuple(zip(coefficients.tolist(), entries, strict=True)), granularity), error)
 
 
 def _worst(left: Tensor, parts: list[int]) -> float:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from opdtheory.choices import Verdict
+
 __all__ = ["Fit", "fit_scale", "flat"]
 
 _FLOOR = 1e-100
@@ -33,7 +35,7 @@ class Fit:
         """The largest error at best scale; inf unless the scale is positive."""
         return max(self.errors) if self.scale > 0 else float("inf")
 
-    def verdict(self, tolerance: float) -> str:
+    def verdict(self, tolerance: float) -> Verdict:
         """`exact`, `exact_up_to_scale` or `biased`, with errors up to the tolerance taken for rounding."""
         if max(self.relative_bias) <= tolerance:
             return "exact"

@@ -5,30 +5,33 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal, TYPE_CHECKING
 
 import numpy as np
 
 from opdtheory import divergences
 from opdtheory.auditing.naming.atoms import PARAMETRIC, Atom, as_number, catalogue_atom, catalogue_atoms, fixed_atoms
-from opdtheory.auditing.naming.sparse import Curve, Subset, all_matter, best_subset, fit, fit_parameter, ratios, snap
+from opdtheory.auditing.naming.sparse import Curve, Subset, all_matter, best_subset, fit, fit_parameter, snap
 from opdtheory.divergences.registry import Family, parametric
+from opdtheory.objective import label_of_terms
 
 if TYPE_CHECKING:
     import sympy
 
 __all__ = [
     "Formula",
+    "Kind",
     "columns_of",
     "expressions",
     "find_clamped",
     "find_formula",
     "find_window",
     "label_of",
-    "label_of_terms",
     "most_terms",
-    "simple_ratio",
 ]
+
+# What a weight turned out to be.
+Kind = Literal["zero", "catalogue", "combination", "expression", "numeric"]
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -43,7 +46,7 @@ _SHARP = 1e-6
 class Formula:
     """Terms with coefficients, and the clamp of the log-ratio around them, if there is one."""
 
-    kind: str
+    kind: Kind
     atoms: tuple[Atom, ...]
     coefficients: Array
     error: float
@@ -155,7 +158,7 @@ def _parametric(
     return None
 
 
-def _combined(curve: Curve, atoms: tuple[Atom, ...], kind: str, size: int, tolerance: float) -> Formula | None:
+def _combined(curve: Curve, atoms: tuple[Atom, ...], kind: Kind, size: int, tolerance: float) -> Formula | None:
     columns = columns_of(atoms, curve.points)
     subset = best_subset(curve, columns, size)
     if subset is None or subset.error > tolerance:
@@ -263,26 +266,6 @@ def _interval(low: float, high: float) -> str:
     if low == -np.inf:
         return f"at most {high:.6g}"
     return f"at least {low:.6g}" if high == np.inf else f"[{low:.6g}, {high:.6g}]"
-
-
-def label_of_terms(terms: dict[str, float]) -> str:
-    """Terms in the ratio of their coefficients where that is simple, the positive ones first."""
-    coefficients = np.array(list(terms.values()))
-    simple = simple_ratio(coefficients)
-    sizes = dict(zip(terms, (coefficients if simple is None else simple).tolist(), strict=True))
-    order = sorted(sizes, key=lambda name: sizes[name] < 0)
-    text = " ".join(f"{'-' if sizes[name] < 0 else '+'} {_times(sizes[name])}{name}" for name in order)
-    return text.removeprefix("+ ") if text.startswith("+") else "-" + text.removeprefix("- ")
-
-
-def simple_ratio(coefficients: Array) -> Array | None:
-    """The coefficients over the smallest one where these are simple fractions, else None."""
-    found = ratios(coefficients)
-    return None if found is None else np.array([float(f) for f in found])
-
-
-def _times(size: float) -> str:
-    return "" if abs(size) == 1.0 else f"{abs(size):.6g} * "
 
 
 def expressions(found: Formula) -> tuple[sympy.Expr, sympy.Expr | None]:

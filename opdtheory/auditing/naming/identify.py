@@ -19,6 +19,7 @@ from opdtheory.errors import InvalidArgumentError
 from opdtheory.exact import OBJECTIVES
 from opdtheory.exact.oracle import tree_gradient
 from opdtheory.exact.tree import Tree
+from opdtheory.objective import Objective
 
 __all__ = ["ExactGradients", "Match", "best_match"]
 
@@ -36,16 +37,16 @@ class Match:
     """A catalogue objective with its distance from the loss's expected gradient.
 
     Attributes:
-        divergence: the catalogue entry.
-        granularity: which of the three objectives.
+        objective: the catalogue entry with its granularity and discount.
         fit: the comparison on the panel.
-        gamma: the discount of `token_return`.
     """
 
-    divergence: Divergence
-    granularity: str
+    objective: Objective
     fit: Fit
-    gamma: float = 1.0
+
+    def error(self, tolerance: float) -> float:
+        """The worst error over the panel where that is rounding, else the typical one."""
+        return self.fit.worst_error if self.fit.worst_error <= tolerance else self.fit.typical_error
 
 
 class ExactGradients:
@@ -134,7 +135,7 @@ def _fit_discount(gradients: list[Tensor], trees: list[Tree], entry: Divergence)
     )
     gamma = shortest(float(solution.x[0]), lambda value: float(residual(value).norm()), _SHORT)
     fit = fit_scale(gradients, exact(gamma))
-    return Match(entry, "token_return", fit, gamma) if fit.scale > 0 else None
+    return Match(Objective.of(entry, "token_return", gamma), fit) if fit.scale > 0 else None
 
 
 def _nearest(
@@ -145,7 +146,7 @@ def _nearest(
         exact = catalogue.of(divergence, granularity)
         if any(float(g.norm()) == 0.0 for g in exact):
             continue
-        match = Match(divergence, granularity, fit_scale(gradients, exact))
+        match = Match(Objective.of(divergence, granularity), fit_scale(gradients, exact))
         if match.fit.worst_error <= tolerance:
             return match
         if match.fit.scale > 0 and (best is None or match.fit.typical_error < best.fit.typical_error):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 from jaxtyping import Float
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from opdtheory.auditing.naming.bandits import STEP, bandit_parts, bandits, far_bandit, far_grid
 from opdtheory.auditing.naming.fit import fit_scale, flat
-from opdtheory.auditing.scenario import Case
+from opdtheory.auditing.records import ABSENT, FINITE_ITEMS, Keyed
+from opdtheory.auditing.scenario import Case, Scenario
 from opdtheory.errors import OpdTheoryError
 from opdtheory.exact import Loss, gradient_moments
 from opdtheory.exact.tree import Tree
@@ -32,52 +34,60 @@ _TOGETHER = 4
 _ROUNDS, _INSIDE = 4, 12
 
 
-@dataclass(frozen=True)
-class RecoveredWeight:
-    r"""The local weight $w(u)$ that a loss puts on a token, up to a constant: $w(1) = 0$.
+_NOTHING = torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class RecoveredWeight(Keyed):
+    r"""The local weight $w(u)$ that a loss puts on a token on one-step policies, up to a constant: $w(1) = 0$.
 
     Attributes:
-        log_u: grid of log-ratios.
+        log_u: grid of log-ratios, teacher over student; empty where the weight was not looked for.
         weight: the weight on the grid, averaged over the bandits.
-        residual: largest disagreement between bandits that differ in `p` alone, relative to the
-            weight's range.
+        residual: largest disagreement between bandits that differ in `p` alone, relative to the weight's range.
         depends_on_ratio_only: whether that disagreement is rounding.
-        non_decreasing: whether the weight rises or stays everywhere on the grid: then a genuine
-            f-divergence is minimised (T4).
-        slope_at_teacher: $dw/d\log u$ at $u = 1$ by a five-point difference; positive means that
-            the teacher attracts (T5).
+        non_decreasing: whether the weight falls nowhere on the grid: then a genuine f-divergence is minimised (T4).
+        slope_at_teacher: $dw/d\log u$ at $u = 1$ by a five-point difference; positive: the teacher attracts (T5).
         far_log_u: log-ratios beyond the grid, and close to where a plateau begins, for single rollouts; ascending.
         far_weight: the weight there, each from one pair of policies.
+        explains_panel: whether this weight of each token's own ratio gives the gradient over several tokens too;
+            None: cannot tell.
+        low: of a sampled audit: the lower ends of intervals that hold jointly.
+        high: likewise, the upper ends.
     """
 
-    log_u: Float[Tensor, " points"]
-    weight: Float[Tensor, " points"]
+    log_u: Annotated[Float[Tensor, " points"], FINITE_ITEMS]
+    weight: Annotated[Float[Tensor, " points"], FINITE_ITEMS]
     residual: float
     depends_on_ratio_only: bool
     non_decreasing: bool
     slope_at_teacher: float
-    far_log_u: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
-    far_weight: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    far_log_u: Annotated[Float[Tensor, " far"], FINITE_ITEMS] = _NOTHING[0]
+    far_weight: Annotated[Float[Tensor, " far"], FINITE_ITEMS] = _NOTHING[1]
+    explains_panel: bool | None = None
+    low: Float[Tensor, " points"] | None = field(default=None, metadata=ABSENT)
+    high: Float[Tensor, " points"] | None = field(default=None, metadata=ABSENT)
+
+    @classmethod
+    def unknown(cls) -> RecoveredWeight:
+        """No weight, where none was looked for."""
+        return cls(*_NOTHING, float("nan"), False, False, float("nan"))
 
 
-def recover_weight(
-    loss: Loss, batch_size: int, off_policy: float, seed: int, tolerance: float, *, distributions: int = 3
-) -> RecoveredWeight:
+def recover_weight(loss: Loss, scenario: Scenario, tolerance: float = 1e-9, *, students: int = 3) -> RecoveredWeight:
     r"""Recover $w(u_a) = -G_a / p_a + \text{const}$ from the expected gradient $G$ on one-step bandits.
 
     Args:
         loss: the black box.
-        batch_size: rollouts it sees at once.
-        off_policy: noise of the sampling policy's logits.
-        seed: of the bandits.
+        scenario: its batch size, noise of the sampling policy and seed count here.
         tolerance: relative error of the loss's gradient that is rounding.
-        distributions: students of equal log-ratios that are compared, two at least.
+        students: how many students of equal log-ratios are compared, at least two.
 
     Raises:
         LossError: as `gradient_moments`.
     """
-    parts = bandit_parts(batch_size)
-    found = [_curves(loss, part, batch_size, off_policy, seed, distributions) for part in parts]
+    parts = bandit_parts(scenario.batch_size)
+    found = [_curves(loss, part, scenario, students) for part in parts]
     # Every part holds 0, where its curves are zero.
     log_u, order = torch.cat([part[part != 0.0] for part in parts] + [torch.zeros(1, dtype=torch.float64)]).sort()
     values = [c[:, part != 0.0] for c, part in zip(found, parts, strict=True)]
@@ -86,13 +96,13 @@ def recover_weight(
     curve = curves.mean(0)
     spread = float((curves - curve).abs().max())
     span = float(curve.max() - curve.min())
-    # Of a loss whose weight is constant only rounding is left, which depends on nothing.
+    # Only rounding is left of a loss whose weight is constant, and that depends on nothing.
     residual = spread / span if span > 1e-9 else 0.0
     steps = curve.diff()
     ratio_only = residual < _AMPLIFIED * tolerance
     far_log_u, far_weight = _NOTHING
-    if batch_size == 1 and ratio_only:
-        far_log_u, far_weight = _far(loss, log_u, curve, off_policy, seed, tolerance)
+    if not scenario.coupled and ratio_only:
+        far_log_u, far_weight = _far(loss, log_u, curve, scenario, tolerance)
     return RecoveredWeight(
         log_u=log_u,
         weight=curve,
@@ -105,17 +115,10 @@ def recover_weight(
     )
 
 
-_NOTHING = torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64)
-
-
-def _curves(loss: Loss, log_u: Tensor, batch_size: int, off_policy: float, seed: int, distributions: int) -> Tensor:
-    """The weight at log-ratios with 0 in the middle, less its value there, from each distribution of the bandits."""
-    return torch.stack(
-        [
-            _advantage(loss, case, batch_size, len(log_u) // 2)
-            for case in bandits(log_u, off_policy, seed)[-distributions:]
-        ]
-    )
+def _curves(loss: Loss, log_u: Tensor, scenario: Scenario, students: int) -> Tensor:
+    """The weight at log-ratios with 0 in the middle, less its value there, from each student of the bandits."""
+    cases = bandits(log_u, scenario)[-students:]
+    return torch.stack([_advantage(loss, case, scenario.batch_size, len(log_u) // 2) for case in cases])
 
 
 def _advantage(loss: Loss, case: Case, batch_size: int, origin: int) -> Tensor:
@@ -124,17 +127,14 @@ def _advantage(loss: Loss, case: Case, batch_size: int, origin: int) -> Tensor:
     return advantage - advantage[origin]
 
 
-def _far(
-    loss: Loss, log_u: Tensor, curve: Tensor, off_policy: float, seed: int, tolerance: float
-) -> tuple[Tensor, Tensor]:
+def _far(loss: Loss, log_u: Tensor, curve: Tensor, scenario: Scenario, tolerance: float) -> tuple[Tensor, Tensor]:
     """The weight beyond the grid and close to where a plateau begins; nothing if the loss fails there.
 
     Args:
         loss: the black box.
         log_u: the grid.
         curve: the weight on it, to whose ends what lies beyond is joined.
-        off_policy: noise of the sampling policy's logits.
-        seed: of that noise.
+        scenario: of one rollout at a time.
         tolerance: relative error that is rounding.
     """
     count = len(log_u) // 2
@@ -144,7 +144,7 @@ def _far(
             far = far_grid(sign)
 
             def at(points: Tensor, near: Tensor = far[:1], end: Tensor = known[-1]) -> Tensor:
-                case = far_bandit(torch.cat([near, points]), off_policy, seed)
+                case = far_bandit(torch.cat([near, points]), scenario)
                 return end + _advantage(loss, case, 1, 0)[1:-1]
 
             # A few at a time: weights that grow steeply would drown the smaller ones in their rounding.

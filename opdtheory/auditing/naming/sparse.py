@@ -10,16 +10,14 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Curve", "Subset", "all_matter", "best_subset", "fit", "fit_parameter", "ratios", "shortest", "snap"]
+from opdtheory.objective import DENOMINATOR, NEAR, simple_ratios
+
+__all__ = ["Curve", "Subset", "all_matter", "best_subset", "fit", "fit_parameter", "shortest", "snap"]
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 # Below this the columns of a subset, of unit length, are so nearly dependent that coefficients mean nothing.
 _INDEPENDENT = 1e-6
-
-# Denominators of a simple ratio, and how near a ratio must be to it.
-_DENOMINATOR = 12
-_NEAR = 1e-5
 
 _STARTS = 41
 # A family whose best start misses by more than this has no member that fits.
@@ -158,21 +156,11 @@ def shortest(value: float, error: Callable[[float], float], limit: float) -> flo
     return value
 
 
-def ratios(coefficients: Array) -> list[Fraction] | None:
-    """The coefficients as simple fractions of the smallest one, keeping their signs; None if they are none."""
-    smallest = float(np.abs(coefficients).min())
-    if smallest == 0.0:
-        return None
-    found = [Fraction(float(c) / smallest).limit_denominator(_DENOMINATOR) for c in coefficients]
-    near = all(abs(float(f) - c / smallest) <= _NEAR * abs(f) for f, c in zip(found, coefficients, strict=True))
-    return found if near else None
-
-
 def snap(curve: Curve, columns: Array, subset: Subset, limit: float) -> Subset:
     """The same subset with coefficients in a simple ratio, and of a simple size, where that fits as well."""
     most = max(10.0 * subset.error, 1e-3 * limit)
     chosen = columns[:, list(subset.indices)]
-    simple = ratios(subset.coefficients)
+    simple = simple_ratios(subset.coefficients.tolist())
     if simple is None:
         return subset
     direction = chosen @ np.array([float(f) for f in simple])
@@ -180,8 +168,8 @@ def snap(curve: Curve, columns: Array, subset: Subset, limit: float) -> Subset:
     if error > most:
         return subset
     best = Subset(subset.indices, scale * np.array([float(f) for f in simple]), constant, error)
-    short = float(Fraction(float(scale)).limit_denominator(_DENOMINATOR))
-    if short == 0.0 or abs(short - scale) > _NEAR * abs(scale):
+    short = float(Fraction(float(scale)).limit_denominator(DENOMINATOR))
+    if short == 0.0 or abs(short - scale) > NEAR * abs(scale):
         return best
     left = curve.values - short * direction
     constant = float(np.average(left, weights=curve.scale**-2.0))

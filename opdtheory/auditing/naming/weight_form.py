@@ -3,13 +3,14 @@ r"""A recovered weight as a formula: in the catalogue, as a combination of it, o
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from opdtheory.auditing.naming.atoms import catalogue_atoms, fixed_atoms
 from opdtheory.auditing.naming.formula import (
     Formula,
+    Kind,
     columns_of,
     expressions,
     find_clamped,
@@ -18,15 +19,15 @@ from opdtheory.auditing.naming.formula import (
     label_of,
     most_terms,
 )
+from opdtheory.auditing.naming.recover import RecoveredWeight
 from opdtheory.auditing.naming.shape import Shape, shape_of
 from opdtheory.auditing.naming.sparse import Curve, fit
+from opdtheory.auditing.records import Finite
 from opdtheory.divergences.registry import parameter_free
 from opdtheory.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     import sympy
-
-    from opdtheory.auditing.naming.recover import RecoveredWeight
 
 __all__ = ["WeightForm", "describe"]
 
@@ -69,7 +70,7 @@ class WeightForm:
             (T2, T3), if there is one.
     """
 
-    kind: str
+    kind: Kind
     label: str
     terms: dict[str, float]
     expr: str | None
@@ -86,7 +87,7 @@ class WeightForm:
     second_moment: str
     generator_values: list[float] = field(default_factory=list)
     stop_gradient_of: str | None = None
-    seen_to: float = 0.0
+    seen_to: Finite = 0.0
 
 
 def describe(recovered: RecoveredWeight, tolerance: float = 1e-9) -> WeightForm:
@@ -110,7 +111,8 @@ def describe(recovered: RecoveredWeight, tolerance: float = 1e-9) -> WeightForm:
     Example:
         >>> import opdtheory as opd
         >>> from opdtheory.auditing.naming.recover import recover_weight
-        >>> describe(recover_weight(opd.estimator("k3_reward"), 1, 0.0, 0, 1e-9)).label
+        >>> from opdtheory.auditing.scenario import Scenario
+        >>> describe(recover_weight(opd.estimator("k3_reward"), Scenario())).label
         'reverse_kl - forward_kl'
     """
     if not tolerance > 0:

@@ -12,14 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opdtheory.auditing.naming.objective import Aim, Knob
+from opdtheory.auditing.naming.knob import Knob
 from opdtheory.auditing.sampling.montecarlo import Search
+from opdtheory.choices import GRANULARITIES
 from opdtheory.divergences import Divergence
 from opdtheory.divergences.registry import Family, parameter_free, parametric
 from opdtheory.errors import InvalidArgumentError
-from opdtheory.exact import OBJECTIVES
 from opdtheory.exact.oracle import tree_gradient
 from opdtheory.exact.tree import Tree
+from opdtheory.objective import Objective
 
 __all__ = ["fitted", "knob_range", "shortened"]
 
@@ -42,7 +43,7 @@ _FLOOR = 1e-9
 _DIGITS = 7
 
 
-def fitted(search: Search) -> list[Aim]:
+def fitted(search: Search) -> list[Objective]:
     """Members of families, discounted entries and signed sums of two, the nearest to the samples first.
 
     Distances are in units of the intervals' widths. Nothing here is certain: noise has a nearest objective too.
@@ -51,8 +52,8 @@ def fitted(search: Search) -> list[Aim]:
         search: with intervals that are finite.
     """
     seen = _Seen.of(search)
-    found = [*_members(seen), *_discounted(seen), *_sums(seen)]
-    return [aim for _, aim in sorted(found, key=lambda pair: pair[0])]
+    tried = [*_members(seen), *_discounted(seen), *_sums(seen)]
+    return [objective for _, objective in sorted(tried, key=lambda pair: pair[0])]
 
 
 def knob_range(search: Search, knob: Knob) -> tuple[float, float]:
@@ -134,14 +135,14 @@ class _Seen:
 
     @property
     def order(self) -> list[str]:
-        return sorted(OBJECTIVES, key=lambda granularity: granularity != self.search.aim.granularity)
+        return sorted(GRANULARITIES, key=lambda granularity: granularity != self.search.objective.granularity)
 
 
 def _plain() -> list[Divergence]:
     return list(parameter_free())
 
 
-def _members(seen: _Seen) -> list[tuple[float, Aim]]:
+def _members(seen: _Seen) -> list[tuple[float, Objective]]:
     """The nearest member of each family, at the granularity where some member comes nearest."""
 
     def of(family: Family, where: str, value: float) -> float:
@@ -158,11 +159,11 @@ def _members(seen: _Seen) -> list[tuple[float, Aim]]:
         around = values[max(i - 1, 0)], values[min(i + 1, _STARTS - 1)]
         value, misfit = _least(functools.partial(of, family, where), *around)
         if math.isfinite(misfit):
-            found.append((misfit, Aim.of(family(value), where)))
+            found.append((misfit, Objective.of(family(value), where)))
     return found
 
 
-def _discounted(seen: _Seen) -> list[tuple[float, Aim]]:
+def _discounted(seen: _Seen) -> list[tuple[float, Objective]]:
     """Entries without a parameter under the discount that brings them nearest."""
     # The gradient is a polynomial in gamma of degree below the number of positions.
     nodes = np.linspace(0.0, 1.0, max(tree.horizon for tree in seen.trees))
@@ -181,17 +182,17 @@ def _discounted(seen: _Seen) -> list[tuple[float, Aim]]:
         start = float(grid[int(np.argmin([of(float(g)) for g in grid]))])
         gamma, misfit = _least(of, max(start - grid[1], 0.0), min(start + grid[1], 1.0))
         if math.isfinite(misfit):
-            found.append((misfit, Aim.of(entry, "token_return", gamma)))
+            found.append((misfit, Objective.of(entry, "token_return", gamma)))
     return found
 
 
-def _sums(seen: _Seen) -> list[tuple[float, Aim]]:
+def _sums(seen: _Seen) -> list[tuple[float, Objective]]:
     """The nearest signed sum of two entries without a parameter, by granularity; Jeffreys' is written as a sum."""
     found = []
     for where in seen.order:
         entries = [entry for entry in _plain() if entry.name != "jeffreys"]
         columns = [(entry, along) for entry in entries if (along := seen.along(entry, where)) is not None]
-        best: tuple[float, Aim] | None = None
+        best: tuple[float, Objective] | None = None
         for (one, a), (other, b) in itertools.combinations(columns, 2):
             sizes = torch.stack([a.norm(), b.norm()])
             design = torch.stack([a, b], 1) / sizes
@@ -201,7 +202,7 @@ def _sums(seen: _Seen) -> list[tuple[float, Aim]]:
             misfit = float((seen.values - design @ solution).norm())
             first, second = (solution / sizes).tolist()
             if first != 0.0 and second != 0.0 and (best is None or misfit < best[0]):
-                best = misfit, Aim(((first, one), (second, other)), where)
+                best = misfit, Objective(((first, one), (second, other)), where)
         found += [] if best is None else [best]
     return found
 

@@ -6,13 +6,12 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from opdtheory import divergences
-from opdtheory.auditing.naming.objective import Aim
+from opdtheory.auditing.records import Identified
 from opdtheory.auditing.sampling.bounds import Bounds, Target, certified, certified_whole, relative_bias, scale_range
 from opdtheory.auditing.sampling.confidence import asymptotic_interval, bounded_interval, tightest_rho
 from opdtheory.auditing.sampling.montecarlo_result import MonteCarloResult, worded
@@ -25,14 +24,13 @@ from opdtheory.auditing.sampling.projections import (
     fit_controls,
     splits_into_batches,
 )
-from opdtheory.auditing.scenario import Case
-from opdtheory.divergences import Divergence
-from opdtheory.divergences import divergence as as_divergence
+from opdtheory.auditing.scenario import Case, Scenario
+from opdtheory.choices import GRANULARITIES, Granularity, Verdict
 from opdtheory.errors import BudgetExceededError, InvalidArgumentError
-from opdtheory.exact import OBJECTIVES, Loss, exact_gradient
-from opdtheory.exact.oracle import check_objective
+from opdtheory.exact import Loss
 from opdtheory.exact.sampling import Sample, Sampler
 from opdtheory.exact.threads import one_thread
+from opdtheory.objective import Objective
 
 __all__ = ["MonteCarloResult", "Search", "monte_carlo_compare"]
 
@@ -83,68 +81,59 @@ class _Pair:
     stream: Residuals
     basis: Tensor
     claimed: Target
-    others: dict[tuple[str, str], Target]
+    others: dict[tuple[str, Granularity], Target]
     rounding: float
 
 
 def monte_carlo_compare(
     loss: Loss,
     cases: Sequence[Case],
-    divergence: str | Divergence = "reverse_kl",
-    granularity: str = "token_local",
-    gamma: float = 1.0,
-    batch_size: int = 1,
-    seed: int = 0,
+    objective: Objective,
+    scenario: Scenario,
     *,
     margin: float = 0.05,
     confidence: float = 0.99,
     max_batches: int = 20_000,
     seconds: float = 30.0,
     naming: bool = True,
-    shared_prompt: bool = False,
 ) -> MonteCarloResult:
     r"""Compare a loss's expected gradient with the exact one by sampling, until the verdict is certain.
 
-    Of each batch the gradient $g$ is projected on fixed directions after library estimators on the same rollouts, of
-    known expectation, are taken off. Each projection's mean gets an asymptotic confidence sequence; a union bound
+    The gradient $g$ of each batch is projected on fixed directions, after subtracting library estimators of known
+    expectation on the same rollouts. Each projection's mean gets an asymptotic confidence sequence; a union bound
     makes all of them hold together at the level `confidence`, at all times, so that stopping early costs nothing.
 
     Args:
         loss: a function `loss(rollouts) -> scalar tensor`.
         cases: the pairs; tables must fit, sequences need not be enumerable (`MarkovPolicy` at any length).
-        divergence: the claimed objective's.
-        granularity: `token_local`, `token_return` or `sequence`.
-        gamma: discount, for `token_return`.
-        batch_size: number of rollouts the loss sees at once.
-        seed: of everything drawn; equal seeds give equal results unless `seconds` ends the search.
+        objective: the claimed one.
+        scenario: batch size, whether a batch shares its prompt, and the seed of everything drawn; equal seeds give
+            equal results unless `seconds` ends the search.
         margin: relative bias, in every direction looked at, below which a loss may be called exact; as a whole
             vector the bias must be certified to be below half of the exact gradient.
         confidence: joint level of all intervals.
         max_batches: calls of the loss over all pairs.
         seconds: wall-clock budget.
         naming: whether to look for the objective that a biased loss follows.
-        shared_prompt: whether the rollouts of a batch answer one prompt, as in `expected_gradient`.
 
     Raises:
         InvalidArgumentError: a setting out of range, or a claimed objective without a usable gradient.
         BudgetExceededError: tables too large.
-        LossError: the loss is no deterministic, differentiable, finite scalar.
+        LossError: the loss does not return a deterministic, differentiable, finite scalar.
     """
-    check_objective(granularity, gamma)
-    _check_settings(cases, batch_size, margin, confidence, max_batches, seconds)
-    aim = Aim.of(as_divergence(divergence), granularity, gamma)
-    search = Search(loss, cases, aim, batch_size, seed, confidence, shared_prompt, max_batches, seconds)
+    _check_settings(cases, margin, confidence, max_batches, seconds)
+    search = Search(loss, cases, objective, scenario, confidence, max_batches, seconds)
     verdict = search.run(margin)
     name = search.plain_name(margin) if verdict == "biased" and naming else None
     return search.result(verdict, name, margin)
 
 
 class Search:
-    """The streams of all pairs and what they say so far of one objective, the aim.
+    """The streams of all pairs and what they say so far of one objective.
 
     Attributes:
         cases: the pairs.
-        aim: the objective that a verdict is about.
+        objective: the one that a verdict is about.
         pairs: their streams.
         batches: calls of the loss so far.
         rollouts: drawn so far.
@@ -155,27 +144,19 @@ class Search:
         self,
         loss: Loss,
         cases: Sequence[Case],
-        aim: Aim,
-        batch_size: int,
-        seed: int,
+        objective: Objective,
+        scenario: Scenario,
         confidence: float,
-        shared_prompt: bool,
         max_batches: int,
         seconds: float,
     ) -> None:
         self._start = time.perf_counter()
-        self._most, self._seconds, self.seed = max_batches, seconds, seed
+        self._most, self._seconds, self.seed = max_batches, seconds, scenario.seed
         with one_thread(), torch.no_grad():
-            self._prepare(loss, cases, aim, batch_size, confidence, shared_prompt)
+            self._prepare(loss, cases, objective, scenario, confidence)
 
     def _prepare(
-        self,
-        loss: Loss,
-        cases: Sequence[Case],
-        aim: Aim,
-        batch_size: int,
-        confidence: float,
-        shared_prompt: bool,
+        self, loss: Loss, cases: Sequence[Case], objective: Objective, scenario: Scenario, confidence: float
     ) -> None:
         self.generator = torch.Generator().manual_seed(self.seed)
         samplers = [Sampler.build(c.student, c.teacher, c.behavior, TABLE_BUDGET) for c in cases]
@@ -184,21 +165,21 @@ class Search:
                 raise BudgetExceededError(
                     "a Monte Carlo audit's table", sampler.student.numel(), TABLE_BUDGET, "lower the vocabulary"
                 )
-        self.same = _ROUNDING.get(_value_dtype(loss, samplers[0].draw(batch_size, self.generator)), _COARSE)
-        few = max(2, _TRIED // batch_size)
-        looks = [Look(loss, sampler, batch_size, few, False, shared_prompt) for sampler in samplers]
+        self.same = _ROUNDING.get(_value_dtype(loss, samplers[0].draw(scenario.batch_size, self.generator)), _COARSE)
+        few = max(2, _TRIED // scenario.batch_size)
+        looks = [Look(loss, sampler, scenario.batch_size, few, False, scenario.shared_prompt) for sampler in samplers]
         self.separable = all(splits_into_batches(look, self.generator, self.same) for look in looks)
-        self.aim, self.cases = aim, list(cases)
+        self.objective, self.cases = objective, list(cases)
         self.pairs = [self._pair(case, _sized(look, self.separable)) for case, look in zip(cases, looks, strict=True)]
         self.confidence = confidence
         streams = sum(len(pair.basis) + 1 for pair in self.pairs)
         self.alpha = (1.0 - confidence) / streams
         self.rho = tightest_rho(_TIGHT_AT, self.alpha)
         self.batches = self.rollouts = 0
-        self.verdict = "undecided"
+        self.verdict: Verdict = "undecided"
 
-    def run(self, margin: float) -> str:
-        """Draw until the verdict on the aim is certain or the budget ends, and return it."""
+    def run(self, margin: float) -> Verdict:
+        """Draw until the verdict on the objective is certain or the budget ends, and return it."""
         with one_thread(), torch.no_grad():
             while self.batches < self._most and not self._late():
                 self.advance(margin, self._most)
@@ -207,7 +188,7 @@ class Search:
                     break
         return self.verdict
 
-    def plain_name(self, margin: float) -> dict[str, Any] | None:
+    def plain_name(self, margin: float) -> Identified | None:
         """The catalogue objective without a parameter that is followed, after as many draws again as are worth it."""
         last = min(self._most, int(_NAMING * self.batches))
         with one_thread(), torch.no_grad():
@@ -221,18 +202,18 @@ class Search:
         return time.perf_counter() - self._start >= self._seconds
 
     def _pair(self, case: Case, look: Look) -> _Pair:
-        aim, sampler = self.aim, look.sampler
-        found = controls(case, sampler, aim.terms[0][1], aim.granularity, aim.gamma, look.batch_size)
-        exact = aim.terms[0][0] * found[0].mean
-        for coefficient, divergence in aim.terms[1:]:
-            more = controls(case, sampler, divergence, aim.granularity, aim.gamma, look.batch_size)
+        objective, sampler = self.objective, look.sampler
+        found = controls(case, sampler, objective.terms[0][1], objective.granularity, objective.gamma, look.batch_size)
+        exact = objective.terms[0][0] * found[0].mean
+        for coefficient, divergence in objective.terms[1:]:
+            more = controls(case, sampler, divergence, objective.granularity, objective.gamma, look.batch_size)
             exact = exact + coefficient * more[0].mean
             found += more
         if float(exact.norm()) == 0.0:
-            raise InvalidArgumentError("divergence", f"{aim.label} has a zero gradient everywhere")
-        tables = _catalogue(case, sampler, aim.granularity)
-        mine = {divergence.name for _, divergence in aim.terms}
-        others = [t for (name, where), t in tables.items() if name in mine or where == aim.granularity]
+            raise InvalidArgumentError("divergence", f"{objective.label} has a zero gradient everywhere")
+        tables = _catalogue(case, sampler, objective.granularity)
+        mine = {divergence.name for _, divergence in objective.terms}
+        others = [t for (name, where), t in tables.items() if name in mine or where == objective.granularity]
         basis = directions(sampler, exact, others, self.generator)
         observed, known = [], []
         means = torch.stack([c.mean for c in found])
@@ -282,7 +263,7 @@ class Search:
         unseen = math.sqrt(max(float(squared[0]), 0.0)) + pair.rounding
         return Bounds(at + low - pair.rounding, at + high + pair.rounding, stream.known, at, unseen)
 
-    def judge(self, margin: float) -> str:
+    def judge(self, margin: float) -> Verdict:
         """A verdict that is certain at the joint level, or `undecided`."""
         bounds = [self.bounds(pair) for pair in self.pairs]
         targets = [pair.claimed for pair in self.pairs]
@@ -300,10 +281,10 @@ class Search:
             return "undecided"
         return "exact" if as_claimed else "exact_up_to_scale"
 
-    def follows(self, margin: float) -> dict[str, Any] | None:
+    def follows(self, margin: float) -> Identified | None:
         """The catalogue objective that is certified to within the margin, the best if several are."""
         bounds = [self.bounds(pair) for pair in self.pairs]
-        best: dict[str, Any] | None = None
+        best: Identified | None = None
         for name, where in self.pairs[0].others:
             targets = [pair.others[name, where] for pair in self.pairs]
             allowed = scale_range(bounds, targets)
@@ -311,8 +292,8 @@ class Search:
                 continue
             scale = 1.0 if allowed[0] <= 1.0 <= allowed[1] else sum(allowed) / 2.0
             error = certified(bounds, targets, scale)
-            if error <= margin and (best is None or error < best["error"]):
-                best = {"objective": name, "granularity": where, "scale": scale, "error": error}
+            if error <= margin and (best is None or error < best.error):
+                best = Identified(name, where, {}, scale, error)
         return best
 
     def nameable(self) -> bool:
@@ -321,24 +302,24 @@ class Search:
         ranges = (scale_range(bounds, [p.others[key] for p in self.pairs]) for key in self.pairs[0].others)
         return any(allowed is not None and allowed[1] > 0.0 for allowed in ranges)
 
-    def excludes(self, aim: Aim) -> bool:
+    def excludes(self, objective: Objective) -> bool:
         """Whether some direction on some pair excludes every positive multiple of an objective."""
-        allowed = scale_range(self.all_bounds(), self.targets(aim))
+        allowed = scale_range(self.all_bounds(), self.targets(objective))
         return allowed is None or allowed[1] <= 0.0
 
     def all_bounds(self) -> list[Bounds]:
         """What is certain of each pair's expected gradient."""
         return [self.bounds(pair) for pair in self.pairs]
 
-    def targets(self, aim: Aim) -> list[Target]:
+    def targets(self, objective: Objective) -> list[Target]:
         """An objective's exact gradients, seen along the directions of each pair."""
         return [
-            Target.of(pair.stream.look.sampler.stack(aim.gradient(case)).flatten(), pair.basis)
+            Target.of(pair.stream.look.sampler.stack(case.exact(objective)).flatten(), pair.basis)
             for pair, case in zip(self.pairs, self.cases, strict=True)
         ]
 
     def certify(self) -> tuple[float, float] | None:
-        """The scale of the aim, and the bias certified in the directions looked at, relative to that multiple."""
+        """The scale of the objective, and the bias certified in the directions looked at, relative to that multiple."""
         bounds, targets = self.all_bounds(), [pair.claimed for pair in self.pairs]
         allowed = scale_range(bounds, targets)
         if allowed is None or allowed[0] <= 0.0 or not math.isfinite(allowed[1]):
@@ -357,7 +338,7 @@ class Search:
         observations = sum(pair.stream.projections.count for pair in self.pairs)
         return different, bounded_interval(different, observations, 1.0 - self.confidence)[1]
 
-    def result(self, verdict: str, follows: dict[str, Any] | None, margin: float) -> MonteCarloResult:
+    def result(self, verdict: Verdict, follows: Identified | None, margin: float) -> MonteCarloResult:
         """Everything found, with the words."""
         seconds = time.perf_counter() - self._start
         bounds = [self.bounds(pair) for pair in self.pairs]
@@ -386,19 +367,19 @@ class Search:
             seconds=seconds,
             words="",
         )
-        return worded(result, f"{self.aim.label} ({self.aim.granularity})", len(self.pairs))
+        return worded(result, f"{self.objective.label} ({self.objective.granularity})", len(self.pairs))
 
 
-def _catalogue(case: Case, sampler: Sampler, granularity: str) -> dict[tuple[str, str], Tensor]:
+def _catalogue(case: Case, sampler: Sampler, granularity: str) -> dict[tuple[str, Granularity], Tensor]:
     """Exact gradients of the entries without a parameter, flat; those that are infinite or intractable are left out."""
     small = sampler.student.numel() <= _SMALL_TABLE
     found = {}
-    for where in sorted(OBJECTIVES, key=lambda name: name != granularity):
+    for where in sorted(GRANULARITIES, key=lambda name: name != granularity):
         if where != granularity and not small:
             continue
         for name in divergences.names():
             try:
-                gradient = exact_gradient(case.student, case.teacher, divergences.divergence(name), where)
+                gradient = case.exact(Objective.of(divergences.divergence(name), where))
             except InvalidArgumentError:
                 continue
             found[name, where] = sampler.stack(gradient).flatten()
@@ -419,13 +400,9 @@ def _value_dtype(loss: Loss, sample: Sample) -> torch.dtype:
     return value.dtype if isinstance(value, Tensor) else torch.float64
 
 
-def _check_settings(
-    cases: Sequence[Case], batch_size: int, margin: float, confidence: float, max_batches: int, seconds: float
-) -> None:
+def _check_settings(cases: Sequence[Case], margin: float, confidence: float, max_batches: int, seconds: float) -> None:
     if not cases:
         raise InvalidArgumentError("cases", "is empty; at least one pair is needed")
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise InvalidArgumentError("batch_size", f"is {batch_size!r}; a positive integer is needed")
     for name, value in (("margin", margin), ("confidence", confidence)):
         if not 0.0 < value < 1.0:
             raise InvalidArgumentError(name, f"is {value!r}; it must lie strictly between 0 and 1")

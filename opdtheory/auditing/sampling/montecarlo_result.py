@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+
+from opdtheory.auditing.records import Interval, Count, Finite, Identified, Keyed
+from opdtheory.choices import Verdict
 
 __all__ = ["MonteCarloResult", "worded"]
 
 
-@dataclass(frozen=True)
-class MonteCarloResult:
+@dataclass(frozen=True, eq=False)
+class MonteCarloResult(Keyed):
     """What sampling says of a loss's expected gradient.
 
     Attributes:
@@ -19,10 +21,8 @@ class MonteCarloResult:
             directions looked at, the high end from the squared length of the whole vector.
         cosine: interval for the smallest cosine over the pairs.
         scale: interval of the common multiples of the claimed gradient that no direction excludes; None if all are.
-        follows: the objective certified to be followed instead: `objective`, `granularity`, `scale` and `error` (an
-            upper bound in the directions looked at, relative to it), or None. From an audit it has `parameters`,
-            `gamma` or `terms` where they are needed, `evidence` in words and, of a number that was fitted, its name
-            `fitted` and `fitted_range`: the values around it that no direction excludes.
+        follows: the objective certified to be followed instead, with the `error` an upper bound in the directions
+            looked at, relative to it; None if there is none.
         directions: along how many directions the gradient was looked at, over all pairs.
         identical: whether the loss's gradient was that of one combination of library estimators on all rollouts.
         hidden: upper bound, nonasymptotic, on the probability that an observation (a call, or a few batches of a
@@ -37,21 +37,21 @@ class MonteCarloResult:
         words: the findings in sentences.
     """
 
-    verdict: str
-    relative_bias: tuple[float, float]
-    cosine: tuple[float, float]
-    scale: tuple[float, float] | None
-    follows: dict[str, Any] | None
-    directions: int
+    verdict: Verdict
+    relative_bias: Interval
+    cosine: Interval
+    scale: Interval | None
+    follows: Identified | None
+    directions: Count
     identical: bool
-    hidden: float
-    batches: int
-    rollouts: int
+    hidden: Finite
+    batches: Count
+    rollouts: Count
     separable: bool
-    confidence: float
-    margin: float
+    confidence: Finite
+    margin: Finite
     seed: int
-    seconds: float
+    seconds: Finite
     words: str
 
 
@@ -100,16 +100,13 @@ def worded(result: MonteCarloResult, claim: str, pairs: int) -> MonteCarloResult
     return replace(result, words=" ".join(sentences))
 
 
-def _followed(f: dict[str, Any]) -> str:
+def _followed(f: Identified) -> str:
     """The objective that is followed, with its evidence."""
-    parameters = ", ".join(f"{key}={value:.6g}" for key, value in f.get("parameters", {}).items())
-    name = f"{f['objective']}({parameters})" if parameters else f["objective"]
-    where = f["granularity"] + (f", gamma={f['gamma']:.6g}" if "gamma" in f else "")
-    text = f"It follows {name} ({where}) times {f['scale']:.4g}, to within {100 * f['error']:.2g}% in "
-    if "evidence" not in f:
+    text = f"It follows {f.label} ({f.where}) times {f.scale:.4g}, to within {100 * f.error:.2g}% in "
+    if f.evidence is None:
         return f"{text}the same directions."
-    text = f"{text}the directions looked at ({f['evidence']})."
-    if "fitted_range" in f:
-        low, high = f["fitted_range"]
-        text += f" Of {f['fitted']}, the values around it that are not excluded span {high - low:.2g}."
+    text = f"{text}the directions looked at ({f.evidence})."
+    if f.fitted_range is not None:
+        low, high = f.fitted_range
+        text += f" Of {f.fitted}, the values around it that are not excluded span {high - low:.2g}."
     return text

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from opdtheory.auditing.black_box import BlackBox
 from opdtheory.auditing.naming.combine import best_combination
 from opdtheory.auditing.naming.fit import flat
 from opdtheory.auditing.naming.identify import ExactGradients, best_match
-from opdtheory.auditing.naming.objective import Aim
 from opdtheory.auditing.naming.recover import RecoveredWeight, recover_weight
 from opdtheory.auditing.naming.weight_form import describe
-from opdtheory.auditing.scenario import Case
+from opdtheory.auditing.scenario import Case, Scenario
 from opdtheory.errors import OpdTheoryError
-from opdtheory.exact import gradient_moments
+from opdtheory.objective import Objective
 
 __all__ = ["SIZES", "Scout", "scouted"]
 
@@ -28,46 +26,37 @@ class Scout:
 
     Attributes:
         batch_size: at which they hold.
-        aim: the objective followed there, or None.
+        objective: the one followed there, or None.
         weight: recovered there.
         label: of the weight's formula, or None if it is no function of the ratio.
     """
 
     batch_size: int
-    aim: Aim | None
+    objective: Objective | None
     weight: RecoveredWeight
     label: str | None
 
 
-def scouted(
-    loss: BlackBox, cases: list[Case], granularity: str, batch_size: int, off_policy: float, seed: int, shared: bool
-) -> Scout | None:
+def scouted(loss: BlackBox, cases: list[Case], granularity: str, scenario: Scenario) -> Scout | None:
     """Enumerate batches of one size; None if the loss fails at that size.
 
     Args:
         loss: the black box.
         cases: small pairs, few.
         granularity: named when several coincide.
-        batch_size: the smaller one.
-        off_policy: noise of the sampling policy's logits.
-        seed: of the bandits.
-        shared: whether the rollouts of a batch answer one prompt.
+        scenario: with the smaller batch size.
     """
     try:
-        moments = [
-            gradient_moments(loss, c.student, c.teacher, batch_size, c.behavior, shared_prompt=shared) for c in cases
-        ]
-        weight = recover_weight(loss, batch_size, off_policy, seed, loss.tolerance, distributions=2)
+        moments = [scenario.moments(loss, case) for case in cases]
+        weight = recover_weight(loss, scenario, loss.tolerance, students=2)
     except (OpdTheoryError, AssertionError, IndexError, RuntimeError, TypeError, ValueError):
         return None  # It may insist on its batch size.
     gradients, exact, tolerance = [flat(m.mean) for m in moments], ExactGradients(cases), loss.tolerance
-    identified: dict[str, Any] | None = None
-    aim: Aim | None = None
+    objective: Objective | None = None
     match = best_match(gradients, exact, weight, granularity, tolerance)
     if match is not None and match.fit.worst_error <= tolerance:
-        aim = Aim.of(match.divergence, match.granularity, match.gamma)
+        objective = match.objective
     elif (combination := best_combination(gradients, exact, granularity, tolerance)) is not None:
-        identified = {"terms": combination.terms, "granularity": combination.granularity}
-        aim = Aim.read(identified)
+        objective = combination.objective
     label = describe(weight, tolerance).label if weight.depends_on_ratio_only else None
-    return Scout(batch_size, aim, weight, label)
+    return Scout(scenario.batch_size, objective, weight, label)

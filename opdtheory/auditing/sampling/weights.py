@@ -11,13 +11,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from opdtheory.auditing.naming.bandits import bandits
-from opdtheory.auditing.naming.objective import Aim
 from opdtheory.auditing.naming.recover import RecoveredWeight
 from opdtheory.auditing.sampling.confidence import asymptotic_interval, bounded_interval, tightest_rho
 from opdtheory.auditing.sampling.projections import TABLE_BUDGET, Look, Residuals, controls, fit_controls
+from opdtheory.auditing.scenario import Scenario
 from opdtheory.exact import Loss
 from opdtheory.exact.sampling import Sampler
 from opdtheory.exact.threads import one_thread
+from opdtheory.objective import Objective
 
 __all__ = ["SampledWeight", "sampled_weight"]
 
@@ -81,6 +82,8 @@ class SampledWeight:
             depends_on_ratio_only=sharp and not self.separated,
             non_decreasing=sharp and not falls,
             slope_at_teacher=math.nan,
+            low=self.low,
+            high=self.high,
         )
 
     def holds(self, weight: Tensor) -> float | None:
@@ -116,10 +119,8 @@ class SampledWeight:
 
 def sampled_weight(
     loss: Loss,
-    batch_size: int,
-    aim: Aim,
-    off_policy: float,
-    seed: int,
+    objective: Objective,
+    scenario: Scenario,
     *,
     confidence: float,
     seconds: float,
@@ -129,11 +130,9 @@ def sampled_weight(
 
     Args:
         loss: the black box.
-        batch_size: rollouts it sees at once.
-        aim: the objective that it is thought to follow, for controls: what holds does not depend on it, only how wide
+        objective: the one that it is thought to follow, for controls: what holds does not depend on it, only how wide
             the intervals are.
-        off_policy: noise of the sampling policy's logits.
-        seed: of everything drawn.
+        scenario: its batch size, noise of the sampling policy and seed count here.
         confidence: joint level of all intervals.
         seconds: wall-clock budget.
         most: observations of each policy after which no more are made. Where even these would leave intervals too wide
@@ -144,8 +143,8 @@ def sampled_weight(
     """
     start = time.perf_counter()
     log_u = _OFF_ROUND * torch.tensor(_GRID, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(seed)
-    cases = bandits(log_u, off_policy, seed)[::2]
+    generator = torch.Generator().manual_seed(scenario.seed)
+    cases, batch_size = bandits(log_u, scenario)[::2], scenario.batch_size
     alpha = (1.0 - confidence) / (len(cases) * (len(log_u) - 1))
     rho = tightest_rho(_START, alpha)
     ends, batches, rollouts, different, observations = [], 0, 0, 0, 0
@@ -153,7 +152,7 @@ def sampled_weight(
         for case in cases:
             sampler = Sampler.build(case.student, case.teacher, case.behavior, TABLE_BUDGET)
             look = Look(loss, sampler, batch_size, _BATCHES_APART, False)
-            found = [c for _, d in aim.terms for c in controls(case, sampler, d, "token_local", 1.0, batch_size)]
+            found = [c for _, d in objective.terms for c in controls(case, sampler, d, "token_local", 1.0, batch_size)]
             basis = _differences(torch.softmax(sampler.student[0], -1))
             observed, known, gradient_size = [], [], 0.0
             means = torch.stack([c.mean for c in found])

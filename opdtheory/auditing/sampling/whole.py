@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 
 from opdtheory.auditing.black_box import BlackBox
-from opdtheory.auditing.naming.objective import Aim
 from opdtheory.auditing.naming.recover import RecoveredWeight
 from opdtheory.auditing.sampling.followed import name_followed, small_batch
 from opdtheory.auditing.sampling.montecarlo import Search
 from opdtheory.auditing.sampling.montecarlo_result import MonteCarloResult
 from opdtheory.auditing.sampling.scout import Scout
 from opdtheory.auditing.sampling.weights import SampledWeight, sampled_weight
-from opdtheory.auditing.scenario import Case
+from opdtheory.auditing.scenario import Scenario
+from opdtheory.objective import Objective
 
-__all__ = ["SampledAudit", "sampled"]
+__all__ = ["sampled"]
 
 _MARGIN, _CONFIDENCE = 0.05, 0.99
 
@@ -29,76 +27,49 @@ _BATCHES, _SECONDS, _WEIGHT_SECONDS = 20_000, 30.0, 5.0
 _APART = 7919
 
 
-@dataclass(frozen=True)
-class SampledAudit:
-    """What sampling says of a loss.
-
-    Attributes:
-        result: the verdict with its intervals, and the objective followed, if one is confirmed.
-        weight: as of an `Audit`, with `low` and `high`; empty where it was not looked for.
-    """
-
-    result: MonteCarloResult
-    weight: dict[str, Any]
-
-
 def sampled(
-    loss: BlackBox,
-    cases: list[Case],
-    aim: Aim,
-    panel: Callable[[int, int | None], list[Case]],
-    *,
-    batch_size: int,
-    eos: int | None,
-    off_policy: float,
-    seed: int,
-    shared_prompt: bool,
-    weigh: bool,
-) -> SampledAudit:
+    loss: BlackBox, objective: Objective, scenario: Scenario, *, weigh: bool
+) -> tuple[MonteCarloResult, RecoveredWeight]:
     """Compare a loss with its claim by sampling, name what it follows instead, and recover its weight.
 
     Args:
         loss: the black box.
-        cases: pairs from which rollouts are drawn.
-        aim: the claimed objective.
-        panel: makes pairs for smaller batches, by batch size and end-of-sequence token.
-        batch_size: rollouts that the loss sees at once.
-        eos: the token that ends a rollout.
-        off_policy: noise of the sampling policy's logits.
-        seed: of everything drawn.
-        shared_prompt: whether the rollouts of a batch answer one prompt.
+        objective: the claimed one.
+        scenario: what the rollouts look like.
         weigh: whether the weight is recovered.
+
+    Returns:
+        The verdict with its intervals and the objective followed, if one is confirmed; and the weight, unknown where
+        it was not looked for.
 
     Raises:
         LossError: as `monte_carlo_compare`; likewise the others.
     """
+    # Two pairs, near and far: each needs thousands of rollouts of its own.
+    cases = scenario.single.pairs()[1:4:2]
 
-    def restart(other: Aim, number: int) -> Search:
-        own = seed + _APART * number
-        return Search(loss, cases, other, batch_size, own, _CONFIDENCE, shared_prompt, _BATCHES, _SECONDS)
+    def restart(other: Objective, number: int) -> Search:
+        apart = replace(scenario, seed=scenario.seed + _APART * number)
+        return Search(loss, cases, other, apart, _CONFIDENCE, _BATCHES, _SECONDS)
 
-    search = restart(aim, 0)
+    search = restart(objective, 0)
     verdict = search.run(_MARGIN)
     scout: Scout | None = None
     if weigh or verdict == "biased":
-        scout = small_batch(
-            loss, lambda size: panel(size, eos), aim.granularity, batch_size, off_policy, seed, shared_prompt
-        )
-    named = name_followed(search, scout, restart, batch_size, _MARGIN) if verdict == "biased" else None
+        scout = small_batch(loss, objective.granularity, scenario)
+    named = name_followed(search, scout, restart, scenario.batch_size, _MARGIN) if verdict == "biased" else None
     result = search.result(verdict, None if named is None else named.identified, _MARGIN)
     if not weigh:
-        return SampledAudit(result, _as_weight(None))
+        return result, RecoveredWeight.unknown()
     found = sampled_weight(
         loss,
-        batch_size,
-        aim if named is None else named.aim,
-        off_policy,
-        seed,
+        objective if named is None else named.objective,
+        scenario,
         confidence=_CONFIDENCE,
         seconds=_WEIGHT_SECONDS,
     )
-    words = [result.words, found.words(batch_size), *_beside(found, scout, batch_size)]
-    return SampledAudit(replace(result, words=" ".join(words)), _as_weight(found))
+    words = [result.words, found.words(scenario.batch_size), *_beside(found, scout, scenario.batch_size)]
+    return replace(result, words=" ".join(words)), found.recovered()
 
 
 def _beside(found: SampledWeight, scout: Scout | None, batch_size: int) -> list[str]:
@@ -114,11 +85,3 @@ def _beside(found: SampledWeight, scout: Scout | None, batch_size: int) -> list[
     if scale is None:
         return [f"No positive multiple of {whose}, lies in all of them: the weight changes with the batch size."]
     return [f"{scale:.4g} times {whose}, lies in all of them; that it is the same at {batch_size} is not proved."]
-
-
-def _as_weight(found: SampledWeight | None) -> dict[str, Any]:
-    empty = torch.zeros(0, dtype=torch.float64)
-    if found is None:
-        weight = RecoveredWeight(empty, empty, float("nan"), False, False, float("nan"))
-        return {**vars(weight), "explains_panel": None}
-    return {**vars(found.recovered()), "explains_panel": None, "low": found.low, "high": found.high}

@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from opdtheory.auditing.report import FAITHFUL, Audit
+from opdtheory.auditing.report import Audit
+from opdtheory.choices import FAITHFUL
 from opdtheory.divergences import Divergence
 from opdtheory.divergences import divergence as as_divergence
 from opdtheory.errors import OpdTheoryError
@@ -88,7 +89,7 @@ def curves(report: Audit, divergence: str | Divergence | None = None) -> Curves:
         report: the audit.
         divergence: the claimed one, where its label does not say it, as of a generator of one's own.
     """
-    log_u, weight = report.weight["log_u"], report.weight["weight"]
+    log_u, weight = report.weight.log_u, report.weight.weight
     claim = _claimed(report, divergence)
     scale = report.scale if report.verdict in FAITHFUL else 1.0
     origin = torch.zeros((), dtype=torch.float64)
@@ -108,10 +109,10 @@ def _claimed(report: Audit, divergence: str | Divergence | None) -> Divergence |
 
 
 def _implied(report: Audit) -> tuple[Tensor, Tensor | None]:
-    log_u, weight = report.weight["log_u"], report.weight["weight"]
+    log_u, weight = report.weight.log_u, report.weight.weight
     limit = min(_GENERATOR_LIMIT, float(log_u[-1])) if len(log_u) else 0.0
     fine = torch.linspace(-limit, limit, _GENERATOR_POINTS, dtype=torch.float64)
-    if not report.weight["depends_on_ratio_only"] or limit < 1.0:
+    if not report.weight.depends_on_ratio_only or limit < 1.0:
         return fine, None
     from scipy.integrate import cumulative_simpson
     from scipy.interpolate import PchipInterpolator
@@ -169,7 +170,7 @@ def _weight(report: Audit, drawn: Curves) -> Figure | None:
     inside = drawn.log_u.abs() <= _WINDOW
     if drawn.claimed is not None:
         axis.plot(drawn.log_u, drawn.claimed, color=_CLAIMED, linewidth=4.5, alpha=0.55, label="claimed")
-    style = "-" if report.weight["depends_on_ratio_only"] else "--"
+    style = "-" if report.weight.depends_on_ratio_only else "--"
     axis.plot(drawn.log_u, drawn.weight, style, color=_FOUND, label="recovered")
     ends = [report.weight[key] for key in ("low", "high") if key in report.weight]
     if ends:
@@ -179,7 +180,7 @@ def _weight(report: Audit, drawn: Curves) -> Figure | None:
     axis.legend(loc="best")
     sides = f"from {float(drawn.weight[inside][0]):.3g} at log u = {float(drawn.log_u[inside][0]):.3g} "
     sides += f"to {float(drawn.weight[inside][-1]):.3g} at log u = {float(drawn.log_u[inside][-1]):.3g}"
-    shape = "never falls" if report.weight["non_decreasing"] else "falls in places"
+    shape = "never falls" if report.weight.non_decreasing else "falls in places"
     alt = f"Recovered weight of a token against the log-ratio: {sides}; it {shape}."
     return Figure("Weight on a token", alt, _svg(sheet, "weight"))
 

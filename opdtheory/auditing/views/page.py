@@ -8,8 +8,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from opdtheory.auditing.report import FAITHFUL, VERDICTS, Audit
+from opdtheory.auditing.report import Audit
 from opdtheory.auditing.views.figures import Curves, curves, figures
+from opdtheory.choices import FAITHFUL, VERDICTS
 from opdtheory.divergences import Divergence
 from opdtheory.rendering.html import (
     aligned,
@@ -145,12 +146,11 @@ def _facts(report: Audit) -> str:
 def _followed(report: Audit) -> str:
     if report.verdict == "zero":
         return "nothing"
-    if report.identified is None or report.identified["error"] > report.tolerance:
+    found = report.identified
+    if found is None or found.error > report.tolerance:
         return "no catalogue objective"
     # A signed sum is no catalogue objective, but it is what the loss follows.
-    named = report.descends or report.identified["objective"]
-    discount = f", gamma={report.identified['gamma']:.6g}" if "gamma" in report.identified else ""
-    return f"{named} ({report.identified['granularity']}{discount})"
+    return f"{report.descends or found.objective} ({found.where})"
 
 
 def _remedies(record: dict[str, Any]) -> str:

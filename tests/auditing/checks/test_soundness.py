@@ -17,8 +17,9 @@ from opdtheory.adapters import from_hidden
 from opdtheory.auditing.checks.backward import _recorded, backward_report
 from opdtheory.auditing.checks.soundness import CHECKS, Check, soundness
 from opdtheory.auditing.naming.fit import flat
-from opdtheory.auditing.scenario import panel
+from opdtheory.auditing.scenario import Scenario
 from opdtheory.exact import Loss, exact_gradient, gradient_moments
+from opdtheory.objective import Objective
 from opdtheory.rollouts import Rollouts
 from tests.labels import label
 
@@ -32,13 +33,15 @@ def checks(
     **settings: Any,
 ) -> dict[str, Check]:
     """`worlds`: of the panel alone, as `eos`, `prompts` and `environment`."""
-    shared = settings.get("shared_prompt", False)
-    cases = panel(batch_size, off_policy=off_policy, shared_prompt=shared, **(worlds or {}))[1:4]
-    moments = [
-        gradient_moments(loss, c.student, c.teacher, batch_size, c.behavior, shared_prompt=shared) for c in cases
-    ]
-    claimed = None if objective is None else opd.divergence(objective)
-    found = soundness(loss, cases, moments, claimed, batch_size=batch_size, off_policy=off_policy, **settings)
+    tolerance = settings.pop("tolerance", 1e-9)
+    claimed = None
+    if objective is not None:
+        words = {key: settings.pop(key) for key in ("granularity", "gamma") if key in settings}
+        claimed = Objective.of(opd.divergence(objective), **words)
+    scenario = Scenario(batch_size, off_policy=off_policy, **settings)
+    cases = dataclasses.replace(scenario, **(worlds or {})).pairs()[1:4]
+    moments = [scenario.moments(loss, case) for case in cases]
+    found = soundness(loss, cases, moments, claimed, scenario, tolerance)
     assert [check.name for check in found] == list(CHECKS)
     return {check.name: check for check in found}
 
@@ -115,7 +118,7 @@ def test_a_high_cosine_does_not_pass(share: float) -> None:
     def loss(r: Rollouts) -> Tensor:
         return (1.0 - share) * reverse_kl(r) + share * forward_kl(r)
 
-    for case in panel()[1:4]:
+    for case in Scenario().pairs()[1:4]:
         actual = flat(gradient_moments(loss, case.student, case.teacher).mean)
         exact = flat(exact_gradient(case.student, case.teacher, "reverse_kl"))
         assert float(actual @ exact / (actual.norm() * exact.norm())) > 0.997
@@ -272,7 +275,7 @@ def test_sum_over_the_batch() -> None:
 
 
 def test_state_between_calls_is_seen() -> None:
-    cases = panel()[1:2]
+    cases = Scenario().pairs()[1:2]
     moments = [gradient_moments(k2, c.student, c.teacher) for c in cases]
     calls = []
 
@@ -280,7 +283,7 @@ def test_state_between_calls_is_seen() -> None:
         calls.append(r)
         return k2(r) * (1.0 + 1e-12 * len(calls))
 
-    found = {c.name: c for c in soundness(loss, cases, moments, opd.divergence("reverse_kl"))}
+    found = {c.name: c for c in soundness(loss, cases, moments, Objective.of(opd.divergence("reverse_kl")), Scenario())}
     assert found["reproducible"].passed is False
     assert checks(k2)["reproducible"].passed is True
     few = len(calls)
@@ -357,7 +360,7 @@ def test_groups_of_one_prompt() -> None:
 def test_work_is_bounded() -> None:
     """The cost is the number of calls, which a busy machine does not change."""
     for loss, batch_size, most in ((k2, 1, 80), (opd.estimator("opd_plus", "jsd", zscore=True), 2, 250)):
-        cases = panel(batch_size)[1:4]
+        cases = Scenario(batch_size).pairs()[1:4]
         moments = [gradient_moments(loss, c.student, c.teacher, batch_size) for c in cases]
         calls = []
 
@@ -365,7 +368,7 @@ def test_work_is_bounded() -> None:
             calls.append(None)
             return loss(r)
 
-        soundness(counted, cases, moments, opd.divergence("reverse_kl"), batch_size=batch_size)
+        soundness(counted, cases, moments, Objective.of(opd.divergence("reverse_kl")), Scenario(batch_size))
         assert len(calls) < most
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 import opdtheory as opd
 from opdtheory.auditing.effects.dependence import Dependence, dependence
 from opdtheory.auditing.naming.recover import RecoveredWeight, recover_weight
+from opdtheory.auditing.scenario import Scenario
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.rollouts import Rollouts
 from tests.labels import label
@@ -28,8 +29,8 @@ def of(loss: Loss, batch_size: int = 1, scale: float = 2.371) -> Dependence:
 
     if batch_size > 1:
         # The bandits of a coupled loss take a second, and nothing here depends on them.
-        return dependence(scaled, RISING, batch_size=batch_size)
-    return dependence(scaled, recover_weight(scaled, batch_size, 0.0, 0, 1e-9), batch_size=batch_size)
+        return dependence(scaled, RISING, Scenario(batch_size))
+    return dependence(scaled, recover_weight(scaled, Scenario(batch_size)), Scenario(batch_size))
 
 
 def of_both(advantage: Callable[[Tensor, Tensor], Tensor]) -> Loss:
@@ -251,11 +252,10 @@ def test_large_batches_say_what_was_not_looked_at() -> None:
     assert found.batch
 
 
-@pytest.mark.parametrize(
-    ("settings", "argument"), [({"batch_size": 0}, "batch_size"), ({"tolerance": 0.0}, "tolerance")]
-)
-def test_bad_settings(settings: dict[str, float], argument: str) -> None:
+def test_bad_settings() -> None:
     loss = opd.estimator("k2_loss")
-    weight = recover_weight(loss, 1, 0.0, 0, 1e-9)
-    with pytest.raises(InvalidArgumentError, match=argument):
-        dependence(loss, weight, **settings)  # type: ignore[arg-type]
+    weight = recover_weight(loss, Scenario())
+    with pytest.raises(InvalidArgumentError, match="tolerance: must be positive, got 0.0"):
+        dependence(loss, weight, Scenario(), tolerance=0.0)
+    with pytest.raises(InvalidArgumentError, match="batch_size: must be a whole number of at least 1, got 0"):
+        dependence(loss, weight, Scenario(batch_size=0))

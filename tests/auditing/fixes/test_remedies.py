@@ -22,14 +22,15 @@ from opdtheory.auditing.fixes.substitutes import last_resort
 from opdtheory.auditing.fixes.topk import TopKForm, recognise
 from opdtheory.auditing.fixes.trial import Trial, attempt
 from opdtheory.auditing.naming.recover import recover_weight
+from opdtheory.auditing.records import Identified, VariableLengths
 from opdtheory.auditing.report import Remedy
-from opdtheory.auditing.scenario import Case
+from opdtheory.auditing.scenario import Case, Scenario
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.exact import Enumeration, Loss, gradient_moments, random_pair
+from opdtheory.objective import Objective
 from opdtheory.rollouts import Rollouts
 from tests.tolerances import ENUMERATION
 
-DEFAULTS: dict[str, Any] = {"batch_size": 1, "eos": None, "off_policy": 0.0, "gamma": 1.0, "seed": 0}
 FAITHFUL = ("exact", "exact_up_to_scale")
 
 zoo = opd.estimator
@@ -183,33 +184,37 @@ WORDS = {
 }
 
 
+def asked(
+    objective: str, granularity: str = "token_local", gamma: float = 1.0, **scenario: Any
+) -> tuple[Objective, Scenario]:
+    return Objective.of(opd.divergence(objective), granularity, gamma), Scenario(**scenario)
+
+
 def audited(
     loss: Loss, objective: str, granularity: str = "token_local", tolerance: float = 1e-9, **changed: Any
 ) -> Audit:
     """What `audit` would hand on, without the parts that remedies do not read."""
-    settings = {**DEFAULTS, **changed}
-    verdict, bias = Trial(loss, opd.divergence(objective), granularity, **settings, tolerance=tolerance)(loss)
-    weight = recover_weight(loss, settings["batch_size"], settings["off_policy"], 0, tolerance)
+    claim, scenario = asked(objective, granularity, **changed)
+    verdict, bias = Trial(loss, claim, scenario, tolerance=tolerance)(loss)
     return Audit(
         name="loss",
-        objective=objective,
-        granularity=granularity,
+        claim=claim,
+        scenario=scenario,
         verdict=verdict,
         relative_bias=bias,
         cosine=0.0,
         scale=1.0,
         tolerance=tolerance,
         identified=None,
-        weight={**vars(weight), "explains_panel": None},
+        weight=recover_weight(loss, scenario, tolerance),
         pairs=[],
-        settings=settings,
     )
 
 
 def cure(
     loss: Loss, objective: str, granularity: str = "token_local", *, pairs: int | None = None, **changed: Any
 ) -> list[Remedy]:
-    return remedies(loss, objective, granularity, report=audited(loss, objective, granularity, **changed), pairs=pairs)
+    return remedies(loss, report=audited(loss, objective, granularity, **changed), pairs=pairs)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -229,7 +234,7 @@ def test_the_intended_remedy_comes_first_and_is_verified(case: str) -> None:
 def test_a_loss_in_float32_is_cured_within_its_rounding() -> None:
     report = audited(in_float32, "forward_kl", tolerance=1e-4)
     assert report.verdict == "biased"
-    first = remedies(in_float32, "forward_kl", report=report)[0]
+    first = remedies(in_float32, report=report)[0]
     assert (first.kind, first.verdict) == ("slope", "exact")
     assert first.text.startswith("Add to the advantage u f'(u)")
 
@@ -241,7 +246,7 @@ def test_an_exact_loss_needs_nothing() -> None:
 def test_nothing_is_offered_where_the_verdict_refuses_all() -> None:
     loss = zoo("opd", "forward_kl")
     report = audited(loss, "forward_kl")
-    assert remedies(loss, "forward_kl", report=report, verdict=lambda _: ("biased", 1.0)) == []
+    assert remedies(loss, report=report, verdict=lambda _: ("biased", 1.0)) == []
 
 
 def test_an_improvement_must_be_one() -> None:
@@ -249,16 +254,16 @@ def test_an_improvement_must_be_one() -> None:
     loss = times(3.0, zoo("opd_plus", "jsd"))
     report = audited(loss, "jsd")
     assert report.verdict == "exact_up_to_scale"
-    assert remedies(loss, "jsd", report=report, verdict=lambda _: ("exact_up_to_scale", 1.0)) == []
+    assert remedies(loss, report=report, verdict=lambda _: ("exact_up_to_scale", 1.0)) == []
 
 
 def test_variable_lengths_are_part_of_the_cure() -> None:
     """At fixed length a token mean is a matter of scale; where it fails at variable length, a factor is refused."""
     loss = zoo("opd_plus", "jsd", reduction="token_mean")
     fixed = audited(loss, "jsd")
-    assert [remedy.kind for remedy in remedies(loss, "jsd", report=fixed)][0] == "scale"
-    both = dataclasses.replace(fixed, variable_lengths={"verdict": "biased", "relative_bias": 0.2})
-    assert [remedy.kind for remedy in remedies(loss, "jsd", report=both)] == ["reduction"]
+    assert [remedy.kind for remedy in remedies(loss, report=fixed)][0] == "scale"
+    both = dataclasses.replace(fixed, variable_lengths=VariableLengths("biased", 0.2))
+    assert [remedy.kind for remedy in remedies(loss, report=both)] == ["reduction"]
 
 
 def test_claim_what_it_descends() -> None:
@@ -266,20 +271,14 @@ def test_claim_what_it_descends() -> None:
     report = dataclasses.replace(
         audited(loss, "reverse_kl"),
         verdict="other_objective",
-        identified={
-            "objective": "forward_kl",
-            "granularity": "token_local",
-            "parameters": {},
-            "scale": 1.0,
-            "error": 1e-15,
-        },
+        identified=Identified("forward_kl", "token_local", {}, 1.0, 1e-15),
     )
-    k2, claim = remedies(loss, "reverse_kl", report=report)
+    k2, claim = remedies(loss, report=report)
     assert (k2.kind, claim.kind, claim.verdict) == ("k2", "claim", "exact")
     assert claim.text.startswith("Claim forward_kl (token_local) instead")
-    assert [remedy.kind for remedy in remedies(loss, "reverse_kl", report=report, limit=1)] == ["k2"]
-    doubled = dataclasses.replace(report, identified={**(report.identified or {}), "scale": 2.0})
-    assert remedies(loss, "reverse_kl", report=doubled)[1].verdict == "exact_up_to_scale"
+    assert [remedy.kind for remedy in remedies(loss, report=report, limit=1)] == ["k2"]
+    doubled = dataclasses.replace(report, identified=Identified("forward_kl", "token_local", {}, 2.0, 1e-15))
+    assert remedies(loss, report=doubled)[1].verdict == "exact_up_to_scale"
 
 
 def test_a_gauge_says_that_another_divergence_is_descended() -> None:
@@ -308,7 +307,7 @@ def test_the_shifted_weight_is_monotone_and_a_smaller_shift_is_not() -> None:
 def test_a_tail_of_several_tokens_is_nearer_but_no_cure() -> None:
     loss = zoo("topk_truncated", "reverse_kl", k=2)
     report = audited(loss, "reverse_kl")
-    tail = {remedy.kind: remedy for remedy in remedies(loss, "reverse_kl", report=report)}["tail"]
+    tail = {remedy.kind: remedy for remedy in remedies(loss, report=report)}["tail"]
     assert not tail.verified and tail.verdict == "biased" and tail.relative_bias < report.relative_bias
     assert "coarser" in tail.text
 
@@ -325,17 +324,16 @@ def test_the_last_resort_is_always_exact(name: str, off_policy: float) -> None:
 
 
 def facts_of(loss: Loss, objective: str, granularity: str = "token_local", **changed: Any) -> Facts:
-    settings, divergence = {**DEFAULTS, **changed}, opd.divergence(objective)
-    curve = recover_weight(loss, settings["batch_size"], settings["off_policy"], 0, 1e-9)
+    claim, scenario = asked(objective, granularity, **changed)
+    curve = recover_weight(loss, scenario)
     return Facts(
         loss,
-        divergence,
-        granularity,
+        claim,
+        scenario,
         "biased",
-        settings,
         False,
         Curve(curve.log_u, curve.weight) if curve.depends_on_ratio_only else None,
-        Trial(loss, divergence, granularity, **settings),
+        Trial(loss, claim, scenario),
     )
 
 
@@ -390,7 +388,7 @@ WRONG: dict[str, tuple[Loss, Loss, str, dict[str, Any]]] = {
 @pytest.mark.parametrize("twin", WRONG)
 def test_a_wrong_twin_is_refused(twin: str) -> None:
     right, wrong, objective, settings = WRONG[twin]
-    trial = Trial(right, opd.divergence(objective), "token_local", **{**DEFAULTS, **settings})
+    trial = Trial(right, *asked(objective, **settings))
     assert trial(right)[0] in FAITHFUL
     assert trial(wrong)[0] == "biased"
 
@@ -417,13 +415,13 @@ def test_most_guesses_are_refused() -> None:
     ids=["exact", "scale", "biased", "zero", "off-policy", "group", "z-score"],
 )
 def test_a_trial_says_what_the_audit_says(loss: Loss, objective: str, settings: dict[str, Any]) -> None:
-    trial = Trial(loss, opd.divergence(objective), "token_local", **{**DEFAULTS, **settings})
+    trial = Trial(loss, *asked(objective, **settings))
     assert trial(loss)[0] == quick_verdict(loss, objective, **settings)
 
 
 def test_a_trial_may_look_at_every_pair() -> None:
     loss = zoo("opd", "chi2")
-    trial = Trial(loss, opd.divergence("chi2"), "token_local", **DEFAULTS)
+    trial = Trial(loss, *asked("chi2"))
     early, late = trial(loss), trial(loss, to_the_end=True)
     assert early[0] == late[0] == "biased" and early[1] < late[1]
 
@@ -517,8 +515,6 @@ def test_a_loss_that_fails_on_changed_inputs_is_no_error() -> None:
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ({"objective": "jsdd"}, "divergence"),
-        ({"granularity": "word"}, "objective"),
         ({"limit": 0}, "limit"),
         ({"pairs": 0}, "pairs"),
     ],
@@ -526,7 +522,7 @@ def test_a_loss_that_fails_on_changed_inputs_is_no_error() -> None:
 def test_bad_arguments_are_named(arguments: dict[str, Any], named: str) -> None:
     loss = zoo("opd", "jsd")
     with pytest.raises(InvalidArgumentError, match=named):
-        remedies(loss, **{"objective": "jsd", "report": audited(loss, "jsd"), **arguments})
+        remedies(loss, report=audited(loss, "jsd"), **arguments)
 
 
 def test_the_work_is_bounded_in_calls() -> None:
@@ -543,5 +539,5 @@ def test_the_work_is_bounded_in_calls() -> None:
             count += 1
             return loss(r)
 
-        remedies(counted, objective, report=report)
+        remedies(counted, report=report)
         assert count < 1500

@@ -17,6 +17,7 @@ from opdtheory.auditing.naming.atoms import PARAMETRIC, Atom, catalogue_atom, ca
 from opdtheory.auditing.naming.recover import RecoveredWeight, recover_weight
 from opdtheory.auditing.naming.sparse import Curve, best_subset, fit_parameter, snap
 from opdtheory.auditing.naming.weight_form import WeightForm, describe
+from opdtheory.auditing.scenario import Scenario
 from opdtheory.divergences import implied_generator_values, symbol
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.rollouts import Rollouts
@@ -26,7 +27,7 @@ GRID = torch.linspace(-2.0, 2.0, 9, dtype=torch.float64)
 
 
 def form_of(loss: Callable[[Rollouts], torch.Tensor], scale: float = 1.0, batch_size: int = 1) -> WeightForm:
-    return describe(recover_weight(lambda r: scale * loss(r), batch_size, 0.0, 0, 1e-9), 1e-9)
+    return describe(recover_weight(lambda r: scale * loss(r), Scenario(batch_size)), 1e-9)
 
 
 def reward(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Rollouts], torch.Tensor]:
@@ -121,7 +122,7 @@ def test_a_weight_of_p_and_q_is_not_named() -> None:
 def test_expression_and_generator_are_those_of_the_recovered_weight() -> None:
     u = symbol()
     for loss in (opd.estimator("k3_reward"), opd.estimator("opd", "jsd"), opd.estimator("opd", "forward_kl")):
-        recovered = recover_weight(loss, 1, 0.0, 0, 1e-9)
+        recovered = recover_weight(loss, Scenario())
         form = describe(recovered)
         assert form.expr is not None and form.generator is not None
         weight = sympy.sympify(form.expr, locals={"u": u})
@@ -150,7 +151,7 @@ def test_clamped_generator_is_the_integral_of_the_clamped_weight() -> None:
 def test_a_bound_on_a_round_log_ratio() -> None:
     """No grid point lies on it, where rounding would decide on which side a token falls."""
     for bound in (0.5, 1.0, 2.0):
-        recovered = recover_weight(opd.estimator("k2_loss", clip_log_ratio=bound), 1, 0.0, 0, 1e-9)
+        recovered = recover_weight(opd.estimator("k2_loss", clip_log_ratio=bound), Scenario())
         assert recovered.depends_on_ratio_only
         form = describe(recovered)
         assert form.kind == "numeric" and form.label.startswith("reverse_kl for log u between")
@@ -169,7 +170,7 @@ def test_a_bound_beyond_the_grid_is_named(bound: float) -> None:
             f"reverse_kl for log u between -{bound:g} and {bound:g}, constant outside with a jump",
         ),
     ):
-        recovered = recover_weight(loss, 1, 0.0, 0, 1e-9)
+        recovered = recover_weight(loss, Scenario())
         assert describe(recovered).label == named
         none = torch.zeros(0, dtype=torch.float64)
         short = describe(dataclasses.replace(recovered, far_log_u=none, far_weight=none))
@@ -202,13 +203,13 @@ def test_larger_batches_name_families_and_sums() -> None:
     ):
         form = form_of(loss, batch_size=batch_size)
         assert form.label == named and form.error < 1e-12
-    zscore = recover_weight(opd.estimator("opd_plus", "reverse_kl", zscore=True), 3, 0.0, 0, 1e-9)
+    zscore = recover_weight(opd.estimator("opd_plus", "reverse_kl", zscore=True), Scenario(3))
     assert not zscore.depends_on_ratio_only
 
 
 def test_genuine_looks_beyond_the_grid() -> None:
     """log u - u/1000 rises on the whole grid of |log u| <= 4 and falls beyond u = 1000 (T4)."""
-    recovered = recover_weight(reward(lambda t: t - 1e-3 * t.exp()), 1, 0.0, 0, 1e-9)
+    recovered = recover_weight(reward(lambda t: t - 1e-3 * t.exp()), Scenario())
     assert recovered.non_decreasing
     form = describe(recovered)
     assert form.label == "1000 * reverse_kl - forward_kl" or form.kind == "combination"
@@ -300,13 +301,13 @@ def test_single_precision_is_held_to_its_own_rounding() -> None:
         advantage = (r.log_u.float() - r.log_u.float().exp()).detach()
         return r.token_sum(-advantage * r.student_logprobs.float())
 
-    recovered = recover_weight(loss, 1, 0.0, 0, 1e-4)
+    recovered = recover_weight(loss, Scenario(), 1e-4)
     assert describe(recovered, 1e-4).label == "reverse_kl - forward_kl"
     assert describe(recovered, 1e-12).kind == "numeric"
 
 
 def test_bad_tolerance() -> None:
-    recovered = recover_weight(opd.estimator("k2_loss"), 1, 0.0, 0, 1e-9)
+    recovered = recover_weight(opd.estimator("k2_loss"), Scenario())
     with pytest.raises(InvalidArgumentError, match="tolerance"):
         describe(recovered, 0.0)
 

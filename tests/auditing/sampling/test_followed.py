@@ -11,15 +11,16 @@ import torch
 from torch import Tensor
 
 import opdtheory as opd
-from opdtheory.auditing.naming.objective import Aim
+from opdtheory.auditing.naming.knob import knob_of
 from opdtheory.auditing.sampling.fitting import fitted, knob_range, shortened
 from opdtheory.auditing.sampling.followed import Named, _coincident, name_followed
 from opdtheory.auditing.sampling.montecarlo import Search
 from opdtheory.auditing.sampling.scout import Scout, scouted
 from opdtheory.auditing.sampling.weights import SampledWeight, sampled_weight
-from opdtheory.auditing.scenario import panel
+from opdtheory.auditing.scenario import Scenario
 from opdtheory.auditing.views import render_audit
 from opdtheory.auditing.views.schema import AUDIT_SCHEMA
+from opdtheory.objective import Objective
 from opdtheory.rollouts import Rollouts
 
 Loss = Callable[[Rollouts], Tensor]
@@ -28,12 +29,12 @@ ORIGIN = torch.zeros((), dtype=torch.float64)
 
 def named(loss: Loss, claim: str, scout: Scout | None = None, batch_size: int = 1, seed: int = 0) -> Named | None:
     """The name at a batch size, from samples alone unless there is a scout."""
-    cases = panel(1)[1:4:2]
+    cases = Scenario(1).pairs()[1:4:2]
 
-    def restart(aim: Aim, number: int) -> Search:
-        return Search(loss, cases, aim, batch_size, seed + 100 * number, 0.99, False, 20_000, 30.0)
+    def restart(objective: Objective, number: int) -> Search:
+        return Search(loss, cases, objective, Scenario(batch_size, seed=seed + 100 * number), 0.99, 20_000, 30.0)
 
-    search = restart(Aim.of(opd.divergence(claim), "token_local"), 0)
+    search = restart(Objective.of(opd.divergence(claim)), 0)
     assert search.run(0.05) == "biased"
     return name_followed(search, scout, restart, batch_size, 0.05)
 
@@ -90,26 +91,26 @@ def test_what_holds_at_a_smaller_batch_size_is_not_taken_to_hold_at_a_larger_one
 def test_names_from_samples_alone(loss: Loss, label: str, granularity: str, gamma: float) -> None:
     found = named(loss, "hellinger")
     assert found is not None
-    assert (found.aim.label, found.aim.granularity, found.aim.gamma) == (label, granularity, gamma)
+    assert (found.objective.label, found.objective.granularity, found.objective.gamma) == (label, granularity, gamma)
     assert found.identified["error"] < 1e-6
     low, high = found.identified["fitted_range"]
-    knob = found.aim.knob()
+    knob = knob_of(found.objective)
     assert knob is not None and low <= knob.value <= high
 
 
 def test_a_loss_of_no_objective_is_not_named() -> None:
     """T6: without the outer discount; and a wrong conjecture is not believed."""
-    wrong = Scout(2, Aim.of(opd.divergence("forward_kl"), "token_local"), None, None)  # type: ignore[arg-type]
+    wrong = Scout(2, Objective.of(opd.divergence("forward_kl")), None, None)  # type: ignore[arg-type]
     assert named(opd.estimator("return_to_go", "jsd", gamma=0.5), "jsd", wrong) is None
 
 
 def test_the_range_of_a_fitted_number_is_that_of_the_samples() -> None:
     """With a control that leaves noise the truth is inside, a far value is not, and the shortest decimal is chosen."""
     loss = opd.estimator("opd_plus", opd.divergences.skew_jsd(0.25))
-    search = Search(loss, panel(1)[3:4], Aim.of(opd.divergence("jsd"), "token_local"), 1, 3, 0.99, False, 400, 30.0)
+    claim = Objective.of(opd.divergence("jsd"))
+    search = Search(loss, Scenario().pairs()[3:4], claim, Scenario(seed=3), 0.99, 400, 30.0)
     search.run(0.05)
-    aim = next(aim for aim in fitted(search) if aim.terms[0][1].name == "skew_jsd")
-    knob = aim.knob()
+    knob = knob_of(next(each for each in fitted(search) if each.divergence.name == "skew_jsd"))
     assert knob is not None
     low, high = knob_range(search, knob)
     assert low < 0.25 < high and high - low < 0.5
@@ -118,7 +119,7 @@ def test_the_range_of_a_fitted_number_is_that_of_the_samples() -> None:
     assert shortened(knob, (knob.value, knob.value)) == knob.value
     # T6c: of the reverse KL alone.
     for name, alike in (("reverse_kl", ["token_return"]), ("forward_kl", [])):
-        others = _coincident(Aim.of(opd.divergence(name), "sequence"), search)
+        others = _coincident(Objective.of(opd.divergence(name), "sequence"), search)
         assert [other.granularity for other in others] == alike
 
 
@@ -128,7 +129,7 @@ def test_a_scout_that_cannot_be_had_is_none() -> None:
 
     from opdtheory.auditing.black_box import BlackBox
 
-    assert scouted(BlackBox(fours), panel(2)[1:2], "token_local", 2, 0.0, 0, False) is None
+    assert scouted(BlackBox(fours), Scenario(2).pairs()[1:2], "token_local", Scenario(2)) is None
 
 
 def test_sampled_weights_hold_the_truth_and_tell_a_ratio_from_more() -> None:
@@ -136,8 +137,8 @@ def test_sampled_weights_hold_the_truth_and_tell_a_ratio_from_more() -> None:
     jsd = opd.divergence("jsd")
 
     def weight_of(loss: Loss, control: str, batch_size: int) -> SampledWeight:
-        aim = Aim.of(opd.divergence(control), "token_local")
-        return sampled_weight(loss, batch_size, aim, 0.0, 0, confidence=0.99, seconds=20.0, most=40)
+        objective = Objective.of(opd.divergence(control))
+        return sampled_weight(loss, objective, Scenario(batch_size), confidence=0.99, seconds=20.0, most=40)
 
     found = weight_of(opd.estimator("opd", "chi2", baseline="leave_one_out"), "reverse_kl", 8)
     truth = opd.estimator("opd", "chi2").token_loss.advantage.of_log_u(found.log_u)  # type: ignore[attr-defined]

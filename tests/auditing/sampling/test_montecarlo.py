@@ -14,10 +14,11 @@ from opdtheory.auditing import quick_verdict
 from opdtheory.auditing.sampling.bounds import Bounds, Target, relative_bias, scale_range
 from opdtheory.auditing.sampling.montecarlo import monte_carlo_compare
 from opdtheory.auditing.sampling.projections import controls, directions, fit_controls
-from opdtheory.auditing.scenario import Case, panel
+from opdtheory.auditing.scenario import Case, Scenario
 from opdtheory.errors import BudgetExceededError, InvalidArgumentError, LossError
 from opdtheory.exact import Enumeration, MarkovPolicy, TabularPolicy, exact_gradient, random_pair
 from opdtheory.exact.sampling import Sample, Sampler, sample_rollouts
+from opdtheory.objective import Objective
 from opdtheory.rollouts import Rollouts
 from tests.tolerances import ENUMERATION
 
@@ -40,8 +41,11 @@ def _chains(vocab_size: int = 32, horizon: int = 16, eos: int | None = 0) -> Cas
     return Case(student, teacher, None, "chains")  # type: ignore[arg-type]
 
 
-def _compare(loss, cases, *arguments, **settings):
-    return monte_carlo_compare(loss, cases, *arguments, seconds=60.0, **settings)
+def _compare(loss, cases, divergence="reverse_kl", granularity="token_local", gamma=1.0, **settings):
+    """The comparison, with the settings of the claim, of the scenario and of the budget together."""
+    words = {key: settings.pop(key) for key in ("batch_size", "seed", "shared_prompt") if key in settings}
+    claim = Objective.of(opd.divergence(divergence), granularity, gamma)
+    return monte_carlo_compare(loss, cases, claim, Scenario(**words), **{"seconds": 60.0, **settings})
 
 
 @pytest.mark.parametrize("off_policy", [0.0, 0.7])
@@ -118,7 +122,7 @@ def test_prompts_and_groups_agree_with_the_exact_expectation(shared_prompt: bool
         advantages = (r.mask * r.log_u.detach()).sum(-1, keepdim=True)
         return r.token_sum(-((advantages - advantages.mean(0)) * r.student_logprobs))
 
-    case = panel(2, prompts=2, shared_prompt=shared_prompt)[3]
+    case = Scenario(2, prompts=2, shared_prompt=shared_prompt).pairs()[3]
     exact = torch.cat([g.flatten() for g in exact_gradient(case.student, case.teacher, "reverse_kl", "sequence")])
     expected = opd.expected_gradient(centred, case.student, case.teacher, 2, shared_prompt=shared_prompt)
     gap = torch.cat([g.flatten() for g in expected]) - exact / 2
@@ -232,7 +236,7 @@ _ZOO = [
 def test_verdicts_agree_with_the_exact_audit(batch_size: int, name: str, divergence: str | None, options: dict) -> None:
     loss = opd.estimator(name, divergence, **options)
     claim = loss.claim
-    cases = panel(2)[3:5]
+    cases = Scenario(2).pairs()[3:5]
     claimed = (claim.divergence, claim.granularity)
     expected = quick_verdict(loss, *claimed, batch_size=batch_size, gamma=claim.gamma)
     result = _compare(loss, cases, *claimed, gamma=claim.gamma, batch_size=batch_size)
@@ -246,11 +250,11 @@ def test_off_policy_needs_the_ratio() -> None:
 
 
 def test_names_what_is_followed_instead() -> None:
-    result = _compare(opd.estimator("k3_loss"), panel(1)[3:5], "reverse_kl")
+    result = _compare(opd.estimator("k3_loss"), Scenario(1).pairs()[3:5], "reverse_kl")
     assert result.verdict == "biased"
     assert result.follows is not None
-    assert (result.follows["objective"], result.follows["granularity"]) == ("forward_kl", "token_local")
-    assert _compare(opd.estimator("opd", "forward_kl"), panel(1)[3:5], "forward_kl").follows is None
+    assert (result.follows["objective"], result.follows.granularity) == ("forward_kl", "token_local")
+    assert _compare(opd.estimator("opd", "forward_kl"), Scenario(1).pairs()[3:5], "forward_kl").follows is None
     assert "follows forward_kl" in result.words
 
 
@@ -285,14 +289,14 @@ def test_a_small_smooth_bias_is_found(size: float) -> None:
         log_u = r.log_u.detach()
         return r.token_sum(-((log_u + size * torch.sin(3 * log_u)) * r.student_logprobs))
 
-    result = _compare(loss, panel(1)[3:4], "reverse_kl")
+    result = _compare(loss, Scenario(1).pairs()[3:4], "reverse_kl")
     assert result.verdict == "biased"
     assert 0.0 < result.relative_bias[0] < size
 
 
 def test_a_tiny_budget_ends_undecided() -> None:
     loss = opd.estimator("opd_plus", "jsd", zscore=True)
-    result = monte_carlo_compare(loss, [_case()], "jsd", batch_size=4, max_batches=8)
+    result = _compare(loss, [_case()], "jsd", batch_size=4, max_batches=8, seconds=30.0)
     assert result.verdict == "undecided"
     assert "budget ended" in result.words
     assert result.relative_bias[1] == float("inf")
@@ -306,7 +310,7 @@ def test_a_margin_that_is_not_reached_ends_undecided() -> None:
         wild = 30.0 * torch.cos(5.0 * r.tokens[1, 0])
         return r.token_sum(r.log_u.square() / 2) + wild * r.student_logprobs[0].sum()
 
-    result = monte_carlo_compare(noisy, [_case()], "reverse_kl", batch_size=2, max_batches=640, seconds=60.0)
+    result = _compare(noisy, [_case()], "reverse_kl", batch_size=2, max_batches=640)
     assert result.verdict == "undecided"
     low, high = result.relative_bias
     assert low == 0.0 and high > 0.05
@@ -388,18 +392,18 @@ def test_bounds_contain_what_they_bound() -> None:
 )
 def test_bad_settings_are_named(settings: dict, argument: str) -> None:
     with pytest.raises(InvalidArgumentError, match=argument):
-        monte_carlo_compare(opd.estimator("k2_loss"), [_case()], **settings)
+        _compare(opd.estimator("k2_loss"), [_case()], **settings)
 
 
 def test_bad_losses_and_sizes_are_refused() -> None:
     with pytest.raises(InvalidArgumentError, match="cases"):
-        monte_carlo_compare(opd.estimator("k2_loss"), [])
+        _compare(opd.estimator("k2_loss"), [])
     with pytest.raises(LossError, match="not deterministic"):
-        monte_carlo_compare(lambda r: r.token_sum(r.log_u * torch.rand(())), [_case()])
+        _compare(lambda r: r.token_sum(r.log_u * torch.rand(())), [_case()])
     with pytest.raises(LossError, match="no gradient"):
-        monte_carlo_compare(lambda r: r.teacher_logprobs.sum(), [_case()])
+        _compare(lambda r: r.teacher_logprobs.sum(), [_case()])
     with pytest.raises(LossError, match="shape"):
-        monte_carlo_compare(lambda r: r.log_u, [_case()])
+        _compare(lambda r: r.log_u, [_case()])
     with pytest.raises(BudgetExceededError):
         Sampler.build(*random_pair(4, 6), budget=1000)
     with pytest.raises(InvalidArgumentError, match="count"):

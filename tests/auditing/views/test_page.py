@@ -19,10 +19,13 @@ import torch
 
 import opdtheory as opd
 from opdtheory.auditing import VERDICTS, Audit
+from opdtheory.auditing.records import Identified
+from opdtheory.auditing.sampling.montecarlo_result import MonteCarloResult
 from opdtheory.auditing.views import render_audit, write_audit
 from opdtheory.auditing.views.figures import curves, figures
 from opdtheory.auditing.views.schema import AUDIT_SCHEMA, schema_text
 from opdtheory.auditing.views.terminal import print_audit
+from opdtheory.objective import Objective
 
 ROOT = Path(__file__).resolve().parents[3]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -31,10 +34,9 @@ HOSTILE = "<script>document.title='taken'</script>\"'><img src=x onerror=\"docum
 
 SAMPLED = {
     "verdict": "biased",
-    "relative_bias": [0.1, float("inf")],
-    "cosine": [-1.0, 1.0],
+    "relative_bias": (0.1, float("inf")),
+    "cosine": (-1.0, 1.0),
     "scale": None,
-    "follows": None,
     "directions": 7,
     "identical": False,
     "hidden": 0.1,
@@ -48,17 +50,17 @@ SAMPLED = {
 }
 
 
-def followed(text: str) -> dict:
-    return {
-        "objective": text,
-        "granularity": "token_local",
-        "parameters": {text: 0.5},
-        "scale": 1.0,
-        "error": 1e-3,
-        "evidence": text,
-        "fitted": text,
-        "fitted_range": [0.4, 0.6],
-    }
+def followed(text: str) -> Identified:
+    return Identified(
+        objective=text,
+        granularity="token_local",
+        parameters={text: 0.5},
+        scale=1.0,
+        error=1e-3,
+        evidence=text,
+        fitted=text,
+        fitted_range=(0.4, 0.6),
+    )
 
 
 def k3(r):
@@ -123,9 +125,9 @@ def whole(report: Audit, text: str = "x") -> Audit:
         ],
         remedies=[
             record(kind="detach", text=text, verdict="exact", relative_bias=1e-16, verified=True),
-            record(kind="scale", text="multiply", verdict=None, relative_bias=None, verified=False),
+            record(kind="scale", text="multiply", verdict="biased", relative_bias=None, verified=False),
         ],
-        monte_carlo={**SAMPLED, "words": f"{report.summary()} {text}", "follows": followed(text)},
+        monte_carlo=MonteCarloResult(**SAMPLED, words=f"{report.summary()} {text}", follows=followed(text)),
     )
 
 
@@ -186,7 +188,8 @@ def test_every_verdict_has_a_page(reports):
         assert VERDICTS[report.verdict][1:] in page.text
         coarse = float(report.weight["log_u"][-1]) < 1.0
         assert page.tags.count("svg") == 4 - 2 * coarse
-    undecided = dataclasses.replace(reports[0], verdict="undecided", monte_carlo={"words": "Undecided.", "samples": 10})
+    sampled = MonteCarloResult(**SAMPLED, words="Undecided.", follows=None)
+    undecided = dataclasses.replace(reports[0], verdict="undecided", monte_carlo=sampled)
     assert 'class="verdict open"' in render_audit(undecided) and "Monte Carlo" in render_audit(undecided)
 
 
@@ -209,13 +212,17 @@ def test_ids_are_unique_and_found(report):
 
 
 def test_names_are_escaped_wherever_they_stand(report):
+    claim = Objective.of(opd.Divergence.from_expr(opd.divergence("jsd").expr, name=HOSTILE))
+    scenario = dataclasses.replace(report.scenario)
+    # Neither is checked again once it is there.
+    object.__setattr__(claim, "granularity", HOSTILE)
+    object.__setattr__(scenario, "eos", HOSTILE)
     hostile = dataclasses.replace(
         whole(report, HOSTILE),
-        objective=HOSTILE,
-        granularity=HOSTILE,
-        identified={**report.identified, "objective": HOSTILE, "granularity": HOSTILE},
+        claim=claim,
+        scenario=scenario,
+        identified=dataclasses.replace(report.identified, objective=HOSTILE, granularity=HOSTILE),
         pairs=[dataclasses.replace(report.pairs[0], label=HOSTILE), *report.pairs[1:]],
-        settings={**report.settings, HOSTILE: HOSTILE},
     )
     page = Page(render_audit(hostile))
     assert "script" not in page.tags and "img" not in page.tags
@@ -265,7 +272,7 @@ def test_a_generator_of_one_s_own_is_drawn_if_given(report):
 
 
 def test_no_generator_where_the_weight_is_no_function_of_the_ratio(report):
-    apart = dataclasses.replace(report, weight={**report.weight, "depends_on_ratio_only": False})
+    apart = dataclasses.replace(report, weight=dataclasses.replace(report.weight, depends_on_ratio_only=False))
     assert curves(apart).generator is None
     assert [figure.title for figure in figures(apart, curves(apart))][:2] == ["Weight on a token", "Bias by pair"]
 
