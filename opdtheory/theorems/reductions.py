@@ -13,11 +13,11 @@ from torch import Tensor
 
 from opdtheory import divergences
 from opdtheory.divergences import Divergence
-from opdtheory.estimators import estimator
 from opdtheory.exact import Enumeration, TabularPolicy, exact_gradient, expected_gradient, random_pair
 from opdtheory.rollouts import Rollouts
 from opdtheory.theorems.instances.batches import Atoms, Moments, Reduction, batch_mean, first_order, second_order
-from opdtheory.theorems.instances.cases import Pair, autograd_gradient
+from opdtheory.theorems.instances.cases import Pair, autograd_gradient, distribution, sampled_gradient
+from opdtheory.theorems.instances.one_sample import SMOOTH
 from opdtheory.theorems.theorem import Cases, Identity, Step, Theorem, close, holds, same
 
 __all__ = ["theorems"]
@@ -50,12 +50,12 @@ def _means() -> Theorem:
                 r"\frac{\bar N + \varepsilon n}{\bar L + \varepsilon l} = \frac{\bar N}{\bar L} + "
                 r"\varepsilon\Big(\frac{n}{\bar L} - \frac{\bar N l}{\bar L^2}\Big) + "
                 r"\varepsilon^2\Big(-\frac{n l}{\bar L^2} + \frac{\bar N l^2}{\bar L^3}\Big) + \dots",
-                "Taylor's series of the batch's ratio in the deviations of its two means, to the fourth order",
+                "the Taylor series of the batch's ratio in the deviations of its two means, to the fourth order",
                 _step_series,
             ),
             Step(
                 r"E[n l] = \mathrm{Cov}(N, L)/B,\quad E[l^2] = \mathrm{Var}(L)/B,\quad E[n l^2], E[l^3] = O(B^{-2})",
-                "in a product of B-means of independent centred terms only those count in which none stands alone; "
+                "in a product of means of B independent centred terms, only those count in which no rollout stands alone; "
                 "lengths are bounded, so the remainder of the series is of the order of its first term",
                 _step_moments,
                 in_words=True,
@@ -160,7 +160,7 @@ def _per_sequence() -> Theorem:
         derivation=(
             Step(
                 r"\partial_p\,[p f(q/p)/L] = -w_f(u)/L",
-                "L(y) is a number attached to the sequence, T1 applies to each",
+                "L(y) is a number attached to the sequence y, and T1 applies to each y",
                 _step_per_atom,
             ),
             Step(
@@ -199,9 +199,9 @@ def _per_sequence() -> Theorem:
 def _atoms() -> tuple[Atoms, ...]:
     F = Fraction
     return (
-        Atoms((F(1), F(-2)), (1, 3), (F(1, 3), F(2, 3))),
-        Atoms((F(2), F(1), F(-1)), (2, 3, 5), (F(1, 2), F(1, 4), F(1, 4))),
-        Atoms((F(0), F(3), F(5)), (2, 3, 2), (F(1, 5), F(2, 5), F(2, 5))),
+        Atoms((F(1), F(-2)), (1, 3), distribution(1, 2)),
+        Atoms((F(2), F(1), F(-1)), (2, 3, 5), distribution(2, 1, 1)),
+        Atoms((F(0), F(3), F(5)), (2, 3, 2), distribution(1, 2, 2)),
     )
 
 
@@ -212,7 +212,7 @@ def _check_sum(reduction: Reduction) -> Cases:
     r"""$E[\mathrm{reduced}] = \bar N$ at every batch size."""
     for atoms in _atoms():
         for size in (1, 2, 3, 5):
-            yield same(batch_mean(atoms, size, reduction), Moments.of(atoms).n, atoms, size)
+            yield same(batch_mean(atoms, size, reduction), Moments.of(atoms).n, atoms, f"B {size}")
 
 
 def _check_covariance(sign: int) -> Cases:
@@ -222,45 +222,42 @@ def _check_covariance(sign: int) -> Cases:
         for size in (1, 2, 4, 8):
             mean = batch_mean(atoms, size, "token_mean")
             covariance = batch_mean(atoms, size, "token_mean", with_length=True) - mean * m.l
-            yield same(mean, m.n / m.l + sign * covariance / m.l, atoms, size)
+            yield same(mean, m.n / m.l + sign * covariance / m.l, atoms, f"B {size}")
 
 
 def _check_rate(claim: tuple[Coefficient, ...]) -> Cases:
-    """Twice the batch divides what the expansion leaves by `2^(terms + 1)`, on exact means."""
+    """Doubling the batch divides what the expansion leaves by `2^(terms + 1)`, on exact means."""
     for atoms in _atoms():
         m, left = Moments.of(atoms), []
         for size in (16, 32, 64):
             error = batch_mean(atoms, size, "token_mean") - m.n / m.l
             left.append(error - sum((term(m) / size**k for k, term in enumerate(claim, 1)), Fraction(0)))
         faster = 2 ** (len(claim) + 1)
-        yield holds(0 not in left, atoms)
+        yield holds(0 not in left, atoms, "something is left")
         # The next order of the expansion moves the ratio from its limit by a multiple of 1/B, which halves in turn.
         gaps = [before / after / faster - 1 for before, after in itertools.pairwise(left) if after]
-        yield holds(all(abs(gap) < Fraction(1, 8) for gap in gaps), atoms)
-        yield holds(
-            len(gaps) == 2 and Fraction(2, 5) * gaps[0] ** 2 < gaps[1] * gaps[0] < Fraction(3, 5) * gaps[0] ** 2, atoms
-        )
+        yield holds(all(abs(gap) < Fraction(1, 8) for gap in gaps), atoms, "rate")
+        halves = len(gaps) == 2 and Fraction(2, 5) * gaps[0] ** 2 < gaps[1] * gaps[0] < Fraction(3, 5) * gaps[0] ** 2
+        yield holds(halves, atoms, "how the rate is approached")
 
 
 def _check_unbiased_cases(constant: bool) -> Cases:
     r"""No bias at any batch size if all lengths are equal, or if every numerator is the same multiple of its length."""
-    F = Fraction
-    chances = (F(1, 2), F(1, 3), F(1, 6))
+    F, chances = Fraction, distribution(3, 2, 1)
     equal = Atoms((F(1), F(-2), F(7)), (3, 3, 3) if constant else (3, 3, 4), chances)
     proportional = Atoms(tuple(F(5, 2) * k for k in (1, 2, 5)), (1, 2, 5) if constant else (1, 3, 5), chances)
     for atoms in (equal, proportional):
         m = Moments.of(atoms)
         for size in (1, 2, 5):
-            yield same(batch_mean(atoms, size, "token_mean"), m.n / m.l, atoms, size)
+            yield same(batch_mean(atoms, size, "token_mean"), m.n / m.l, atoms, f"B {size}")
 
 
 def _check_sequence_mean(power: int) -> Cases:
     r"""$E[\mathrm{reduced}] = \sum_\ell \ell^{-1} P(L=\ell) E[N | L=\ell]$ at every batch size."""
     for atoms in _atoms():
         for size in (1, 2, 4):
-            yield same(
-                batch_mean(atoms, size, "sequence_mean"), atoms.mean(lambda n, k: n / Fraction(k) ** power), atoms, size
-            )
+            weighted = atoms.mean(lambda n, k: n / Fraction(k) ** power)
+            yield same(batch_mean(atoms, size, "sequence_mean"), weighted, atoms, f"B {size}")
 
 
 # Policies: the gradients themselves.
@@ -274,10 +271,9 @@ def _pairs() -> tuple[Pair, ...]:
 def _check_reduced_gradient(claim: tuple[Reduction, bool]) -> Cases:
     """The library's loss on batches of two, as a black box; `up_to_scale` divides by the best factor."""
     reduction, up_to_scale = claim
-    for divergence in map(divergences.divergence, ("reverse_kl", "forward_kl", "jsd")):
-        loss = estimator("opd_plus", divergence, reduction=reduction)
+    for divergence in ("reverse_kl", "forward_kl", "jsd"):
         for pair in _pairs():
-            found = expected_gradient(loss, *pair, batch_size=2)
+            found = sampled_gradient("opd_plus", divergence, pair, batch_size=2, reduction=reduction)
             truth = exact_gradient(*pair, divergence)
             if up_to_scale:
                 a, b = (torch.cat([g.flatten() for g in each]) for each in (found, truth))
@@ -299,39 +295,40 @@ def _inverse_length(student: TabularPolicy, teacher: TabularPolicy, batch_size: 
 def _check_constant_advantage(claim: tuple[Reduction, float]) -> Cases:
     r"""A constant advantage `c` descends $-c\,E[1/L]$: with `token_mean` of the batch, with `sequence_mean` of each."""
     reduction, factor = claim
+
+    def loss(r: Rollouts) -> Tensor:
+        values = -0.7 * r.student_logprobs
+        return r.token_mean(values) if reduction == "token_mean" else r.sequence_mean(values)
+
+    def value(student: TabularPolicy, teacher: TabularPolicy, count: int) -> Tensor:
+        return factor * 0.7 * _inverse_length(student, teacher, count)
+
     for pair in _pairs():
         for size in (1, 2, 3):
-
-            def loss(r: Rollouts) -> Tensor:
-                values = -0.7 * r.student_logprobs
-                return r.token_mean(values) if reduction == "token_mean" else r.sequence_mean(values)
-
-            count = size if reduction == "token_mean" else 1
-            slope = autograd_gradient(pair, lambda s, t=pair[1], n=count: factor * 0.7 * _inverse_length(s, t, n))  # type: ignore[misc]
-            yield close(expected_gradient(loss, *pair, batch_size=size), slope, pair, size)
+            slope = autograd_gradient(pair, value, pair[1], size if reduction == "token_mean" else 1)
+            yield close(expected_gradient(loss, *pair, batch_size=size), slope, pair, f"B {size}")
 
 
 def _check_weighted_sequence(power: int) -> Cases:
     r"""`sequence_mean` of the whole sequence's weight descends $\sum_y L(y)^{-1} p(y) f(q(y)/p(y))$."""
+
+    def value(student: TabularPolicy, teacher: TabularPolicy, d: Divergence) -> Tensor:
+        r = Enumeration.build(student, teacher).rollouts()
+        chance = (r.mask * r.student_logprobs).sum(-1).exp()
+        return (chance * d.generator((r.mask * r.log_u).sum(-1)) / r.mask.sum(-1) ** power).sum()
+
     for divergence in map(divergences.divergence, ("reverse_kl", "forward_kl", "chi2")):
-        loss = estimator("sequence_opd_plus", divergence, reduction="sequence_mean")
         for pair in _pairs():
-
-            def value(student: TabularPolicy, teacher: TabularPolicy = pair[1], d: Divergence = divergence) -> Tensor:
-                r = Enumeration.build(student, teacher).rollouts()
-                chance = (r.mask * r.student_logprobs).sum(-1).exp()
-                return (chance * d.generator((r.mask * r.log_u).sum(-1)) / r.mask.sum(-1) ** power).sum()
-
-            yield close(expected_gradient(loss, *pair), autograd_gradient(pair, value), divergence, pair)
+            found = sampled_gradient("sequence_opd_plus", divergence, pair, reduction="sequence_mean")
+            yield close(found, autograd_gradient(pair, value, pair[1], divergence), divergence, pair)
 
 
 def _check_at_teacher(name: str) -> Cases:
     """At the teacher a mean over tokens leaves the centred weight without gradient, for every generator."""
-    for divergence in map(divergences.divergence, ("reverse_kl", "forward_kl", "chi2", "jsd")):
+    for divergence in SMOOTH:
         for reduction in ("token_mean", "sequence_mean"):
-            loss = estimator(name, divergence, reduction=reduction)
             for student, _ in _pairs():
-                found = expected_gradient(loss, student, student, batch_size=2)
+                found = sampled_gradient(name, divergence, (student, student), batch_size=2, reduction=reduction)
                 yield close(found, [torch.zeros_like(g) for g in found], divergence, reduction, student)
 
 

@@ -9,16 +9,24 @@ from typing import Any, Literal
 
 import sympy
 import torch
-from mpmath import iv
 from torch import Tensor
 
 from opdtheory import divergences
 from opdtheory.divergences import Divergence
 from opdtheory.estimators import estimator
 from opdtheory.exact import exact_gradient, exact_value, expected_gradient
+from opdtheory.exact.tree import Tree
 from opdtheory.rollouts import Rollouts
-from opdtheory.theorems.instances.cases import RATIONAL, catalogue, interval, pairs, rational_distributions, values_of
-from opdtheory.theorems.instances.one_sample import in_logits
+from opdtheory.theorems.instances.cases import (
+    Pair,
+    at_atoms,
+    catalogue,
+    interval,
+    pairs,
+    rational_cases,
+    rational_distributions,
+)
+from opdtheory.theorems.instances.one_sample import in_logits, intervals, kl, mean_gradient, weight_of
 from opdtheory.theorems.theorem import Cases, Identity, Step, Theorem, close, furthest, holds, overlap, same
 
 __all__ = ["theorems"]
@@ -41,14 +49,14 @@ def theorems() -> list[Theorem]:
                 r"\nabla \sum_n \mathrm{sg}\big[E_{h_n}\big] \sum_a p_a f(q_a/p_a) = "
                 r"-E_p\Big[\sum_n w_f(u_n)\, s_n\Big]: \text{ token\_local}"
             ),
-            hypotheses=("histories drawn from the student", "autograd differentiates the outer p and the ratio"),
+            hypotheses=("histories are drawn from the student", "autograd differentiates the outer p and the ratio"),
             source="derived here; GKD, arXiv 2306.13649",
-            advice="With both models' logits at hand sum p f(q/p) over the vocabulary; detach no student term.",
+            advice="If you have both models' logits, sum p f(q/p) over the vocabulary; detach no term of the student.",
             derivation=(
                 Step(
                     r"\frac{\partial}{\partial P}[P f(q/p)] + \frac{\partial}{\partial p}[P f(q/p)] = -w_f(u) "
                     r"\text{ at } P = p",
-                    "the product rule, f undefined; the second part alone is -u f', the first alone f",
+                    "the product rule, with f an undefined function; the second part alone is -u f', the first alone f",
                     _product_rule,
                 ),
             ),
@@ -146,10 +154,10 @@ def theorems() -> list[Theorem]:
                     "what a KL exceeds it by",
                     r"\beta KL(q\|p) - D_\beta = KL(m\|p), \quad (1-\beta) KL(p\|q) - D_\beta = KL(m\|q)",
                     _check_deficit,
-                    lambda ps, qs, mixture, end: _kl(mixture, ps if end == 0 else qs),
+                    lambda ps, qs, mixture, end: kl(mixture, ps if end == 0 else qs),
                     {
                         "nothing": lambda ps, qs, mixture, end: interval(0),
-                        "arguments exchanged": lambda ps, qs, mixture, end: _kl(ps if end == 0 else qs, mixture),
+                        "arguments exchanged": lambda ps, qs, mixture, end: kl(ps if end == 0 else qs, mixture),
                     },
                     "rigorous",
                     1e-40,
@@ -205,32 +213,23 @@ def _summed(divergence: Divergence, detached: Detached) -> Callable[[Rollouts], 
 
 
 def _check_vocabulary(detached: Detached) -> Cases:
+    pair = pairs()[2]
     for divergence in catalogue():
-        for pair in pairs()[2:3]:
-            yield close(
-                expected_gradient(_summed(divergence, detached), *pair),
-                exact_gradient(*pair, divergence),
-                divergence,
-                pair,
-            )
+        summed = expected_gradient(_summed(divergence, detached), *pair)
+        yield close(summed, exact_gradient(*pair, divergence), divergence, pair)
 
 
 def _check_vocabulary_in_fractions(detached: Detached) -> Cases:
     r"""Each factor of $p f(q/p)$ differentiated in turn, against $-p_a (w_a - E_p w)$."""
     u = divergences.symbol()
     outer, inner, q = sympy.symbols("P p q", positive=True)
-    for name in RATIONAL:
-        f = divergences.divergence(name).expr
-        term, w = outer * f.subs(u, q / inner), u * sympy.diff(f, u) - f
+    for divergence, student, teacher in rational_cases():
+        term = outer * divergence.expr.subs(u, q / inner)
         parts = {"outer p": sympy.diff(term, inner), "ratio": sympy.diff(term, outer)}
-        slope = sum(part for factor, part in parts.items() if detached in ("nothing", factor))
-        for student, teacher in rational_distributions():
-            at = [{outer: a, inner: a, q: b} for a, b in zip(student, teacher, strict=True)]
-            slopes = [values_of(slope, values) for values in at]
-            weights = [values_of(w, {u: b / a}) for a, b in zip(student, teacher, strict=True)]
-            yield same(
-                in_logits(student, slopes), in_logits(student, [-weight for weight in weights]), name, student, teacher
-            )
+        slope = sum(part.subs(outer, inner) for factor, part in parts.items() if detached in ("nothing", factor))
+        weights = at_atoms(weight_of(divergence.name), student, teacher)
+        claimed = mean_gradient(student, weights)
+        yield same(in_logits(student, at_atoms(slope, student, teacher)), claimed, divergence, student, teacher)
 
 
 # The generalised JSD.
@@ -247,83 +246,77 @@ def _check_generator(claim: Callable[[Any, Any], Any]) -> Cases:
     mixture = beta * q + (1 - beta) * p
     mixed = beta * q * sympy.log(q / mixture) + (1 - beta) * p * sympy.log(p / mixture)
     gap = (p * claim(u, beta).subs(u, q / p) - mixed).subs({p: sympy.exp(sympy.Symbol("x", real=True)) * q})
-    yield holds(sympy.simplify(sympy.expand_log(gap, force=True)) == 0)
+    yield holds(sympy.simplify(sympy.expand_log(gap, force=True)) == 0, "every beta")
     for value in ("0.1", "0.5", "0.9"):
         entry = divergences.divergence("skew_jsd", beta=float(value))
         rest = entry.expr - claim(divergences.symbol(), sympy.Rational(value))
-        yield holds(sympy.simplify(sympy.expand_log(rest, force=True)) == 0, value)
+        yield holds(sympy.simplify(sympy.expand_log(rest, force=True)) == 0, f"beta {value} of the catalogue")
 
 
 def _check_ends(end: End, claim: Claims) -> Cases:
-    r"""The series of $f_\beta/\beta$ at 0, or of $f_\beta/(1-\beta)$ at 1, to first order; a gauge is no difference."""
+    r"""The series of $f_\beta/\beta$ at 0, or of $f_\beta/(1-\beta)$ at 1, to first order, up to a gauge."""
     u, small, c = sympy.symbols("u epsilon c", positive=True)
     beta = small if end == 0 else 1 - small
     scaled = _jsd_beta(u, beta) / small
     constant = sympy.limit(scaled, small, 0, "+")
     first = sympy.limit((scaled - constant) / small, small, 0, "+")
     claimed = claim(small)
-    for found, wanted in ((constant, claimed.coeff(small, 0)), (first, claimed.coeff(small, 1))):
-        rest = sympy.simplify(sympy.expand_log(found - wanted.subs(divergences.symbol(), u), force=True))
+    for order, found in enumerate((constant, first)):
+        wanted = claimed.coeff(small, order).subs(divergences.symbol(), u)
+        rest = sympy.simplify(sympy.expand_log(found - wanted, force=True))
         # What remains may be a multiple of u - 1: the gauge, which no divergence sees.
-        yield holds(sympy.simplify(sympy.diff(rest, u, 2)) == 0 and rest.subs(u, 1) == 0, found, wanted)
-    yield holds(sympy.limit(_jsd_beta(u, beta), small, 0, "+") == 0)
-
-
-def _kl(first: list[Any], second: list[Any]) -> Any:
-    return sum(a * iv.log(a / b) for a, b in zip(first, second, strict=True))
+        yield holds(sympy.simplify(sympy.diff(rest, u, 2)) == 0 and rest.subs(u, 1) == 0, f"order {order}")
+    yield holds(sympy.limit(_jsd_beta(u, beta), small, 0, "+") == 0, "undivided")
 
 
 def _mixed(ps: list[Any], qs: list[Any], beta: Fraction) -> tuple[list[Any], Any]:
     r"""The mixture $m$ and $D_\beta$, in intervals."""
     b, c = interval(beta), interval(1 - beta)
     mixture = [b * y + c * x for x, y in zip(ps, qs, strict=True)]
-    return mixture, b * _kl(qs, mixture) + c * _kl(ps, mixture)
+    return mixture, b * kl(qs, mixture) + c * kl(ps, mixture)
 
 
 def _check_deficit(claim: Callable[[Any, Any, Any, Any], Any]) -> Cases:
     r"""$\beta KL(q\|p) - D_\beta$, and at the other end $(1-\beta) KL(p\|q) - D_\beta$, in intervals."""
     for student, teacher in rational_distributions():
-        ps, qs = [interval(a) for a in student], [interval(b) for b in teacher]
+        ps, qs = intervals(student), intervals(teacher)
         for beta in (Fraction(1, 10), Fraction(1, 2), Fraction(9, 10)):
             mixture, value = _mixed(ps, qs, beta)
-            yield overlap(interval(beta) * _kl(qs, ps) - value, claim(ps, qs, mixture, 0), student, teacher, beta)
-            yield overlap(interval(1 - beta) * _kl(ps, qs) - value, claim(ps, qs, mixture, 1), student, teacher, beta)
+            for end, scaled in enumerate((interval(beta) * kl(qs, ps), interval(1 - beta) * kl(ps, qs))):
+                claimed = claim(ps, qs, mixture, end)
+                yield overlap(scaled - value, claimed, student, teacher, f"beta {beta}", f"end {end}")
 
 
 def _check_jump(continuous: bool) -> Cases:
     r"""At $\beta = 10^{-k}$ of either end $D_\beta < 10^{-k} KL$, so special-casing the end jumps by almost the KL."""
     for student, teacher in rational_distributions():
-        ps, qs = [interval(a) for a in student], [interval(b) for b in teacher]
+        ps, qs = intervals(student), intervals(teacher)
         for digits in (3, 6, 9):
             small = Fraction(1, 10**digits)
-            for beta, at_end in ((small, _kl(qs, ps)), (1 - small, _kl(ps, qs))):
+            for beta, at_end in ((small, kl(qs, ps)), (1 - small, kl(ps, qs))):
                 _, value = _mixed(ps, qs, beta)
-                left_out = interval(0) if continuous else at_end
-                jump = left_out - value
-                yield holds((0.99 * at_end).b < jump.a and jump.b < at_end.a, student, teacher, digits, beta, at_end)
-                yield holds(
-                    0 < value.a and value.b < (interval(small) * at_end).a, student, teacher, digits, beta, at_end
-                )
+                jump = (interval(0) if continuous else at_end) - value
+                where = (student, teacher, f"beta {beta}")
+                yield holds((0.99 * at_end).b < jump.a and jump.b < at_end.a, *where, "jump")
+                yield holds(0 < value.a and value.b < (interval(small) * at_end).a, *where, "value")
 
 
 def _check_rate(claim: tuple[float, str, str]) -> Cases:
-    r"""$|D_\beta/\beta - KL - c\,\beta\,\chi^2| < 3 \beta^2 \cdot$ size in float64, on both ends, by `exact_value`."""
+    r"""$|D_\beta/\beta - KL - c\,\beta\,\chi^2|$ against the bound of its remainder, at both ends, by `exact_value`."""
     coefficient, forward_term, reverse_term = claim
     for pair in pairs()[:3]:
         for small in (1e-2, 1e-3, 1e-4):
-            for beta, kl, chi2 in ((small, "forward_kl", forward_term), (1 - small, "reverse_kl", reverse_term)):
+            for beta, end, term in ((small, "forward_kl", forward_term), (1 - small, "reverse_kl", reverse_term)):
                 entry = divergences.divergence("skew_jsd", beta=beta)
-                limit, slope = exact_value(*pair, kl), exact_value(*pair, chi2)
+                limit, slope = exact_value(*pair, end), exact_value(*pair, term)
                 gap = float(exact_value(*pair, entry)) / small - float(limit) - coefficient * small * float(slope)
                 # The next term is a sixth of the third moment of u - 1 under the distribution that vanishes.
                 third = max(_third_moment(pair, flip) for flip in (False, True))
-                yield holds(abs(gap) <= small**2 * third / 6 * 1.03 + 1e-10, pair, small, beta, kl, chi2)
+                yield holds(abs(gap) <= small**2 * third / 6 * 1.03 + 1e-10, pair, f"beta {beta}")
 
 
-def _third_moment(pair: Any, flip: bool) -> float:
+def _third_moment(pair: Pair, flip: bool) -> float:
     r"""$E_p|u - 1|^3$, or $E_q|1/u - 1|^3$, summed over the student's histories."""
-    from opdtheory.exact.tree import Tree
-
     tree = Tree.build(*pair)
     total = 0.0
     for n in range(tree.horizon):
@@ -337,15 +330,16 @@ def _check_gradient_jump(names: tuple[str, str]) -> Cases:
     r"""Towards either end the gradient, divided by the distance $d$, is that of a KL less $d/2$ times a $\chi^2$'s."""
     for pair in pairs():
         for small in (1e-3, 1e-4):
-            for beta, kl, chi2 in ((small, names[0], "chi2"), (1 - small, names[1], "neyman_chi2")):
+            for beta, end, term in ((small, names[0], "chi2"), (1 - small, names[1], "neyman_chi2")):
                 entry = divergences.divergence("skew_jsd", beta=beta)
                 third = max(_third_moment(pair, flip) for flip in (False, True))
-                for level, *ends in zip(*(exact_gradient(*pair, d) for d in (entry, kl, chi2)), strict=True):
-                    gap = level / small - (ends[0] - small / 2 * ends[1])
-                    yield holds(float(gap.abs().max()) < 20 * small**2 * max(1.0, third), pair, small, beta, kl, chi2)
+                levels = zip(*(exact_gradient(*pair, d) for d in (entry, end, term)), strict=True)
+                for n, (found, limit, slope) in enumerate(levels, start=1):
+                    gap = float((found / small - (limit - small / 2 * slope)).abs().max())
+                    yield holds(gap < 20 * small**2 * max(1.0, third), pair, f"beta {beta}", f"step {n}")
         for beta in (0.0, 1.0):
             ends = exact_gradient(*pair, divergences.divergence("skew_jsd", beta=beta))
-            yield close(ends, [torch.zeros_like(level) for level in ends], pair, beta)
+            yield close(ends, [torch.zeros_like(level) for level in ends], pair, f"beta {beta}")
 
 
 # The derivation.

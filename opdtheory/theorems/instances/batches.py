@@ -22,6 +22,11 @@ class Atoms:
     lengths: tuple[int, ...]
     chances: tuple[Fraction, ...]
 
+    @property
+    def label(self) -> str:
+        """The lengths, which name the case in a check."""
+        return f"lengths {self.lengths}"
+
     def mean(self, of: Callable[[Fraction, int], Fraction]) -> Fraction:
         """The expectation over one rollout."""
         terms = (c * of(n, k) for n, k, c in zip(self.numerators, self.lengths, self.chances, strict=True))
