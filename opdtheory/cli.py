@@ -1,7 +1,7 @@
 """The command line: `opdtheory verify`, `audit`, `table`, `train`, `reproduce` and `bench`.
 
-The exit status is 0 if what was asked holds, 1 if it does not, 2 for a usage error. Only the core's packages are
-needed; tables are coloured if rich is installed.
+The exit status is 0 if the loss, the theorems or the run are as they should be, 1 if not, and 2 for a usage error.
+Only the core's packages are needed; tables are coloured if rich is installed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import sys
 from collections.abc import Sequence
 
 from opdtheory.commands import audit, bench, reproduce, table, train, verify
-from opdtheory.commands.console import FAILS, USAGE
+from opdtheory.commands.console import FAILS, USAGE, HelpFormatter, complain
+from opdtheory.errors import OpdTheoryError, TrainingError
 from opdtheory.version import __version__
 
 __all__ = ["main"]
@@ -29,20 +30,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status: int = options.run(options)
         sys.stdout.flush()
     except BrokenPipeError:
-        # The reader, such as `head`, has seen enough; Python would complain again when it closes stdout.
+        # The reader, such as `head`, has seen enough. Without this, Python would raise again when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILS
+    except OpdTheoryError as error:
+        complain(options, error)
+        return FAILS if isinstance(error, TrainingError) else USAGE
     return status
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="opdtheory", description="What an on-policy-distillation loss really does, by exact expectation."
+        prog="opdtheory", description="Find out what an on-policy-distillation loss really does, by exact expectation."
     )
     parser.add_argument("--version", action="version", version=f"opdtheory {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for command in (verify, table, audit, train, reproduce, bench):
         command.add_parser(commands)
+    for command_parser in commands.choices.values():
+        command_parser.formatter_class = HelpFormatter
     return parser
 
 

@@ -1,4 +1,4 @@
-"""`opdtheory reproduce`: the options, and what is printed."""
+"""`opdtheory reproduce`: train every arm of the experiment and write its page."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from opdtheory.commands.console import FAILS, HOLDS, USAGE
-from opdtheory.errors import OpdTheoryError
+from opdtheory.commands.console import FAILS, HOLDS, aside, complain
 from opdtheory.reproduction.plan import plan_of
 
 if TYPE_CHECKING:
@@ -27,31 +26,38 @@ def add_parser(commands: Commands) -> None:
     parser = commands.add_parser(
         "reproduce",
         help="train every arm of the experiment and write the page of what reproduces",
-        description="Run every arm of the experiment in a process of its own, and write the page. Finished arms are "
-        "kept: the same command goes on where it was stopped.",
-        epilog="exit status: 0 if every arm has a row, 1 if one has none, 2 for a wrong option",
+        description="Run every arm of the experiment in its own process, and write the page. Finished arms are kept: "
+        "the same command resumes a stopped run.",
+        epilog="exit status: 0 if every arm has a row, 1 if an arm has none, 2 for a wrong option",
     )
     parser.add_argument("--quick", action="store_true", help="a shorter plan: fewer steps, seeds, arms and problems")
     parser.add_argument(
-        "--out", type=Path, default=Path("reports/reproduction"), metavar="DIR", help="folder of the rows (%(default)s)"
+        "--out", type=Path, default=Path("reports/reproduction"), metavar="DIR", help="folder of the rows"
     )
-    parser.add_argument("--page", type=Path, metavar="FILE", help="page to write (reproduction.md in the folder)")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes at a time (one per core)")
-    parser.add_argument("--seeds", type=int, metavar="N", help="other than the plan's")
-    parser.add_argument("--steps", type=int, metavar="N", help="of each arm, other than the plan's")
-    parser.add_argument("--task", action="append", metavar="NAME", help="one of the tasks only; may be repeated")
-    parser.add_argument("--device", default="auto", metavar="NAME", help="of the arms (%(default)s)")
+    parser.add_argument(
+        "--page", type=Path, metavar="FILE", help="page to write (default: reproduction.md in the folder)"
+    )
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="number of processes at a time (default: one per core)"
+    )
+    parser.add_argument("--seeds", type=int, metavar="N", help="number of seeds (default: the plan's)")
+    parser.add_argument("--steps", type=int, metavar="N", help="number of steps of each arm (default: the plan's)")
+    parser.add_argument("--task", action="append", metavar="NAME", help="run only this task; may be repeated")
+    parser.add_argument("--device", default="auto", metavar="NAME", help="device of the arms")
     parser.add_argument("--cache", metavar="DIR", help="folder of trained teachers and students")
     parser.add_argument(
-        "--adopt", type=Path, metavar="FILE", help="rows beside another page (its .jsonl) that need not be run again"
+        "--adopt",
+        type=Path,
+        metavar="FILE",
+        help="reuse the rows of another page (its .jsonl) if arm and models are the same",
     )
-    parser.add_argument("--no-run", action="store_true", help="run nothing, write the page of the rows that are there")
+    parser.add_argument("--no-run", action="store_true", help="only write the page, from the existing rows")
     parser.add_argument("--json", action="store_true", help="print the table as JSON")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the experiment as the options say; returns the exit status."""
+    """Run the experiment, write its page, and return the exit status."""
     from opdtheory.reproduction.runner import adopt, reproduce, stored
 
     try:
@@ -71,14 +77,11 @@ def run(options: argparse.Namespace) -> int:
                     device=options.device,
                     report=lambda line: print(line, file=sys.stderr, flush=True),
                 )
-    except OpdTheoryError as error:
-        print(f"opdtheory reproduce: {error}", file=sys.stderr)
-        return USAGE
     except KeyboardInterrupt:
-        print("opdtheory reproduce: stopped; the same command goes on with the arms that are missing", file=sys.stderr)
+        complain(options, "stopped; the same command runs the arms that are missing")
         return FAILS
     if not outcome.rows:
-        print("opdtheory reproduce: there is no row to write a page of", file=sys.stderr)
+        complain(options, "there is no row to write a page from")
         return FAILS
     from opdtheory.reproduction.claims import as_text
     from opdtheory.reproduction.page import write_page
@@ -87,7 +90,7 @@ def run(options: argparse.Namespace) -> int:
     table = summaries(outcome.rows)
     print(json.dumps([each.to_dict() for each in table], indent=2) if options.json else as_text(table))
     path = write_page(outcome, options.page or options.out / "reproduction.md")
-    print(f"wrote {path}", file=sys.stderr if options.json else sys.stdout)
+    aside(options, f"wrote {path}")
     for name, reason in outcome.missing.items():
         if reason != "not run":
             print(f"{name}: {reason}", file=sys.stderr)
@@ -96,7 +99,7 @@ def run(options: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _terminated_like_interrupted() -> Iterator[None]:
-    """Let a SIGTERM end the processes as Ctrl-C does, not leave them behind; threads other than the main cannot."""
+    """End the processes on SIGTERM as Ctrl-C does; only the main thread can set the handler."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

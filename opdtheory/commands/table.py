@@ -1,11 +1,11 @@
-"""`opdtheory table`: what each local estimator follows, derived symbolically."""
+"""`opdtheory table`: what each token-local estimator descends, derived symbolically."""
 
 from __future__ import annotations
 
 import argparse
 import json
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from opdtheory.commands.console import HOLDS
 from opdtheory.rendering import text
@@ -17,25 +17,25 @@ if TYPE_CHECKING:
 
 __all__ = ["Format", "add_parser", "render", "run"]
 
+Format = Literal["text", "markdown", "latex"]
+
 
 def add_parser(commands: Commands) -> None:
     """Add the command and its options."""
-    parser = commands.add_parser("table", help="what each local estimator follows, derived symbolically")
-    parser.add_argument("--format", choices=("text", "markdown", "latex"), default="text", help="(%(default)s)")
+    parser = commands.add_parser("table", help="derive symbolically what each token-local estimator descends")
+    parser.add_argument("--format", choices=get_args(Format), default="text", help="format of the table")
     parser.add_argument("--json", action="store_true", help="print the table as JSON")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the table as the options say; returns the exit status."""
+    """Print the table and return the exit status."""
     from opdtheory.verification.estimators import rows
 
     table = rows()
     print(json.dumps([row.to_dict() for row in table], indent=2) if options.json else render(table, options.format))
     return HOLDS
 
-
-Format = Literal["text", "markdown", "latex"]
 
 _HEADER = ("estimator", "weight w(u)", "implied generator V[w]", "what it is", "at the teacher", "E_p[w²] is")
 

@@ -1,4 +1,4 @@
-"""`opdtheory train`: one option for every field of `TrainConfig`, over a TOML file if one is named."""
+"""`opdtheory train`: one option for every field of `TrainConfig`; options override a TOML file."""
 
 from __future__ import annotations
 
@@ -6,15 +6,13 @@ import argparse
 import dataclasses
 import json
 import os
-import sys
 import typing
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
-from opdtheory.commands.console import FAILS, HOLDS, USAGE
-from opdtheory.errors import OpdTheoryError, TrainingError
+from opdtheory.commands.console import FAILS, HOLDS, complain
 from opdtheory.rendering import text
-from opdtheory.training.config import TrainConfig
+from opdtheory.training.config import TrainConfig, field_kinds
 
 if TYPE_CHECKING:
     from opdtheory.commands.console import Commands
@@ -31,55 +29,45 @@ def add_parser(commands: Commands) -> None:
         "train",
         help="distil a teacher into a small language model with any estimator",
         description="Train a student on its own samples, scored by a teacher. The value none unsets an option.",
-        epilog="exit status: 0 when the run is finished, 1 if a step cannot be taken, 2 for a wrong option",
+        epilog="exit status: 0 when the run is finished, 1 if a step fails, 2 for a wrong option",
     )
-    _add_options(parser)
+    parser.add_argument("--config", metavar="FILE", help="TOML file of fields; options override it")
+    parser.add_argument("--json", action="store_true", help="print the run as JSON")
+    kinds = field_kinds()
+    for field in dataclasses.fields(TrainConfig):
+        text = field.metadata["help"].replace("%", "%%")
+        if field.default is not None:
+            shown = {True: "on", False: "off"}[field.default] if isinstance(field.default, bool) else field.default
+            text += f" (default: {shown})"
+        # Without the option, the field comes from the file or has its default.
+        flag, reader = f"--{field.name.replace('_', '-')}", _reader(*kinds[field.name])
+        parser.add_argument(flag, dest=field.name, default=argparse.SUPPRESS, help=text, **reader)
     parser.set_defaults(run=run)
 
 
-def _add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `opdtheory train`; one that is not given leaves its field to the file or the default."""
-    parser.add_argument("--config", metavar="FILE", help="TOML file of fields; options win over it")
-    parser.add_argument("--json", action="store_true", help="print the run as JSON")
-    hints = typing.get_type_hints(TrainConfig, localns={"Estimator": Any})
-    for field in dataclasses.fields(TrainConfig):
-        text = field.metadata["help"].replace("%", "%%")
-        if field.default is not None and not isinstance(field.default, bool):
-            text += f" ({field.default})"
-        flag = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(flag, dest=field.name, default=argparse.SUPPRESS, help=text, **_reader(hints[field.name]))
-
-
 def run(options: argparse.Namespace) -> int:
-    """Train as the options say; returns the exit status."""
+    """Train, print the evaluations, and return the exit status."""
     fields = {field.name for field in dataclasses.fields(TrainConfig)}
     overrides = {name: value for name, value in vars(options).items() if name in fields}
-    first = os.environ.get("RANK", "0") == "0"
-    try:
-        if options.config is None:
-            config = TrainConfig.from_dict(overrides)
-        else:
-            config = TrainConfig.from_toml(options.config, **overrides)
-        from opdtheory.training.trainer import train
+    if options.config is None:
+        config = TrainConfig.from_dict(overrides)
+    else:
+        config = TrainConfig.from_toml(options.config, **overrides)
+    from opdtheory.training.trainer import train
 
+    try:
         result = train(config)
-    except TrainingError as error:
-        print(f"opdtheory train: {error}", file=sys.stderr)
-        return FAILS
-    except OpdTheoryError as error:
-        print(f"opdtheory train: {error}", file=sys.stderr)
-        return USAGE
     except KeyboardInterrupt:
-        again = "" if options_out(options) is None else "; the same command goes on from the last checkpoint"
-        print(f"opdtheory train: stopped{again}", file=sys.stderr)
+        resume = "" if config.out is None else "; the same command resumes from the last checkpoint"
+        complain(options, f"stopped{resume}")
         return FAILS
-    if first:
+    if os.environ.get("RANK", "0") == "0":
         print(json.dumps(to_dict(result), indent=2) if options.json else as_text(result))
     return HOLDS
 
 
 def to_dict(result: TrainResult) -> dict[str, Any]:
-    """A run as JSON values: its configuration, the evaluations and the last step."""
+    """A run as JSON values: its configuration, its loss with the claim, the evaluations and the last step."""
     return {
         "config": result.config.to_dict(),
         "loss": repr(result.config.loss()),
@@ -90,19 +78,13 @@ def to_dict(result: TrainResult) -> dict[str, Any]:
 
 
 def as_text(result: TrainResult) -> str:
-    """The evaluations of a run as a table, under the loss and its claim; distances in nats a token."""
+    """The loss, its claim, and the evaluations as a table; distances are in nats per token."""
     lines = [repr(result.config.loss()), f"claim: {result.config.loss().claim}", ""]
     rows = [_COLUMNS, *(_cells(row) for row in result.evaluations)]
     lines += text.table(rows, align="r")
     if result.config.out is not None:
         lines += ["", f"metrics, checkpoints and configuration are in {result.config.out}"]
     return "\n".join(lines)
-
-
-def options_out(options: argparse.Namespace) -> str | None:
-    """The folder that the options name, if they do."""
-    out: str | None = getattr(options, "out", None)
-    return out
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
@@ -119,11 +101,8 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _reader(hint: Any) -> dict[str, Any]:
+def _reader(kind: Any, optional: bool) -> dict[str, Any]:
     """How argparse reads a field of this type."""
-    kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
-    optional = type(None) in typing.get_args(hint)
-    kind = kinds[0] if optional else hint
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction}
     if typing.get_origin(kind) is Literal:
@@ -138,5 +117,5 @@ def _or_none(kind: type) -> Callable[[str], Any]:
     def read(text: str) -> Any:
         return None if text == "none" else kind(text)
 
-    read.__name__ = kind.__name__  # argparse names it in its message
+    read.__name__ = kind.__name__  # for the message of argparse
     return read

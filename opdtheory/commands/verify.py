@@ -6,11 +6,10 @@ import argparse
 import functools
 import json
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opdtheory.commands.console import FAILS, HOLDS, USAGE
+from opdtheory.commands.console import FAILS, HOLDS, aside
 from opdtheory.commands.console import console as console_of
 from opdtheory.rendering import text
 
@@ -25,34 +24,29 @@ def add_parser(commands: Commands) -> None:
     """Add the command and its options."""
     parser = commands.add_parser("verify", help="check every identity and refute every false twin")
     parser.add_argument(
-        "select", nargs="*", metavar="NAME", help="theorems (T4) and estimators (opd_plus); all if none"
+        "select", nargs="*", metavar="NAME", help="theorems (T4) and estimators (opd_plus) to check (default: all)"
     )
-    parser.add_argument("--workers", type=int, metavar="N", help="processes to share the work among (one per core)")
+    parser.add_argument("--workers", type=int, metavar="N", help="number of processes (default: one per core)")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     parser.add_argument(
-        "--report", type=Path, default=Path("reports/verify.html"), metavar="FILE", help="page to write (%(default)s)"
+        "--report", type=Path, default=Path("reports/verify.html"), metavar="FILE", help="page to write"
     )
     parser.add_argument("--no-report", action="store_true", help="write no page")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Verify as the options say; returns the exit status."""
-    from opdtheory.errors import OpdTheoryError
+    """Verify, print the results, write the page, and return the exit status."""
     from opdtheory.verification.verify import verify
 
     console = None if options.json else console_of()
     workers = options.workers if options.workers is not None else len(os.sched_getaffinity(0))
-    try:
-        if console is not None and console.is_terminal:
-            with console.status("verifying") as status:
-                done = functools.partial(_show_progress, status)
-                result = verify(options.select, workers=workers, progress=done)
-        else:
-            result = verify(options.select, workers=workers)
-    except OpdTheoryError as error:
-        print(f"opdtheory verify: {error}", file=sys.stderr)
-        return USAGE
+    if console is not None and console.is_terminal:
+        with console.status("verifying") as status:
+            done = functools.partial(_show_progress, status)
+            result = verify(options.select, workers=workers, progress=done)
+    else:
+        result = verify(options.select, workers=workers)
     if options.json:
         print(json.dumps(result.to_dict(), indent=2))
     elif console is not None:
@@ -63,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
         from opdtheory.verification.page import write_page
 
         path = write_page(result, options.report)
-        print(f"wrote {path}", file=sys.stderr if options.json else sys.stdout)
+        aside(options, f"wrote {path}")
     return HOLDS if result.passed else FAILS
 
 

@@ -8,7 +8,6 @@ import importlib
 import json
 import math
 import sys
-import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,32 +15,39 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from opdtheory.choices import Control
+from opdtheory.choices import Baseline, Control, Importance, Reduction, Support
 from opdtheory.errors import InvalidArgumentError
-from opdtheory.estimators import Estimator
 
 if TYPE_CHECKING:
     from opdtheory.estimators import Estimator
 
 # No torch here: the command line reads the fields for its help.
-__all__ = ["ESTIMATOR_OPTIONS", "RUNTIME", "TrainConfig", "check_can_validate"]
-
-_NUMBER_NEEDED = {int: "a whole number", float: "a finite number"}
+__all__ = ["ESTIMATOR_OPTIONS", "RUNTIME", "TrainConfig", "field_kinds"]
 
 
-def _option(default: Any, text: str, **limits: Any) -> Any:
+def _field(default: Any, text: str, **limits: Any) -> Any:
     return field(default=default, metadata={"help": text, **limits})
+
+
+def _estimator_option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text, "of": "estimator"})
+
+
+def _runtime_field(default: Any, text: str, **limits: Any) -> Any:
+    """A field that does not affect the trained parameters."""
+    return field(default=default, metadata={"help": text, "of": "runtime", **limits})
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    r"""A training run in one value: the same configuration gives the same parameters, bit for bit.
+    r"""The settings of a training run: the same configuration gives the same parameters, bit for bit.
 
-    Every field is checked on construction, the estimator's options by `opdtheory.estimator` itself. Fields that are
-    None are off, or take the task's or the estimator's own default.
+    Every field is checked on construction, the estimator's options by `opdtheory.estimator` itself. A field that is
+    None is off, or takes the default of the task or the estimator.
 
     Raises:
-        InvalidArgumentError: a `ValueError` that names the field with its value and what is needed.
+        InvalidArgumentError: a field has a wrong type or value, or fields do not fit together; the error, a
+            `ValueError`, names the field.
 
     Example:
         >>> config = TrainConfig(divergence="jsd", clip_log_ratio=6.0, reduction="token_mean")
@@ -51,92 +57,96 @@ class TrainConfig:
         u*log(u) - 7*u + 7
     """
 
-    # What is learned, and from whom
-    task: str = _option("arithmetic", "the task, which makes prompts and verifies answers")
-    pair_seed: int = _option(0, "seed of the task's own teacher and student", low=0)
-    student: str | None = _option(
+    # The task and the models
+    task: str = _field("arithmetic", "the task, which makes prompts and verifies answers")
+    pair_seed: int = _field(0, "seed of the task's own teacher and student", low=0)
+    student: str | None = _field(
         None, "folder or name of a causal language model, or smollm2, in place of the task's student"
     )
-    teacher: str | None = _option(
+    teacher: str | None = _field(
         None, "folder or name of a causal language model, or smollm2, in place of the task's teacher"
     )
     # The estimator
-    estimator: str = _option("opd_plus", "a name of opdtheory.estimator_names()")
-    divergence: str | None = _option(
+    estimator: str = _field("opd_plus", "one of opdtheory.estimator_names()")
+    divergence: str | None = _field(
         None, "a catalogue name such as jsd or 'skew_jsd(beta=0.1)', or a generator in u such as 'u*log(u)-7*(u-1)'"
     )
-    reduction: Literal["token_sum", "token_mean", "sequence_mean"] = _option(
-        "token_mean", "over the whole batch, however it is split"
+    reduction: Reduction = _estimator_option("token_mean", "reduction over the whole batch, however it is split")
+    baseline: Baseline | None = _estimator_option(
+        None, "baseline; group_mean and leave_one_out use the rollouts of one prompt"
     )
-    baseline: Literal["constant", "group_mean", "leave_one_out", "vocabulary"] | None = _option(
-        None, "group_mean and leave_one_out are taken over the rollouts of one prompt"
+    baseline_value: float | None = _estimator_option(
+        None, "value of the constant baseline, in the unit of the advantage"
     )
-    baseline_value: float | None = _option(None, "the constant, in the unit of the advantage")
-    zscore: bool = _option(False, "centre and scale within the rollouts of one prompt")
-    eps: float | None = _option(None, "added to the standard deviation of zscore")
-    importance: Literal["token", "prefix", "sequence", "ppo"] | None = _option(
-        None, "weights for what the sampling policy drew"
+    zscore: bool = _estimator_option(False, "centre and scale advantages within the rollouts of one prompt")
+    eps: float | None = _estimator_option(None, "added to the standard deviation of zscore")
+    importance: Importance | None = _estimator_option(None, "importance weights for rollouts of the sampling policy")
+    clip_range: float | None = _estimator_option(None, "clip range of importance ppo")
+    clip_log_ratio: float | None = _estimator_option(
+        None, "clamp log u to [-C, C] nats: a different estimator, with a bias"
     )
-    clip_range: float | None = _option(None, "of importance ppo")
-    clip_log_ratio: float | None = _option(None, "clamp log u to [-C, C] nats: an estimator of its own, with a bias")
-    clip_weight: tuple[float, float] | None = _option(None, "clamp the advantage to [low, high]")
-    gamma: float | None = _option(None, "discount of return_to_go")
-    discounted: bool = _option(False, "return_to_go with the outer discount")
-    alpha: float | None = _option(None, "of box_cox and power")
-    k: int | None = _option(None, "tokens of the top-k estimators")
-    support: Literal["teacher", "student"] | None = _option(None, "whose k likeliest tokens")
-    control: Control | None = _option(
+    clip_weight: tuple[float, float] | None = _estimator_option(None, "clamp the advantage to [low, high]")
+    gamma: float | None = _estimator_option(None, "discount of return_to_go")
+    discounted: bool = _estimator_option(False, "return_to_go with the outer discount")
+    alpha: float | None = _estimator_option(None, "exponent of box_cox and power")
+    k: int | None = _estimator_option(None, "number of tokens of the top-k estimators")
+    support: Support | None = _estimator_option(None, "whose k likeliest tokens the top-k estimators use")
+    control: Control | None = _field(
         None,
-        "a control in place of the estimator: every token has the advantage --advantage; or the loss is that of more "
-        "demonstrations, as many as rollouts; or OPD's reward is summed over the whole vocabulary, without noise",
+        "a control in place of the estimator: every token has the advantage --advantage; or the loss is that of "
+        "further demonstrations, as many as there are rollouts; or OPD's reward is summed over the whole vocabulary, "
+        "without noise",
     )
-    advantage: float | None = _option(None, "the constant of the control constant_advantage")
+    advantage: float | None = _field(None, "advantage of the control constant_advantage")
     # Rollouts
-    prompts_per_step: int = _option(128, "prompts in the global batch", low=1)
-    rollouts_per_prompt: int = _option(1, "rollouts of each prompt: a group", low=1)
-    updates_per_batch: int = _option(1, "optimiser steps on each batch of rollouts", low=1)
-    microbatch: int | None = _option(
-        None, "rollouts in one backward pass, whole groups; changes nothing but rounding", low=1
+    prompts_per_step: int = _field(128, "prompts in the global batch", low=1)
+    rollouts_per_prompt: int = _field(1, "rollouts of each prompt, which form a group", low=1)
+    updates_per_batch: int = _field(1, "optimiser steps on each batch of rollouts", low=1)
+    microbatch: int | None = _field(
+        None, "rollouts in one backward pass, in whole groups; affects only rounding", low=1
     )
-    temperature: float = _option(1.0, "divides the logits of both models, in sampling and in the loss", above=0.0)
-    max_new_tokens: int | None = _option(None, "longest response (the task's own)", low=1)
+    temperature: float = _field(1.0, "divides the logits of both models, in sampling and in the loss", above=0.0)
+    max_new_tokens: int | None = _field(None, "longest response (default: the task's own)", low=1)
     # The optimiser
-    steps: int = _option(200, "batches of rollouts", low=1)
-    learning_rate: float = _option(7e-4, "AdamW's, at its peak", above=0.0)
-    warmup_steps: int = _option(20, "steps of linear warm-up, before linear decay to zero", low=0)
-    beta1: float = _option(0.9, "AdamW's average of gradients", low=0.0, below=1.0)
-    beta2: float = _option(0.999, "AdamW's average of squared gradients", low=0.0, below=1.0)
-    weight_decay: float = _option(0.0, "AdamW's", low=0.0)
-    clip_gradient: float | None = _option(1.0, "largest norm of the gradient", above=0.0)
-    seed: int = _option(0, "of prompts and samples", low=0)
+    steps: int = _field(200, "batches of rollouts", low=1)
+    learning_rate: float = _field(7e-4, "peak learning rate of AdamW", above=0.0)
+    warmup_steps: int = _field(20, "steps of linear warm-up, followed by linear decay to zero", low=0)
+    beta1: float = _field(0.9, "AdamW's decay rate of the average gradient", low=0.0, below=1.0)
+    beta2: float = _field(0.999, "AdamW's decay rate of the average squared gradient", low=0.0, below=1.0)
+    weight_decay: float = _field(0.0, "AdamW's weight decay", low=0.0)
+    clip_gradient: float | None = _field(1.0, "largest norm of the gradient", above=0.0)
+    seed: int = _field(0, "seed of prompts and samples", low=0)
     # Evaluation, on the task's test split
-    eval_every: int = _option(50, "steps between evaluations; 0: at the start and the end only", low=0)
-    eval_examples: int = _option(256, "test problems, answered greedily and by sampling; 0: no evaluation", low=0)
-    validate_every: int = _option(0, "steps between checks of the gradient against theory; 0: none", low=0)
+    eval_every: int = _field(50, "steps between evaluations; 0: only at the start and the end", low=0)
+    eval_examples: int = _field(256, "test problems, answered greedily and by sampling; 0: no evaluation", low=0)
+    validate_every: int = _runtime_field(0, "steps between checks of the gradient against theory; 0: none", low=0)
     # The machine
-    device: str = _option("auto", "cpu, cuda, cuda:1; auto takes a GPU where there is one")
-    dtype: Literal["float32", "float64"] = _option("float32", "of parameters and arithmetic")
-    threads: int | None = _option(None, "of torch on the CPU", low=1)
-    check_rollouts: bool = _option(True, "validate every batch: cheap on a CPU, a few waits for the device on a GPU")
+    device: str = _field("auto", "cpu, cuda, cuda:1; auto uses a GPU if there is one")
+    dtype: Literal["float32", "float64"] = _field("float32", "dtype of parameters and arithmetic")
+    threads: int | None = _runtime_field(None, "number of torch's threads on the CPU", low=1)
+    check_rollouts: bool = _runtime_field(
+        True, "validate every batch: cheap on a CPU, a few waits for the device on a GPU"
+    )
     # What is kept
-    out: str | None = _option(None, "folder of the run: metrics, checkpoints, failures; resumed if it holds some")
-    checkpoint_every: int = _option(1, "steps between checkpoints; 0: the last step only", low=0)
-    keep_checkpoints: int = _option(2, "how many of them stay", low=1)
-    tensorboard: bool = _option(False, "write TensorBoard event files beside the metrics")
-    progress: bool = _option(True, "a progress bar with live metrics on a terminal")
-    cache: str | None = _option(None, "folder of trained teachers and students")
+    out: str | None = _runtime_field(
+        None, "folder of the run: metrics, checkpoints, failures; a run that it holds is resumed"
+    )
+    checkpoint_every: int = _runtime_field(1, "steps between checkpoints; 0: only after the last step", low=0)
+    keep_checkpoints: int = _runtime_field(2, "number of checkpoints to keep", low=1)
+    tensorboard: bool = _runtime_field(False, "also write TensorBoard event files")
+    progress: bool = _runtime_field(True, "progress bar with live metrics on a terminal")
+    cache: str | None = _runtime_field(None, "folder of trained teachers and students")
 
     def __post_init__(self) -> None:
         if self.divergence is not None and not isinstance(self.divergence, str):
             from opdtheory.training.objective import divergence_text
 
             object.__setattr__(self, "divergence", divergence_text(self.divergence))
-        hints = typing.get_type_hints(type(self))
+        kinds = field_kinds()
         for each in dataclasses.fields(self):
-            value = _checked(each.name, getattr(self, each.name), hints[each.name], each.metadata)
+            value = _checked(each.name, getattr(self, each.name), *kinds[each.name], each.metadata)
             object.__setattr__(self, each.name, value)
         self._check_together()
-        self.loss()
 
     def loss(self) -> Estimator:
         """The loss that the run descends."""
@@ -151,24 +161,24 @@ class TrainConfig:
         return self.prompts_per_step * self.rollouts_per_prompt
 
     def learning_rate_at(self, step: int) -> float:
-        """The rate of step number `step`, from 0: up linearly over the warm-up, down linearly to zero at the end."""
+        """The learning rate of step number `step`, from 0: linear warm-up, then linear decay to zero."""
         if step < self.warmup_steps:
             return self.learning_rate * (step + 1) / self.warmup_steps
         return self.learning_rate * (self.steps - step) / max(1, self.steps - self.warmup_steps)
 
     def is_due(self, finished: int, every: int) -> bool:
-        """Whether what happens every so many steps, and after the last, happens after this many."""
+        """Whether something due every `every` steps, and at the end, is due after step `finished`."""
         return finished == self.steps or (every > 0 and finished % every == 0)
 
     def replace(self, **changes: Any) -> TrainConfig:
-        """The same configuration with some fields changed; an unknown name is refused."""
-        _refuse_unknown(changes)
+        """The same configuration with some fields changed; raises for an unknown name."""
+        _check_names(changes)
         return dataclasses.replace(self, **changes)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
-        """A configuration of named values; an unknown name is refused."""
-        _refuse_unknown(values)
+        """A configuration from a mapping of field names; raises for an unknown name."""
+        _check_names(values)
         # JSON and TOML have no tuples.
         given: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
         return cls(**given)
@@ -178,7 +188,7 @@ class TrainConfig:
         """A configuration from a TOML file of fields, without tables; the text none is None. `overrides` win.
 
         Raises:
-            InvalidArgumentError: the file is missing or no TOML, or as for the class.
+            InvalidArgumentError: the file is missing or is not valid TOML, or as for the class.
         """
         written = {name: None if value == "none" else value for name, value in _read_toml(Path(path)).items()}
         return cls.from_dict({**written, **overrides})
@@ -189,14 +199,14 @@ class TrainConfig:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     def to_toml(self) -> str:
-        """The fields that are not at their default, as `from_toml` reads them."""
+        """The fields that differ from their default, as `from_toml` reads them."""
         given = self.to_dict()
         changed = {each.name: given[each.name] for each in dataclasses.fields(self) if given[each.name] != each.default}
         lines = (f"{name} = {json.dumps('none' if value is None else value)}" for name, value in changed.items())
         return "".join(f"{line}\n" for line in lines)
 
     def identity(self) -> dict[str, Any]:
-        """The fields that the trained parameters depend on: all but those of the machine and of what is kept."""
+        """The fields that the trained parameters depend on: all but those in `RUNTIME`."""
         return {name: value for name, value in self.to_dict().items() if name not in RUNTIME}
 
     def _check_together(self) -> None:
@@ -204,50 +214,47 @@ class TrainConfig:
         if grouped and self.rollouts_per_prompt < 2:
             which = "zscore" if self.zscore else f"baseline {self.baseline!r}"
             raise InvalidArgumentError(
-                "rollouts_per_prompt", f"is {self.rollouts_per_prompt}; {which} needs at least 2 in each group"
+                "rollouts_per_prompt", f"must be at least 2 for {which}, got {self.rollouts_per_prompt}"
             )
         if self.microbatch is not None and self.microbatch % self.rollouts_per_prompt:
             raise InvalidArgumentError(
                 "microbatch",
-                f"is {self.microbatch}; whole groups, a multiple of rollouts_per_prompt={self.rollouts_per_prompt}, "
-                "are needed",
+                f"must be a multiple of rollouts_per_prompt={self.rollouts_per_prompt}, got {self.microbatch}",
             )
         if self.warmup_steps > self.steps:
-            raise InvalidArgumentError(
-                "warmup_steps", f"is {self.warmup_steps}; at most steps={self.steps} can be warm-up"
-            )
-        if self.validate_every:
-            check_can_validate(self.loss())
+            raise InvalidArgumentError("warmup_steps", f"must be at most steps={self.steps}, got {self.warmup_steps}")
+        loss = self.loss()
+        if self.validate_every and (loss.name == "supervised" or not loss.is_token_local):
+            why = "it has no rollouts" if loss.name == "supervised" else "its weights look beyond the next token"
+            raise InvalidArgumentError("validate_every", f"does not apply to {loss.name}: {why}")
         if self.control is not None and self.updates_per_batch > 1:
-            raise InvalidArgumentError("updates_per_batch", f"is {self.updates_per_batch}; a control takes one")
+            raise InvalidArgumentError("updates_per_batch", f"must be 1 for a control, got {self.updates_per_batch}")
 
 
-ESTIMATOR_OPTIONS = (
-    *("reduction", "baseline", "baseline_value", "zscore", "eps", "importance", "clip_range", "clip_log_ratio"),
-    *("clip_weight", "gamma", "discounted", "alpha", "k", "support"),
-)
-RUNTIME = frozenset(
-    {
-        "validate_every",
-        "threads",
-        "check_rollouts",
-        "out",
-        "checkpoint_every",
-        "keep_checkpoints",
-        "tensorboard",
-        "progress",
-        "cache",
-    }
-)
+def _fields_of(part: str) -> tuple[str, ...]:
+    return tuple(each.name for each in dataclasses.fields(TrainConfig) if each.metadata.get("of") == part)
 
 
-def _refuse_unknown(values: Iterable[str]) -> None:
+ESTIMATOR_OPTIONS = _fields_of("estimator")
+RUNTIME = frozenset(_fields_of("runtime"))
+
+
+def field_kinds() -> dict[str, tuple[Any, bool]]:
+    """The type of each field of `TrainConfig` without None, and whether None is allowed."""
+    kinds = {}
+    for name, hint in typing.get_type_hints(TrainConfig).items():
+        optional = type(None) in typing.get_args(hint)
+        kinds[name] = (typing.get_args(hint)[0] if optional else hint, optional)
+    return kinds
+
+
+def _check_names(values: Iterable[str]) -> None:
     known = [each.name for each in dataclasses.fields(TrainConfig)]
     for name in values:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)
-            hint = f", did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
-            raise InvalidArgumentError(str(name), f"is no field of TrainConfig{hint}")
+            hint = f", did you mean {near[0]!r}?" if near else f"; the fields are {', '.join(known)}"
+            raise InvalidArgumentError(str(name), f"is not a field of TrainConfig{hint}")
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -260,56 +267,38 @@ def _read_toml(path: Path) -> dict[str, Any]:
         return values
     except OSError as error:
         raise InvalidArgumentError("config", f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:  # no TOML, or no UTF-8
-        raise InvalidArgumentError("config", f"{path} is no TOML: {error}") from None
+    except ValueError as error:  # neither TOML nor UTF-8
+        raise InvalidArgumentError("config", f"{path} is not valid TOML: {error}") from None
 
 
-def _checked(name: str, value: Any, hint: Any, limits: Mapping[str, Any]) -> Any:
-    """The value, in the type that the annotation names, within its limits."""
-    if value is None:
-        if type(None) in typing.get_args(hint):
-            return None
-        raise InvalidArgumentError(name, "is None; a value is needed")
-    kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)] if _is_union(hint) else [hint]
-    kind = kinds[0]
+def _checked(name: str, value: Any, kind: Any, optional: bool, limits: Mapping[str, Any]) -> Any:
+    """The value, in the type of the field, within its limits."""
+    if value is None and optional:
+        return None
     if typing.get_origin(kind) is Literal:
         allowed = typing.get_args(kind)
         if value not in allowed:
-            raise InvalidArgumentError(name, f"got {value!r}; one of {', '.join(allowed)} is needed")
+            raise InvalidArgumentError(name, f"must be one of {', '.join(allowed)}, got {value!r}")
         return value
     if typing.get_origin(kind) is tuple:
         return tuple(value) if isinstance(value, list) else value  # the estimator checks it
     if kind in (int, float):
         return _number(name, value, kind, limits)
     if not isinstance(value, kind) or value == "":
-        raise InvalidArgumentError(name, f"got {value!r}; {'True or False' if kind is bool else 'a text'} is needed")
+        needed = "True or False" if kind is bool else "a non-empty string"
+        raise InvalidArgumentError(name, f"must be {needed}, got {value!r}")
     return value
-
-
-def _is_union(hint: Any) -> bool:
-    return typing.get_origin(hint) in (typing.Union, types.UnionType)
 
 
 def _number(name: str, value: Any, kind: type, limits: Mapping[str, Any]) -> int | float:
     right = isinstance(value, int if kind is int else Real) and not isinstance(value, bool) and math.isfinite(value)
     if not right:
-        raise InvalidArgumentError(name, f"got {value!r}; {_NUMBER_NEEDED[kind]} is needed")
+        raise InvalidArgumentError(name, f"must be {'an integer' if kind is int else 'a finite number'}, got {value!r}")
     for limit, holds, words in (
         ("low", lambda bound: value >= bound, "at least"),
-        ("above", lambda bound: value > bound, "more than"),
+        ("above", lambda bound: value > bound, "greater than"),
         ("below", lambda bound: value < bound, "less than"),
     ):
         if limit in limits and not holds(limits[limit]):
-            raise InvalidArgumentError(name, f"is {value!r}; {words} {limits[limit]:g} is needed")
+            raise InvalidArgumentError(name, f"must be {words} {limits[limit]:g}, got {value!r}")
     return int(value) if kind is int else float(value)
-
-
-def check_can_validate(loss: Estimator) -> None:
-    """Refuse to validate a run whose loss looks beyond the next token, or at no rollouts at all.
-
-    Raises:
-        InvalidArgumentError: names `validate_every`.
-    """
-    if loss.name == "supervised" or not loss.is_token_local:
-        why = "it has no rollouts" if loss.name == "supervised" else "its weights look beyond the next token"
-        raise InvalidArgumentError("validate_every", f"does not apply to {loss.name}: {why}")

@@ -58,7 +58,7 @@ def test_audit_of_another_kind_of_function(losses: str, capsys: pytest.CaptureFi
     assert cli.main(["audit", f"{losses}:estimate", "--call", call]) == 1
     assert "forward_kl" in capsys.readouterr().out
     assert cli.main(["audit", f"{losses}:estimate", "--call", "r.token_sum("]) == 2
-    assert "no expression" in capsys.readouterr().err
+    assert "is not an expression" in capsys.readouterr().err
 
 
 def test_audit_as_json(losses: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,7 +86,7 @@ def test_audit_of_a_parameterised_divergence(losses: str, capsys: pytest.Capture
         ("nowhere.py:loss", "no file"),
         ("no_such_module_at_all:loss", "cannot be imported"),
         ("{losses}:k4", "it has k2, k3"),
-        ("{losses}:number", "int"),
+        ("{losses}:number", "must be a function of rollouts, got int"),
     ],
 )
 def test_wrong_targets_are_usage_errors(

@@ -47,6 +47,18 @@ def test_import_leaves_heavy_libraries_unloaded() -> None:
     assert json.loads(added) == []
 
 
+def test_no_help_loads_torch() -> None:
+    loaded = _in_a_fresh_interpreter(
+        "import contextlib, io, json, sys\n"
+        "from opdtheory.cli import main\n"
+        "for command in ([], ['verify'], ['table'], ['audit'], ['train'], ['reproduce'], ['bench']):\n"
+        "    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):\n"
+        "        main([*command, '--help'])\n"
+        f"print(json.dumps([name for name in ('torch', 'numpy', *{HEAVY!r}) if name in sys.modules]))"
+    )
+    assert json.loads(loaded) == []
+
+
 def test_import_adds_under_a_quarter_second_to_torch() -> None:
     code = "import time, torch; t = time.perf_counter(); import opdtheory; print(time.perf_counter() - t)"
     seconds = sorted(float(_in_a_fresh_interpreter(code)) for _ in range(3))

@@ -77,7 +77,7 @@ def test_toml_and_overrides(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgumentError, match="did you mean 'steps'"):
         TrainConfig.from_toml(path)
     path.write_text("steps =")
-    with pytest.raises(InvalidArgumentError, match="no TOML"):
+    with pytest.raises(InvalidArgumentError, match="is not valid TOML"):
         TrainConfig.from_toml(path)
     with pytest.raises(InvalidArgumentError, match="cannot be read"):
         TrainConfig.from_toml(tmp_path / "missing.toml")
