@@ -193,7 +193,7 @@ def weighted(
             yield name, p, q, weights(name, p, q)
 
 
-def intervals(distribution: Distribution) -> list[Any]:
+def intervals(distribution: Sequence[Fraction]) -> list[Any]:
     """Intervals that enclose the probabilities."""
     return [interval(x) for x in distribution]
 

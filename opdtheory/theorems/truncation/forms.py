@@ -8,25 +8,34 @@ from typing import Any, Literal
 
 import sympy
 import torch
-from mpmath import iv
 from torch import Tensor
 
 from opdtheory import divergences
 from opdtheory.divergences import Divergence
 from opdtheory.estimators import estimator
 from opdtheory.exact import TabularPolicy, expected_gradient
-from opdtheory.exact.tree import Tree
 from opdtheory.rollouts import Rollouts
-from opdtheory.theorems.instances.cases import RATIONAL, catalogue, interval, pairs, rational_distributions, sampled_gradient, values_of
+from opdtheory.theorems.instances.cases import (
+    RATIONAL,
+    at_atoms,
+    catalogue,
+    descent_of_rows,
+    interval,
+    pairs,
+    rational_distributions,
+    sampled_gradient,
+    values_of,
+)
 from opdtheory.theorems.instances.kept_tokens import TEACHER, kept
-from opdtheory.theorems.instances.one_sample import in_logits
+from opdtheory.theorems.instances.one_sample import expectation, in_logits, intervals, kl, ratios, softmax
+from opdtheory.theorems.instances.two_steps import weight_at
 from opdtheory.theorems.theorem import Cases, Identity, Step, Theorem, close, holds, overlap, same
 
 __all__ = ["theorems"]
 
 Form = Literal["truncated", "renormalised", "tail"]
 
-# The first two tokens in the proportion of TEACHER; these need not add up to one.
+# The first two tokens in the proportion of TEACHER; the four need not add up to one.
 _OTHER_TAIL = (0.4, 0.25, 0.1, 0.02)
 
 
@@ -42,7 +51,7 @@ def theorems() -> list[Theorem]:
             ),
             hypotheses=("S fixed", "p and q positive somewhere on S", "f strictly convex at 1"),
             source="derived here",
-            advice="Renormalise only with something else that holds p(S), such as a tail bucket: the loss does not.",
+            advice="Renormalise only together with a term that controls p(S), such as a tail bucket.",
             derivation=(
                 Step(
                     r"(t p_a) / \textstyle\sum_S t p = p_a/p(S)",
@@ -51,8 +60,8 @@ def theorems() -> list[Theorem]:
                 ),
                 Step(
                     r"D_f(q_S \| p_S) \ge f(1) = 0",
-                    "Jensen for the distributions on S, with equality iff the ratio is constant on S; the machine confirms that "
-                    "the Jensen gap of two atoms has a double zero at equal ratios",
+                    "Jensen for the distributions on S, with equality iff the ratio is constant on S; the machine "
+                    "confirms that the Jensen gap of two atoms has a double zero at equal ratios",
                     _jensen,
                     in_words=True,
                 ),
@@ -84,7 +93,8 @@ def theorems() -> list[Theorem]:
             ),
             hypotheses=("S fixed", "f convex"),
             source="data processing, Csiszar (1967); the gradient derived here",
-            advice="Of the top-k losses use this one: it holds p(S) as well, and misses only the distribution within the tail.",
+            advice="Use this one of the top-k losses: it also controls p(S), and misses only the distribution within "
+            "the tail.",
             derivation=(
                 Step(
                     r"p_0 f(u_0) + p_1 f(u_1) \ge (p_0 + p_1) f\!\left(\tfrac{q_0 + q_1}{p_0 + p_1}\right)",
@@ -141,7 +151,7 @@ def theorems() -> list[Theorem]:
             statement=r"E_p[A(h_n)\, s_n \mid h_n] = 0 \text{ for an advantage } A(h_n) = -D_{\mathrm{top}\,k}(h_n)",
             hypotheses=("A depends on the history before the token, not on the token", "A is detached"),
             source="derived here; the score has mean zero",
-            advice="Differentiate a top-k divergence; as a detached reward of its own token it is only noise.",
+            advice="Differentiate a top-k divergence: as a detached reward of its own token it is only noise.",
             derivation=(
                 Step(r"\sum_a p_a\, A\, \partial_z \log p_a = A\, \partial_z 1 = 0", "softmax of three", _score_mean),
             ),
@@ -191,37 +201,29 @@ def _check_flat(form: Form) -> Cases:
         for student, teacher, k in kept():
             if len(student) != 3:
                 continue
-            ps = sympy.symbols(f"p0:{len(student)}", positive=True)
-            qs = sympy.symbols(f"q0:{len(student)}", positive=True)
-            value = _expression(form, f, list(ps), list(qs), k)
+            ps, qs = (list(sympy.symbols(f"{letter}0:3", positive=True)) for letter in "pq")
+            value = _expression(form, f, ps, qs, k)
+            where = (name, student, teacher, f"k {k}")
             point = dict(zip((*ps, *qs), (*student, *teacher), strict=True))
             for tail in ps[k:]:
-                yield same(values_of(sympy.diff(value, tail), point), Fraction(0), name, student, teacher, k, tail)
-            along = sum(a * sympy.diff(value, a) for a in ps[:k])
-            # The total variation has no slope at u = 1 for sympy; it is met by the other three.
+                yield same(values_of(sympy.diff(value, tail), point), Fraction(0), *where, f"slope in {tail}")
+            # The total variation has no slope at u = 1 for sympy; the other three divergences have.
             if name != "total_variation":
-                yield same(values_of(along, point), Fraction(0), name, student, teacher, k)
-            moved = [*(b / 2 for b in teacher[:k]), *student[k:]]
-            yield same(
-                values_of(value, dict(zip((*ps, *qs), (*moved, *teacher), strict=True))),
-                Fraction(0),
-                name,
-                student,
-                teacher,
-                k,
-            )
+                along = sum(a * sympy.diff(value, a) for a in ps[:k])
+                yield same(values_of(along, point), Fraction(0), *where, "slope along the scale")
+            moved = (*(b / 2 for b in teacher[:k]), *student[k:], *teacher)
+            yield same(values_of(value, dict(zip((*ps, *qs), moved, strict=True))), Fraction(0), *where, "value")
 
 
 def _check_tail_free(name: str) -> Cases:
-    """The library's loss at students with the teacher's conditional distribution on S and any tail: no gradient at all."""
-    q = torch.tensor(TEACHER, dtype=torch.float64)
-    teacher = TabularPolicy([q.log().unsqueeze(0)])
+    """The library's loss at students with the teacher's conditional distribution on S and any tail has no gradient."""
+    teacher, student = (
+        TabularPolicy([torch.tensor([row], dtype=torch.float64).log()]) for row in (TEACHER, _OTHER_TAIL)
+    )
     for divergence in catalogue()[:9]:
-        if divergence.name == "total_variation":  # at its kink the sign of a rounding error is a weight
-            continue
-        student = TabularPolicy([torch.tensor([_OTHER_TAIL], dtype=torch.float64).log()])
-        gradient = expected_gradient(estimator(name, divergence, k=2), student, teacher)
-        yield close(gradient, [torch.zeros_like(level) for level in gradient], divergence)
+        if divergence.name != "total_variation":  # at its kink the sign of a rounding error is a weight
+            gradient = sampled_gradient(name, divergence, (student, teacher), k=2)
+            yield close(gradient, list(map(torch.zeros_like, gradient)), divergence)
 
 
 # One bucket for the tail.
@@ -229,68 +231,52 @@ def _check_tail_free(name: str) -> Cases:
 
 def _check_coarse(sign: int) -> Cases:
     """In fractions: the coarse divergence lies below the fine one, strictly unless the tail's ratios are all equal."""
-    u = divergences.symbol()
     for name in RATIONAL:
         f = divergences.divergence(name).expr
 
         def value(p: Any, q: Any, f: Any = f) -> Fraction:
-            return sum((a * values_of(f, {u: b / a}) for a, b in zip(p, q, strict=True)), Fraction(0))
+            return sum((a * x for a, x in zip(p, at_atoms(f, p, q), strict=True)), Fraction(0))
 
         for student, teacher, k in kept():
+            where = (name, student, teacher, f"k {k}")
             coarse = value((*student[:k], sum(student[k:])), (*teacher[:k], sum(teacher[k:])))
             gap = value(student, teacher) - coarse
-            yield holds(sign * gap >= 0, name, student, teacher, k)
-            ratios = {b / a for a, b in zip(student[k:], teacher[k:], strict=True)}
+            yield holds(sign * gap >= 0, *where, "not below")
             if name != "total_variation":
-                yield holds((sign * gap > 0) == (len(ratios) > 1), name, student, teacher, k)
+                differ = len(set(ratios(student[k:], teacher[k:]))) > 1
+                yield holds((sign * gap > 0) == differ, *where, "strictly")
             flat = [b * sum(student[k:]) / sum(teacher[k:]) for b in teacher[k:]]
-            yield same(value((*student[:k], *flat), teacher), coarse, name, student, teacher, k)
+            yield same(value((*student[:k], *flat), teacher), coarse, *where, "equal ratios")
 
 
 def _check_lost(claim: Callable[[Any, Any, str], Any]) -> Cases:
     r"""What one bucket loses of each KL, in intervals: the tail's mass times the KL of the distributions within it."""
-
-    def kl(p: list[Any], q: list[Any]) -> Any:
-        return sum(a * iv.log(a / b) for a, b in zip(p, q, strict=True))
-
     for student, teacher, k in kept():
-        ps, qs = [interval(a) for a in student], [interval(b) for b in teacher]
+        ps, qs = intervals(student), intervals(teacher)
         for name, first, second in (("reverse_kl", ps, qs), ("forward_kl", qs, ps)):
             rest, other = sum(first[k:]), sum(second[k:])
             within = kl([a / rest for a in first[k:]], [b / other for b in second[k:]])
             coarse = kl([*first[:k], rest], [*second[:k], other])
-            yield overlap(
-                coarse + claim(sum(ps[k:]), sum(qs[k:]), name) * within,
-                kl(first, second),
-                student,
-                teacher,
-                k,
-                name,
-                first,
-                second,
-            )
+            found = coarse + claim(sum(ps[k:]), sum(qs[k:]), name) * within
+            yield overlap(found, kl(first, second), student, teacher, f"k {k}", name)
 
 
 def _check_coarse_gradient(ratios: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Cases:
     """The library's tail loss on enumerated policies against OPD+ with the bucket's ratio on every tail token."""
     for divergence in catalogue()[::2]:
         for pair in pairs()[2:3]:
-            tree, levels = Tree.build(*pair), []
-            for n in range(tree.horizon):
-                log_p, log_q = tree.log_p[n], tree.log_q[n]
+
+            def advantage(log_p: Tensor, log_q: Tensor, d: Divergence = divergence) -> Tensor:
                 tail = torch.ones_like(log_q).scatter(-1, log_q.topk(1, dim=-1).indices, 0.0) > 0
-                weight = divergence.weight(ratios(log_p, log_q, tail))
-                p = log_p.exp()
-                centred = weight - (p * weight).sum(-1, keepdim=True)
-                levels.append(-tree.reach(n).unsqueeze(-1) * p * centred)
-            yield close(sampled_gradient("topk_tail", divergence, pair, k=1), levels, divergence, pair)
+                return d.weight(ratios(log_p, log_q, tail))
+
+            gradient = sampled_gradient("topk_tail", divergence, pair, k=1)
+            yield close(gradient, descent_of_rows(pair, advantage), divergence, pair)
 
 
 def _bucket_ratio(log_p: Tensor, log_q: Tensor, tail: Tensor) -> Tensor:
-    def mass(log_distribution: Tensor) -> Tensor:
-        return log_distribution.masked_fill(~tail, -torch.inf).logsumexp(-1, keepdim=True)
-
-    return torch.where(tail, mass(log_q) - mass(log_p), log_q - log_p)
+    p_tail, q_tail = (logs.masked_fill(~tail, -torch.inf).logsumexp(-1, keepdim=True) for logs in (log_p, log_q))
+    return torch.where(tail, q_tail - p_tail, log_q - log_p)
 
 
 # A detached reward.
@@ -309,17 +295,15 @@ def _reward_to_come(divergence: Divergence, k: int) -> Callable[[Rollouts], Tens
 
 
 def _check_reward(make: Callable[[Divergence, int], Callable[[Rollouts], Tensor]]) -> Cases:
-    for name in ("forward_kl", "jsd"):
-        divergence = divergences.divergence(name)
+    for divergence in map(divergences.divergence, ("forward_kl", "jsd")):
         for pair in pairs()[:3]:
             gradient = expected_gradient(make(divergence, 1), *pair)
-            yield close(gradient, [torch.zeros_like(level) for level in gradient], name, pair)
+            yield close(gradient, list(map(torch.zeros_like, gradient)), divergence, pair)
 
 
 def _check_reward_in_fractions(later: bool) -> Cases:
-    """A reward of the first history on the first token moves nothing; one of the second history does."""
+    """A reward of the history before the first token moves nothing; one of the history after it does."""
     for student, rewards in rational_distributions():
-        # The reward of the history that a token leads to, any number for each; or of the one before it.
         given = rewards if later else [rewards[0]] * len(student)
         yield same(in_logits(student, given), [Fraction(0)] * len(student), student, rewards)
 
@@ -330,10 +314,10 @@ def _check_reward_in_fractions(later: bool) -> Cases:
 def _homogeneous() -> bool:
     """Scaling all masses on S leaves the conditional distribution alone, and no tail mass occurs in it."""
     p0, p1, scale = sympy.symbols("p0 p1 t", positive=True)
-    distribution = [p / (p0 + p1) for p in (p0, p1)]
-    scaled = [p.subs({p0: scale * p0, p1: scale * p1}, simultaneous=True) for p in distribution]
-    return sympy.simplify(sum(distribution)) == 1 and all(
-        sympy.simplify(a - b) == 0 for a, b in zip(scaled, distribution, strict=True)
+    conditional = [p / (p0 + p1) for p in (p0, p1)]
+    scaled = [p.subs({p0: scale * p0, p1: scale * p1}, simultaneous=True) for p in conditional]
+    return sympy.simplify(sum(conditional)) == 1 and all(
+        sympy.simplify(a - b) == 0 for a, b in zip(scaled, conditional, strict=True)
     )
 
 
@@ -350,16 +334,14 @@ def _jensen() -> bool:
 
 def _bucket() -> bool:
     """The bucket's term differentiated in either tail mass gives the weight at the bucket's ratio."""
-    p0, p1, q, u = sympy.symbols("p0 p1 q u", positive=True)
+    p0, p1, q = sympy.symbols("p0 p1 q", positive=True)
     f = sympy.Function("f")
     term = (p0 + p1) * f(q / (p0 + p1))
-    w = (u * sympy.diff(f(u), u) - f(u)).subs(u, q / (p0 + p1)).doit()
-    return all(sympy.simplify(sympy.diff(term, p).doit() + w) == 0 for p in (p0, p1))
+    w = weight_at(f, q / (p0 + p1))
+    return all(sympy.simplify((sympy.diff(term, p) + w).doit()) == 0 for p in (p0, p1))
 
 
 def _score_mean() -> bool:
-    z = sympy.symbols("z0:3", real=True)
+    z, p = softmax()
     advantage = sympy.Symbol("A", real=True)
-    total = sum(sympy.exp(x) for x in z)
-    distributions = [sympy.exp(x) / total for x in z]
-    return all(sympy.simplify(sum(p * advantage * sympy.diff(sympy.log(p), x) for p in distributions)) == 0 for x in z)
+    return all(sympy.simplify(expectation(p, [advantage * sympy.diff(sympy.log(a), x) for a in p])) == 0 for x in z)

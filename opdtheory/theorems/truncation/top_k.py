@@ -15,10 +15,18 @@ from torch import Tensor
 from opdtheory import divergences
 from opdtheory.divergences import Divergence
 from opdtheory.exact import TabularPolicy
-from opdtheory.theorems.instances.cases import catalogue, enclose, interval, rational_distributions, sampled_gradient, values_of
+from opdtheory.theorems.instances.cases import (
+    at_atoms,
+    catalogue,
+    interval,
+    perspective,
+    rational_distributions,
+    sampled_gradient,
+)
 from opdtheory.theorems.instances.kept_tokens import TEACHER, kept
 from opdtheory.theorems.instances.minimisers import critical_ratio, minimise
-from opdtheory.theorems.instances.one_sample import in_logits
+from opdtheory.theorems.instances.one_sample import in_logits, intervals
+from opdtheory.theorems.instances.two_steps import weight_at
 from opdtheory.theorems.theorem import Cases, Identity, Step, Theorem, close, holds, overlap, same
 
 __all__ = ["theorems"]
@@ -28,15 +36,15 @@ _CHI2_GAUGES = ((Fraction(-3), Fraction(2)), (Fraction(0), Fraction(1)), (Fracti
 
 _STARTS = ((0.0, 0.0, 0.0, 0.0), (-1.0, 2.0, 0.5, 1.5))
 
-# Critical ratios of 0, e, 1, 1, below 1 and above 1; at a kink, as of the total variation, minimisers fill an interval.
-_DESCENDED: tuple[tuple[str, dict[str, float]], ...] = (
-    ("forward_kl", {}),
-    ("reverse_kl", {}),
-    ("jsd", {}),
-    ("chi2", {}),
-    ("skew_forward_kl", {"lam": 0.3}),
-    ("skew_reverse_kl", {"lam": 0.3}),
-)
+# Critical ratios of 0, e, 1, 1, below 1 and above 1. At a kink the minimisers would fill an interval, so none has one.
+_DESCENDED: dict[str, dict[str, float]] = {
+    "forward_kl": {},
+    "reverse_kl": {},
+    "jsd": {},
+    "chi2": {},
+    "skew_forward_kl": {"lam": 0.3},
+    "skew_reverse_kl": {"lam": 0.3},
+}
 
 
 def theorems() -> list[Theorem]:
@@ -56,7 +64,7 @@ def theorems() -> list[Theorem]:
             ),
             source="derived here",
             advice=(
-                "Never sum plain KL terms over the top k: take a generator with f'(1) = 0, such as "
+                "Never sum plain KL terms over the top k: use a generator with f'(1) = 0, such as "
                 "p log(p/q) - p + q, renormalise, or keep a bucket for the tail."
             ),
             derivation=(
@@ -74,14 +82,14 @@ def theorems() -> list[Theorem]:
                 Step(
                     r"\lambda = w_f(q(S)) \text{ and no tail if } w_f(q(S)) \ge 0, "
                     r"\text{ else } \lambda = 0,\ u = u_0 \text{ and } p(S) = q(S)/u_0",
-                    "w_f' = u f'' > 0, so u is constant on S; mass outside needs lambda = 0, and an empty tail "
+                    "w_f' = u f'' > 0, so u is constant on S; mass outside S needs lambda = 0, an empty tail "
                     "lambda >= 0; the machine confirms w_f' = u f'', w_f(1) = f'(1), and w_f + c for f + c(u-1)",
                     _level,
                     in_words=True,
                 ),
                 Step(
                     r"f = u \log u:\quad p = q/q(S),\quad \text{value } q(S) \log q(S)",
-                    "(a): w_f = u has no root, so the tail is emptied",
+                    "(a): w_f = u has no root, so the tail is empty",
                     _forward,
                 ),
                 Step(
@@ -156,55 +164,49 @@ def theorems() -> list[Theorem]:
     ]
 
 
-# The truncated sum.
-
-
 def _check_critical_in_fractions(distribution_on: Callable[[Fraction, Fraction, Fraction], Fraction]) -> Cases:
     """Chi2 in three gauges: the claimed distribution is stationary, and no distribution of a grid lies below it."""
-    u, p, q = divergences.symbol(), sympy.Symbol("p", positive=True), sympy.Symbol("q", positive=True)
+    u = divergences.symbol()
     for shift, critical in _CHI2_GAUGES:
         f = divergences.divergence("chi2").expr + sympy.Rational(shift.numerator, shift.denominator) * (u - 1)
-        term = p * f.subs(u, q / p)
+        term, p, _ = perspective(f)
         slope = sympy.diff(term, p)
         for _, teacher, k in kept():
-            inside = sum(teacher[:k], Fraction(0))
-            head = [distribution_on(b, inside, critical) for b in teacher[:k]]
+            where = (f"gauge {shift}", teacher, f"k {k}")
+            qs, inside = teacher[:k], sum(teacher[:k], Fraction(0))
+            head = [distribution_on(b, inside, critical) for b in qs]
             rest = 1 - sum(head)
-            yield holds(rest >= 0, shift, critical, teacher, k)
-            slopes = [values_of(slope, {p: a, q: b}) for a, b in zip(head, teacher[:k], strict=True)]
+            yield holds(rest >= 0, *where, "mass outside")
             # However the rest is spread, its slope is zero.
-            yield same(
-                in_logits([*head, rest], [*slopes, Fraction(0)]), [Fraction(0)] * (k + 1), shift, critical, teacher, k
-            )
-            lowest = sum(values_of(term, {p: a, q: b}) for a, b in zip(head, teacher[:k], strict=True))
+            slopes = in_logits([*head, rest], [*at_atoms(slope, head, qs), Fraction(0)])
+            yield same(slopes, [Fraction(0)] * (k + 1), *where, "slopes")
+            lowest = sum(at_atoms(term, head, qs))
             for other, _ in rational_distributions():
                 if len(other) == len(teacher):
-                    higher = sum(values_of(term, {p: a, q: b}) for a, b in zip(other[:k], teacher[:k], strict=True))
-                    yield holds(lowest <= higher, shift, critical, teacher, k, other)
+                    yield holds(lowest <= sum(at_atoms(term, other[:k], qs)), *where, "no lower than at", other)
 
 
 def _check_kl(name: str, claim: Callable[[Any, Any], tuple[Any, Any]]) -> Cases:
     """A KL's claimed distribution on S and value, in intervals: every slope in the logits encloses zero."""
-    u, p, q = divergences.symbol(), sympy.Symbol("p", positive=True), sympy.Symbol("q", positive=True)
-    term = p * divergences.divergence(name).expr.subs(u, q / p)
+    term, p, _ = perspective(divergences.divergence(name).expr)
     slope = sympy.diff(term, p)
     for _, teacher, k in kept():
-        inside = interval(sum(teacher[:k]))
-        qs = [interval(b) for b in teacher[:k]]
+        where = (teacher, f"k {k}")
+        inside, qs = interval(sum(teacher[:k])), intervals(teacher[:k])
         head = [claim(b, inside)[0] for b in qs]
         rest = interval(1) - sum(head)
-        values = [{p: a, q: b} for a, b in zip(head, qs, strict=True)]
-        slopes = [enclose(slope, v) for v in values]
-        for entry in in_logits([*head, rest], [*slopes, interval(0)]):
-            yield overlap(entry, interval(0), teacher, k, entry)
-        yield overlap(sum(enclose(term, v) for v in values), claim(qs[0], inside)[1], teacher, k)
+        slopes = in_logits([*head, rest], [*at_atoms(slope, head, qs), interval(0)])
+        for b, entry in enumerate(slopes):
+            yield overlap(entry, interval(0), *where, f"logit {b}")
+        minimum = claim(qs[0], inside)[1]
+        yield overlap(sum(at_atoms(term, head, qs)), minimum, *where, "value")
         # The teacher's own value is zero, or -log 1: the minimum is certified to lie below.
-        yield holds(claim(qs[0], inside)[1].b < 0, teacher, k)
+        yield holds(minimum.b < 0, *where, "below the teacher")
 
 
 @functools.cache
 def _minimisers(divergence: Divergence, k: int) -> tuple[Tensor, ...]:
-    """Where Newton's method on the logits ends from each start; kept, as every twin needs it again."""
+    """Where Newton's method on the logits ends from each start; cached, since every twin needs it again."""
     log_q = torch.tensor(TEACHER, dtype=torch.float64).log()
 
     def loss(z: Tensor) -> Tensor:
@@ -215,28 +217,25 @@ def _minimisers(divergence: Divergence, k: int) -> tuple[Tensor, ...]:
 
 
 def _check_descended(level: Callable[[float, float], float]) -> Cases:
-    """The minimisers found by descent from three starts against the closed form `p = q / level` on S."""
+    """The minimisers found by descent from every start against the closed form `p = q / level` on S."""
     q = torch.tensor(TEACHER, dtype=torch.float64)
-    for name, parameters in _DESCENDED:
+    for name, parameters in _DESCENDED.items():
         divergence = divergences.divergence(name, **parameters)
-        inside = float(q[:2].sum())
-        claimed = q[:2] / level(critical_ratio(divergence), inside)
-        for found in _minimisers(divergence, 2):
-            yield close(found[:2], claimed, name, parameters, found)
+        claimed = q[:2] / level(critical_ratio(divergence), float(q[:2].sum()))
+        for start, found in enumerate(_minimisers(divergence, 2)):
+            yield close(found[:2], claimed, divergence, f"start {start}")
 
 
 def _check_at_teacher(pull: Callable[[float], float]) -> Cases:
     r"""The library's truncated loss at the teacher: $-f'(1)\, q_b (1_S(b) - q(S))$ in each logit."""
-    at_one = torch.zeros(1, dtype=torch.float64)
-    teacher = TabularPolicy([torch.tensor([TEACHER], dtype=torch.float64).log()])
     q = torch.tensor(TEACHER, dtype=torch.float64)
+    teacher = TabularPolicy([q.log().unsqueeze(0)])
+    on = torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=torch.float64)
     for divergence in catalogue()[::2]:
-        slope = float(divergence.log_slope(at_one))
-        on = torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=torch.float64)
+        slope = float(divergence.log_slope(torch.zeros(1, dtype=torch.float64)))
         claimed = pull(slope) * q * (on - q[:2].sum())
-        yield close(
-            sampled_gradient("topk_truncated", divergence, (teacher, teacher), k=2), [claimed.unsqueeze(0)], divergence
-        )
+        gradient = sampled_gradient("topk_truncated", divergence, (teacher, teacher), k=2)
+        yield close(gradient, [claimed.unsqueeze(0)], divergence)
 
 
 # The derivation.
@@ -244,14 +243,13 @@ def _check_at_teacher(pull: Callable[[float], float]) -> Cases:
 
 def _lagrange() -> bool:
     """Two tokens in S and one outside, f undefined: the slopes of the Lagrangian."""
-    p0, p1, p2, q0, q1, u, multiplier = sympy.symbols("p0 p1 p2 q0 q1 u lambda", positive=True)
+    p0, p1, p2, q0, q1, multiplier = sympy.symbols("p0 p1 p2 q0 q1 lambda", positive=True)
     f = sympy.Function("f")
-    w = u * sympy.diff(f(u), u) - f(u)
     lagrangian = p0 * f(q0 / p0) + p1 * f(q1 / p1) + multiplier * (p0 + p1 + p2 - 1)
-    on = [sympy.diff(lagrangian, p).doit() - multiplier + w.subs(u, q / p).doit() for p, q in ((p0, q0), (p1, q1))]
+    on = [sympy.diff(lagrangian, p) - multiplier + weight_at(f, q / p) for p, q in ((p0, q0), (p1, q1))]
     mass = sympy.diff(lagrangian, multiplier)
     return (
-        all(sympy.simplify(e) == 0 for e in on)
+        all(sympy.simplify(each.doit()) == 0 for each in on)
         and sympy.diff(lagrangian, p2) == multiplier
         and mass == p0 + p1 + p2 - 1
     )
