@@ -1,4 +1,4 @@
-"""Numeric evaluation of generators given as expressions: float64 by torch, and mpmath where that loses digits."""
+"""Numeric evaluation of generators given as expressions: in float64 by torch, and by mpmath where that loses digits."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def symbol() -> sympy.Symbol:
 def numeric(expression: sympy.Expr) -> Callable[[Tensor], Tensor]:
     """An expression in `u` as a function of float64 tensors of `log u`.
 
-    Near `u = 1` a smooth expression is evaluated by its power series in `log u`. Elsewhere, points at which an
-    intermediate overflows, underflows or cancels by more than 10 bits are evaluated by mpmath.
+    Near `u = 1` a smooth expression is evaluated by its power series in `log u`. Elsewhere, mpmath evaluates the
+    points at which an intermediate value overflows, underflows or cancels by more than 10 bits.
     """
     import sympy
 
@@ -67,7 +67,7 @@ class _UnknownFunctionError(Exception):
 
 
 class _TorchEvaluator:
-    """Evaluates an expression tree by torch, noting the points at which an intermediate loses its digits."""
+    """Evaluates an expression tree by torch and notes the points at which an intermediate value loses digits."""
 
     def __init__(self, t: Tensor) -> None:
         self.t = t
@@ -81,7 +81,7 @@ class _TorchEvaluator:
         if not node.free_symbols:
             return torch.full_like(self.t, number(node))
         if isinstance(node, sympy.Piecewise):
-            # Branches that are not taken may well be infinite: only the chosen value counts.
+            # Branches that are not taken may be infinite: only the chosen value counts.
             return self._piecewise(node)
         value = self._excess(node) if isinstance(node, sympy.Add) else None
         if value is None:
@@ -90,12 +90,12 @@ class _TorchEvaluator:
         if isinstance(node, (sympy.exp, sympy.Pow)):
             self.suspect = self.suspect | (value.abs() < torch.finfo(value.dtype).tiny)
         if isinstance(node, sympy.log):
-            # The argument is near one, and its distance from one is what counts.
+            # The argument is near one, and only its distance from one counts.
             self.suspect = self.suspect | (value.abs() < _CANCELLATION)
         return value
 
     def _excess(self, node: sympy.Add) -> Tensor | None:
-        """The sum with `k exp(x) - k` in it taken as `k expm1(x)`, or None if there is no such pair."""
+        """The sum with its pair `k exp(x) - k` taken as `k expm1(x)`, or None if there is no such pair."""
         import sympy
 
         constant, rest = node.as_coeff_Add()
@@ -187,7 +187,7 @@ def _mpmath_function(expression: sympy.Expr) -> Callable[[float], float]:
     function = lambdify(_log_symbol(), expression)
 
     def evaluate(t: float) -> float:
-        # The precision doubles until the value stands; what shrinks with it is an exact zero.
+        # The precision doubles until the value is stable; a value that shrinks with it is an exact zero.
         value, previous = mpmath.mpf(0), None
         for digits in (50, 100, 200, 400, 800):
             with mpmath.workdps(digits):
@@ -205,13 +205,13 @@ def _mpmath_function(expression: sympy.Expr) -> Callable[[float], float]:
 
 
 def _series(expression: sympy.Expr) -> tuple[float, ...] | None:
-    """The Taylor coefficients at `t = 0`, or None where they do not reproduce the function on both sides."""
+    """The Taylor coefficients at `t = 0`, or None if they do not reproduce the function on both sides."""
     import mpmath
 
     function = lambdify(_log_symbol(), expression)
     with mpmath.workdps(60):
         try:
-            # Differences of high order take digits: mpmath adds what they need.
+            # Differences of high order lose digits: mpmath adds the digits they need.
             found = mpmath.taylor(function, 0, _SERIES_ORDER)
             coefficients = [mpmath.re(c) if abs(c) > mpmath.mpf("1e-40") else mpmath.mpf(0) for c in found]
             for t in (mpmath.mpf(k) * _SERIES_RADIUS / 8 for k in (-8, -5, -1, 1, 5, 8)):
@@ -251,7 +251,7 @@ def _to_float(value: Any) -> float:
 
 
 def number(constant: sympy.Expr) -> float:
-    """A real constant in float64, maybe infinite."""
+    """A real constant in float64, possibly infinite."""
     import sympy
 
     if constant.is_infinite:

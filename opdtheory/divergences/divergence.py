@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Divergence", "Form", "Parameters"]
 
-# The derivative in log u of each form, as a sum of forms: of w it is u^2 f'', of u f' it is u f' + u^2 f''.
+# The derivative of each form in log u, as a sum of forms: that of w is u^2 f'', that of u f' is u f' + u^2 f''.
 _DERIVATIVES: dict[str, tuple[str, ...]] = {
     "generator": ("log_slope",),
     "log_slope": ("log_slope", "curvature"),
@@ -34,7 +34,7 @@ class Form:
     r"""A function of $\log u$ on float64 tensors, with its limits at $\log u = \mp\infty$.
 
     Attributes:
-        function: elementwise, float64 in and out; its values at infinite arguments are not used.
+        function: elementwise, from float64 to float64; its values at infinite arguments are not used.
         at_zero: the limit for $u \to 0^+$.
         at_infinity: the limit for $u \to \infty$.
     """
@@ -46,7 +46,7 @@ class Form:
     def __call__(self, log_u: Tensor) -> Tensor:
         """The values at a float64 tensor without NaN."""
         values = self.function(log_u)
-        # A sum is finite only if its terms are: one operation spares the limits nearly always.
+        # A sum is finite only if its terms are: one operation nearly always makes the limits unnecessary.
         if math.isfinite(log_u.sum()):
             return values
         values = torch.where(log_u == -math.inf, torch.full_like(values, self.at_zero), values)
@@ -81,15 +81,17 @@ class Parameters(Mapping[str, float]):
 class Divergence:
     r"""An f-divergence $D_f(q\|p) = E_p[f(u)]$ of the ratio $u = q/p$, teacher over student, with $f(1) = 0$.
 
-    Take one from the catalogue (`divergence("jsd")`, `alpha(0.5)`) or make one by `Divergence.from_expr`.
-    The numeric methods take $\log u$ in nats: any floating dtype, any shape, $\pm\infty$ allowed. float64 is
-    evaluated as it is; narrower dtypes are evaluated in float64 and rounded once to the dtype of the input.
-    Autograd, `torch.func` transforms and forward mode give the exact derivatives: of `generator` it is
-    `log_slope`, of `weight` it is `curvature`, of `log_slope` it is `log_slope + curvature`.
+    Take one from the catalogue (`divergence("jsd")`, `alpha(0.5)`) or make one with `Divergence.from_expr`.
+
+    `generator`, `log_slope`, `weight` and `curvature` take $\log u$, teacher minus student log-probability in nats, as
+    a tensor of any shape and floating-point dtype. $\pm\infty$ is allowed; NaN, and anything but a floating-point
+    tensor, raises `InvalidArgumentError`. Dtypes narrower than float64 are evaluated in float64 and rounded once.
+    Autograd, `torch.func` and forward mode give the exact derivatives: that of `generator` is `log_slope`, that of
+    `weight` is `curvature`, that of `log_slope` is `log_slope + curvature`.
 
     Attributes:
-        name: the catalogue's name, or the one given to `from_expr`.
-        parameters: the numbers that select a member of a family; empty for most.
+        name: the name in the catalogue, or the one given to `from_expr`.
+        parameters: the parameter of a member of a family, by name; empty for others.
         reference: where the divergence comes from.
 
     Example:
@@ -109,35 +111,35 @@ class Divergence:
     _slope_at_infinity: float = field(compare=False)
     _make_expr: Callable[[], sympy.Expr] = field(compare=False)
     _remake: tuple[Callable[..., Divergence], tuple[Any, ...]] = field(compare=False)  # for pickling
-    _own_expr: Any = None  # the generator of `from_expr`, which a name does not identify
+    _own_expr: Any = None  # the generator given to `from_expr`, which the name does not identify
 
     @classmethod
     def from_expr(cls, expr: sympy.Expr, name: str = "custom") -> Divergence:
-        r"""The divergence of a generator given as a sympy expression in `u`.
+        r"""The divergence with a given generator, a sympy expression in `u`.
 
         $$f(1) = 0, \qquad f'' \ge 0 \text{ on } (0, \infty)$$
 
-        are checked; the second by sympy where it can decide, else on a grid of $\log u \in [-60, 60]$. The
-        numeric forms evaluate $f$, $u f'$, $u f' - f$ and $u^2 f''$ as written, after $u = e^t$; near $u = 1$, where
-        most expressions cancel, by their power series in $t$. Where an intermediate overflows, underflows or
-        cancels by more than 10 bits, mpmath evaluates the point: slower, by about 0.1 ms for each distinct one.
-        Elsewhere the relative error may reach $10^{-11}$. Limits are sympy's; one that it does not find is NaN.
+        are checked, convexity by sympy where it can decide and else on a grid of $\log u \in [-60, 60]$. The
+        numeric methods evaluate $f$, $u f'$, $u f' - f$ and $u^2 f''$ as written, after $u = e^t$, and near $u = 1$,
+        where most expressions cancel, by their power series in $t$. Where an intermediate value overflows, underflows
+        or cancels by more than 10 bits, mpmath evaluates the point, which takes about 0.1 ms for each distinct one.
+        Elsewhere the relative error may reach $10^{-11}$. Limits are sympy's; a limit that it does not find is NaN.
 
         Args:
             expr: an expression whose only free symbol is called `u`, whatever its assumptions.
-            name: what messages and tables call it.
+            name: the name in messages and tables.
 
         Raises:
-            InvalidArgumentError: a `ValueError` that names the condition which `expr` violates.
+            InvalidArgumentError: `expr` violates a condition, which the message names, or `name` is empty.
         """
         if not isinstance(name, str) or not name:
-            raise InvalidArgumentError("name", f"got {name!r}; a non-empty string is needed")
+            raise InvalidArgumentError("name", f"must be a non-empty string, got {name!r}")
         generator = transform.check_generator(expr)
         return _from_checked(generator, name)
 
     @property
     def expr(self) -> sympy.Expr:
-        """The generator $f$ as a sympy expression in `u`; parameters stand in it as exact decimal fractions."""
+        """The generator $f$ as a sympy expression in `u`, with parameters as exact decimal fractions."""
         return self._make_expr()
 
     @property
@@ -149,67 +151,41 @@ class Divergence:
 
     @property
     def at_zero(self) -> float:
-        r"""The limit $f(0^+)$, maybe infinite: the cost per student mass where the teacher has none (T10)."""
+        r"""The limit $f(0^+)$, maybe infinite: the cost per unit of student mass where the teacher has none (T10)."""
         return self._forms["generator"].at_zero
 
     @property
     def slope_at_infinity(self) -> float:
-        r"""The limit $f'(\infty) = \lim f(u)/u$, maybe infinite: the cost per teacher mass never sampled."""
+        r"""The limit $f'(\infty) = \lim f(u)/u$, maybe infinite: the cost per unit of teacher mass never sampled."""
         return self._slope_at_infinity
 
     def generator(self, log_u: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        r"""The generator $f(u)$ at $u = e^{\log u}$.
-
-        Args:
-            log_u: teacher minus student log-probability in nats, any shape and floating dtype.
-
-        Raises:
-            InvalidArgumentError: `log_u` is not a floating tensor, or holds a NaN.
-        """
+        r"""The generator $f(u)$ at $u = e^{\log u}$."""
         return self._evaluate("generator", log_u)
 
     def log_slope(self, log_u: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        r"""The slope in log-ratio, $u f'(u) = \mathrm{d}f/\mathrm{d}\log u$.
-
-        Args:
-            log_u: teacher minus student log-probability in nats, any shape and floating dtype.
-
-        Raises:
-            InvalidArgumentError: `log_u` is not a floating tensor, or holds a NaN.
-        """
+        r"""The slope in the log-ratio, $u f'(u) = \mathrm{d}f/\mathrm{d}\log u$."""
         return self._evaluate("log_slope", log_u)
 
     def weight(self, log_u: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         r"""The exact policy-gradient weight $w_f(u) = u f'(u) - f(u)$ (T1): $\nabla D_f = -E_p[w_f(u)\, s]$.
 
-        An estimator ascends log-probability with it. Only differences matter: a constant is a baseline.
-
-        Args:
-            log_u: teacher minus student log-probability in nats, any shape and floating dtype.
-
-        Raises:
-            InvalidArgumentError: `log_u` is not a floating tensor, or holds a NaN.
+        An estimator ascends the log-probability with this weight. Only differences matter: a constant is a baseline.
         """
         return self._evaluate("weight", log_u)
 
     def curvature(self, log_u: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         r"""The curvature $u^2 f''(u) = \mathrm{d}w_f/\mathrm{d}\log u \ge 0$; at $u = 1$ the pull of the teacher (T5).
 
-        At a kink of the generator it is taken to be zero.
-
-        Args:
-            log_u: teacher minus student log-probability in nats, any shape and floating dtype.
-
-        Raises:
-            InvalidArgumentError: `log_u` is not a floating tensor, or holds a NaN.
+        At a kink of the generator it is zero by convention.
         """
         return self._evaluate("curvature", log_u)
 
     def _evaluate(self, kind: str, log_u: Tensor) -> Tensor:
         if not isinstance(log_u, Tensor):
-            raise InvalidArgumentError("log_u", f"got {type(log_u).__name__}; a floating tensor is needed")
+            raise InvalidArgumentError("log_u", f"must be a floating-point tensor, got {type(log_u).__name__}")
         if not log_u.is_floating_point():
-            raise InvalidArgumentError("log_u", f"has dtype {log_u.dtype}; a floating dtype is needed")
+            raise InvalidArgumentError("log_u", f"must have a floating-point dtype, got {log_u.dtype}")
         # Under vmap only a function with a rule for it sees an ordinary tensor.
         if transforms_active():
             return _Transformed.apply(log_u, self, kind)
@@ -225,23 +201,23 @@ class Divergence:
         return self._remake
 
 
-# Whether a transform of `torch.func` runs; of versions that cannot tell, every call may be within one.
+# Whether a transform of `torch.func` is active; where torch cannot tell, any call may be inside one.
 transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
 
 def _values(log_u: Tensor, divergence: Divergence, kind: str) -> Tensor:
     values = log_u.to(torch.float64)
-    # One operation finds out that there is no NaN nearly always.
+    # One operation nearly always shows that there is no NaN.
     if not math.isfinite(values.sum()) and bool(torch.isnan(values).any()):
         count = int(torch.isnan(values).sum())
-        raise InvalidArgumentError("log_u", f"holds {count} NaN among its {log_u.numel()} entries")
+        raise InvalidArgumentError("log_u", f"must not hold NaN, got {count} among {log_u.numel()} entries")
     return divergence._forms[kind](values).to(log_u.dtype)
 
 
 class _Evaluate(torch.autograd.Function):
-    """A form of a divergence at a tensor; derivatives are forms again, to any order that is defined.
+    """A form of a divergence at a tensor; its derivatives are forms again, to any order that is defined.
 
-    Without `setup_context`, for which torch looks up the signature of `forward` at every call.
+    There is no `setup_context`, for which torch would look up the signature of `forward` at every call.
     """
 
     @staticmethod
@@ -253,7 +229,7 @@ class _Evaluate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         slope = _derivative(ctx)
-        # A masked entry sends a zero back, and 0 * inf would turn it into NaN.
+        # A masked entry sends back a zero, which 0 * inf would turn into NaN.
         slope = torch.where((grad == 0) & torch.isinf(slope), torch.zeros_like(slope), slope)
         return grad * slope, None, None
 
@@ -263,7 +239,7 @@ class _Evaluate(torch.autograd.Function):
 
 
 class _Transformed(_Evaluate):
-    """The same within the transforms of `torch.func`, which ask for `setup_context`."""
+    """The same inside transforms of `torch.func`, which need `setup_context`."""
 
     @staticmethod
     def forward(log_u: Tensor, divergence: Divergence, kind: str) -> Tensor:  # type: ignore[override]
@@ -286,12 +262,12 @@ def _keep(ctx: Any, log_u: Tensor, divergence: Divergence, kind: str) -> None:
 
 def _derivative(ctx: Any) -> Tensor:
     if ctx.kind not in _DERIVATIVES:
-        raise NotImplementedError(f"{ctx.divergence.label}: derivatives end at the first one of `curvature`")
+        raise NotImplementedError(f"{ctx.divergence.label}: derivatives end with the slope of `curvature`")
     (log_u,) = ctx.saved_tensors
     parts = [ctx.divergence._evaluate(kind, log_u) for kind in _DERIVATIVES[ctx.kind]]
     if len(parts) == 1:
         return parts[0]
-    # Slope and curvature of opposite sign both overflow only towards u = 0, where u f' rises from -inf.
+    # Slope and curvature overflow with opposite signs only towards u = 0, where u f' rises from -inf.
     total = parts[0] + parts[1]
     return torch.where(torch.isnan(total), torch.full_like(total, math.inf), total)
 

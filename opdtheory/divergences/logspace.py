@@ -1,7 +1,7 @@
 r"""Functions of $t = \log u$ that stay accurate where the textbook formula cancels, overflows or underflows.
 
-All take and return float64 tensors of any shape, and are elementwise. Finite arguments never give NaN;
-the limits at $t = \pm\infty$ are the caller's business (`divergence.Form` holds them).
+All are elementwise and map float64 tensors of any shape to float64. Finite arguments never give NaN; the limits at
+$t = \pm\infty$ are left to the caller (`divergence.Form` holds them).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _REMAINDER_COEFFICIENTS = tuple(1 / math.factorial(n) for n in range(2, 21))
 
 
 class TwoFloat(NamedTuple):
-    """A real number as an unevaluated sum `hi + lo` of two floats, about 106 bits."""
+    """A real number as an unevaluated sum `hi + lo` of two floats: about 106 bits."""
 
     hi: float
     lo: float
@@ -53,7 +53,7 @@ def polynomial(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
 
 
 def exp_remainder(t: Tensor) -> Tensor:
-    r"""The remainder $e^t - 1 - t \ge 0$, accurate in relative terms near zero too."""
+    r"""The remainder $e^t - 1 - t \ge 0$, with small relative error near zero too."""
     small = t.clamp(-1.0, 1.0)
     series = small * small * polynomial(small, _REMAINDER_COEFFICIENTS)
     return torch.where(t.abs() < 1.0, series, torch.expm1(t) - t)
@@ -67,22 +67,22 @@ def xlogx_remainder(log_v: Tensor) -> Tensor:
 def mul_exp(factor: Tensor | float, t: Tensor) -> Tensor:
     r"""The product $x\, e^t$, which overflows or underflows only if the product itself does.
 
-    $e^{t/2}$ is multiplied in twice, as $e^t$ may leave the range of float64 before $x e^t$ does.
+    The factor $e^{t/2}$ is applied twice, as $e^t$ may leave the range of float64 before $x e^t$ does.
     """
     half = torch.exp(t / 2)
     return (factor * half) * half
 
 
 def log_mixture(t: Tensor, a: float, b: float) -> Tensor:
-    r"""The logarithm $\log(a e^t + b)$ of a mixture, $a, b \ge 0$, $a + b = 1$, in relative accuracy.
+    r"""The logarithm $\log(a e^t + b)$ of a mixture, $a, b \ge 0$, $a + b = 1$, with small relative error.
 
-    Both weights are passed, as $1 - a$ loses a small $b$ once $a$ is rounded.
+    Both weights are arguments, as $1 - a$ would lose a small $b$ once $a$ is rounded.
     """
     if a == 0.0:
         return torch.zeros_like(t)
     if b == 0.0:
         return t.clone()
-    # Up to 700 the excess over one is finite: log1p of it keeps the root at t = 0. Below minus one half it cancels.
+    # Up to 700 the excess over one is finite, and its log1p keeps the root at t = 0. Below minus one half it cancels.
     excess = a * torch.expm1(t.clamp(max=700.0))
     low = torch.log(b + a * torch.exp(t.clamp(max=0.0)))
     high = t + torch.log(a + b * torch.exp(-t.clamp(min=0.0)))
@@ -96,7 +96,7 @@ def mixture_ratio(t: Tensor, a: float, b: float) -> Tensor:
     if b == 0.0:
         return torch.full_like(t, 1.0 / a)
     half = torch.exp(t.clamp(max=0.0) / 2)
-    # Half of the exponent waits outside, as e^t may be subnormal where its ratio to a small b is not.
+    # Half of the exponent stays outside, as e^t may be subnormal where its ratio to a small b is not.
     return half / (a * half * half + b * torch.exp(-t.clamp(min=0.0))) * half
 
 
@@ -106,12 +106,12 @@ def sigmoid(t: Tensor) -> Tensor:
 
 
 def exp_product(t: Tensor, a: TwoFloat, scale: float = 1.0) -> Tensor:
-    r"""The power $c\, e^{a t}$ with $a$ in two floats, accurate although $a t$ rounds.
+    r"""The power $c\, e^{a t}$ with $a$ in two floats, accurate although $a t$ is rounded.
 
-    A rounded exponent near 700 would already cost 500 units in the last place.
+    A rounded exponent near 700 alone would cost 500 units in the last place.
     """
     product, error = _two_product(t, a)
-    # The clamp keeps the halves finite; what lies beyond it overflows for every scale above 1e-300.
+    # The clamp keeps the halves finite; anything beyond it overflows for every scale above 1e-300.
     half = torch.exp(product.clamp(max=1400.0) / 2)
     return ((scale * half) * half) * (1.0 + error)
 
@@ -127,7 +127,7 @@ def box_cox(t: Tensor, a: TwoFloat) -> Tensor:
     r"""The Box-Cox transform of the ratio, $(u^a - 1)/a$, which is $\log u$ at $a = 0$."""
     if a.hi == 0.0:
         return t.clone()
-    # A tiny product may be subnormal and has lost its digits: there the transform is t to the last bit.
+    # A tiny product may be subnormal and without digits: there the transform is t to the last bit.
     tiny = (a.hi * t).abs() < 2.0**-60
     inverse = 1.0 / a.hi
     if math.isinf(inverse):
@@ -136,7 +136,7 @@ def box_cox(t: Tensor, a: TwoFloat) -> Tensor:
 
 
 def _two_product(t: Tensor, a: TwoFloat) -> tuple[Tensor, Tensor]:
-    """The product `a t` as a float64 and its rounding error; no error beyond the range of exp, where none matters."""
+    """The product `a t` in float64 and its rounding error, which is left out beyond the range of exp."""
     product = a.hi * t
     in_range = (product.abs() < 2000.0) & (t.abs() < 1e150)
     safe = torch.where(in_range, t, torch.zeros_like(t))

@@ -1,4 +1,4 @@
-"""The register of the catalogue: divergences and families of them, by name and by label."""
+"""The register of the catalogue: divergences and families of divergences, by name and by label."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Family:
         make: the member at a value; raises `InvalidArgumentError` for a value out of range.
         sought: the interval in which a fit seeks the parameter.
         drawn: the interval from which the strategies of `opdtheory.testing` draw it.
-        examples: the values on which the theorems are checked.
+        examples: the values at which the theorems are checked.
     """
 
     name: str
@@ -160,7 +160,7 @@ _LABEL = re.compile(r"\s*(\w+)\(\s*(\w+)\s*=\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]
 
 
 def names() -> tuple[str, ...]:
-    """The catalogue's names, parameterised families included."""
+    """The names in the catalogue, those of families included."""
     return tuple(_ENTRIES)
 
 
@@ -205,7 +205,9 @@ def divergence(name: str | Divergence, **parameters: float) -> Divergence:
     """
     if isinstance(name, Divergence):
         if parameters:
-            raise InvalidArgumentError(next(iter(parameters)), f"{name.label} is an object and takes no parameters")
+            raise InvalidArgumentError(
+                next(iter(parameters)), f"must be left out: the object {name.label} takes no parameters"
+            )
         return name
     label = _LABEL.fullmatch(name) if isinstance(name, str) and not parameters else None
     given = {label[2]: float(label[3])} if label else parameters
@@ -214,10 +216,10 @@ def divergence(name: str | Divergence, **parameters: float) -> Divergence:
     for key in given:
         if key not in wanted:
             takes = f"takes {', '.join(wanted)}" if wanted else "takes no parameters"
-            raise InvalidArgumentError(key, f"is not a parameter of {found.name}, which {takes}")
+            raise InvalidArgumentError(key, f"must be left out: {found.name} {takes}")
     for key in wanted:
         if key not in given:
-            raise InvalidArgumentError(key, f'is missing; write divergence("{found.name}", {key}=...)')
+            raise InvalidArgumentError(key, f'must be given for {found.name}: divergence("{found.name}", {key}=...)')
     if isinstance(found, Divergence):
         return found
     return _kept(found, given[found.parameter]) if label else found(**given)
@@ -233,5 +235,5 @@ def _found(name: object) -> Divergence | Family:
     if isinstance(name, str) and name in _ENTRIES:
         return _ENTRIES[name]
     close = difflib.get_close_matches(str(name), _ENTRIES, n=1)
-    hint = f"did you mean {close[0]!r}? Known" if close else "known"
-    raise InvalidArgumentError("divergence", f"got {name!r}; {hint} names: {', '.join(_ENTRIES)}")
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise InvalidArgumentError("divergence", f"must be one of {', '.join(_ENTRIES)} or a label, got {name!r}{hint}")

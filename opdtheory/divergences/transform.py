@@ -1,7 +1,7 @@
 r"""The calculus of generators and weights, in sympy: $w_f = u f' - f$, its inverse $V[w]$, gauge, scale, convexity.
 
-Expressions are in one symbol called `u`, whatever its assumptions; results are in `symbol()`, which is positive.
-sympy and mpmath are imported when a function is called, not with this module.
+Expressions are in one symbol called `u`, whatever its assumptions; results are in `symbol()`, which is positive. The
+functions import sympy and mpmath when they are called, so that the module does not.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def weight_of(expr: sympy.Expr) -> sympy.Expr:
     r"""The weight of a generator, $w_f(u) = u f'(u) - f(u)$ (T1), simplified.
 
     Raises:
-        InvalidArgumentError: `expr` is no sympy expression.
+        InvalidArgumentError: `expr` is not a sympy expression.
 
     Example:
         >>> import sympy
@@ -52,19 +52,19 @@ def weight_of(expr: sympy.Expr) -> sympy.Expr:
 
 
 def implied_generator(weight_expr: sympy.Expr) -> sympy.Expr:
-    r"""The generator whose exact weight is the given one up to a constant (T4), in the gauge $f(1) = f'(1) = 0$.
+    r"""The generator whose exact weight is the given one, up to a constant (T4), in the gauge $f(1) = f'(1) = 0$.
 
     $$V[w](u) = u \int_1^u \frac{w(t) - w(1)}{t^2}\, \mathrm{d}t$$
 
-    It is convex, hence an f-divergence is minimised, if and only if the weight is non-decreasing. Kinks and steps
+    It is convex, so that an f-divergence is minimised, if and only if the weight is non-decreasing. Kinks and steps
     (`Abs`, `sign`, `Min`, `Max`, `Piecewise`) are integrated piece by piece. Where sympy finds no closed form,
     `implied_generator_values` integrates numerically, in the same gauge.
 
     Args:
-        weight_expr: the local weight, an expression in `u`; other symbols are carried along where it is smooth.
+        weight_expr: the local weight, an expression in `u`; where it is smooth it may hold other symbols too.
 
     Raises:
-        InvalidArgumentError: `weight_expr` is no expression in `u`, is infinite at 1, or sympy finds no integral.
+        InvalidArgumentError: `weight_expr` is not an expression in `u` or is infinite at 1, or sympy finds no integral.
 
     Example:
         >>> import sympy
@@ -80,7 +80,7 @@ def implied_generator(weight_expr: sympy.Expr) -> sympy.Expr:
     at_one = weight.subs(u, 1)
     if at_one.is_finite is False or at_one is sympy.nan:
         raise InvalidArgumentError(
-            "weight_expr", f"is {at_one} at u = 1, where the gauge f'(1) = 0 needs a finite value"
+            "weight_expr", f"must be finite at u = 1, where the gauge is f'(1) = 0; got {at_one}"
         )
     primitives = [_primitive(sympy.expand(piece - at_one) / u**2) for _, _, piece in pieces]
     constants = _join_primitives(pieces, primitives)
@@ -95,10 +95,10 @@ def implied_generator(weight_expr: sympy.Expr) -> sympy.Expr:
 
 
 def same_divergence(expr_a: sympy.Expr, expr_b: sympy.Expr) -> bool:
-    r"""Whether two generators differ by a gauge $c(u - 1)$ only, so that $D_f$ is the same (T3).
+    r"""Whether two generators differ only by a gauge $c(u - 1)$, so that $D_f$ is the same (T3).
 
     Raises:
-        InvalidArgumentError: an argument is no sympy expression in `u`.
+        InvalidArgumentError: an argument is not a sympy expression in `u`.
     """
     import sympy
 
@@ -116,7 +116,7 @@ def same_up_to_scale(expr_a: sympy.Expr, expr_b: sympy.Expr) -> sympy.Expr | Non
     r"""The scale $k > 0$ with $f_a = k f_b$ up to gauge, or `None` if there is none.
 
     Raises:
-        InvalidArgumentError: an argument is no sympy expression in `u`.
+        InvalidArgumentError: an argument is not a sympy expression in `u`.
     """
     import sympy
 
@@ -138,16 +138,16 @@ def is_convex(expr: sympy.Expr) -> bool:
     r"""Whether $f'' \ge 0$ on $(0, \infty)$: by sympy where it decides, else on a grid of $\log u \in [-60, 60]$.
 
     Raises:
-        InvalidArgumentError: `expr` is no sympy expression in `u` alone, or is not real and finite on the grid.
+        InvalidArgumentError: `expr` is not a sympy expression in `u` alone, or is not real and finite on the grid.
     """
     return _convexity_violation(_only_u(expr)) is None
 
 
 def check_generator(expr: sympy.Expr) -> sympy.Expr:
-    """The expression in `symbol()`, if it is a convex generator with a zero at one.
+    """The expression in `symbol()`, if it is a convex generator that vanishes at one.
 
     Raises:
-        InvalidArgumentError: the message names the violated condition, with numbers.
+        InvalidArgumentError: a condition is violated; the message names it, with numbers.
     """
     f = _only_u(expr)
     at_one = f.subs(symbol(), 1)
@@ -169,7 +169,7 @@ def forms(generator: sympy.Expr) -> dict[str, sympy.Expr]:
     return {
         "generator": generator,
         "log_slope": u * _shortest(first),
-        # The terms in u that slope and generator share must cancel in symbols, as in numbers they leave nothing.
+        # The terms in u that slope and generator share must cancel in symbols: in numbers they would leave no digits.
         "weight": _by_pieces(u * first - generator),
         "curvature": curvature if has_kinks(curvature) else sympy.factor(curvature),
         "curvature_slope": u * _differentiate(curvature),
@@ -193,9 +193,9 @@ def _in_u(argument: str, expr: sympy.Expr) -> sympy.Expr:
     try:
         expression = sympy.sympify(expr, strict=True)
     except (sympy.SympifyError, TypeError):
-        raise InvalidArgumentError(argument, f"got {type(expr).__name__}; a sympy expression in u is needed") from None
+        raise InvalidArgumentError(argument, f"must be a sympy expression in u, got {type(expr).__name__}") from None
     if not isinstance(expression, sympy.Expr):
-        raise InvalidArgumentError(argument, f"got {type(expr).__name__}; a sympy expression in u is needed")
+        raise InvalidArgumentError(argument, f"must be a sympy expression in u, got {type(expr).__name__}")
     return expression.xreplace({s: symbol() for s in expression.free_symbols if s.name == "u" and s != symbol()})
 
 
@@ -203,12 +203,12 @@ def _only_u(expr: sympy.Expr) -> sympy.Expr:
     expression = _in_u("expr", expr)
     others = sorted(str(s) for s in expression.free_symbols - {symbol()})
     if others:
-        raise InvalidArgumentError("expr", f"has the free symbols {', '.join(others)}; only u may be free")
+        raise InvalidArgumentError("expr", f"must have no free symbol but u, got the free symbols {', '.join(others)}")
     return expression
 
 
 def _differentiate(expression: sympy.Expr) -> sympy.Expr:
-    """The derivative away from kinks: the delta functions that sympy puts there are dropped."""
+    """The derivative away from kinks, without the delta functions that sympy puts there."""
     import sympy
 
     derivative = sympy.diff(expression, symbol())
@@ -219,7 +219,7 @@ def _differentiate(expression: sympy.Expr) -> sympy.Expr:
 
 
 def _shortest(expression: sympy.Expr) -> sympy.Expr:
-    """The shortest of a few rewritings, as rational functions in `u` and its logarithms."""
+    """The shortest of several forms as a rational function of `u` and its logarithms."""
     import sympy
 
     if has_kinks(expression):
@@ -241,7 +241,7 @@ def _split_log(argument: sympy.Expr) -> sympy.Expr:
 
 
 def _by_pieces(expression: sympy.Expr) -> sympy.Expr:
-    """The expression with each smooth piece written out short; at a kink the mean of its two sides."""
+    """The expression with each smooth piece in its shortest form; at a kink the mean of the two sides."""
     import sympy
 
     u = symbol()
@@ -253,7 +253,7 @@ def _by_pieces(expression: sympy.Expr) -> sympy.Expr:
 
 
 def has_kinks(expression: sympy.Expr) -> bool:
-    """Whether the expression is put together from pieces."""
+    """Whether the expression has a kink or a step, or is written in pieces."""
     import sympy
 
     return expression.has(sympy.Piecewise, sympy.Abs, sympy.sign, sympy.Heaviside, sympy.Max, sympy.Min)
@@ -301,13 +301,13 @@ def _primitive(expression: sympy.Expr) -> sympy.Expr:
     if result.has(sympy.Integral):
         raise InvalidArgumentError(
             "weight_expr",
-            f"sympy finds no integral of {expression}; implied_generator_values integrates numerically",
+            f"sympy finds no integral of {expression}; use implied_generator_values, which integrates numerically",
         )
     return result
 
 
 def _dilogarithm(term: sympy.Expr) -> sympy.Expr | None:
-    """The integral of `k log(a u + b) / u`, on which sympy is slow and divides into cases; None for other terms."""
+    """The integral of `k log(a u + b) / u`, for which sympy is slow and splits into cases; None for other terms."""
     import sympy
 
     u = symbol()
@@ -340,7 +340,7 @@ def _pieces(argument: str, expression: sympy.Expr) -> list[tuple[sympy.Expr, sym
     if not has_kinks(expression):
         return [(sympy.Integer(0), sympy.oo, expression)]
     if expression.free_symbols - {u}:
-        raise InvalidArgumentError(argument, "has kinks and symbols other than u; put in numbers for these")
+        raise InvalidArgumentError(argument, "has kinks and symbols other than u; replace these by numbers")
     edges = _edges(expression)
     bounds = [sympy.Integer(0), *edges, sympy.oo]
     return [
@@ -382,7 +382,7 @@ def _inside(low: sympy.Expr, high: sympy.Expr) -> sympy.Expr:
 
 
 def _select(expression: sympy.Expr, point: sympy.Expr) -> sympy.Expr:
-    """The smooth branch of an expression that is in force at a point."""
+    """The smooth branch of an expression that applies at a point."""
     import sympy
 
     u = symbol()
@@ -412,7 +412,7 @@ def _select(expression: sympy.Expr, point: sympy.Expr) -> sympy.Expr:
 
 
 def _convexity_violation(f: sympy.Expr) -> str | None:
-    """A sentence on the violation of convexity nearest to u = 1, or None."""
+    """A sentence about the violation of convexity that is nearest to u = 1, or None."""
     import mpmath
     import sympy
 
@@ -451,7 +451,7 @@ def _convexity_violation(f: sympy.Expr) -> str | None:
 def _grid() -> list[Any]:
     import mpmath
 
-    # Off the round numbers, so that no kink hides on a grid point; and closer around u = 1.
+    # Off the round numbers, so that no kink lies on a grid point; and denser around u = 1.
     coarse = mpmath.linspace(-_GRID_LIMIT, _GRID_LIMIT, _GRID_POINTS)
     fine = [s * mpmath.mpf(2) ** -k * mpmath.mpf("1.01") for k in range(1, 30) for s in (-1, 1)]
     return sorted([*coarse, *fine])

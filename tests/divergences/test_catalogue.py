@@ -429,9 +429,9 @@ def test_lookup_by_name() -> None:
     ("arguments", "parameters", "named", "says"),
     (
         (("jsdd",), {}, "divergence", "did you mean 'jsd'"),
-        (("nothing like it",), {}, "divergence", "reverse_kl, forward_kl"),
-        pytest.param((3,), {}, "divergence", "known names", marks=pytest.mark.bad_input),
-        (("alpha",), {}, "alpha", "missing"),
+        (("nothing like it",), {}, "divergence", "must be one of reverse_kl, forward_kl"),
+        pytest.param((3,), {}, "divergence", "or a label, got 3", marks=pytest.mark.bad_input),
+        (("alpha",), {}, "alpha", "must be given"),
         (("jsd",), {"beta": 0.5}, "beta", "takes no parameters"),
         (("skew_jsd",), {"beta": 0.5, "lam": 0.1}, "lam", "takes beta"),
         ((divergences.jsd,), {"beta": 0.5}, "beta", "takes no parameters"),
@@ -519,7 +519,7 @@ class TestFromExpr:
             (-sympy.Abs(u - 1), "convexity on .* f' falls by 2"),
             ((u - 1) ** 2 - sympy.Abs(u - 2) + 1, "f' falls by"),
             (u * sympy.Symbol("x"), "free symbols x"),
-            ("u*log(u)", "got str"),
+            ("u*log(u)", "must be a sympy expression in u, got str"),
             (None, "got NoneType"),
         ),
         ids=str,
@@ -552,7 +552,7 @@ def test_families_are_the_names_that_take_a_parameter() -> None:
     assert divergences.families() == {name: key for name, (key, _) in _FAMILIES.items()}
     for name in divergences.names():
         if name in divergences.families():
-            with pytest.raises(InvalidArgumentError, match="is missing"):
+            with pytest.raises(InvalidArgumentError, match="must be given"):
                 divergences.divergence(name)
 
 
