@@ -78,7 +78,8 @@ def _theorem_rows(result: Verification) -> list[tuple[str, ...]]:
         rows.append((_mark(theorem.passed), theorem.number, theorem.name, f"derived: {steps}", "", "", "", seconds))
         for r in theorem.identities:
             twins = f"{len(r.twins) - len(r.survivors)} of {len(r.twins)} refuted"
-            rows.append((_mark(r.passed), "", r.name, r.kind, _error(r.error), str(r.cases), twins, f"{r.seconds:.1f}"))
+            name = f"{r.name} ({r.failure})" if r.failure else r.name
+            rows.append((_mark(r.passed), "", name, r.kind, _error(r.error), str(r.cases), twins, f"{r.seconds:.1f}"))
     return rows
 
 

@@ -55,7 +55,7 @@ def _means() -> Theorem:
             ),
             Step(
                 r"E[n l] = \mathrm{Cov}(N, L)/B,\quad E[l^2] = \mathrm{Var}(L)/B,\quad E[n l^2], E[l^3] = O(B^{-2})",
-                "in a product of means of B independent centred terms, only those count in which no rollout stands alone; "
+                "rollouts are independent, so of the products only those in which no rollout stands alone have a mean; "
                 "lengths are bounded, so the remainder of the series is of the order of its first term",
                 _step_moments,
                 in_words=True,

@@ -93,7 +93,7 @@ def holds(statement: bool, *where: object) -> Comparison:
     return Comparison(0.0 if statement else math.inf, where)
 
 
-def _named(value: object) -> str:
+def _named(value: Any) -> str:
     """A part of a label; empty for what has no short name, such as a tensor."""
     label = getattr(value, "label", None)
     if isinstance(label, str):
@@ -102,7 +102,7 @@ def _named(value: object) -> str:
         return str(value)
     if isinstance(value, (tuple, list)):
         parts = [_named(part) for part in value]
-        if any(hasattr(part, "vocab_size") for part in value):
+        if value and hasattr(value[0], "vocab_size"):
             return parts[0]  # both policies of a pair have the same sizes
         return f"({', '.join(parts)})" if all(parts) else ""
     if hasattr(value, "vocab_size"):
@@ -229,6 +229,11 @@ class IdentityResult:
     def holds(self) -> bool:
         """Whether the identity holds to rounding, on one case or more."""
         return self.cases > 0 and self.error <= self.tolerance
+
+    @property
+    def failure(self) -> str:
+        """Where the identity fails, `worst: chi2, gamma 0.6`; empty if it holds or the case has no label."""
+        return f"worst: {self.worst}" if self.worst and not self.holds else ""
 
     @property
     def survivors(self) -> list[str]:

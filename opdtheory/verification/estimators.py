@@ -9,11 +9,15 @@ from typing import TYPE_CHECKING, Any
 from opdtheory import divergences
 from opdtheory.divergences.registry import parameter_free
 from opdtheory.estimators import Estimator, estimator
+from opdtheory.estimators.factory import ENTRIES, formula_of
 
 if TYPE_CHECKING:
     import sympy
 
 __all__ = ["Row", "rows"]
+
+# For which the estimators are tabulated that the caller gives a divergence.
+_DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "chi2", "hellinger", "le_cam")
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        """What the estimator is, in a few words."""
+        """What the estimator minimises, in a few words."""
         if self.weight == 0:
             return "zero gradient"
         if self.named is not None:
@@ -67,27 +71,16 @@ class Row:
 
 
 def rows() -> list[Row]:
-    """The estimators whose local weight is a function of `u`, each derived anew."""
+    """The estimators whose local weight is a function of `u`, each derived from that weight."""
     import sympy
 
     u = divergences.symbol()
-    log_u = sympy.log(u)
-    entries: list[tuple[Estimator, sympy.Expr]] = []
-    for name in ("reverse_kl", "forward_kl", "jsd", "chi2", "hellinger", "le_cam"):
-        generator = divergences.divergence(name).expr
-        entries.append((estimator("opd", name), -generator))
-        entries.append((estimator("opd_plus", name), divergences.weight_of(generator)))
-    entries += [
-        (estimator("k1_loss"), sympy.Integer(0)),
-        (estimator("k2_loss"), log_u),
-        (estimator("k3_loss"), u),
-        (estimator("k1_reward"), log_u),
-        (estimator("k2_reward"), -(log_u**2) / 2),
-        (estimator("k3_reward"), log_u - u + 1),
-        (estimator("box_cox", alpha=0.5), 2 * (sympy.sqrt(u) - 1)),
-        (estimator("sign"), sympy.sign(u - 1)),
-    ]
-    return [_row(loss, sympy.simplify(weight - weight.subs(u, 1)), u) for loss, weight in entries]
+    named = [(name, entry) for name, entry in ENTRIES.items() if entry.formula is not None]
+    losses = [estimator(name, f) for f in _DIVERGENCES for name, entry in named if entry.nominal is None]
+    losses += [estimator(name, **o) for name, entry in named if entry.nominal is not None for o in entry.examples]
+    weights = [formula_of(loss.name, loss.claim.divergence, loss.settings) for loss in losses]
+    centred = [sympy.simplify(w - w.subs(u, 1)) for w in weights if w is not None]
+    return [_row(loss, weight, u) for loss, weight in zip(losses, centred, strict=True)]
 
 
 def _row(loss: Estimator, weight: sympy.Expr, u: sympy.Symbol) -> Row:
@@ -138,7 +131,7 @@ def _curve(weight: sympy.Expr, u: sympy.Symbol, limit: int) -> list[Any]:
 
 
 def _second_moment(weight: sympy.Expr, u: sympy.Symbol) -> str:
-    """Where $E_p[w^2]$ can grow without bound: it is bounded iff $w^2$ is at 0 and $w^2/u$ is at infinity (T10)."""
+    """Where $E_p[w^2]$ can grow without bound: nowhere iff $w^2$ is bounded at 0 and $w^2/u$ at infinity (T10)."""
     import sympy
 
     weight = weight.subs(sympy.sign(u - 1), 1)

@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
-from opdtheory import divergences
 from opdtheory.auditing import Audit, audit, quick_verdict
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.estimators import Claim, Estimator, estimator
+from opdtheory.estimators.factory import examples
 from opdtheory.exact.threads import one_thread
 from opdtheory.rollouts import Rollouts
 from opdtheory.testing.assertions import assert_claim, claim_settings
@@ -27,15 +27,15 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class EstimatorResult:
-    """What an audit found of one shipped estimator and of its false twin.
+    """What an audit found about one shipped estimator and about its false twin.
 
     Attributes:
         name: the call that makes the estimator.
-        label: the same in short, such as `opd(jsd, gamma=1.0)`.
-        claim: what it says of itself.
+        label: its short form, such as `opd(jsd, gamma=1.0)`.
+        claim: what the estimator claims.
         audit: what the audit found.
-        agrees: whether the two agree.
-        twin: the loss that the same claim must not fit.
+        agrees: whether the audit confirms the claim.
+        twin: the loss that the claim must not fit.
         twin_verdict: the audit's verdict on the twin.
     """
 
@@ -49,12 +49,12 @@ class EstimatorResult:
 
     @property
     def twin_refuted(self) -> bool:
-        """Whether the audit tells the twin from the estimator."""
+        """Whether the audit's verdict on the twin differs from the claim."""
         return self.twin_verdict != self.claim.verdict
 
     @property
     def passed(self) -> bool:
-        """Whether the claim holds and the twin does not keep it."""
+        """Whether the claim holds for the estimator and not for its twin."""
         return self.agrees and self.twin_refuted
 
 
@@ -63,8 +63,8 @@ class Verification:
     """All results of one run.
 
     Attributes:
-        theorems: each with its derivation and its checks.
-        estimators: of the shipped estimators.
+        theorems: one result per theorem, with its derivation and checks.
+        estimators: one result per shipped estimator.
         seconds: how long the run took.
     """
 
@@ -84,12 +84,12 @@ class Verification:
 
     @property
     def twins_refuted(self) -> int:
-        """How many false twins the checks refuted."""
+        """The number of false twins refuted."""
         of_identities = sum(len(r.twins) - len(r.survivors) for r in self.identities)
         return of_identities + sum(r.twin_refuted for r in self.estimators)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain Python values that `json.dumps` takes."""
+        """Everything as plain Python values for `json.dumps`."""
         return {
             "schema_version": SCHEMA_VERSION,
             "passed": self.passed,
@@ -132,16 +132,16 @@ def verify(
     """Check every theorem and the claim of every shipped estimator.
 
     Args:
-        select: numbers of theorems (`"T4"`) and names of estimators (`"opd_plus"`) to check; all if empty.
-        workers: processes to share the work among. More than one starts Python anew, so a script needs
-            the usual `if __name__ == "__main__"` guard.
+        select: numbers of theorems (`"T4"`) and names of estimators (`"opd_plus"`) to check (default: all).
+        workers: number of processes. More than one starts Python anew, so a script needs the usual
+            `if __name__ == "__main__"` guard.
         progress: called with the name of each item when it is done.
 
     Raises:
         InvalidArgumentError: `select` names neither a theorem nor an estimator, or `workers` is below one.
     """
     if workers < 1:
-        raise InvalidArgumentError("workers", f"is {workers}; at least one process is needed")
+        raise InvalidArgumentError("workers", f"must be at least 1, got {workers}")
     start = time.perf_counter()
     tasks = _tasks(select)
     found: list[TheoremResult | EstimatorResult] = []
@@ -169,7 +169,7 @@ def _tasks(select: Sequence[str]) -> list[tuple[str, int]]:
     for wanted in select:
         if wanted not in numbers and wanted not in names:
             known = f"{', '.join(numbers)}, {', '.join(dict.fromkeys(names))}"
-            raise InvalidArgumentError("select", f"{wanted!r} is no theorem and no estimator; known: {known}")
+            raise InvalidArgumentError("select", f"must name theorems or estimators ({known}), got {wanted!r}")
     return [("theorem", i) for i, number in enumerate(numbers) if not select or number in select] + [
         ("estimator", j) for j, name in enumerate(names) if not select or name in select
     ]
@@ -189,26 +189,7 @@ def _title(result: TheoremResult | EstimatorResult) -> str:
 
 def shipped_estimators() -> Iterator[Estimator]:
     """Every named estimator in at least one form, and every modifier at least once."""
-    d = divergences
-    for name in ("opd", "opd_plus"):
-        for divergence in ("reverse_kl", "forward_kl", "jsd", "chi2"):
-            yield estimator(name, divergence)
-    yield estimator("opd_plus", d.skew_jsd(0.1))
-    yield estimator("opd_plus", d.alpha(0.5))
-    yield estimator("opd_plus_centred", "forward_kl")
-    for name in ("k1_loss", "k2_loss", "k3_loss", "k1_reward", "k2_reward", "k3_reward", "sign"):
-        yield estimator(name)
-    yield estimator("box_cox", alpha=0.5)
-    yield estimator("power", alpha=0.5)
-    yield estimator("full_vocab", "jsd")
-    yield estimator("full_vocab", "jsd", importance="prefix")
-    for name in ("topk_truncated", "topk_renormalised", "topk_tail", "topk_reward"):
-        yield estimator(name, "reverse_kl", k=2)
-    yield estimator("return_to_go", "jsd", gamma=0.0)
-    yield estimator("return_to_go", "jsd", gamma=1.0)
-    yield estimator("return_to_go", "jsd", gamma=0.5)
-    yield estimator("return_to_go", "jsd", gamma=0.5, discounted=True)
-    yield estimator("sequence_opd_plus", "hellinger")
+    yield from examples()
     yield estimator("opd_plus", "jsd", reduction="token_mean")
     yield estimator("opd_plus", "jsd", reduction="sequence_mean")
     yield estimator("opd_plus", "jsd", importance="prefix")
@@ -238,10 +219,10 @@ def check_estimator(loss: Estimator) -> EstimatorResult:
 
 
 def _twin(loss: Estimator) -> tuple[str, Callable[[Rollouts], Tensor]]:
-    """A loss on which an audit that worked would not return the estimator's own verdict.
+    """A loss on which a working audit returns another verdict than on the estimator.
 
-    A faithful estimator's twin climbs instead of descending. Where the claim is a bias or a zero, the
-    twin is the whole-vocabulary loss, which is exact or another objective under any distribution of prefixes.
+    The twin of a faithful estimator ascends instead of descending. Where the claim is a bias or a zero, the twin is
+    the whole-vocabulary loss, which is exact or has another objective under any distribution of prefixes.
     """
     if loss.claim.verdict in ("exact", "exact_up_to_scale", "other_objective"):
         return "sign flipped", lambda rollouts: -loss(rollouts)
