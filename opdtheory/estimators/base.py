@@ -27,9 +27,6 @@ __all__ = [
 TokenLoss = Callable[[Rollouts], Tensor]
 Sampler = Literal["any", "on_policy", "on_policy_or_one_step"]
 
-# Estimators whose weights look at the whole rollout.
-_WHOLE_ROLLOUT = ("return_to_go", "sequence_opd_plus")
-
 
 @dataclass(frozen=True)
 class Assumptions:
@@ -165,7 +162,8 @@ class Estimator:
     @property
     def is_token_local(self) -> bool:
         """Whether a token's weight depends on its own history and probabilities alone, batches aside."""
-        return self.name not in _WHOLE_ROLLOUT or self.settings.get("gamma") == 0.0
+        advantage = getattr(self.token_loss, "advantage", None)
+        return not getattr(advantage, "looks_ahead", False)
 
     @property
     def label(self) -> str:

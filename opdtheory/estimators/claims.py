@@ -29,7 +29,7 @@ from opdtheory.estimators.sampled import (
 )
 from opdtheory.estimators.vocabulary import TopKReward, VocabularyLoss
 
-__all__ = ["claim_of", "local_weight", "relation"]
+__all__ = ["claim_of", "divided_by_length", "local_weight", "relation"]
 
 _TOLERANCE = 1e-9
 _NEAR = torch.linspace(-3, 3, 121, dtype=torch.float64)
@@ -55,7 +55,7 @@ def claim_of(loss: TokenLoss, nominal: Divergence, reduction: str, theorem: str,
     else:
         raise TypeError(f"no claim can be derived for {type(loss).__name__}")
     claim = claim.assuming(sampler=_sampler(loss, claim))
-    return claim if reduction == "token_sum" else _divided_by_length(claim)
+    return divided_by_length(claim, reduction)
 
 
 def local_weight(function: Callable[[Tensor], Tensor], log_u: Tensor) -> Tensor:
@@ -246,7 +246,10 @@ def _sampler(loss: object, claim: Claim) -> Sampler:
     return "on_policy"
 
 
-def _divided_by_length(claim: Claim) -> Claim:
+def divided_by_length(claim: Claim, reduction: str) -> Claim:
+    """The claim of a token sum under another reduction: a scale at fixed length, and a bias at variable length (T11)."""
+    if reduction == "token_sum":
+        return claim
     claim = replace(claim, theorem=_and(claim.theorem, "T11"))
     if claim.verdict == "biased":
         return claim

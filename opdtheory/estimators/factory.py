@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from opdtheory.choices import Reduction
-from opdtheory.divergences import Divergence
+from opdtheory.choices import REDUCTIONS, Reduction
+from opdtheory.divergences import Divergence, symbol
 from opdtheory.divergences import divergence as divergence_of
 from opdtheory.errors import InvalidArgumentError
-from opdtheory.estimators.base import Estimator, TokenLoss
-from opdtheory.estimators.claims import claim_of
+from opdtheory.estimators.base import Claim, Estimator, TokenLoss
+from opdtheory.estimators.claims import claim_of, divided_by_length
 from opdtheory.estimators.offpolicy import Importance
 from opdtheory.estimators.sampled import (
     Baseline,
@@ -38,24 +38,46 @@ from opdtheory.estimators.sampled import (
 )
 from opdtheory.estimators.vocabulary import Support, TopK, TopKReward, VocabularyLoss
 
-__all__ = ["estimator", "estimator_names"]
+if TYPE_CHECKING:
+    import sympy
+
+__all__ = ["ENTRIES", "Entry", "estimator", "estimator_names", "examples", "formula_of"]
 
 Options = dict[str, Any]
 _Build = Callable[[Divergence, Options], TokenLoss]
+_Formula = Callable[["sympy.Expr", "sympy.Symbol", Options], "sympy.Expr"]
 
 
 @dataclass(frozen=True)
-class _Entry:
-    """How one named estimator is built, which options it takes and what the theory says of its unmodified form."""
+class Entry:
+    """How one named estimator is built, which options it takes and what the theory says of its unmodified form.
+
+    Attributes:
+        build: makes the loss of each token from the divergence and the options.
+        options: the options that apply.
+        theorem: the statement of the theory behind the claim.
+        nominal: the divergence that it is for; None where the caller names one.
+        required: options that must be given.
+        descends: what it descends, where that is another objective and cannot be derived.
+        importance: the importance weights that apply.
+        baseline: the baselines that apply.
+        examples: calls that `opdtheory verify` audits, as keyword arguments.
+        formula: the local weight as sympy writes it, of the generator, `u` and the options; None where the weight is
+            no function of the ratio, or is listed under another name.
+        claim: the claim of a loss whose kind the derivation of claims does not know, of the divergence and options.
+    """
 
     build: _Build
     options: frozenset[str]
     theorem: str
-    nominal: str | None = None  # None: the caller names the divergence
+    nominal: str | None = None
     required: tuple[str, ...] = ()
     descends: str | None = None
     importance: tuple[str, ...] = ("token", "prefix", "sequence", "ppo")
     baseline: tuple[str, ...] = ("constant", "group_mean", "leave_one_out", "vocabulary")
+    examples: tuple[Options, ...] = ({},)
+    formula: _Formula | None = None
+    claim: Callable[[Divergence, Options], Claim] | None = None
 
 
 _SCORE = frozenset({"baseline", "baseline_value", "zscore", "eps", "importance", "clip_range", "clip_weight"})
@@ -78,76 +100,169 @@ def _differentiated(function: Callable[..., Any]) -> _Build:
     return lambda d, o: Differentiated(function, o.get("clip_log_ratio"), o.get("importance"))
 
 
-def _top(form: Literal["truncated", "renormalised", "tail"]) -> _Build:
-    return lambda d, o: VocabularyLoss(d, _top_k(form, o), o.get("importance"))
-
-
 def _top_k(form: Literal["truncated", "renormalised", "tail"], o: Options) -> TopK:
     return TopK(o["k"], form, o.get("support", "teacher"))
 
 
+def _top_entry(form: Literal["truncated", "renormalised", "tail"], theorem: str) -> Entry:
+    return Entry(
+        lambda d, o: VocabularyLoss(d, _top_k(form, o), o.get("importance")),
+        _TOP,
+        theorem,
+        required=("k",),
+        importance=("prefix",),
+        examples=_TOP_TWO,
+    )
+
+
+def _of(*names: str) -> tuple[Options, ...]:
+    return tuple({"divergence": name} for name in names)
+
+
+def _log(u: sympy.Symbol) -> sympy.Expr:
+    import sympy
+
+    return sympy.log(u)
+
+
+def _sign_of(expr: sympy.Expr) -> sympy.Expr:
+    import sympy
+
+    return sympy.sign(expr)
+
+
+def _power_of(u: sympy.Symbol, alpha: float) -> sympy.Expr:
+    import sympy
+
+    order = sympy.Rational(str(alpha))
+    return (u**order - 1) / order if order else sympy.log(u)
+
+
+_TOP_TWO: tuple[Options, ...] = ({"divergence": "reverse_kl", "k": 2},)
 _SAMPLED_LOSS = ("token", "prefix", "sequence")
 _WHOLE_ROLLOUT = ("sequence", "ppo")
-_ENTRIES: dict[str, _Entry] = {
-    "opd": _Entry(_ratio(lambda d, o: StopGradientReward(d)), _RATIO, "T2"),
-    "opd_plus": _Entry(_ratio(lambda d, o: d.weight), _RATIO, "T1"),
-    "opd_plus_centred": _Entry(_ratio(lambda d, o: CentredWeight(d)), _RATIO, "T1, T7a"),
-    "k1_loss": _Entry(_differentiated(k1), _LOSS, "T4", "reverse_kl", importance=_SAMPLED_LOSS),
-    "k2_loss": _Entry(_differentiated(k2), _LOSS, "T4", "reverse_kl", importance=_SAMPLED_LOSS),
-    "k3_loss": _Entry(_differentiated(k3), _LOSS, "T4", "reverse_kl", descends="forward_kl", importance=_SAMPLED_LOSS),
-    "k1_reward": _Entry(_ratio(lambda d, o: k1_reward), _RATIO, "T4", "reverse_kl"),
-    "k2_reward": _Entry(_ratio(lambda d, o: k2_reward), _RATIO, "T4", "reverse_kl"),
-    "k3_reward": _Entry(
-        _ratio(lambda d, o: k3_reward), _RATIO, "T4", "reverse_kl", descends="the reverse KL minus the forward KL"
+ENTRIES: dict[str, Entry] = {
+    "opd": Entry(
+        _ratio(lambda d, o: StopGradientReward(d)),
+        _RATIO,
+        "T2",
+        examples=_of("reverse_kl", "forward_kl", "jsd", "chi2"),
+        formula=lambda f, u, o: -f,
     ),
-    "box_cox": _Entry(_ratio(lambda d, o: BoxCox(o["alpha"])), _RATIO | {"alpha"}, "T4", "alpha", ("alpha",)),
-    "power": _Entry(
+    "opd_plus": Entry(
+        _ratio(lambda d, o: d.weight),
+        _RATIO,
+        "T1",
+        examples=_of("reverse_kl", "forward_kl", "jsd", "chi2", "skew_jsd(beta=0.1)", "alpha(alpha=0.5)"),
+        formula=lambda f, u, o: u * f.diff(u) - f,
+    ),
+    "opd_plus_centred": Entry(_ratio(lambda d, o: CentredWeight(d)), _RATIO, "T1, T7a", examples=_of("forward_kl")),
+    "k1_loss": Entry(
+        _differentiated(k1), _LOSS, "T4", "reverse_kl", importance=_SAMPLED_LOSS, formula=lambda f, u, o: 0 * u
+    ),
+    "k2_loss": Entry(
+        _differentiated(k2), _LOSS, "T4", "reverse_kl", importance=_SAMPLED_LOSS, formula=lambda f, u, o: _log(u)
+    ),
+    "k3_loss": Entry(
+        _differentiated(k3),
+        _LOSS,
+        "T4",
+        "reverse_kl",
+        descends="forward_kl",
+        importance=_SAMPLED_LOSS,
+        formula=lambda f, u, o: u,
+    ),
+    "k1_reward": Entry(_ratio(lambda d, o: k1_reward), _RATIO, "T4", "reverse_kl", formula=lambda f, u, o: _log(u)),
+    "k2_reward": Entry(
+        _ratio(lambda d, o: k2_reward), _RATIO, "T4", "reverse_kl", formula=lambda f, u, o: -(_log(u) ** 2) / 2
+    ),
+    "k3_reward": Entry(
+        _ratio(lambda d, o: k3_reward),
+        _RATIO,
+        "T4",
+        "reverse_kl",
+        descends="the reverse KL minus the forward KL",
+        formula=lambda f, u, o: _log(u) - u + 1,
+    ),
+    "box_cox": Entry(
+        _ratio(lambda d, o: BoxCox(o["alpha"])),
+        _RATIO | {"alpha"},
+        "T4",
+        "alpha",
+        ("alpha",),
+        examples=({"alpha": 0.5},),
+        formula=lambda f, u, o: _power_of(u, o["alpha"]),
+    ),
+    "power": Entry(
         lambda d, o: _score(PowerAdvantage(o["alpha"]), o),
         _SCORE | {"alpha"},
         "T4",
         "reverse_kl",
         ("alpha",),
         descends="a density-power (Bregman) divergence",
+        examples=({"alpha": 0.5},),
     ),
     # No clip_log_ratio: it cannot change a sign.
-    "sign": _Entry(_ratio(lambda d, o: torch.sign), _SCORE, "T4", "total_variation"),
-    "return_to_go": _Entry(
+    "sign": Entry(
+        _ratio(lambda d, o: torch.sign), _SCORE, "T4", "total_variation", formula=lambda f, u, o: _sign_of(u - 1)
+    ),
+    "return_to_go": Entry(
         lambda d, o: _score(ReturnToGo(d, o["gamma"], o.get("discounted", False), o.get("clip_log_ratio")), o),
         _RATIO | {"gamma", "discounted"},
         "T6",
         required=("gamma",),
         importance=_WHOLE_ROLLOUT,
         baseline=_GROUP_BASELINES,
+        examples=(
+            *({"divergence": "jsd", "gamma": gamma} for gamma in (0.0, 1.0, 0.5)),
+            {"divergence": "jsd", "gamma": 0.5, "discounted": True},
+        ),
     ),
-    "sequence_opd_plus": _Entry(
+    "sequence_opd_plus": Entry(
         lambda d, o: _score(SequenceWeight(d, o.get("clip_log_ratio")), o),
         _RATIO,
         "T6",
         importance=_WHOLE_ROLLOUT,
         baseline=_GROUP_BASELINES,
+        examples=_of("hellinger"),
     ),
-    "full_vocab": _Entry(
+    "full_vocab": Entry(
         lambda d, o: VocabularyLoss(d, None, o.get("importance")),
         frozenset({"importance"}),
         "T12",
         importance=("prefix",),
+        examples=({"divergence": "jsd"}, {"divergence": "jsd", "importance": "prefix"}),
     ),
-    "topk_truncated": _Entry(_top("truncated"), _TOP, "T9", required=("k",), importance=("prefix",)),
-    "topk_renormalised": _Entry(_top("renormalised"), _TOP, "T9c", required=("k",), importance=("prefix",)),
-    "topk_tail": _Entry(_top("tail"), _TOP, "T9d", required=("k",), importance=("prefix",)),
-    "topk_reward": _Entry(
+    "topk_truncated": _top_entry("truncated", "T9"),
+    "topk_renormalised": _top_entry("renormalised", "T9c"),
+    "topk_tail": _top_entry("tail", "T9d"),
+    "topk_reward": Entry(
         lambda d, o: _score(TopKReward(d, _top_k("truncated", o)), o),
         _SCORE | {"k", "support"},
         "T9e",
         required=("k",),
         baseline=_GROUP_BASELINES,
+        examples=_TOP_TWO,
     ),
 }
 
 
 def estimator_names() -> tuple[str, ...]:
     """The names that `estimator` knows."""
-    return tuple(_ENTRIES)
+    return tuple(ENTRIES)
+
+
+def examples() -> Iterator[Estimator]:
+    """Every named estimator in the forms that its entry lists."""
+    for name, entry in ENTRIES.items():
+        for options in entry.examples:
+            yield estimator(name, **options)
+
+
+def formula_of(name: str, divergence: Divergence, options: Mapping[str, Any]) -> sympy.Expr | None:
+    """The local weight of a named estimator as a formula in `u`, without clips; None if its entry has none."""
+    formula = ENTRIES[name].formula if name in ENTRIES else None
+    return None if formula is None else formula(divergence.expr, symbol(), dict(options))
 
 
 def estimator(
@@ -225,7 +340,7 @@ def estimator(
         >>> loss.claim.verdict
         'biased'
     """
-    entry = _ENTRIES[_choice("name", name, _ENTRIES)]
+    entry = ENTRIES[_choice("name", name, ENTRIES)]
     given: Options = {
         "baseline": baseline,
         "baseline_value": baseline_value,
@@ -243,7 +358,7 @@ def estimator(
     }
     for option in unknown:
         raise InvalidArgumentError(option, f"is no option of estimator(){_nearest(option, ('reduction', *given))}")
-    _choice("reduction", reduction, ("token_sum", "token_mean", "sequence_mean"))
+    _choice("reduction", reduction, REDUCTIONS)
     options = {key: value for key, value in given.items() if value is not None}
     _check_applicable(name, entry, options)
     options = {key: _checked(name, key, value) for key, value in options.items()}
@@ -253,14 +368,20 @@ def estimator(
     shown |= {} if reduction == "token_sum" else {"reduction": reduction}
     return Estimator(
         name=name,
-        claim=claim_of(loss, nominal, reduction, entry.theorem, entry.descends),
+        claim=_claim(entry, loss, nominal, reduction, options),
         token_loss=loss,
         reduction=reduction,
         options=tuple({**shown, **options}.items()),
     )
 
 
-def _nominal(name: str, entry: _Entry, divergence: str | Divergence | None, options: Options) -> Divergence:
+def _claim(entry: Entry, loss: TokenLoss, nominal: Divergence, reduction: str, options: Options) -> Claim:
+    if entry.claim is not None:
+        return divided_by_length(entry.claim(nominal, options), reduction)
+    return claim_of(loss, nominal, reduction, entry.theorem, entry.descends)
+
+
+def _nominal(name: str, entry: Entry, divergence: str | Divergence | None, options: Options) -> Divergence:
     if entry.nominal is None:
         if divergence is None:
             raise InvalidArgumentError("divergence", f"estimator {name!r} needs one, such as 'reverse_kl'")
@@ -270,7 +391,7 @@ def _nominal(name: str, entry: _Entry, divergence: str | Divergence | None, opti
     return divergence_of("alpha", alpha=options["alpha"]) if entry.nominal == "alpha" else divergence_of(entry.nominal)
 
 
-def _check_applicable(name: str, entry: _Entry, options: Options) -> None:
+def _check_applicable(name: str, entry: Entry, options: Options) -> None:
     for option in options:
         if option not in entry.options:
             takes = ", ".join(sorted(entry.options | {"reduction"}))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -172,6 +172,11 @@ class ReturnToGo:
     discounted: bool = False
     clip_log_ratio: float | None = None
 
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether later tokens enter the weight."""
+        return self.gamma > 0
+
     def __call__(self, rollouts: Rollouts) -> Float[Tensor, "B T"]:
         """The advantage of each sampled token."""
         log_u = _clip(_log_u(rollouts), self.clip_log_ratio)
@@ -199,6 +204,7 @@ class SequenceWeight:
 
     divergence: Divergence
     clip_log_ratio: float | None = None
+    looks_ahead: ClassVar[bool] = True
 
     def __call__(self, rollouts: Rollouts) -> Float[Tensor, "B T"]:
         """The advantage of each sampled token, one value per rollout."""

@@ -10,6 +10,7 @@ import torch
 
 from opdtheory import divergences
 from opdtheory.estimators import Estimator, estimator
+from opdtheory.estimators.factory import examples
 from opdtheory.training.models.transformer import Transformer, TransformerConfig
 from opdtheory.training.models.vocabulary import CharacterVocabulary
 from opdtheory.training.tasks import task
@@ -88,10 +89,24 @@ _MODIFIED = (
     Case("k2_loss", options={"importance": "token"}, off_policy=True),
 )
 
+_WHOLE_ROLLOUT = ("return_to_go", "sequence_opd_plus")
+
+
+def _unlisted(token_local: bool) -> tuple[Case, ...]:
+    """The examples of estimators that the lists here do not have."""
+    listed = {*_WHOLE_ROLLOUT, *(case.name for case in (*_BOTH, *_OTHERS))}
+    losses = [loss for loss in examples() if loss.name not in listed and loss.is_token_local == token_local]
+    return tuple(
+        Case(loss.name, loss.settings.get("divergence"), {k: v for k, v in loss.settings.items() if k != "divergence"})
+        for loss in losses
+    )
+
+
 SMALL = (
     *_BOTH,
     *_OTHERS,
     *_MODIFIED,
+    *_unlisted(token_local=True),
     Case("opd_plus", "jsd", {"baseline": "vocabulary"}),
     Case("opd_plus", "jsd", {"reduction": "token_mean"}),
 )
@@ -106,6 +121,7 @@ ENUMERATED = (
     Case("sequence_opd_plus", "hellinger"),
     Case("sequence_opd_plus", "hellinger", {"clip_log_ratio": 1.0}),
     Case("sequence_opd_plus", "jsd", {"importance": "sequence"}, off_policy=True),
+    *_unlisted(token_local=False),
     *_BOTH,
     *_OTHERS,
     *_MODIFIED,

@@ -77,7 +77,7 @@ def rows() -> list[Row]:
     u = divergences.symbol()
     named = [(name, entry) for name, entry in ENTRIES.items() if entry.formula is not None]
     losses = [estimator(name, f) for f in _DIVERGENCES for name, entry in named if entry.nominal is None]
-    losses += [estimator(name, **o) for name, entry in named if entry.nominal is not None for o in entry.examples]
+    losses += [estimator(name, **o) for name, entry in named if entry.nominal is not None for o in entry.examples[:1]]
     weights = [formula_of(loss.name, loss.claim.divergence, loss.settings) for loss in losses]
     centred = [sympy.simplify(w - w.subs(u, 1)) for w in weights if w is not None]
     return [_row(loss, weight, u) for loss, weight in zip(losses, centred, strict=True)]

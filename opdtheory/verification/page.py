@@ -32,14 +32,14 @@ figure svg { width: 100%; height: auto; } figcaption { color: #333; font-size: .
 
 
 def write_page(result: Verification, path: Path) -> Path:
-    """Write the page, making its folder if need be, and return its path."""
+    """Write the page, create its folder if needed, and return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(render_page(result), encoding="utf-8")
     return path
 
 
 def render_page(result: Verification) -> str:
-    """The page as HTML; figures need matplotlib (extra `plots`) and are left out with a note without it."""
+    """The page as HTML; without matplotlib (extra `plots`) a note takes the place of the figures."""
     verdict = "Every theorem holds and every false twin is refuted." if result.passed else "Something failed."
     return f"""<!doctype html>
 <html lang="en">
@@ -58,7 +58,8 @@ to the larger of one and the numbers compared; exact checks compare fractions, r
 <h2>Theorems</h2>
 <div class="scroll">{_theorems(result)}</div>
 <h2>Estimators</h2>
-<p>Each estimator is audited as a black box; its claim must be what the audit finds, and a false twin must not be.</p>
+<p>Each estimator is audited as a black box. The audit must find what the estimator claims, and must refute a false
+twin.</p>
 <div class="scroll">{_estimators(result)}</div>
 <h2>Figures</h2>
 {_figures(result)}
@@ -86,9 +87,10 @@ def _theorems(result: Verification) -> str:
                 f"{'survives' if name in r.survivors else 'refuted'}</span> ({_number(error)})"
                 for name, error in r.twins.items()
             )
+            failure = f"<br><span class='bad'>{escape(r.failure)}</span>" if r.failure else ""
             rows.append(
                 f"<tr><td>{_mark(r.passed)}</td><td></td>"
-                f"<td>{escape(r.name)}<br><code>{escape(r.statement)}</code></td><td>{escape(r.kind)}</td>"
+                f"<td>{escape(r.name)}<br><code>{escape(r.statement)}</code>{failure}</td><td>{escape(r.kind)}</td>"
                 f"<td class='number'>{_number(r.error)}</td><td class='number'>{r.cases}</td>"
                 f"<td>{twins}</td><td class='number'>{r.seconds:.1f}</td></tr>"
             )
@@ -102,7 +104,9 @@ def _theorems(result: Verification) -> str:
 def _estimators(result: Verification) -> str:
     rows = []
     for r in result.estimators:
-        assumptions = f"<br><small>{escape(', '.join(r.claim.assumptions.words))}</small>" if r.claim.assumptions.words else ""
+        assumptions = (
+            f"<br><small>{escape(', '.join(r.claim.assumptions.words))}</small>" if r.claim.assumptions.words else ""
+        )
         rows.append(
             f"<tr><td>{_mark(r.passed)}</td><td><code>{escape(r.name)}</code></td>"
             f"<td>{escape(r.claim.divergence.label)} ({escape(r.claim.granularity)}){assumptions}</td>"
@@ -134,8 +138,8 @@ def _figures(result: Verification) -> str:
             "agree.</figcaption></figure><figure>"
             + svg_of(_recovered_figure(Figure, result.estimators))
             + "<figcaption>The weight of each audited estimator, recovered from its exact expected gradient on "
-            "one-step policies, with its verdict. An estimator whose weight is no function of u alone is drawn "
-            "dashed.</figcaption></figure>"
+            "one-step policies, with its verdict. A dashed line marks a weight that depends on more than u."
+            "</figcaption></figure>"
         )
 
 

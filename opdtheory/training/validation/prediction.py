@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opdtheory.divergences import Divergence
+from opdtheory.divergences import Divergence, symbol
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.estimators import Estimator
+from opdtheory.estimators.factory import formula_of
 
 __all__ = ["VOCABULARY", "group_factor", "predicted_weight", "ratio_correction", "ratio_weight", "standardised"]
 
@@ -81,9 +82,21 @@ def ratio_weight(name: str, options: Mapping[str, Any], divergence: Divergence, 
         "k3_reward": lambda x: x - x.exp() + 1,
         "sign": torch.sign,
     }
-    if name not in rewards:
-        raise InvalidArgumentError("estimator", f"is {name!r}, of which the theory holds no weight")
-    return rewards[name](inside)
+    return rewards[name](inside) if name in rewards else _by_formula(name, options, divergence)(inside)
+
+
+def _by_formula(name: str, options: Mapping[str, Any], divergence: Divergence) -> Callable[[Tensor], Tensor]:
+    """The weight as the estimator's entry writes it in sympy, which its numeric form does not use."""
+    import sympy
+
+    formula = formula_of(name, divergence, options)
+    if formula is None:
+        raise InvalidArgumentError("estimator", f"must have a weight that the theory states, got {name!r}")
+    log_u = sympy.Symbol("log_u", real=True)
+    weight: Callable[[Tensor], Tensor] = sympy.lambdify(
+        log_u, sympy.expand_log(formula.subs(symbol(), sympy.exp(log_u))), "torch"
+    )
+    return lambda x: weight(x) + torch.zeros_like(x)
 
 
 def standardised(weight: Tensor, distribution: Tensor, eps: float) -> Tensor:
