@@ -1,19 +1,17 @@
-"""Every theorem derives itself, holds to its tolerance, refutes its false twins, and is what its page says."""
+"""Every theorem derives itself, holds to its tolerance, refutes its false twins, and agrees with its page."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import json
 import math
 import re
-import time
 from pathlib import Path
 
 import pytest
 
-from opdtheory.theorems import Identity, IdentityResult, Step, StepResult, Theorem, TheoremResult, theorems
-from opdtheory.theorems.theorem import overlap
-from opdtheory.theorems.theorem import same as same_number
+from opdtheory.theorems import Identity, IdentityResult, StepResult, Theorem, TheoremResult, theorems
+from opdtheory.theorems.theorem import Cases
 from opdtheory.verification.markdown import index, page, slug
 from tests.laws.test_docs import same
 
@@ -26,17 +24,35 @@ def theorem(number: str) -> Theorem:
     return theorems()[NUMBERS.index(number)]
 
 
+def watched(identity: Identity, labels: list[str]) -> Identity:
+    """The identity, which notes the labels of the cases of its own formula."""
+
+    def check(formula: object) -> Cases:
+        for case in identity.check(formula):
+            if formula is identity.formula:
+                labels.append(case.label)
+            yield case
+
+    return dataclasses.replace(identity, check=check)
+
+
 # `make verify` runs them all; here they would be run once more.
 @pytest.mark.slow
 @pytest.mark.parametrize("number", NUMBERS)
 def test_theorem_holds_and_its_twins_are_refuted(number):
-    result = theorem(number).run()
+    labels: dict[str, list[str]] = {identity.name: [] for identity in theorem(number).identities}
+    identities = tuple(watched(identity, labels[identity.name]) for identity in theorem(number).identities)
+    result = dataclasses.replace(theorem(number), identities=identities).run()
     assert [step.says for step in result.steps if not step.holds] == []
     for identity in result.identities:
         assert identity.cases > 0, identity.name
-        assert identity.error <= identity.tolerance, f"{identity.name}: off by {identity.error:.3g}"
+        assert identity.error <= identity.tolerance, f"{identity.name}: off by {identity.error:.3g}, {identity.failure}"
         assert identity.twins, f"{identity.name} needs a false twin"
         assert identity.survivors == [], identity.name
+        # So that a failure names one case.
+        found = labels[identity.name]
+        assert len(found) == identity.cases and "" not in found, identity.name
+        assert len(set(found)) == identity.cases, f"{identity.name}: {max(found, key=found.count)}"
     assert result.passed
     # The page in docs/theory says what was found; regenerate it with docs/generate_theory.py.
     written = (PAGES / f"{slug(theorem(number))}.md").read_text(encoding="utf-8")
@@ -71,14 +87,9 @@ def without_numbers(text: str) -> list[str]:
     return kept
 
 
-def test_a_check_says_how_long_it_took():
-    start = time.perf_counter()
-    one = theorem("T1b").identities[0].run()
-    assert 0.0 < one.seconds < time.perf_counter() - start
-
-
 def test_every_theorem_has_a_derivation_checks_and_words():
-    assert {re.match(r"T\d+", number)[0] for number in NUMBERS} == {f"T{n}" for n in range(1, 13)}
+    families = {int(re.match(r"T(\d+)", number)[1]) for number in NUMBERS}
+    assert len(families) >= 12 and families == set(range(1, len(families) + 1))
     assert len(set(NUMBERS)) == len(NUMBERS)
     for number in NUMBERS:
         one = theorem(number)
@@ -100,120 +111,3 @@ def test_numeric_tolerances_are_those_of_rounding():
             if identity.kind == "exact":
                 assert identity.tolerance == 0.0, identity.name
             assert identity.tolerance <= ALGEBRA, f"{one.number} {identity.name}"
-
-
-def result(**changes) -> IdentityResult:
-    fields = {"error": 1e-15, "tolerance": 1e-12, "cases": 3, "twins": {"sign flipped": 0.5}, "seconds": 0.0}
-    return IdentityResult(theorem="T0", name="name", statement="x = x", **{**fields, **changes})
-
-
-def test_what_passes_and_what_does_not():
-    assert result().passed
-    for changes in (
-        {"error": 1e-11},
-        {"error": math.nan},
-        {"error": math.inf},
-        {"cases": 0},
-        {"twins": {}},
-        {"twins": {"sign flipped": 0.5, "term dropped": 1e-15}},
-        {"twins": {"sign flipped": 1e-10}},
-    ):
-        assert not result(**changes).passed, changes
-    assert result(twins={"kept": 1e-13, "refuted": 1.0}).survivors == ["kept"]
-    assert result(twins={"blew up": math.inf}).passed
-
-
-def test_a_false_step_or_check_fails_its_theorem():
-    def check(value):
-        yield same_number(value, 1, "the number", value)
-
-    def statement(holds: bool, value: int) -> Theorem:
-        step = Step("1 = 1", "arithmetic", lambda: holds)
-        one = Identity("one", "x = 1", check, value, {"two": 2}, "exact", 0.0)
-        return Theorem("T0", "one", "x = 1", ("none",), "here", "nothing", (step,), (one,))
-
-    found = statement(True, 1).run()
-    assert found.passed
-    assert 0 <= found.seconds < 60 and 0 <= found.identities[0].seconds < 60
-    assert not statement(False, 1).run().passed
-    wrong = statement(True, 3).run()
-    assert not wrong.passed
-    assert (wrong.identities[0].theorem, wrong.identities[0].worst) == ("T0", "the number, 3")
-
-
-def test_intervals_refute_only_what_they_part():
-    from mpmath import iv
-
-    one = iv.mpf([1, 2])
-    overlapping, disjoint = overlap(one, iv.mpf([1.5, 3])), overlap(one, iv.mpf([2.5, 3]))
-    # The joint width, relative to the right one's lower end.
-    assert overlapping.error == pytest.approx(2.5 / 1.5)
-    assert disjoint.error == math.inf
-
-
-def test_results_are_plain_numbers():
-    assert json.dumps(vars(result()))
-
-
-def test_a_page_tells_everything():
-    one = Theorem(
-        "T0",
-        "one",
-        "x = 1",
-        ("first", "second"),
-        "here.",
-        "Nothing.",
-        (Step("1 = 1", "arithmetic.", lambda: True), Step("2 = 2", "more", lambda: True, in_words=True)),
-    )
-    checks = [result(twins={"sign": math.inf, "term": 0.5}), result(error=0.0, kind="exact", tolerance=0.0)]
-    steps = [step.run() for step in one.derivation]
-    assert page(one, TheoremResult("T0", "one", steps, checks, 0.0)).splitlines() == [
-        "# T0: one",
-        "",
-        "$$",
-        "x = 1",
-        "$$",
-        "",
-        "**Hypotheses.** first; second.",
-        "",
-        "**Source.** here.",
-        "",
-        "**What to do.** Nothing.",
-        "",
-        "## Derivation",
-        "",
-        "Each step is decided by sympy unless it says otherwise.",
-        "",
-        "**1.** Arithmetic.",
-        "",
-        "$$",
-        "1 = 1",
-        "$$",
-        "",
-        "**2.** More. *(Proved in words; the machine checks a lemma or an instance.)*",
-        "",
-        "$$",
-        "2 = 2",
-        "$$",
-        "",
-        "## Checks",
-        "",
-        "| check | claim | how | cases | largest error | tolerance |",
-        "|---|---|---|---|---|---|",
-        "| name | $x = x$ | numeric, float64 | 3 | 1.0e-15 | 1.0e-12 |",
-        "| name | $x = x$ | exact, in fractions | 3 | 0 | 0 |",
-        "",
-        "## False twins",
-        "",
-        "Wrong forms of the same claims; the same checks must find them wrong by far more than rounding.",
-        "",
-        "| check | false twin | off by |",
-        "|---|---|---|",
-        "| name | sign | refuted outright |",
-        "| name | term | 5.0e-01 |",
-        "| name | sign flipped | 5.0e-01 |",
-    ]
-    assert page(one, TheoremResult("T0", "one", steps, checks, 0.0)).endswith(" |\n")
-    assert index((one,)) == (
-        "# The theorems\n\n| | theorem | what to do |\n|---|---|---|\n| [T0](t0.md) | one | Nothing. |\n"
-    )

@@ -38,6 +38,7 @@ TESTS = [
     "tests/laws/test_theorems_stability.py",
     "tests/laws/test_theorems_truncation.py",
     "tests/laws/test_theorems_variance.py",
+    "tests/theorems/test_theorem.py",
 ]
 
 

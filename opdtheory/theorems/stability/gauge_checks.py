@@ -113,7 +113,7 @@ def check_enclosed(threshold: Threshold) -> Cases:
             slopes = [-enclose(slope, {u: r}) - bound + interval(step) for r in points]
             cured = finite and step >= 0
             certified = all(s.a > 0 for s in slopes) if cured else any(s.b < 0 for s in slopes)
-            yield holds(certified, divergence, f"bound - c {step}" if finite else f"c {-step}")
+            yield holds(certified, divergence, f"bound - c {step}" if finite else f"minus c {step}")
 
 
 def check_catalogue(sign: float) -> Cases:
