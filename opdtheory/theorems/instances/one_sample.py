@@ -66,9 +66,14 @@ OfPair = Callable[[Sequence[Any], Sequence[Any]], Any]
 SMOOTH = ("reverse_kl", "forward_kl", "jsd", "chi2")
 
 
+def dot(left: Sequence[Any], right: Sequence[Any]) -> Any:
+    r"""$x \cdot y$."""
+    return sum(x * y for x, y in zip(left, right, strict=True))
+
+
 def expectation(p: Sequence[Any], values: Sequence[Any]) -> Any:
     r"""$E_p[x]$."""
-    return sum(a * x for a, x in zip(p, values, strict=True))
+    return dot(p, values)
 
 
 def centred(p: Sequence[Any], values: Sequence[Any]) -> list[Any]:
@@ -80,11 +85,6 @@ def centred(p: Sequence[Any], values: Sequence[Any]) -> list[Any]:
 def minus(left: Sequence[Any], right: Sequence[Any]) -> list[Any]:
     r"""$x - y$."""
     return [x - y for x, y in zip(left, right, strict=True)]
-
-
-def dot(left: Sequence[Any], right: Sequence[Any]) -> Any:
-    r"""$x \cdot y$."""
-    return sum(x * y for x, y in zip(left, right, strict=True))
 
 
 def covariance(p: Sequence[Any], left: Sequence[Any], right: Sequence[Any]) -> Any:

@@ -70,7 +70,7 @@ def theorems() -> list[Theorem]:
                     r"E_p[w s] - E_\mu[w s] = \sum_a (p_a - \mu_a) w_a s_a",
                     functools.partial(_check_sampler, False),
                     _difference,
-                    {"unbiased": _nothing, "only what is never drawn": _never_drawn},
+                    {"unbiased": _nothing, "only what is never sampled": _never_drawn},
                     "exact",
                 ),
                 Identity(

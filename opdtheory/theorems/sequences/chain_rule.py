@@ -64,7 +64,7 @@ def _only_reverse() -> Theorem:
             ),
             Step(
                 r"F(u) = f(u) - \kappa(u-1): \quad F(xy) = F(x) + F(y)",
-                "(x-1)(y-1) = (xy-1) - (x-1) - (y-1): what is left of κ is a gauge",
+                "(x-1)(y-1) = (xy-1) - (x-1) - (y-1): what remains of κ is a gauge",
                 _step_gauge,
             ),
             Step(

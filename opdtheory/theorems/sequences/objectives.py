@@ -54,9 +54,9 @@ def _weights() -> Theorem:
                 checks.check_return_weight,
                 return_weight,
                 {
-                    "sign of what follows flipped": lambda gamma: return_weight(gamma, sign=1),
-                    "what follows dropped": lambda gamma: return_weight(gamma, keep=False),
-                    "its own f counted among what follows": lambda gamma: return_weight(gamma, start=0),
+                    "sign of later rewards flipped": lambda gamma: return_weight(gamma, sign=1),
+                    "later rewards dropped": lambda gamma: return_weight(gamma, keep=False),
+                    "its own f counted among the later rewards": lambda gamma: return_weight(gamma, start=0),
                     "outer discount dropped": lambda gamma: return_weight(gamma, outer=False),
                 },
                 "exact",
@@ -281,7 +281,7 @@ def _environment() -> Theorem:
         r"\text{ each is in the history and nowhere else}",
         hypotheses=(
             "the environment's distribution κ(e|h) does not depend on θ",
-            "both models would meet the same environment",
+            "both models meet the same environment",
         ),
         source="derived here",
         advice="Mask tool results out of the score and out of the reward; the models' probabilities of them do not "

@@ -1,4 +1,4 @@
-"""T6g: the return-to-go as practised is the gradient of no objective."""
+"""T6g: the return-to-go as usually implemented is the gradient of no objective."""
 
 from __future__ import annotations
 
@@ -49,21 +49,21 @@ def _no_objective() -> Theorem:
         statement=r"G = -E_p\Big[\sum_n s_n\big(w_f(u_n) - \sum_{m>n}\gamma^{m-n} f(u_m)\big)\Big] \text{ is the "
         r"gradient of a function of } \theta \text{ for all } p, q \iff \gamma = 1 \text{ (or one token)}",
         hypotheses=(
-            "a logit for every history and token; a family with fewer parameters, such as one, may hide it",
+            "a logit for every history and token; a family with fewer parameters may hide the asymmetry",
             "at least two tokens, p ≠ q in a row after the first, f strictly convex at 1",
-            "0 ≤ γ < 1; γ = 0 is token_local, the gradient of an objective with its prefixes held fixed only",
+            "0 ≤ γ < 1; γ = 0 is token_local, a gradient only if the prefixes are held fixed",
         ),
         source="derived here",
-        advice="Multiply by γ^{n-1} if the discount is meant, or take γ = 1: then there is a loss that must fall.",
+        advice="Multiply by γ^{n-1} if you mean the discount, or take γ = 1: then an objective exists and must fall.",
         derivation=(
             Step(
                 r"\partial_h G_k - \partial_k G_h = (\gamma - 1)\,\partial_k P(h)\,\partial_h D_f(h)",
-                "k the first row and h the row after one token: G_k discounts what h costs, G_h does not",
+                "k is the first row and h the row after one token: G_k discounts the cost at h, G_h does not",
                 _step_symmetry,
             ),
             Step(
                 r"\partial_{h,1} D_f(h) = -p(1-p)\,(w_f(u_1) - w_f(u_2)) \ne 0",
-                "the weight never falls (T1b) and differs on the two sides of 1 if f is strictly convex there",
+                "the weight never falls (T1b), and differs on the two sides of 1 if f is strictly convex there",
                 _step_not_zero,
                 in_words=True,
             ),

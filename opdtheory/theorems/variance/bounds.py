@@ -76,7 +76,7 @@ def _lower_bound() -> Theorem:
             ),
             Step(
                 r"T(a, q_a) = -u_a (s_a - \kappa) + d_a/p_a,\quad \textstyle\sum_a d_a = -\kappa",
-                "unbiased for every q says sum_a φ_a(q_a) = 0 on the simplex, φ_a = p_a T + q_a s_a; moving mass from "
+                "unbiased for every q means sum_a φ_a(q_a) = 0 on the simplex, φ_a = p_a T + q_a s_a; moving mass from "
                 "b to a gives φ_a'(q_a) = φ_b'(q_b), and with a third token both arguments are free, so φ' = κ "
                 "(machine: polynomials up to degree 4; two tokens leave more freedom)",
                 _only_affine,

@@ -48,13 +48,13 @@ def _constants() -> Theorem:
         statement=r"E_p[(w-b)s] = E_p[w s]; \quad \mathrm{Var}(b) = \mathrm{Var}(b^*) + (b-b^*)^2 E_p|s|^2, \quad "
         r"b^* = \frac{E_p[w|s|^2]}{E_p|s|^2}; \quad w_f - w_f(1) = w_{f - f'(1)(u-1)}",
         hypotheses=("one sampled token, g = -(w(u) - b) s", "b does not depend on the sample", "f(1) = 0"),
-        source="OPD+, arXiv 2606.01039; the optimal constant is Greensmith, Bartlett & Baxter (2004); derived here",
+        source="OPD+, arXiv 2606.01039; the optimal constant by Greensmith, Bartlett & Baxter (2004); derived here",
         advice="Use `opd_plus_centred`: no constant changes the mean, and this one drops the -1 of the reverse KL and "
         "the 1 of the forward KL, which are noise near the teacher.",
         derivation=(
             Step(
                 r"E_p[b\,s] = b\,\partial_\theta \textstyle\sum_a p_a = 0",
-                "three atoms undefined in θ, summing to one",
+                "three atoms, undefined functions of θ that sum to one",
                 _score_has_no_mean,
             ),
             Step(

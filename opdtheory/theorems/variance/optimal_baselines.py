@@ -125,7 +125,7 @@ def _optimal_baselines() -> Theorem:
                 "exact",
             ),
             Identity(
-                "whose mean is known",
+                "which weights have a known mean",
                 r"E_p[w_f(u)] = w_f(1) \iff f = c\,u \log u + \text{gauge}",
                 _check_known_mean,
                 {"forward_kl": True, "reverse_kl": False, "jsd": False, "chi2": False, "hellinger": False},
