@@ -14,21 +14,32 @@ from typing import TypeAlias, TypeVar
 
 import torch
 
-__all__ = ["Name", "Run", "in_turn", "machine", "peak", "seconds"]
+__all__ = ["Name", "Run", "cores", "in_turn", "machine", "peak", "processor", "seconds"]
 
 Run: TypeAlias = Callable[[], object]
 
 
 def machine() -> str:
     """Processor, cores, torch and its threads, and the GPU if one is in use."""
+    gpu = f"{torch.cuda.get_device_name()}, beside " if torch.cuda.is_initialized() else ""
+    return (
+        f"{gpu}{processor()}, {os.cpu_count()} cores, torch {torch.__version__} with {torch.get_num_threads()} threads"
+    )
+
+
+def processor() -> str:
+    """The processor's model, or the architecture where the system does not name it."""
     name = platform.processor() or platform.machine()
     try:
-        models = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")]
-        name = models[0].split(":")[1].strip() if models else name
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        pass
-    gpu = f"{torch.cuda.get_device_name()}, beside " if torch.cuda.is_initialized() else ""
-    return f"{gpu}{name}, {os.cpu_count()} cores, torch {torch.__version__} with {torch.get_num_threads()} threads"
+        return name
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+
+
+def cores() -> int:
+    """The number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def seconds(call: Run) -> float:

@@ -58,7 +58,7 @@ def add_parser(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the experiment, write its page, and return the exit status."""
-    from opdtheory.reproduction.runner import adopt, reproduce, stored
+    from opdtheory.reproduction.runner import NOT_RUN, adopt, reproduce, stored
 
     try:
         name = "quick" if options.quick else "full"
@@ -92,7 +92,7 @@ def run(options: argparse.Namespace) -> int:
     path = write_page(outcome, options.page or options.out / "reproduction.md")
     aside(options, f"wrote {path}")
     for name, reason in outcome.missing.items():
-        if reason != "not run":
+        if reason != NOT_RUN:
             print(f"{name}: {reason}", file=sys.stderr)
     return FAILS if outcome.missing and not options.no_run else HOLDS
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,10 +36,11 @@ def add_parser(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Verify, print the results, write the page, and return the exit status."""
+    from opdtheory.machine import cores
     from opdtheory.verification.verify import verify
 
     console = None if options.json else console_of()
-    workers = options.workers if options.workers is not None else len(os.sched_getaffinity(0))
+    workers = options.workers if options.workers is not None else cores()
     if console is not None and console.is_terminal:
         with console.status("verifying") as status:
             done = functools.partial(_show_progress, status)

@@ -1,1 +1,1 @@
-"""The experiment of the paper, its plan, its processes and the page of what came out."""
+"""The experiment of the paper: its plan, its processes, and the page of its results."""

@@ -1,7 +1,7 @@
-"""One job of the experiment in a process of its own: `python -m opdtheory.reproduction.arm < job.json`.
+"""One job of the experiment in its own process: `python -m opdtheory.reproduction.arm < job.json`.
 
-A job trains a model that the cache lacks, or runs one arm and writes its row. A step that cannot be taken, a loss that
-is not finite, say, makes a row too: it is a result.
+A job trains a model that the cache lacks, or runs one arm and writes its row. A failed step, such as a loss that is not
+finite, is a result, so it makes a row too.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ import torch
 from torch import Tensor
 
 from opdtheory.errors import TrainingError
+from opdtheory.machine import cores, processor
 from opdtheory.reproduction.plan import OPTIMAL, Arm
 from opdtheory.reproduction.theory import local_weight, objective_value
+from opdtheory.training.batches import longest
 from opdtheory.training.config import TrainConfig
 from opdtheory.training.models.language_model import LanguageModel
 from opdtheory.training.pairs import load_model, load_pair, recipe_for
@@ -41,23 +43,22 @@ _POINTS = 40  # of a curve
 _DIGITS = 5
 _BIAS_ROLLOUTS, _BIAS_DIRECTIONS, _BIAS_DRAWS = 32, 4, 4
 _OBJECTIVE_ROLLOUTS = 128
-_PROBE_SEED = 12345  # of the rollouts on which bias and objective are measured
+_PROBE_SEED = 12345  # for the rollouts on which bias and objective are measured
 
 
 def model_keys(task: str, seed: int) -> dict[str, str]:
-    """The names of the student and the teacher of an arm, which change with their recipes."""
+    """The keys of an arm's student and teacher, which change with their recipes."""
     return {"student": recipe_for(task, "student", seed).key, "teacher": recipe_for(task, "teacher", 0).key}
 
 
 def run_arm(arm: Arm, *, cache: str | None = None, device: str = "auto") -> dict[str, Any]:
-    """Train one arm and measure it at the start and at the end; its row as JSON values."""
-    wall, processor = time.perf_counter(), time.process_time()
+    """Train one arm, measure it at the start and at the end, and return its row as JSON values."""
+    wall, processor_time = time.perf_counter(), time.process_time()
     task = task_of(arm.task)
     student, teacher = load_pair(arm.task, arm.seed, cache=cache)
     config = arm.config(device=device, cache=cache, progress=False)
     row: dict[str, Any] = {
-        **{name: value for name, value in arm.to_dict().items() if name != "fields"},
-        "identity": arm.identity,
+        **{"name": arm.name, "group": arm.group, "task": arm.task, "seed": arm.seed, "identity": arm.identity},
         "models": model_keys(arm.task, arm.seed),
         "status": "finished",
         "machine": machine(),
@@ -77,13 +78,13 @@ def run_arm(arm: Arm, *, cache: str | None = None, device: str = "auto") -> dict
     except TrainingError as error:
         row |= {"status": "failed", "error": str(error)}
     row["seconds"] = time.perf_counter() - wall
-    row["processor_seconds"] = time.process_time() - processor
+    row["processor_seconds"] = time.process_time() - processor_time
     rounded: dict[str, Any] = _rounded(row)
     return rounded
 
 
 def optimal_baseline(config: TrainConfig, prefixes: Prefixes) -> float:
-    r"""The constant that leaves the least variance at the start, $E_p[w|s|^2] / E_p[|s|^2]$ (T7a).
+    r"""The constant baseline with the least variance at the start, $E_p[w|s|^2] / E_p[|s|^2]$ (T7a).
 
     $s = J^\top (e_a - p)$ is the score in the parameters; its square is the mean over random directions $v$ of
     $\langle e_a - p, Jv\rangle^2$ times their number.
@@ -99,28 +100,22 @@ def optimal_baseline(config: TrainConfig, prefixes: Prefixes) -> float:
 
 
 def machine() -> dict[str, Any]:
-    """Where a row was measured."""
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
-    except OSError:
-        pass
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    found = {"processor": name, "cores": cores, "torch": str(torch.__version__), "python": platform.python_version()}
+    """The machine on which a row is measured."""
+    software = {"torch": str(torch.__version__), "python": platform.python_version()}
+    found = {"processor": processor(), "cores": cores(), **software}
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
     return found
 
 
 def _probe(config: TrainConfig, task: Task, student: LanguageModel, teacher: LanguageModel, count: int) -> Prefixes:
-    # In float64: the sums over the vocabulary are then exact to rounding, also for weights that grow like u.
+    # In float64 the sums over the vocabulary are exact to rounding, even for weights that grow like u.
     examples = task.examples("test", count, _PROBE_SEED)
     return Prefixes.sample(
         copy.deepcopy(student).double(),
         copy.deepcopy(teacher).double(),
         task.prompts(examples),
-        max_new_tokens=config.max_new_tokens or task.max_response,
+        max_new_tokens=longest(task, config),
         temperature=config.temperature,
         environment=task.environment,
         seed=_PROBE_SEED,
@@ -128,7 +123,7 @@ def _probe(config: TrainConfig, task: Task, student: LanguageModel, teacher: Lan
 
 
 def _bias(config: TrainConfig, prefixes: Prefixes) -> dict[str, Any] | None:
-    """The estimator's expected gradient at the start, its clip included, against the exact one of its divergence."""
+    """The expected gradient of the estimator, its clip included, against the exact one of its divergence."""
     if config.control is not None:
         return None
     found = compare(prefixes, config.loss(), draws=_BIAS_DRAWS, directions=_BIAS_DIRECTIONS).to_dict()
@@ -142,7 +137,7 @@ def _objective(config: TrainConfig, task: Task, student: LanguageModel, teacher:
 
 
 def _curve(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Every so many steps; the last one always."""
+    """Some `_POINTS` steps of the run, among them the last."""
     steps = [row for row in rows if row["step"] > 0]
     every = max(1, len(steps) // _POINTS)
     kept = [row for row in steps if (row["step"] - 1) % every == 0 or row is steps[-1]]
@@ -163,7 +158,7 @@ def _rounded(value: Any) -> Any:
 
 
 def main() -> int:
-    """Do the job that standard input describes."""
+    """Do the job that standard input describes, as JSON."""
     torch.set_num_threads(1)
     job = json.load(sys.stdin)
     if "role" in job:

@@ -1,4 +1,4 @@
-"""Two runs of one expected gradient differ: a noise floor, and the paper's claims held to it."""
+"""The noise floor between two runs of one expected gradient, and the paper's claims held to it."""
 
 from __future__ import annotations
 
@@ -6,26 +6,45 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Literal, NamedTuple
 
 from opdtheory.rendering import text
 from opdtheory.reproduction.plan import TWINS
-from opdtheory.reproduction.summary import Share, Summary, problems_of
+from opdtheory.reproduction.summary import Share, Summary, Word, problems_of
 from opdtheory.training.intervals import NORMAL, student_t
 
-__all__ = ["Floor", "as_text", "claims", "difference", "floor_text", "noise_floor"]
+__all__ = ["Claim", "Floor", "as_text", "claims", "difference", "floor_text", "noise_floor"]
 
-_BASELINE = "reverse_kl/opd"
+_REFERENCE = "reverse_kl/opd"
+Place = Literal["above", "level with", "below", "unresolved"]
+Verdict = Literal["reproduces", "does not reproduce", "not resolved"]
+
+
+class Claim(NamedTuple):
+    """A claim of the paper, held to the rows of a task.
+
+    Attributes:
+        claim: what the paper says.
+        task: name of the task.
+        verdict: whether it reproduces.
+        numbers: the numbers behind the verdict.
+    """
+
+    claim: str
+    task: str
+    verdict: Verdict
+    numbers: str
 
 
 @dataclass(frozen=True)
 class Floor:
-    """What two runs of the same expected gradient differ by.
+    """How much two runs of the same expected gradient differ.
 
     Attributes:
-        pairs: how many were run on other rollouts from the same student.
+        pairs: number of pairs that were run on other rollouts from the same student.
         rms: root mean square of their differences in sampled accuracy.
-        largest: of them.
-        single: a difference of two single runs below this is noise, at 95 %.
+        largest: the largest of these differences.
+        single: the noise floor: a smaller difference of two single runs is noise, at 95 %.
     """
 
     pairs: int
@@ -34,12 +53,12 @@ class Floor:
     single: float
 
     def over(self, seeds: int) -> float:
-        """The same for a difference of means over so many seeds."""
+        """The noise floor of a difference of means over so many seeds."""
         return self.single / math.sqrt(seeds)
 
 
 def noise_floor(table: Sequence[Summary]) -> Floor | None:
-    r"""The floor from all pairs of twins, $t_k \cdot \mathrm{rms}$ over k pairs; not below that of the finite test."""
+    r"""The floor from all pairs of twins, $t_k \cdot \mathrm{rms}$ over k pairs; at least that of the finite test."""
     gaps, problems, shares = [], 1, []
     for one, other in [(each, _find(table, each.task, TWINS.get(each.name, ""))) for each in table]:
         if other is None:
@@ -60,7 +79,7 @@ def noise_floor(table: Sequence[Summary]) -> Floor | None:
 
 
 def difference(one: Summary, other: Summary) -> tuple[float, int] | None:
-    """Mean difference in sampled accuracy over the seeds that both have, and their number."""
+    """Mean difference in sampled accuracy over the seeds that both have, and the number of these seeds."""
     ends = [{row["seed"]: row["end"]["test_sampled_accuracy"] for row in each.rows} for each in (one, other)]
     common = ends[0].keys() & ends[1].keys()
     if not common:
@@ -72,74 +91,78 @@ def _find(table: Sequence[Summary], task: str, name: str) -> Summary | None:
     return next((each for each in table if (each.task, each.name) == (task, name)), None)
 
 
-def _against(table: Sequence[Summary], floor: Floor | None, task: str, name: str) -> tuple[str, str] | None:
-    """Where an arm stands against reverse-KL OPD, and the numbers.
+@dataclass(frozen=True)
+class _Comparison:
+    """An arm against reverse-KL OPD: the gap in accuracy, its noise floor, and what reverse-KL OPD itself gains."""
 
-    `above`, `below` or `level with`; `unresolved` if the noise floor exceeds all that the baseline itself gains.
-    """
-    one, two = _find(table, task, name), _find(table, task, _BASELINE)
-    gap = None if one is None or two is None else difference(one, two)
-    if floor is None or gap is None or two is None or two.sampled is None or two.start is None:
-        return None
-    value, seeds = gap
-    limit, gain = floor.over(seeds), two.sampled.mean - two.start.mean
-    if abs(value) > limit:
-        word = "above" if value > 0 else "below"
-    else:
-        word = "level with" if limit < abs(gain) else "unresolved"
-    return word, f"{value:+.3f}, noise floor {limit:.3f}, the baseline's own gain {gain:+.3f}"
+    gap: float
+    floor: float
+    gain: float
+
+    @classmethod
+    def of(cls, table: Sequence[Summary], floor: Floor | None, task: str, name: str) -> _Comparison | None:
+        one, two = _find(table, task, name), _find(table, task, _REFERENCE)
+        found = None if one is None or two is None else difference(one, two)
+        if floor is None or found is None or two is None or two.sampled is None or two.start is None:
+            return None
+        return cls(found[0], floor.over(found[1]), two.sampled.mean - two.start.mean)
+
+    @property
+    def place(self) -> Place:
+        """Where the arm stands; `unresolved` if the noise floor exceeds all that reverse-KL OPD itself gains."""
+        if abs(self.gap) > self.floor:
+            return "above" if self.gap > 0 else "below"
+        return "level with" if self.floor < abs(self.gain) else "unresolved"
+
+    def __str__(self) -> str:
+        where = "" if self.place == "unresolved" else f"{self.place} it: "
+        return f"{where}{self.gap:+.3f}, noise floor {self.floor:.3f}, gain of reverse-KL OPD {self.gain:+.3f}"
 
 
-def claims(table: Sequence[Summary]) -> list[tuple[str, str, str, str]]:
-    """The paper's claims against the rows: `(claim, task, verdict, numbers)` for each task."""
+_ENDS: tuple[tuple[str, str, Word], ...] = (
+    ("`forward_kl` collapses with the reward's gradient stopped", "forward_kl/opd", "collapses"),
+    ("`jsd` collapses with the reward's gradient stopped", "jsd/opd", "collapses"),
+    ("`forward_kl` trains with the corrected advantage", "forward_kl/opd_plus", "trains"),
+    ("`jsd` trains with the corrected advantage", "jsd/opd_plus", "trains"),
+)
+_AGAINST_OPD: tuple[tuple[str, str, tuple[Place, ...]], ...] = (
+    ("corrected `forward_kl` matches or beats reverse-KL OPD", "forward_kl/opd_plus", ("above", "level with")),
+    ("corrected `jsd` matches or beats reverse-KL OPD", "jsd/opd_plus", ("above", "level with")),
+    ("OPD+ gains a little for the reverse KL", "reverse_kl/opd_plus", ("above",)),
+)
+
+
+def claims(table: Sequence[Summary]) -> list[Claim]:
+    """The paper's claims, held to the rows of each task."""
     floor, found = noise_floor(table), []
     tasks = list(dict.fromkeys(each.task for each in table))
-
-    def word(claim: str, task: str, name: str, wanted: str) -> None:
-        each = _find(table, task, name)
-        if each is not None and each.sampled is not None and each.start is not None:
-            verdict = "reproduces" if each.word == wanted else "does not reproduce"
-            numbers = f"{each.start.mean:.3f} to {each.sampled}; {each.verdict}"
-            found.append((claim, task, verdict, numbers))
-
-    for divergence in ("forward_kl", "jsd"):
+    for claim, name, word in _ENDS:
         for task in tasks:
-            word(f"`{divergence}` collapses with the reward's gradient stopped", task, f"{divergence}/opd", "collapses")
-    for divergence in ("forward_kl", "jsd"):
+            each = _find(table, task, name)
+            if each is not None and each.sampled is not None and each.start is not None:
+                numbers = f"{each.start.mean:.3f} to {each.sampled}; {each.verdict}"
+                found.append(Claim(claim, task, _verdict(each.word == word), numbers))
+    for claim, name, places in _AGAINST_OPD:
         for task in tasks:
-            word(f"`{divergence}` trains with the corrected advantage", task, f"{divergence}/opd_plus", "trains")
-    for divergence in ("forward_kl", "jsd"):
-        for task in tasks:
-            against = _against(table, floor, task, f"{divergence}/opd_plus")
+            against = _Comparison.of(table, floor, task, name)
             if against is not None:
-                verdict = {"below": "does not reproduce", "unresolved": "not resolved"}.get(against[0], "reproduces")
-                found.append(
-                    (f"corrected `{divergence}` matches or beats reverse-KL OPD", task, verdict, _says(against))
-                )
-    for task in tasks:
-        against = _against(table, floor, task, "reverse_kl/opd_plus")
-        if against is not None:
-            verdict = {"above": "reproduces", "unresolved": "not resolved"}.get(against[0], "does not reproduce")
-            found.append(("OPD+ gains a little for the reverse KL", task, verdict, _says(against)))
+                verdict = "not resolved" if against.place == "unresolved" else _verdict(against.place in places)
+                found.append(Claim(claim, task, verdict, str(against)))
     return found
 
 
-def _says(against: tuple[str, str]) -> str:
-    word, numbers = against
-    return numbers if word == "unresolved" else f"{word} it: {numbers}"
+def _verdict(agrees: bool) -> Verdict:
+    return "reproduces" if agrees else "does not reproduce"
 
 
 _COLUMNS = ("task", "arm", "seeds", "start", "greedy", "sampled", "95 %", "KL(p|q)", "verdict")
 
 
 def as_text(table: Sequence[Summary]) -> str:
-    """The table for a terminal, the noise floor below it."""
-    rows = [_COLUMNS, *(_cells(each) for each in table)]
-    lines = text.table(rows)
+    """The table for a terminal, followed by the noise floor."""
     floor = noise_floor(table)
-    if floor is None:
-        return "\n".join([*lines, "", "no two runs of one expected gradient: no noise floor"])
-    return "\n".join([*lines, "", floor_text(floor)])
+    last = "no noise floor: no expected gradient was run twice" if floor is None else floor_text(floor)
+    return "\n".join([*text.table([_COLUMNS, *map(_cells, table)]), "", last])
 
 
 def floor_text(floor: Floor) -> str:

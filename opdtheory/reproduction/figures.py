@@ -19,7 +19,7 @@ _DPI = 110
 
 
 def write_figures(table: Sequence[Summary], folder: Path) -> list[tuple[Path, str]]:
-    """Draw every figure for which there are rows; returns the files and their captions.
+    """Draw every figure for which there are rows, and return the files and their captions.
 
     Raises:
         InvalidArgumentError: matplotlib is not installed.
@@ -72,19 +72,18 @@ def _accuracy(figure: Any, table: Sequence[Summary]) -> Any:
 def _curves(measure: str, label: str, logarithmic: bool) -> Callable[[Any, Sequence[Summary]], Any]:
     def draw(figure: Any, table: Sequence[Summary]) -> Any:
         grid = [each for each in table if each.group == "grid"]
-        tasks = _tasks(grid)
-        divergences = list(dict.fromkeys(each.name.partition("/")[0] for each in grid))
         if not grid:
             return None
+        tasks = _tasks(grid)
+        divergences = list(dict.fromkeys(each.arm.fields["divergence"] for each in grid))
         size = (2.1 * len(divergences) + 0.8, 1.9 * len(tasks) + 0.5)
         sheet = figure(figsize=size, layout="constrained")
         axes = sheet.subplots(len(tasks), len(divergences), sharex=True, sharey="row", squeeze=False)
         for row, task in zip(axes, tasks, strict=True):
             for axis, divergence in zip(row, divergences, strict=True):
                 for each in grid:
-                    name, _, estimator = each.name.partition("/")
-                    if (each.task, name) == (task, divergence):
-                        _lines(axis, each.rows, measure, estimator)
+                    if (each.task, each.arm.fields["divergence"]) == (task, divergence):
+                        _lines(axis, each.rows, measure, each.arm.fields["estimator"])
                 axis.set_title(f"{task}, {divergence}")
                 if logarithmic:
                     axis.set_yscale("log")

@@ -1,4 +1,4 @@
-"""The page of the experiment, `docs/reproduction.md`: every number and every verdict on it is read off the rows."""
+"""The page of the experiment, `docs/reproduction.md`: every number and every verdict comes from the rows."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 from opdtheory.rendering.markdown import markdown_table
 from opdtheory.reproduction.claims import claims, floor_text, noise_floor
 from opdtheory.reproduction.figures import write_figures
-from opdtheory.reproduction.plan import FULL, Arm, Plan
-from opdtheory.reproduction.runner import Outcome
+from opdtheory.reproduction.plan import FULL, Plan
+from opdtheory.reproduction.runner import NOT_RUN, Outcome
 from opdtheory.reproduction.sections import arms, baselines, theory
 from opdtheory.reproduction.summary import Summary, summaries
 
@@ -20,7 +20,7 @@ __all__ = ["page_of", "read_outcome", "write_page"]
 
 
 def write_page(outcome: Outcome, path: Path) -> Path:
-    """Write the page, its figures into the folder `figures` beside it, and the rows as JSON lines under its name."""
+    """Write the page, its figures into the folder `figures` next to it, and the rows as JSON lines of the same name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figures = write_figures(summaries(outcome.rows), path.parent / "figures")
     links = [(file.relative_to(path.parent).as_posix(), caption) for file, caption in figures]
@@ -38,7 +38,7 @@ def write_page(outcome: Outcome, path: Path) -> Path:
 
 
 def read_outcome(path: Path) -> tuple[Outcome, list[tuple[str, str]]]:
-    """What `write_page` stored in the JSON lines, with the figures and their captions."""
+    """What `write_page` stored in the JSON lines: the outcome, and the figures with their captions."""
     head, *rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
     values: dict[str, Any] = {n: tuple(each) if isinstance(each, list) else each for n, each in head["plan"].items()}
     outcome = Outcome(Plan(**values), rows, head["missing"], head["models"], head["sessions"])
@@ -57,7 +57,7 @@ def page_of(outcome: Outcome, figures: Sequence[tuple[str, str]]) -> str:
         baselines(table),
         _limits(outcome, table),
         _models(outcome),
-        _again(outcome.plan),
+        _AGAIN,
     ]
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
@@ -69,19 +69,20 @@ def _opening(outcome: Outcome) -> str:
     processor = sum(row["processor_seconds"] for row in rows) / 60
     lines = [
         "# Reproduction",
-        "Small language models are distilled on their own samples, with the reward's gradient stopped (OPD), with the "
+        "Small language models are distilled on their own samples: with the reward's gradient stopped (OPD), with the "
         "corrected advantage (OPD+), and with the loss over the whole vocabulary, which weighs no sampled token. "
         f"`opdtheory reproduce{' --quick' if plan.name == 'quick' else ''}` writes this page from the rows in the file "
-        "of JSON lines beside it; no number or verdict is typed.",
+        "of JSON lines next to it; no number or verdict is typed by hand.",
         f"**It rests on {len(rows)} of the {len(plan.arms())} runs of the {plan.name} plan, with "
         f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}, on {' and '.join(plan.tasks)}.** "
-        f"A run is {plan.steps} steps of 128 rollouts, the test {plan.eval_examples} problems that no training saw. "
-        f"The runs took {processor:.0f} minutes of processor time, {_wall(outcome)}on {'; '.join(machines)}.",
+        f"A run has {plan.steps} steps of 128 rollouts; the test has {plan.eval_examples} problems that are never "
+        f"trained on. The runs took {processor:.0f} minutes of processor time{_wall(outcome)}, on "
+        f"{'; '.join(machines)}.",
     ]
     if len(seeds) < 3:
         lines.append(
-            f"With {len(seeds)} seed{'s' if len(seeds) > 1 else ''} the verdicts below are of "
-            f"{'these students' if len(seeds) > 1 else 'this student'}; the full plan has {FULL.seeds}."
+            f"With {len(seeds)} seed{'s' if len(seeds) > 1 else ''} the verdicts below are about "
+            f"{'these students' if len(seeds) > 1 else 'this student'} only; the full plan has {FULL.seeds} seeds."
         )
     return "\n\n".join(lines)
 
@@ -92,8 +93,9 @@ def _wall(outcome: Outcome) -> str:
         return ""
     minutes = sum(each["seconds"] for each in mine) / 60
     models = sum(each["models"] for each in mine)
-    trained = f", training {models} of the {len(outcome.models)} models below included," if models else ""
-    return f"{minutes:.1f} minutes by the clock{trained} with {mine[-1]['workers']} processes at a time, "
+    trained = f" (including {models} trainings of the models below)" if models else ""
+    workers = mine[-1]["workers"]
+    return f" and {minutes:.1f} minutes of wall-clock time{trained}, {workers} process{'es' * (workers > 1)} at a time"
 
 
 def _machine(found: dict[str, Any]) -> str:
@@ -104,12 +106,12 @@ def _machine(found: dict[str, Any]) -> str:
 def _claims(table: Sequence[Summary]) -> str:
     found = claims(table)
     floor = noise_floor(table)
-    head = ["## What reproduces", markdown_table(("claim", "task", "here", "sampled accuracy"), found)]
+    head = ["## What reproduces", markdown_table(("claim", "task", "result", "sampled accuracy"), found)]
     if floor is None:
-        head.append("No two runs of one expected gradient were made, so that no two arms are compared.")
+        head.append("No expected gradient was run twice, so no two arms are compared.")
     else:
         text = floor_text(floor)
-        head.append(f"{text[0].upper()}{text[1:]}. Two arms closer than that are called level.")
+        head.append(f"{text[0].upper()}{text[1:]}. Arms closer than that are called level.")
     return "\n\n".join(head)
 
 
@@ -119,19 +121,17 @@ def _figures(figures: Sequence[tuple[str, str]]) -> str:
 
 def _limits(outcome: Outcome, table: Sequence[Summary]) -> str:
     plan = outcome.plan
-    lines = []
-    for claim, task, verdict, numbers in claims(table):
-        if verdict != "reproduces":
-            lines.append(f"- {claim}, {task}, {verdict}: {numbers}.")
+    wrong = [found for found in claims(table) if found.verdict != "reproduces"]
+    lines = [f"- {found.claim}, {found.task}, {found.verdict}: {found.numbers}." for found in wrong]
     for each in table:
         lines += [f"- `{each.name}` on {each.task} failed, {text}." for text in each.failed]
     if plan.name == "quick":
         left = [name for name in FULL.divergences if name not in plan.divergences]
         controls = [name for name in FULL.controls if name not in plan.controls]
         lines.append(
-            f"- The quick plan leaves out: {', '.join(left)}; the controls {', '.join(controls)}; all but {plan.seeds} "
-            f"of {FULL.seeds} seeds; it takes {plan.steps} of {FULL.steps} steps, and {plan.eval_examples} of "
-            f"{FULL.eval_examples} test problems."
+            f"- The quick plan leaves out {', '.join(left)}; the controls {', '.join(controls)}; and all but "
+            f"{plan.seeds} of {FULL.seeds} seeds. It has {plan.steps} of {FULL.steps} steps and {plan.eval_examples} "
+            f"of {FULL.eval_examples} test problems."
         )
     missing = len(outcome.missing)
     if missing:
@@ -143,12 +143,14 @@ def _limits(outcome: Outcome, table: Sequence[Summary]) -> str:
 
 def _missing(outcome: Outcome) -> str:
     seeds: dict[str, list[str]] = {}
-    for name, reason in outcome.missing.items():
-        arm, _, seed = name.rpartition(", ")
-        seeds.setdefault(arm if reason == "not run" else f"{arm} ({reason})", []).append(seed.removeprefix("seed "))
+    for arm in outcome.plan.arms():
+        if arm.label in outcome.missing:
+            reason = outcome.missing[arm.label]
+            name = f"{arm.task}, {arm.name}" + ("" if reason == NOT_RUN else f" ({reason})")
+            seeds.setdefault(name, []).append(str(arm.seed))
     groups: dict[str, list[str]] = {}
-    for arm, which in seeds.items():
-        groups.setdefault(", ".join(which), []).append(arm)
+    for name, which in seeds.items():
+        groups.setdefault(", ".join(which), []).append(name)
     return ";".join(
         f" seed{'s' if ',' in which else ''} {which} of {len(arms)} arms"
         + (f" ({'; '.join(arms)})" if len(arms) <= 6 else "")
@@ -170,24 +172,22 @@ def _models(outcome: Outcome) -> str:
                 f"{record['processor_seconds']:.0f}",
             )
         )
-    plan = outcome.plan
-    arm: Arm = plan.arms()[0]
-    fields = arm.fields
+    fields = outcome.plan.arms()[0].fields
     settings = (
-        f"Fixed on reverse-KL OPD and then the same for all: Adam at {fields['learning_rate']:g} with "
-        f"{fields['warmup_steps']} steps of warm-up and linear decay, {fields['prompts_per_step']} rollouts a step, "
-        f"the log-ratio of sampled estimators clipped to ±{fields['clip_log_ratio']:g}, gradients to a norm of "
-        f"{fields['clip_gradient']:g}, the mean over the tokens of a batch, end of sequence included."
+        f"Chosen for reverse-KL OPD and then the same for all arms: Adam with a learning rate of "
+        f"{fields['learning_rate']:g}, {fields['warmup_steps']} steps of warm-up and linear decay; "
+        f"{fields['prompts_per_step']} rollouts per step; the log-ratio of sampled estimators clipped to "
+        f"±{fields['clip_log_ratio']:g}; gradients clipped to a norm of {fields['clip_gradient']:g}; the mean over the "
+        "tokens of a batch, end of sequence included."
     )
     head = ("model", "parameters", "steps × examples", "greedy", "sampled", "processor seconds")
     table = markdown_table(head, rows) if rows else ""
     return f"## Models and settings\n\n{settings}\n\n{table}"
 
 
-def _again(plan: Plan) -> str:
-    return (
-        "## Again\n\n```console\n"
-        "$ opdtheory reproduce --quick                        # minutes on two cores, teachers and students included\n"
-        "$ opdtheory reproduce --page docs/reproduction.md    # all arms; goes on where it was stopped\n"
-        "```"
-    )
+_AGAIN = (
+    "## Run it again\n\n```console\n"
+    "$ opdtheory reproduce --quick                        # minutes on two cores, teachers and students included\n"
+    "$ opdtheory reproduce --page docs/reproduction.md    # all arms; resumes a stopped run\n"
+    "```"
+)

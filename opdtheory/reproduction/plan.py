@@ -1,7 +1,8 @@
-r"""The experiment as data: which runs are compared, in which order, and what theory says of each before it starts."""
+"""The experiment as data: which runs are compared, and in which order."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -14,17 +15,17 @@ from opdtheory.errors import InvalidArgumentError
 if TYPE_CHECKING:
     from opdtheory.training.config import TrainConfig
 
-# No torch here: the scheduler only hands the plan on.
+# No torch here: the command line reads the plan.
 __all__ = ["CONTROLS", "DIVERGENCES", "ESTIMATORS", "FULL", "QUICK", "TWINS", "Arm", "Plan", "plan_of"]
 
-# Raised when the same arm would be measured otherwise; finished rows of an older format are run again.
+# Incremented when the same arm would be measured differently; rows of an older format are run again.
 _FORMAT = 1
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "chi2", "hellinger")
 ESTIMATORS = ("opd", "opd_plus", "full_vocab")
 TASKS = ("arithmetic", "tools")
 
-# Fixed on the reverse-KL baseline, then the same for every arm.
+# Chosen for reverse-KL OPD, then the same for every arm.
 _SETTINGS: dict[str, Any] = {
     "prompts_per_step": 128,
     "rollouts_per_prompt": 1,
@@ -40,7 +41,7 @@ _SETTINGS: dict[str, Any] = {
     "dtype": "float32",
 }
 _CLIP = 6.0
-_CLIPPED = ("opd", "opd_plus", "opd_plus_centred")  # the estimators that have a clip of the log-ratio
+_CLIPPED = ("opd", "opd_plus", "opd_plus_centred")  # the estimators that clip the log-ratio
 
 _JSD_CURED = "u*log(u)/2 - (u+1)*log((u+1)/2)/2 - log(2)/2*(u-1)"
 OPTIMAL = "optimal"
@@ -72,7 +73,7 @@ CONTROLS: dict[str, dict[str, Any]] = {
     },
     "reverse_kl/opd, no clip": {"estimator": "opd", "divergence": "reverse_kl", "clip_log_ratio": None},
 }
-# The same arm on other rollouts: what two runs of one expected gradient differ by.
+# The same arm on other rollouts, to see how much two runs with one expected gradient differ.
 TWINS = {
     "reverse_kl/opd": "reverse_kl/opd, other rollouts",
     "forward_kl/opd_plus": "forward_kl/opd_plus, other rollouts",
@@ -86,11 +87,11 @@ class Arm:
     """One run: a task, a student, an estimator.
 
     Attributes:
-        name: the same for all seeds and tasks.
+        name: the arm's name, the same for all seeds and tasks.
         group: `grid`, `control` or `twin`.
-        task: its name.
-        seed: of the student and of the rollouts.
-        fields: of `TrainConfig`; a `baseline_value` of "optimal" is worked out at the start.
+        task: name of the task.
+        seed: seed of the student and of the rollouts.
+        fields: fields of `TrainConfig`; a `baseline_value` of "optimal" is computed at the start.
     """
 
     name: str
@@ -99,20 +100,30 @@ class Arm:
     seed: int
     fields: Mapping[str, Any] = field(repr=False)
 
+    @classmethod
+    def of_row(cls, row: Mapping[str, Any]) -> Arm:
+        """The arm that a row was measured for."""
+        return cls(row["name"], row["group"], row["task"], row["seed"], row["identity"]["fields"])
+
+    @property
+    def label(self) -> str:
+        """The arm with its task and seed."""
+        return f"{self.task}, {self.name}, seed {self.seed}"
+
     @property
     def identity(self) -> dict[str, Any]:
-        """What the result depends on, but for the models, whose recipes the row adds."""
+        """What the result depends on, apart from the models, whose recipes the row adds."""
         return {"format": _FORMAT, "task": self.task, "seed": self.seed, "fields": dict(self.fields)}
 
     @property
     def key(self) -> str:
-        """The name of its file."""
+        """The name of the row's file."""
         digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:10]
         words = re.sub(r"[^a-z0-9_]+", "-", self.name.lower()).strip("-")
         return f"{self.task}-{words}-{self.seed}-{digest}"
 
     def config(self, **changes: Any) -> TrainConfig:
-        """Its configuration; without a value, the optimal baseline stands as zero."""
+        """The arm's configuration; an optimal baseline that is not yet computed is zero."""
         from opdtheory.training.config import TrainConfig
 
         values = {**self.fields, **changes}
@@ -122,13 +133,7 @@ class Arm:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
-        return {
-            "name": self.name,
-            "group": self.group,
-            "task": self.task,
-            "seed": self.seed,
-            "fields": dict(self.fields),
-        }
+        return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True)
@@ -137,12 +142,12 @@ class Plan:
 
     Attributes:
         name: `full` or `quick`.
-        steps: batches of rollouts an arm.
-        seeds: how many.
-        tasks: their names.
-        divergences: of the grid.
-        estimators: of the grid.
-        controls: names.
+        steps: batches of rollouts of an arm.
+        seeds: number of seeds.
+        tasks: names of the tasks.
+        divergences: divergences of the grid.
+        estimators: estimators of the grid.
+        controls: names of the controls.
         twins: arms that are run twice.
         eval_examples: test problems, answered once greedily and once by sampling, at the start and at the end.
     """
@@ -158,7 +163,7 @@ class Plan:
     eval_examples: int = 1000
 
     def arms(self) -> list[Arm]:
-        """The arms in order: the grid of a seed on every task before its controls, a seed before the next."""
+        """The arms in order: seed by seed, on every task, the grid before twins and controls."""
         return [
             self._arm(name, group, task, seed, fields)
             for seed in range(self.seeds)
@@ -173,12 +178,8 @@ class Plan:
             for divergence in self.divergences
             for estimator in self.estimators
         }
-        controls = {name: CONTROLS[name] for name in self.controls}
-        return [
-            ("grid", grid),
-            ("twin", {TWINS[name]: grid[name] for name in self.twins}),
-            ("control", controls),
-        ]
+        twins = {TWINS[name]: grid[name] for name in self.twins}
+        return [("grid", grid), ("twin", twins), ("control", {name: CONTROLS[name] for name in self.controls})]
 
     def _arm(self, name: str, group: str, task: str, seed: int, fields: Mapping[str, Any]) -> Arm:
         values = {"task": task, "pair_seed": seed, "seed": seed, **_SETTINGS, "steps": self.steps}
@@ -210,24 +211,20 @@ def plan_of(
     """The full or the quick plan, with other seeds, steps or tasks if given.
 
     Raises:
-        InvalidArgumentError: an unknown name or task, or a number that is not positive.
+        InvalidArgumentError: the name or a task is unknown, or a number is not positive.
     """
-    import dataclasses
-
     from opdtheory.training.tasks import TASKS as KNOWN
 
     plans = {"full": FULL, "quick": QUICK}
     if name not in plans:
-        raise InvalidArgumentError("plan", f"is {name!r}; one of {', '.join(plans)} is needed")
-    changes: dict[str, Any] = {}
-    for argument, number in (("seeds", seeds), ("steps", steps)):
-        if number is not None:
-            if number < 1:
-                raise InvalidArgumentError(argument, f"is {number}; at least 1 is needed")
-            changes[argument] = number
+        raise InvalidArgumentError("plan", f"must be one of {', '.join(plans)}, got {name!r}")
+    changes: dict[str, Any] = {key: x for key, x in (("seeds", seeds), ("steps", steps)) if x is not None}
+    for argument, number in changes.items():
+        if number < 1:
+            raise InvalidArgumentError(argument, f"must be at least 1, got {number}")
     for task in tasks or ():
         if task not in KNOWN:
-            raise InvalidArgumentError("task", f"is {task!r}; one of {', '.join(KNOWN)} is needed")
+            raise InvalidArgumentError("task", f"must be one of {', '.join(KNOWN)}, got {task!r}")
     if tasks:
         changes["tasks"] = tuple(dict.fromkeys(tasks))
     return dataclasses.replace(plans[name], **changes)

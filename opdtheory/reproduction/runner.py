@@ -1,6 +1,6 @@
-"""Run the arms of a plan, each in a process of its own, and keep their rows.
+"""Run the arms of a plan, each in its own process, and keep their rows.
 
-Finished arms stay as JSON files; a run that was stopped, or has a longer plan, does only what is missing.
+Finished arms stay as JSON files. Another run, or one with a longer plan, does only what is missing.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from opdtheory.errors import InvalidArgumentError
+from opdtheory.machine import cores
 from opdtheory.reproduction.plan import Arm, Plan
 
-__all__ = ["Outcome", "adopt", "reproduce", "stored"]
+__all__ = ["NOT_RUN", "Outcome", "adopt", "reproduce", "stored"]
+
+NOT_RUN = "not run"
 
 COMMAND = (sys.executable, "-m", "opdtheory.reproduction.arm")
 _WAIT = 0.1  # seconds between looks at the processes
@@ -29,10 +32,10 @@ class Job:
     """One process: a model to train, or an arm.
 
     Attributes:
-        name: for people.
+        name: how the job is reported.
         description: what the process reads.
-        needs: names of the jobs that must be finished first.
-        arm: if it is one.
+        needs: names of the jobs that must finish first.
+        arm: the arm, if it is one.
     """
 
     name: str
@@ -43,14 +46,14 @@ class Job:
 
 @dataclass
 class Outcome:
-    """What a run leaves.
+    """The results of a plan.
 
     Attributes:
-        plan: what was asked for.
-        rows: of the arms of the plan that are there, finished or failed, in the plan's order.
-        missing: names of arms without a row, with the reason where there is one.
+        plan: the plan.
+        rows: rows of the plan's arms, finished or failed, in the plan's order.
+        missing: labels of the arms without a row, each with the reason.
         models: records of the teachers and students.
-        sessions: what each run in this folder did, with its wall-clock.
+        sessions: what each run in this folder did, with its wall-clock time.
     """
 
     plan: Plan
@@ -69,14 +72,14 @@ def reproduce(
     device: str = "auto",
     report: Callable[[str], None] = lambda line: None,
 ) -> Outcome:
-    """Run what the plan has and the folder has not.
+    """Run the arms of a plan that have no row in the folder yet.
 
     Args:
         plan: the arms.
         out: folder of the rows; kept between runs.
-        workers: processes at a time, one per core by default, each with one thread.
+        workers: number of processes at a time, each with one thread; by default one per core.
         cache: folder of teachers and students.
-        device: of the arms.
+        device: device of the arms.
         report: called with a line for each finished process.
 
     Raises:
@@ -84,14 +87,14 @@ def reproduce(
     """
     folder = out / "arms"
     folder.mkdir(parents=True, exist_ok=True)
-    jobs = list(_jobs(plan, folder, cache, device))
+    jobs, workers = list(_jobs(plan, folder, cache, device)), workers or cores()
     problems: dict[str, str] = {}
     started = time.perf_counter()
     done: list[Job] = []
     try:
         if jobs:
-            report(f"{len(jobs)} processes to run, {workers or _cores()} at a time")
-        for job, problem in _run(jobs, folder, workers or _cores()):
+            report(f"{len(jobs)} processes to run, {workers} at a time")
+        for job, problem in _run(jobs, folder, workers):
             done.append(job)
             if problem is not None:
                 problems[job.name] = problem
@@ -101,37 +104,37 @@ def reproduce(
             report(f"[{clock}] {job.name}: {problem or _says(job, folder)}")
     finally:
         if done:
-            _note_session(out, plan, done, time.perf_counter() - started, workers or _cores())
+            _note_session(out, plan, done, time.perf_counter() - started, workers)
     return stored(plan, out, cache=cache, problems=problems)
 
 
 def stored(plan: Plan, out: Path, *, cache: str | None = None, problems: dict[str, str] | None = None) -> Outcome:
-    """What a folder holds of a plan, without running anything."""
+    """The results of a plan that a folder holds, without running anything."""
     rows, missing = [], {}
     for arm in plan.arms():
         row = _stored_row(arm, out / "arms")
         if row is not None:
             rows.append(row)
         else:
-            missing[_label(arm)] = (problems or {}).get(_label(arm), "not run")
+            missing[arm.label] = (problems or {}).get(arm.label, NOT_RUN)
     return Outcome(plan, rows, missing, _records(rows, cache), _sessions(out))
 
 
 def adopt(path: Path, out: Path) -> int:
-    """Put the rows and sessions of a page's JSON lines into a folder that lacks them; how many rows.
+    """Copy the rows and sessions of a page's JSON lines into a folder that lacks them; return the number of rows.
 
-    A row counts for an arm only if it is of the same settings and models, so that others are run again.
+    A row counts for an arm only if its settings and models are the same; other arms are run again.
 
     Raises:
-        InvalidArgumentError: the file is missing or holds something else.
+        InvalidArgumentError: the file is missing or does not hold rows of the experiment.
     """
     try:
         head, *rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
-        arms = [(_arm_of(row), row) for row in rows]
+        arms = [(Arm.of_row(row), row) for row in rows]
         sessions = [json.dumps(session) + "\n" for session in head["sessions"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        problem = f"{path} holds no rows of the experiment ({type(error).__name__}: {error})"
-        raise InvalidArgumentError("adopt", f"{problem}; the file of JSON lines beside a page is needed") from None
+        problem = f"must be the file of JSON lines next to a page, got {path} ({type(error).__name__}: {error})"
+        raise InvalidArgumentError("adopt", problem) from None
     folder = out / "arms"
     folder.mkdir(parents=True, exist_ok=True)
     missing = [(arm, row) for arm, row in arms if not (folder / f"{arm.key}.json").exists()]
@@ -140,10 +143,6 @@ def adopt(path: Path, out: Path) -> int:
     if missing and not (out / "sessions.jsonl").exists():
         (out / "sessions.jsonl").write_text("".join(sessions), encoding="utf-8")
     return len(missing)
-
-
-def _arm_of(row: dict[str, Any]) -> Arm:
-    return Arm(row["name"], row["group"], row["task"], row["seed"], row["identity"]["fields"])
 
 
 def _jobs(plan: Plan, folder: Path, cache: str | None, device: str) -> Iterator[Job]:
@@ -166,11 +165,11 @@ def _jobs(plan: Plan, folder: Path, cache: str | None, device: str) -> Iterator[
                 yield Job(needed[-1], {"task": task, "role": role, "seed": seed, "cache": cache})
         out = str(folder / f"{arm.key}.json")
         description = {"arm": arm.to_dict(), "cache": cache, "device": device, "out": out}
-        yield Job(_label(arm), description, frozenset(needed), arm)
+        yield Job(arm.label, description, frozenset(needed), arm)
 
 
 def _run(jobs: Sequence[Job], folder: Path, workers: int) -> Iterator[tuple[Job, str | None]]:
-    """Each job as it ends, with what went wrong, if anything; no process outlives this."""
+    """Each job as it ends, with its problem, if there was one; no process outlives this."""
     waiting, running = list(jobs), dict[int, tuple[Job, subprocess.Popen[str], IO[str]]]()
     finished, broken = set[str](), set[str]()
     try:
@@ -229,7 +228,7 @@ def _last_words(log: Path, status: int) -> str:
 
 
 def _stored_row(arm: Arm, folder: Path) -> dict[str, Any] | None:
-    """The row of an arm if it is there, whole, and of this very arm and these models."""
+    """The row of an arm, if it is complete and was measured with these settings and models."""
     from opdtheory.reproduction.arm import model_keys
 
     try:
@@ -271,7 +270,7 @@ def _sessions(out: Path) -> list[dict[str, Any]]:
 
 
 def _says(job: Job, folder: Path) -> str:
-    """What a finished job found, in a few words."""
+    """The result of a finished job, in a few words."""
     if job.arm is None:
         return "trained"
     row = _stored_row(job.arm, folder)
@@ -283,13 +282,5 @@ def _says(job: Job, folder: Path) -> str:
     return f"sampled accuracy {start:.3f} to {end:.3f} in {row['seconds']:.0f} s"
 
 
-def _label(arm: Arm) -> str:
-    return f"{arm.task}, {arm.name}, seed {arm.seed}"
-
-
 def _file_name(job: Job) -> str:
     return job.arm.key if job.arm is not None else job.name.replace(" ", "-")
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""The tables of the experiment's page: every arm, what theory says of it, and the baselines of the reverse KL."""
+"""The tables of the experiment's page: every arm, what theory says of it, and baselines for the reverse KL."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 
 from opdtheory.rendering.markdown import markdown_table
 from opdtheory.reproduction.claims import difference, noise_floor
-from opdtheory.reproduction.plan import Arm
 from opdtheory.reproduction.summary import Summary
 from opdtheory.reproduction.theory import Reading, reading
 
@@ -23,11 +22,12 @@ def arms(table: Sequence[Summary]) -> str:
     """Every measure of every arm, by task."""
     lines = [
         "## Every arm",
-        "Accuracy at the end on the test problems, answered greedily and by sampling, with 95 % Wilson intervals over "
-        "seeds and problems (with one seed over problems only); KLs to the teacher and entropy on the student's own "
-        "test prefixes, in nats a token; gradient norm before its clip and share of clipped tokens, means over the "
-        "run; length of the responses at the end. An arm trains, or declines, if its sampled accuracy ends above, or "
-        "below, the start in every seed, the intervals apart; it collapses if its KL(p‖q) more than doubles besides.",
+        "Accuracy on the test problems at the end, answered greedily and by sampling, with 95 % Wilson intervals over "
+        "seeds and problems (over problems only if there is one seed). KLs to the teacher and entropy on the student's "
+        "own test prefixes, in nats per token. Gradient norm before clipping and share of clipped tokens, averaged "
+        "over the run. Length of the responses at the end. An arm *trains* or *declines* if its sampled accuracy ends "
+        "above or below the start in every seed, with disjoint intervals; it *collapses* if it declines and its "
+        "KL(p‖q) more than doubles.",
     ]
     for task in dict.fromkeys(each.task for each in table):
         mine = [each for each in table if each.task == task]
@@ -42,13 +42,13 @@ def arms(table: Sequence[Summary]) -> str:
 def _starts(mine: Sequence[Summary]) -> str:
     whole = max(mine, key=lambda each: len(each.seeds))
     if whole.start is None:
-        return "No run is finished."
+        return "No run has finished."
     greedy = ", ".join(f"{row['start']['greedy_accuracy']:.3f}" for row in whole.rows)
     sampled = ", ".join(f"{row['start']['test_sampled_accuracy']:.3f}" for row in whole.rows)
     return (
         f"The students start at a sampled accuracy of {sampled} (greedy {greedy}), a KL(p‖q) of "
         f"{_number(whole.means['start_reverse_kl'])}, a KL(q‖p) of {_number(whole.means['start_forward_kl'])} and an "
-        f"entropy of {_number(whole.means['start_entropy'])} nats a token."
+        f"entropy of {_number(whole.means['start_entropy'])} nats per token."
     )
 
 
@@ -67,8 +67,8 @@ def _grid_row(each: Summary) -> tuple[str, ...]:
 
 
 def theory(table: Sequence[Summary]) -> str:
-    """What theory reads off each arm's weight, the bias at the start, and whether the objective followed fell."""
-    readings = {name: _reading(each) for name, each in {each.name: each for each in table}.items()}
+    """What theory reads from each arm's weight, the bias at the start, and whether the objective it follows fell."""
+    readings = {each.name: reading(each.arm.config()) for each in table}
     tasks = list(dict.fromkeys(each.task for each in table))
     rows = []
     for name in dict.fromkeys(each.name for each in table if each.group != "twin"):
@@ -78,29 +78,28 @@ def theory(table: Sequence[Summary]) -> str:
     return "\n\n".join(
         [
             "## What theory says of each",
-            "The weight is read on the range of log-ratios that the clip leaves. The bias is that of the estimator's "
-            "expected gradient in the student's parameters, its clip included, relative to the exact gradient of the "
-            "divergence it is named after, summed over the whole vocabulary at the prefixes of 32 rollouts of the "
-            "start; with its cosine. The objective followed is $D_V$ of [T4](theory/t4.md), whose exact gradient the "
-            "arm's expected gradient is, on the student's own prefixes, from the start to the end: where the weight "
-            f"falls it is no divergence, can be negative, and its fall is no progress. Cells hold {' / '.join(tasks)}.",
-            markdown_table(
-                ("arm", "its weight, read by theory", "bias (cosine)", "objective followed", "verdict"), rows
-            ),
+            "The weight is read on the log-ratios that the clip leaves. The bias is that of the estimator's expected "
+            "gradient in the student's parameters, clip included, relative to the exact gradient of the divergence it "
+            "is named after; both are summed over the whole vocabulary at the prefixes of 32 rollouts at the start. "
+            "The cosine is between the two. The objective followed is $D_V$ of [T4](theory/t4.md), from the start to "
+            "the end, on the student's own prefixes: the arm's expected gradient is the exact gradient of $D_V$. Where "
+            "the weight falls, $D_V$ is no divergence and can be negative, so its fall is no progress. Cells hold "
+            f"{' / '.join(tasks)}.",
+            markdown_table(("arm", "weight, read by theory", "bias (cosine)", "objective followed", "verdict"), rows),
             _tally(table, readings),
         ]
     )
 
 
 def _tally(table: Sequence[Summary], readings: dict[str, Reading]) -> str:
-    """How often each verdict goes with a weight that never falls, and with one that does."""
+    """How often each verdict comes with a weight that never falls, and with one that falls."""
     lines = []
     for descends, text in ((True, "the weight never falls"), (False, "the weight falls")):
         words = [each.word for each in table if each.group != "twin" and readings[each.name].descends is descends]
         if words:
             counts = ", ".join(f"{words.count(word)} {word}" for word in dict.fromkeys(sorted(words)))
-            lines.append(f"- {text}: of {len(words)} arms on a task {counts};")
-    return "Where, by T4,\n\n" + "\n".join(lines)[:-1] + "." if lines else ""
+            lines.append(f"- where {text}: {counts}, of {len(words)} arms on a task")
+    return "Verdicts by what T4 says of the weight:\n\n" + ";\n".join(lines) + "." if lines else ""
 
 
 def _bias(each: Summary) -> str:
@@ -128,7 +127,7 @@ _BASELINES = (
 
 
 def baselines(table: Sequence[Summary]) -> str:
-    """The arms of the reverse KL that differ by a baseline."""
+    """The reverse-KL arms that differ by a baseline."""
     rows = []
     for task in dict.fromkeys(each.task for each in table):
         mine = {each.name: each for each in table if each.task == task}
@@ -153,30 +152,19 @@ def baselines(table: Sequence[Summary]) -> str:
             )
     if not rows:
         return ""
-    floor = noise_floor(table)
-    limit = "" if floor is None else f" The noise floor of the last column is {floor.over(_seeds(table)):.3f}."
+    floor, seeds = noise_floor(table), max(len(each.seeds) for each in table)
+    limit = "" if floor is None else f" The noise floor of the last column is {floor.over(seeds):.3f}."
     return "\n\n".join(
         [
             "## The reverse KL: OPD, OPD+ and baselines",
-            "For the reverse KL the advantages of OPD and OPD+ differ by the constant 1, a baseline, so that their "
-            "expected gradients are the same and only the variance differs ([T7a](theory/t7a.md)). The optimal constant "
-            "is that of the start; the vocabulary baseline is the mean of the advantage at each prefix. The variance "
-            "is that of one rollout's gradient at the start, over the squared length of the exact gradient, summed "
-            f"over the vocabulary.{limit}",
+            "For the reverse KL the advantages of OPD and OPD+ differ by the constant 1, a baseline: their expected "
+            "gradients are the same and only the variance differs ([T7a](theory/t7a.md)). The optimal constant is the "
+            "one at the start; the vocabulary baseline is the mean advantage at each prefix. The variance is that of "
+            "one rollout's gradient at the start, summed over the vocabulary, relative to the squared length of the "
+            f"exact gradient.{limit}",
             markdown_table(("arm", "task", "constant", "variance", "sampled", "against OPD"), rows),
         ]
     )
-
-
-def _seeds(table: Sequence[Summary]) -> int:
-    return max((len(each.seeds) for each in table), default=1) or 1
-
-
-def _reading(each: Summary) -> Reading:
-    if not each.rows:
-        return Reading("zero")
-    fields = each.rows[0]["identity"]["fields"]
-    return reading(Arm(each.name, each.group, each.task, 0, fields).config())
 
 
 def _number(value: float | None) -> str:

@@ -1,6 +1,6 @@
-r"""What the rows of the experiment say of each arm: shares with intervals, means over seeds, a verdict in words.
+r"""What the rows of the experiment say of each arm: shares with intervals, means over seeds, a verdict.
 
-Nothing here is written by hand for an arm: words follow from the numbers of its rows.
+Nothing here is written by hand for an arm: its verdict follows from the numbers of its rows.
 """
 
 from __future__ import annotations
@@ -10,11 +10,15 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, variance
-from typing import Any
+from typing import Any, Literal
 
+from opdtheory.reproduction.plan import Arm
 from opdtheory.training.intervals import NORMAL, student_t, wilson, wilson_of_share
 
-__all__ = ["Share", "Summary", "problems_of", "share_of", "summaries"]
+__all__ = ["Share", "Summary", "Word", "problems_of", "share_of", "summaries"]
+
+# Whether an arm's accuracy ends above or below that of its students, or without a finished run.
+Word = Literal["trains", "declines", "collapses", "stays", "mixed", "fails"]
 
 
 @dataclass(frozen=True)
@@ -22,8 +26,8 @@ class Share:
     """A share of right answers over seeds.
 
     Attributes:
-        seeds: the share in each.
-        problems: how many in each.
+        seeds: the share of each seed.
+        problems: number of problems of each seed.
         low, high: 95 % interval of the mean.
     """
 
@@ -34,7 +38,7 @@ class Share:
 
     @property
     def mean(self) -> float:
-        """Over seeds."""
+        """The mean over seeds."""
         return fmean(self.seeds)
 
     def __str__(self) -> str:
@@ -45,8 +49,8 @@ def share_of(shares: Sequence[float], problems: int) -> Share:
     r"""The mean over S seeds with Wilson's interval at the effective number of problems.
 
     $n_\mathrm{eff} = \frac{S n}{\max(1, d)} (z / t_{S-1})^2$ with the design effect $d$, the variance between seeds
-    over that of as many independent answers: with seeds that differ, more problems help no further (Korn and Graubard
-    1998). One seed leaves Wilson's own interval, over problems only.
+    over that of as many independent answers. Where seeds differ, more problems do not narrow the interval (Korn and
+    Graubard 1998). With one seed it is Wilson's own interval, over problems only.
     """
     seeds, mean = len(shares), fmean(shares)
     count = float(seeds * problems)
@@ -62,44 +66,57 @@ class Summary:
     """An arm on a task, over its seeds.
 
     Attributes:
-        task: its name.
-        name: the arm's.
-        group: grid, control or twin.
-        seeds: whose rows are finished.
-        failed: what the others say.
+        arm: the arm, of the first seed.
+        seeds: seeds whose rows are finished.
+        failed: what the other rows say.
         greedy, sampled: accuracy at the end.
         start: sampled accuracy of the students.
-        verdict: in words, from the rows.
-        means: of the rows, for each measure at the start and at the end.
-        rows: the finished ones.
+        word: the verdict, from the rows.
+        evidence: the counts behind the verdict.
+        means: the mean over rows of each measure at the start and at the end.
+        rows: the finished rows.
     """
 
-    task: str
-    name: str
-    group: str
+    arm: Arm
     seeds: tuple[int, ...]
     failed: tuple[str, ...]
     greedy: Share | None
     sampled: Share | None
     start: Share | None
-    verdict: str
+    word: Word
+    evidence: str
     means: Mapping[str, float | None]
     rows: Sequence[Mapping[str, Any]] = dataclasses.field(repr=False)
 
     @property
-    def word(self) -> str:
-        """The verdict's first word."""
-        return self.verdict.partition(":")[0]
+    def task(self) -> str:
+        """Name of the task."""
+        return self.arm.task
+
+    @property
+    def name(self) -> str:
+        """Name of the arm."""
+        return self.arm.name
+
+    @property
+    def group(self) -> str:
+        """`grid`, `control` or `twin`."""
+        return self.arm.group
+
+    @property
+    def verdict(self) -> str:
+        """The verdict with its evidence."""
+        return f"{self.word}: {self.evidence}"
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
-        values = dataclasses.asdict(dataclasses.replace(self, rows=()))
-        del values["rows"]
-        return values
+        names = ("task", "name", "group", "seeds", "failed", "greedy", "sampled", "start", "verdict", "means")
+        values = {name: getattr(self, name) for name in names}
+        return {name: dataclasses.asdict(x) if isinstance(x, Share) else x for name, x in values.items()}
 
 
 def summaries(rows: Sequence[Mapping[str, Any]]) -> list[Summary]:
-    """The rows by task and arm, in the order in which these first come."""
+    """The rows by task and arm, in the order of their first appearance."""
     grouped: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in rows:
         grouped.setdefault((row["task"], row["name"]), []).append(row)
@@ -115,52 +132,52 @@ def _summary(rows: Sequence[Mapping[str, Any]]) -> Summary:
             return None
         return share_of([row[when][f"{name}_accuracy"] for row in done], problems_of(done[0]))
 
+    word, evidence = _verdict(done, len(failed))
     return Summary(
-        task=rows[0]["task"],
-        name=rows[0]["name"],
-        group=rows[0]["group"],
+        arm=Arm.of_row(rows[0]),
         seeds=tuple(row["seed"] for row in done),
         failed=failed,
         greedy=share("end", "greedy"),
         sampled=share("end", "test_sampled"),
         start=share("start", "test_sampled"),
-        verdict=_verdict(done, len(failed)),
+        word=word,
+        evidence=evidence,
         means=_means(done),
         rows=done,
     )
 
 
 def problems_of(row: Mapping[str, Any]) -> int:
-    """How many test problems a row's accuracies are of."""
+    """The number of test problems behind a row's accuracies."""
     return int(row["identity"]["fields"]["eval_examples"])
 
 
-def _verdict(done: Sequence[Mapping[str, Any]], failed: int) -> str:
-    """Whether the sampled accuracy ends above or below the student's own, its 95 % intervals apart.
+def _verdict(done: Sequence[Mapping[str, Any]], failed: int) -> tuple[Word, str]:
+    """Whether the sampled accuracy ends above or below the student's own, with disjoint 95 % intervals.
 
-    A student that falls below in every seed collapses if its KL to the teacher also more than doubles, else declines.
+    An arm that ends below in every seed collapses if its KL to the teacher also more than doubles, else declines.
     """
     total = len(done) + failed
     if failed:
-        return f"fails: no finished run in {failed} of {total} seeds"
+        return "fails", f"no finished run in {failed} of {total} seeds"
     above = below = away = doubled = 0
     for row in done:
         first, last = (_interval(row, when) for when in ("start", "end"))
         above += last[0] > first[1]
         below += last[1] < first[0]
         distances = [row[when]["test_reverse_kl"] for when in ("start", "end")]
-        far = [math.inf if value is None else value for value in distances]  # what is not finite is stored as None
+        far = [math.inf if value is None else value for value in distances]  # infinity is stored as None
         away += far[1] > far[0]
         doubled += far[1] > 2 * far[0]
     moved = f"further from the teacher in {away} of {total}" if away else "closer to the teacher in all"
     if below == total:
-        word = "collapses" if doubled == total else "declines"
-        return f"{word}: below the student's start in {below} of {total} seeds, {moved}"
+        word: Word = "collapses" if doubled == total else "declines"
+        return word, f"below the student's start in {below} of {total} seeds, {moved}"
     if above == total:
-        return f"trains: above the student's start in {above} of {total} seeds, {moved}"
+        return "trains", f"above the student's start in {above} of {total} seeds, {moved}"
     if not above and not below:
-        return f"stays: not apart from the student's start in {total} of {total} seeds, {moved}"
-    return f"mixed: above the student's start in {above}, below it in {below} of {total} seeds, {moved}"
+        return "stays", f"level with the student's start in {total} of {total} seeds, {moved}"
+    return "mixed", f"above the student's start in {above}, below it in {below} of {total} seeds, {moved}"
 
 
 def _interval(row: Mapping[str, Any], when: str) -> tuple[float, float]:
@@ -177,8 +194,8 @@ _MEASURES: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
     "entropy": lambda row: row["end"]["test_entropy"],
     "gradient_norm": lambda row: row["means"]["gradient_norm"],
     "clip_fraction": lambda row: row["means"]["clip_fraction"],
-    "response_length": lambda row: _last(row, "response_length"),
-    "highest_reverse_kl": lambda row: _highest(row, "reverse_kl"),
+    "response_length": lambda row: row["curve"].get("response_length", [None])[-1],
+    "highest_reverse_kl": lambda row: max(_finite(row["curve"].get("reverse_kl", [])), default=None),
     "bias": lambda row: _of(row["bias"], "bias"),
     "predicted_bias": lambda row: _of(row["bias"], "predicted_bias"),
     "cosine": lambda row: _of(row["bias"], "cosine"),
@@ -194,20 +211,15 @@ def _of(values: Mapping[str, Any] | None, name: str) -> float | None:
     return None if values is None else values.get(name)
 
 
-def _last(row: Mapping[str, Any], name: str) -> float | None:
-    return row["curve"].get(name, [None])[-1]
-
-
-def _highest(row: Mapping[str, Any], name: str) -> float | None:
-    values = [value for value in row["curve"].get(name, []) if value is not None]
-    return max(values, default=None)
+def _finite(values: Sequence[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
 
 
 def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """Over seeds; None as soon as one is not finite."""
+    """The mean of each measure over seeds; None if a value is missing or not finite."""
     found: dict[str, float | None] = {}
     for name, measure in _MEASURES.items():
         values = [measure(row) for row in rows]
-        finite = [value for value in values if value is not None]
+        finite = _finite(values)
         found[name] = fmean(finite) if finite and len(finite) == len(values) else None
     return found

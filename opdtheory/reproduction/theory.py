@@ -1,4 +1,4 @@
-r"""What theory says of an arm before it runs: its weight, whether that is a divergence's, and which objective falls.
+r"""What theory says of an arm before it runs: its weight, whether a divergence has it, and which objective falls.
 
 By T4 an estimator with the local weight $w$ follows the exact gradient of $D_V$, where
 $V(u) = u \int_1^u w(t)/t^2\,\mathrm{d}t$, a genuine f-divergence if and only if $w$ never falls. With $s = \log u$
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -20,9 +21,9 @@ from opdtheory.training.validation.prediction import ratio_weight
 
 __all__ = ["Reading", "local_weight", "objective_value", "reading"]
 
-_FARTHEST = 45.0  # log-ratios beyond count as this
+_FARTHEST = 45.0  # log-ratios are clamped to this
 _CELLS = 2**17
-_SHOWN = 6.0  # where weights without a clip are looked at
+_SHOWN = 6.0  # the range on which weights without a clip are read
 _ROUNDING = 1e-9
 
 
@@ -31,37 +32,38 @@ class Reading:
     r"""The weight of an arm, read by T4 and T5.
 
     Attributes:
-        kind: `ratio` for a weight of the ratio, `zero` for a constant, `supervised` for demonstrations.
-        bound: $|\log u|$ up to which the weight was looked at: the clip, where there is one.
-        falls: the interval of $\log u$ in which the weight falls, None if it never does.
-        slope: $w'(1)$, by which the teacher attracts or repels (T5); infinite for a step.
+        kind: `ratio` for a weight that is a function of the ratio, `zero` for a constant, `supervised` for
+            demonstrations.
+        bound: largest $|\log u|$ at which the weight was read: the clip, if there is one.
+        falls: the interval of $\log u$ in which the weight falls; None if it never falls.
+        slope: $w'(1)$, whose sign says whether the teacher attracts or repels (T5); infinite for a step.
     """
 
-    kind: str
+    kind: Literal["ratio", "zero", "supervised"]
     bound: float = 0.0
     falls: tuple[float, float] | None = None
     slope: float = 0.0
 
     @property
     def descends(self) -> bool | None:
-        """Whether an f-divergence is descended; None where the weight says nothing."""
+        """Whether the arm descends an f-divergence; None where the weight does not say."""
         return None if self.kind != "ratio" else self.falls is None
 
     def __str__(self) -> str:
         if self.kind == "zero":
             return "the expected gradient is zero (T4)"
         if self.kind == "supervised":
-            return "cross-entropy of the task's demonstrations; the teacher is not asked"
+            return "cross-entropy of the task's demonstrations; no teacher"
         at = {1: "attracts", 0: "neither attracts nor repels to first order", -1: "repels"}[_sign(self.slope)]
         if self.falls is None:
-            return f"weight never falls: an f-divergence is descended (T4); the teacher {at} (T5)"
-        low, high = (f"{round(x, 1) + 0.0:.1f}" for x in self.falls)
-        where = f"for log u in [{low}, {high}]" if high != f"{self.bound:.1f}" else f"for log u > {low}"
-        return f"weight falls {where}: no f-divergence (T4); the teacher {at} (T5)"
+            return f"the weight never falls: it descends an f-divergence (T4); the teacher {at} (T5)"
+        low, high = (round(x, 1) + 0.0 for x in self.falls)  # no minus before zero
+        where = f"for log u > {low:.1f}" if high == round(self.bound, 1) else f"for log u in [{low:.1f}, {high:.1f}]"
+        return f"the weight falls {where}: no f-divergence (T4); the teacher {at} (T5)"
 
 
 def local_weight(config: TrainConfig, log_u: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"] | None:
-    """The weight that the arm's expected gradient gives a token, clip included; None for demonstrations."""
+    """The weight of a token in the arm's expected gradient, clip included; None for demonstrations."""
     if config.control == "supervised":
         return None
     if config.control == "constant_advantage":
@@ -73,7 +75,7 @@ def local_weight(config: TrainConfig, log_u: Float[Tensor, "*shape"]) -> Float[T
 
 
 def reading(config: TrainConfig) -> Reading:
-    """Look at the weight of a configuration on the range of log-ratios that its clip leaves, or on six nats."""
+    """Read the weight of a configuration on the log-ratios that its clip leaves, or up to six nats."""
     if config.control in ("constant_advantage", "supervised"):
         return Reading("supervised" if config.control == "supervised" else "zero")
     bound = config.clip_log_ratio or _SHOWN
@@ -99,7 +101,7 @@ def objective_value(config: TrainConfig, log_p: Float[Tensor, "N V"], log_q: Flo
     r"""The mean over prefixes of $D_V$, whose exact gradient the arm follows in expectation (T4), in its units.
 
     Args:
-        config: the arm's.
+        config: the arm's configuration.
         log_p: the student's log-probabilities at its own prefixes, float64.
         log_q: the teacher's.
     """
@@ -111,7 +113,7 @@ def objective_value(config: TrainConfig, log_p: Float[Tensor, "N V"], log_q: Flo
     integrand = (weight - weight[middle]) * torch.exp(-grid)
     width = float(grid[1] - grid[0])
     cells = (integrand[1:] + integrand[:-1]) * (width / 2)
-    # From the middle outwards: a sum from one end would cancel at the other.
+    # Summed from the middle outwards: a sum from one end would cancel at the other.
     below, above = cells[:middle].flip(0).cumsum(0).flip(0), cells[middle:].cumsum(0)
     inner = torch.cat((-below, cells.new_zeros(1), above))
     log_u = (log_q - log_p).clamp(-_FARTHEST, _FARTHEST)
