@@ -34,6 +34,7 @@ __all__ = [
     "every_case",
     "interval",
     "irrational_cases",
+    "kept",
     "pairs",
     "perspective",
     "rational_cases",
@@ -70,7 +71,7 @@ def pairs() -> tuple[Pair, ...]:
 
 @functools.cache
 def two_atoms() -> tuple[Pair, ...]:
-    """One-step pairs on two tokens, so that `u_1 < 1 < u_2`."""
+    """One-step pairs on two tokens, where `u_1 < 1 < u_2`."""
     return tuple(random_pair(2, 1, scale=1.0, distance=1.0, seed=seed) for seed in range(8))
 
 
@@ -150,6 +151,13 @@ def rational_cases() -> Iterator[tuple[Divergence, Distribution, Distribution]]:
             yield divergences.divergence(name), p, q
 
 
+def kept() -> Iterator[tuple[Distribution, Distribution, int]]:
+    """Rational pairs with the number of leading atoms that make up the set S of a top-k loss."""
+    for p, q in rational_distributions():
+        for k in range(1, len(p)):
+            yield p, q, k
+
+
 def irrational_cases() -> Iterator[tuple[Divergence, Distribution, Distribution]]:
     """Every other divergence of the catalogue on every pair of rational distributions."""
     for divergence in catalogue():
@@ -188,7 +196,7 @@ def enclose(expr: sympy.Expr, values: dict[sympy.Symbol, Any]) -> Any:
     """An interval that encloses a sympy expression, given intervals for its symbols.
 
     Raises:
-        TypeError: the expression holds something else than sums, products, powers, `log`, `exp` and `Abs`.
+        TypeError: the expression contains anything but sums, products, powers, `log`, `exp` and `Abs`.
     """
     if expr.is_Rational:
         return interval(Fraction(int(expr.p), int(expr.q)))

@@ -38,9 +38,9 @@ def drift(logits: Tensor, log_q: Tensor, weight: LocalWeight) -> Tensor:
 
 
 def flow(logits: Tensor, log_q: Tensor, weight: LocalWeight, time: float, steps: int) -> Tensor:
-    """The logits along the flow, `(steps + 1, B, k)`, by Runge and Kutta's fourth order; a collapsed student rests.
+    """The logits along the flow, `(steps + 1, B, k)`, by the Runge-Kutta method; a collapsed student stays put.
 
-    Speeds above one are reduced to one: the same curve, run through more slowly.
+    Speeds above one are reduced to one: the curve is the same, followed more slowly.
     """
 
     def velocity(z: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ def distance(logits: Tensor, log_q: Tensor) -> Tensor:
 
 
 def softmax_slope(field: list[sympy.Expr], p: list[sympy.Symbol], at: list[sympy.Expr]) -> sympy.Matrix:
-    r"""The derivatives in the logits, at given probabilities, of a field in these: through $p_c(\delta_{cb} - p_b)$."""
+    r"""The Jacobian in the logits of a field of the probabilities, at given ones, through $p_c(\delta_{cb} - p_b)$."""
     point = dict(zip(p, at, strict=True))
     in_p = sympy.Matrix(len(field), len(p), lambda a, c: sympy.diff(field[a], p[c]).subs(point))
     return in_p * sympy.Matrix(len(p), len(p), lambda c, b: at[c] * (int(c == b) - at[b]))

@@ -11,7 +11,10 @@ from torch import Tensor
 
 from opdtheory.divergences import Divergence
 
-__all__ = ["critical_ratio", "minimise"]
+__all__ = ["TEACHER", "critical_ratio", "minimise"]
+
+# The teacher of the checks of top-k losses.
+TEACHER = (0.4, 0.25, 0.2, 0.15)
 
 # Directions whose curvature is below this are flat: they are left where they are.
 _FLAT = 1e-14

@@ -1,1 +1,1 @@
-"""Rollouts that another policy sampled, or that were cut (T8, T10)."""
+"""Rollouts of another policy, truncated sampling and missing support (T8, T10)."""

@@ -21,12 +21,13 @@ from opdtheory.theorems.instances.cases import (
     catalogue,
     descent_of_rows,
     interval,
+    kept,
     pairs,
     rational_distributions,
     sampled_gradient,
     values_of,
 )
-from opdtheory.theorems.instances.kept_tokens import TEACHER, kept
+from opdtheory.theorems.instances.minimisers import TEACHER
 from opdtheory.theorems.instances.one_sample import expectation, in_logits, intervals, kl, ratios, softmax
 from opdtheory.theorems.instances.two_steps import weight_at
 from opdtheory.theorems.theorem import Cases, Identity, Step, Theorem, close, holds, overlap, same

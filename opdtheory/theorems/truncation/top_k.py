@@ -19,12 +19,12 @@ from opdtheory.theorems.instances.cases import (
     at_atoms,
     catalogue,
     interval,
+    kept,
     perspective,
     rational_distributions,
     sampled_gradient,
 )
-from opdtheory.theorems.instances.kept_tokens import TEACHER, kept
-from opdtheory.theorems.instances.minimisers import critical_ratio, minimise
+from opdtheory.theorems.instances.minimisers import TEACHER, critical_ratio, minimise
 from opdtheory.theorems.instances.one_sample import in_logits, intervals
 from opdtheory.theorems.instances.two_steps import weight_at
 from opdtheory.theorems.theorem import Cases, Identity, Step, Theorem, close, holds, overlap, same

@@ -1,1 +1,1 @@
-"""The variance of one-sample estimators, and what takes some of it away (T7)."""
+"""The variance of one-sample estimators, and how to reduce it (T7)."""
