@@ -1,4 +1,4 @@
-"""The exceptions of opdtheory: each is also the built-in that a caller would catch."""
+"""The exceptions of opdtheory, each of which is also the built-in one that a caller would catch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["BudgetExceededError", "InvalidArgumentError", "LossError", "OpdTheoryError", "TrainingError"]
+__all__ = [
+    "BudgetExceededError",
+    "InvalidArgumentError",
+    "LossError",
+    "OpdTheoryError",
+    "TrainingError",
+    "check_integer",
+]
 
 
 class OpdTheoryError(Exception):
@@ -41,3 +48,14 @@ class TrainingError(OpdTheoryError, RuntimeError):
     def __init__(self, message: str, path: Path | None = None) -> None:
         super().__init__(message)
         self.path = path
+
+
+def check_integer(name: str, value: object, low: int = 1, high: int | None = None) -> None:
+    """Raise unless a value is an integer of at least `low` and, if there is a `high`, at most that.
+
+    Raises:
+        InvalidArgumentError: the value is out of range or not an integer.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+        wanted = f"of at least {low}" if high is None else f"in [{low}, {high}]"
+        raise InvalidArgumentError(name, f"must be an integer {wanted}, got {value!r}")

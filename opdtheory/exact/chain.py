@@ -1,9 +1,9 @@
-r"""Dynamic programming for two finite-state policies, at horizons that nobody can enumerate.
+r"""Dynamic programming for two finite-state policies, at horizons that cannot be enumerated.
 
-Pairs of states are the rows. The token objectives need how often each row is visited and what is still to come from
-each. The sequence objective factors along the chain only for some generators: $\log U$ adds, so the KL divergences
-are sums over rows; $U^\alpha$ multiplies, so the power divergences are products over rows. Every other generator is
-refused.
+The rows are pairs of states. The token objectives need the number of visits of each row and what is still to come
+from it. The sequence objective factors along the chain only for some generators: $\log U$ adds, so the KL divergences
+are sums over rows; $U^\alpha$ multiplies, so the power divergences are products over rows. Every other generator
+raises an error.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Chain", "gradient", "value"]
 
-# Generators that are a multiple of a Cressie-Read one up to gauge: name -> (alpha, factor).
+# Generators that are a multiple of a Cressie-Read generator up to gauge: name -> (alpha, factor).
 _POWERS = {"chi2": (2.0, 2.0), "neyman_chi2": (-1.0, 2.0), "hellinger": (0.5, 0.5)}
 
-# Numbers that one sweep may keep, visits of every row at every position: 1 GB.
+# Numbers that one sweep may keep, the visits of every row at every position: 1 GB.
 _KEPT = 2**27
 
 
@@ -39,8 +39,8 @@ class Chain:
     """Both policies' conditional log-probabilities on the pairs of states that can occur together.
 
     Attributes:
-        log_p: student, `(S, V)`; row 0 is the start.
-        log_q: teacher, likewise.
+        log_p: the student's, `(S, V)`; row 0 is the start.
+        log_q: the teacher's.
         successors: the row that follows a row and a token, `(S, V)`; `S` where the sequence has ended.
         student_states: the student's state of each row, `(S,)`.
         horizon: length cap `T`.
@@ -63,11 +63,11 @@ class Chain:
 
     @property
     def rows(self) -> int:
-        """How many rows there are."""
+        """The number of rows."""
         return len(self.log_p)
 
     def visits(self, log_distribution: Tensor) -> Iterator[Tensor]:
-        """Probability under a distribution that each position reads each row, `(S,)`, position by position."""
+        """The probability that a position reads each row under a distribution, `(S,)`, for each position in turn."""
         forward = self._steps(log_distribution).T.tocsr()
         visits = np.zeros(self.rows)
         visits[0] = 1.0
@@ -76,7 +76,7 @@ class Chain:
             visits = (forward @ visits)[:-1]
 
     def to_come(self, own: Tensor, gamma: float) -> Iterator[np.ndarray]:
-        """Discounted sum of the rows' own costs from the next row on, `(S + 1,)`, the last position first."""
+        """The discounted sum of the rows' costs from the next row on, `(S + 1,)`, the last position first."""
         backward, costs = self._steps(self.log_p), own.numpy()
         after = np.zeros(self.rows + 1)
         for _ in range(self.horizon):
@@ -84,11 +84,11 @@ class Chain:
             after = np.append(costs + gamma * (backward @ after), 0.0)
 
     def _steps(self, log_distribution: Tensor) -> csr_array:
-        """Probabilities of going from each row to each, `(S, S + 1)`, the end among them."""
+        """The probabilities of going from each row to each row and to the end, `(S, S + 1)`."""
         from scipy.sparse import csr_array
 
         distribution, size = log_distribution.exp().numpy(), log_distribution.shape[-1]
-        # Tokens that lead to one row are added up.
+        # Tokens that lead to the same row add up.
         where = (np.repeat(np.arange(self.rows), size), self.successors.numpy().ravel())
         return csr_array((distribution.ravel(), where), shape=(self.rows, self.rows + 1))
 
@@ -129,7 +129,7 @@ def gradient(
 
 
 def _pairs(student: FiniteStatePolicy, teacher: FiniteStatePolicy) -> tuple[Tensor, Tensor, Tensor]:
-    """The states of the two that can occur together, the start first, and the pair that follows each and a token."""
+    """The pairs of states that can occur together, the start first, and the pair that follows each pair and token."""
     if student.start == teacher.start == 0 and torch.equal(student.successors, teacher.successors):
         states = torch.arange(len(student.successors))
         return states, states, student.successors.clone()
@@ -175,10 +175,10 @@ def _gradient(chain: Chain, divergence: Divergence, objective: str, gamma: float
 
 
 def _later_rows(chain: Chain, own: Tensor, gamma: float, visits: np.ndarray) -> Tensor:
-    """The part of `token_return`'s gradient by which a token answers for the rows that follow it."""
+    """The part of the gradient of `token_return` that credits a token with the rows that follow it."""
     successors = chain.successors.numpy()
     sums, terms = np.zeros(successors.shape), np.empty(successors.shape)
-    # An infinite cost leaves NaN, for which the gradient is refused.
+    # An infinite cost leaves NaN, for which `exact_gradient` raises.
     with np.errstate(invalid="ignore"):
         for n, after in zip(reversed(range(chain.horizon)), chain.to_come(own, gamma), strict=True):
             np.take(after, successors, out=terms, mode="clip")
@@ -204,7 +204,7 @@ def _sequence_parts(chain: Chain, divergence: Divergence) -> list[tuple[float, T
     else:
         raise InvalidArgumentError(
             "divergence",
-            f"{divergence.label} between whole sequences does not factor along a chain; "
+            f"must factor along a chain for whole sequences, got {divergence.label}; "
             f"use a KL, jeffreys, alpha, {', '.join(_POWERS)}, or tabulate() a short chain",
         )
     if alpha == 0.0:
@@ -215,7 +215,7 @@ def _sequence_parts(chain: Chain, divergence: Divergence) -> list[tuple[float, T
 
 
 def _reverse(chain: Chain) -> tuple[Tensor, Tensor]:
-    r"""$KL(P\|Q) = E_P \sum_n -\log u_n$ by the chain rule: the return of the rows' own, undiscounted."""
+    r"""$KL(P\|Q) = E_P \sum_n -\log u_n$ by the chain rule: the undiscounted return of the rows."""
     reverse_kl = as_divergence("reverse_kl")
     return _value(chain, reverse_kl, 1.0), _gradient(chain, reverse_kl, "token_return", 1.0)
 
@@ -256,7 +256,7 @@ def _power_visits(chain: Chain, log_k: Tensor) -> Tensor:
     for n in range(1, chain.horizon):
         terms = _log_product(before[n - 1, :-1].unsqueeze(-1), log_k).flatten()
         largest = before[n].scatter_reduce(0, successors, terms, "amax")
-        # What no sequence of positive weight leads to stays at -inf, and one infinite term wins.
+        # A row that no sequence of positive weight reaches stays at -inf, and one infinite term wins.
         shift = torch.where(torch.isfinite(largest), largest, 0.0)
         sums = torch.zeros_like(largest).index_add_(0, successors, (terms - shift[successors]).exp())
         before[n] = shift + sums.log()
@@ -264,7 +264,7 @@ def _power_visits(chain: Chain, log_k: Tensor) -> Tensor:
 
 
 def _log_product(left: Tensor, right: Tensor) -> Tensor:
-    """Sum of two logarithms; a factor of zero wins over an infinite one, as what is never reached counts nothing."""
+    """The sum of two logarithms; a factor of zero wins over an infinite one, as it is never reached."""
     return torch.where(torch.isneginf(left) | torch.isneginf(right), -torch.inf, left + right)
 
 

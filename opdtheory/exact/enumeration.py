@@ -1,6 +1,6 @@
-"""Every sequence of a pair of policies, spelled out, and the objectives computed from them by definition.
+"""Every sequence of a pair of policies, and the objectives computed from the sequences by definition.
 
-The second route of the oracle: nothing is summed by level, and gradients come from autograd.
+This is the second route of the oracle: nothing is summed by level, and gradients come from autograd.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["SEQUENCE_BUDGET", "Enumeration", "enumerated_value", "shown_tables"]
 
 SEQUENCE_BUDGET = 2**18
 
-# Seeds of what the models think of tokens that they did not write; None: the environment's distribution.
+# Seeds of the logits that a policy shows for tokens it did not write; None: the environment's distribution.
 _OPINIONS = {"student": 11, "teacher": 12, "behavior": None}
 
 
@@ -34,16 +34,16 @@ class Enumeration:
 
     Attributes:
         tokens: `(N, T)`; a sequence that has ended is padded with its end-of-sequence token.
-        mask: `(N, T)` float64, 1 up to and including the end-of-sequence token, but for the tokens that an
+        mask: `(N, T)` float64, 1 up to and including the end-of-sequence token, except on tokens that an
             environment wrote.
-        rows: `(N, T)`, the table row that each position reads: its prefix in base `V`. Padded
-            positions read the rows of prefixes that have ended, which no live position reads.
-        probability: of each sequence under the sampling policy, `(N,)`.
-        student_tables: the student's logits by level, as `Policy.tables` gives them, but for `shown_tables`.
+        rows: `(N, T)`, the table row that each position reads: its prefix in base `V`. Padded positions read rows
+            of prefixes that have ended, which no live position reads.
+        probability: the probability of each sequence under the sampling policy, `(N,)`.
+        student_tables: the student's logits by level, as `shown_tables` gives them.
         teacher_tables: the teacher's.
         behavior_tables: the sampling policy's.
-        world_logprobs: log-probability of the tokens that an environment wrote, 0 elsewhere, `(N, T)`.
-        environment: the positions that it writes.
+        world_logprobs: the log-probability of tokens that an environment wrote, 0 elsewhere, `(N, T)`.
+        environment: the positions that the environment writes.
     """
 
     tokens: Int64[Tensor, "N T"]
@@ -60,7 +60,7 @@ class Enumeration:
     def build(
         cls, student: Policy, teacher: Policy, behavior: Policy | None = None, budget: int = SEQUENCE_BUDGET
     ) -> Enumeration:
-        """Enumerate the sequences of positive probability under `behavior`, by default the student.
+        """Enumerate the sequences of positive probability under `behavior` (default: the student).
 
         Raises:
             InvalidArgumentError: the policies do not match.
@@ -133,8 +133,8 @@ class Enumeration:
         """The selected sequences as a batch, as a trainer would see them.
 
         Args:
-            index: which sequences, repetitions allowed.
-            student_logits: a leaf `(B, T, V)` to differentiate, instead of the student's own rows.
+            index: the sequences, which may repeat.
+            student_logits: a leaf `(B, T, V)` to differentiate in place of the student's own rows.
         """
         tokens, mask = self.tokens[index], self.mask[index]
         if student_logits is None:
@@ -142,7 +142,7 @@ class Enumeration:
         elif student_logits.shape[:-1] != tokens.shape:
             raise InvalidArgumentError(
                 "student_logits",
-                f"has shape {tuple(student_logits.shape)}; rows for tokens of shape {tuple(tokens.shape)} are needed",
+                f"must hold rows for tokens of shape {tuple(tokens.shape)}, got shape {tuple(student_logits.shape)}",
             )
         student_logprobs = gather_logprobs(student_logits, tokens, mask)
         behavior = self.behavior_logprobs
@@ -159,15 +159,14 @@ class Enumeration:
 
 
 def shown_tables(policy: Policy, role: str) -> list[Tensor]:
-    """A policy's tables as rollouts show them: with an opinion of its own on what an environment writes.
+    """A policy's tables as rollouts show them, with the policy's own logits where an environment writes.
 
-    A model has logits at those positions too, finite and unlike the environment's distribution, and no gradient goes
-    there. With opinions that differ by policy, a loss that leaks over such positions gives itself away.
+    A model has logits at those positions too, finite and unlike the environment's distribution, and gets no gradient
+    there. They differ between policies, so that a loss which leaks over such positions shows.
 
     Args:
-        policy: whose tables.
-        role: `student`, `teacher` or `behavior`; the last one's opinion is the environment's own distribution, with its
-            zero probabilities filled.
+        policy: the policy.
+        role: `student`, `teacher` or `behavior`; the last shows the environment's own distribution, without its zeros.
     """
     tables, seed = list(policy.tables()), _OPINIONS[role]
     for n in policy.environment:
@@ -187,10 +186,10 @@ def enumerated_value(
     gamma: float = 1.0,
     budget: int = SEQUENCE_BUDGET,
 ) -> Float[Tensor, ""]:
-    """The objective by its definition, as a sum over spelled-out sequences, differentiable by autograd.
+    """The objective by its definition, as a sum over all sequences, differentiable by autograd.
 
-    Autograd of this value is the independent route to `exact_gradient`. It takes strictly positive
-    probabilities only, but for an environment's.
+    Autograd of this value is the independent route to `exact_gradient`. Probabilities must be positive, except those
+    of an environment.
 
     Raises:
         InvalidArgumentError: a wrong name, policies that do not match, or zero probabilities.
@@ -200,7 +199,7 @@ def enumerated_value(
     check_objective(objective, gamma)
     everything = Enumeration.build(student, teacher, budget=budget)
     if any(torch.isneginf(t).any() for t in (*everything.student_tables, *everything.teacher_tables)):
-        raise InvalidArgumentError("student", "or teacher has zero probabilities; enumerated_value takes positive ones")
+        raise InvalidArgumentError("student", "must have positive probabilities, as must the teacher; got zeros")
     rollouts = everything.rollouts()
     mask, log_u = rollouts.mask, rollouts.log_u
     written = mask * rollouts.student_logprobs + everything.world_logprobs
@@ -210,11 +209,11 @@ def enumerated_value(
     if objective == "token_return":
         discount = gamma ** torch.arange(mask.shape[1], dtype=mask.dtype)
         return (log_p.exp() * (mask * discount * divergence.generator(log_u)).sum(-1)).sum()
-    # token_local: prefixes are drawn from the student but not differentiated; the token itself is.
+    # token_local: the prefixes come from the student but are not differentiated; the token itself is.
     all_log_p = torch.log_softmax(rollouts.student_logits, -1)
     all_log_q = torch.log_softmax(rollouts.teacher_logits, -1)
     per_row = (all_log_p.exp() * divergence.generator(all_log_q - all_log_p)).sum(-1)
-    # Each prefix is met once per sequence that continues it, and their probabilities add up to its own.
+    # Each prefix occurs once per sequence that continues it, and their probabilities add up to its own.
     return (mask * log_p.detach().exp().unsqueeze(-1) * per_row).sum()
 
 

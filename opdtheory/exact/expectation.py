@@ -1,4 +1,4 @@
-"""The exact expected gradient of an arbitrary loss under the distribution that samples its rollouts."""
+"""The exact expected gradient of any loss under the distribution that samples its rollouts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from opdtheory.errors import BudgetExceededError, InvalidArgumentError, LossError
+from opdtheory.errors import BudgetExceededError, InvalidArgumentError, LossError, check_integer
 from opdtheory.exact.enumeration import SEQUENCE_BUDGET, Enumeration
 from opdtheory.exact.policies import Policy
 from opdtheory.exact.threads import one_thread
@@ -24,31 +24,31 @@ Loss = Callable[[Rollouts], Tensor]
 # Evaluations of a loss that one expectation may take: about half a minute at 0.5 ms each.
 BATCH_BUDGET = 60_000
 
-# Batches of the size asked for whose sensitivities are compared with those in larger batches.
+# How many batches of the requested size are compared with larger ones for a rollout's sensitivity.
 _SEPARABILITY_SAMPLE = 8
 
-# Up to this many batches all are looked at, since a sample of so few may be all alike.
+# Up to this many batches are all evaluated, since a sample of so few may be all alike.
 _EVERY_COMPANY = 16
 
-# Two evaluations of one separable loss differ by rounding only: of the dtype that it returns, as far as a narrow one
-# leaves a difference that tells. A tenth of what an audit takes for rounding of the expectation itself.
+# Two evaluations of one separable loss differ only by rounding in the dtype that it returns, unless that is too narrow
+# for the difference to tell anything. A tenth of what an audit takes for rounding of the expectation itself.
 _SAME = {torch.float32: 1e-5}
 _SAME_IN_FLOAT64 = 1e-10
 
-# Logits of gradients that are held at once: 32 MiB.
+# Entries of gradients that are held at once: 32 MiB.
 _HELD = 2**22
 
 
 @dataclass(frozen=True)
 class GradientMoments:
-    """First two moments of a stochastic gradient, exactly.
+    """The exact first two moments of a stochastic gradient.
 
     Attributes:
-        mean: the expected gradient by level of the student's table.
-        variance: trace of the covariance of one batch's gradient.
+        mean: the expected gradient, by level of the student's table.
+        variance: the trace of the covariance of one batch's gradient.
         second_moment: `E |g|^2` of one batch's gradient.
         separable: whether the loss of a batch is the mean of its rollouts' own losses.
-        evaluations: how often the loss was called.
+        evaluations: the number of calls of the loss.
     """
 
     mean: list[Tensor]
@@ -69,20 +69,19 @@ def expected_gradient(
 ) -> list[Tensor]:
     r"""The exact expectation $E_{y_1,\dots,y_B\sim\mu}[\nabla_\theta\,\mathrm{loss}]$ of a loss's gradient.
 
-    Whatever the loss is, every batch of `batch_size` rollouts that the behaviour policy $\mu$ can
-    sample is accounted for: one by one up to symmetry if the loss couples its rollouts, and from
-    single rollouts if it is seen not to.
+    The expectation is over every batch of `batch_size` rollouts that the behaviour policy $\mu$ can sample: batch by
+    batch, up to symmetry, if the loss couples its rollouts, and from single rollouts if it is found not to.
 
     Args:
         loss: a function of `Rollouts` that returns a differentiable scalar.
-        student: the policy `p` whose parameters are differentiated.
+        student: the policy `p`, whose parameters are differentiated.
         teacher: the policy `q`.
-        batch_size: number of rollouts that the loss sees at once.
-        behavior: the policy that samples; by default the student itself.
-        budget: largest number of loss evaluations, and of sequences, of which at most 2**18 are taken.
-        shared_prompt: whether the rollouts of a batch answer one prompt, which is drawn once, and are independent
-            given it, as in a group of GRPO; otherwise each draws its own. The prompt is what an environment
-            writes before the student's first token.
+        batch_size: the number of rollouts in a batch.
+        behavior: the policy that samples (default: the student).
+        budget: the largest number of loss evaluations, and of sequences, which never exceed 2**18.
+        shared_prompt: whether the rollouts of a batch answer one prompt, drawn once, and are independent given it, as
+            in a group of GRPO; otherwise each rollout draws its own. The prompt is what an environment writes before
+            the student's first token.
 
     Returns:
         A list like `student.parameters()` (for a `TabularPolicy`, like `student.logits`).
@@ -90,7 +89,7 @@ def expected_gradient(
     Raises:
         InvalidArgumentError: the policies do not match, or `batch_size` is below one.
         BudgetExceededError: more batches than `budget`; the message states the count.
-        LossError: the loss is no scalar, has no gradient, differs between identical calls, or gives NaN.
+        LossError: the loss is not a scalar, has no gradient, differs between identical calls, or gives NaN.
     """
     moments = gradient_moments(loss, student, teacher, batch_size, behavior, budget, shared_prompt)
     return student.pull_back(moments.mean)
@@ -113,9 +112,8 @@ def gradient_moments(
         LossError: as `expected_gradient`.
     """
     if not callable(loss):
-        raise InvalidArgumentError("loss", f"is a {type(loss).__name__}; a function of Rollouts is needed")
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise InvalidArgumentError("batch_size", f"is {batch_size!r}; a positive integer is needed")
+        raise InvalidArgumentError("loss", f"must be a function of Rollouts, got {type(loss).__name__}")
+    check_integer("batch_size", batch_size)
     with one_thread():
         everything = Enumeration.build(student, teacher, behavior, min(budget, SEQUENCE_BUDGET))
         groups = _groups(everything, shared_prompt)
@@ -146,7 +144,7 @@ class _Probe:
         self.same = _SAME_IN_FLOAT64
 
     def check(self, group: Tensor) -> None:
-        """Refuse a loss that differs between two identical calls on some sequences of a group."""
+        """Raise if the loss differs between two identical calls on some sequences of a group."""
         index = group[:4]
         first, second = self.value_and_sensitivity(index), self.value_and_sensitivity(index)
         for name, a, b in zip(("value", "gradient"), first, second, strict=True):
@@ -157,7 +155,7 @@ class _Probe:
                 )
 
     def sensitivity(self, index: Tensor) -> Float[Tensor, "B T V"]:
-        """Gradient of the loss of a batch in each of its rollouts' logits."""
+        """The gradient of the loss of a batch in each of its rollouts' logits."""
         return self.value_and_sensitivity(index)[1]
 
     def value_and_sensitivity(self, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -174,7 +172,7 @@ class _Probe:
                 "the loss has no gradient: its value does not depend on student_logits or student_logprobs; "
                 "is everything detached?"
             )
-        # A sum is finite only if its terms are; it is looked at first because it is one operation.
+        # A sum is finite only if its terms are, and takes one operation.
         bad = 0 if math.isfinite(gradient.sum()) else int((~torch.isfinite(gradient)).sum())
         if bad:
             raise LossError(
@@ -186,36 +184,36 @@ class _Probe:
 
 def _check_value(value: object) -> None:
     if not isinstance(value, Tensor):
-        raise LossError(f"the loss returned {type(value).__name__}; a 0-d tensor is needed")
+        raise LossError(f"the loss must return a scalar tensor, got {type(value).__name__}")
     if value.ndim != 0:
         raise LossError(
-            f"the loss returned a tensor of shape {tuple(value.shape)}; reduce it to a scalar, "
-            "for example by rollouts.token_sum(values)"
+            f"the loss must return a scalar tensor, got shape {tuple(value.shape)}; reduce it, for example by "
+            "rollouts.token_sum(values)"
         )
     if not value.dtype.is_floating_point:
-        raise LossError(f"the loss returned dtype {value.dtype}; a floating dtype is needed")
+        raise LossError(f"the loss must return a floating-point dtype, got {value.dtype}")
     if not math.isfinite(value.detach()):
-        raise LossError(f"the loss's value is {float(value.detach())} on an enumerated batch; it must be finite")
+        raise LossError(f"the loss's value must be finite, got {float(value.detach())} on an enumerated batch")
     if not value.requires_grad:
         raise LossError("the loss has no gradient: its value does not require grad; is everything detached?")
 
 
 def _separable_shares(probe: _Probe, groups: list[Tensor], batch_size: int) -> Tensor | None:
-    """Each rollout's own gradient `(N, T, V)`, if a batch's loss is the mean of its rollouts' losses.
+    """Each rollout's own gradient `(N, T, V)`, or None unless a batch's loss is the mean of its rollouts' losses.
 
-    Changes the company that a rollout keeps and looks whether its sensitivity moves: every rollout is
-    seen in the batch of all of its group, of a random half and of a random third, and some in batches
-    of the size asked for, where coupling is strongest.
+    Each rollout is evaluated in different company: in the batch of its whole group, of a random half and of a random
+    third, and some rollouts in batches of the requested size, where coupling is strongest. Its sensitivity must not
+    change.
     """
     shares = torch.zeros_like(probe.logits)
     for group in groups:
         count = len(group)
-        # Fewer sequences than a batch holds: the batch of all repeats some.
+        # Where a batch is larger than the group, the batch of all repeats some.
         everyone = torch.arange(max(count, batch_size)) % count
         shares[group] = len(everyone) * probe.sensitivity(group[everyone])[:count]
         for company in _companies(count, batch_size):
             batch = group[company]
-            # A repeated rollout shares its sensitivity among its copies, each of which has the same.
+            # The copies of a repeated rollout share its sensitivity equally.
             together, apart = len(batch) * probe.sensitivity(batch), shares[batch]
             scale = max(float(together.abs().max()), float(apart.abs().max()), 1e-300)
             if float((together - apart).abs().max()) > probe.same * scale:
@@ -224,7 +222,7 @@ def _separable_shares(probe: _Probe, groups: list[Tensor], batch_size: int) -> T
 
 
 def _companies(count: int, batch_size: int) -> list[Tensor]:
-    """Batches in which to look at a rollout: all there are if they are few, else a sample and two partitions."""
+    """Batches to evaluate a rollout in: all of them if they are few, else a sample and two partitions."""
     if math.comb(count + batch_size - 1, batch_size) <= _EVERY_COMPANY:
         return list(_batches(count, batch_size, ordered=False)[0])
     generator = torch.Generator().manual_seed(0)
@@ -287,9 +285,9 @@ def _batches(count: int, batch_size: int, ordered: bool) -> tuple[Int64[Tensor, 
     if ordered:
         batches = torch.tensor(list(itertools.product(range(count), repeat=batch_size)))
         return batches, torch.ones(len(batches), dtype=torch.float64)
-    # Not `torch.combinations`, which spells out every order before it drops all but one.
+    # Not `torch.combinations`, which makes every order before it drops all but one.
     batches = torch.tensor(list(itertools.combinations_with_replacement(range(count), batch_size)))
-    # The multinomial coefficient, member by member: they ascend, so that equal ones are a run.
+    # The multinomial coefficient, member by member: members ascend, so equal ones form a run.
     run = torch.ones(len(batches), dtype=torch.float64)
     orderings = run
     for n in range(1, batch_size):
@@ -299,9 +297,9 @@ def _batches(count: int, batch_size: int, ordered: bool) -> tuple[Int64[Tensor, 
 
 
 def _symmetric(probe: _Probe, group: Tensor, batch_size: int) -> bool:
-    """Whether the loss treats the rollouts of a batch alike, seen on a few shuffled batches."""
+    """Whether the loss treats the rollouts of a batch alike, judged by a few shuffled batches."""
     generator = torch.Generator().manual_seed(1)
-    # A rotation and an exchange of two generate every order; a loss may survive either one alone.
+    # A rotation and an exchange of two generate every order; a loss may be unchanged by either one alone.
     rotated = torch.arange(batch_size).roll(1)
     exchanged = torch.arange(batch_size)
     exchanged[:2] = exchanged[:2].flip(0)
@@ -317,7 +315,7 @@ def _symmetric(probe: _Probe, group: Tensor, batch_size: int) -> bool:
 
 
 class _Table:
-    """The student's table with its levels one below the other, `(R, V)`, for sums over many rollouts."""
+    """The student's table with its levels stacked, `(R, V)`, for sums over many rollouts."""
 
     def __init__(self, everything: Enumeration) -> None:
         self.heights = [len(table) for table in everything.student_tables]

@@ -1,4 +1,4 @@
-"""Policies that remember a state only, so that any horizon is known exactly: automata, n-grams and Markov chains."""
+"""Policies that depend on a state alone, so that any horizon is exact: automata, n-grams and Markov chains."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from opdtheory.errors import BudgetExceededError, InvalidArgumentError
+from opdtheory.errors import BudgetExceededError, InvalidArgumentError, check_integer
 from opdtheory.exact.policies import Policy, check_eos, check_logits, check_scale, check_sizes, prefixes
 
 __all__ = ["FiniteStatePolicy", "MarkovPolicy"]
@@ -19,7 +19,7 @@ class FiniteStatePolicy(Policy):
     r"""A policy with one row per state, $p(y_n \mid h_n) = \mathrm{softmax}(z_{x_n})$, $x_{n+1} = \delta(x_n, y_n)$.
 
     The exact objectives of two such policies are sums over pairs of their states, at any horizon; the two need not
-    have the same states. `exact_value`, `exact_gradient` and `rollout_moments` use it.
+    have the same states. `exact_value`, `exact_gradient` and `rollout_moments` make use of that.
 
     Args:
         table: logits by state, `(S, V)`, float64; `-inf` marks a token of zero probability.
@@ -29,7 +29,7 @@ class FiniteStatePolicy(Policy):
         start: the state before the first token.
 
     Raises:
-        InvalidArgumentError: a wrong shape or dtype, a row without a finite entry, or a state that there is not.
+        InvalidArgumentError: a wrong shape or dtype, a row without a finite entry, or a state that does not exist.
 
     Example:
         >>> policy = FiniteStatePolicy.ngram(vocab_size=3, horizon=10_000, order=2, seed=0)
@@ -48,14 +48,13 @@ class FiniteStatePolicy(Policy):
         """See the class."""
         if not isinstance(table, Tensor) or table.ndim != 2:
             got = tuple(table.shape) if isinstance(table, Tensor) else type(table).__name__
-            raise InvalidArgumentError("table", f"got {got}; logits of shape (states, vocabulary) are needed")
+            raise InvalidArgumentError("table", f"must be logits of shape (states, vocabulary), got {got}")
         states, vocab_size = table.shape
         check_sizes(vocab_size, horizon)
         check_logits("table", table, (states, vocab_size))
         check_eos(eos, vocab_size)
         _check_successors(successors, states, vocab_size)
-        if isinstance(start, bool) or not isinstance(start, int) or not 0 <= start < states:
-            raise InvalidArgumentError("start", f"is {start!r}; a state in [0, {states}) is needed")
+        check_integer("start", start, 0, states - 1)
         self.table = table
         self.successors = successors
         self.vocab_size = vocab_size
@@ -74,8 +73,7 @@ class FiniteStatePolicy(Policy):
         """
         check_sizes(vocab_size, horizon)
         check_scale("scale", scale)
-        if not isinstance(states, int) or states < 1:
-            raise InvalidArgumentError("states", f"is {states!r}; a positive integer is needed")
+        check_integer("states", states)
         generator = torch.Generator().manual_seed(seed)
         successors = torch.randint(states, (states, vocab_size), generator=generator)
         table = scale * torch.randn(states, vocab_size, generator=generator, dtype=torch.float64)
@@ -85,7 +83,7 @@ class FiniteStatePolicy(Policy):
     def ngram(
         cls, vocab_size: int, horizon: int, order: int, eos: int | None = None, scale: float = 1.0, seed: int = 0
     ) -> FiniteStatePolicy:
-        """One row per history of at most `order` tokens, of independent Gaussian logits; the last tokens are kept.
+        """One row of independent Gaussian logits for each history of the last `order` tokens or fewer.
 
         Raises:
             InvalidArgumentError: a size is below one, or `scale` is negative or not finite.
@@ -93,8 +91,7 @@ class FiniteStatePolicy(Policy):
         """
         check_sizes(vocab_size, horizon)
         check_scale("scale", scale)
-        if not isinstance(order, int) or order < 0:
-            raise InvalidArgumentError("order", f"is {order!r}; an integer of at least 0 is needed")
+        check_integer("order", order, 0)
         sizes = [vocab_size**n for n in range(order + 1)]
         if sum(sizes) * vocab_size > _TABLE_BUDGET:
             what = f"the table of the last {order} of {vocab_size} tokens"
@@ -125,7 +122,7 @@ class FiniteStatePolicy(Policy):
         return [self.table]
 
     def rows(self, level: int, start: int, stop: int) -> Float[Tensor, "_ V"]:
-        """The rows of the states that the prefixes lead to."""
+        """The rows of the states that the prefixes reach."""
         tokens = prefixes(self.vocab_size, level, start, stop)
         states = torch.full((len(tokens),), self.start)
         for n in range(level):
@@ -133,7 +130,7 @@ class FiniteStatePolicy(Policy):
         return self.state_logits[states]
 
     def pull_back(self, levels: list[Float[Tensor, "_ V"]]) -> list[Tensor]:
-        """The sum over all prefixes that lead to a state."""
+        """The sum over all prefixes that reach a state."""
         total = torch.zeros(self.successors.shape, dtype=torch.float64)
         states = torch.tensor([self.start])
         for level in levels:
@@ -142,7 +139,7 @@ class FiniteStatePolicy(Policy):
         return self.by_parameter(total)
 
     def by_parameter(self, gradient: Float[Tensor, "S V"]) -> list[Tensor]:
-        """Gradient in `parameters()`, from the gradient in `state_logits`."""
+        """The gradient in `parameters()`, from the gradient in `state_logits`."""
         return [gradient]
 
     def __repr__(self) -> str:
@@ -202,7 +199,7 @@ class MarkovPolicy(FiniteStatePolicy):
 
     @property
     def state_logits(self) -> Float[Tensor, "S V"]:
-        """The first token's row, then one row per last token."""
+        """The row of the first token, then one row per last token."""
         return torch.cat([self.initial.unsqueeze(0), self.transition])
 
     def parameters(self) -> list[Tensor]:
@@ -210,7 +207,7 @@ class MarkovPolicy(FiniteStatePolicy):
         return [self.initial, self.transition]
 
     def by_parameter(self, gradient: Float[Tensor, "S V"]) -> list[Tensor]:
-        """The first row, and the others."""
+        """The first row and the others."""
         return [gradient[0], gradient[1:]]
 
     def __repr__(self) -> str:
@@ -220,8 +217,9 @@ class MarkovPolicy(FiniteStatePolicy):
 def _check_successors(successors: Tensor, states: int, vocab_size: int) -> None:
     if not isinstance(successors, Tensor) or tuple(successors.shape) != (states, vocab_size):
         got = tuple(successors.shape) if isinstance(successors, Tensor) else type(successors).__name__
-        raise InvalidArgumentError("successors", f"got {got}; a tensor of shape {(states, vocab_size)} is needed")
+        raise InvalidArgumentError("successors", f"must have shape {(states, vocab_size)}, got {got}")
     if successors.dtype != torch.int64:
-        raise InvalidArgumentError("successors", f"has dtype {successors.dtype}; int64 is needed")
+        raise InvalidArgumentError("successors", f"must have dtype torch.int64, got {successors.dtype}")
     if bool(((successors < 0) | (successors >= states)).any()):
-        raise InvalidArgumentError("successors", f"holds a state outside [0, {states})")
+        low, high = int(successors.min()), int(successors.max())
+        raise InvalidArgumentError("successors", f"must hold states in [0, {states}), got {low} to {high}")

@@ -44,17 +44,16 @@ def exact_value(
 
     $$\textstyle \sum_n E_{h_n\sim p} D_f(q\|p)(h_n), \quad E_p\sum_n\gamma^{n-1} f(u_n), \quad D_f(Q\|P)$$
 
-    for `token_local`, `token_return` and `sequence`. Tokens that an environment wrote add nothing and count as
-    positions of the discount (T6f). Two `FiniteStatePolicy` are handled by
-    dynamic programming, at any horizon.
+    for `token_local`, `token_return` and `sequence`. Tokens that an environment wrote add nothing but count as
+    positions of the discount (T6f). Two `FiniteStatePolicy` are handled by dynamic programming, at any horizon.
 
     Args:
         student: the policy `p`.
         teacher: the policy `q`.
         divergence: an object or a catalogue name.
-        objective: which of the three.
-        gamma: discount of `token_return`.
-        budget: largest number of sequences to enumerate.
+        objective: `token_local`, `token_return` or `sequence`.
+        gamma: the discount of `token_return`.
+        budget: the largest number of sequences to enumerate.
 
     Returns:
         A 0-d float64 tensor; `inf` where the divergence is infinite (T10).
@@ -89,17 +88,17 @@ def exact_gradient(
         student: the policy `p`.
         teacher: the policy `q`.
         divergence: an object or a catalogue name.
-        objective: which of the three.
-        gamma: discount of `token_return`.
-        budget: largest number of sequences to enumerate.
+        objective: `token_local`, `token_return` or `sequence`.
+        gamma: the discount of `token_return`.
+        budget: the largest number of sequences to enumerate.
 
     Returns:
-        A list like `student.parameters()` (for a `TabularPolicy`, like `student.logits`), in the sign
-        that `loss.backward()` would leave.
+        A list like `student.parameters()` (for a `TabularPolicy`, like `student.logits`), with the sign that
+        `loss.backward()` would leave.
 
     Raises:
-        InvalidArgumentError: a wrong name, policies that do not match, or a divergence that is
-            infinite between them and so has no gradient.
+        InvalidArgumentError: a wrong name, policies that do not match, or a divergence that is infinite between them
+            and so has no gradient.
         BudgetExceededError: more sequences than `budget`.
     """
     divergence = as_divergence(divergence)
@@ -112,7 +111,7 @@ def exact_gradient(
         with torch.no_grad():
             levels = swept_gradient(student, teacher, divergence, objective, gamma, budget)
         gradient = student.pull_back(levels)
-    # A sum is finite only if its terms are, and takes no memory; one that overflows is looked at twice.
+    # A sum is finite only if its terms are, and takes no memory; where it overflows, the terms decide.
     if not all(math.isfinite(g.sum()) or bool(torch.isfinite(g).all()) for g in gradient):
         raise InvalidArgumentError(
             "divergence",
@@ -125,7 +124,7 @@ def exact_gradient(
 def full_vocabulary_variance(student: Policy, teacher: Policy, divergence: str | Divergence) -> float:
     r"""Trace of the covariance of one rollout's whole-vocabulary gradient of `token_local` (T7c).
 
-    Given its prefix each row's gradient is known, so only the prefix is random:
+    Given its prefix, the gradient of each row is known, so that only the prefix is random:
     $\sum_h P(h)(1 - P(h))\,|\nabla D_f(h)|^2$ over the rows, which are disjoint parameters.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The gradient of every rollout's own loss, all at once, and what a sample of them says of its two first moments."""
+"""The gradients of every rollout's own loss, all at once, and estimates of their first two moments."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from opdtheory.errors import InvalidArgumentError, LossError
+from opdtheory.errors import LossError, check_integer
 from opdtheory.exact.expectation import Loss
 from opdtheory.exact.policies import Policy
 from opdtheory.exact.sampling import Sample, Sampler
@@ -17,7 +17,7 @@ from opdtheory.rollouts import Rollouts, gather_logprobs
 
 __all__ = ["SampledMoments", "rollout_gradients", "sampled_moments"]
 
-# Logits of the rollouts that are drawn at once, and products of positions that are formed at once.
+# Logits of the rollouts drawn at once, and products of positions formed at once.
 _LOGITS_AT_ONCE = 2**19
 _PRODUCTS_AT_ONCE = 2**22
 
@@ -25,15 +25,15 @@ _PRODUCTS_AT_ONCE = 2**22
 def rollout_gradients(loss: Loss, sample: Sample) -> Float[Tensor, "B T V"]:
     r"""The gradient $\nabla_z\,\mathrm{loss}(y_b)$ of each rollout's own loss in its logits, without a loop.
 
-    By `torch.func`: the loss is written for a batch and sees batches of one, so that one which couples its rollouts
-    is not what it is in training.
+    `torch.func` calls the loss, written for a batch, on batches of one rollout: a loss that couples its rollouts is
+    not what it is in training.
 
     Args:
         loss: a function `loss(rollouts) -> scalar tensor` that `torch.func.vmap` can map.
         sample: the rollouts.
 
     Raises:
-        LossError: the loss is no scalar, cannot be mapped, or has a gradient that is not finite.
+        LossError: the loss is not a scalar, cannot be mapped, or has a gradient that is not finite.
 
     Example:
         >>> import opdtheory as opd
@@ -61,7 +61,7 @@ def rollout_gradients(loss: Loss, sample: Sample) -> Float[Tensor, "B T V"]:
         )
         if not isinstance(value, Tensor) or value.ndim != 0:
             got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise LossError(f"the loss returned {got}; a tensor of shape () is needed")
+            raise LossError(f"the loss must return a scalar tensor, got {got}")
         return value
 
     mapped = torch.func.vmap(torch.func.grad(alone))
@@ -74,7 +74,7 @@ def rollout_gradients(loss: Loss, sample: Sample) -> Float[Tensor, "B T V"]:
             raise
         raise LossError(
             f"torch.func.vmap cannot map the loss over rollouts: {str(error).splitlines()[0]}; "
-            "let no branch depend on a tensor's values, and modify nothing in place"
+            "no branch may depend on the values of a tensor, and nothing may be modified in place"
         ) from error
     bad = 0 if math.isfinite(gradients.sum()) else int((~torch.isfinite(gradients)).sum())
     if bad:
@@ -84,13 +84,13 @@ def rollout_gradients(loss: Loss, sample: Sample) -> Float[Tensor, "B T V"]:
 
 @dataclass(frozen=True)
 class SampledMoments:
-    """First two moments of one rollout's gradient, estimated.
+    """Estimates of the first two moments of one rollout's gradient.
 
     Attributes:
         mean: the mean gradient, a list like the parameters of a `TabularPolicy` or `MarkovPolicy`.
-        variance: trace of the covariance of one rollout's gradient, without bias.
-        variance_error: its standard error.
-        rollouts: how many were drawn.
+        variance: an unbiased estimate of the trace of the covariance of one rollout's gradient.
+        variance_error: the standard error of `variance`.
+        rollouts: the number of rollouts drawn.
     """
 
     mean: list[Tensor]
@@ -107,23 +107,22 @@ def sampled_moments(
     behavior: Policy | None = None,
     seed: int = 0,
 ) -> SampledMoments:
-    r"""Mean and variance of one rollout's gradient, by Monte Carlo, for losses and horizons that have no recursion.
+    r"""Mean and variance of one rollout's gradient by Monte Carlo, for losses and horizons without a recursion.
 
     Args:
         loss: a function `loss(rollouts) -> scalar tensor`, as `rollout_gradients` takes it.
-        student: the policy `p` that is differentiated.
+        student: the policy `p`, which is differentiated.
         teacher: the policy `q`.
-        rollouts: how many to draw.
-        behavior: the policy that samples; by default the student.
-        seed: of the generator; equal seeds give equal results.
+        rollouts: the number of rollouts to draw.
+        behavior: the policy that samples (default: the student).
+        seed: the seed of the generator; equal seeds give equal results.
 
     Raises:
         InvalidArgumentError: the policies do not match, or `rollouts` is below two.
         LossError: as `rollout_gradients`.
         BudgetExceededError: the tables are too large.
     """
-    if isinstance(rollouts, bool) or not isinstance(rollouts, int) or rollouts < 2:
-        raise InvalidArgumentError("rollouts", f"is {rollouts!r}; an integer of at least 2 is needed")
+    check_integer("rollouts", rollouts, 2)
     sampler = Sampler.build(student, teacher, behavior)
     generator = torch.Generator().manual_seed(seed)
     at_once = max(1, _LOGITS_AT_ONCE // (sampler.horizon * sampler.student.shape[-1]))
@@ -136,14 +135,14 @@ def sampled_moments(
             total += sampler.scatter(sample.rows, gradients)
             squares.append(_squared_norms(sample.rows, gradients, sampler.chain))
         norms, mean = torch.cat(squares), total / rollouts
-        # The mean is known far better than the squares, whose spread is nearly all of the variance's error.
+        # The mean is known far better than the squares, whose spread makes up nearly all of the variance's error.
         variance = (float(norms.mean()) - float(mean.square().sum())) * rollouts / (rollouts - 1)
         error = float(norms.std()) / math.sqrt(rollouts)
     return SampledMoments(sampler.unstack(mean), variance, error, rollouts)
 
 
 def _squared_norms(rows: Tensor, gradients: Tensor, shared: bool) -> Tensor:
-    """Squared norm of each rollout's gradient in the table; positions of one rollout may share rows of a chain."""
+    """The squared norm of each rollout's gradient in the table; in a chain, positions may share rows."""
     if not shared:
         return gradients.square().sum((1, 2))
     at_once = max(1, _PRODUCTS_AT_ONCE // rows.shape[1] ** 2)

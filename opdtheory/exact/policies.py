@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from opdtheory.errors import BudgetExceededError, InvalidArgumentError
+from opdtheory.errors import BudgetExceededError, InvalidArgumentError, check_integer
 
 __all__ = [
     "ModulePolicy",
@@ -27,7 +27,7 @@ __all__ = [
 # Rows of logits that one policy may hold; 2**25 float64 rows of eight tokens are 2 GB.
 ROW_BUDGET = 2**25
 
-# Prefixes on which a module is evaluated at once where their activations are kept for the gradient.
+# Prefixes on which a module is evaluated at once while their activations are kept for the gradient.
 PREFIXES_AT_ONCE = 2**13
 
 
@@ -35,8 +35,8 @@ class Policy(abc.ABC):
     r"""A distribution over sequences of at most `horizon` tokens, $p(y) = \prod_n p(y_n \mid h_n)$.
 
     Attributes:
-        vocab_size: number of tokens `V`.
-        horizon: length cap `T`.
+        vocab_size: the number of tokens `V`.
+        horizon: the length cap `T`.
         eos: the token that ends a sequence early, or None for sequences of exactly `T` tokens.
         environment: the positions, counted from 0, whose tokens an environment writes.
     """
@@ -48,17 +48,17 @@ class Policy(abc.ABC):
 
     @abc.abstractmethod
     def parameters(self) -> list[Tensor]:
-        """The tensors that gradients are taken with respect to."""
+        """The tensors with respect to which gradients are taken."""
 
     @abc.abstractmethod
     def rows(self, level: int, start: int, stop: int) -> Float[Tensor, "_ V"]:
-        """Next-token logits, float64, of the prefixes `start` to `stop` of a length, read as base-`V` numbers."""
+        """Next-token logits, float64, of the prefixes `start` to `stop` of one length, read as base-`V` numbers."""
 
     def tables(self) -> list[Float[Tensor, "_ V"]]:
         """Next-token logits of every prefix, differentiable in `parameters()`.
 
-        Level `n` has shape `(V**n, V)`, float64; a row is the prefix read as a base-`V` number.
-        Rows whose prefix has already ended are present: padded positions read them.
+        Level `n` has shape `(V**n, V)`, float64; the row is the prefix read as a base-`V` number. Rows of prefixes
+        that have already ended are there too: padded positions read them.
 
         Raises:
             BudgetExceededError: more rows than one policy may hold.
@@ -68,7 +68,7 @@ class Policy(abc.ABC):
 
     @abc.abstractmethod
     def pull_back(self, levels: list[Float[Tensor, "_ V"]]) -> list[Tensor]:
-        """Gradient in `parameters()`, from the gradient in `tables()`."""
+        """The gradient in `parameters()`, from the gradient in `tables()`."""
 
     def tabulate(self) -> TabularPolicy:
         """The same policy as a detached `TabularPolicy`."""
@@ -80,18 +80,18 @@ class TabularPolicy(Policy):
     r"""One softmax row per history: $p(a \mid h) = \mathrm{softmax}(z_h)_a$.
 
     At the positions in `environment` the table is the distribution of an environment: a prompt, or a tool's result.
-    Those tokens are in the history; they carry no score, no divergence and no return, and one of them that
-    equals `eos` ends nothing (T6f). Policies that are compared must have the same environment.
+    These tokens are part of the history, but carry no score, no divergence and no return, and an `eos` among them
+    ends nothing (T6f). Policies that are compared must have the same environment.
 
     Args:
-        logits: float64 tensors; level `n` has shape `(V**n, V)`, its row being the prefix read as
-            base-`V` digits. `-inf` marks a token of zero probability.
+        logits: float64 tensors; level `n` has shape `(V**n, V)`, and its row is the prefix read as base-`V` digits.
+            `-inf` marks a token of zero probability.
         eos: the token that ends a sequence, or None.
         environment: the positions, counted from 0, whose tokens an environment writes.
 
     Raises:
-        InvalidArgumentError: a level has a wrong shape or dtype, or a row without a finite entry; or
-            `environment` holds what is no position.
+        InvalidArgumentError: a level has a wrong shape or dtype or a row without a finite entry, or `environment`
+            holds something that is not a position.
 
     Example:
         >>> policy = TabularPolicy.random(vocab_size=3, horizon=2, seed=0)
@@ -104,12 +104,12 @@ class TabularPolicy(Policy):
     ) -> None:
         """See the class."""
         if not isinstance(logits, (list, tuple)) or not logits:
-            kind = f"a {type(logits).__name__}" if not isinstance(logits, (list, tuple)) else "empty"
-            raise InvalidArgumentError("logits", f"is {kind}; a list of one tensor per position is needed")
+            kind = "an empty one" if isinstance(logits, (list, tuple)) else type(logits).__name__
+            raise InvalidArgumentError("logits", f"must be a list of one tensor per position, got {kind}")
         first = logits[0]
         if not isinstance(first, Tensor) or first.ndim != 2 or first.shape[-1] == 0:
             got = tuple(first.shape) if isinstance(first, Tensor) else type(first).__name__
-            raise InvalidArgumentError("logits[0]", f"got {got}; a tensor of shape (1, V) is needed")
+            raise InvalidArgumentError("logits[0]", f"must have shape (1, V), got {got}")
         vocab_size = first.shape[-1]
         for n, level in enumerate(logits):
             check_logits(f"logits[{n}]", level, (vocab_size**n, vocab_size))
@@ -134,28 +134,27 @@ class TabularPolicy(Policy):
         """Independent Gaussian logits of standard deviation `scale`: 0 is uniform, 30 nearly deterministic.
 
         Args:
-            vocab_size: number of tokens.
-            horizon: length cap.
+            vocab_size: the number of tokens.
+            horizon: the length cap.
             eos: the token that ends a sequence, or None.
-            scale: standard deviation of the logits.
-            seed: of the generator; equal seeds give equal policies.
-            zeros: number of tokens, the last ones, that get zero probability everywhere.
+            scale: the standard deviation of the logits.
+            seed: the seed of the generator; equal seeds give equal policies.
+            zeros: the number of tokens, the last ones, that get zero probability everywhere.
             environment: the positions whose tokens an environment writes.
 
         Raises:
-            InvalidArgumentError: a size is below one, `scale` is negative or not finite, `zeros`
-                leaves no token, or `environment` holds what is no position.
+            InvalidArgumentError: a size is below one, `scale` is negative or not finite, `zeros` leaves no token, or
+                `environment` holds something that is not a position.
             BudgetExceededError: the tables would hold too many rows.
         """
         check_sizes(vocab_size, horizon)
         _check_row_count(vocab_size, horizon)
         check_scale("scale", scale)
-        if not 0 <= zeros <= vocab_size - 1:
-            raise InvalidArgumentError("zeros", f"is {zeros}; it must lie in [0, {vocab_size - 1}]")
+        check_integer("zeros", zeros, 0, vocab_size - 1)
         generator = torch.Generator().manual_seed(seed)
         logits = []
         for n in range(horizon):
-            # In place, as the last level may be most of the memory there is.
+            # In place, as the last level may take most of the memory.
             level = torch.randn(vocab_size**n, vocab_size, generator=generator, dtype=torch.float64).mul_(scale)
             if zeros:
                 level[:, -zeros:] = -torch.inf
@@ -165,7 +164,7 @@ class TabularPolicy(Policy):
     def perturbed(self, distance: float, seed: int = 0) -> TabularPolicy:
         """The same policy with Gaussian noise of standard deviation `distance` on each logit.
 
-        Zero probabilities stay zero, and what an environment writes stays as it is.
+        Zero probabilities stay zero, and the distribution of an environment does not change.
 
         Raises:
             InvalidArgumentError: `distance` is negative or not finite.
@@ -202,17 +201,16 @@ class TabularPolicy(Policy):
 class ModulePolicy(Policy):
     r"""Any `nn.Module` that maps token prefixes to next-token logits.
 
-    The module is called with int64 prefixes `(N, len(prompt) + n)` and returns `(N, V)`, or
-    `(N, length, V)` of which the last position is read. Logits are cast to float64; identities hold
-    to 1e-12 only if the module itself computes in float64 (`module.double()`).
+    The module is called with int64 prefixes `(N, len(prompt) + n)` and returns `(N, V)`, or `(N, length, V)`, of which
+    the last position is read. Logits are cast to float64; identities hold to 1e-12 only if the module itself computes
+    in float64 (`module.double()`).
 
     Args:
         module: the model; its parameters that require gradients are `parameters()`.
-        vocab_size: number of tokens `V`.
-        horizon: length cap `T`.
+        vocab_size: the number of tokens `V`.
+        horizon: the length cap `T`.
         eos: the token that ends a sequence, or None.
-        prompt: tokens put before every prefix; give at least one to a module that cannot read an
-            empty prefix.
+        prompt: tokens before every prefix; give at least one to a module that cannot read an empty prefix.
 
     Raises:
         InvalidArgumentError: a size is below one, or the module returns logits of a wrong shape.
@@ -241,13 +239,13 @@ class ModulePolicy(Policy):
         return [p for p in self.module.parameters() if p.requires_grad]
 
     def rows(self, level: int, start: int, stop: int) -> Float[Tensor, "_ V"]:
-        """The module evaluated, where it is, on some prefixes of one length; the rows are on the CPU."""
+        """The module evaluated on some prefixes of one length, on its own device; the rows are on the CPU."""
         device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
         tokens = prefixes(self.vocab_size, level, start, stop).to(device)
         prompt = torch.tensor(self.prompt, dtype=torch.int64, device=device).expand(tokens.shape[0], -1)
         logits = self.module(torch.cat([prompt, tokens], dim=1))
         if not isinstance(logits, Tensor):
-            raise InvalidArgumentError("module", f"returned {type(logits).__name__}; a tensor of logits is needed")
+            raise InvalidArgumentError("module", f"must return a tensor of logits, got {type(logits).__name__}")
         if logits.ndim == 3:
             logits = logits[:, -1]
         logits = logits.cpu().double()
@@ -255,14 +253,14 @@ class ModulePolicy(Policy):
         return logits
 
     def pull_back(self, levels: list[Float[Tensor, "_ V"]]) -> list[Tensor]:
-        """By automatic differentiation of the module, some prefixes at a time, of which no more is held.
+        """By automatic differentiation of the module, with the activations of some prefixes at a time.
 
         Raises:
             InvalidArgumentError: the module has no parameter that requires a gradient.
         """
         parameters = self.parameters()
         if not parameters:
-            raise InvalidArgumentError("module", "has no parameter that requires a gradient")
+            raise InvalidArgumentError("module", "must have a parameter that requires a gradient")
         total = [torch.zeros_like(p) for p in parameters]
         for n, level in enumerate(levels):
             for start in range(0, len(level), PREFIXES_AT_ONCE):
@@ -296,14 +294,15 @@ def random_pair(
     """A random student and a teacher at a chosen distance from it.
 
     Args:
-        vocab_size: number of tokens.
-        horizon: length cap.
+        vocab_size: the number of tokens.
+        horizon: the length cap.
         eos: the token that ends a sequence, or None.
-        scale: sharpness of the student (see `TabularPolicy.random`).
-        distance: standard deviation of the noise that makes the teacher; 1e-3 is a near-equal pair.
-        zeros: number of tokens to which both give zero probability.
-        seed: of both generators.
-        environment: the positions whose tokens an environment writes, by one distribution for both; `(0,)` is a prompt.
+        scale: the sharpness of the student, as in `TabularPolicy.random`.
+        distance: the standard deviation of the noise that makes the teacher; 1e-3 gives a near-equal pair.
+        zeros: the number of tokens to which both give zero probability.
+        seed: the seed of both generators.
+        environment: the positions whose tokens an environment writes, with one distribution for both; `(0,)` is a
+            prompt.
 
     Returns:
         `(student, teacher)`.
@@ -318,30 +317,29 @@ def random_pair(
 
 
 def prefixes(vocab_size: int, length: int, start: int = 0, stop: int | None = None) -> Int64[Tensor, "prefixes length"]:
-    """Prefixes of a length, by default all, in the order of the rows: base-`V` digits, most significant first."""
+    """Prefixes of one length, all by default, in the order of the rows: base-`V` digits, most significant first."""
     index = torch.arange(start, vocab_size**length if stop is None else stop)
     powers = vocab_size ** torch.arange(length - 1, -1, -1)
     return (index.unsqueeze(1) // powers) % vocab_size
 
 
 def check_logits(name: str, logits: Tensor, shape: tuple[int, ...]) -> None:
-    """Refuse logits of a wrong shape or dtype, or with a row that is no distribution."""
+    """Raise unless logits have the shape, float64 on the CPU, and a finite entry in every row."""
     if not isinstance(logits, Tensor) or tuple(logits.shape) != shape:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise InvalidArgumentError(name, f"got {got}; a tensor of shape {shape} is needed")
+        raise InvalidArgumentError(name, f"must have shape {shape}, got {got}")
     if logits.dtype != torch.float64:
-        raise InvalidArgumentError(name, f"has dtype {logits.dtype}; exact policies are float64, call .double()")
+        raise InvalidArgumentError(name, f"must have dtype torch.float64, got {logits.dtype}; call .double()")
     if logits.device.type != "cpu":
-        raise InvalidArgumentError(name, f"is on {logits.device}; exact policies live on the CPU, call .cpu()")
+        raise InvalidArgumentError(name, f"must be on the CPU, got {logits.device}; call .cpu()")
     if not torch.isfinite(logits.detach().amax(-1)).all():
-        raise InvalidArgumentError(name, "has a row with NaN, +inf or only -inf")
+        raise InvalidArgumentError(name, "must be finite or -inf, with a finite entry in every row")
 
 
 def check_sizes(vocab_size: int, horizon: int) -> None:
-    """Refuse sizes below one."""
-    for name, value in (("vocab_size", vocab_size), ("horizon", horizon)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InvalidArgumentError(name, f"is {value!r}; a positive integer is needed")
+    """Raise unless both sizes are integers of at least one."""
+    check_integer("vocab_size", vocab_size)
+    check_integer("horizon", horizon)
 
 
 def _check_row_count(vocab_size: int, horizon: int) -> None:
@@ -356,26 +354,24 @@ def _check_row_count(vocab_size: int, horizon: int) -> None:
 
 
 def check_scale(name: str, value: float) -> None:
-    """Refuse a standard deviation that is negative or not finite."""
+    """Raise unless a standard deviation is a finite number of at least 0."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not (number and math.isfinite(value) and value >= 0):
-        raise InvalidArgumentError(name, f"is {value!r}; a finite number of at least 0 is needed")
+        raise InvalidArgumentError(name, f"must be a finite number of at least 0, got {value!r}")
 
 
 def _positions(environment: Iterable[int], horizon: int) -> tuple[int, ...]:
     """The positions in ascending order, each once."""
     if isinstance(environment, str) or not isinstance(environment, Iterable):
-        raise InvalidArgumentError("environment", f"is {environment!r}; a sequence of positions is needed")
+        raise InvalidArgumentError("environment", f"must be a sequence of positions, got {environment!r}")
     given = tuple(environment)
     for n in given:
         if isinstance(n, bool) or not isinstance(n, int) or not 0 <= n < horizon:
-            raise InvalidArgumentError("environment", f"holds {n!r}; every position must be an int in [0, {horizon})")
+            raise InvalidArgumentError("environment", f"must hold positions in [0, {horizon}), got {n!r}")
     return tuple(sorted(set(given)))
 
 
 def check_eos(eos: int | None, vocab_size: int) -> None:
-    """Refuse an end-of-sequence token that is no token."""
-    if eos is None:
-        return
-    if isinstance(eos, bool) or not isinstance(eos, int) or not 0 <= eos < vocab_size:
-        raise InvalidArgumentError("eos", f"is {eos!r}; it must be None or an integer in [0, {vocab_size})")
+    """Raise unless an end-of-sequence token is a token or None."""
+    if eos is not None:
+        check_integer("eos", eos, 0, vocab_size - 1)

@@ -1,4 +1,4 @@
-"""The objectives' recursions on one tree: what its levels add, given what lies below it."""
+"""The recursions of the objectives on one tree: what its levels contribute, given what lies below."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Swept", "swept_up", "tree_gradient", "tree_value"]
 
 
 def tree_value(tree: Tree, divergence: Divergence, objective: str, gamma: float = 1.0) -> Tensor:
-    """What a tree's levels add to `exact_value`, 0-d."""
+    """What the levels of a tree contribute to `exact_value`, 0-d."""
     total = torch.zeros((), dtype=torch.float64)
     for n in range(tree.horizon):
         if objective == "sequence":
@@ -27,12 +27,12 @@ def tree_value(tree: Tree, divergence: Divergence, objective: str, gamma: float 
 
 
 def _complete_terms(tree: Tree, divergence: Divergence, level: int) -> Tensor:
-    r"""The terms of $D_f(Q\|P)$ of the sequences that end at a level."""
+    r"""The terms of $D_f(Q\|P)$ from sequences that end at a level."""
     shape = tree.log_p[level].shape
     log_p, log_q = tree.prefix_log_p[level + 1].view(shape), tree.prefix_log_q[level + 1].view(shape)
     ends = tree.ends(level)
     if tree.cut or level + 1 < tree.horizon:
-        # Above the last level only one token ends a sequence.
+        # Above the last level, only one token ends a sequence.
         if tree.eos is None or level in tree.environment:
             return torch.zeros((), dtype=torch.float64)
         log_p, log_q, ends = log_p[:, tree.eos], log_q[:, tree.eos], ends[:, tree.eos]
@@ -40,12 +40,12 @@ def _complete_terms(tree: Tree, divergence: Divergence, level: int) -> Tensor:
 
 
 class Swept(NamedTuple):
-    """What a tree's levels give to the gradient, and what the levels above need of them.
+    """What the levels of a tree contribute to the gradient, and what the levels above need.
 
     Attributes:
-        levels: the gradient in the table's rows.
-        above: for each root, the discounted divergences to come (`token_return`), or $E_P[w(U); y$ passes through
-            the root$]$ (`sequence`); None for `token_local`, whose rows stand alone.
+        levels: the gradient in the rows of the table.
+        above: for each root, the discounted divergences to come (`token_return`) or $E_P[w(U); y$ passes through the
+            root$]$ (`sequence`); None for `token_local`, whose rows are independent of each other.
     """
 
     levels: list[Tensor]
@@ -58,21 +58,21 @@ def swept_up(
     """The gradient from the last level to the first.
 
     Args:
-        tree: whose levels.
-        divergence: with its weight.
+        tree: the tree.
+        divergence: the divergence.
         objective: one of `OBJECTIVES`.
-        gamma: discount of `token_return`.
-        below: the `above` of the trees below, in order, for a tree that is cut.
+        gamma: the discount of `token_return`.
+        below: for a tree that is cut, the `above` of the trees below, in order.
     """
     if objective == "sequence":
         return _sequence(tree, divergence, below)
     gradient: list[Tensor] = []
-    # Discounted sum of the divergences of the rows still to come, from each prefix of the level below.
+    # The discounted sum of the divergences of the rows to come, from each prefix of the level below.
     to_come = torch.zeros(tree.live[-1].shape, dtype=torch.float64) if below is None else below
     for n in reversed(range(tree.horizon)):
         p, reach = tree.log_p[n].exp(), tree.reach(n).unsqueeze(-1)
         row = row_gradient(divergence, tree.log_p[n], tree.log_q[n], p)
-        # `token_local` neither discounts a row nor lets a token answer for the rows that follow.
+        # `token_local` neither discounts a row nor credits a token with the rows that follow.
         if objective == "token_return":
             later = gamma * to_come.view(p.shape)
             mean_later = (p * later).sum(-1, keepdim=True)
@@ -80,14 +80,14 @@ def swept_up(
             to_come = tree.rows_divergence(divergence, n, p) + mean_later.squeeze(-1)
             to_come = torch.where(tree.live[n], to_come, 0.0)
         row = reach * row
-        # Prefixes that are never reached may have an infinite row.
+        # The row of a prefix that is never reached may be infinite.
         gradient.append(row if math.isfinite(row.sum()) else torch.where(reach > 0, row, 0.0))
     return Swept(gradient[::-1], to_come if objective == "token_return" else None)
 
 
 def _sequence(tree: Tree, divergence: Divergence, below: Tensor | None) -> Swept:
     gradient: list[Tensor] = []
-    # E_P[w(U); y passes through the prefix], summed upwards from the complete sequences.
+    # E_P[w(U); y passes through the prefix], summed up from the complete sequences.
     mass = torch.zeros(tree.live[-1].shape, dtype=torch.float64) if below is None else below
     for n in reversed(range(tree.horizon)):
         shape = tree.log_p[n].shape
@@ -108,5 +108,5 @@ def _sequence(tree: Tree, divergence: Divergence, below: Tensor | None) -> Swept
 
 
 def tree_gradient(tree: Tree, divergence: Divergence, objective: str, gamma: float = 1.0) -> list[Tensor]:
-    """`exact_gradient` in the table of logits, on a whole tree and with checked arguments."""
+    """`exact_gradient` in the table of logits, on a whole tree and with arguments already checked."""
     return swept_up(tree, divergence, objective, gamma).levels

@@ -1,7 +1,7 @@
-r"""I.i.d. rollouts of policies whose sequences are too many to enumerate, with the table row that each position reads.
+r"""I.i.d. rollouts of policies with too many sequences to enumerate, with the table row that each position reads.
 
-What an enumeration spells out is drawn here instead, in the same form: padded positions read rows that no live
-position reads, so that a loss which leaks over padding puts a gradient where the exact one is zero.
+The rollouts have the form of an enumeration: padded positions read rows that no live position reads, so that a loss
+which leaks over padding puts a gradient where the exact one is zero.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from opdtheory.errors import BudgetExceededError, InvalidArgumentError
+from opdtheory.errors import BudgetExceededError, InvalidArgumentError, check_integer
 from opdtheory.exact.enumeration import shown_tables
 from opdtheory.exact.finite_state import MarkovPolicy
 from opdtheory.exact.policies import Policy
@@ -25,18 +25,18 @@ __all__ = ["Sample", "Sampler", "sample_rollouts"]
 
 @dataclass(frozen=True)
 class Sample:
-    """Drawn rollouts and where in the student's stacked table their logits come from.
+    """Drawn rollouts, and the rows of the student's stacked table that their logits come from.
 
     Attributes:
-        rollouts: whose `student_logits` is a leaf that requires grad.
-        rows: `(B, T)`, the row of the stacked table that each position reads, padded ones too.
+        rollouts: the rollouts; `student_logits` is a leaf that requires grad.
+        rows: `(B, T)`, the row of the stacked table that each position reads, padded positions included.
     """
 
     rollouts: Rollouts
     rows: Int64[Tensor, "B T"]
 
     def select(self, index: Int64[Tensor, " b"]) -> Sample:
-        """Some of the rollouts, as a batch with a leaf of its own."""
+        """Some of the rollouts, as a batch with its own leaf."""
         r = self.rollouts
         rollouts = _rollouts(
             r.tokens[index],
@@ -57,15 +57,15 @@ class Sampler:
     `1 + a` follows the token `a`, so that any horizon fits. Otherwise the levels of `Policy.tables` follow each other.
 
     Attributes:
-        student: stacked logits of the policy that is trained, `(R, V)`, detached, as rollouts show them.
-        teacher: of the policy that scores.
-        behavior: of the policy that samples; the student's own object on-policy.
-        horizon: length cap `T`.
+        student: the stacked logits of the policy that is trained, `(R, V)`, detached, as rollouts show them.
+        teacher: those of the policy that scores.
+        behavior: those of the policy that samples; on-policy the same object as `student`.
+        horizon: the length cap `T`.
         eos: the token that ends a rollout, or None.
-        environment: positions whose tokens an environment writes: masked, and ending nothing (T6f).
-        chain: whether rows are a Markov chain's.
-        sizes: rows of each tensor of the student's parameters (chain) or tables (otherwise).
-        cumulative: the behaviour policy's cumulative probabilities by row.
+        environment: the positions whose tokens an environment writes; they are masked and end nothing (T6f).
+        chain: whether the rows are those of a Markov chain.
+        sizes: the number of rows of each tensor of the student's parameters (chain) or tables (otherwise).
+        cumulative: the cumulative probabilities of the behaviour policy by row.
     """
 
     student: Float[Tensor, "R V"]
@@ -82,7 +82,7 @@ class Sampler:
     def build(
         cls, student: Policy, teacher: Policy, behavior: Policy | None = None, budget: int = LEAF_BUDGET
     ) -> Sampler:
-        """Stack the tables of `student`, `teacher` and `behavior`, by default the student.
+        """Stack the tables of `student`, `teacher` and `behavior` (default: the student).
 
         Raises:
             InvalidArgumentError: the policies do not match.
@@ -111,7 +111,7 @@ class Sampler:
             environment=tuple(student.environment),
             chain=chain,
             sizes=tuple(len(level) for level in levels),
-            # Exactly 1 from the last possible token on: a uniform number below 1 never falls beyond.
+            # Exactly 1 from the last possible token on, so that a uniform number below 1 never lands beyond it.
             cumulative=cumulative / cumulative[:, -1:],
         )
 
@@ -119,17 +119,18 @@ class Sampler:
         """Draw `count` rollouts, independent given their prompts.
 
         Args:
-            count: number of rollouts.
-            generator: of the random numbers.
-            group: how many in a row share a prompt: what an environment writes before the student's first token.
+            count: the number of rollouts.
+            generator: the source of random numbers.
+            group: how many consecutive rollouts share a prompt: what an environment writes before the student's first
+                token.
 
         Raises:
-            InvalidArgumentError: `count` is below one, or no multiple of `group`.
+            InvalidArgumentError: `count` is below one or not a multiple of `group`.
         """
-        if not isinstance(count, int) or count < 1:
-            raise InvalidArgumentError("count", f"is {count!r}; a positive integer is needed")
-        if not isinstance(group, int) or group < 1 or count % group:
-            raise InvalidArgumentError("group", f"is {group!r}; a divisor of count={count} is needed")
+        check_integer("count", count)
+        check_integer("group", group)
+        if count % group:
+            raise InvalidArgumentError("group", f"must divide count={count}, got {group}")
         vocab_size = self.student.shape[-1]
         row, live = torch.zeros(count, dtype=torch.int64), torch.ones(count, dtype=torch.bool)
         uniform = torch.rand(self.horizon, count, 1, generator=generator, dtype=torch.float64)
@@ -155,12 +156,12 @@ class Sampler:
         return self._sample(torch.stack(tokens, 1), torch.stack(rows, 1), torch.stack(mask, 1).to(self.student.dtype))
 
     def scatter(self, rows: Int64[Tensor, "B T"], sensitivity: Float[Tensor, "B T V"]) -> Float[Tensor, "R V"]:
-        """Sum of the gradients in the drawn logits by row: the gradient in the stacked table."""
+        """The gradient in the stacked table: the sum of the gradients in the drawn logits, by row."""
         table = torch.zeros_like(self.student)
         return table.index_add_(0, rows.flatten(), sensitivity.flatten(0, 1).to(table.dtype))
 
     def stack(self, gradient: list[Tensor]) -> Float[Tensor, "R V"]:
-        """A gradient like `exact_gradient` of tabular or Markov policies gives it, as one table."""
+        """A gradient as `exact_gradient` returns it for tabular or Markov policies, as one table."""
         return torch.cat([level.reshape(size, -1) for size, level in zip(self.sizes, gradient, strict=True)])
 
     def unstack(self, table: Float[Tensor, "R V"]) -> list[Tensor]:
@@ -183,7 +184,7 @@ class Sampler:
         )
 
     def _logprobs(self, whose: str, rows: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-        """As `gather_logprobs` of the rows, but each row of the table is normalised once for all rollouts."""
+        """`gather_logprobs` of the rows, with each row of the table normalised once for all rollouts."""
         logprobs = self._normalised[whose][rows, tokens]
         return torch.where((mask == 0) & torch.isneginf(logprobs), 0.0, logprobs)
 
@@ -199,14 +200,14 @@ def sample_rollouts(
     behavior: Policy | None = None,
     generator: torch.Generator | None = None,
 ) -> Sample:
-    r"""Draw i.i.d. rollouts $y \sim \mu$, where every sequence cannot be spelled out; see `Sampler`.
+    r"""Draw i.i.d. rollouts $y \sim \mu$, for policies with too many sequences to enumerate; see `Sampler`.
 
     Args:
         student: the policy `p`, whose gathered logits become the leaf.
         teacher: the policy `q`.
-        count: number of rollouts `B`.
-        behavior: the policy that samples; by default the student.
-        generator: of the random numbers; by default one seeded with 0.
+        count: the number of rollouts `B`.
+        behavior: the policy that samples (default: the student).
+        generator: the source of random numbers (default: one with seed 0).
 
     Raises:
         InvalidArgumentError: the policies do not match, or `count` is below one.

@@ -5,9 +5,9 @@ With $x_n$ the state, $s_n = e_{y_n} - p(x_n)$ the score in the row of $x_n$ and
 
 $$G_n = k(x_n) + (o(x_n, y_n) - \gamma R_{n+1})\, s_n + \gamma\, G_{n+1},$$
 
-where $k$ is what is summed over tokens exactly and $o$ what only the sampled token brings. Scores of positions in
-one state are not orthogonal, so $E|G_n|^2$ asks for $E[G_{n+1} \mid x_{n+1}]$, and with a cost to come also for
-$E[R_{n+1}]$, $E[R_{n+1}^2]$ and $E[R_{n+1} G_{n+1}]$: all of them linear recursions from the last position up.
+where $k$ is the part summed over tokens exactly and $o$ the part of the sampled token. Scores of positions in one state
+are not orthogonal, so that $E|G_n|^2$ needs $E[G_{n+1} \mid x_{n+1}]$, and with a cost to come also $E[R_{n+1}]$,
+$E[R_{n+1}^2]$ and $E[R_{n+1} G_{n+1}]$. All of these obey linear recursions from the last position up.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from opdtheory.errors import BudgetExceededError, InvalidArgumentError
+from opdtheory.errors import BudgetExceededError, InvalidArgumentError, check_integer
 from opdtheory.exact.chain import Chain
 from opdtheory.exact.finite_state import FiniteStatePolicy
 from opdtheory.exact.tree import check_pair
@@ -35,11 +35,11 @@ OfLogU = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class RolloutMoments:
-    """First two moments of one rollout's gradient, exactly.
+    """The exact first two moments of one rollout's gradient.
 
     Attributes:
         mean: the expected gradient, a list like `student.parameters()`.
-        variance: trace of the covariance; of the mean over `B` independent rollouts it is `1/B` of that.
+        variance: the trace of the covariance; for the mean over `B` independent rollouts, divide by `B`.
         second_moment: `E |g|^2`.
     """
 
@@ -60,20 +60,20 @@ def rollout_moments(
 
     $A_n = w(u_n) - \sum_{m>n} \gamma^{m-n} c(u_m)$ with the given $w$ and $c$: OPD is $w = -f$, OPD+ is $w = w_f$, and
     $c = f$ makes either a return-to-go (T6). The gradient is in the parameters that the positions share, so that the
-    scores of different positions are correlated. Against the enumeration of `gradient_moments` nothing grows with the
-    number of sequences: the cost is linear in the horizon.
+    scores of different positions are correlated. Unlike the enumeration of `gradient_moments`, nothing grows with the
+    number of sequences: time is linear in the horizon.
 
     Args:
-        student: the policy `p` that is trained and sampled.
+        student: the policy `p`, which is trained and samples.
         teacher: the policy `q`.
-        weight: the function $w$ of `log_u`, as a divergence's `weight`.
-        cost: the function $c$ of `log_u`, as a divergence's `generator`; by default nothing is to come.
-        gamma: discount in [0, 1]; other than 1 with a cost only, as in `token_return`.
-        summed_tokens: how many of the student's most probable tokens of each row have their own term summed instead
-            of sampled; all of them are the whole-vocabulary gradient (T7c). The cost to come stays sampled.
+        weight: the function $w$ of `log_u`, such as a divergence's `weight`.
+        cost: the function $c$ of `log_u`, such as a divergence's `generator` (default: no cost to come).
+        gamma: the discount, in [0, 1]; it must be 1 without a cost.
+        summed_tokens: how many of the most probable tokens of each of the student's rows have their own term summed
+            rather than sampled; all of them give the whole-vocabulary gradient (T7c). The cost to come stays sampled.
 
     Raises:
-        InvalidArgumentError: policies that do not match or are no `FiniteStatePolicy`, a number out of range, or a
+        InvalidArgumentError: policies that do not match or are not `FiniteStatePolicy`, a number out of range, or a
             weight or cost that is not finite at a token that can be sampled.
         BudgetExceededError: too many states for the table of expected gradients.
 
@@ -103,7 +103,7 @@ def rollout_moments(
 
 
 class _Recursion:
-    """What is expected from each row on, the end of the sequence being the last row, where nothing comes.
+    """The expectations from each row on; the last row is the end of the sequence, from which nothing comes.
 
     Attributes:
         mean: $E[G_n]$, `(S + 1, states, V)`.
@@ -129,12 +129,12 @@ class _Recursion:
         self.priced = None if self.cost is None else self._steps(self.p * self.cost)
         self.mean = torch.zeros(chain.rows + 1, states, self.p.shape[-1], dtype=torch.float64)
         self.square = torch.zeros(chain.rows + 1, dtype=torch.float64)
-        # Of the cost to come: its moments, and its product with the gradient.
+        # The moments of the cost to come, and its product with the gradient.
         self.first, self.second = torch.zeros_like(self.square), torch.zeros_like(self.square)
         self.product = torch.zeros_like(self.mean)
 
     def step(self) -> None:
-        """From the position after to the one before."""
+        """Go from a position to the one before it."""
         p, gamma, after = self.p, self.gamma, self.chain.successors
         first, second = self.first[after], self.second[after]
         factor = self.own - gamma * first
@@ -159,7 +159,7 @@ class _Recursion:
         self.mean[:-1], self.square[:-1] = mean, square
 
     def _with_later(self) -> Tensor:
-        """The products of a position's part with all that follows in the parameters of the same state."""
+        """The product of a position's part with all that follows in the parameters of the same state."""
         p = self.p
         total = (self.summed * self._expected_later()).sum(-1) + (p * self.own * self._along_score(self.mean)).sum(-1)
         if self.cost is not None:
@@ -193,32 +193,25 @@ def _centred(p: Tensor, weight: Tensor) -> Tensor:
 
 def _finite(name: str, function: OfLogU, log_u: Tensor, possible: Tensor) -> Tensor:
     if not callable(function):
-        raise InvalidArgumentError(name, f"is a {type(function).__name__}; a function of log_u is needed")
+        raise InvalidArgumentError(name, f"must be a function of log_u, got {type(function).__name__}")
     values = function(log_u)
     if not isinstance(values, Tensor) or values.shape != log_u.shape or not values.is_floating_point():
         got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-        raise InvalidArgumentError(name, f"gave {got}; floating values of shape {tuple(log_u.shape)} are needed")
+        raise InvalidArgumentError(name, f"must return floating-point values of shape {tuple(log_u.shape)}, got {got}")
     values = torch.where(possible, values.double(), 0.0)
     if not bool(torch.isfinite(values).all()):
         at = float(log_u[~torch.isfinite(values)][0])
-        raise InvalidArgumentError(name, f"is not finite at log u = {at}, of a token that the student can sample")
+        raise InvalidArgumentError(name, f"must be finite at every token that can be sampled, is not at log u = {at}")
     return values
 
 
 def _check(student: object, teacher: object, gamma: float, summed_tokens: int, cost: OfLogU | None) -> None:
     for name, policy in (("student", student), ("teacher", teacher)):
         if not isinstance(policy, FiniteStatePolicy):
-            raise InvalidArgumentError(name, f"is a {type(policy).__name__}; a FiniteStatePolicy is needed")
+            raise InvalidArgumentError(name, f"must be a FiniteStatePolicy, got {type(policy).__name__}")
     assert isinstance(student, FiniteStatePolicy) and isinstance(teacher, FiniteStatePolicy)
     check_pair(student, teacher)
     check_discount(gamma)
     if gamma != 1.0 and cost is None:
-        raise InvalidArgumentError("gamma", f"is {gamma!r}, but without a cost there is nothing to discount")
-    if (
-        isinstance(summed_tokens, bool)
-        or not isinstance(summed_tokens, int)
-        or not 0 <= summed_tokens <= student.vocab_size
-    ):
-        raise InvalidArgumentError(
-            "summed_tokens", f"is {summed_tokens!r}; an integer in [0, {student.vocab_size}] is needed"
-        )
+        raise InvalidArgumentError("gamma", f"must be 1 without a cost, got {gamma!r}")
+    check_integer("summed_tokens", summed_tokens, 0, student.vocab_size)

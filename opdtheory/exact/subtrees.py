@@ -1,6 +1,6 @@
 """Trees of any size: the few levels at the top, and below them some subtrees at a time.
 
-A subtree is as small as caches are, so that this is how trees that would fit into memory are worked through too.
+Subtrees are small enough for the caches, which makes this the faster way for trees that fit into memory too.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ __all__ = ["SWEEP_BUDGET", "swept_gradient", "swept_value"]
 # Sequences that a sweep may visit: half a minute, and 1 GB for a gradient.
 SWEEP_BUDGET = 2**27
 
-# Sequences below the roots that are worked on at once: a handful of arrays of 512 kB.
+# Sequences below the roots that are evaluated at once: a handful of arrays of 512 kB.
 _AT_ONCE = 2**16
 
 
 def swept_value(
     student: Policy, teacher: Policy, divergence: Divergence, objective: str, gamma: float, budget: int
 ) -> Tensor:
-    """`exact_value` on the tree of a pair; arguments as there, checked but for the pair and the budget."""
+    """`exact_value` on the tree of a pair, with arguments already checked, except the budget."""
     check_leaves(student, budget)
     top = _top(student, teacher)
     total = tree_value(top, divergence, objective, gamma)
@@ -39,7 +39,7 @@ def swept_value(
 def swept_gradient(
     student: Policy, teacher: Policy, divergence: Divergence, objective: str, gamma: float, budget: int
 ) -> list[Tensor]:
-    """`exact_gradient` in the table of logits; arguments as `swept_value`."""
+    """`exact_gradient` in the table of logits, with arguments as in `swept_value`."""
     check_leaves(student, budget)
     top, size = _top(student, teacher), student.vocab_size
     levels = [torch.zeros(size**n, size, dtype=torch.float64) for n in range(top.horizon, student.horizon)]
@@ -55,7 +55,7 @@ def swept_gradient(
 
 
 def _top(student: Policy, teacher: Policy) -> Tree:
-    """The levels above the subtrees: all of them, if the tree is small."""
+    """The levels above the subtrees; all levels of a small tree."""
     size, depth = student.vocab_size, student.horizon
     if size**depth > _AT_ONCE:
         depth -= 1
@@ -66,7 +66,7 @@ def _top(student: Policy, teacher: Policy) -> Tree:
 
 
 def _subtrees(student: Policy, teacher: Policy, top: Tree) -> Iterator[tuple[int, Tree]]:
-    """The number of the first root and the trees below some neighbouring roots, but for roots that have all ended."""
+    """The number of the first root and the trees below some neighbouring roots, without roots that have all ended."""
     if not top.cut:
         return
     roots = Roots(top.prefix_log_p[-1], top.prefix_log_q[-1], top.live[-1])
@@ -78,7 +78,7 @@ def _subtrees(student: Policy, teacher: Policy, top: Tree) -> Iterator[tuple[int
 
 
 def _grown(student: Policy, teacher: Policy, roots: Roots, start: int, first: int, stop: int) -> Tree:
-    """The levels `first` to `stop` below some neighbouring prefixes, of which `start` is the first one's number."""
+    """The levels `first` to `stop` below some neighbouring prefixes, the first of which has the number `start`."""
 
     def tables(policy: Policy) -> list[Tensor]:
         widths = (policy.vocab_size ** (n - first) for n in range(first, stop))

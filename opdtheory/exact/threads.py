@@ -12,10 +12,10 @@ __all__ = ["one_thread"]
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Run a block with one intra-op thread, and restore the number afterwards.
+    """Run a block with one intra-op thread and restore the number of threads afterwards.
 
-    Thousands of operations on a few hundred numbers each gain nothing from threads, and waiting for
-    them on a busy machine was seen to cost milliseconds per call.
+    Thousands of operations on a few hundred numbers each gain nothing from threads, and waiting for threads on a busy
+    machine can cost milliseconds per call.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -1,9 +1,9 @@
 """The prefix tree of a pair of policies, level by level, and the recursions that run over it.
 
-Level `n` holds the `V**n` prefixes of length `n` in the order of the tables' rows, so that the
-children of prefix `h` are the rows `h * V + a` of the next level. All work is done on whole levels.
-A tree may also begin at some prefixes of one length, side by side, and end before sequences do: so
-trees that are too large to hold are worked through part by part (`opdtheory.exact.subtrees`).
+Level `n` holds the `V**n` prefixes of length `n` in the order of the tables' rows, so that the children of prefix `h`
+are the rows `h * V + a` of the next level. All work is done on whole levels. A tree may also begin at several prefixes
+of one length, side by side, and end before its sequences do: in this way `opdtheory.exact.subtrees` goes through trees
+that are too large for memory.
 """
 
 from __future__ import annotations
@@ -29,41 +29,41 @@ _SAME_DISTRIBUTION = 1e-12
 
 
 def check_pair(student: Policy, other: Policy, name: str = "teacher") -> None:
-    """Refuse a pair of policies that do not range over the same sequences in the same environment.
+    """Raise unless two policies range over the same sequences in the same environment.
 
     Args:
         student: the policy that is trained.
-        other: the one that goes with it.
-        name: what the other one is called in the message.
+        other: the policy that goes with it.
+        name: the other policy's name in the message.
 
     Raises:
         InvalidArgumentError: vocabulary, horizon, end-of-sequence token, or what the environment writes differ.
     """
     for argument, policy in (("student", student), (name, other)):
         if not isinstance(policy, Policy):
-            raise InvalidArgumentError(argument, f"is a {type(policy).__name__}; a Policy is needed")
+            raise InvalidArgumentError(argument, f"must be a Policy, got {type(policy).__name__}")
     for field in ("vocab_size", "horizon", "eos", "environment"):
         ours, theirs = getattr(student, field), getattr(other, field)
         if ours != theirs:
-            raise InvalidArgumentError(name, f"has {field}={theirs}, the student has {field}={ours}")
+            raise InvalidArgumentError(name, f"must have the student's {field}={ours}, got {field}={theirs}")
     if student.environment:
         _check_environment(student, other, name)
 
 
 def _check_environment(student: Policy, other: Policy, name: str) -> None:
-    """Refuse two distributions of one environment."""
+    """Raise unless both policies have the same distribution where the environment writes."""
     ours, theirs = student.tables(), other.tables()
     for n in student.environment:
         gap = float((ours[n].detach().softmax(-1) - theirs[n].detach().softmax(-1)).abs().max())
         if gap > _SAME_DISTRIBUTION:
             raise InvalidArgumentError(
                 name,
-                f"has another distribution than the student at position {n}, which the environment writes: off by {gap:.3g}",
+                f"must have the student's distribution at the environment's position {n}, which differs by {gap:.3g}",
             )
 
 
 def check_leaves(student: Policy, budget: int) -> None:
-    """Refuse a tree of more sequences than a budget.
+    """Raise if a tree has more sequences than a budget.
 
     Raises:
         BudgetExceededError: with both counts.
@@ -79,7 +79,7 @@ def check_leaves(student: Policy, budget: int) -> None:
 
 
 def _positive(log_p: Tensor) -> bool:
-    """Whether the student lacks no token, as nearly always; where the teacher does, `u = 0` is a ratio like others."""
+    """Whether the student lacks no token. Where the teacher does, `u = 0` is a ratio like any other."""
     return math.isfinite(log_p.detach().sum())
 
 
@@ -90,7 +90,7 @@ _MODERATE = 1e-9, 1e9
 def pointwise(divergence: Divergence, log_p: Tensor, log_q: Tensor, p: Tensor | None = None) -> Tensor:
     r"""The terms $p\,f(q/p)$ of $D_f(q\|p)$, with $q f'(\infty)$ where $p = 0 < q$ and 0 where both vanish (T10).
 
-    Here and below, `p` spares the exponentials where the caller has them.
+    Here and below, passing `p` saves its exponentials.
     """
     p = log_p.exp() if p is None else p
     if _positive(log_p):
@@ -129,7 +129,7 @@ def _log_softmax(logits: Tensor) -> Tensor:
 
 
 class Roots(NamedTuple):
-    """The prefixes that a tree begins at: their log-probabilities, and whether they can be extended, `(R,)` each."""
+    """The prefixes at which a tree begins: their log-probabilities, and whether they can be extended, `(R,)` each."""
 
     log_p: Tensor
     log_q: Tensor
@@ -142,14 +142,14 @@ class Tree:
 
     Attributes:
         eos: the token that ends a sequence, or None.
-        log_p: student, level `n` of shape `(V**n, V)`.
-        log_q: teacher, likewise.
-        prefix_log_p: student's log-probability of each live prefix, `-inf` where it has ended,
-            level `n` of shape `(V**n,)`, with one more level for the complete sequences.
-        prefix_log_q: teacher's, likewise.
+        log_p: the student's, level `n` of shape `(V**n, V)`.
+        log_q: the teacher's.
+        prefix_log_p: the student's log-probability of each live prefix, `-inf` where it has ended, level `n` of shape
+            `(V**n,)`, with one more level for the complete sequences.
+        prefix_log_q: the teacher's.
         live: whether a prefix can still be extended, level `n` of shape `(V**n,)`.
-        environment: levels whose tokens the environment writes, by the distribution in `log_p`, which `log_q` repeats.
-        first: length of the prefixes that the tree begins at, by which its levels are discounted.
+        environment: the levels whose tokens the environment writes; `log_p` and `log_q` both hold its distribution.
+        first: the length of the prefixes at which the tree begins, which counts for the discount.
         cut: whether sequences go on below the last level.
     """
 
@@ -187,10 +187,10 @@ class Tree:
         first: int = 0,
         cut: bool = False,
     ) -> Tree:
-        """The tree of two tables' rows below some prefixes, the levels of the environment counted from there."""
+        """The tree of two tables' rows below some prefixes, with the environment's levels counted from there."""
         log_p, log_q = [_log_softmax(z) for z in student], [_log_softmax(z) for z in teacher]
         for n in environment:
-            # One distribution for both, to the last bit, so that its ratio is exactly one.
+            # The same distribution for both, to the last bit, so that the ratio is exactly one.
             log_p[n] = log_q[n] = log_p[n].detach()
         prefix_log_p, prefix_log_q, live = [roots.log_p.double()], [roots.log_q.double()], [roots.live]
         for n, (p, q) in enumerate(zip(log_p, log_q, strict=True)):
@@ -204,11 +204,11 @@ class Tree:
 
     @property
     def horizon(self) -> int:
-        """Number of levels with rows."""
+        """The number of levels with rows."""
         return len(self.log_p)
 
     def reach(self, level: int) -> Tensor:
-        """Probability that the student visits each prefix of a level and must choose a token there."""
+        """The probability that the student visits each prefix of a level and must choose a token there."""
         if level in self.environment:
             return torch.zeros_like(self.prefix_log_p[level])
         return torch.where(self.live[level], self.prefix_log_p[level].exp(), 0.0)

@@ -365,7 +365,7 @@ def refused(loss, words, **kwargs):
 
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_a_loss_per_token_is_refused(batch_size):
-    refused(lambda r: r.log_u, r"shape \(4, 2\).*scalar", batch_size=batch_size)
+    refused(lambda r: r.log_u, r"must return a scalar tensor, got shape \(4, 2\)", batch_size=batch_size)
     refused(lambda r: r.log_u.sum().view(1), r"shape \(1,\)", batch_size=batch_size)
 
 
@@ -388,7 +388,7 @@ def test_an_integer_loss_is_refused():
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_value_that_is_not_finite_is_refused(value):
-    refused(lambda r: k2(r) + value, f"{value}.*finite")
+    refused(lambda r: k2(r) + value, f"must be finite, got {value}")
 
 
 def test_a_gradient_that_is_not_finite_is_refused():

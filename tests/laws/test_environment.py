@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opdtheory import MarkovPolicy, Rollouts, TabularPolicy, divergences, estimator, exact_gradient, exact_value
-from opdtheory.auditing.scenario import panel
+from opdtheory.auditing.scenario import Scenario
 from opdtheory.errors import BudgetExceededError, InvalidArgumentError, LossError
 from opdtheory.estimators import estimator_names
 from opdtheory.exact import Enumeration, enumerated_value, expected_gradient, gradient_moments, random_pair
@@ -182,7 +182,7 @@ def test_a_prompt_is_a_mixture_of_policies():
             assert gradient_gap([found[1 + n]], [torch.cat(pieces)]) <= ENUMERATION
 
 
-@pytest.mark.parametrize("case", panel(eos=0, prompts=2, environment=(1,))[::2], ids=lambda case: case.label)
+@pytest.mark.parametrize("case", Scenario(eos=0, prompts=2, environment=(1,)).pairs()[::2], ids=lambda case: case.label)
 def test_both_routes_agree_where_most_tokens_are_no_prompt(case):
     for objective, gamma in OBJECTIVES:
         _, gradient = by_autograd(case.student, case.teacher, "jsd", objective, gamma)
@@ -295,7 +295,7 @@ def test_rollouts_of_an_enumeration_pass_every_check():
 
 def test_rows_of_another_batch_are_refused():
     every = Enumeration.build(*random_pair(2, 2))
-    with pytest.raises(InvalidArgumentError, match=r"student_logits.*\(1, 2, 2\).*\(4, 2\)"):
+    with pytest.raises(InvalidArgumentError, match=r"student_logits: must hold rows .*\(4, 2\), got shape \(1, 2, 2\)"):
         every.rollouts(slice(None), torch.zeros(1, 2, 2, dtype=torch.float64))
 
 
@@ -461,19 +461,19 @@ def test_a_gradient_that_is_not_finite_is_refused_even_where_it_would_cancel():
 
 
 def test_the_panel_without_prompts_is_the_random_pairs():
-    for case, again in zip(panel(2, eos=0, seed=3), panel(2, eos=0, seed=3, prompts=1, environment=()), strict=True):
+    for case, again in zip(Scenario(2, eos=0, seed=3).pairs(), Scenario(2, eos=0, seed=3, prompts=1, environment=()).pairs(), strict=True):
         assert all(map(torch.equal, case.student.logits, again.student.logits))
         assert case.student.environment == again.student.environment == ()
     student, teacher = random_pair(4, 3, scale=1.0, distance=0.03, seed=1000 * 3)
-    assert all(map(torch.equal, panel(seed=3)[0].student.logits, student.logits))
-    assert all(map(torch.equal, panel(seed=3)[0].teacher.logits, teacher.logits))
+    assert all(map(torch.equal, Scenario(seed=3).pairs()[0].student.logits, student.logits))
+    assert all(map(torch.equal, Scenario(seed=3).pairs()[0].teacher.logits, teacher.logits))
 
 
 @pytest.mark.parametrize("off_policy", [0.0, 0.3])
 @pytest.mark.parametrize(("prompts", "environment", "levels"), [(2, (), (0,)), (3, (1,), (0, 2)), (1, (2,), (2,))])
 def test_panels_with_prompts_and_tools(prompts, environment, levels, off_policy):
     loss = estimator("opd_plus", "jsd", importance="prefix")
-    for case in panel(eos=0, off_policy=off_policy, prompts=prompts, environment=environment)[::3]:
+    for case in Scenario(eos=0, off_policy=off_policy, prompts=prompts, environment=environment).pairs()[::3]:
         assert case.student.environment == case.teacher.environment == levels
         assert case.student.horizon - 1 not in levels
         assert int(torch.isfinite(case.student.logits[0]).sum()) == (prompts if prompts > 1 else 4)
@@ -482,8 +482,8 @@ def test_panels_with_prompts_and_tools(prompts, environment, levels, off_policy)
 
 
 def test_groups_of_one_prompt_keep_the_larger_policies():
-    assert panel(4, eos=0, prompts=2, shared_prompt=True)[0].student.vocab_size == 3
-    assert panel(4, eos=0, prompts=2)[0].student.vocab_size == 2
+    assert Scenario(4, eos=0, prompts=2, shared_prompt=True).pairs()[0].student.vocab_size == 3
+    assert Scenario(4, eos=0, prompts=2).pairs()[0].student.vocab_size == 2
 
 
 @pytest.mark.parametrize(
@@ -499,7 +499,7 @@ def test_groups_of_one_prompt_keep_the_larger_policies():
 )
 def test_panels_out_of_range_are_refused(argument, settings):
     with pytest.raises(InvalidArgumentError) as caught:
-        panel(**settings)
+        Scenario(**settings).pairs()
     assert caught.value.argument == argument
 
 

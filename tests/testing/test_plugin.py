@@ -217,7 +217,7 @@ def test_wrong_use_is_said_in_words(pytester):
         [
             "unknown?no_such-token_local? cannot be audited: *no_such*",
             "misspelt?jsd-token_local-batchsize=2? cannot be audited: *batchsize*",
-            "vector?jsd-token_local? cannot be audited: the loss returned a tensor of shape*",
+            "vector?jsd-token_local? cannot be audited: the loss must return a scalar tensor, got shape*",
             "E*KeyError: 'of the user'",
         ]
     )
