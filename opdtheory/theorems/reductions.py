@@ -153,10 +153,10 @@ def _per_sequence() -> Theorem:
         statement=r"E\Big[\tfrac1B\sum_b N_b/L_b\Big] = \sum_\ell \tfrac1\ell P(L = \ell)\,E[N \mid L = \ell]: "
         r"\text{ a rollout counts } 1/L; \text{ with } N = -w_f(U)S \text{ it is } "
         r"\nabla\sum_y \frac{p(y)}{L(y)}f(U(y))",
-        hypotheses=("independent rollouts of at least one token", "lengths vary; otherwise it is a scale"),
+        hypotheses=("independent rollouts of at least one token", "lengths vary; otherwise it is only a scale"),
         source="derived here",
         advice="Do not divide by each rollout's length unless short rollouts should count more; if you do, centre the "
-        "weight, or the teacher is no fixed point.",
+        "weight, or the teacher is not a fixed point.",
         derivation=(
             Step(
                 r"\partial_p\,[p f(q/p)/L] = -w_f(u)/L",
@@ -393,7 +393,7 @@ def _step_moments() -> bool:
 
 
 def _step_score_of_length() -> bool:
-    r"""$E[S/L] = \nabla E[1/L]$ for any function of the rollout that does not hold θ."""
+    r"""$E[S/L] = \nabla E[1/L]$ for any length that does not depend on θ."""
     theta = sympy.Symbol("theta")
     distributions = [sympy.Function(f"p{i}", positive=True)(theta) for i in range(3)]
     lengths = sympy.symbols("l0:3", positive=True)

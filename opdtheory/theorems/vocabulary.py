@@ -96,7 +96,7 @@ def theorems() -> list[Theorem]:
                 Step(
                     r"f_\beta = \beta u \log u - M \log M,\ M = \beta u + 1 - \beta,\quad "
                     r"f_\beta'' = \beta(1-\beta)/(u M) > 0",
-                    "the perspective of both KLs to the mixture (checked at beta = 1/3, and below for every beta)",
+                    "the perspective of both KLs to the mixture; checked here at beta = 1/3, and below for every beta",
                     _perspective,
                 ),
                 Step(
@@ -151,7 +151,7 @@ def theorems() -> list[Theorem]:
                     "symbolic",
                 ),
                 Identity(
-                    "what a KL exceeds it by",
+                    "by how much a KL exceeds it",
                     r"\beta KL(q\|p) - D_\beta = KL(m\|p), \quad (1-\beta) KL(p\|q) - D_\beta = KL(m\|q)",
                     _check_deficit,
                     lambda ps, qs, mixture, end: kl(mixture, ps if end == 0 else qs),

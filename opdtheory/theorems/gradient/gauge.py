@@ -47,7 +47,7 @@ def theorems() -> list[Theorem]:
             ),
             hypotheses=("E_p[u] = 1: p is positive wherever q is",),
             source="derived here",
-            advice="Under an exact weight choose the gauge for low variance; under -f(u) it decides what is learnt.",
+            advice="Under an exact weight, choose the gauge for low variance; under -f(u) it decides what is learnt.",
             derivation=(
                 Step(
                     r"E_p[f(u) + c(u - 1)] = E_p[f(u)] + c\,(\textstyle\sum q - \sum p)",

@@ -118,7 +118,7 @@ def theorems() -> list[Theorem]:
             derivation=(
                 Step(
                     r"\sup_x [x f'(u) - f(x)] \text{ is attained at } x = u \text{ with value } w_f(u)",
-                    "the slope in x vanishes at x = u; f convex makes it a maximum",
+                    "the slope in x vanishes at x = u, and convexity makes it a maximum",
                     _envelope,
                 ),
                 Step(r"w_f'(u) = u f''(u)", "the product rule, with f an undefined function", _increasing),

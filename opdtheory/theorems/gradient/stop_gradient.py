@@ -58,7 +58,7 @@ def theorems() -> list[Theorem]:
                 "at least two tokens, p and q positive and otherwise free",
             ),
             source="OPD+, arXiv 2606.01039; Tang & Munos, arXiv 2506.09477; the converse and the value derived here",
-            advice="Use -f(u) as a detached reward for the reverse KL only; its loss curve misleads as its step does.",
+            advice="Use -f(u) as a detached reward for the reverse KL only; elsewhere its step and loss curve mislead.",
             derivation=(
                 Step(
                     r"\partial_p[p\,f(q/p_0)]_{p_0 = p} - \partial_p[p\,f(q/p)] = u f'(u)",

@@ -41,7 +41,7 @@ def theorems() -> list[Theorem]:
             ),
             hypotheses=("f smooth, f(1) = 0", "k does not depend on p and q; at least two tokens"),
             source="derived here",
-            advice="With detached rewards drop the linear term of an alpha-divergence with alpha below one.",
+            advice="With detached rewards, drop the linear term of an alpha-divergence whose alpha is below one.",
             derivation=(
                 Step(
                     r"g_{sg} = k\,\nabla D_f\ \forall p, q \iff f + k\,w_f = \text{const}",
@@ -56,7 +56,7 @@ def theorems() -> list[Theorem]:
                 ),
                 Step(
                     r"k = 1/(1 - a) > 0 \iff a < 1",
-                    "beyond one, as for chi2 with u^2 - 1, the detached reward ascends exactly",
+                    "for a above one, as for chi2 with u^2 - 1, the detached reward ascends the divergence exactly",
                     _sign_of_scale,
                 ),
             ),

@@ -79,7 +79,7 @@ def _attraction() -> Theorem:
             ),
             Step(
                 r"-f'(1):\ u\log u: -1,\ \mathrm{JSD}, \chi^2: 0,\ -\log u: 1,\ u\log u - 2(u-1): 1",
-                "sympy",
+                "differentiated by sympy",
                 _catalogue_slopes,
             ),
             Step(
@@ -93,7 +93,7 @@ def _attraction() -> Theorem:
                 r" = \tfrac{w^{(m)}(1)}{m!} E_q[x^{m+1}]\, \varepsilon^{m+1} + O(\varepsilon^{m+2})",
                 "m is the order of the first non-zero derivative of w at 1. For odd m the leading term has the sign of "
                 "that derivative for every x, so the distance falls or grows; for even m it changes sign with x unless "
-                "q is uniform on two atoms, and a gradient flow does not attract to a point that is no minimum",
+                "q is uniform on two atoms, and a gradient flow is not attracted to a point that is not a minimum",
                 _leading_order,
                 in_words=True,
             ),

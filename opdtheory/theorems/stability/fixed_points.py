@@ -65,14 +65,14 @@ def theorems() -> list[Theorem]:
                 Step(
                     r"\log u_b - \log u_a = (z_a - \log q_a) - (z_b - \log q_b)",
                     "1 lies between the smallest and the largest ratio, so |log u| never exceeds sqrt(2) times the "
-                    "initial distance, and w need be monotone only up to there",
+                    "initial distance, and w need only be monotone up to there",
                     _widest_ratio,
                 ),
                 Step(
                     r"\mathrm{clamp}(w, a, b)(u_1) = \mathrm{clamp}(w, a, b)(u_2),\ u_1 < 1 < u_2"
                     r" \iff w(1) < a \text{ or } w(1) > b",
-                    "the flat pieces of a clamped increasing w are {w <= a} and {w >= b}; two ratios about 1 share one "
-                    "iff it holds a neighbourhood of 1. Clamping log u puts the flat pieces at |log u| >= C",
+                    "the flat pieces of a clamped increasing w are {w <= a} and {w >= b}; ratios on either side of 1 "
+                    "share one iff it contains a neighbourhood of 1. Clamping log u puts flat pieces at |log u| >= C",
                     _flat_pieces,
                     in_words=True,
                 ),
@@ -85,8 +85,8 @@ def theorems() -> list[Theorem]:
                     lambda low, high, at_one: low <= at_one <= high,
                     {
                         "always": lambda low, high, at_one: True,
-                        "the interval must hold w(1) inside": lambda low, high, at_one: low < at_one < high,
-                        "the interval must hold 0": lambda low, high, at_one: low <= 0 <= high,
+                        "w(1) must lie inside the interval": lambda low, high, at_one: low < at_one < high,
+                        "0 must lie in the interval": lambda low, high, at_one: low <= 0 <= high,
                     },
                     "exact",
                 ),
@@ -95,7 +95,7 @@ def theorems() -> list[Theorem]:
                     r"\text{the teacher is the only fixed point of } w(\mathrm{clamp}(u, a, b)) \iff a \le 1 \le b",
                     checks.check_range,
                     lambda low, high: low <= 1 <= high,
-                    {"always": lambda low, high: True, "1 must be inside": lambda low, high: low < 1 < high},
+                    {"always": lambda low, high: True, "1 must lie inside": lambda low, high: low < 1 < high},
                     "exact",
                 ),
                 Identity(
@@ -103,7 +103,7 @@ def theorems() -> list[Theorem]:
                     r"\dot z = 0 \iff w(u_a) \text{ is the same on all tokens}",
                     checks.check_separation,
                     all,
-                    {"never but at the teacher": lambda equal: False, "always": lambda equal: True},
+                    {"only the teacher": lambda equal: False, "always": lambda equal: True},
                     "exact",
                 ),
                 Identity(

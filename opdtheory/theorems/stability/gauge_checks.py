@@ -237,7 +237,7 @@ _CASES: dict[str, tuple[str, float | None]] = {
 
 @functools.cache
 def _ends(label: str, c: float) -> tuple[bool, bool]:
-    """After the flow under a gauge of `c`: whether every far student is nearer to the teacher, and whether one is not.
+    """After the flow under a gauge of `c`: whether all far students are nearer to the teacher, and whether one is not.
 
     Those that have not moved are neither nearer nor further away.
     """

@@ -29,7 +29,10 @@ def theorems() -> list[Theorem]:
                 r"\ \text{which is } k D_f,\ k > 0,\ \text{iff } f \text{ is the } \alpha\text{-generator with }"
                 r"\alpha = 1 - 1/k \text{ up to scale and gauge, and } c = -f'(\infty)"
             ),
-            hypotheses=("f convex and differentiable where it has no kink", "C of either sign; only u <= e^C is met"),
+            hypotheses=(
+                "f convex and differentiable where it has no kink",
+                "C of either sign; only ratios u <= e^C occur",
+            ),
             source="derived here",
             advice=(
                 "Prefer OPD+; where only the reward may change, add f'(∞)(u - 1) to it, under a clip f'(e^C)(u - 1), "
@@ -44,7 +47,7 @@ def theorems() -> list[Theorem]:
                 Step(
                     r"f' + c \le 0 \text{ on } (0, \infty) \iff c \le -\sup f' = -f'(\infty)",
                     "f' is non-decreasing, so its supremum is its limit; on log u <= C it is the value at e^C. The "
-                    "machine looks at the catalogue on a grid",
+                    "machine checks the catalogue on a grid",
                     _supremum,
                     in_words=True,
                 ),

@@ -53,7 +53,7 @@ def theorems() -> list[Theorem]:
                 "for the minimum, a softmax or another family that reaches q; for its converse, three tokens or more",
             ),
             source="PowerOPD, arXiv 2606.17199; density-power divergence, Basu et al. (1998); derived here",
-            advice="For a reward of both probabilities check that A(x, x) does not depend on x before anything else.",
+            advice="For a reward that depends on both probabilities, first check that A(x, x) does not depend on x.",
             derivation=(
                 Step(
                     r"\partial_\theta H(p, q) = -p\,A(p, q)\,\partial_\theta\log p",
