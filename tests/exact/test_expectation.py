@@ -14,7 +14,7 @@ from torch import nn
 
 from opdtheory import ModulePolicy, Rollouts, TabularPolicy, estimator, exact_gradient, expected_gradient, random_pair
 from opdtheory.errors import BudgetExceededError, InvalidArgumentError, LossError
-from opdtheory.exact import gradient_moments
+from opdtheory.exact import Enumeration, gradient_moments
 from opdtheory.exact.expectation import _companies
 from opdtheory.testing import gradient_gap, policy_pairs
 from tests.tolerances import ENUMERATION
@@ -489,3 +489,130 @@ def test_companies_in_which_rollouts_are_looked_at():
     assert [int(company[0]) for company in companies[:8]] == [0, 7, 14, 21, 28, 35, 42, 49]
     for first, last in ((8, 10), (10, 13)):
         assert sorted(torch.cat(companies[first:last]).tolist()) == list(range(50))
+
+
+def with_leaves(policy: TabularPolicy) -> TabularPolicy:
+    leaves = [z.clone().requires_grad_() for z in policy.logits]
+    return TabularPolicy(leaves, eos=policy.eos, environment=policy.environment)
+
+
+# Batches of one prompt.
+
+
+def coupled(r: Rollouts) -> torch.Tensor:
+    """GRPO-like: each rollout's summed log-ratio, standardised over the batch, against its log-probability."""
+    reward = (r.mask * r.log_u).sum(-1).detach()
+    advantage = (reward - reward.mean()) / (reward.std(correction=0) + 0.1)
+    return -r.token_sum(advantage.unsqueeze(-1) * r.student_logprobs)
+
+
+def in_order(r: Rollouts) -> torch.Tensor:
+    """The second rollout's reward for the first one's tokens: not symmetric."""
+    reward = (r.mask * r.log_u).sum(-1).detach().roll(1)
+    return -(reward[0] * (r.mask * r.student_logprobs)[0].sum() + reward.square().sum() * r.student_logprobs[1, 1])
+
+
+def by_plain_loops(loss, student, teacher, batch_size, shared, behavior=None):
+    """Mean and second moment of the gradient over ordered batches, prompt by prompt."""
+    every = Enumeration.build(student, teacher, behavior)
+    leaves = with_leaves(student)
+    source = Enumeration.build(leaves, teacher, behavior if behavior is not None else student)
+    distribution = {x: float(every.probability[every.tokens[:, 0] == x].sum()) for x in every.tokens[:, 0].tolist()}
+    mean, second = [torch.zeros_like(z) for z in student.logits], 0.0
+    for batch in itertools.product(range(len(every)), repeat=batch_size):
+        prompts = {int(every.tokens[i, 0]) for i in batch}
+        if shared and len(prompts) > 1:
+            continue
+        weight = 1.0
+        for i in batch:
+            weight *= float(every.probability[i]) / (distribution[prompts.copy().pop()] if shared else 1.0)
+        weight *= distribution[prompts.pop()] if shared else 1.0
+        r = source.rollouts(torch.tensor(batch))
+        if behavior is None:
+            r = dataclasses.replace(r, behavior_logprobs=r.student_logprobs.detach())
+        gradient = torch.autograd.grad(loss(r), leaves.logits, allow_unused=True, materialize_grads=True)
+        for total, level in zip(mean, gradient, strict=True):
+            total += weight * level
+        second += weight * sum(float(level.square().sum()) for level in gradient)
+    return mean, second
+
+
+@pytest.mark.parametrize(
+    "loss", [coupled, in_order, estimator("opd_plus", "jsd")], ids=["coupled", "ordered", "single"]
+)
+@pytest.mark.parametrize("off_policy", [False, True])
+def test_batches_of_one_prompt_against_plain_loops(loss, off_policy):
+    student, teacher = random_pair(2, 3, eos=0, seed=8, environment=(0,))
+    behavior = student.perturbed(0.4) if off_policy else None
+    for shared in (True, False):
+        mean, second = by_plain_loops(loss, student, teacher, 2, shared, behavior)
+        moments = gradient_moments(loss, student, teacher, 2, behavior, shared_prompt=shared)
+        assert gradient_gap(moments.mean, mean) <= ENUMERATION
+        assert moments.second_moment == pytest.approx(second, rel=1e-10)
+        norm = sum(float(level.square().sum()) for level in mean)
+        assert moments.variance == pytest.approx(second - norm, rel=1e-8)
+        found = expected_gradient(loss, student, teacher, 2, behavior, shared_prompt=shared)
+        assert gradient_gap(found, mean) <= ENUMERATION
+
+
+def test_a_shared_prompt_matters_to_a_coupled_mean_and_to_any_variance():
+    student, teacher = random_pair(2, 3, eos=0, seed=8, environment=(0,))
+    own, shared = (gradient_moments(coupled, student, teacher, 2, shared_prompt=each) for each in (False, True))
+    assert gradient_gap(own.mean, shared.mean) > 1e-3
+    loss = estimator("opd_plus", "jsd")
+    own, shared = (gradient_moments(loss, student, teacher, 2, shared_prompt=each) for each in (False, True))
+    assert gradient_gap(own.mean, shared.mean) <= ENUMERATION
+    assert shared.variance > 1.01 * own.variance
+
+
+def test_a_shared_prompt_never_meets_another():
+    def one_prompt(r: Rollouts) -> torch.Tensor:
+        if (r.tokens[:, 0] != r.tokens[0, 0]).any():
+            raise RuntimeError("two prompts in one group")
+        return coupled(r)
+
+    student, teacher = random_pair(2, 3, eos=0, seed=8, environment=(0,))
+    expected_gradient(one_prompt, student, teacher, 3, shared_prompt=True)
+    with pytest.raises(RuntimeError, match="two prompts"):
+        expected_gradient(one_prompt, student, teacher, 3)
+
+
+def test_without_a_prompt_there_is_nothing_to_share():
+    student, teacher = random_pair(2, 2, eos=0, seed=8, environment=(1,))
+    own, shared = (gradient_moments(coupled, student, teacher, 3, shared_prompt=each) for each in (False, True))
+    assert own == dataclasses.replace(shared, mean=own.mean) and gradient_gap(own.mean, shared.mean) == 0.0
+
+
+def test_the_budget_counts_each_prompt():
+    student, teacher = random_pair(2, 3, seed=8, environment=(0,))
+    with pytest.raises(BudgetExceededError, match="4 sequences for each of 2 prompts needs 40") as caught:
+        gradient_moments(coupled, student, teacher, 3, budget=39, shared_prompt=True)
+    assert caught.value.count == 40
+    assert gradient_moments(coupled, student, teacher, 3, budget=40, shared_prompt=True).evaluations >= 40
+
+
+def test_a_large_group_of_few_sequences_is_cheap():
+    """Batches of 30 out of 3 rollouts: 496 up to order, 2e14 in order; their number per batch is a multinomial."""
+    student, teacher = random_pair(3, 1, seed=1)
+    p = student.logits[0][0].softmax(-1)
+
+    def of_counts(r: Rollouts) -> torch.Tensor:
+        return (r.tokens == 0).double().mean() ** 2 * r.token_sum(r.student_logprobs)
+
+    found = gradient_moments(of_counts, student, teacher, 30)
+    counts = torch.distributions.Binomial(30, p[0])
+    n = torch.arange(31, dtype=torch.float64)
+    cube, square = (float((counts.log_prob(n).exp() * (n / 30) ** k).sum()) for k in (3, 2))
+    # E[m^2 (share - p)], the shares of the other tokens given the first one's being proportional.
+    rest = (square - cube) * p / (1 - p[0]) - square * p
+    truth = torch.where(torch.arange(3) == 0, cube - square * p[0], rest)
+    assert not found.separable and found.evaluations < 600
+    assert gradient_gap([found.mean[0][0]], [truth]) <= ENUMERATION
+
+
+def test_a_gradient_that_is_not_finite_is_refused_even_where_it_would_cancel():
+    def infinite(r: Rollouts) -> torch.Tensor:
+        return r.token_sum(torch.sqrt((r.student_logprobs - r.student_logprobs.detach()).abs()))
+
+    with pytest.raises(LossError, match="NaN or inf"):
+        expected_gradient(infinite, *random_pair(2, 2))

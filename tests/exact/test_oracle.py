@@ -1,4 +1,4 @@
-"""The exact oracle by two routes: level sweeps and dynamic programming against autograd of spelled-out sums."""
+"""The exact oracle by two routes: sweeps over levels against autograd of sums over all sequences."""
 
 from __future__ import annotations
 
@@ -10,19 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from opdtheory import (
-    MarkovPolicy,
-    ModulePolicy,
-    TabularPolicy,
-    divergence,
-    exact_gradient,
-    exact_value,
-    random_pair,
-)
+from opdtheory import MarkovPolicy, ModulePolicy, TabularPolicy, divergence, exact_gradient, exact_value, random_pair
 from opdtheory.errors import BudgetExceededError, InvalidArgumentError
 from opdtheory.exact import OBJECTIVES, enumerated_value
 from opdtheory.exact.oracle import full_vocabulary_variance
 from opdtheory.testing import divergences, gradient_gap, policy_pairs
+from tests.exact.automata import ENTRIES, FACTORING, chains
 from tests.tolerances import ALGEBRA, ENUMERATION, FINITE_DIFFERENCE
 
 GAMMAS = (0.0, 0.3, 1.0)
@@ -63,26 +56,6 @@ def test_the_two_routes_agree_for_every_entry(objective, gamma, eos):
     entries = [d if isinstance(d, str) else divergence(d[0], **d[1]) for d in ENTRIES]
     for d in entries:
         assert routes_gap(*pair, d, objective, gamma) <= ENUMERATION, d
-
-
-ENTRIES = [
-    "reverse_kl",
-    "forward_kl",
-    "jsd",
-    "chi2",
-    "neyman_chi2",
-    "hellinger",
-    "total_variation",
-    "le_cam",
-    "jeffreys",
-    ("skew_jsd", {"beta": 0.1}),
-    ("alpha", {"alpha": -1.3}),
-    ("alpha", {"alpha": 0.0}),
-    ("alpha", {"alpha": 1.0}),
-    ("alpha", {"alpha": 2.5}),
-    ("skew_forward_kl", {"lam": 0.1}),
-    ("skew_reverse_kl", {"lam": 0.1}),
-]
 
 
 @given(policy_pairs(), divergences(), settings_of_an_objective, st.integers(0, 10**6))
@@ -175,91 +148,6 @@ def test_rows_after_the_end_get_no_gradient():
         assert not gradient[1][0].any() and not gradient[2][[0, 1, 2, 3, 6]].any()
         if gamma > 0:
             assert gradient[1][1:].any() and gradient[2][[4, 5, 7, 8]].any()
-
-
-# Markov chains by dynamic programming.
-
-FACTORING = [
-    "reverse_kl",
-    "forward_kl",
-    "jeffreys",
-    "chi2",
-    "neyman_chi2",
-    "hellinger",
-    *(("alpha", {"alpha": alpha}) for alpha in (-1.5, 0.0, 0.4, 1.0, 3.0)),
-]
-
-
-def chains(vocab_size, horizon, eos=None, scale=1.0):
-    return tuple(MarkovPolicy.random(vocab_size, horizon, eos=eos, scale=scale, seed=seed) for seed in (0, 1))
-
-
-@by_setting
-@pytest.mark.parametrize("eos", [None, 1])
-@pytest.mark.parametrize("horizon", [1, 2, 5])
-def test_dynamic_programming_agrees_with_the_tree(objective, gamma, eos, horizon):
-    student, teacher = chains(3, horizon, eos)
-    table, scores = student.tabulate(), teacher.tabulate()
-    for entry in FACTORING if objective == "sequence" else ENTRIES:
-        d = divergence(entry) if isinstance(entry, str) else divergence(entry[0], **entry[1])
-        value = exact_value(table, scores, d, objective, gamma)
-        assert gradient_gap([exact_value(student, teacher, d, objective, gamma)], [value]) <= ENUMERATION, d
-        gradient = student.pull_back(exact_gradient(table, scores, d, objective, gamma))
-        assert gradient_gap(exact_gradient(student, teacher, d, objective, gamma), gradient) <= ENUMERATION, d
-
-
-def test_a_chain_beside_a_table_goes_through_the_tree():
-    student, teacher = chains(3, 3, eos=0)
-    both = exact_gradient(student, teacher, "jsd", "token_return")
-    assert gradient_gap(exact_gradient(student, teacher.tabulate(), "jsd", "token_return"), both) <= ENUMERATION
-
-
-@pytest.mark.parametrize("eos", [None, 0])
-def test_a_chain_of_a_thousand_tokens(eos):
-    student, teacher = chains(64, 1000, eos)
-    tokens = [f(student, teacher, "reverse_kl", "token_return") for f in (exact_value, exact_gradient)]
-    whole = [f(student, teacher, "reverse_kl", "sequence") for f in (exact_value, exact_gradient)]
-    assert float(tokens[0]) == pytest.approx(float(whole[0]), rel=ENUMERATION)
-    assert gradient_gap(tokens[1], whole[1]) <= ENUMERATION
-    # The forward KL is the reverse KL of the exchanged pair.
-    forward = exact_value(student, teacher, "forward_kl", "sequence")
-    assert float(forward) == pytest.approx(float(exact_value(teacher, student, "reverse_kl", "sequence")), rel=1e-12)
-    assert torch.isfinite(torch.cat([g.flatten() for g in exact_gradient(student, teacher, "jsd")])).all()
-    # Rows of logits do not mind a constant, so every row of a gradient sums to zero.
-    for gradient in (tokens[1], exact_gradient(student, teacher, "jsd", "token_return", 0.99)):
-        rows = torch.cat([gradient[0].unsqueeze(0), gradient[1]])
-        assert float(rows.sum(-1).abs().max()) <= ENUMERATION * max(1.0, float(rows.abs().max()))
-
-
-def test_a_long_chain_without_ends_has_the_stationary_rate():
-    student, teacher = chains(5, 3000)
-    occupancy = torch.linalg.matrix_power(student.transition.softmax(-1), 200)[0]
-    p, q = student.transition.log_softmax(-1), teacher.transition.log_softmax(-1)
-    rate = float(occupancy @ (p.exp() * (p - q)).sum(-1))
-    shorter = [MarkovPolicy(policy.initial, policy.transition, 2999) for policy in (student, teacher)]
-    gain = float(exact_value(student, teacher, "reverse_kl") - exact_value(*shorter, "reverse_kl"))
-    assert gain == pytest.approx(rate, rel=1e-9)
-
-
-@pytest.mark.parametrize("name", ["jsd", "total_variation", "le_cam"])
-def test_a_sequence_divergence_that_does_not_factor_is_refused(name):
-    for function in (exact_value, exact_gradient):
-        with pytest.raises(InvalidArgumentError, match=f"must factor along a chain .* got {name}"):
-            function(*chains(3, 4), name, "sequence")
-
-
-def test_the_hellinger_distance_of_far_chains_does_not_underflow():
-    student, teacher = chains(8, 1000, scale=3.0)
-    assert float(exact_value(student, teacher, "hellinger", "sequence")) == pytest.approx(
-        _at_disjoint("hellinger"), rel=ENUMERATION
-    )
-    gradient = exact_gradient(student, teacher, "hellinger", "sequence")
-    assert gradient_gap(gradient, [torch.zeros_like(g) for g in gradient]) <= ENUMERATION
-
-
-def _at_disjoint(name: str) -> float:
-    d = divergence(name)
-    return d.at_zero + d.slope_at_infinity
 
 
 # Wrapped modules.
@@ -485,3 +373,8 @@ def test_whole_vocabulary_variance_by_listing_prefixes(pair, d):
             for a in range(student.vocab_size)
         }
     assert full_vocabulary_variance(student, teacher, d) == pytest.approx(second - total, rel=1e-9, abs=1e-12)
+
+
+def _at_disjoint(name: str) -> float:
+    d = divergence(name)
+    return d.at_zero + d.slope_at_infinity

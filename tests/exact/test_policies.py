@@ -1,4 +1,4 @@
-"""Policies: shapes and rows, random generators, the chain unrolled, wrapped modules, and what is refused."""
+"""Policies: shapes and rows, random generators, wrapped modules, and what is refused."""
 
 from __future__ import annotations
 
@@ -92,26 +92,6 @@ def test_pairs_share_their_zeros_and_keep_their_distance():
 def test_distance_zero_is_the_same_policy():
     student, teacher = random_pair(3, 2, distance=0.0, seed=1)
     assert gradient_gap(student.logits, teacher.logits) == 0.0
-
-
-def test_a_chain_unrolls_to_the_row_of_the_last_token():
-    chain = MarkovPolicy.random(3, 3, eos=1, seed=0)
-    table = chain.tabulate()
-    assert torch.equal(table.logits[0][0], chain.initial) and table.eos == 1
-    for row, prefix in enumerate(prefixes(3, 2).tolist()):
-        assert torch.equal(table.logits[2][row], chain.transition[prefix[-1]])
-
-
-@pytest.mark.parametrize("horizon", [1, 2, 4])
-def test_the_chain_pulls_back_as_autograd_does(horizon):
-    chain = MarkovPolicy.random(3, horizon, seed=0)
-    chain.initial.requires_grad_()
-    chain.transition.requires_grad_()
-    tables = chain.tables()
-    generator = torch.Generator().manual_seed(1)
-    levels = [torch.randn(table.shape, generator=generator, dtype=torch.float64) for table in tables]
-    auto = torch.autograd.grad(tables, chain.parameters(), levels, allow_unused=True, materialize_grads=True)
-    assert gradient_gap(chain.pull_back(levels), auto) <= ALGEBRA
 
 
 @pytest.mark.parametrize("every_position", [False, True])
@@ -256,3 +236,17 @@ def test_pairs_of_different_seeds_differ_in_both_policies():
         noises.append(teacher.logits[0] - student.logits[0])
     assert float((noises[0] - noises[1]).abs().max()) > 0.1
     assert not torch.equal(random_pair(3, 1, seed=0)[0].logits[0], random_pair(3, 1, seed=1)[0].logits[0])
+
+
+@pytest.mark.parametrize("position", [-1, 3, 1.0, True, "0"])
+def test_what_is_no_position_is_refused(position):
+    with pytest.raises(InvalidArgumentError, match="environment.*position") as caught:
+        TabularPolicy.random(2, 3, environment=(position,))
+    assert caught.value.argument == "environment"
+
+
+def test_positions_are_a_sorted_set():
+    assert TabularPolicy.random(2, 3, environment=[2, 0, 2]).environment == (0, 2)
+    policy = TabularPolicy.random(2, 3, environment=(1,))
+    assert policy.tabulate().environment == policy.perturbed(1.0).environment == (1,)
+    assert "environment=(1,)" in repr(policy) and "environment" not in repr(TabularPolicy.random(2, 3))

@@ -1,4 +1,4 @@
-"""Tokens that an environment writes, prompts, batches of one prompt: against fractions, autograd and plain loops."""
+"""Tokens that an environment writes and prompts: objectives and losses against fractions and autograd."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from hypothesis import strategies as st
 
 from opdtheory import MarkovPolicy, Rollouts, TabularPolicy, divergences, estimator, exact_gradient, exact_value
 from opdtheory.auditing.scenario import Scenario
-from opdtheory.errors import BudgetExceededError, InvalidArgumentError, LossError
+from opdtheory.errors import InvalidArgumentError
 from opdtheory.estimators import estimator_names
 from opdtheory.exact import Enumeration, enumerated_value, expected_gradient, gradient_moments, random_pair
-from opdtheory.exact.enumeration import shown_tables
 from opdtheory.exact.oracle import full_vocabulary_variance
 from opdtheory.testing import divergences as any_divergence
 from opdtheory.testing import gradient_gap
@@ -267,53 +266,7 @@ def test_the_whole_vocabulary_has_the_variance_of_the_prefix_alone():
     assert moments.variance == pytest.approx(full_vocabulary_variance(student, teacher, "jsd"), rel=1e-10)
 
 
-def test_an_end_of_sequence_token_of_the_environment_ends_nothing():
-    student, teacher = random_pair(2, 3, eos=0, seed=0, environment=(0,))
-    every = Enumeration.build(student, teacher)
-    rows = {tuple(y): tuple(m) for y, m in zip(every.tokens.tolist(), every.mask.tolist(), strict=True)}
-    assert rows == {
-        (x, *y): (0.0, *m)
-        for x in (0, 1)
-        for y, m in (((0, 0), (1.0, 0.0)), ((1, 0), (1.0, 1.0)), ((1, 1), (1.0, 1.0)))
-    }
-    assert float(every.probability.sum()) == pytest.approx(1.0, abs=ENUMERATION)
-    assert every.prompts.tolist() == every.tokens[:, 0].tolist()
-
-
-def test_rollouts_of_an_enumeration_pass_every_check():
-    student, teacher = random_pair(3, 3, eos=0, seed=0, environment=(0, 2), zeros=1)
-    for behavior in (None, student.perturbed(0.5)):
-        r = Enumeration.build(student, teacher, behavior).rollouts()
-        fields = {field.name: getattr(r, field.name) for field in dataclasses.fields(Rollouts)}
-        Rollouts(**fields)
-        written = torch.tensor([0, 2])
-        assert torch.isfinite(r.student_logits[:, written]).all() and torch.isfinite(r.teacher_logits[:, written]).all()
-        again = Rollouts.from_logits(r.tokens, r.student_logits, r.teacher_logits, r.mask, r.behavior_logprobs)
-        for name, field in fields.items():
-            assert torch.equal(field, getattr(again, name))
-
-
-def test_rows_of_another_batch_are_refused():
-    every = Enumeration.build(*random_pair(2, 2))
-    with pytest.raises(InvalidArgumentError, match=r"student_logits: must hold rows .*\(4, 2\), got shape \(1, 2, 2\)"):
-        every.rollouts(slice(None), torch.zeros(1, 2, 2, dtype=torch.float64))
-
-
 # What is refused.
-
-
-@pytest.mark.parametrize("position", [-1, 3, 1.0, True, "0"])
-def test_what_is_no_position_is_refused(position):
-    with pytest.raises(InvalidArgumentError, match="environment.*position") as caught:
-        TabularPolicy.random(2, 3, environment=(position,))
-    assert caught.value.argument == "environment"
-
-
-def test_positions_are_a_sorted_set():
-    assert TabularPolicy.random(2, 3, environment=[2, 0, 2]).environment == (0, 2)
-    policy = TabularPolicy.random(2, 3, environment=(1,))
-    assert policy.tabulate().environment == policy.perturbed(1.0).environment == (1,)
-    assert "environment=(1,)" in repr(policy) and "environment" not in repr(TabularPolicy.random(2, 3))
 
 
 def test_one_environment_for_all():
@@ -333,182 +286,3 @@ def test_one_environment_for_all():
             expected_gradient(estimator("k2_loss"), student, teacher, behavior=wrong)
         assert caught.value.argument == "behavior"
     assert gradient_gap(exact_gradient(student, shifted, "jsd"), exact_gradient(student, teacher, "jsd")) <= ALGEBRA
-
-
-# Batches of one prompt.
-
-
-def coupled(r: Rollouts) -> torch.Tensor:
-    """GRPO-like: each rollout's summed log-ratio, standardised over the batch, against its log-probability."""
-    reward = (r.mask * r.log_u).sum(-1).detach()
-    advantage = (reward - reward.mean()) / (reward.std(correction=0) + 0.1)
-    return -r.token_sum(advantage.unsqueeze(-1) * r.student_logprobs)
-
-
-def in_order(r: Rollouts) -> torch.Tensor:
-    """The second rollout's reward for the first one's tokens: not symmetric."""
-    reward = (r.mask * r.log_u).sum(-1).detach().roll(1)
-    return -(reward[0] * (r.mask * r.student_logprobs)[0].sum() + reward.square().sum() * r.student_logprobs[1, 1])
-
-
-def by_plain_loops(loss, student, teacher, batch_size, shared, behavior=None):
-    """Mean and second moment of the gradient over ordered batches, prompt by prompt."""
-    every = Enumeration.build(student, teacher, behavior)
-    leaves = with_leaves(student)
-    source = Enumeration.build(leaves, teacher, behavior if behavior is not None else student)
-    distribution = {x: float(every.probability[every.tokens[:, 0] == x].sum()) for x in every.tokens[:, 0].tolist()}
-    mean, second = [torch.zeros_like(z) for z in student.logits], 0.0
-    for batch in itertools.product(range(len(every)), repeat=batch_size):
-        prompts = {int(every.tokens[i, 0]) for i in batch}
-        if shared and len(prompts) > 1:
-            continue
-        weight = 1.0
-        for i in batch:
-            weight *= float(every.probability[i]) / (distribution[prompts.copy().pop()] if shared else 1.0)
-        weight *= distribution[prompts.pop()] if shared else 1.0
-        r = source.rollouts(torch.tensor(batch))
-        if behavior is None:
-            r = dataclasses.replace(r, behavior_logprobs=r.student_logprobs.detach())
-        gradient = torch.autograd.grad(loss(r), leaves.logits, allow_unused=True, materialize_grads=True)
-        for total, level in zip(mean, gradient, strict=True):
-            total += weight * level
-        second += weight * sum(float(level.square().sum()) for level in gradient)
-    return mean, second
-
-
-@pytest.mark.parametrize(
-    "loss", [coupled, in_order, estimator("opd_plus", "jsd")], ids=["coupled", "ordered", "single"]
-)
-@pytest.mark.parametrize("off_policy", [False, True])
-def test_batches_of_one_prompt_against_plain_loops(loss, off_policy):
-    student, teacher = random_pair(2, 3, eos=0, seed=8, environment=(0,))
-    behavior = student.perturbed(0.4) if off_policy else None
-    for shared in (True, False):
-        mean, second = by_plain_loops(loss, student, teacher, 2, shared, behavior)
-        moments = gradient_moments(loss, student, teacher, 2, behavior, shared_prompt=shared)
-        assert gradient_gap(moments.mean, mean) <= ENUMERATION
-        assert moments.second_moment == pytest.approx(second, rel=1e-10)
-        norm = sum(float(level.square().sum()) for level in mean)
-        assert moments.variance == pytest.approx(second - norm, rel=1e-8)
-        found = expected_gradient(loss, student, teacher, 2, behavior, shared_prompt=shared)
-        assert gradient_gap(found, mean) <= ENUMERATION
-
-
-def test_a_shared_prompt_matters_to_a_coupled_mean_and_to_any_variance():
-    student, teacher = random_pair(2, 3, eos=0, seed=8, environment=(0,))
-    own, shared = (gradient_moments(coupled, student, teacher, 2, shared_prompt=each) for each in (False, True))
-    assert gradient_gap(own.mean, shared.mean) > 1e-3
-    loss = estimator("opd_plus", "jsd")
-    own, shared = (gradient_moments(loss, student, teacher, 2, shared_prompt=each) for each in (False, True))
-    assert gradient_gap(own.mean, shared.mean) <= ENUMERATION
-    assert shared.variance > 1.01 * own.variance
-
-
-def test_a_shared_prompt_never_meets_another():
-    def one_prompt(r: Rollouts) -> torch.Tensor:
-        if (r.tokens[:, 0] != r.tokens[0, 0]).any():
-            raise RuntimeError("two prompts in one group")
-        return coupled(r)
-
-    student, teacher = random_pair(2, 3, eos=0, seed=8, environment=(0,))
-    expected_gradient(one_prompt, student, teacher, 3, shared_prompt=True)
-    with pytest.raises(RuntimeError, match="two prompts"):
-        expected_gradient(one_prompt, student, teacher, 3)
-
-
-def test_without_a_prompt_there_is_nothing_to_share():
-    student, teacher = random_pair(2, 2, eos=0, seed=8, environment=(1,))
-    own, shared = (gradient_moments(coupled, student, teacher, 3, shared_prompt=each) for each in (False, True))
-    assert own == dataclasses.replace(shared, mean=own.mean) and gradient_gap(own.mean, shared.mean) == 0.0
-
-
-def test_the_budget_counts_each_prompt():
-    student, teacher = random_pair(2, 3, seed=8, environment=(0,))
-    with pytest.raises(BudgetExceededError, match="4 sequences for each of 2 prompts needs 40") as caught:
-        gradient_moments(coupled, student, teacher, 3, budget=39, shared_prompt=True)
-    assert caught.value.count == 40
-    assert gradient_moments(coupled, student, teacher, 3, budget=40, shared_prompt=True).evaluations >= 40
-
-
-def test_a_large_group_of_few_sequences_is_cheap():
-    """Batches of 30 out of 3 rollouts: 496 up to order, 2e14 in order; their number per batch is a multinomial."""
-    student, teacher = random_pair(3, 1, seed=1)
-    p = student.logits[0][0].softmax(-1)
-
-    def of_counts(r: Rollouts) -> torch.Tensor:
-        return (r.tokens == 0).double().mean() ** 2 * r.token_sum(r.student_logprobs)
-
-    found = gradient_moments(of_counts, student, teacher, 30)
-    counts = torch.distributions.Binomial(30, p[0])
-    n = torch.arange(31, dtype=torch.float64)
-    cube, square = (float((counts.log_prob(n).exp() * (n / 30) ** k).sum()) for k in (3, 2))
-    # E[m^2 (share - p)], the shares of the other tokens given the first one's being proportional.
-    rest = (square - cube) * p / (1 - p[0]) - square * p
-    truth = torch.where(torch.arange(3) == 0, cube - square * p[0], rest)
-    assert not found.separable and found.evaluations < 600
-    assert gradient_gap([found.mean[0][0]], [truth]) <= ENUMERATION
-
-
-def test_a_gradient_that_is_not_finite_is_refused_even_where_it_would_cancel():
-    def infinite(r: Rollouts) -> torch.Tensor:
-        return r.token_sum(torch.sqrt((r.student_logprobs - r.student_logprobs.detach()).abs()))
-
-    with pytest.raises(LossError, match="NaN or inf"):
-        expected_gradient(infinite, *random_pair(2, 2))
-
-
-# The audit's panel.
-
-
-def test_the_panel_without_prompts_is_the_random_pairs():
-    for case, again in zip(Scenario(2, eos=0, seed=3).pairs(), Scenario(2, eos=0, seed=3, prompts=1, environment=()).pairs(), strict=True):
-        assert all(map(torch.equal, case.student.logits, again.student.logits))
-        assert case.student.environment == again.student.environment == ()
-    student, teacher = random_pair(4, 3, scale=1.0, distance=0.03, seed=1000 * 3)
-    assert all(map(torch.equal, Scenario(seed=3).pairs()[0].student.logits, student.logits))
-    assert all(map(torch.equal, Scenario(seed=3).pairs()[0].teacher.logits, teacher.logits))
-
-
-@pytest.mark.parametrize("off_policy", [0.0, 0.3])
-@pytest.mark.parametrize(("prompts", "environment", "levels"), [(2, (), (0,)), (3, (1,), (0, 2)), (1, (2,), (2,))])
-def test_panels_with_prompts_and_tools(prompts, environment, levels, off_policy):
-    loss = estimator("opd_plus", "jsd", importance="prefix")
-    for case in Scenario(eos=0, off_policy=off_policy, prompts=prompts, environment=environment).pairs()[::3]:
-        assert case.student.environment == case.teacher.environment == levels
-        assert case.student.horizon - 1 not in levels
-        assert int(torch.isfinite(case.student.logits[0]).sum()) == (prompts if prompts > 1 else 4)
-        found = expected_gradient(loss, case.student, case.teacher, behavior=case.behavior)
-        assert gradient_gap(found, exact_gradient(case.student, case.teacher, "jsd")) <= ENUMERATION
-
-
-def test_groups_of_one_prompt_keep_the_larger_policies():
-    assert Scenario(4, eos=0, prompts=2, shared_prompt=True).pairs()[0].student.vocab_size == 3
-    assert Scenario(4, eos=0, prompts=2).pairs()[0].student.vocab_size == 2
-
-
-@pytest.mark.parametrize(
-    ("argument", "settings"),
-    [
-        ("prompts", {"prompts": 0}),
-        ("prompts", {"prompts": 5}),
-        ("prompts", {"prompts": 1.5}),
-        ("environment", {"environment": (-1,)}),
-        ("environment", {"environment": (3,)}),
-        ("environment", {"environment": ("1",)}),
-    ],
-)
-def test_panels_out_of_range_are_refused(argument, settings):
-    with pytest.raises(InvalidArgumentError) as caught:
-        Scenario(**settings).pairs()
-    assert caught.value.argument == argument
-
-
-def test_opinions_of_what_an_environment_writes_differ_by_policy_and_position():
-    policy = TabularPolicy([torch.zeros(3**n, 3, dtype=torch.float64) for n in range(2)], environment=(0, 1))
-    shown = {role: shown_tables(policy, role) for role in ("student", "teacher", "behavior")}
-    assert torch.equal(shown["behavior"][1], policy.logits[1])
-    first = [table[0].tolist() for role in ("student", "teacher") for table in shown[role]]
-    assert len(set(map(tuple, first))) == 4
-    for role in ("student", "teacher"):
-        moved = shown_tables(TabularPolicy([z + 5.0 for z in policy.logits], environment=(0, 1)), role)
-        torch.testing.assert_close(moved[1], shown[role][1] + 5.0)
