@@ -217,7 +217,7 @@ def test_every_option_is_in_the_page_of_the_command_line(capsys):
 
 
 def test_site_builds(tmp_path):
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert built.returncode == 0, built.stdout + built.stderr
     assert (tmp_path / "site" / "api" / "audit" / "index.html").is_file()

@@ -192,7 +192,7 @@ class Session:
 
 def _sources() -> list[Path]:
     """What the records depend on."""
-    return sorted({*(f for package in PACKAGES for f in Path(package).glob("*.py")), *map(Path, TESTS)})
+    return sorted({*(f for package in PACKAGES for f in Path(package).rglob("*.py")), *map(Path, TESTS)})
 
 
 def fork(work: Callable[[], int], limit: int) -> int:
@@ -233,7 +233,7 @@ def main() -> int:
     files = [
         f
         for name in options.modules
-        for f in (sorted(Path(name).glob("*.py")) if Path(name).is_dir() else [Path(name)])
+        for f in (sorted(Path(name).rglob("*.py")) if Path(name).is_dir() else [Path(name)])
     ]
     found = [mutant for file in files for mutant in mutants(file, terms=not options.all)]
     random.Random(options.seed).shuffle(found)
@@ -266,7 +266,7 @@ def main() -> int:
     import importlib
 
     for package in PACKAGES:
-        for file in Path(package).glob("*.py"):
+        for file in Path(package).rglob("*.py"):
             importlib.import_module(".".join(file.with_suffix("").parts).removesuffix(".__init__"))
     session.imported = watch.stop()
     session.watch.start()

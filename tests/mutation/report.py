@@ -95,13 +95,13 @@ def write_page(path: Path, outcomes: list[Outcome], asked: int) -> None:
     """The page of the documentation."""
     known = explanations()
     alive = sorted((o for o in outcomes if not o.dead), key=lambda o: (o.module, o.line))
-    packages = sorted({o.module.rsplit("/", 1)[0] for o in outcomes})
+    packages = sorted({"/".join(o.module.split("/")[:2]) for o in outcomes})
     table = [
         "| package | mutants | killed | rate | survivors that compute the same |",
         "| --- | --- | --- | --- | --- |",
     ]
     for package in [*packages, ""]:
-        own = [o for o in outcomes if o.module.startswith(package)]
+        own = [o for o in outcomes if o.module.startswith(f"{package}/" if package else "")]
         same = sum(1 for o in own if not o.dead and (explanation(o, known) or ("",))[0] == "equivalent")
         table.append(
             f"| {f'`{package}`' if package else 'all'} | {len(own)} | {sum(o.dead for o in own)} | "
