@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from opdtheory.exact import TabularPolicy, exact_gradient, random_pair
@@ -48,7 +49,7 @@ def behaviors() -> tuple[Triple, ...]:
     found = []
     for student, teacher in (random_pair(3, 2, eos=0, seed=6), random_pair(5, 1, distance=1.5, seed=8)):
         step = exact_gradient(student, teacher, "reverse_kl")
-        stale = [z + 0.5 * g for z, g in zip(student.logits, step, strict=True)]
+        stale = [torch.add(z, g, alpha=0.5) for z, g in zip(student.logits, step, strict=True)]
         sampling = {
             "stale student": TabularPolicy(stale, eos=student.eos),
             "perturbed engine": student.perturbed(0.3, seed=3),
