@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
 from typing import Any
 
 import sympy
@@ -11,187 +10,80 @@ from opdtheory import divergences
 from opdtheory.theorems.instances.flows import jacobian_at_teacher, softmax_slope
 from opdtheory.theorems.instances.one_sample import covariance, expectation, in_logits, ratios, simplex
 from opdtheory.theorems.stability import checks
-from opdtheory.theorems.theorem import Identity, Step, Theorem
+from opdtheory.theorems.theorem import Step, Theorem
 
 __all__ = ["theorems"]
 
 
 def theorems() -> list[Theorem]:
     """T5."""
-    return [_attraction()]
-
-
-def _attraction() -> Theorem:
-    def at_one(name: str, f: sympy.Expr, u: sympy.Symbol) -> sympy.Expr:
-        return sympy.simplify(sympy.diff(checks.symbolic_weight(name, f, u), u).subs(u, 1))
-
-    # Which of five students approach, the nearest first.
-    far = {
-        "forward KL, OPD+": "+++++",
-        "JSD, OPD+": "+++++",
-        "chi2, OPD+": "+++++",
-        "reverse KL, OPD": "+++++",
-        "forward KL, OPD": "-----",
-        "JSD, OPD": "++---",
-        "chi2, OPD": "+----",
-        "u log u - 2(u - 1), OPD": "++---",
-    }
-    return Theorem(
-        number="T5",
-        name="stability at the teacher",
-        statement=(
-            r"J = -w'(1)\,(\mathrm{diag}\,q - q q^\top):\ \text{the teacher attracts exponentially iff } w'(1) > 0,"
-            r"\ \text{repels so iff } w'(1) < 0;\quad w' = -f'(1)\ \text{for OPD},\ f''(1)\ \text{for OPD+}"
+    return [
+        Theorem(
+            number="T5",
+            name="stability at the teacher",
+            statement=(
+                r"J = -w'(1)\,(\mathrm{diag}\,q - q q^\top):\ \text{the teacher attracts exponentially iff } w'(1) > 0,"
+                r"\ \text{repels so iff } w'(1) < 0;\quad w' = -f'(1)\ \text{for OPD},\ f''(1)\ \text{for OPD+}"
+            ),
+            hypotheses=(
+                "softmax logits, expected gradients, small steps",
+                "w differentiable at 1; q positive",
+                "at w'(1) = 0 the first non-zero derivative at 1 decides: attracting iff positive and of odd order",
+            ),
+            source="derived here; linear stability of a gradient flow",
+            advice="Compute w'(1) before training: if negative, or zero as for the JSD, no learning rate helps.",
+            derivation=(
+                Step(
+                    r"\dot z_a = p_a (w(u_a) - E_p w) = 0 \text{ at } p = q",
+                    "every ratio is 1; three atoms, w an undefined function",
+                    _fixed,
+                ),
+                Step(
+                    r"\partial \dot z_a/\partial z_b\,|_{p=q} = -w'(1)\, q_a (\delta_{ab} - q_b)",
+                    "the chain rule through softmax; three atoms, w an undefined function",
+                    _linearised,
+                ),
+                Step(
+                    r"x^\top (\mathrm{diag}\,q - qq^\top) x = \mathrm{Var}_q(x)"
+                    r" = \tfrac12 \textstyle\sum_{ab} q_a q_b (x_a - x_b)^2",
+                    "so all eigenvalues but that of the constants, which softmax ignores, have the sign of -w'(1)",
+                    _variance_form,
+                ),
+                Step(
+                    r"\det(x - J) = x\,(x^2 + w'(1)\,(1 - \textstyle\sum q^2)\,x + 3 w'(1)^2 q_1 q_2 q_3)",
+                    "three atoms; the other two roots are real, since the discriminant is a sum of squares",
+                    _eigenvalues,
+                ),
+                Step(
+                    r"w'(1) = -f'(1) - c \text{ for } -(f + c(u-1)), \qquad w'(1) = f''(1) \text{ for OPD+}",
+                    "the product rule, f an undefined function: the first depends on the gauge, the second does not",
+                    _slopes,
+                ),
+                Step(
+                    r"-f'(1):\ u\log u: -1,\ \mathrm{JSD}, \chi^2: 0,\ -\log u: 1,\ u\log u - 2(u-1): 1",
+                    "differentiated by sympy",
+                    _catalogue_slopes,
+                ),
+                Step(
+                    r"w'(1) = 0,\ p_a = q_a(1 - \varepsilon x_a):\quad"
+                    r"\dot z_a = \tfrac12 w''(1)\, q_a (x_a^2 - E_q x^2)\, \varepsilon^2 + O(\varepsilon^3)",
+                    "expansion to the second order, three atoms",
+                    _second_order,
+                ),
+                Step(
+                    r"-\tfrac12 \tfrac{d}{dt}\lVert z - \log q\rVert^2 = \mathrm{Cov}_p(\log u, w)"
+                    r" = \tfrac{w^{(m)}(1)}{m!} E_q[x^{m+1}]\, \varepsilon^{m+1} + O(\varepsilon^{m+2})",
+                    "m is the order of the first non-zero derivative of w at 1. For odd m the leading term has the "
+                    "sign of that derivative for every x, so the distance falls or grows; for even m it changes sign "
+                    "with x unless q is uniform on two atoms, and a gradient flow is not attracted to a point that is "
+                    "not a minimum",
+                    _leading_order,
+                    in_words=True,
+                ),
+            ),
+            identities=checks.identities(),
         ),
-        hypotheses=(
-            "softmax logits, expected gradients, small steps",
-            "w differentiable at 1; q positive",
-            "at w'(1) = 0 the first non-zero derivative at 1 decides: attracting iff it is positive and of odd order",
-        ),
-        source="derived here; linear stability of a gradient flow",
-        advice="Compute w'(1) before training: if negative, or zero as for the JSD, no learning rate helps.",
-        derivation=(
-            Step(
-                r"\dot z_a = p_a (w(u_a) - E_p w) = 0 \text{ at } p = q",
-                "every ratio is 1; three atoms, w an undefined function",
-                _fixed,
-            ),
-            Step(
-                r"\partial \dot z_a/\partial z_b\,|_{p=q} = -w'(1)\, q_a (\delta_{ab} - q_b)",
-                "the chain rule through softmax; three atoms, w an undefined function",
-                _linearised,
-            ),
-            Step(
-                r"x^\top (\mathrm{diag}\,q - qq^\top) x = \mathrm{Var}_q(x)"
-                r" = \tfrac12 \textstyle\sum_{ab} q_a q_b (x_a - x_b)^2",
-                "so all eigenvalues but that of the constants, which softmax ignores, have the sign of -w'(1)",
-                _variance_form,
-            ),
-            Step(
-                r"\det(x - J) = x\,(x^2 + w'(1)\,(1 - \textstyle\sum q^2)\,x + 3 w'(1)^2 q_1 q_2 q_3)",
-                "three atoms; the other two roots are real, since the discriminant is a sum of squares",
-                _eigenvalues,
-            ),
-            Step(
-                r"w'(1) = -f'(1) - c \text{ for } -(f + c(u-1)), \qquad w'(1) = f''(1) \text{ for OPD+}",
-                "the product rule, with f an undefined function: the first depends on the gauge, the second does not",
-                _slopes,
-            ),
-            Step(
-                r"-f'(1):\ u\log u: -1,\ \mathrm{JSD}, \chi^2: 0,\ -\log u: 1,\ u\log u - 2(u-1): 1",
-                "differentiated by sympy",
-                _catalogue_slopes,
-            ),
-            Step(
-                r"w'(1) = 0,\ p_a = q_a(1 - \varepsilon x_a):\quad"
-                r"\dot z_a = \tfrac12 w''(1)\, q_a (x_a^2 - E_q x^2)\, \varepsilon^2 + O(\varepsilon^3)",
-                "expansion to the second order, three atoms",
-                _second_order,
-            ),
-            Step(
-                r"-\tfrac12 \tfrac{d}{dt}\lVert z - \log q\rVert^2 = \mathrm{Cov}_p(\log u, w)"
-                r" = \tfrac{w^{(m)}(1)}{m!} E_q[x^{m+1}]\, \varepsilon^{m+1} + O(\varepsilon^{m+2})",
-                "m is the order of the first non-zero derivative of w at 1. For odd m the leading term has the sign of "
-                "that derivative for every x, so the distance falls or grows; for even m it changes sign with x unless "
-                "q is uniform on two atoms, and a gradient flow is not attracted to a point that is not a minimum",
-                _leading_order,
-                in_words=True,
-            ),
-        ),
-        identities=(
-            Identity(
-                "Jacobian in fractions",
-                r"J = -w'(1)(\mathrm{diag}\,q - qq^\top)",
-                checks.check_jacobian,
-                jacobian_at_teacher,
-                {
-                    "sign flipped": lambda q, s: jacobian_at_teacher(q, -s),
-                    "q q^T dropped": lambda q, s: -s * sympy.diag(*q),
-                    "without w'(1)": lambda q, s: jacobian_at_teacher(q, sympy.Integer(1)),
-                },
-                "exact",
-            ),
-            Identity(
-                "spectrum in fractions",
-                r"\det(x - J) = x\,(x^2 + w'(1)(1 - \textstyle\sum q^2)x + 3w'(1)^2 q_1q_2q_3)",
-                checks.check_spectrum,
-                1,
-                {"sign flipped": -1},
-                "exact",
-            ),
-            Identity(
-                "distance falls or grows, certified",
-                r"\mathrm{sign}\ \tfrac{d}{dt}\lVert z - \log q\rVert = -\mathrm{sign}\ w'(1)",
-                checks.check_distance,
-                at_one,
-                {
-                    "sign flipped": lambda name, f, u: -at_one(name, f, u),
-                    "f''(1) for stop-gradient too": lambda name, f, u: at_one("opd_plus", f, u),
-                    "same for both": lambda name, f, u: at_one("opd", f, u),
-                },
-                "rigorous",
-            ),
-            Identity(
-                "attracting only near, certified",
-                r"-(u\log u - 2(u-1)) < 0 \text{ for } u \ge 5:\ \text{an underrated token loses further}",
-                checks.check_collapse,
-                {Fraction(1, 10): 7, Fraction(1, 2): 6, Fraction(99, 100): 5},
-                {
-                    "everywhere": dict.fromkeys((Fraction(1, 10), Fraction(1, 2), Fraction(99, 100)), 1000),
-                    "up to e only": dict.fromkeys((Fraction(1, 10), Fraction(1, 2), Fraction(99, 100)), 3),
-                },
-                "rigorous",
-            ),
-            Identity(
-                "Jacobian by autograd",
-                r"J = -w'(1)(\mathrm{diag}\,q - qq^\top)",
-                checks.check_autograd,
-                checks.slope,
-                checks.FALSE_SLOPES,
-            ),
-            Identity(
-                "Hessian of the objective",
-                r"\nabla^2 D_f(q\|p)|_{p=q} = f''(1)\,(\mathrm{diag}\,q - qq^\top)",
-                checks.check_hessian,
-                checks.slope,
-                {
-                    "sign flipped": lambda name, d: -checks.slope(name, d),
-                    "f''(1) + f'(1)": lambda name, d: checks.slope("opd_plus", d) - checks.slope("opd", d),
-                },
-            ),
-            Identity(
-                "simulated rates",
-                r"\lVert z - \log q \rVert \propto e^{-w'(1)\lambda t}",
-                checks.check_rates,
-                checks.slope,
-                checks.FALSE_SLOPES,
-            ),
-            Identity(
-                "no first-order force",
-                r"\pm(u-1)^m \text{ attracts from every side iff } m \text{ is odd and the sign is } +",
-                checks.check_first_order,
-                lambda order, sign: sign > 0 and order % 2 == 1,
-                {
-                    "iff w'(1) > 0": lambda order, sign: sign > 0 and order == 1,
-                    "iff w'(1) >= 0": lambda order, sign: sign > 0 or order > 1,
-                    "any order": lambda order, sign: sign > 0,
-                },
-            ),
-            Identity(
-                "simulated from far",
-                r"\text{OPD+ approaches from everywhere; OPD's forward KL from nowhere, its JSD and } \chi^2"
-                r"\text{ from one side}",
-                checks.check_far,
-                far,
-                {
-                    "OPD's forward KL approaches": {**far, "forward KL, OPD": "+++++"},
-                    "OPD's JSD approaches from everywhere": {**far, "JSD, OPD": "+++++"},
-                    "OPD's JSD approaches from nowhere": {**far, "JSD, OPD": "-----"},
-                    "the slope at the teacher decides from far": {**far, "u log u - 2(u - 1), OPD": "+++++"},
-                },
-            ),
-        ),
-    )
+    ]
 
 
 # The derivation, with w and f undefined functions.

@@ -26,25 +26,9 @@ from opdtheory.theorems.instances.flows import (
     softmax_slope,
 )
 from opdtheory.theorems.instances.one_sample import covariance, in_logits, intervals, ratios
-from opdtheory.theorems.theorem import Cases, close, holds, same
+from opdtheory.theorems.theorem import Cases, Identity, close, holds, same
 
-__all__ = [
-    "AT_TEACHER",
-    "FALSE_SLOPES",
-    "check_autograd",
-    "check_collapse",
-    "check_distance",
-    "check_far",
-    "check_first_order",
-    "check_hessian",
-    "check_jacobian",
-    "check_rates",
-    "check_spectrum",
-    "local_weight",
-    "slope",
-    "smooth",
-    "symbolic_weight",
-]
+__all__ = ["AT_TEACHER", "identities", "local_weight", "smooth", "symbolic_weight"]
 
 # The slope w'(1) of an estimator's local weight, from its generator.
 SymbolicSlope = Callable[[str, "sympy.Expr", "sympy.Symbol"], "sympy.Expr"]
@@ -53,6 +37,114 @@ JacobianForm = Callable[[list["sympy.Expr"], "sympy.Expr"], "sympy.Matrix"]
 
 _ESTIMATORS = ("opd", "opd_plus")
 AT_TEACHER = torch.zeros(1, dtype=torch.float64)  # log u there
+
+
+def identities() -> tuple[Identity, ...]:
+    """The claims of T5 that are checked."""
+    # Which of five students approach, the nearest first.
+    far = {
+        ("forward_kl", "opd_plus"): "+++++",
+        ("jsd", "opd_plus"): "+++++",
+        ("chi2", "opd_plus"): "+++++",
+        ("reverse_kl", "opd"): "+++++",
+        ("forward_kl", "opd"): "-----",
+        ("jsd", "opd"): "++---",
+        ("chi2", "opd"): "+----",
+        ("u log u - 2(u - 1)", "opd"): "++---",
+    }
+    return (
+        Identity(
+            "Jacobian in fractions",
+            r"J = -w'(1)(\mathrm{diag}\,q - qq^\top)",
+            _check_jacobian,
+            jacobian_at_teacher,
+            {
+                "sign flipped": lambda q, s: jacobian_at_teacher(q, -s),
+                "q q^T dropped": lambda q, s: -s * sympy.diag(*q),
+                "without w'(1)": lambda q, s: jacobian_at_teacher(q, sympy.Integer(1)),
+            },
+            "exact",
+        ),
+        Identity(
+            "spectrum in fractions",
+            r"\det(x - J) = x\,(x^2 + w'(1)(1 - \textstyle\sum q^2)x + 3w'(1)^2 q_1q_2q_3)",
+            _check_spectrum,
+            1,
+            {"sign flipped": -1},
+            "exact",
+        ),
+        Identity(
+            "distance falls or grows, certified",
+            r"\mathrm{sign}\ \tfrac{d}{dt}\lVert z - \log q\rVert = -\mathrm{sign}\ w'(1)",
+            _check_distance,
+            _symbolic_slope,
+            {
+                "sign flipped": lambda name, f, u: -_symbolic_slope(name, f, u),
+                "f''(1) for stop-gradient too": lambda name, f, u: _symbolic_slope("opd_plus", f, u),
+                "same for both": lambda name, f, u: _symbolic_slope("opd", f, u),
+            },
+            "rigorous",
+        ),
+        Identity(
+            "attracting only near, certified",
+            r"-(u\log u - 2(u-1)) < 0 \text{ for } u \ge 5:\ \text{an underrated token loses further}",
+            _check_collapse,
+            {Fraction(1, 10): 7, Fraction(1, 2): 6, Fraction(99, 100): 5},
+            {
+                "everywhere": dict.fromkeys((Fraction(1, 10), Fraction(1, 2), Fraction(99, 100)), 1000),
+                "up to e only": dict.fromkeys((Fraction(1, 10), Fraction(1, 2), Fraction(99, 100)), 3),
+            },
+            "rigorous",
+        ),
+        Identity(
+            "Jacobian by autograd",
+            r"J = -w'(1)(\mathrm{diag}\,q - qq^\top)",
+            _check_autograd,
+            _slope,
+            _FALSE_SLOPES,
+        ),
+        Identity(
+            "Hessian of the objective",
+            r"\nabla^2 D_f(q\|p)|_{p=q} = f''(1)\,(\mathrm{diag}\,q - qq^\top)",
+            _check_hessian,
+            _slope,
+            {
+                "sign flipped": lambda name, d: -_slope(name, d),
+                "f''(1) + f'(1)": lambda name, d: _slope("opd_plus", d) - _slope("opd", d),
+            },
+        ),
+        Identity(
+            "simulated rates",
+            r"\lVert z - \log q \rVert \propto e^{-w'(1)\lambda t}",
+            _check_rates,
+            _slope,
+            _FALSE_SLOPES,
+        ),
+        Identity(
+            "no first-order force",
+            r"\pm(u-1)^m \text{ attracts from every side iff } m \text{ is odd and the sign is } +",
+            _check_first_order,
+            lambda order, sign: sign > 0 and order % 2 == 1,
+            {
+                "iff w'(1) > 0": lambda order, sign: sign > 0 and order == 1,
+                "iff w'(1) >= 0": lambda order, sign: sign > 0 or order > 1,
+                "any order": lambda order, sign: sign > 0,
+            },
+        ),
+        Identity(
+            "simulated from far",
+            r"\text{OPD+ approaches from everywhere; OPD's forward KL from nowhere, its JSD and } \chi^2"
+            r"\text{ from one side}",
+            _check_far,
+            far,
+            {
+                "OPD's forward KL approaches": {**far, ("forward_kl", "opd"): "+++++"},
+                "OPD's JSD approaches from everywhere": {**far, ("jsd", "opd"): "+++++"},
+                "OPD's JSD approaches from nowhere": {**far, ("jsd", "opd"): "-----"},
+                "the slope at the teacher decides from far": {**far, ("u log u - 2(u - 1)", "opd"): "+++++"},
+            },
+        ),
+    )
 
 
 def smooth() -> list[Divergence]:
@@ -65,8 +157,13 @@ def symbolic_weight(name: str, f: sympy.Expr, u: sympy.Symbol) -> sympy.Expr:
     return -f if name == "opd" else u * sympy.diff(f, u) - f
 
 
+def _symbolic_slope(name: str, f: sympy.Expr, u: sympy.Symbol) -> sympy.Expr:
+    """The slope `w'(1)` of that weight."""
+    return sympy.simplify(sympy.diff(symbolic_weight(name, f, u), u).subs(u, 1))
+
+
 def local_weight(name: str, divergence: Divergence) -> Callable[[Tensor], Tensor]:
-    r"""The same as a function of $\log u$."""
+    r"""The weight as a function of $\log u$."""
     return divergence.weight if name == "opd_plus" else lambda log_u: -divergence.generator(log_u)
 
 
@@ -90,7 +187,7 @@ def _derived_jacobians() -> tuple[tuple[Any, ...], ...]:
     return tuple(found)
 
 
-def check_jacobian(form: JacobianForm) -> Cases:
+def _check_jacobian(form: JacobianForm) -> Cases:
     """The flow's Jacobian at rational teachers, differentiated by sympy, against the closed form."""
     for name, estimator, q, slope, derived in _derived_jacobians():
         yield same(derived, tuple(form(q, slope)), name, estimator, q)
@@ -100,7 +197,7 @@ def _rational_teachers() -> list[list[sympy.Expr]]:
     return [[sympy.Rational(b) for b in q] for _, q in rational_distributions()[1:4]]
 
 
-def check_spectrum(sign: int) -> Cases:
+def _check_spectrum(sign: int) -> Cases:
     """Characteristic polynomials of rational Jacobians, for weights of either slope."""
     x = sympy.Symbol("x")
     for slope in (sympy.Rational(-5, 3), sympy.Integer(0), sympy.Rational(7, 2)):
@@ -117,7 +214,7 @@ def check_spectrum(sign: int) -> Cases:
 # Enclosed.
 
 
-def check_distance(slope: SymbolicSlope) -> Cases:
+def _check_distance(slope: SymbolicSlope) -> Cases:
     r"""The pull $\mathrm{Cov}_p(\log u, w) = -\frac12\frac{d}{dt}\lVert z - \log q\rVert^2$ has the sign of $w'(1)$.
 
     The students are a thousandth of the way from each teacher to another distribution.
@@ -138,7 +235,7 @@ def check_distance(slope: SymbolicSlope) -> Cases:
                 yield holds(1 in sum(ps), divergence, estimator, teacher, "sum of p")
 
 
-def check_collapse(turns: dict[Fraction, int]) -> Cases:
+def _check_collapse(turns: dict[Fraction, int]) -> Cases:
     r"""The two-token drift under $-(u\log u - 2(u-1))$ from a student that underrates the second token by `u_2`.
 
     For each `u_1` the first `u_2` of a few from which on the token loses: close to `u_1 = 1`, where w falls below 0.
@@ -153,19 +250,19 @@ def check_collapse(turns: dict[Fraction, int]) -> Cases:
 # In float64.
 
 
-def slope(name: str, divergence: Divergence) -> float:
+def _slope(name: str, divergence: Divergence) -> float:
     """The slope `w'(1)`: `-f'(1)` of stop-gradient or `f''(1)` of OPD+."""
     return float(divergence.curvature(AT_TEACHER) if name == "opd_plus" else -divergence.log_slope(AT_TEACHER))
 
 
-FALSE_SLOPES: dict[str, NumericSlope] = {
-    "sign flipped": lambda name, d: -slope(name, d),
-    "f''(1) for stop-gradient too": lambda name, d: slope("opd_plus", d),
+_FALSE_SLOPES: dict[str, NumericSlope] = {
+    "sign flipped": lambda name, d: -_slope(name, d),
+    "f''(1) for stop-gradient too": lambda name, d: _slope("opd_plus", d),
     "w(1) in place of w'(1)": lambda name, d: float(local_weight(name, d)(AT_TEACHER)),
 }
 
 
-def check_autograd(claimed: NumericSlope) -> Cases:
+def _check_autograd(claimed: NumericSlope) -> Cases:
     """Autograd through the flow against the closed form, on four tokens."""
     q = torch.tensor(TEACHER, dtype=torch.float64)
     for divergence in smooth():
@@ -175,7 +272,7 @@ def check_autograd(claimed: NumericSlope) -> Cases:
             yield close(derived, -claimed(name, divergence) * (q.diag() - torch.outer(q, q)), divergence, name)
 
 
-def check_hessian(claimed: NumericSlope) -> Cases:
+def _check_hessian(claimed: NumericSlope) -> Cases:
     """The Hessian of the enumerated objective at the teacher, row by row, which is minus the flow's Jacobian."""
     teacher = pairs()[1][1]
     first, rest = teacher.logits[0], list(teacher.logits[1:])
@@ -204,7 +301,7 @@ def _growth(name: str, divergence: Divergence) -> Tensor:
     return (distance(path[-1], log_q) / distance(path[0], log_q)).log()
 
 
-def check_rates(claimed: NumericSlope) -> Cases:
+def _check_rates(claimed: NumericSlope) -> Cases:
     r"""Simulated from a millionth away, each mode's distance grows by $e^{-w'(1)\lambda t}$."""
     _, rates, _ = _modes()
     for divergence in smooth():
@@ -213,51 +310,36 @@ def check_rates(claimed: NumericSlope) -> Cases:
             yield holds(float(error.abs().max()) < 1e-3, divergence, name)
 
 
-_POLYNOMIAL: dict[str, Callable[[Tensor], Tensor]] = {
-    "(u-1)": torch.expm1,
-    "-(u-1)": lambda t: -torch.expm1(t),
-    "(u-1)^2": lambda t: torch.expm1(t) ** 2,
-    "-(u-1)^2": lambda t: -(torch.expm1(t) ** 2),
-    "(u-1)^3": lambda t: torch.expm1(t) ** 3,
-    "-(u-1)^3": lambda t: -(torch.expm1(t) ** 3),
-}
-
-
 @functools.cache
-def _all_approach(weight: str) -> bool:
-    """Whether every one of eight students around the teacher ends nearer to it than it began."""
+def _all_approach(order: int, sign: int) -> bool:
+    r"""Whether each of eight students around the teacher ends nearer to it than it began, under $\pm(u-1)^m$."""
     log_q, _, vectors = _modes()
     start = torch.add(log_q, torch.cat([vectors, -vectors]), alpha=0.2)
-    path = distance(flow(start, log_q, _POLYNOMIAL[weight], 200.0, 400), log_q)
+    path = distance(flow(start, log_q, lambda t: sign * torch.expm1(t) ** order, 200.0, 400), log_q)
     return bool((path[-1] < path[0]).all())
 
 
-def check_first_order(attracts: Callable[[int, int], bool]) -> Cases:
+def _check_first_order(attracts: Callable[[int, int], bool]) -> Cases:
     r"""Which weights $\pm(u-1)^m$ attract from every side."""
-    for weight in _POLYNOMIAL:
-        sign, order = (-1 if weight.startswith("-") else 1), (int(weight[-1]) if "^" in weight else 1)
-        yield holds(_all_approach(weight) == attracts(order, sign), weight)
+    for order in (1, 2, 3):
+        for sign in (1, -1):
+            yield holds(_all_approach(order, sign) == attracts(order, sign), f"order {order}", f"sign {sign:+}")
 
 
 @functools.cache
-def _ends(label: str) -> str:
+def _ends(name: str, estimator: str) -> str:
     """Which of the far students end nearer to the teacher than they began: a plus for each that does, else a minus."""
-    known: dict[str, Callable[[Tensor], Tensor]] = {
-        "forward KL, OPD+": divergences.divergence("forward_kl").weight,
-        "JSD, OPD+": divergences.divergence("jsd").weight,
-        "chi2, OPD+": divergences.divergence("chi2").weight,
-        "reverse KL, OPD": lambda t: t,
-        "forward KL, OPD": lambda t: -t * t.exp(),
-        "JSD, OPD": lambda t: -divergences.divergence("jsd").generator(t),
-        "chi2, OPD": lambda t: -(torch.expm1(t) ** 2),
-        "u log u - 2(u - 1), OPD": lambda t: -t * t.exp() + 2 * torch.expm1(t),
-    }
+    if name == "u log u - 2(u - 1)":
+        u = divergences.symbol()
+        divergence = Divergence.from_expr(u * sympy.log(u) - 2 * (u - 1))
+    else:
+        divergence = divergences.divergence(name)
     log_q = _modes()[0]
-    path = distance(flow(far_students(), log_q, known[label], 30.0, 200), log_q)
+    path = distance(flow(far_students(), log_q, local_weight(estimator, divergence), 30.0, 200), log_q)
     return "".join("+" if nearer else "-" for nearer in (path[-1] < path[0]).tolist())
 
 
-def check_far(every: dict[str, str]) -> Cases:
+def _check_far(every: dict[tuple[str, str], str]) -> Cases:
     """Which of the far students approach."""
-    for label, claimed in every.items():
-        yield holds(_ends(label) == claimed, label)
+    for (name, estimator), claimed in every.items():
+        yield holds(_ends(name, estimator) == claimed, name, estimator)

@@ -37,25 +37,9 @@ from opdtheory.theorems.instances.one_sample import (
     ratios,
 )
 from opdtheory.theorems.stability.checks import AT_TEACHER, local_weight, smooth
-from opdtheory.theorems.theorem import Cases, close, holds, overlap, same
+from opdtheory.theorems.theorem import Cases, Identity, close, holds, overlap, same
 
-__all__ = [
-    "ABOVE",
-    "BELOW",
-    "check_clamp",
-    "check_dead_zone",
-    "check_never_grows",
-    "check_pull",
-    "check_range",
-    "check_rate",
-    "check_separation",
-    "check_tilted_range",
-    "clamp",
-    "is_dead",
-    "path",
-    "pull",
-    "stopped_path",
-]
+__all__ = ["ABOVE", "BELOW", "clamp", "identities"]
 
 # Whether the teacher is the only fixed point under clamp(w, a, b), given a, b and w(1).
 ClampRule = Callable[[Fraction, Fraction, Fraction], bool]
@@ -72,6 +56,91 @@ _ENDS = tuple(map(Fraction, ("-4", "-3", "-11/4", "-1", "-1/2", "-1/5", "0", "1/
 
 # A student one percent away from the teacher of `flows`.
 _BESIDE = (0.404, 0.297, 0.202, 0.097)
+
+
+def identities() -> tuple[Identity, ...]:
+    """The claims of T5c that are checked."""
+    return (
+        Identity(
+            "clamped weights in fractions",
+            r"\text{the teacher is the only fixed point of } \mathrm{clamp}(w, a, b) \iff a \le w(1) \le b",
+            _check_clamp,
+            lambda low, high, at_one: low <= at_one <= high,
+            {
+                "always": lambda low, high, at_one: True,
+                "w(1) must lie inside the interval": lambda low, high, at_one: low < at_one < high,
+                "0 must lie in the interval": lambda low, high, at_one: low <= 0 <= high,
+            },
+            "exact",
+        ),
+        Identity(
+            "clamped ratios in fractions",
+            r"\text{the teacher is the only fixed point of } w(\mathrm{clamp}(u, a, b)) \iff a \le 1 \le b",
+            _check_range,
+            lambda low, high: low <= 1 <= high,
+            {"always": lambda low, high: True, "1 must lie inside": lambda low, high: low < 1 < high},
+            "exact",
+        ),
+        Identity(
+            "who rests, in fractions",
+            r"\dot z = 0 \iff w(u_a) \text{ is the same on all tokens}",
+            _check_separation,
+            all,
+            {"only the teacher": lambda equal: False, "always": lambda equal: True},
+            "exact",
+        ),
+        Identity(
+            "a weight that falls, clipped",
+            r"-(u\log u - 2(u-1)) \text{ on } |\log u| \le C: \text{ only the teacher rests}"
+            r" \iff C \le 2(1 - e^{-C}), \text{ up to } C = 1.593\ldots",
+            _check_tilted_range,
+            lambda clip: clip <= Fraction(1593, 1000),
+            {
+                "only where it rises, C <= 1": lambda clip: clip <= 1,
+                "for every C": lambda clip: True,
+                "up to C = 2": lambda clip: clip <= 2,
+            },
+            "rigorous",
+        ),
+        Identity(
+            "the pull, certified",
+            r"\mathrm{Cov}_p(\log u, w_f) > 0 \text{ for } p \ne q",
+            _check_pull,
+            1,
+            {"sign flipped": -1},
+            "rigorous",
+            1e-40,
+        ),
+        Identity(
+            "slope of the distance",
+            r"\langle z - \log q, \nabla D_f\rangle = \mathrm{Cov}_p(\log u, w_f)",
+            _check_rate,
+            _pull,
+            {
+                "sign flipped": lambda p, log_u, w: -_pull(p, log_u, w),
+                "not centred": lambda p, log_u, w: (p * log_u * w).sum(),
+                "with u in place of log u": lambda p, log_u, w: _pull(p, log_u.exp(), w),
+            },
+        ),
+        Identity(
+            "distances never grow",
+            r"\lVert z(t) - \log q\rVert \text{ is non-increasing for a non-decreasing weight, clipped or not}",
+            _check_never_grows,
+            _path,
+            {"for stop-gradient too": lambda name, label, centred: _stopped_path(name)},
+        ),
+        Identity(
+            "dead zones of sampled estimators",
+            r"E[\hat g] = 0 \text{ next to the teacher} \iff w(1) \notin [a, b]",
+            _check_dead_zone,
+            _is_dead,
+            {
+                "never": lambda d, options, centred: False,
+                "centred or not": lambda d, options, centred: _is_dead(d, options, True),
+                "any clip of the weight": lambda d, options, centred: "clip_weight" in options,
+            },
+        ),
+    )
 
 
 def _increasing() -> dict[str, sympy.Expr]:
@@ -102,7 +171,7 @@ def _only_teacher_rests(weights: Mapping[Fraction, Fraction]) -> bool:
     return all(_force(below, above, weights) != 0 for below in BELOW for above in ABOVE)
 
 
-def check_clamp(only: ClampRule) -> Cases:
+def _check_clamp(only: ClampRule) -> Cases:
     """Students of two tokens in fractions, under a clamped weight."""
     u = divergences.symbol()
     for name, w in _increasing().items():
@@ -113,7 +182,7 @@ def check_clamp(only: ClampRule) -> Cases:
             yield holds(alone == only(low, high, at[Fraction(1)]), name, f"w in [{low}, {high}]")
 
 
-def check_range(only: RangeRule) -> Cases:
+def _check_range(only: RangeRule) -> Cases:
     """The same with the ratio clamped before the weight."""
     u = divergences.symbol()
     ends = (("1/2", "2"), ("99/100", "101/100"), ("1", "2"), ("1/2", "1"), ("11/10", "3"), ("1/3", "9/10"))
@@ -123,7 +192,7 @@ def check_range(only: RangeRule) -> Cases:
             yield holds(alone == only(low, high), name, f"u in [{low}, {high}]")
 
 
-def check_separation(separates: Callable[[list[bool]], bool]) -> Cases:
+def _check_separation(separates: Callable[[list[bool]], bool]) -> Cases:
     """Distributions in fractions: a student that is not the teacher rests iff all its weights are equal."""
     for below in BELOW:
         mirrored = 2 - below
@@ -141,7 +210,7 @@ def check_separation(separates: Callable[[list[bool]], bool]) -> Cases:
             yield holds(rests == separates([v == values[0] for v in values[1:]]), name, student, teacher)
 
 
-def check_tilted_range(rule: Callable[[Fraction], bool]) -> Cases:
+def _check_tilted_range(rule: Callable[[Fraction], bool]) -> Cases:
     r"""$w = -u\log u + 2(u-1)$ on $|\log u| \le C$: whether a second fixed point exists, certified."""
 
     def weight(t: Any) -> Any:
@@ -157,7 +226,7 @@ def check_tilted_range(rule: Callable[[Fraction], bool]) -> Cases:
             yield holds(weight(-interval(clip * k / 8)).b < 0, f"C {clip}", f"falling side, {k}/8")
 
 
-def check_pull(sign: int) -> Cases:
+def _check_pull(sign: int) -> Cases:
     r"""$\mathrm{Cov}_p(\log u, w_f) > 0$, certified for every divergence and pair; it is the pull on the logits."""
     u = divergences.symbol()
     for divergence in smooth():
@@ -171,7 +240,7 @@ def check_pull(sign: int) -> Cases:
             yield overlap(by_covariance, by_logits, divergence, student, teacher, "value")
 
 
-def check_rate(form: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Cases:
+def _check_rate(form: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Cases:
     r"""The slope of $\frac12\lVert z - \log q\rVert^2$ along the oracle's descent, at the first token."""
     for divergence, pair in every_case():
         log_p, log_q = log_rows(*pair)
@@ -180,7 +249,7 @@ def check_rate(form: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Cases:
         yield close(slope, form(log_p.exp(), log_q - log_p, divergence.weight(log_q - log_p)), divergence, pair)
 
 
-def pull(p: Tensor, log_u: Tensor, weight: Tensor) -> Tensor:
+def _pull(p: Tensor, log_u: Tensor, weight: Tensor) -> Tensor:
     r"""$\mathrm{Cov}_p(\log u, w)$."""
     return (p * log_u * weight).sum() - (p * log_u).sum() * (p * weight).sum()
 
@@ -210,13 +279,13 @@ _SIMULATED = ("reverse_kl", "forward_kl", "jsd")
 
 
 @functools.cache
-def path(name: str, label: str, centred: bool) -> Tensor:
+def _path(name: str, label: str, centred: bool) -> Tensor:
     """Distances to the teacher along the flow of OPD+ under one of the clips."""
     return _distances(_clipped(divergences.divergence(name), label, centred))
 
 
 @functools.cache
-def stopped_path(name: str) -> Tensor:
+def _stopped_path(name: str) -> Tensor:
     """Distances to the teacher along the flow of stop-gradient."""
     return _distances(local_weight("opd", divergences.divergence(name)))
 
@@ -227,7 +296,7 @@ def _distances(weight: Callable[[Tensor], Tensor]) -> Tensor:
     return distance(flow(far_students(), log_q, weight, 15.0, 75), log_q)
 
 
-def check_never_grows(paths: Callable[[str, str, bool], Tensor]) -> Cases:
+def _check_never_grows(paths: Callable[[str, str, bool], Tensor]) -> Cases:
     """Distances to the teacher along simulated flows, from near and far."""
     for name in _SIMULATED:
         for label in _CLIPS:
@@ -244,7 +313,7 @@ def _force_beside(form: str, name: str, clip: str) -> Tensor:
     return expected_gradient(loss, student, teacher)[0]
 
 
-def check_dead_zone(dead: Callable[[Divergence, dict[str, Any], bool], bool]) -> Cases:
+def _check_dead_zone(dead: Callable[[Divergence, dict[str, Any], bool], bool]) -> Cases:
     """Sampled estimators with clips, run as black boxes: whether a student beside the teacher feels no force.
 
     Their forces are those of the weights that the simulated flows use.
@@ -260,7 +329,7 @@ def check_dead_zone(dead: Callable[[Divergence, dict[str, Any], bool], bool]) ->
                 yield close(-drift(log_p, log_q, _clipped(divergence, clip, shifted)), force, form, name, clip, "force")
 
 
-def is_dead(divergence: Divergence, options: dict[str, Any], centred: bool) -> bool:
+def _is_dead(divergence: Divergence, options: dict[str, Any], centred: bool) -> bool:
     """Whether the clip interval of the weight leaves out its value at the teacher."""
     if "clip_weight" not in options:
         return False

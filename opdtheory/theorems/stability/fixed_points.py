@@ -7,14 +7,9 @@ from fractions import Fraction
 
 import sympy
 
-from opdtheory.theorems.instances.one_sample import (
-    covariance,
-    expectation,
-    in_logits,
-    simplex,
-)
+from opdtheory.theorems.instances.one_sample import covariance, expectation, in_logits, simplex
 from opdtheory.theorems.stability import fixed_point_checks as checks
-from opdtheory.theorems.theorem import Identity, Step, Theorem
+from opdtheory.theorems.theorem import Step, Theorem
 
 __all__ = ["theorems"]
 
@@ -77,87 +72,7 @@ def theorems() -> list[Theorem]:
                     in_words=True,
                 ),
             ),
-            identities=(
-                Identity(
-                    "clamped weights in fractions",
-                    r"\text{the teacher is the only fixed point of } \mathrm{clamp}(w, a, b) \iff a \le w(1) \le b",
-                    checks.check_clamp,
-                    lambda low, high, at_one: low <= at_one <= high,
-                    {
-                        "always": lambda low, high, at_one: True,
-                        "w(1) must lie inside the interval": lambda low, high, at_one: low < at_one < high,
-                        "0 must lie in the interval": lambda low, high, at_one: low <= 0 <= high,
-                    },
-                    "exact",
-                ),
-                Identity(
-                    "clamped ratios in fractions",
-                    r"\text{the teacher is the only fixed point of } w(\mathrm{clamp}(u, a, b)) \iff a \le 1 \le b",
-                    checks.check_range,
-                    lambda low, high: low <= 1 <= high,
-                    {"always": lambda low, high: True, "1 must lie inside": lambda low, high: low < 1 < high},
-                    "exact",
-                ),
-                Identity(
-                    "who rests, in fractions",
-                    r"\dot z = 0 \iff w(u_a) \text{ is the same on all tokens}",
-                    checks.check_separation,
-                    all,
-                    {"only the teacher": lambda equal: False, "always": lambda equal: True},
-                    "exact",
-                ),
-                Identity(
-                    "a weight that falls, clipped",
-                    r"-(u\log u - 2(u-1)) \text{ on } |\log u| \le C: \text{ only the teacher rests}"
-                    r" \iff C \le 2(1 - e^{-C}), \text{ up to } C = 1.593\ldots",
-                    checks.check_tilted_range,
-                    lambda clip: clip <= Fraction(1593, 1000),
-                    {
-                        "only where it rises, C <= 1": lambda clip: clip <= 1,
-                        "for every C": lambda clip: True,
-                        "up to C = 2": lambda clip: clip <= 2,
-                    },
-                    "rigorous",
-                ),
-                Identity(
-                    "the pull, certified",
-                    r"\mathrm{Cov}_p(\log u, w_f) > 0 \text{ for } p \ne q",
-                    checks.check_pull,
-                    1,
-                    {"sign flipped": -1},
-                    "rigorous",
-                    1e-40,
-                ),
-                Identity(
-                    "slope of the distance",
-                    r"\langle z - \log q, \nabla D_f\rangle = \mathrm{Cov}_p(\log u, w_f)",
-                    checks.check_rate,
-                    checks.pull,
-                    {
-                        "sign flipped": lambda p, log_u, w: -checks.pull(p, log_u, w),
-                        "not centred": lambda p, log_u, w: (p * log_u * w).sum(),
-                        "with u in place of log u": lambda p, log_u, w: checks.pull(p, log_u.exp(), w),
-                    },
-                ),
-                Identity(
-                    "distances never grow",
-                    r"\lVert z(t) - \log q\rVert \text{ is non-increasing for a non-decreasing weight, clipped or not}",
-                    checks.check_never_grows,
-                    checks.path,
-                    {"for stop-gradient too": lambda name, label, centred: checks.stopped_path(name)},
-                ),
-                Identity(
-                    "dead zones of sampled estimators",
-                    r"E[\hat g] = 0 \text{ next to the teacher} \iff w(1) \notin [a, b]",
-                    checks.check_dead_zone,
-                    checks.is_dead,
-                    {
-                        "never": lambda d, options, centred: False,
-                        "centred or not": lambda d, options, centred: checks.is_dead(d, options, True),
-                        "any clip of the weight": lambda d, options, centred: "clip_weight" in options,
-                    },
-                ),
-            ),
+            identities=checks.identities(),
         )
     ]
 

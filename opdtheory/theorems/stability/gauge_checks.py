@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 
 import sympy
@@ -27,31 +27,94 @@ from opdtheory.theorems.instances.cases import (
 from opdtheory.theorems.instances.flows import TEACHER, distance, far_students, flow
 from opdtheory.theorems.instances.one_sample import in_logits, ratios
 from opdtheory.theorems.stability.checks import smooth
-from opdtheory.theorems.theorem import Cases, close, holds, overlap, same
+from opdtheory.theorems.theorem import Cases, Identity, close, holds, overlap, same
 
-__all__ = [
-    "FALSE_FACTORS",
-    "FALSE_THRESHOLDS",
-    "GAUGES",
-    "check_catalogue",
-    "check_clipped",
-    "check_cured",
-    "check_enclosed",
-    "check_factor_enclosed",
-    "check_factor_rational",
-    "check_forward_kl",
-    "check_rational",
-    "clipped_threshold",
-    "factor",
-    "slope_at_infinity",
-    "threshold",
-]
+__all__ = ["identities", "slope_at_infinity", "threshold"]
 
 # The largest c that cures a generator, infinite (no c does) as sympy's -oo.
 Threshold = Callable[["sympy.Expr", "sympy.Symbol"], "sympy.Expr"]
 
 # The factor k with V[-f - c(u-1)] = k D_f at the largest curing c, or None where there is none.
 Factor = Callable[[Divergence], "Fraction | None"]
+
+
+def identities() -> tuple[Identity, ...]:
+    """The claims of T5b that are checked."""
+    return (
+        Identity(
+            "in fractions",
+            r"-(f + c(u-1)) \text{ non-decreasing} \iff c \le -f'(\infty)",
+            _check_rational,
+            threshold,
+            _FALSE_THRESHOLDS,
+            "exact",
+        ),
+        Identity(
+            "enclosed",
+            r"-f'(u) - c \ge 0 \text{ for all } u \iff c \le -f'(\infty)",
+            _check_enclosed,
+            threshold,
+            _FALSE_THRESHOLDS,
+            "rigorous",
+        ),
+        Identity(
+            "forward KL under a clip",
+            r"\log u \le C:\ c \le -(C + 1)",
+            _check_forward_kl,
+            lambda clip: -(clip + 1),
+            {"-C": lambda clip: -clip, "C + 1": lambda clip: clip + 1, "-(C + 2)": lambda clip: -(clip + 2)},
+            "rigorous",
+        ),
+        Identity(
+            "multiple in fractions",
+            r"\nabla D_{V[-f-c(u-1)]} = k \nabla D_f:\ \text{Neyman } k = \tfrac12;\ \text{not Le Cam, not TV}",
+            _check_factor_rational,
+            _factor,
+            _FALSE_FACTORS,
+            "exact",
+        ),
+        Identity(
+            "multiple enclosed",
+            r"-(f' + c) = k\,u f'',\ k = 1/(1-\alpha), \text{ for the } \alpha\text{-family and no other}",
+            _check_factor_enclosed,
+            _factor,
+            _FALSE_FACTORS,
+            "rigorous",
+            1e-40,
+        ),
+        Identity(
+            "limits of the catalogue",
+            r"f'(\infty) = \lim_{u\to\infty} f'(u)",
+            _check_catalogue,
+            1.0,
+            {"sign flipped": -1.0},
+        ),
+        Identity(
+            "under a clip",
+            r"\log u \le C:\ c \le -f'(e^C)",
+            _check_clipped,
+            _clipped_threshold,
+            {
+                "-f'(∞)": lambda d, clip: -min(d.slope_at_infinity, 1e6),
+                "-f'(1)": lambda d, clip: _clipped_threshold(d, 0.0),
+                "e^C f'(e^C)": lambda d, clip: _clipped_threshold(d, clip) * math.exp(clip),
+            },
+        ),
+        Identity(
+            "simulated",
+            r"\text{some far students leave in the usual gauge; all approach in the curing one}",
+            _check_cured,
+            _GAUGES,
+            {
+                "sign flipped": {case: -c for case, c in _GAUGES.items()},
+                "no clip needed": {
+                    ("forward_kl", None): -7.0,
+                    ("chi2", None): -2.0 * math.expm1(2.0),
+                    ("jsd", None): 0.0,
+                },
+            },
+        ),
+    )
 
 
 @functools.cache
@@ -71,7 +134,7 @@ def threshold(f: sympy.Expr, u: sympy.Symbol) -> sympy.Expr:
     return -slope_at_infinity(f, u)
 
 
-FALSE_THRESHOLDS: dict[str, Threshold] = {
+_FALSE_THRESHOLDS: dict[str, Threshold] = {
     "sign of f'(∞) flipped": lambda f, u: -threshold(f, u),
     "f'(1) in place of f'(∞)": lambda f, u: _right_of_kinks(f).diff(u).subs(u, 1) * -1,
     "half of it": lambda f, u: threshold(f, u) / 2,
@@ -82,7 +145,7 @@ FALSE_THRESHOLDS: dict[str, Threshold] = {
 _LIMIT = Fraction(10) ** 12
 
 
-def check_rational(threshold: Threshold) -> Cases:
+def _check_rational(threshold: Threshold) -> Cases:
     """The weight on rational ratios up to 1e12, at, below and above the largest curing `c`."""
     u = divergences.symbol()
     points = [1 / _LIMIT, *map(Fraction, ("1/9", "1/2", "1", "3/2", "100")), _LIMIT, 2 * _LIMIT]
@@ -99,7 +162,7 @@ def check_rational(threshold: Threshold) -> Cases:
             yield holds(all(b >= a for a, b in itertools.pairwise(values)) == cured, name, f"c {c}")
 
 
-def check_enclosed(threshold: Threshold) -> Cases:
+def _check_enclosed(threshold: Threshold) -> Cases:
     r"""The sign of $-f'(u) - c$ certified on a grid, for every other entry."""
     u = divergences.symbol()
     points = [interval(r) for r in (1 / _LIMIT, Fraction(1, 9), 1, 2, 100, _LIMIT)]
@@ -116,7 +179,7 @@ def check_enclosed(threshold: Threshold) -> Cases:
             yield holds(certified, divergence, f"bound - c {step}" if finite else f"minus c {step}")
 
 
-def check_catalogue(sign: float) -> Cases:
+def _check_catalogue(sign: float) -> Cases:
     r"""The limits by sympy against the catalogue's `slope_at_infinity`."""
     u = divergences.symbol()
     for divergence in catalogue():
@@ -132,13 +195,13 @@ def check_catalogue(sign: float) -> Cases:
 ClippedThreshold = Callable[[Divergence, float], float]
 
 
-def clipped_threshold(divergence: Divergence, clip: float) -> float:
+def _clipped_threshold(divergence: Divergence, clip: float) -> float:
     r"""$-f'(e^C)$."""
     at = torch.tensor([clip], dtype=torch.float64)
     return -float(divergence.log_slope(at) * (-at).exp())
 
 
-def check_clipped(threshold: ClippedThreshold) -> Cases:
+def _check_clipped(threshold: ClippedThreshold) -> Cases:
     r"""The slope of the weight on $\log u \le C$ under the largest curing `c`: zero at the clip, positive below."""
     for divergence in smooth():
         for clip in (0.5, 2.0, 6.0):
@@ -151,7 +214,7 @@ def check_clipped(threshold: ClippedThreshold) -> Cases:
             yield holds(zero_at_clip and rises_below, divergence, f"C {clip}")
 
 
-def check_forward_kl(least: Callable[[Fraction], Fraction]) -> Cases:
+def _check_forward_kl(least: Callable[[Fraction], Fraction]) -> Cases:
     r"""$-(u\log u) - c(u-1)$ on $\log u \le C$, certified at $u = e^C$, where its slope is least."""
     for clip in (Fraction(1, 3), Fraction(2), Fraction(6)):
         for step in (Fraction(-1, 100), Fraction(1, 100)):
@@ -162,7 +225,7 @@ def check_forward_kl(least: Callable[[Fraction], Fraction]) -> Cases:
             yield holds(certified, f"C {clip}", f"c {c}")
 
 
-def factor(divergence: Divergence) -> Fraction | None:
+def _factor(divergence: Divergence) -> Fraction | None:
     r"""$1/(1-\alpha)$ for the members of the alpha family with $\alpha < 1$, under any name."""
     orders = {"reverse_kl": Fraction(0), "hellinger": Fraction(1, 2), "neyman_chi2": Fraction(-1)}
     if divergence.name in orders:
@@ -174,10 +237,10 @@ def factor(divergence: Divergence) -> Fraction | None:
     return Fraction(1) if plain else None
 
 
-FALSE_FACTORS: dict[str, Factor] = {
-    "D_f itself": lambda d: None if factor(d) is None else Fraction(1),
+_FALSE_FACTORS: dict[str, Factor] = {
+    "D_f itself": lambda d: None if _factor(d) is None else Fraction(1),
     "never proportional": lambda d: None,
-    "1 - α in place of 1/(1 - α)": lambda d: None if (k := factor(d)) is None else 1 / k,
+    "1 - α in place of 1/(1 - α)": lambda d: None if (k := _factor(d)) is None else 1 / k,
 }
 
 
@@ -185,7 +248,7 @@ def _curable() -> list[Divergence]:
     return [d for d in catalogue() if math.isfinite(d.slope_at_infinity)]
 
 
-def check_factor_rational(factor: Factor) -> Cases:
+def _check_factor_rational(factor: Factor) -> Cases:
     """Cured gradients in fractions against the divergence's own: a multiple, or not even parallel."""
     u = divergences.symbol()
     for divergence in (d for d in _curable() if d.name in RATIONAL):
@@ -205,7 +268,7 @@ def check_factor_rational(factor: Factor) -> Cases:
             yield holds(not all(parallel), divergence)
 
 
-def check_factor_enclosed(factor: Factor) -> Cases:
+def _check_factor_enclosed(factor: Factor) -> Cases:
     r"""$-f'(u) - c - k\,u f''(u)$ encloses zero at every ratio, or excludes it for every k."""
     u = divergences.symbol()
     points = (Fraction(1, 7), Fraction(2, 3), Fraction(3), Fraction(50))
@@ -223,25 +286,12 @@ def check_factor_enclosed(factor: Factor) -> Cases:
                 yield overlap(cured[i], interval(k) * own[i], divergence, f"u {r}")
 
 
-_CASES: dict[str, tuple[str, float | None]] = {
-    "JSD": ("jsd", None),
-    "Le Cam": ("le_cam", None),
-    "squared Hellinger": ("hellinger", None),
-    "total variation": ("total_variation", None),
-    "forward KL": ("forward_kl", None),
-    "forward KL, clip 6": ("forward_kl", 6.0),
-    "chi2": ("chi2", None),
-    "chi2, clip 2": ("chi2", 2.0),
-}
-
-
 @functools.cache
-def _ends(label: str, c: float) -> tuple[bool, bool]:
+def _ends(name: str, clip: float | None, c: float) -> tuple[bool, bool]:
     """After the flow under a gauge of `c`: whether all far students are nearer to the teacher, and whether one is not.
 
     Those that have not moved are neither nearer nor further away.
     """
-    name, clip = _CASES[label]
     divergence = divergences.divergence(name)
 
     def weight(log_u: Tensor) -> Tensor:
@@ -253,20 +303,19 @@ def _ends(label: str, c: float) -> tuple[bool, bool]:
     return bool((path[-1] < path[0]).all()), bool((path[-1] > path[0] + 1.0).any())
 
 
-_LOG2 = math.log(2.0)
-
-GAUGES = {
-    "JSD": -0.5 * _LOG2,
-    "Le Cam": -1.0,
-    "squared Hellinger": -1.0,
-    "total variation": -0.5,
-    "forward KL, clip 6": -7.0,
-    "chi2, clip 2": -2.0 * math.expm1(2.0),
+# Curing gauges by divergence and clip of the log-ratio.
+_GAUGES: dict[tuple[str, float | None], float] = {
+    ("jsd", None): -0.5 * math.log(2.0),
+    ("le_cam", None): -1.0,
+    ("hellinger", None): -1.0,
+    ("total_variation", None): -0.5,
+    ("forward_kl", 6.0): -7.0,
+    ("chi2", 2.0): -2.0 * math.expm1(2.0),
 }
 
 
-def check_cured(gauges: dict[str, float]) -> Cases:
+def _check_cured(gauges: Mapping[tuple[str, float | None], float]) -> Cases:
     """Far students leave in the usual gauge and come back in the curing one."""
-    for label, c in gauges.items():
-        yield holds(_ends(label, 0.0) == (False, True), label, "usual gauge")
-        yield holds(_ends(label, c) == (True, False), label, f"c {c:.4g}")
+    for (name, clip), c in gauges.items():
+        yield holds(_ends(name, clip, 0.0) == (False, True), name, f"clip {clip}", "usual gauge")
+        yield holds(_ends(name, clip, c) == (True, False), name, f"clip {clip}", f"c {c:.4g}")

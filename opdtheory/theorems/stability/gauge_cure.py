@@ -8,11 +8,9 @@ import sympy
 import torch
 
 from opdtheory import divergences
-from opdtheory.theorems.instances.cases import (
-    catalogue,
-)
+from opdtheory.theorems.instances.cases import catalogue
 from opdtheory.theorems.stability import gauge_checks as checks
-from opdtheory.theorems.theorem import Identity, Step, Theorem
+from opdtheory.theorems.theorem import Step, Theorem
 
 __all__ = ["theorems"]
 
@@ -75,77 +73,7 @@ def theorems() -> list[Theorem]:
                     _named_factors,
                 ),
             ),
-            identities=(
-                Identity(
-                    "in fractions",
-                    r"-(f + c(u-1)) \text{ non-decreasing} \iff c \le -f'(\infty)",
-                    checks.check_rational,
-                    checks.threshold,
-                    checks.FALSE_THRESHOLDS,
-                    "exact",
-                ),
-                Identity(
-                    "enclosed",
-                    r"-f'(u) - c \ge 0 \text{ for all } u \iff c \le -f'(\infty)",
-                    checks.check_enclosed,
-                    checks.threshold,
-                    checks.FALSE_THRESHOLDS,
-                    "rigorous",
-                ),
-                Identity(
-                    "forward KL under a clip",
-                    r"\log u \le C:\ c \le -(C + 1)",
-                    checks.check_forward_kl,
-                    lambda clip: -(clip + 1),
-                    {"-C": lambda clip: -clip, "C + 1": lambda clip: clip + 1, "-(C + 2)": lambda clip: -(clip + 2)},
-                    "rigorous",
-                ),
-                Identity(
-                    "multiple in fractions",
-                    r"\nabla D_{V[-f-c(u-1)]} = k \nabla D_f:\ \text{Neyman } k = \tfrac12;\ \text{not Le Cam, not TV}",
-                    checks.check_factor_rational,
-                    checks.factor,
-                    checks.FALSE_FACTORS,
-                    "exact",
-                ),
-                Identity(
-                    "multiple enclosed",
-                    r"-(f' + c) = k\,u f'',\ k = 1/(1-\alpha), \text{ for the } \alpha\text{-family and no other}",
-                    checks.check_factor_enclosed,
-                    checks.factor,
-                    checks.FALSE_FACTORS,
-                    "rigorous",
-                    1e-40,
-                ),
-                Identity(
-                    "limits of the catalogue",
-                    r"f'(\infty) = \lim_{u\to\infty} f'(u)",
-                    checks.check_catalogue,
-                    1.0,
-                    {"sign flipped": -1.0},
-                ),
-                Identity(
-                    "under a clip",
-                    r"\log u \le C:\ c \le -f'(e^C)",
-                    checks.check_clipped,
-                    checks.clipped_threshold,
-                    {
-                        "-f'(∞)": lambda d, clip: -min(d.slope_at_infinity, 1e6),
-                        "-f'(1)": lambda d, clip: checks.clipped_threshold(d, 0.0),
-                        "e^C f'(e^C)": lambda d, clip: checks.clipped_threshold(d, clip) * math.exp(clip),
-                    },
-                ),
-                Identity(
-                    "simulated",
-                    r"\text{some far students leave in the usual gauge; all approach in the curing one}",
-                    checks.check_cured,
-                    checks.GAUGES,
-                    {
-                        "sign flipped": {label: -c for label, c in checks.GAUGES.items()},
-                        "no clip needed": {"forward KL": -7.0, "chi2": -2.0 * math.expm1(2.0), "JSD": 0.0},
-                    },
-                ),
-            ),
+            identities=checks.identities(),
         )
     ]
 

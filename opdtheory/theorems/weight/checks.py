@@ -24,27 +24,20 @@ from opdtheory.theorems.instances.cases import (
     rational_distributions,
 )
 from opdtheory.theorems.instances.one_sample import in_logits, mean_gradient, weight_of
-from opdtheory.theorems.theorem import Cases, close, holds, same
+from opdtheory.theorems.theorem import Cases, Identity, close, holds, same
 from opdtheory.theorems.weight.corollaries import (
     Row,
+    check_followed,
+    check_stated,
+    check_weights,
     convex,
     implied,
     rows,
+    stated,
+    values_estimated,
 )
 
-__all__ = [
-    "check_certified",
-    "check_convexity",
-    "check_inverse",
-    "check_quadrature",
-    "check_rational",
-    "check_rise",
-    "check_round_trip",
-    "check_stop_gradient",
-    "falls_at_one",
-    "never_falls",
-    "never_rises",
-]
+__all__ = ["identities", "never_falls"]
 
 SymbolicWeight = Callable[["sympy.Expr", "sympy.Symbol"], "sympy.Expr"]
 
@@ -52,7 +45,117 @@ SymbolicWeight = Callable[["sympy.Expr", "sympy.Symbol"], "sympy.Expr"]
 _CLOSED = ("reverse_kl", "forward_kl", "jsd", "chi2", "neyman_chi2", "hellinger", "le_cam", "jeffreys")
 
 
-def check_inverse(back: SymbolicWeight) -> Cases:
+def identities() -> tuple[Identity, ...]:
+    """The claims of T4 that are checked."""
+    u = divergences.symbol()
+    return (
+        Identity(
+            "implied generator",
+            r"V[w](u) = u\int_1^u w(t)\,t^{-2}dt,\quad w_{V[w]} = w + \text{const}",
+            _check_inverse,
+            lambda f, u: u * sympy.diff(f, u) - f,
+            {"f' dropped": lambda f, u: -f, "sign of f flipped": lambda f, u: u * sympy.diff(f, u) + f},
+            "symbolic",
+        ),
+        Identity(
+            "round trip",
+            r"V[w_f] = f \ \text{up to}\ c(u-1)",
+            _check_round_trip,
+            lambda u: u - 1,
+            {"no gauge term": lambda u: sympy.Integer(0), "c u for c (u - 1)": lambda u: u},
+            "symbolic",
+        ),
+        Identity(
+            "genuine exactly if monotone",
+            r"V[w]'' = w'/u,\quad V[w]\ \text{convex} \iff w\ \text{non-decreasing}",
+            _check_convexity,
+            never_falls,
+            {"always genuine": lambda row: True, "never genuine": lambda row: False},
+            "symbolic",
+        ),
+        Identity(
+            "the table's generators",
+            r"\text{the stated generator} = V[\text{local weight}]\ \text{up to gauge}",
+            check_stated,
+            stated,
+            {
+                "what their values estimate": values_estimated,
+                "signs flipped": lambda: {name: -f for name, f in stated().items()},
+            },
+            "symbolic",
+        ),
+        Identity(
+            "stop-gradient exactly if f never rises",
+            r"V[-f]\ \text{convex} \iff f' \le 0",
+            _check_stop_gradient,
+            _never_rises,
+            {
+                "for every f": lambda f: True,
+                "for none": lambda f: False,
+                "if f'(1) < 0": _falls_at_one,
+            },
+            "symbolic",
+        ),
+        Identity(
+            "in fractions",
+            r"\partial_{z_a}\textstyle\sum_b p_b V[w](q_b/p_b) = -p_a (w_a - E_p w)",
+            _check_rational,
+            lambda weight: weight,
+            {
+                "sign flipped": lambda weight: -weight,
+                "the generator for the weight": implied,
+                "w(1/u) for w(u)": lambda weight: weight.subs(u, 1 / u),
+            },
+            "exact",
+        ),
+        Identity(
+            "falling slopes certified",
+            r"\exists\, a < b: V'(b) < V'(a) \iff \text{the table says: not genuine}",
+            _check_certified,
+            lambda row: row.genuine,
+            {
+                "always genuine": lambda row: True,
+                "never genuine": lambda row: False,
+                "genuine if w' >= 0 at u = 1": lambda row: bool(sympy.diff(row.weight, u).subs(u, 1) >= 0),
+            },
+            "rigorous",
+        ),
+        Identity(
+            "how much the slope rises",
+            r"w\ \text{non-decreasing}:\ V'(b) - V'(a) \ge (w(b) - w(a))/b",
+            _check_rise,
+            lambda a, b, rise: rise / b,
+            {"divided by a": lambda a, b, rise: rise / a, "not divided": lambda a, b, rise: rise},
+            "rigorous",
+        ),
+        Identity(
+            "corollary table",
+            r"\text{each loss follows}\ \nabla D_{V[w]}\ \text{of its local weight}",
+            check_followed,
+            stated,
+            {"what their values estimate": values_estimated},
+        ),
+        Identity(
+            "local weights, off-policy",
+            r"-E_\mu[w(u)\,s] \text{ with the table's weight, its constant too}",
+            check_weights,
+            0.0,
+            {"another constant": 1.0},
+        ),
+        Identity(
+            "round trip by quadrature",
+            r"V[w_f] = f - f'(1)(u - 1)",
+            _check_quadrature,
+            lambda d, log_u: d.weight(log_u),
+            {
+                "-f for the weight": lambda d, log_u: -d.generator(log_u),
+                "u f' for the weight": lambda d, log_u: d.log_slope(log_u),
+            },
+        ),
+    )
+
+
+def _check_inverse(back: SymbolicWeight) -> Cases:
     r"""$w_{V[w]} - w$ is constant, symbolically, for the smooth weights of the corollary table."""
     u = divergences.symbol()
     for name, row in _smooth_rows():
@@ -63,7 +166,7 @@ def _smooth_rows() -> Iterator[tuple[str, Row]]:
     return ((name, row) for name, row in rows().items() if not row.weight.has(sympy.Max, sympy.Min, sympy.sign))
 
 
-def check_round_trip(gauge: Callable[[sympy.Symbol], sympy.Expr]) -> Cases:
+def _check_round_trip(gauge: Callable[[sympy.Symbol], sympy.Expr]) -> Cases:
     r"""$V[w_f] = f$ up to the gauge $c(u - 1)$, symbolically, for the catalogue."""
     u = divergences.symbol()
     for name in _CLOSED:
@@ -72,7 +175,7 @@ def check_round_trip(gauge: Callable[[sympy.Symbol], sympy.Expr]) -> Cases:
         yield holds(sympy.simplify(implied(weight_of(name)) + slope * gauge(u) - f) == 0, name)
 
 
-def check_convexity(genuine: Callable[[Row], bool]) -> Cases:
+def _check_convexity(genuine: Callable[[Row], bool]) -> Cases:
     r"""$V[w]'' = w'/u$, so $V[w]$ is convex exactly if $w$ never falls; the library's test decides the convexity."""
     u = divergences.symbol()
     for name, row in _smooth_rows():
@@ -91,7 +194,7 @@ def never_falls(row: Row) -> bool:
     return all(right >= left for left, right in itertools.pairwise(weights))
 
 
-def check_stop_gradient(genuine: Callable[[sympy.Expr], bool]) -> Cases:
+def _check_stop_gradient(genuine: Callable[[sympy.Expr], bool]) -> Cases:
     r"""$V[-f]$ is convex exactly if $f$ never rises, in several gauges."""
     u = divergences.symbol()
     gauges = {"jsd": (-sympy.log(2) / 2,), "forward_kl": (0, -1, -2)}
@@ -101,7 +204,7 @@ def check_stop_gradient(genuine: Callable[[sympy.Expr], bool]) -> Cases:
             yield holds(convex(implied(-f)) == genuine(f), name, f"gauge {c}")
 
 
-def never_rises(f: sympy.Expr) -> bool:
+def _never_rises(f: sympy.Expr) -> bool:
     """Whether a generator does not rise between any two points of a wide grid."""
     u = divergences.symbol()
     value = sympy.lambdify(u, f, "mpmath")
@@ -109,13 +212,13 @@ def never_rises(f: sympy.Expr) -> bool:
     return all(right <= left + 1e-12 for left, right in itertools.pairwise(map(value, points)))
 
 
-def falls_at_one(f: sympy.Expr) -> bool:
+def _falls_at_one(f: sympy.Expr) -> bool:
     """Whether a generator falls at one."""
     u = divergences.symbol()
     return bool(sympy.diff(f, u).subs(u, 1).evalf() < 0)
 
 
-def check_quadrature(weight: Callable[[Divergence, Tensor], Tensor]) -> Cases:
+def _check_quadrature(weight: Callable[[Divergence, Tensor], Tensor]) -> Cases:
     r"""By quadrature: $V[w_f] = f - f'(1)(u - 1)$ relative to the largest value."""
     log_u = torch.tensor([-2.0, -0.3, 0.0, 0.5, 2.0], dtype=torch.float64)
     zero = torch.zeros(1, dtype=torch.float64)
@@ -138,7 +241,7 @@ def _rational_weights() -> list[sympy.Expr]:
     return [*sums, clipped, sympy.sign(sympy.log(u))]
 
 
-def check_rational(claim: Callable[[sympy.Expr], sympy.Expr]) -> Cases:
+def _check_rational(claim: Callable[[sympy.Expr], sympy.Expr]) -> Cases:
     r"""In fractions: the slope of $\sum_a p_a V[w](q_a/p_a)$ in the logits is $-p_a (w_a - E_p w)$."""
     for weight in _rational_weights():
         term, p, _ = perspective(implied(weight))
@@ -164,7 +267,7 @@ def _enclosed(expr: sympy.Expr, point: Fraction) -> Any:
     return enclose(expr.xreplace({sympy.E: e}), {u: interval(point), e: iv.exp(iv.mpf(1))})
 
 
-def check_certified(genuine: Callable[[Row], bool]) -> Cases:
+def _check_certified(genuine: Callable[[Row], bool]) -> Cases:
     r"""$V'$ of the stated generators, in intervals: certified to fall between two rational points, or never so."""
     u = divergences.symbol()
     for name, row in rows().items():
@@ -175,7 +278,7 @@ def check_certified(genuine: Callable[[Row], bool]) -> Cases:
         yield holds(falls != genuine(row), name)
 
 
-def check_rise(least: Callable[[Any, Any, Any], Any]) -> Cases:
+def _check_rise(least: Callable[[Any, Any, Any], Any]) -> Cases:
     r"""For monotone weights, smooth or clipped: $V'(b) - V'(a) \ge (w(b) - w(a))/b$ certified, for all $a < b$."""
     for name, row in rows().items():
         if not row.genuine or row.generator.has(sympy.Abs):

@@ -4,200 +4,68 @@ from __future__ import annotations
 
 import sympy
 
-from opdtheory import divergences
-from opdtheory.theorems.theorem import Identity, Step, Theorem
+from opdtheory.theorems.theorem import Step, Theorem
 from opdtheory.theorems.weight import checks
-from opdtheory.theorems.weight.corollaries import (
-    check_followed,
-    check_stated,
-    check_weights,
-    convex,
-    implied,
-    rows,
-    stated,
-    values_estimated,
-)
+from opdtheory.theorems.weight.corollaries import convex, implied, rows
 
 __all__ = ["theorems"]
 
 
 def theorems() -> list[Theorem]:
     """T4."""
-    return [_implied_divergence()]
-
-
-def _implied_divergence() -> Theorem:
-    return Theorem(
-        number="T4",
-        name="implied divergence",
-        statement=(
-            r"V[w](u) = u\int_1^u w(t)\,t^{-2}dt:\quad w_{V[w]} = w,\quad V[w_f] = f \text{ up to gauge},\quad"
-            r" V[w]'' = w'/u;\quad V[w] \text{ is a genuine f-divergence} \iff w \text{ is non-decreasing}"
-        ),
-        hypotheses=(
-            "the estimator descends -E_p[w(u) s] with a weight of the ratio alone, locally bounded on (0, ∞)",
-            "where w jumps, V has a kink, and any value between the two sides will do",
-        ),
-        source="derived here",
-        advice="Plot the local weight over log u: where it falls as u grows, no divergence is being minimised.",
-        derivation=(
-            Step(r"u V' - V = w", "differentiate the integral, with w an undefined function", _inverse),
-            Step(r"V[k] = k\,(u - 1)", "a constant weight is a gauge: neither moves the gradient", _constant_is_gauge),
-            Step(
-                r"\int_1^u w_f(t)\,t^{-2}dt = f(u)/u - f(1) \implies V[w_f] = f",
-                "f/t is the primitive, with f an undefined function, and f(1) = 0",
-                _primitive,
+    return [
+        Theorem(
+            number="T4",
+            name="implied divergence",
+            statement=(
+                r"V[w](u) = u\int_1^u w(t)\,t^{-2}dt:\quad w_{V[w]} = w,\quad V[w_f] = f \text{ up to gauge},\quad"
+                r" V[w]'' = w'/u;\quad V[w] \text{ is a genuine f-divergence} \iff w \text{ is non-decreasing}"
             ),
-            Step(r"V[w]'' = w'/u", "differentiate twice, with w an undefined function", _second_derivative),
-            Step(
-                r"V'(b) - V'(a) = \int_a^b \frac{dw(t)}{t}\ \ge\ \frac{w(b) - w(a)}{b}",
-                "by parts; with jumps, a Stieltjes integral to which a jump j at t adds j/t. So V' never falls if and"
-                " only if w never does, differentiable or not",
-                _monotone_is_convex,
-                in_words=True,
+            hypotheses=(
+                "the estimator descends -E_p[w(u) s] with a weight of the ratio alone, locally bounded on (0, ∞)",
+                "where w jumps, V has a kink, and any value between the two sides will do",
             ),
-            Step(
-                r"\nabla_\theta\,\kappa(\log u) = -\kappa'(\log u)\,s",
-                "differentiating a loss of log u makes its slope the weight of the score; kappa is undefined",
-                _loss_weight,
+            source="derived here",
+            advice="Plot the local weight over log u: where it falls as u grows, no divergence is being minimised.",
+            derivation=(
+                Step(r"u V' - V = w", "differentiate the integral, with w an undefined function", _inverse),
+                Step(
+                    r"V[k] = k\,(u - 1)", "a constant weight is a gauge: neither moves the gradient", _constant_is_gauge
+                ),
+                Step(
+                    r"\int_1^u w_f(t)\,t^{-2}dt = f(u)/u - f(1) \implies V[w_f] = f",
+                    "f/t is the primitive, with f an undefined function, and f(1) = 0",
+                    _primitive,
+                ),
+                Step(r"V[w]'' = w'/u", "differentiate twice, with w an undefined function", _second_derivative),
+                Step(
+                    r"V'(b) - V'(a) = \int_a^b \frac{dw(t)}{t}\ \ge\ \frac{w(b) - w(a)}{b}",
+                    "by parts; with jumps, a Stieltjes integral to which a jump j at t adds j/t. So V' never falls if "
+                    "and only if w never does, differentiable or not",
+                    _monotone_is_convex,
+                    in_words=True,
+                ),
+                Step(
+                    r"\nabla_\theta\,\kappa(\log u) = -\kappa'(\log u)\,s",
+                    "differentiating a loss of log u makes its slope the weight of the score; kappa is undefined",
+                    _loss_weight,
+                ),
+                Step(
+                    r"V[-f]'' = -f'/u",
+                    "stop-gradient descends a genuine divergence exactly if f never rises",
+                    _stop_gradient,
+                ),
+                Step(
+                    r"w \text{ non-decreasing} \implies \mathrm{clamp}(w, a, b),\ w(\mathrm{clamp}(\log u, -C, C))"
+                    r" \text{ non-decreasing}",
+                    "a clamp is non-decreasing, and so is a composition of non-decreasing maps",
+                    _clips,
+                    in_words=True,
+                ),
             ),
-            Step(
-                r"V[-f]'' = -f'/u",
-                "stop-gradient descends a genuine divergence exactly if f never rises",
-                _stop_gradient,
-            ),
-            Step(
-                r"w \text{ non-decreasing} \implies \mathrm{clamp}(w, a, b),\ w(\mathrm{clamp}(\log u, -C, C))"
-                r" \text{ non-decreasing}",
-                "a clamp is non-decreasing, and so is a composition of non-decreasing maps",
-                _clips,
-                in_words=True,
-            ),
+            identities=checks.identities(),
         ),
-        identities=(*_symbolic(), *_decided(), *_numeric()),
-    )
-
-
-def _symbolic() -> tuple[Identity, ...]:
-    return (
-        Identity(
-            "implied generator",
-            r"V[w](u) = u\int_1^u w(t)\,t^{-2}dt,\quad w_{V[w]} = w + \text{const}",
-            checks.check_inverse,
-            lambda f, u: u * sympy.diff(f, u) - f,
-            {"f' dropped": lambda f, u: -f, "sign of f flipped": lambda f, u: u * sympy.diff(f, u) + f},
-            "symbolic",
-        ),
-        Identity(
-            "round trip",
-            r"V[w_f] = f \ \text{up to}\ c(u-1)",
-            checks.check_round_trip,
-            lambda u: u - 1,
-            {"no gauge term": lambda u: sympy.Integer(0), "c u for c (u - 1)": lambda u: u},
-            "symbolic",
-        ),
-        Identity(
-            "genuine exactly if monotone",
-            r"V[w]'' = w'/u,\quad V[w]\ \text{convex} \iff w\ \text{non-decreasing}",
-            checks.check_convexity,
-            checks.never_falls,
-            {"always genuine": lambda row: True, "never genuine": lambda row: False},
-            "symbolic",
-        ),
-        Identity(
-            "the table's generators",
-            r"\text{the stated generator} = V[\text{local weight}]\ \text{up to gauge}",
-            check_stated,
-            stated,
-            {
-                "what their values estimate": values_estimated,
-                "signs flipped": lambda: {name: -f for name, f in stated().items()},
-            },
-            "symbolic",
-        ),
-        Identity(
-            "stop-gradient exactly if f never rises",
-            r"V[-f]\ \text{convex} \iff f' \le 0",
-            checks.check_stop_gradient,
-            checks.never_rises,
-            {
-                "for every f": lambda f: True,
-                "for none": lambda f: False,
-                "if f'(1) < 0": checks.falls_at_one,
-            },
-            "symbolic",
-        ),
-    )
-
-
-def _decided() -> tuple[Identity, ...]:
-    u = divergences.symbol()
-    return (
-        Identity(
-            "in fractions",
-            r"\partial_{z_a}\textstyle\sum_b p_b V[w](q_b/p_b) = -p_a (w_a - E_p w)",
-            checks.check_rational,
-            lambda weight: weight,
-            {
-                "sign flipped": lambda weight: -weight,
-                "the generator for the weight": implied,
-                "w(1/u) for w(u)": lambda weight: weight.subs(u, 1 / u),
-            },
-            "exact",
-        ),
-        Identity(
-            "falling slopes certified",
-            r"\exists\, a < b: V'(b) < V'(a) \iff \text{the table says: not genuine}",
-            checks.check_certified,
-            lambda row: row.genuine,
-            {
-                "always genuine": lambda row: True,
-                "never genuine": lambda row: False,
-                "genuine if w' >= 0 at u = 1": lambda row: bool(sympy.diff(row.weight, u).subs(u, 1) >= 0),
-            },
-            "rigorous",
-        ),
-        Identity(
-            "how much the slope rises",
-            r"w\ \text{non-decreasing}:\ V'(b) - V'(a) \ge (w(b) - w(a))/b",
-            checks.check_rise,
-            lambda a, b, rise: rise / b,
-            {"divided by a": lambda a, b, rise: rise / a, "not divided": lambda a, b, rise: rise},
-            "rigorous",
-        ),
-    )
-
-
-def _numeric() -> tuple[Identity, ...]:
-    return (
-        Identity(
-            "corollary table",
-            r"\text{each loss follows}\ \nabla D_{V[w]}\ \text{of its local weight}",
-            check_followed,
-            stated,
-            {"what their values estimate": values_estimated},
-        ),
-        Identity(
-            "local weights, off-policy",
-            r"-E_\mu[w(u)\,s] \text{ with the table's weight, its constant too}",
-            check_weights,
-            0.0,
-            {"another constant": 1.0},
-        ),
-        Identity(
-            "round trip by quadrature",
-            r"V[w_f] = f - f'(1)(u - 1)",
-            checks.check_quadrature,
-            lambda d, log_u: d.weight(log_u),
-            {
-                "-f for the weight": lambda d, log_u: -d.generator(log_u),
-                "u f' for the weight": lambda d, log_u: d.log_slope(log_u),
-            },
-        ),
-    )
-
-
-# Exact and rigorous forms.
+    ]
 
 
 # The derivation, with weight and generator undefined functions.
