@@ -6,7 +6,6 @@ import functools
 import itertools
 from collections.abc import Callable
 from fractions import Fraction
-from typing import Any
 
 import sympy
 
@@ -14,15 +13,7 @@ from opdtheory import divergences
 from opdtheory.divergences import Divergence
 from opdtheory.exact import exact_gradient
 from opdtheory.theorems.gradient.gauge import gauged_reward
-from opdtheory.theorems.instances.cases import (
-    at_atoms,
-    catalogue,
-    descent,
-    enclose,
-    interval,
-    pairs,
-    rational_distributions,
-)
+from opdtheory.theorems.instances.cases import at_atoms, catalogue, descent, enclose, pairs, rational_distributions
 from opdtheory.theorems.instances.one_sample import centred, weight_of
 from opdtheory.theorems.theorem import Cases, Identity, Step, Theorem, close, holds, same
 
@@ -111,15 +102,6 @@ def _check_rational(claim: tuple[Fraction, Fraction]) -> Cases:
         yield same(rewards, weights, student, teacher)
 
 
-def _determinant(rows: list[list[Any]]) -> Any:
-    if len(rows) == 1:
-        return rows[0][0]
-    return sum(
-        (-1) ** i * row[0] * _determinant([other[1:] for j, other in enumerate(rows) if j != i])
-        for i, row in enumerate(rows)
-    )
-
-
 _POINTS = tuple(Fraction(a, b) for a, b in ((1, 9), (1, 2), (3, 1), (7, 1), (20, 1)))
 
 
@@ -142,8 +124,8 @@ def _certified(divergence: Divergence) -> bool:
     if sympy.diff(columns[2], u, 2) == 0:
         del columns[2]
     for points in itertools.combinations(_POINTS, len(columns)):
-        rows = [[enclose(column, {u: interval(x)}) for column in columns] for x in points]
-        determinant = _determinant(rows)
+        rows = sympy.Matrix([[column.subs(u, sympy.Rational(x)) for column in columns] for x in points])
+        determinant = enclose(rows.det(method="laplace"), {})
         if bool(determinant.a > 0 or determinant.b < 0):
             return True
     return False
