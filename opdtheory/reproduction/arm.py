@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 import platform
 import sys
 import time
@@ -24,14 +23,15 @@ from opdtheory.errors import TrainingError
 from opdtheory.machine import cores, processor
 from opdtheory.reproduction.plan import OPTIMAL, Arm
 from opdtheory.reproduction.theory import local_weight, objective_value
-from opdtheory.training.batches import longest
 from opdtheory.training.config import TrainConfig
 from opdtheory.training.models.language_model import LanguageModel
+from opdtheory.training.models.storage import whole_file
 from opdtheory.training.pairs import load_model, load_pair, recipe_for
 from opdtheory.training.tasks import Task
 from opdtheory.training.tasks import task as task_of
 from opdtheory.training.trainer import train
 from opdtheory.training.validation import Prefixes, compare
+from opdtheory.training.validation.observer import task_prefixes
 
 __all__ = ["machine", "main", "model_keys", "optimal_baseline", "run_arm"]
 
@@ -110,16 +110,8 @@ def machine() -> dict[str, Any]:
 
 def _probe(config: TrainConfig, task: Task, student: LanguageModel, teacher: LanguageModel, count: int) -> Prefixes:
     # In float64 the sums over the vocabulary are exact to rounding, even for weights that grow like u.
-    examples = task.examples("test", count, _PROBE_SEED)
-    return Prefixes.sample(
-        copy.deepcopy(student).double(),
-        copy.deepcopy(teacher).double(),
-        task.prompts(examples),
-        max_new_tokens=longest(task, config),
-        temperature=config.temperature,
-        environment=task.environment,
-        seed=_PROBE_SEED,
-    )
+    student, teacher = copy.deepcopy(student).double(), copy.deepcopy(teacher).double()
+    return task_prefixes(config, task, student, teacher, count, problems=_PROBE_SEED, seed=_PROBE_SEED)
 
 
 def _bias(config: TrainConfig, prefixes: Prefixes) -> dict[str, Any] | None:
@@ -165,10 +157,8 @@ def main() -> int:
         load_model(recipe_for(job["task"], job["role"], job["seed"]), cache=job["cache"])
         return 0
     row = run_arm(Arm(**job["arm"]), cache=job["cache"], device=job["device"])
-    path = Path(job["out"])
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(row, allow_nan=False), encoding="utf-8")
-    os.replace(partial, path)
+    with whole_file(Path(job["out"])) as file:
+        file.write(json.dumps(row, allow_nan=False).encode())
     return 0
 
 

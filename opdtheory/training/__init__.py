@@ -7,11 +7,11 @@ from typing import Any
 # Where each public name lives; modules load at the first use of one of their names (PEP 562).
 _HOMES = {
     "CharacterVocabulary": "opdtheory.training.models.vocabulary",
-    "Environment": "opdtheory.training.models.language_model",
+    "Environment": "opdtheory.training.models.samples",
     "Example": "opdtheory.training.tasks",
     "HuggingFaceModel": "opdtheory.training.models.huggingface",
     "LanguageModel": "opdtheory.training.models.language_model",
-    "Samples": "opdtheory.training.models.language_model",
+    "Samples": "opdtheory.training.models.samples",
     "TASKS": "opdtheory.training.tasks",
     "Task": "opdtheory.training.tasks",
     "Transformer": "opdtheory.training.models.transformer",

@@ -1,4 +1,4 @@
-"""The batch of one step: its prompts and every random number come from the seed, the step and the prompt's index."""
+"""The batch of one step: its prompts and random numbers depend only on the seed, the step and the prompt's index."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["demonstrate", "parts", "respond", "seed_of", "step_examples", "unifo
 
 
 def seed_of(*parts: object) -> int:
-    """A seed for one purpose, the same in every process and version of Python.
+    """A seed for one purpose, the same in every process and every version of Python.
 
     Example:
         >>> seed_of(0, "sample", 3, 1) == seed_of(0, "sample", 3, 1) != seed_of(0, "sample", 31)
@@ -36,9 +36,9 @@ def step_examples(task: Task, config: TrainConfig, step: int) -> list[Example]:
 
 
 def uniforms(seed: int, step: int | str, prompts: Sequence[int], each: int, length: int) -> Float[Tensor, "B T"]:
-    """Numbers in [0, 1) that `sample` inverts, `each` rows for every prompt of these global indices.
+    """Numbers in [0, 1) for `sample`, `each` rows for every prompt of these global indices.
 
-    A generator for each prompt makes a response the same whichever process samples it, beside whichever others.
+    Each prompt has its own generator, so a response is independent of the process and the batch that sample it.
     """
     rows = []
     for prompt in prompts:
@@ -51,7 +51,7 @@ def uniforms(seed: int, step: int | str, prompts: Sequence[int], each: int, leng
 def respond(
     student: LanguageModel, task: Task, examples: Sequence[Example], config: TrainConfig, draws: Tensor | None
 ) -> Samples:
-    """One response of the student to each example, sampled with the given uniforms, or greedy without them."""
+    """One response of the student to each example, sampled with the given uniforms, or greedy if they are None."""
     return student.sample(
         task_prompts(student, examples),
         max_new_tokens=longest(task, config),
@@ -65,7 +65,7 @@ def respond(
 def demonstrate(
     student: LanguageModel, task: Task, examples: Sequence[Example], seed: int, step: int, first: int
 ) -> Samples:
-    """The task's own demonstrations in the place of responses; `first` is the global index of the first example."""
+    """The task's own demonstrations in place of responses; `first` is the global index of the first example."""
     vocabulary, device, dtype = student.vocabulary, student.device, student.dtype
     tokens, masks = [], []
     for number, example in enumerate(examples, start=first):
@@ -91,14 +91,14 @@ def demonstrate(
 
 
 def parts(samples: Samples, size: int | None) -> Iterator[Samples]:
-    """The rows in consecutive parts of `size`, each without the padding that it does not need."""
+    """The rows in consecutive parts of `size`, each without padding that it does not need."""
     size = len(samples) if size is None else size
     for start in range(0, len(samples), size):
         yield samples.rows(slice(start, start + size))
 
 
 def longest(task: Task, config: TrainConfig) -> int:
-    """The cap on a response's length, in tokens."""
+    """The largest length of a response, in tokens."""
     return task.max_response if config.max_new_tokens is None else config.max_new_tokens
 
 
@@ -106,12 +106,12 @@ def task_prompts(model: LanguageModel, examples: Sequence[Example]) -> list[list
     """The prompts in the model's own tokens.
 
     Raises:
-        InvalidArgumentError: the model's vocabulary spells a prompt not at all.
+        InvalidArgumentError: the model's vocabulary cannot encode a prompt.
     """
     prompts = []
     for example in examples:
         try:
             prompts.append(model.vocabulary.encode(example.prompt))
         except InvalidArgumentError as error:
-            raise InvalidArgumentError("task", f"its prompts are not in the student's vocabulary; {error}") from None
+            raise InvalidArgumentError("task", f"must have prompts in the student's vocabulary; {error}") from None
     return prompts

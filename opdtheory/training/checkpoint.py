@@ -1,4 +1,4 @@
-"""Checkpoints: written atomically, so that a kill at any moment leaves the last one whole."""
+"""Checkpoints: written atomically, so that a kill at any moment leaves the last one intact."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from opdtheory.errors import InvalidArgumentError
+from opdtheory.training.models.storage import whole_file
 
-__all__ = ["Checkpoint", "load", "locked", "newest", "save", "write_atomically"]
+__all__ = ["Checkpoint", "load", "locked", "newest", "save"]
 
 _FORMAT = 1
 _NAME = re.compile(r"step_(\d+)\.pt")
@@ -24,13 +25,13 @@ _NAME = re.compile(r"step_(\d+)\.pt")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """All that a run needs to go on: nothing random is in it, for every draw is seeded by its step.
+    """All that a run needs to resume. No generator's state is in it: every draw is seeded by its step.
 
     Attributes:
-        step: steps finished.
+        step: number of finished steps.
         config: `TrainConfig.identity()` of the run that wrote it.
-        student: state dict.
-        optimizer: state dict.
+        student: state dict of the student.
+        optimizer: state dict of the optimiser.
     """
 
     step: int
@@ -39,56 +40,59 @@ class Checkpoint:
     optimizer: dict[str, Any]
 
     def check_config(self, config: dict[str, Any], where: str | Path) -> None:
-        """Refuse to continue a run of another configuration.
+        """Raise unless the configuration is that of the run.
 
         Raises:
-            InvalidArgumentError: names the first field that differs, with both values.
+            InvalidArgumentError: a field differs; the error names the first one, with both values.
         """
         for name in sorted({*self.config, *config}):
             before, now = self.config.get(name), config.get(name)
             if before != now:
                 raise InvalidArgumentError(
-                    name, f"is {now!r}, but the run in {where} had {before!r}; resume it as it was, or name another out"
+                    name, f"must be {before!r}, as in the run in {where}, got {now!r}; or choose another folder as out"
                 )
 
 
 def save(folder: str | Path, checkpoint: Checkpoint, keep: int = 2) -> Path:
-    """Write a checkpoint atomically, then remove all but the newest `keep`."""
+    """Write a checkpoint atomically, then remove all but the newest `keep` ones."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{checkpoint.step:08d}.pt"
-    write_atomically(path, {"format": _FORMAT, **vars(checkpoint)})
+    with whole_file(path) as file:
+        torch.save({"format": _FORMAT, **vars(checkpoint)}, file)
     for old in _paths(folder)[keep:]:
         old.unlink()
     return path
 
 
 def newest(folder: str | Path) -> Checkpoint | None:
-    """The newest whole checkpoint of a folder, or None; a damaged one is passed over with a warning.
+    """The newest intact checkpoint of a folder, or None; damaged ones are skipped with a warning.
 
     Raises:
         InvalidArgumentError: there are checkpoints, but none can be read.
     """
     folder = Path(folder)
-    for left_over in folder.glob("step_*.pt.*.tmp"):  # a kill came between writing and renaming
+    for left_over in folder.glob("step_*.pt.*.tmp"):  # from a kill between writing and renaming
         left_over.unlink()
     paths = _paths(folder)
     for path in paths:
         try:
             return load(path)
         except InvalidArgumentError as error:
-            warnings.warn(f"passed over a checkpoint: {error}", stacklevel=2)
+            warnings.warn(f"skipped a checkpoint: {error}", stacklevel=2)
     if paths:
-        raise InvalidArgumentError("out", f"none of the {len(paths)} checkpoints in {folder} can be read")
+        raise InvalidArgumentError(
+            "out", f"must hold a readable checkpoint, but none of the {len(paths)} in {folder} can be read"
+        )
     return None
 
 
 @contextmanager
 def locked(folder: Path | None) -> Iterator[None]:
-    """Keep other processes from the folder of a run; the system lifts the lock also from one that was killed.
+    """Lock the folder of a run against other processes; the system also releases the lock of a killed process.
 
     Raises:
-        InvalidArgumentError: another process trains there.
+        InvalidArgumentError: another process is training there.
     """
     if folder is None or os.name != "posix":
         yield
@@ -100,12 +104,14 @@ def locked(folder: Path | None) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise InvalidArgumentError("out", f"another process trains in {folder}; name another folder") from None
+            raise InvalidArgumentError(
+                "out", f"must not be in use, but another process is training in {folder}; choose another folder"
+            ) from None
         yield
 
 
 def load(path: str | Path) -> Checkpoint:
-    """A checkpoint from its file; only tensors and plain values are unpickled.
+    """Load a checkpoint; only tensors and plain values are unpickled.
 
     Raises:
         InvalidArgumentError: the file is missing, damaged, or of another format.
@@ -116,27 +122,8 @@ def load(path: str | Path) -> Checkpoint:
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise InvalidArgumentError("checkpoint", f"{path} cannot be read: {first}") from None
     if not isinstance(state, dict) or state.pop("format", None) != _FORMAT:
-        raise InvalidArgumentError("checkpoint", f"{path} is no checkpoint of format {_FORMAT}")
+        raise InvalidArgumentError("checkpoint", f"{path} is not a checkpoint of format {_FORMAT}")
     return Checkpoint(**state)
-
-
-def write_atomically(path: Path, value: Any) -> None:
-    """Save tensors and plain values so that `path` holds the old file or the whole new one, also after a power cut."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(value, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    # The new name itself is on the disk only once its folder is.
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _paths(folder: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""N processes that take the same step as one: shares of the global batch, and sums over the processes."""
+"""N processes that together take the same step as one: shares of the global batch, sums over processes."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ __all__ = ["Processes", "processes"]
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of a run; with one, every method returns at once.
+    """The processes of a run; if there is only one, no method communicates.
 
     Attributes:
-        rank: this process, from 0.
-        size: how many there are.
-        device: what this one computes on.
+        rank: index of this process, from 0.
+        size: number of processes.
+        device: device of this process.
     """
 
     rank: int
@@ -37,21 +37,21 @@ class Processes:
         return self.rank == 0
 
     def share(self, count: int) -> range:
-        """This process's part of `count` items: consecutive, as even as can be; the parts make up the whole."""
+        """This process's part of `count` items. Parts are consecutive, as equal as possible, and make up the whole."""
         return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def total(self, values: Tensor) -> Tensor:
-        """The elementwise sum over the processes, the same bits in each."""
+        """The elementwise sum over the processes, with the same bits in each."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replace every gradient by its sum over the processes: losses are divided by global counts beforehand."""
+        """Replace every gradient by its sum over the processes; losses are already divided by global counts."""
         if self.size == 1:
             return
         wanted = [parameter for parameter in parameters if parameter.requires_grad]
-        # A parameter that this process's share did not touch still takes part in the sum.
+        # A parameter that this process's share does not reach still takes part in the sum.
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in wanted]
         flat = self.total(torch.cat([gradient.reshape(-1) for gradient in gradients]))
         for parameter, part in zip(wanted, flat.split([p.numel() for p in wanted]), strict=True):
@@ -66,20 +66,20 @@ class Processes:
         return box[0]
 
     def wait(self) -> None:
-        """Return once every process has come here."""
+        """Wait for all processes."""
         if self.size > 1:
-            # A sum rather than a barrier: NCCL's guesses the device.
+            # A sum rather than a barrier: the barrier of NCCL guesses the device.
             self.total(torch.zeros(1, device=self.device))
 
 
 @contextmanager
 def processes(device: str = "auto") -> Iterator[Processes]:
-    """The processes that `torchrun` started, or this one alone; a group that this made is closed at the end.
+    """The processes that `torchrun` started, or this one alone; a process group made here is destroyed at the end.
 
-    Gradients and counts travel by NCCL between GPUs and by gloo between CPUs.
+    Communication uses NCCL between GPUs and gloo between CPUs.
 
     Raises:
-        InvalidArgumentError: the device is unknown or is not there.
+        InvalidArgumentError: the device is unknown or not available.
     """
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     place = _device(device, int(os.environ.get("LOCAL_RANK", "0")))
@@ -102,10 +102,10 @@ def _device(name: str, local_rank: int) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise InvalidArgumentError("device", f"got {name!r}; auto, cpu, cuda or cuda:N is needed") from None
+        raise InvalidArgumentError("device", f"must be auto, cpu, cuda or cuda:N, got {name!r}") from None
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            raise InvalidArgumentError("device", f"is {name!r}, but torch sees no GPU")
+            raise InvalidArgumentError("device", f"must be auto or cpu where torch sees no GPU, got {name!r}")
         device = torch.device("cuda", local_rank if device.index is None else device.index)
         torch.cuda.set_device(device)
     return device

@@ -1,10 +1,10 @@
-"""How good a student is: accuracy on the test split, greedy and sampled, and its distance from the teacher there."""
+"""Evaluation of a student: accuracy on the test split, greedy and sampled, and distance from the teacher there."""
 
 from __future__ import annotations
 
 import torch
 
-from opdtheory.training.batches import parts, respond, uniforms
+from opdtheory.training.batches import longest, parts, respond, uniforms
 from opdtheory.training.config import TrainConfig
 from opdtheory.training.distributed import Processes
 from opdtheory.training.intervals import wilson
@@ -14,7 +14,7 @@ from opdtheory.training.tasks import Task
 
 __all__ = ["evaluate"]
 
-_SPLIT_SEED = 0  # every run and every seed is tested on the same problems
+_SPLIT_SEED = 0  # all runs and seeds are tested on the same problems
 _SUMS = ("greedy", "sampled", "count", "tokens", "reverse_kl", "forward_kl", "entropy")
 
 
@@ -25,7 +25,7 @@ def evaluate(
     r"""Test accuracy with 95 % Wilson intervals, and the KLs to the teacher on the student's own test prefixes.
 
     Returns:
-        `greedy_accuracy`, `greedy_low`, `greedy_high`, the same for `test_sampled`, and in nats a token
+        `greedy_accuracy`, `greedy_low`, `greedy_high`, the same for `test_sampled`, and in nats per token
         `test_reverse_kl`, `test_forward_kl` and `test_entropy`.
     """
     examples = task.examples("test", config.eval_examples, _SPLIT_SEED)
@@ -35,8 +35,7 @@ def evaluate(
     for start in range(mine.start, mine.stop, size):
         some = range(start, min(start + size, mine.stop))
         chosen = [examples[number] for number in some]
-        length = config.max_new_tokens or task.max_response
-        draws = uniforms(config.seed, "evaluation", some, 1, length)
+        draws = uniforms(config.seed, "evaluation", some, 1, longest(task, config))
         for name, noise in (("greedy", None), ("sampled", draws)):
             samples = respond(student, task, chosen, config, noise)
             sums[name] += sum(task.correct(chosen, samples, student.vocabulary))

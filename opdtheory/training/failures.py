@@ -1,9 +1,8 @@
-"""What a run leaves behind when a step fails: the step, the prompts and the tokens, in a file that the error names."""
+"""The record of a failed step: its prompts and tokens, in a file that the error names."""
 
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 from opdtheory.errors import TrainingError
 from opdtheory.training.models.language_model import LanguageModel, response_logits
 from opdtheory.training.models.samples import Samples
+from opdtheory.training.models.storage import whole_file
 from opdtheory.training.tasks import Example
 
 __all__ = ["failure"]
@@ -28,13 +28,13 @@ def failure(
     examples: Sequence[Example],
     samples: Samples,
 ) -> TrainingError:
-    """The error of a step that cannot be taken, with its batch saved as JSON: rows with bad logits come first.
+    """Save the batch of a failed step as JSON, rows with bad logits first, and return the error to raise.
 
     Args:
         problem: what is wrong, for the message.
-        folder: of the run; None takes a new temporary one.
-        step: counted from 1, as in the metrics.
-        rank: of the process whose share of the batch this is.
+        folder: folder of the run; None creates a temporary one.
+        step: the step, counted from 1, as in the metrics.
+        rank: rank of the process whose share of the batch this is.
         models: student and teacher, with the parameters before the step.
         examples: the problem of each row.
         samples: the rows.
@@ -59,9 +59,8 @@ def failure(
         )
     rows.sort(key=lambda entry: bool(entry["student_logits_finite"] and entry["teacher_logits_finite"]))
     path = folder / f"failure_step_{step:08d}_rank_{rank}.json"
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps({"step": step, "problem": problem, "rows": rows}, indent=1), encoding="utf-8")
-    os.replace(temporary, path)
+    with whole_file(path) as file:
+        file.write(json.dumps({"step": step, "problem": problem, "rows": rows}, indent=1).encode())
     return TrainingError(f"step {step}: {problem}; its prompts and tokens are in {path}", path)
 
 

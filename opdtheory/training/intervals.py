@@ -13,7 +13,7 @@ NORMAL = NormalDist().inv_cdf(0.975)
 
 
 def wilson(correct: int, total: int, level: float = 0.95) -> tuple[float, float]:
-    r"""Wilson's interval for a proportion: it stays in [0, 1] and has a width also at 0 and at 1.
+    r"""Wilson's interval for a proportion, which stays in [0, 1] and has a positive width even at 0 and 1.
 
     $$\frac{\hat p + \frac{z^2}{2n} \pm z\sqrt{\frac{\hat p(1-\hat p)}{n} + \frac{z^2}{4n^2}}}{1 + z^2/n}$$
 
@@ -28,14 +28,14 @@ def wilson(correct: int, total: int, level: float = 0.95) -> tuple[float, float]
         (0.0, 0.037)
     """
     if total < 1:
-        raise InvalidArgumentError("total", f"is {total}; at least one trial is needed")
+        raise InvalidArgumentError("total", f"must be at least 1, got {total}")
     if not 0 <= correct <= total:
-        raise InvalidArgumentError("correct", f"is {correct}; a count in [0, {total}] is needed")
+        raise InvalidArgumentError("correct", f"must be in [0, {total}], got {correct}")
     return wilson_of_share(correct / total, total, level)
 
 
 def wilson_of_share(share: float, count: float, level: float = 0.95) -> tuple[float, float]:
-    """`wilson` where the count is no whole number: the effective one of a mean over seeds."""
+    """`wilson` for a count that need not be an integer, such as the effective one of a mean over seeds."""
     z = NormalDist().inv_cdf(0.5 + level / 2)
     spread = z * z / count
     half = z * math.sqrt(share * (1 - share) / count + spread / (4 * count))

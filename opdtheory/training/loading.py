@@ -1,4 +1,4 @@
-"""The student and the teacher that a configuration names, on the device, in the dtype, with one vocabulary."""
+"""The student and the teacher of a configuration, on its device, in its dtype, with one vocabulary."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ def load_models(
     student: LanguageModel | None = None,
     teacher: LanguageModel | None = None,
 ) -> tuple[LanguageModel, LanguageModel]:
-    """The models given, else those that the configuration names, else the task's own pair.
+    """The given models, else those that the configuration names, else the task's own pair.
 
     Raises:
-        InvalidArgumentError: a model cannot be found, or the two vocabularies, or a model's and the task's, differ.
+        InvalidArgumentError: a model cannot be found, the two vocabularies differ, or the student cannot encode the
+            task's prompts.
     """
     student = _named(config.student, config) if student is None and config.student is not None else student
     teacher = _named(config.teacher, config) if teacher is None and config.teacher is not None else teacher
@@ -47,7 +48,7 @@ def _named(name: str, config: TrainConfig) -> LanguageModel:
 
 
 def _pair(config: TrainConfig, task: Task, team: Processes) -> tuple[LanguageModel, LanguageModel]:
-    # What is not in the cache is trained once, by the first process.
+    # A model that is not in the cache is trained once, by the first process.
     pair = load_pair(task, config.pair_seed, cache=config.cache) if team.is_first else None
     team.wait()
     return load_pair(task, config.pair_seed, cache=config.cache) if pair is None else pair
@@ -59,5 +60,5 @@ def _check_task(student: LanguageModel, task: Task) -> None:
             student.vocabulary.encode(example.prompt)
         except InvalidArgumentError as error:
             raise InvalidArgumentError(
-                "student", f"cannot read the prompts of the task {task.name}, such as {example.prompt!r}: {error}"
+                "student", f"must encode the prompts of the task {task.name}, such as {example.prompt!r}; {error}"
             ) from None

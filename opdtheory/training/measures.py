@@ -1,4 +1,4 @@
-"""What a batch of rollouts says of the student: both KLs to the teacher, entropy, clipped tokens, lengths."""
+"""Measures of a batch of rollouts: both KLs to the teacher, entropy, clipped tokens, lengths."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SUMS = ("loss", "tokens", "reverse_kl", "forward_kl", "entropy", "clipped", "pr
 
 @dataclass
 class Tally:
-    """Sums over parts of a batch, in float64: they add up over parts and processes, means do not."""
+    """Sums over parts of a batch, in float64, which add up over parts and processes, unlike means."""
 
     sums: Float[Tensor, " S"]
 
@@ -32,7 +32,7 @@ class Tally:
         return cls(torch.zeros(len(_SUMS), dtype=torch.float64, device=device))
 
     def add(self, **values: int | float | Tensor) -> None:
-        """Add to the named sums, without waiting for the device."""
+        """Add to the named sums without waiting for the device."""
         for name, value in values.items():
             self.sums[_SUMS.index(name)] += value.detach() if isinstance(value, Tensor) else value
 
@@ -40,7 +40,7 @@ class Tally:
         return float(self.sums[_SUMS.index(name)])
 
     def means(self) -> dict[str, float]:
-        """The loss, and the others per token or per rollout."""
+        """The loss, and the other sums per token or per rollout."""
         total = dict(zip(_SUMS, self.sums.tolist(), strict=True))
         tokens, rollouts = max(total["tokens"], 1.0), max(total["rollouts"], 1.0)
         return {
@@ -56,7 +56,7 @@ class Tally:
 
 
 def step_report(tallies: Sequence[Tally], norms: Sequence[float]) -> dict[str, float]:
-    """The metrics of a step: before its first update, but for the clip fraction and the norm, means over updates."""
+    """The metrics of a step, before its first update; the clip fraction and the norm are means over updates."""
     report = tallies[0].means() | {"gradient_norm": sum(norms) / len(norms)}
     report["clip_fraction"] = sum(tally.means()["clip_fraction"] for tally in tallies) / len(tallies)
     return report
@@ -64,9 +64,9 @@ def step_report(tallies: Sequence[Tally], norms: Sequence[float]) -> dict[str, f
 
 @torch.no_grad()
 def distances(rollouts: Rollouts) -> dict[str, Float[Tensor, ""]]:
-    r"""Sums over the unmasked tokens of $KL(p\|q)$, $KL(q\|p)$ and the entropy of $p$, exact over the vocabulary, nats.
+    r"""Sums over the unmasked tokens of $KL(p\|q)$, $KL(q\|p)$ and the entropy of $p$, exact over the vocabulary.
 
-    Of the distributions that the rollouts hold: a temperature is in them.
+    They are in nats, for the distributions that the rollouts hold, which include the temperature.
     """
     log_p = torch.log_softmax(unmasked(rollouts, rollouts.student_logits), dim=-1)
     log_q = torch.log_softmax(unmasked(rollouts, rollouts.teacher_logits), dim=-1)
@@ -85,7 +85,7 @@ def _expected(log_p: Tensor, values: Tensor) -> Float[Tensor, "B T"]:
 
 @torch.no_grad()
 def clipped(loss: Estimator, rollouts: Rollouts) -> Int64[Tensor, ""]:
-    """How many unmasked tokens some clip of the estimator acts on: log-ratio, weight, or PPO's of the ratio p/mu."""
+    """The number of unmasked tokens that a clip of the estimator affects: of log-ratio, weight, or PPO's ratio p/mu."""
     rule = loss.token_loss
     live = rollouts.mask > 0
     hit = torch.zeros_like(live)

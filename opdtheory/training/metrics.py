@@ -1,4 +1,4 @@
-"""What a run reports: JSON lines that survive a kill, a progress bar, TensorBoard events, Wilson intervals."""
+"""The metrics of a run: JSON lines that survive a kill, a progress bar, TensorBoard events."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ _SHOWN = ("reverse_kl", "sampled_accuracy", "greedy_accuracy", "gradient_norm", 
 
 
 class Metrics:
-    """The rows of a run, one mapping for each finished step, in a list and in the files that were asked for.
+    """The rows of a run, one mapping for each finished step, in a list and in files.
 
     Args:
-        folder: gets `metrics.jsonl`; what a killed run left there after `step` is cut off. None keeps no file.
-        step: steps that are finished already.
-        steps: how many there will be.
+        folder: folder of `metrics.jsonl`, from which rows after `step` are removed; None writes no file.
+        step: number of steps that are already finished.
+        steps: number of steps of the run.
         tensorboard: write event files into `folder/tensorboard`.
-        progress: show a bar where standard error is a terminal and rich is installed.
+        progress: show a progress bar if standard error is a terminal and rich is installed.
 
     Raises:
-        InvalidArgumentError: TensorBoard is asked for and not installed, or there is no folder for it.
+        InvalidArgumentError: TensorBoard is requested but not installed, or there is no folder for it.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Metrics:
         self._shown: dict[str, float] = {}
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Record a step; the line is complete in the file once this returns. Infinite values become null."""
+        """Record a step and write its line to the file. Infinite values become null."""
         clean = {key: _finite(value) for key, value in row.items()}
         self.rows.append(clean)
         if self._file is not None:
@@ -63,7 +63,7 @@ class Metrics:
             self._bar.update(self._task, completed=clean["step"], metrics=text)
 
     def sync(self) -> None:
-        """Return once the rows are on the disk: before the checkpoint of their step, so that none can be missing."""
+        """Wait until the rows are on the disk, which must come before the checkpoint of their step."""
         if self._file is not None:
             os.fsync(self._file.fileno())
 
@@ -82,7 +82,7 @@ def _finite(value: Any) -> Any:
 
 
 def _reopen(path: Path, step: int) -> tuple[list[dict[str, Any]], IO[str]]:
-    """The rows up to a step, and the file with whatever follows them cut off: later steps, or half a line."""
+    """The rows up to a step, and the file without what follows them: later steps, or half a line."""
     rows: list[dict[str, Any]] = []
     kept = 0
     if path.exists():
@@ -109,11 +109,11 @@ def _row(line: bytes) -> dict[str, Any] | None:
 
 def _tensorboard(folder: Path | None, step: int) -> Any:
     if folder is None:
-        raise InvalidArgumentError("tensorboard", "needs out, the folder of the run")
+        raise InvalidArgumentError("tensorboard", "must have a folder: set out, the folder of the run")
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise InvalidArgumentError("tensorboard", 'is not installed: pip install "opdtheory[tensorboard]"') from None
+        raise InvalidArgumentError("tensorboard", 'must be installed: pip install "opdtheory[tensorboard]"') from None
     return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
 

@@ -1,4 +1,4 @@
-r"""What a run descends: an estimator of the library by name, or one of the experiment's controls."""
+r"""The loss of a run: an estimator of the library by name, or one of the experiment's controls."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import re
 import tokenize
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from opdtheory.choices import Control
+from opdtheory.choices import Control, Verdict
 from opdtheory.divergences import Divergence, divergence, names
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.estimators import Claim, Estimator, estimator
@@ -31,13 +31,14 @@ _FIELDS = (
 
 
 def parse_divergence(text: str) -> Divergence:
-    r"""A divergence from a catalogue name or label, or from a generator $f(u)$ written as an expression.
+    r"""The divergence of a catalogue name or label, or of a generator $f(u)$ written as an expression.
 
-    Expressions may hold `u`, numbers, `+ - * / **`, parentheses, and `log exp sqrt Abs Max Min`; nothing else is
+    Expressions may contain `u`, numbers, `+ - * / **`, parentheses, and `log exp sqrt Abs Max Min`. Nothing else is
     evaluated.
 
     Raises:
-        InvalidArgumentError: neither a known name nor such an expression, or no generator of a divergence.
+        InvalidArgumentError: the text is neither a known name nor such an expression, or it is not the generator of a
+            divergence.
 
     Example:
         >>> parse_divergence("u*log(u) - 2*(u-1)").name
@@ -48,21 +49,22 @@ def parse_divergence(text: str) -> Divergence:
         return divergence(text.strip())
     words = set(re.findall(r"[^\W\d]\w*", text))
     if "u" not in words:
-        return divergence(text)  # refused, with the nearest name
+        return divergence(text)  # raises, with the nearest name
     import sympy
 
     from opdtheory.divergences import symbol
 
     allowed = {"u", *_FUNCTIONS}
     if words - allowed or not re.fullmatch(r"[\w\s.+\-*/(),]*", text):
-        strange = ", ".join(sorted(words - allowed)) or "a sign beside + - * / ** ( ) ,"
-        raise InvalidArgumentError("divergence", f"{text!r} holds {strange}; u, numbers, {', '.join(_FUNCTIONS)} may")
+        strange = ", ".join(sorted(words - allowed)) or "a sign other than + - * / ** ( ) ,"
+        needed = f"must contain only u, numbers, + - * / ** and {', '.join(_FUNCTIONS)}"
+        raise InvalidArgumentError("divergence", f"{needed}, got {strange} in {text!r}")
     try:
         code = _exact_numbers(text)
         scope = {"u": symbol(), "Rational": sympy.Rational, **{name: getattr(sympy, name) for name in _FUNCTIONS}}
         expression = sympy.sympify(eval(compile(code, "divergence", "eval"), {"__builtins__": {}}, scope))
     except (SyntaxError, TypeError, ValueError, ZeroDivisionError, tokenize.TokenError) as error:
-        raise InvalidArgumentError("divergence", f"{text!r} is no expression in u: {error}") from None
+        raise InvalidArgumentError("divergence", f"must be an expression in u, got {text!r}: {error}") from None
     return Divergence.from_expr(expression, name=text)
 
 
@@ -70,10 +72,10 @@ def divergence_text(given: Divergence) -> str:
     """The text from which `parse_divergence` makes this divergence again.
 
     Raises:
-        InvalidArgumentError: no divergence.
+        InvalidArgumentError: the argument is not a divergence.
     """
     if not isinstance(given, Divergence):
-        raise InvalidArgumentError("divergence", f"got {given!r}; a name, an expression in u or a Divergence is needed")
+        raise InvalidArgumentError("divergence", f"must be a name, an expression in u or a Divergence, got {given!r}")
     return given.label if given.name in names() else str(given.expr)
 
 
@@ -86,29 +88,27 @@ def objective(
 ) -> Estimator:
     r"""The loss of a run.
 
-    The control `constant_advantage` descends $-A \sum_n \log p(y_n|h_n)$ with one constant $A$ for every token: its
+    The control `constant_advantage` descends $-A \sum_n \log p(y_n|h_n)$ with one constant $A$ for every token, whose
     expected gradient is zero on-policy. The control `supervised` is the cross-entropy of demonstrations. The control
     `exact_opd` is the expectation of OPD at each history, $\sum_a p(a|h_n)\,f(u_a)$ with the gradient of $f$ stopped:
     OPD's bias without its variance (T2).
 
     Raises:
-        InvalidArgumentError: as `opdtheory.estimator`, or an option that the control leaves no meaning.
+        InvalidArgumentError: as for `opdtheory.estimator`, or an option does not apply to the control.
     """
     if control is None:
         if advantage is not None:
-            raise InvalidArgumentError(
-                "advantage", f"is {advantage:g}; it applies to control='constant_advantage' only"
-            )
+            raise InvalidArgumentError("advantage", f"applies only to control='constant_advantage', got {advantage:g}")
         return estimator(name, None if given is None else parse_divergence(given), **options)
     if control == "exact_opd":
         return _exact_opd(given, options)
     if given is not None:
-        raise InvalidArgumentError("divergence", f"is {given!r}; it does not apply to control={control!r}")
+        raise InvalidArgumentError("divergence", f"does not apply to control={control!r}, got {given!r}")
     _refuse_others(options, control, ("reduction",))
     if control == "constant_advantage" and advantage is None:
-        raise InvalidArgumentError("advantage", "control='constant_advantage' needs it, such as -1.0")
+        raise InvalidArgumentError("advantage", "must be given for control='constant_advantage', such as -1.0")
     weight = 1.0 if advantage is None else advantage
-    verdict: Literal["zero", "biased"] = "biased" if control == "supervised" else "zero"
+    verdict: Verdict = "biased" if control == "supervised" else "zero"
     given_that = Assumptions(sampler="on_policy", fixed_length=True)
     claim = Claim(divergence("reverse_kl"), "token_local", verdict, "T4", assumptions=given_that)
     return Estimator(control, claim, lambda rollouts: -weight * rollouts.student_logprobs, options["reduction"])
@@ -116,7 +116,7 @@ def objective(
 
 def _exact_opd(given: str | None, options: Mapping[str, Any]) -> Estimator:
     if given is None:
-        raise InvalidArgumentError("divergence", "control='exact_opd' needs one")
+        raise InvalidArgumentError("divergence", "must be given for control='exact_opd'")
     _refuse_others(options, "exact_opd", ("reduction", "clip_log_ratio"))
     followed = estimator("opd", parse_divergence(given), **options)
     rule = followed.token_loss
@@ -131,7 +131,7 @@ class ExactScore:
     advantage: RatioAdvantage
 
     def __call__(self, rollouts: Rollouts) -> Float[Tensor, "B T"]:
-        """Its gradient is the expected one of a sampled token, without the noise."""
+        """The loss of each token, whose gradient is the expected gradient of a sampled token."""
         logits = (unmasked(rollouts, z) for z in (rollouts.student_logits, rollouts.teacher_logits))
         log_p, log_q = (torch.log_softmax(z, -1) for z in logits)
         return -(log_p.exp() * self.advantage.at(log_p.detach(), log_q.detach())).sum(-1)
@@ -140,7 +140,7 @@ class ExactScore:
 def _refuse_others(options: Mapping[str, Any], control: str, kept: tuple[str, ...]) -> None:
     for option, value in options.items():
         if option not in kept and value not in (None, False):
-            raise InvalidArgumentError(option, f"is {value!r}; it does not apply to control={control!r}")
+            raise InvalidArgumentError(option, f"does not apply to control={control!r}, got {value!r}")
 
 
 def needs_groups(loss: Estimator) -> bool:
@@ -153,16 +153,16 @@ def group_losses(loss: Estimator, rollouts: Rollouts, group_size: int) -> Float[
     """The loss of each token, with baselines and z-scores taken within each run of `group_size` rollouts."""
     if not needs_groups(loss) or len(rollouts.tokens) == group_size:
         return loss.token_loss(rollouts)
-    # `split`, not slices: its backward pass joins the pieces once.
+    # Not slices: the backward pass of `split` joins the pieces once.
     pieces = zip(*(getattr(rollouts, name).split(group_size) for name in _FIELDS), strict=True)
     groups = (Rollouts.unchecked(**dict(zip(_FIELDS, piece, strict=True))) for piece in pieces)
     return torch.cat([loss.token_loss(group) for group in groups])
 
 
 def summed(loss: Estimator, rollouts: Rollouts, group_size: int) -> Float[Tensor, ""]:
-    r"""The numerator of the loss of a batch, to be divided by that of the whole batch: rollouts, or unmasked tokens.
+    r"""The numerator of the loss, to be divided by the number of rollouts or unmasked tokens of the whole batch.
 
-    Numerators of the parts of a batch add up, means do not.
+    Numerators of the parts of a batch add up, unlike means.
     """
     values = group_losses(loss, rollouts, group_size)
     values = torch.where(rollouts.mask > 0, values, torch.zeros_like(values))

@@ -1,6 +1,6 @@
-"""Teachers and under-trained students from demonstrations: trained from a seed, cached, checksummed.
+"""Teachers and under-trained students from demonstrations: trained from a seed, cached, with a checksum.
 
-`python -m opdtheory.training.pairs --task arithmetic` trains what the cache lacks and prints what it holds.
+`python -m opdtheory.training.pairs --task arithmetic` trains the models that the cache lacks and prints their records.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = ["Recipe", "accuracy", "load_model", "load_pair", "recipe_for", "train
 
 Role = Literal["teacher", "student"]
 
-# Raised when the same recipe would give other weights: a new initialisation, loss or order of the examples.
+# Incremented when the same recipe would give other weights: a new initialisation, loss or order of the examples.
 _FORMAT = 1
 
 _TEACHER_STEPS = {"arithmetic": 1200, "tools": 1500, "modular": 4000}
@@ -41,17 +41,17 @@ _STUDENT_STEPS = {"arithmetic": 700, "tools": 500, "modular": 700}
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that decides a model's weights, but for the rounding of the machine.
+    """All that a model's weights depend on, apart from the rounding of the machine.
 
     Attributes:
         task: name of the task.
-        role: teacher or student; both read different examples under one seed.
-        seed: of the initial weights and of the examples.
-        width, layers, heads: the model's size.
+        role: teacher or student; with one seed, they read different examples.
+        seed: seed of the initial weights and of the examples.
+        width, layers, heads: size of the model.
         steps: optimiser steps, each on new examples.
-        batch_size: examples a step.
-        learning_rate: its peak, for AdamW, after `warmup` steps; it falls linearly to a tenth.
-        warmup: steps of linear rise.
+        batch_size: examples per step.
+        learning_rate: peak learning rate of AdamW, after `warmup` steps; it then falls linearly to a tenth.
+        warmup: steps of linear warm-up.
     """
 
     task: str
@@ -67,40 +67,39 @@ class Recipe:
 
     @property
     def key(self) -> str:
-        """A digest of the recipe and of the code's format, which names the cached file."""
+        """The name of the cached file, with a digest of the recipe and of the code's format."""
         text = json.dumps([_FORMAT, dataclasses.asdict(self)], sort_keys=True)
         return f"{self.task}-{self.role}-{self.seed}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 def recipe_for(task: str, role: Role, seed: int = 0) -> Recipe:
-    """The recipe that the repository's experiments use.
+    """The recipe of the repository's experiments.
 
     Raises:
-        InvalidArgumentError: an unknown task or role.
+        InvalidArgumentError: the task or the role is unknown.
     """
     if task not in TASKS:
-        raise InvalidArgumentError("task", f"is {task!r}; one of {', '.join(TASKS)} is needed")
+        raise InvalidArgumentError("task", f"must be one of {', '.join(TASKS)}, got {task!r}")
     if role == "teacher":
         return Recipe(task, role, seed, width=96, layers=3, heads=4, steps=_TEACHER_STEPS[task])
     if role == "student":
-        steps = _STUDENT_STEPS[task]
-        return Recipe(task, role, seed, width=48, layers=2, heads=4, steps=steps)
-    raise InvalidArgumentError("role", f"is {role!r}; 'teacher' or 'student' is needed")
+        return Recipe(task, role, seed, width=48, layers=2, heads=4, steps=_STUDENT_STEPS[task])
+    raise InvalidArgumentError("role", f"must be 'teacher' or 'student', got {role!r}")
 
 
 def load_pair(
     task: Task | str, seed: int = 0, *, cache: Path | str | None = None, teacher_seed: int = 0
 ) -> tuple[Transformer, Transformer]:
-    """The student of a seed and the teacher, from the cache; what it lacks is trained first.
+    """The student of a seed and the teacher, from the cache; a model that it lacks is trained first.
 
     Args:
         task: a task or its name.
-        seed: of the student; the teacher is the same for all, unless `teacher_seed` says otherwise.
+        seed: seed of the student; the teacher does not depend on it.
         cache: folder; by default `$OPDTHEORY_CACHE`, else `~/.cache/opdtheory`.
-        teacher_seed: of the teacher.
+        teacher_seed: seed of the teacher.
 
     Returns:
-        `(student, teacher)`; the teacher's parameters need no gradient.
+        `(student, teacher)`; the teacher's parameters require no gradient.
     """
     name = task if isinstance(task, str) else task.name
     student, _ = load_model(recipe_for(name, "student", seed), cache=cache)
@@ -111,10 +110,10 @@ def load_pair(
 def load_model(
     recipe: Recipe, *, cache: Path | str | None = None, report: Callable[[int, float], None] | None = None
 ) -> tuple[Transformer, dict[str, Any]]:
-    """A model and its record, from the cache; trained and stored first if it is not there.
+    """A model and its record, from the cache; if it is not there, it is trained and stored first.
 
-    The record holds the recipe, the checksum of the weights, the seconds that training took and the greedy accuracy
-    on 512 problems of the test split.
+    The record holds the recipe, the checksum of the weights, the training time in seconds and the accuracy on 512
+    problems of the test split.
 
     Raises:
         InvalidArgumentError: the cached weights do not have the recorded checksum.
@@ -143,13 +142,14 @@ def load_model(
 
 
 def train_supervised(recipe: Recipe, *, report: Callable[[int, float], None] | None = None) -> Transformer:
-    """Train on demonstrations of the train split, each seen once.
+    """Train on demonstrations of the train split, each used once.
 
-    The loss is the mean over the policy's own tokens, end of sequence included; the environment's are history.
+    The loss is the mean over the policy's own tokens, including the end-of-sequence token; the environment's tokens
+    are history only.
 
     Args:
         recipe: what to train.
-        report: called with the number of finished steps and the loss in nats a token.
+        report: called with the number of finished steps and the loss in nats per token.
     """
     task = task_named(recipe.task)
     model = _untrained(recipe, task)
@@ -175,7 +175,7 @@ def train_supervised(recipe: Recipe, *, report: Callable[[int, float], None] | N
 def accuracy(
     model: LanguageModel, task: Task, count: int = 512, *, greedy: bool = False, seed: int = 0, split: Split = "test"
 ) -> float:
-    """The share of a split's problems that a model answers right, one response each."""
+    """The share of a split's problems that a model answers correctly, with one response each."""
     examples = task.examples(split, count, seed)
     generator = torch.Generator().manual_seed(seed)
     samples = model.sample(
@@ -194,9 +194,9 @@ def _untrained(recipe: Recipe, task: Task) -> Transformer:
 
 
 def _batch(task: Task, recipe: Recipe, step: int, rng: random.Random) -> tuple[Tensor, Tensor]:
-    """Tokens `(B, L)`, padded on the right, and `(B, L - 1)`: whether the next token is the policy's."""
+    """Tokens `(B, L)`, padded on the right, and whether each next token is the policy's, `(B, L - 1)`."""
     vocabulary = task.vocabulary
-    # Seeds of distinct roles, seeds and steps differ; the split keeps the test problems out of all.
+    # Different for every role, seed and step; the split keeps test problems out.
     seed = (recipe.seed * 2 + (recipe.role == "teacher")) * 1_000_000 + step
     rows, owns = [], []
     for example in task.examples("train", recipe.batch_size, seed):
@@ -220,10 +220,12 @@ def _schedule(step: int, warmup: int, steps: int) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train what the cache lacks of a task's teacher and students; print the records as JSON lines."""
+    """Train a task's teacher and students, unless they are in the cache, and print their records as JSON lines."""
     parser = argparse.ArgumentParser(prog="python -m opdtheory.training.pairs", description=main.__doc__)
     parser.add_argument("--task", choices=tuple(TASKS), nargs="+", default=tuple(TASKS))
-    parser.add_argument("--seeds", type=int, default=1, help="students of seeds 0 to SEEDS - 1 (%(default)s)")
+    parser.add_argument(
+        "--seeds", type=int, default=1, help="number of students, of seeds 0 to SEEDS - 1 (default: %(default)s)"
+    )
     parser.add_argument("--cache", type=Path, help="folder (default: $OPDTHEORY_CACHE, else ~/.cache/opdtheory)")
     options = parser.parse_args(arguments)
     for name in options.task:

@@ -1,4 +1,4 @@
-"""A run: what a step works with, and what is left when it is finished."""
+"""A training run: what its steps use, and its result."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ __all__ = ["Observer", "Run", "TrainResult"]
 
 @dataclass
 class Run:
-    """What a step works with.
+    """What a step uses.
 
     Attributes:
         config: the settings.
         processes: this process among those of the run.
-        task: makes prompts and verifies answers.
+        task: the task, which makes prompts and verifies answers.
         student: the model that is trained, in place.
         teacher: the model that scores, frozen.
-        loss: what is descended.
-        optimizer: AdamW over the student's parameters.
+        loss: the loss that is minimised.
+        optimizer: AdamW on the student's parameters.
         metrics: rows of finished steps.
     """
 
@@ -45,7 +45,7 @@ class Run:
 
     @property
     def folder(self) -> Path | None:
-        """The folder of the run, if one was named."""
+        """The folder of the run, or None."""
         return None if self.config.out is None else Path(self.config.out)
 
 
@@ -59,7 +59,7 @@ class TrainResult:
     Attributes:
         student: the trained model.
         config: the settings.
-        rows: the metrics of every step, as in `metrics.jsonl`; an evaluation of the start has step 0.
+        rows: the metrics of every step, as in `metrics.jsonl`; the evaluation at the start has step 0.
     """
 
     student: LanguageModel = field(repr=False)

@@ -2,7 +2,7 @@ r"""The reference trainer. `training_step` is one step from prompts to new param
 
 Every loss is a sum over rollouts or tokens divided by a count of the *global* batch, so its gradient is the same
 however the batch is split over backward passes and processes. Every random number is seeded by the run's seed, the
-step and the prompt's index in the global batch, so a step is the same whoever takes it, and after any resume.
+step and the prompt's index in the global batch, so a step is the same on any number of processes and after a resume.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def training_step(run: Run, step: int) -> dict[str, float]:
     for settings in run.optimizer.param_groups:
         settings["lr"] = config.learning_rate_at(step)
 
-    # 1. The student answers this process's share of the step's prompts, several times each if there are groups.
+    # 1. The student answers this process's share of the step's prompts, several times each if rollouts form groups.
     examples, samples = collect(run, step)
 
     # 2. What the loss is divided by: a count of the global batch, known before the first backward pass.
@@ -58,18 +58,18 @@ def training_step(run: Run, step: int) -> dict[str, float]:
         tally = Tally.empty(run.processes.device)
         run.optimizer.zero_grad(set_to_none=True)
         for number, piece in enumerate(pieces):
-            # 3. The teacher scores the student's prefixes, once for all updates.
+            # 3. The teacher scores the student's histories, once for all updates.
             scores = teacher_logits.get(number)
             if scores is None:
                 scores = score(run, piece)
             if config.updates_per_batch > 1:
                 teacher_logits[number] = scores
 
-            # 4. The student's own logits, with gradient, and the estimator's loss.
+            # 4. The student's own logits, with gradient, and the loss of the estimator.
             try:
                 rollouts = as_rollouts(run, piece, scores)
                 value = summed(loss, rollouts, config.rollouts_per_prompt) / denominator
-            except InvalidArgumentError as error:  # NaN in the logits, say
+            except InvalidArgumentError as error:  # such as NaN in the logits
                 raise fail(run, step, str(error), examples, samples) from error
             value.backward()
             tally.add(loss=value, clipped=clipped(loss, rollouts), tokens=rollouts.mask.sum())
@@ -91,13 +91,13 @@ def training_step(run: Run, step: int) -> dict[str, float]:
         tallies.append(tally)
         norms.append(norm)
     report = step_report(tallies, norms) | {"learning_rate": config.learning_rate_at(step)}
-    if config.control == "supervised":  # there are no rollouts to speak of
+    if config.control == "supervised":  # there are no rollouts
         return {key: report[key] for key in ("loss", "gradient_norm", "learning_rate", "tokens")}
     return report
 
 
 def collect(run: Run, step: int) -> tuple[list[Example], Samples]:
-    """This process's rollouts of a step and the problem of each: the groups of its prompts, or demonstrations."""
+    """This process's rollouts of a step, or demonstrations, with the problem of each."""
     config, each = run.config, run.config.rollouts_per_prompt
     mine = run.processes.share(config.prompts_per_step)
     chosen = step_examples(run.task, config, step)[mine.start : mine.stop]
@@ -108,7 +108,7 @@ def collect(run: Run, step: int) -> tuple[list[Example], Samples]:
     samples = respond(run.student, run.task, examples, config, draws)
     empty = (samples.mask.sum(-1) == 0).nonzero().flatten().tolist()
     if empty:
-        problem = f"{len(empty)} of {len(samples)} rollouts hold no token of the student, the first to the prompt "
+        problem = f"{len(empty)} of {len(samples)} rollouts have no token of the student, the first for the prompt "
         raise fail(run, step, problem + repr(examples[empty[0]].prompt), examples, samples)
     return examples, samples
 
@@ -122,7 +122,7 @@ def score(run: Run, piece: Samples) -> Tensor:
 def as_rollouts(run: Run, piece: Samples, teacher_logits: Tensor) -> Rollouts:
     """The estimator's input: the piece with both models' logits, the student's differentiable.
 
-    The log-probabilities that sampled are those of the behaviour policy: the student itself before its first update.
+    The sampled log-probabilities are those of the behaviour policy, which is the student before its first update.
     """
     logits = response_logits(run.student, piece) / run.config.temperature
     if run.config.check_rollouts:
@@ -139,7 +139,7 @@ def as_rollouts(run: Run, piece: Samples, teacher_logits: Tensor) -> Rollouts:
 
 
 def fail(run: Run, step: int, problem: str, examples: Sequence[Example], samples: Samples) -> Exception:
-    """The error of a step that cannot be taken, its batch saved."""
+    """Save the batch of a failed step, and return the error to raise."""
     models = (run.student, run.teacher)
     return failure(problem, run.folder, step + 1, run.processes.rank, models, examples, samples)
 
@@ -152,21 +152,22 @@ def train(
     task: Task | None = None,
     observers: Sequence[Observer] = (),
 ) -> TrainResult:
-    """Train a student on its own samples, scored by a teacher; go on where a run in the same folder was stopped.
+    """Train a student on its own samples, scored by a teacher; a stopped run in the same folder is resumed.
 
-    Under `torchrun` every process calls this and gets the same result; the first one writes the files.
+    Under `torchrun` every process calls this function and gets the same result; the first one writes the files.
 
     Args:
         config: all settings.
-        student: trained in place; by default the one that `config` names.
-        teacher: by default the one that `config` names.
-        task: by default the one that `config` names.
-        observers: called after each step with the run and the steps finished; what they return joins the metrics.
+        student: the student, trained in place; by default the one that `config` names.
+        teacher: the teacher; by default the one that `config` names.
+        task: the task; by default the one that `config` names.
+        observers: called after each step with the run and the number of finished steps; what they return is added to
+            the metrics.
 
     Raises:
-        InvalidArgumentError: the models or the task do not fit together, or the folder holds another run.
-        TrainingError: a step cannot be taken: a rollout is empty, a loss or gradient not finite. The error names a
-            file that holds the prompts and the tokens.
+        InvalidArgumentError: the models and the task do not fit together, or the folder holds another run.
+        TrainingError: a step fails because a rollout is empty, or a loss or gradient is not finite. The error names a
+            file with the prompts and the tokens.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -197,10 +198,10 @@ def started(
     teacher: LanguageModel | None,
     task: Task | None,
 ) -> Iterator[tuple[Run, int]]:
-    """A run that is ready for its next step, and the number of steps finished."""
+    """A run that is ready for its next step, and the number of finished steps."""
     if team.size > config.prompts_per_step:
         raise InvalidArgumentError(
-            "prompts_per_step", f"is {config.prompts_per_step}; each of {team.size} processes needs at least one"
+            "prompts_per_step", f"must be at least the number of processes, {team.size}, got {config.prompts_per_step}"
         )
     task = task_of(config.task) if task is None else task
     student, teacher = load_models(config, task, team, student, teacher)
@@ -232,7 +233,7 @@ def started(
 
 
 def finish_step(run: Run, finished: int, row: dict[str, Any]) -> None:
-    """Record a step and write its checkpoint if one is due; a step is finished once its checkpoint is."""
+    """Record a step and write its checkpoint if one is due; the step is finished once its checkpoint is written."""
     run.metrics.add(row)
     if run.folder is not None and run.config.is_due(finished, run.config.checkpoint_every):
         if run.processes.is_first:

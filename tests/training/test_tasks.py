@@ -10,5 +10,5 @@ from opdtheory.training.tasks import TASKS, task
 
 def test_tasks_have_names():
     assert [task(name).name for name in TASKS] == list(TASKS) == ["arithmetic", "tools", "modular"]
-    with pytest.raises(InvalidArgumentError, match="task: is 'poetry'; one of arithmetic, tools, modular"):
+    with pytest.raises(InvalidArgumentError, match="task: must be one of arithmetic, tools, modular, got 'poetry'"):
         task("poetry")

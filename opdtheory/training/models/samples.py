@@ -1,4 +1,4 @@
-"""Responses as the trainer holds them, and what may write into them."""
+"""Sampled responses, and the environment that may write into them."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ __all__ = ["Cache", "Environment", "Samples", "left_pad"]
 
 @runtime_checkable
 class Environment(Protocol):
-    """What answers the policy within an episode, from the row's text alone.
+    """Answers the policy's calls within an episode, from the row's text alone.
 
     Attributes:
-        closers: the characters that may close a call; after any other token nobody is asked.
+        closers: the characters that may close a call; after other tokens the environment is not asked.
     """
 
     @property
@@ -30,7 +30,7 @@ class Environment(Protocol):
         """The characters that may close a call."""
 
     def reply(self, text: str) -> str | None:
-        """What the environment writes after `text`, the prompt and the response so far; None: nothing."""
+        """What the environment writes after `text`, the prompt and the response so far; None for nothing."""
 
 
 class Cache(ABC):
@@ -43,17 +43,17 @@ class Cache(ABC):
 
 @dataclass(frozen=True)
 class Samples:
-    r"""Prompts and the responses that a model sampled to them.
+    r"""Prompts and a model's responses.
 
     Attributes:
         prompts: `(B, P)`, padded on the left.
         prompt_mask: `(B, P)`, 1 on the prompts' tokens.
         tokens: `(B, T)`, the response: the model's own tokens and the environment's, padded on the right.
         mask: `(B, T)`, 1 on the model's own tokens, up to and including the end-of-sequence token.
-        present: `(B, T)`, 1 on every token that is not padding, the environment's too.
-        logprobs: `(B, T)`, $\log\mu(y_n|h_n)$ in nats of the distribution that sampled, temperature included; 0 where
-            `mask` is 0, and everywhere for greedy samples, which are certain.
-        ended: `(B,)`, whether the response ended by itself and not by the cap on its length.
+        present: `(B, T)`, 1 on every token that is not padding, also the environment's.
+        logprobs: `(B, T)`, $\log\mu(y_n|h_n)$ in nats under the sampling policy, temperature included; 0 where `mask`
+            is 0, and everywhere for greedy samples, which are certain.
+        ended: `(B,)`, whether the response ended with the end-of-sequence token rather than at the length limit.
     """
 
     prompts: Int64[Tensor, "B P"]
@@ -68,12 +68,12 @@ class Samples:
         return self.tokens.shape[0]
 
     def texts(self, vocabulary: Vocabulary) -> list[str]:
-        """The text of each response, the environment's part included; special tokens are left out."""
+        """The text of each response, with the environment's part and without special tokens."""
         lengths = self.present.sum(-1).long().tolist()
         return [vocabulary.decode(row[:length]) for row, length in zip(self.tokens.tolist(), lengths, strict=True)]
 
     def rows(self, index: slice | Tensor) -> Samples:
-        """Some of the rows; padding that none of them needs is cut off."""
+        """Some of the rows, without padding that none of them needs."""
         prompt_mask, present = self.prompt_mask[index], self.present[index]
         start = self.prompts.shape[1] - max(1, int(prompt_mask.sum(-1).max()))
         stop = max(1, int(present.sum(-1).max()))
@@ -91,11 +91,11 @@ class Samples:
 def left_pad(
     rows: Sequence[Sequence[int]], pad: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[Int64[Tensor, "B P"], Float[Tensor, "B P"]]:
-    """Rows of tokens as one tensor that is padded on the left, and its mask."""
+    """Rows of tokens as one left-padded tensor, and its mask."""
     if not rows or not all(len(row) for row in rows):
         empty = next((number for number, row in enumerate(rows) if not len(row)), None)
-        got = "there is none" if empty is None else f"number {empty} of {len(rows)} is empty"
-        raise InvalidArgumentError("prompts", f"{got}; at least one prompt of at least one token is needed")
+        got = "none" if empty is None else f"an empty prompt, number {empty} of {len(rows)}"
+        raise InvalidArgumentError("prompts", f"must be at least one prompt of at least one token, got {got}")
     width = max(map(len, rows))
     tokens = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows], dtype=torch.int64)
     mask = torch.tensor([[0.0] * (width - len(row)) + [1.0] * len(row) for row in rows], dtype=dtype)

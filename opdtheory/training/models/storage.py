@@ -1,43 +1,45 @@
-"""Tensors on disk: safetensors with a record beside them, written whole, checked when read."""
+"""Files that are complete or absent, and models among them: safetensors with a record and a checksum."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from torch import Tensor
 
 from opdtheory.errors import InvalidArgumentError
 
-__all__ = ["cache_folder", "checked_record", "load_tensors", "save_tensors", "stored"]
+__all__ = ["cache_folder", "checked_record", "load_tensors", "save_tensors", "stored", "whole_file"]
 
 _CHUNK = 2**20
 
 
 def cache_folder(cache: Path | str | None = None) -> Path:
-    """Where models are kept: the argument, else `$OPDTHEORY_CACHE`, else `~/.cache/opdtheory`."""
+    """The folder of models: the argument, else `$OPDTHEORY_CACHE`, else `~/.cache/opdtheory`."""
     return Path(cache or os.environ.get("OPDTHEORY_CACHE") or Path.home() / ".cache" / "opdtheory").expanduser()
 
 
 def stored(path: Path) -> bool:
-    """Whether `save_tensors` finished there."""
+    """Whether `save_tensors` has finished a file there."""
     return path.is_file() and _record_of(path).is_file()
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> dict[str, Any]:
-    """Store tensors and, beside them, a record of JSON values to which their SHA-256 is added.
+    """Store tensors and, next to them, a record of JSON values with their SHA-256; return the record.
 
     The record is written last, so an interrupted call leaves nothing that `stored` accepts.
     """
     data = _safetensors().save({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, {"format": "pt"})
     complete = {**record, "sha256": hashlib.sha256(data).hexdigest()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, data)
-    _write(_record_of(path), json.dumps(complete, indent=1).encode())
+    for target, content in ((path, data), (_record_of(path), json.dumps(complete, indent=1).encode())):
+        with whole_file(target) as file:
+            file.write(content)
     return complete
 
 
@@ -52,7 +54,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def checked_record(path: Path) -> dict[str, Any]:
-    """The record of stored tensors, after a comparison of their checksum.
+    """The record of stored tensors, once their checksum is verified.
 
     Raises:
         InvalidArgumentError: the file does not have the recorded checksum.
@@ -65,8 +67,8 @@ def checked_record(path: Path) -> dict[str, Any]:
     if digest.hexdigest() != record.get("sha256"):
         raise InvalidArgumentError(
             "cache",
-            f"{path} has the SHA-256 {digest.hexdigest()}, not {record.get('sha256')} as recorded when it was written; "
-            "delete it and it will be made anew",
+            f"{path} must have the recorded SHA-256 {record.get('sha256')}, got {digest.hexdigest()}; delete the file "
+            "and it will be made again",
         )
     return record
 
@@ -75,18 +77,25 @@ def _record_of(path: Path) -> Path:
     return path.with_suffix(".record.json")
 
 
-def _write(path: Path, data: bytes) -> None:
-    """Write a file that is whole or not there."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+@contextmanager
+def whole_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write to, which replaces `path` only when it is complete and on the disk."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with partial.open("wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except BaseException:
+    finally:
         partial.unlink(missing_ok=True)
-        raise
+    if os.name == "posix":
+        # The new name itself is on the disk only once its folder is.
+        descriptor = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _safetensors() -> Any:

@@ -11,7 +11,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from opdtheory.errors import InvalidArgumentError
-from opdtheory.training.models.language_model import Cache, LanguageModel
+from opdtheory.training.models.language_model import LanguageModel
+from opdtheory.training.models.samples import Cache
 from opdtheory.training.models.vocabulary import Vocabulary
 
 __all__ = ["Transformer", "TransformerConfig"]
@@ -22,10 +23,10 @@ class TransformerConfig:
     """The size of a `Transformer`.
 
     Attributes:
-        width: of the residual stream.
+        width: width of the residual stream.
         layers: number of blocks.
-        heads: of attention; they share the width, and 24 each is fast on CPUs.
-        context: longest sequence, prompt and response together, padding not counted.
+        heads: number of attention heads, which share the width; 24 per head is fast on CPUs.
+        context: longest sequence of prompt and response, without padding.
     """
 
     width: int = 48
@@ -37,20 +38,20 @@ class TransformerConfig:
         for name in ("width", "layers", "heads", "context"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InvalidArgumentError(name, f"is {value!r}; a positive integer is needed")
+                raise InvalidArgumentError(name, f"must be an integer of at least 1, got {value!r}")
         if self.width % self.heads:
-            raise InvalidArgumentError("heads", f"is {self.heads}, which does not divide the width {self.width}")
+            raise InvalidArgumentError("heads", f"must divide the width {self.width}, got {self.heads}")
 
 
 class Transformer(LanguageModel):
-    """Pre-norm blocks of causal attention and a GELU layer, learned positions, untied output.
+    """A decoder-only transformer: pre-norm blocks of causal attention and GELU, learned positions, untied output.
 
-    A token's position is its number among the row's tokens, so padding shifts nothing.
+    A token's position is its index among the row's tokens, so padding shifts nothing.
 
     Args:
         config: the size.
-        vocabulary: what the tokens mean.
-        seed: of the initial weights; the global generator is left as it was.
+        vocabulary: the vocabulary.
+        seed: seed of the initial weights; the global generator is not affected.
     """
 
     def __init__(self, config: TransformerConfig, vocabulary: Vocabulary, *, seed: int = 0) -> None:
@@ -109,7 +110,7 @@ class Transformer(LanguageModel):
         return self.head(self.norm(x.squeeze(1)))
 
     def _layout(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Each token's position, and what attention adds to its scores: -inf where it must not look."""
+        """Each token's position, and the bias of the attention scores: -inf where attention is masked."""
         length = tokens.shape[1]
         causal = torch.ones(length, length, dtype=torch.bool, device=tokens.device).tril()
         if mask is None or bool((mask > 0).all()):
@@ -118,7 +119,7 @@ class Transformer(LanguageModel):
         real = mask > 0
         positions = (real.cumsum(-1) - 1).clamp_min(0)
         self._check_positions(int(positions.max()) + 1)
-        # Padding reads itself, as a row of scores that are all -inf would be NaN.
+        # Padding attends to itself: a row of scores that are all -inf would be NaN.
         itself = torch.eye(length, dtype=torch.bool, device=tokens.device)
         allowed = (causal & real[:, None, :]) | itself
         return positions, _additive(allowed, self.dtype).unsqueeze(1)
@@ -126,12 +127,12 @@ class Transformer(LanguageModel):
     def _check_positions(self, needed: int) -> None:
         if needed > self.config.context:
             raise InvalidArgumentError(
-                "tokens", f"need {needed} positions, prompt and response together; the context is {self.config.context}"
+                "tokens", f"must be at most {self.config.context}, the context, got {needed} in prompt and response"
             )
 
 
 class _KeyValues(Cache):
-    """Keys and values, `(B, heads, capacity, width / heads)` a layer; `length` of them are filled."""
+    """Keys and values, `(B, heads, capacity, width / heads)` per layer; the first `length` are filled."""
 
     def __init__(self, config: TransformerConfig, mask: Tensor, capacity: int, dtype: torch.dtype) -> None:
         shape = (mask.shape[0], config.heads, capacity, config.width // config.heads)
@@ -154,7 +155,7 @@ class _KeyValues(Cache):
             self.bias = self.bias[rows]
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store what a layer read now; all that it has read."""
+        """Store a layer's new keys and values, and return all of them."""
         stop = self.length + keys.shape[2]
         self.keys[layer][:, :, self.length : stop] = keys
         self.values[layer][:, :, self.length : stop] = values
@@ -179,7 +180,7 @@ class _Block(nn.Module):
         queries, keys, values = qkv.permute(2, 0, 3, 1, 4).unbind()
         if cache is not None:
             keys, values = cache.append(layer, keys, values)
-        # Written out: for rows this short it is faster than the fused kernels, and it differentiates twice.
+        # For rows this short, this is faster than the fused kernels, and it can be differentiated twice.
         scores = (queries * self.scale) @ keys.transpose(-1, -2)
         mixed = torch.softmax(scores if bias is None else scores + bias, -1) @ values
         x = x + self.out(mixed.transpose(1, 2).reshape(batch, length, width))

@@ -1,4 +1,4 @@
-"""Students made from a model without training: noisy weights, a layer left out."""
+"""Students made from a model without training: with noise in the weights, or without one layer."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def perturb(model: Model, sigma: float, *, seed: int = 0) -> Model:
     r"""A copy whose weight matrices are $W + \sigma\,\mathrm{std}(W)\,\varepsilon$ with $\varepsilon$ standard normal.
 
     Args:
-        model: left as it is.
-        sigma: size of the noise, as a share of each matrix's own spread.
-        seed: of the noise.
+        model: the model, which is not changed.
+        sigma: size of the noise, relative to each matrix's own standard deviation.
+        seed: seed of the noise.
     """
     generator = torch.Generator().manual_seed(seed)
     noisy = _copy(model)
@@ -36,20 +36,20 @@ def perturb(model: Model, sigma: float, *, seed: int = 0) -> Model:
 
 
 def drop_layer(model: Model, index: int) -> Model:
-    """A copy without one block; the others follow each other.
+    """A copy without one block.
 
     Args:
-        model: left as it is.
-        index: of the block, from 0.
+        model: the model, which is not changed.
+        index: index of the block, from 0.
 
     Raises:
-        InvalidArgumentError: the model has no such block, or no list of blocks that is known here.
+        InvalidArgumentError: the model has no such block, or its list of blocks has an unknown name.
     """
     shorter = _copy(model)
     owner, name = _blocks(shorter)
     blocks = list(getattr(owner, name))
     if not 0 <= index < len(blocks) or len(blocks) == 1:
-        raise InvalidArgumentError("index", f"is {index!r}; the model has {len(blocks)} blocks and must keep one")
+        raise InvalidArgumentError("index", f"must be in [0, {len(blocks)}) and leave one block, got {index!r}")
     del blocks[index]
     setattr(owner, name, torch.nn.ModuleList(blocks))
     for number, block in enumerate(blocks):
@@ -74,9 +74,9 @@ def _blocks(model: LanguageModel) -> tuple[Any, str]:
     for name in ("blocks", "layers", "h"):
         if isinstance(getattr(inner, name, None), torch.nn.ModuleList):
             return inner, name
-    raise InvalidArgumentError("model", f"{type(model).__name__} has no list of blocks under a known name")
+    raise InvalidArgumentError("model", f"must have a list of blocks under a known name, got {type(model).__name__}")
 
 
 def _copy(model: Model) -> Model:
-    """A deep copy that shares the vocabulary, which is read only."""
+    """A deep copy that shares the vocabulary, which is never changed."""
     return copy.deepcopy(model, {id(model.vocabulary): model.vocabulary})

@@ -1,4 +1,4 @@
-"""What a token is: the abstract vocabulary, and one of characters."""
+"""Vocabularies: the abstract one, and one of characters."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Vocabulary(ABC):
         size: number of tokens V; ids lie in `[0, V)`.
         bos: the token that may open a sequence.
         eos: the token that ends a response.
-        pad: the token that fills what a mask marks as padding; the mask decides, not the id.
-        fingerprint: equal for two vocabularies exactly when every id means the same text in both.
+        pad: the token at positions that a mask marks as padding; the mask decides, not the id.
+        fingerprint: equal for two vocabularies exactly if every id means the same text in both.
     """
 
     size: int
@@ -38,20 +38,20 @@ class Vocabulary(ABC):
         """The ids of a text, without special tokens.
 
         Raises:
-            InvalidArgumentError: the text holds what no token spells.
+            InvalidArgumentError: no token spells some part of the text.
         """
 
     @abstractmethod
     def decode(self, tokens: Iterable[int]) -> str:
-        """The text of some ids; special tokens are left out."""
+        """The text of some ids, without special tokens."""
 
     @abstractmethod
     def containing(self, characters: str) -> frozenset[int]:
-        """The tokens whose text holds any of the given characters."""
+        """The tokens whose text contains any of the given characters."""
 
 
 class CharacterVocabulary(Vocabulary):
-    """One token per character, and token 0, which opens, ends and pads.
+    """One token per character, and token 0, which opens, ends and pads sequences.
 
     >>> vocabulary = CharacterVocabulary("0123456789+=")
     >>> vocabulary.encode("1+2="), vocabulary.decode([2, 11, 3, 12, 0]), vocabulary.size
@@ -60,10 +60,12 @@ class CharacterVocabulary(Vocabulary):
 
     def __init__(self, characters: str) -> None:
         if not isinstance(characters, str) or not characters:
-            raise InvalidArgumentError("characters", f"is {characters!r}; at least one character is needed")
+            raise InvalidArgumentError("characters", f"must be at least one character, got {characters!r}")
         repeated = sorted({c for c in characters if characters.count(c) > 1})
         if repeated:
-            raise InvalidArgumentError("characters", f"holds {''.join(repeated)!r} more than once in {characters!r}")
+            raise InvalidArgumentError(
+                "characters", f"must be different, got {''.join(repeated)!r} more than once in {characters!r}"
+            )
         self.characters = characters
         self.size = len(characters) + 1
         self.bos = self.eos = self.pad = 0
@@ -80,15 +82,15 @@ class CharacterVocabulary(Vocabulary):
             return [self._ids[character] for character in text]
         except KeyError as error:
             raise InvalidArgumentError(
-                "text", f"{text!r} holds {error.args[0]!r}, which is not in the vocabulary {self.characters!r}"
+                "text", f"must be in the vocabulary {self.characters!r}, got {error.args[0]!r} in {text!r}"
             ) from None
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """The characters of some ids; token 0 is left out."""
+        """The characters of some ids, without token 0."""
         numbers: Sequence[int] = list(tokens)
         bad = next((number for number in numbers if not 0 <= number < self.size), None)
         if bad is not None:
-            raise InvalidArgumentError("tokens", f"hold {bad}; every token must lie in [0, {self.size})")
+            raise InvalidArgumentError("tokens", f"must be in [0, {self.size}), got {bad}")
         return "".join(self.characters[number - 1] for number in numbers if number)
 
     def containing(self, characters: str) -> frozenset[int]:

@@ -16,11 +16,11 @@ TASKS: dict[str, Callable[[], Task]] = {"arithmetic": Addition, "tools": Tools, 
 
 
 def task(name: str) -> Task:
-    """A task by its name.
+    """The task of this name.
 
     Raises:
-        InvalidArgumentError: no task has that name.
+        InvalidArgumentError: no task has this name.
     """
     if name not in TASKS:
-        raise InvalidArgumentError("task", f"is {name!r}; one of {', '.join(TASKS)} is needed")
+        raise InvalidArgumentError("task", f"must be one of {', '.join(TASKS)}, got {name!r}")
     return TASKS[name]()

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import random
 
-from opdtheory.errors import InvalidArgumentError
 from opdtheory.training.models.vocabulary import CharacterVocabulary
-from opdtheory.training.tasks.task import Example, Task
+from opdtheory.training.tasks.task import Example, Task, check_size
 
 __all__ = ["Addition"]
 
@@ -17,17 +16,16 @@ class Addition(Task):
     """The sum of two numbers, with every column's carry.
 
     `3847+5921=` is answered by its columns in any order, then the sum. A column is its letter, `a` for units, its
-    two digits in either order, the carry that comes in, and their sum in two digits: `b4207` says 4 + 2 + 0 = 07
-    in the tens. As the order is free, the teacher's distribution is broad where the choice is and sharp where arithmetic
-    decides; a column may come before the one whose carry it needs.
+    two digits in either order, the incoming carry, and their sum in two digits: `b4207` means 4 + 2 + 0 = 07 in the
+    tens. Since the order is free, the teacher's distribution is broad where there is a choice and sharp where
+    arithmetic decides. A column may come before the one whose carry it needs.
 
     Args:
-        digits: of both numbers, 2 to 8.
+        digits: number of digits of both numbers, 2 to 8.
     """
 
     def __init__(self, digits: int = 4) -> None:
-        if isinstance(digits, bool) or not isinstance(digits, int) or not 2 <= digits <= len(_COLUMNS):
-            raise InvalidArgumentError("digits", f"is {digits!r}; an integer in [2, {len(_COLUMNS)}] is needed")
+        check_size("digits", digits, 2, len(_COLUMNS))
         self.digits = digits
         self.name = "arithmetic" if digits == 4 else f"arithmetic-{digits}"
         self.vocabulary = CharacterVocabulary("0123456789+=" + _COLUMNS[:digits])
@@ -35,7 +33,7 @@ class Addition(Task):
         self.max_response = 6 * digits + 1 + digits + 1 + 4
 
     def draw(self, rng: random.Random) -> Example:
-        """Two numbers of as many digits, leading zeros allowed."""
+        """Draw two numbers; leading zeros are allowed."""
         first, second = rng.randrange(10**self.digits), rng.randrange(10**self.digits)
         low, high = sorted((first, second))
         return Example(
@@ -55,8 +53,3 @@ class Addition(Task):
             carry = total // 10
         rng.shuffle(columns)
         return [("".join(columns) + "=" + example.answer, True)]
-
-    def verify(self, example: Example, response: str) -> bool:
-        """Whether the sum after the one equals sign is right, to the digit."""
-        _, equals, answer = response.partition("=")
-        return bool(equals) and answer == example.answer

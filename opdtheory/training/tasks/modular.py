@@ -5,9 +5,8 @@ from __future__ import annotations
 import random
 import re
 
-from opdtheory.errors import InvalidArgumentError
 from opdtheory.training.models.vocabulary import CharacterVocabulary
-from opdtheory.training.tasks.task import Example, Task
+from opdtheory.training.tasks.task import Example, Task, check_size
 
 __all__ = ["Modular"]
 
@@ -16,20 +15,19 @@ _EQUATION = re.compile(r"([a-j])([0-9a-j])([-+*])([0-9a-j])")
 
 
 class Modular(Task):
-    """A chain of definitions modulo 10; the value of one variable is asked.
+    """A chain of definitions modulo 10, and a question for the value of one variable.
 
-    `cb*a.a3+9.ba-7?c` defines c = b·a, a = 3+9 and b = a-7, in any order, and asks for c. The response works out
-    every variable, in any order in which each is known when it is used, by name, operands and value, then gives the
-    answer: `a3+92b2-75c5*20=0`. The operands of sums and products may be swapped. The policy must find definitions
-    by name and values in its own text, and see which definition is ready.
+    `cb*a.a3+9.ba-7?c` defines c = b·a, a = 3+9 and b = a-7, in any order, and asks for c. The response works out every
+    variable by name, operands and value, in any order in which each is known when it is used, then gives the answer:
+    `a3+92b2-75c5*20=0`. The operands of sums and products may be swapped. The policy must look up definitions by name
+    and values in its own text, and recognise which definition is ready.
 
     Args:
         variables: number of definitions, 2 to 10; the answer need not use all.
     """
 
     def __init__(self, variables: int = 5) -> None:
-        if isinstance(variables, bool) or not isinstance(variables, int) or not 2 <= variables <= len(_NAMES):
-            raise InvalidArgumentError("variables", f"is {variables!r}; an integer in [2, {len(_NAMES)}] is needed")
+        check_size("variables", variables, 2, len(_NAMES))
         self.variables = variables
         self.name = "modular" if variables == 5 else f"modular-{variables}"
         self.vocabulary = CharacterVocabulary("0123456789+-*=.?" + _NAMES[:variables])
@@ -37,7 +35,7 @@ class Modular(Task):
         self.max_response = 5 * variables + 3 + 4
 
     def draw(self, rng: random.Random) -> Example:
-        """Definitions of which each may use two earlier ones; the last is asked."""
+        """Draw definitions, each of which may use two earlier ones, and ask for the last."""
         names = rng.sample(_NAMES[: self.variables], self.variables)
         lines = []
         for place, name in enumerate(names):
@@ -53,7 +51,7 @@ class Modular(Task):
         return Example(prompt=prompt, answer=str(values[names[-1]]), problem=key)
 
     def demonstration(self, example: Example, rng: random.Random) -> list[tuple[str, bool]]:
-        """The definitions, each drawn among those that are ready, then the answer."""
+        """The definitions, each drawn from those that are ready, then the answer."""
         lines = _lines(example.prompt)
         values = _solve(example.prompt)
         todo, done, text = set(lines), set[str](), ""
@@ -67,11 +65,6 @@ class Modular(Task):
             todo.discard(name)
             done.add(name)
         return [(f"{text}={example.answer}", True)]
-
-    def verify(self, example: Example, response: str) -> bool:
-        """Whether the digit after the one equals sign is the value."""
-        _, equals, answer = response.partition("=")
-        return bool(equals) and answer == example.answer
 
 
 def _lines(prompt: str) -> dict[str, tuple[str, str, str]]:

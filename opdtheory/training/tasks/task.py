@@ -1,4 +1,4 @@
-"""A task: generated problems with an exact verifier and demonstrations."""
+"""Tasks: generated problems with an exact verifier and demonstrations."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from opdtheory.errors import BudgetExceededError, InvalidArgumentError
 from opdtheory.training.models.samples import Environment, Samples
 from opdtheory.training.models.vocabulary import Vocabulary
 
-__all__ = ["Example", "Split", "Task", "split_of"]
+__all__ = ["Example", "Split", "Task", "check_size", "split_of"]
 
 Split = Literal["train", "test"]
 
 _TEST_SHARE = 0.125
-_TRIES = 2000  # draws in a row without a new problem, after which a split counts as used up
+_TRIES = 2000  # draws in a row without a new problem after which a split counts as exhausted
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Example:
     """A problem.
 
     Attributes:
-        prompt: its text.
+        prompt: text of the prompt.
         answer: what a right response ends with.
-        problem: the same for two prompts that pose one problem, `2+3` and `3+2`; it decides the split.
+        problem: the same for prompts that pose the same problem, such as `2+3` and `3+2`; it decides the split.
     """
 
     prompt: str
@@ -40,11 +40,11 @@ class Task(ABC):
     """A family of problems.
 
     Attributes:
-        name: as on the command line.
-        vocabulary: spells every prompt, demonstration and reply.
+        name: name of the task, as on the command line.
+        vocabulary: vocabulary of every prompt, demonstration and reply.
         max_prompt: longest prompt, in tokens.
         max_response: length at which a response is cut off; every demonstration is shorter.
-        environment: answers the policy's calls, or None.
+        environment: answers the policy's calls, if it is not None.
     """
 
     name: str
@@ -55,32 +55,33 @@ class Task(ABC):
 
     @abstractmethod
     def draw(self, rng: random.Random) -> Example:
-        """A problem of either split."""
+        """Draw a problem of either split."""
 
     @abstractmethod
     def demonstration(self, example: Example, rng: random.Random) -> list[tuple[str, bool]]:
-        """A right response in pieces, each with whether the policy writes it (else the environment).
+        """A right response in pieces, each with whether the policy, not the environment, writes it.
 
         The end-of-sequence token, which the policy writes last, is left out.
         """
 
-    @abstractmethod
     def verify(self, example: Example, response: str) -> bool:
-        """Whether a response that ended by itself is right."""
+        """Whether a response that ended by itself is right: by default, whether the answer follows its equals sign."""
+        _, equals, answer = response.partition("=")
+        return bool(equals) and answer == example.answer
 
     def examples(self, split: Split, count: int, seed: int) -> list[Example]:
-        """Different problems of one split; the same arguments give the same ones.
+        """Different problems of one split; the same arguments give the same problems.
 
-        A problem belongs to the split that a hash of it names, so the splits share none, whatever the seeds.
+        A hash of the problem decides its split, so the splits are disjoint for all seeds.
 
         Raises:
-            InvalidArgumentError: an unknown split or a negative count.
-            BudgetExceededError: the split has hardly as many problems.
+            InvalidArgumentError: the split is unknown or the count is negative.
+            BudgetExceededError: the split seems to have fewer problems.
         """
         if split not in ("train", "test"):
-            raise InvalidArgumentError("split", f"is {split!r}; 'train' or 'test' is needed")
+            raise InvalidArgumentError("split", f"must be 'train' or 'test', got {split!r}")
         if count < 0:
-            raise InvalidArgumentError("count", f"is {count}; it cannot be negative")
+            raise InvalidArgumentError("count", f"must be at least 0, got {count}")
         rng = random.Random(f"{self.name}/{split}/{seed}")
         found: dict[str, Example] = {}
         tries = 0
@@ -103,18 +104,24 @@ class Task(ABC):
     def correct(
         self, examples: Sequence[Example], samples: Samples, vocabulary: Vocabulary | None = None
     ) -> list[bool]:
-        """Whether each response is right; one that was cut off is not.
+        """Whether each response is right; a response that was cut off is wrong.
 
         Args:
             examples: the problems.
             samples: a response to each.
-            vocabulary: of the model that responded, if it has not the task's.
+            vocabulary: vocabulary of the model that responded; by default the task's.
         """
         texts, ended = samples.texts(vocabulary or self.vocabulary), samples.ended.tolist()
         return [done and self.verify(example, text) for example, text, done in zip(examples, texts, ended, strict=True)]
 
 
 def split_of(task: str, problem: str) -> Split:
-    """The split that a problem belongs to: one in eight is kept for the test."""
+    """The split of a problem: one in eight is in the test split."""
     digest = hashlib.sha256(f"{task}:{problem}".encode()).digest()
     return "test" if int.from_bytes(digest[:8], "big") < _TEST_SHARE * 2**64 else "train"
+
+
+def check_size(argument: str, value: object, low: int, high: int) -> None:
+    """Raise unless the size of a task is an integer in its range."""
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise InvalidArgumentError(argument, f"must be an integer in [{low}, {high}], got {value!r}")

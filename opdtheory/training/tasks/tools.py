@@ -6,9 +6,8 @@ import random
 import re
 from dataclasses import dataclass
 
-from opdtheory.errors import InvalidArgumentError
 from opdtheory.training.models.vocabulary import CharacterVocabulary
-from opdtheory.training.tasks.task import Example, Task
+from opdtheory.training.tasks.task import Example, Task, check_size
 
 __all__ = ["Calculator", "Tools"]
 
@@ -18,7 +17,7 @@ _TOKEN = re.compile(r"\d+|[-+*]")
 
 @dataclass(frozen=True)
 class Calculator:
-    """Answers `[12*7]` with `84;` and anything else between brackets with `?;`.
+    """Answers `[12*7]` with `84;`, and anything else between brackets with `?;`.
 
     >>> Calculator().reply("5+12*7=[12*7]"), Calculator().reply("5=[*]"), Calculator().reply("5=]")
     ('84;', '?;', None)
@@ -39,16 +38,15 @@ class Tools(Task):
     """An expression of sums, differences and products, one calculator call for each operation.
 
     `12+7*35=` is answered by `[7*35]`, to which the environment adds `245;`, `[245+12]`, to which it adds `257;`,
-    and `=257`. Products come first, then sums in any order that keeps the value. Every operation may be written in
-    two ways, `a-b` also as `-b+a`.
+    and `=257`. Products come first, then sums in any order that keeps the value. Every operation can be written in
+    two ways, such as `a-b` and `-b+a`.
 
     Args:
-        terms: numbers in an expression, 2 to 4.
+        terms: number of terms of an expression, 2 to 4.
     """
 
     def __init__(self, terms: int = 3) -> None:
-        if isinstance(terms, bool) or not isinstance(terms, int) or not 2 <= terms <= 4:
-            raise InvalidArgumentError("terms", f"is {terms!r}; an integer in [2, 4] is needed")
+        check_size("terms", terms, 2, 4)
         self.terms = terms
         self.name = "tools" if terms == 3 else f"tools-{terms}"
         self.vocabulary = CharacterVocabulary("0123456789+-*=[];?")
@@ -57,7 +55,7 @@ class Tools(Task):
         self.max_response = 22 * (terms - 1) + 8
 
     def draw(self, rng: random.Random) -> Example:
-        """Numbers below 100, at most one product."""
+        """Draw numbers below 100, with at most one product."""
         numbers = [rng.randrange(1, 100) for _ in range(self.terms)]
         signs = [rng.choice("+-") for _ in range(self.terms - 1)]
         product = rng.randrange(2 * len(signs))  # in one expression of two
@@ -67,7 +65,7 @@ class Tools(Task):
         return Example(prompt=text + "=", answer=str(_value(text)), problem=text)
 
     def demonstration(self, example: Example, rng: random.Random) -> list[tuple[str, bool]]:
-        """One call for each operation, in an order that is drawn among those that keep the value."""
+        """One call for each operation, in an order drawn from those that keep the value."""
         numbers, signs = _parse(example.prompt[:-1])
         pieces: list[tuple[str, bool]] = []
         while signs:
@@ -79,11 +77,6 @@ class Tools(Task):
             pieces += [(f"[{left}{sign}{right}]", True), (f"{numbers[place]};", False)]
         return [*pieces, (f"={example.answer}", True)]
 
-    def verify(self, example: Example, response: str) -> bool:
-        """Whether the number after the one equals sign is the value."""
-        _, equals, answer = response.partition("=")
-        return bool(equals) and answer == example.answer
-
 
 def _parse(text: str) -> tuple[list[int], list[str]]:
     parts = _TOKEN.findall(text)
@@ -91,7 +84,7 @@ def _parse(text: str) -> tuple[list[int], list[str]]:
 
 
 def _reducible(signs: list[str]) -> list[int]:
-    """Where an operation may be worked out now: products first, then the leftmost, or any of sums after sums."""
+    """Where an operation can be worked out now: products first, then the leftmost, or any of sums after sums."""
     products = [place for place, sign in enumerate(signs) if sign == "*"]
     return products or [place for place in range(len(signs)) if "-" not in signs[: place + 1] or place == 0]
 

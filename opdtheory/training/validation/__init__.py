@@ -1,4 +1,4 @@
-"""Whether an estimator's gradient in a language model's parameters is what theory says: at prefixes, and enumerated."""
+"""Whether an estimator's gradient in a language model's parameters is what theory predicts, also enumerated."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
 r"""The comparison at fixed prefixes: exact, predicted, summed over the vocabulary, and sampled, in the parameters.
 
-Everything is linear in the gradients of the logits at the prefixes, $g = J^\top c$. Four of them are compared:
+Everything is linear in the gradients in the logits at the prefixes, $g = J^\top c$. Four gradients are compared:
 
 - exact: autograd of $\sum_h D_f(h)$ over the whole vocabulary;
-- predicted: the exact one and the bias that theory states for the estimator;
+- predicted: the exact one plus the bias that theory states for the estimator;
 - expected: the estimator's own code on every next token, summed with their probabilities;
-- sampled: the mean of the estimator's loss, backwards, over draws of the next token at every prefix.
+- sampled: the gradient of the estimator's mean loss over draws of the next token at every prefix.
 
 Projections on a direction $v$ are $\langle c, Jv\rangle$, and since next tokens at fixed prefixes are independent, the
 variance of a projection is a sum over prefixes and the vocabulary: exact, whatever the tails.
@@ -36,14 +36,14 @@ from opdtheory.training.validation.prediction import (
 )
 from opdtheory.training.validation.prefixes import Prefixes
 from opdtheory.training.validation.report import Validation
-from opdtheory.training.validation.vectors import difference, dot, norm
+from opdtheory.training.validation.vectors import difference, norm, relations
 
 __all__ = ["LEVEL", "compare", "predicted_logit_gradient", "random_images"]
 
-# Probability that a faithful estimator is found to disagree by one validation, all directions together.
+# Probability that one validation finds a faithful estimator to disagree, all directions together.
 LEVEL = 1e-3
 _COUPLED = 1e-6
-_HELD = 2**22  # logits of draws that are held at once
+_HELD = 2**22  # logits of draws held at once
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
@@ -60,29 +60,31 @@ def compare(
     """Compare an estimator with theory at fixed prefixes.
 
     Args:
-        prefixes: of the student.
-        estimator: what is claimed.
-        loss: what is run, a function of `Rollouts` that sums over tokens and averages over rollouts; by default the
-            estimator, with its own reduction.
-        draws: of the next token at every prefix; groups of two for an estimator that compares rollouts.
-        directions: random ones; the exact gradient's and the bias's are added.
-        seed: of the directions and the draws.
-        pushed: the random directions' images in the logits, to share them between estimators.
+        prefixes: prefixes of the student.
+        estimator: the estimator whose claim is tested.
+        loss: the loss to run, a function of `Rollouts` that sums over tokens and averages over rollouts; by default
+            the estimator, with its own reduction.
+        draws: number of draws of the next token at every prefix; of pairs for an estimator that compares rollouts.
+        directions: number of random directions; those of the exact gradient and of the bias are added.
+        seed: seed of the directions and the draws.
+        pushed: images of the random directions in the logits, to share them between estimators.
 
     Raises:
         InvalidArgumentError: the estimator looks beyond the next token.
-        LossError: the loss has no gradient that can be read.
+        LossError: the gradient of the loss cannot be read.
     """
     if not estimator.is_token_local:
         raise InvalidArgumentError(
             "estimator",
-            f"{estimator!r} weighs a token by what comes after it; validate_by_enumeration takes it on tiny models",
+            f"must weigh a token by its history and itself, got {estimator!r}, which depends on what comes after it; "
+            "use validate_by_enumeration on a tiny model",
         )
     if draws < 1 or directions < 1:
-        raise InvalidArgumentError("draws" if draws < 1 else "directions", "is below 1; a positive integer is needed")
+        which = "draws" if draws < 1 else "directions"
+        raise InvalidArgumentError(which, f"must be at least 1, got {min(draws, directions)}")
     group = 2 if needs_groups(estimator) else 1
     if group == 2 and not prefixes.on_policy:
-        raise InvalidArgumentError("behavior", f"of {estimator!r}: groups are validated on-policy only")
+        raise InvalidArgumentError("behavior", f"must be None for {estimator!r}: groups are validated on-policy only")
     plain: Loss = dataclasses.replace(estimator, reduction="token_sum") if loss is None else loss
     reduction = estimator.reduction if loss is None else "token_sum"
     run: Loss = estimator if loss is None else loss
@@ -99,8 +101,9 @@ def compare(
     )
 
     vectors = [prefixes.pull_back(c) for c in (exact, predicted, expected)]
-    exact_norm, unit = norm(vectors[0]), 1.0
-    unit = exact_norm if exact_norm > 0 else 1.0
+    compared = relations(*vectors)
+    exact_norm = compared["exact_norm"]
+    unit = exact_norm or 1.0
     bias = difference(vectors[1], vectors[0])
 
     images = list(pushed) if pushed is not None else random_images(prefixes, directions, seed)
@@ -125,7 +128,6 @@ def compare(
 
     noisy = not isinstance(distribution, Known)
     limit = float(special.ndtri(1 - LEVEL / (2 * len(images))))
-    sizes = [exact_norm, norm(vectors[2])]
     variance = _variance(prefixes, images[:randoms], spreads, expected, group)
     shift = interval = foreseen = None
     if along is not None:
@@ -142,12 +144,7 @@ def compare(
         prefixes=len(prefixes),
         parameters=prefixes.dimension,
         draws=draws if noisy else 0,
-        exact_norm=exact_norm,
-        bias=norm(difference(vectors[2], vectors[0])) / unit,
-        predicted_bias=norm(bias) / unit,
-        discrepancy=norm(difference(vectors[2], vectors[1])) / max(*sizes, norm(vectors[1]), 1e-300),
         tolerance=_ROUNDING.get(prefixes.parameters[0].dtype, 1e-2),
-        cosine=dot(vectors[0], vectors[2]) / math.prod(sizes) if min(sizes) > 1e-9 * max(*sizes, 1e-300) else None,
         z=z_against(predicted) if noisy else 0.0,
         z_limit=limit,
         z_exact=z_against(exact) if noisy else 0.0,
@@ -155,13 +152,14 @@ def compare(
         along_interval=interval,
         along_predicted=foreseen,
         variance=variance / unit**2,
-        signal_to_noise=_ratio(sizes[1], variance, exact_norm),
+        signal_to_noise=_ratio(norm(vectors[2]), variance, exact_norm),
         seed=seed,
+        **compared,
     )
 
 
 def random_images(prefixes: Prefixes, directions: int, seed: int) -> list[Tensor]:
-    """The images in the logits of the fixed random directions of a seed."""
+    """The images in the logits of a seed's random directions."""
     return [prefixes.push_forward(prefixes.random(number, seed)) for number in range(directions)]
 
 
@@ -178,7 +176,7 @@ def predicted_logit_gradient(estimator: Estimator, prefixes: Prefixes) -> Float[
         if options.get("importance") is None:
             if "baseline" in options:
                 raise InvalidArgumentError(
-                    "behavior", f"of {estimator!r}: off-policy and unweighted, a baseline biases"
+                    "behavior", f"must be None for {estimator!r}: off-policy, a baseline without importance biases"
                 )
             weight = weight / ratio
         else:
@@ -194,7 +192,7 @@ def _mean_times_score(values: Tensor, p: Tensor) -> Tensor:
 
 
 def _check_rows_apart(prefixes: Prefixes, run: Loss, distribution: Moments, shares: Tensor) -> None:
-    """Refuse a loss whose gradient at a prefix, within whole rollouts, is not what it is at the prefix alone."""
+    """Raise unless the loss has the same gradient at a prefix within whole rollouts as at the prefix alone."""
     live, mask = prefixes.live, prefixes.samples.mask.double()
     tokens = prefixes.samples.tokens
     if isinstance(distribution, Known):
@@ -207,13 +205,13 @@ def _check_rows_apart(prefixes: Prefixes, run: Loss, distribution: Moments, shar
     if not gap <= _COUPLED * max(size, 1e-12):
         raise InvalidArgumentError(
             "loss",
-            f"depends on more than each token and its prefix: within whole rollouts its sensitivity is "
-            f"off by {gap:.3g} of {size:.3g}; validate_by_enumeration takes any loss, on a tiny vocabulary",
+            f"must depend only on each token and its prefix, but its sensitivity in whole rollouts is off by {gap:.3g} "
+            f"of {size:.3g}; use validate_by_enumeration, which takes any loss, on a tiny model",
         )
 
 
 def _logit_gradient(prefixes: Prefixes, run: Loss) -> Tensor:
-    """The gradient in the logits of the rollouts as they are."""
+    """The gradient in the logits of the rollouts as they were sampled."""
     samples, (log_p, log_q, log_mu) = prefixes.samples, prefixes.grids
     leaf = log_p.clone().requires_grad_()
     with torch.enable_grad():
@@ -227,7 +225,7 @@ def _logit_gradient(prefixes: Prefixes, run: Loss) -> Tensor:
 def _sampled(
     prefixes: Prefixes, run: Loss, plain: Loss, group: int, shares: Tensor, draws: int, seed: int
 ) -> Float[Tensor, "N V"]:
-    """The mean over draws of the loss's gradient in the logits; each draw is a token at every prefix, or a pair."""
+    """The mean gradient in the logits over draws of one token, or a pair of tokens, at every prefix."""
     generator = torch.Generator(device=prefixes.log_p.device).manual_seed(seed + 1)
     p, (count, vocabulary) = prefixes.log_p.exp(), prefixes.log_p.shape
     drawn = torch.multinomial(prefixes.log_mu.exp(), draws * group, replacement=True, generator=generator)
@@ -239,7 +237,7 @@ def _sampled(
     for some in drawn.split(at_once, dim=1):
         times = some.shape[1]
         if group == 1:
-            # Rollouts of one mask side by side: each reduction is the mean over them.
+            # Rollouts with one mask in one batch: every reduction is the mean over them.
             batch = tokens.repeat(times, 1, 1)
             batch[:, prefixes.live] = some.squeeze(-1).T
             rows = [x.expand(times, *x.shape).flatten(0, 1) for x in distributions]
@@ -257,7 +255,7 @@ def _variance(
 ) -> float:
     """The trace of the covariance of one rollout's gradient: P times its mean along random directions.
 
-    Over next tokens it is exact; over prefixes it is the spread of the rollouts' expected gradients.
+    It is exact over next tokens; over prefixes it is the spread of the rollouts' expected gradients.
     """
     rollouts, found = len(prefixes.samples), []
     for image, spread in zip(images, spreads, strict=False):

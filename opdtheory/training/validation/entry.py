@@ -1,4 +1,4 @@
-"""`opdtheory.validate`: one estimator, one pair of models, a few prompts."""
+"""`opdtheory.validate`: one estimator, one pair of models, some prompts."""
 
 from __future__ import annotations
 
@@ -37,36 +37,37 @@ def validate(
     seed: int = 0,
     **options: Any,
 ) -> Validation:
-    r"""Whether an estimator's gradient in a language model's parameters is what theory says.
+    r"""Compare an estimator's gradient in a language model's parameters with what theory predicts.
 
     The student answers the prompts. At the prefixes of these answers, four gradients in the student's parameters are
-    compared: the exact one of the declared objective, by autograd over the whole vocabulary; that plus the bias which
-    theory predicts, $E_p[u f'(u) s]$ for the stop-gradient estimator (T2); the expectation of the estimator's own
-    code, summed over every next token; and the mean of the estimator over sampled next tokens. Confidence intervals
-    are for projections on fixed random directions, on the exact gradient and on the predicted bias. Variances are
-    sums over the vocabulary, not sample variances, which heavy-tailed weights deceive.
+    compared: the exact one of the declared objective, by autograd over the whole vocabulary; the exact one plus the
+    bias that theory predicts, $E_p[u f'(u) s]$ for the stop-gradient estimator (T2); the expectation of the
+    estimator's own code, summed over every next token; and the mean of the estimator over sampled next tokens.
+    Confidence intervals are for projections on fixed random directions, on the exact gradient and on the predicted
+    bias. Variances are sums over the vocabulary, because sample variances mislead for heavy-tailed weights.
 
     Args:
-        student: whose gradient it is, in the parameters that require one.
-        teacher: the model that scores, of the same vocabulary.
-        prompts: texts or token ids; one answer each.
-        estimator: a name of `opdtheory.estimator_names()`, or an `Estimator`, whose weight depends on the next token
-            alone. For the others see `validate_by_enumeration`.
-        divergence: where the name needs one.
-        loss: run this function of `Rollouts` in the estimator's place: a trainer's own code, say, of which the
+        student: the student; the gradient is in its parameters that require one.
+        teacher: the model that scores, with the same vocabulary.
+        prompts: texts or token ids; each gets one answer.
+        estimator: one of `opdtheory.estimator_names()`, or an `Estimator`, whose weight depends only on the next
+            token. For other estimators see `validate_by_enumeration`.
+        divergence: the divergence, if `estimator` is a name that needs one.
+        loss: function of `Rollouts` to run in place of the estimator, such as a trainer's own code for which the
             estimator states the claim. It sums over tokens and averages over rollouts.
-        max_new_tokens: cap on the answers.
-        behavior: the model that samples, if not the student.
+        max_new_tokens: largest length of the answers.
+        behavior: the model that samples; by default the student.
         temperature: divides all logits.
         environment: answers calls in the rollouts.
-        parameters: which parameters count, by name; by default all.
-        draws: of the next token at each prefix.
-        directions: random ones.
-        seed: of everything random.
-        **options: of `opdtheory.estimator`.
+        parameters: selects parameters by name; by default all.
+        draws: number of draws of the next token at each prefix.
+        directions: number of random directions.
+        seed: seed of everything random.
+        **options: options of `opdtheory.estimator`.
 
     Raises:
-        InvalidArgumentError: the estimator looks beyond the next token, the models do not fit, or an option is wrong.
+        InvalidArgumentError: the estimator looks beyond the next token, the models do not fit together, or an option
+            is wrong.
 
     Example:
         >>> import opdtheory as opd
@@ -80,7 +81,7 @@ def validate(
     if isinstance(estimator, Estimator):
         if divergence is not None or options:
             given = "divergence" if divergence is not None else next(iter(options))
-            raise InvalidArgumentError(given, "applies to an estimator by name only")
+            raise InvalidArgumentError(given, "applies only to an estimator given by name")
         chosen = estimator
     else:
         chosen = estimator_named(estimator, divergence, **options)

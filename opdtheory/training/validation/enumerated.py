@@ -1,4 +1,4 @@
-"""The comparison on every rollout of a tiny vocabulary and horizon, through the same model: no sampling at all."""
+"""The comparison on every rollout of a tiny vocabulary and horizon, without sampling."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from opdtheory.training.validation.prediction import (
     standardised,
 )
 from opdtheory.training.validation.report import Validation
-from opdtheory.training.validation.vectors import difference, dot, norm
+from opdtheory.training.validation.vectors import difference, dot, relations
 
 __all__ = ["validate_by_enumeration"]
 
@@ -42,34 +42,33 @@ def validate_by_enumeration(
     behavior: LanguageModel | None = None,
     loss: Loss | None = None,
 ) -> Validation:
-    r"""Compare an estimator's expected gradient with theory, as a sum over every rollout, or pair of them.
+    r"""Compare an estimator's expected gradient with theory, as a sum over every rollout or pair of rollouts.
 
     The estimator's own code runs on all rollouts of at most `horizon` tokens. Theory is summed over the same
-    sequences: $-E_\mu[\sum_n \rho_n A_n s_n]$ with the weights of T1-T9, and for estimators that look beyond the next
-    token those of T6.
+    sequences: $-E_\mu[\sum_n \rho_n A_n s_n]$ with the weights of T1-T9, and those of T6 for estimators that look
+    beyond the next token.
 
     Args:
-        student: float64, over a tiny vocabulary.
-        teacher: likewise.
-        estimator: what is claimed; one that compares the rollouts of a group gets groups of two.
+        student: the student, in float64, with a tiny vocabulary.
+        teacher: the teacher, likewise.
+        estimator: the estimator whose claim is tested; one that compares the rollouts of a group gets groups of two.
         prompt: tokens before every rollout, at least one.
-        horizon: the longest rollout.
-        eos: the token that ends a rollout; None: all have one length, which estimators of groups need.
+        horizon: length of the longest rollout.
+        eos: the token that ends a rollout; with None all have one length, as estimators of groups need.
         behavior: the model that samples; by default the student.
-        loss: what is run, if not the estimator.
+        loss: the loss to run; by default the estimator.
 
     Raises:
         InvalidArgumentError: a model is not float64, or theory has no closed form for this combination.
-        BudgetExceededError: too many rollouts.
+        BudgetExceededError: there are too many rollouts.
     """
     check_same_vocabulary(student, teacher)
     if student.dtype != torch.float64 or teacher.dtype != torch.float64:
-        raise InvalidArgumentError(
-            "student", f"is {student.dtype}, the teacher {teacher.dtype}; call .double() on both"
-        )
+        got = f"{student.dtype} and {teacher.dtype}"
+        raise InvalidArgumentError("student", f"must be float64, like the teacher, got {got}; call .double() on both")
     grouped = needs_groups(estimator)
     if eos is not None and (grouped or estimator.reduction == "token_mean"):
-        raise InvalidArgumentError("eos", f"is {eos}; {estimator!r} is predicted for rollouts of one length only")
+        raise InvalidArgumentError("eos", f"must be None for {estimator!r}, predicted only for one length, got {eos}")
 
     def policy(model: LanguageModel) -> ModulePolicy:
         return ModulePolicy(model, student.vocabulary.size, horizon, eos, prompt)
@@ -83,8 +82,7 @@ def validate_by_enumeration(
     predicted = ours.pull_back(_predicted_tables(estimator, everything, grouped))
     run: Loss = estimator if loss is None else loss
     expected = expected_gradient(run, ours, theirs, 2 if grouped else 1, behavior=sampler)
-    size, found = norm(exact), norm(expected)
-    unit = size if size > 0 else 1.0
+    compared = relations(exact, predicted, expected)
     return Validation(
         estimator=estimator.label,
         claimed=claim.verdict,
@@ -94,26 +92,14 @@ def validate_by_enumeration(
         prefixes=sum(student.vocabulary.size**n for n in range(horizon)),
         parameters=sum(parameter.numel() for parameter in ours.parameters()),
         draws=0,
-        exact_norm=size,
-        bias=norm(difference(expected, exact)) / unit,
-        predicted_bias=norm(difference(predicted, exact)) / unit,
-        discrepancy=norm(difference(expected, predicted)) / max(size, found, norm(predicted), 1e-300),
         tolerance=_ROUNDING,
-        cosine=dot(exact, expected) / (size * found) if min(size, found) > 1e-9 * max(size, found) else None,
-        z=None,
-        z_limit=None,
-        z_exact=None,
-        along=None,
-        along_interval=None,
-        along_predicted=dot(difference(predicted, exact), exact) / unit**2,
-        variance=None,
-        signal_to_noise=None,
-        seed=0,
+        along_predicted=dot(difference(predicted, exact), exact) / (compared["exact_norm"] or 1.0) ** 2,
+        **compared,
     )
 
 
 def _predicted_tables(estimator: Estimator, everything: Enumeration, grouped: bool) -> list[Tensor]:
-    """What theory says of the expected gradient, in the table of the student's logits."""
+    """The expected gradient that theory predicts, in the table of the student's logits."""
     options, mask, tokens = estimator.settings, everything.mask, everything.tokens
     distributions = (everything.student_tables, everything.teacher_tables, everything.behavior_tables)
     log_p, log_q, log_mu = (
@@ -133,9 +119,9 @@ def _predicted_tables(estimator: Estimator, everything: Enumeration, grouped: bo
     elif grouped:
         weight = group_factor(estimator, 2) * weight
     if options.get("baseline") == "constant" and options.get("importance") is None:
-        weight = weight - options["baseline_value"]  # no baseline off-policy (T8); on-policy it cancels
+        weight = weight - options["baseline_value"]  # off-policy this is no baseline (T8); on-policy it cancels
     importance = options.get("importance")
-    if estimator.name in VOCABULARY:  # the sum over the next token is the student's, whoever sampled
+    if estimator.name in VOCABULARY:  # the sum over the next token uses the student's probabilities, whoever sampled
         importance = "token" if importance is None else importance
     weight = weight * ratio_correction(
         importance, weight, _ratio(importance, own - drew), options.get("clip_range", 0.2)

@@ -1,8 +1,8 @@
 r"""An estimator's own code, run on every next token of a prefix: exact moments over the vocabulary.
 
 The loss is a black box of `Rollouts`. Its sensitivity $\kappa_a = \partial\,\mathrm{loss}/\partial \log p(a|h)$ at
-token $a$ gives the gradient $\kappa_a (e_a - p)$ in the prefix's logits, and the sum over the vocabulary gives mean
-and variance without sampling: the heavy tails of forward-KL and chi-squared weights are in them.
+token $a$ gives the gradient $\kappa_a (e_a - p)$ in the prefix's logits. The sum over the vocabulary gives mean and
+variance without sampling, so they include the heavy tails of forward-KL and chi-squared weights.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Moments(Protocol):
 
 @dataclass(frozen=True)
 class Known:
-    """A gradient that the prefix alone decides: no variance over the next token (T7c)."""
+    """A gradient that depends on the prefix alone, with no variance over the next token (T7c)."""
 
     gradient: Float[Tensor, "N V"]
 
@@ -51,11 +51,11 @@ class Known:
 
 @dataclass(frozen=True)
 class Singles:
-    """One token, of the distribution `mu`, at a time.
+    """One token at a time, sampled from `mu`.
 
     Attributes:
         p: the student's probabilities, `(N, V)`.
-        mu: those of the distribution that samples.
+        mu: probabilities of the sampling policy.
         kappa: the sensitivity to each token's log-probability.
     """
 
@@ -76,12 +76,12 @@ class Singles:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Groups of two tokens at one prefix, of which the estimator takes the mean.
+    """Groups of two tokens at one prefix, over which the estimator averages.
 
     Attributes:
         p: the student's probabilities, `(N, V)`.
-        first: the sensitivity of the first token beside each second one, `(N, V, V)`.
-        second: that of the second token.
+        first: sensitivity to the first token for each second one, `(N, V, V)`.
+        second: sensitivity to the second token.
     """
 
     p: Float[Tensor, "N V"]
@@ -108,18 +108,18 @@ def moments(
     """The moments of a loss that sums over tokens and averages over rollouts, at each prefix.
 
     Args:
-        loss: of `Rollouts`; it sees one prefix at a time and every next token, or every pair of them.
-        log_p: the student's log-probabilities, float64.
-        log_q: the teacher's.
-        log_mu: those of the distribution that samples.
+        loss: a loss of `Rollouts`; it gets one prefix at a time with every next token, or every pair of them.
+        log_p: log-probabilities of the student, float64.
+        log_q: log-probabilities of the teacher.
+        log_mu: log-probabilities of the sampling policy.
         group: 1, or 2 for a loss that compares the rollouts of a group.
 
     Raises:
-        InvalidArgumentError: another size of the group.
+        InvalidArgumentError: `group` is neither 1 nor 2.
         LossError: the loss uses both the logits and the sampled token's log-probability, or neither.
     """
     if group not in (1, 2):
-        raise InvalidArgumentError("group", f"is {group!r}; 1 or 2 is needed, larger groups are not summed over")
+        raise InvalidArgumentError("group", f"must be 1 or 2, since larger groups are not summed over, got {group!r}")
     vocabulary = log_p.shape[-1]
     every = torch.arange(vocabulary, device=log_p.device)
     if group == 1:
@@ -147,7 +147,7 @@ def sensitivity(
 ) -> Float[Tensor, "B T"]:
     """The gradient of a loss in the student's log-probability of each sampled token.
 
-    The rows are `(B, T, V)`, or `(1, V)`, one prefix for every token.
+    The rows are `(B, T, V)`, or `(1, V)` with the same prefix for every token.
     """
     shape = (*tokens.shape, log_p.shape[-1])
     rows = [x.expand(shape) for x in (log_p, log_q, log_mu)]
@@ -160,7 +160,7 @@ def sensitivity(
 
 
 def _known(loss: Loss, log_p: Tensor, log_q: Tensor, log_mu: Tensor) -> Tensor:
-    """The gradient in the logits of one prefix of a loss that reads no token."""
+    """The gradient, in the logits of one prefix, of a loss that reads no token."""
     leaf = log_p.unsqueeze(0).clone().requires_grad_()
     zeros = torch.zeros(1, 1, dtype=log_p.dtype, device=log_p.device)
     with torch.enable_grad():

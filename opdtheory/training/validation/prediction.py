@@ -1,9 +1,9 @@
-r"""What the theory says an estimator's expected gradient is, written down without the estimator's own code.
+r"""The expected gradient of an estimator that theory predicts, without the estimator's own code.
 
 An estimator whose weight depends on the next token's probabilities alone has the expected gradient
 $-E_p[A s] = g_{\mathrm{exact}} + E_p[(w_f(u) - A) s]$ at each prefix. For the stop-gradient estimator the second
-term is $E_p[u f'(u) s]$ (T2). The weights here come from the statements of the theory (T1, T2, T4, T7-T9) and the
-divergence's own weight and slope; what the estimators compute is compared with them.
+term is $E_p[u f'(u) s]$ (T2). The weights here come from the statements of the theory (T1, T2, T4, T7-T9) and from
+the divergence's own weight and slope; the estimators' code is compared with them.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ VOCABULARY = ("full_vocab", *_TOP)
 
 
 def predicted_weight(estimator: Estimator, log_p: Tensor, log_q: Tensor) -> Tensor:
-    r"""The weight $A_a$ of every next token, whose mean times the score is descended, before importance ratios.
+    r"""The weight $A_a$ of every next token, before importance ratios; the estimator descends $-E_p[A s]$.
 
-    Baselines that bias nothing are left out (T7a, T7b). Of a group, the factor of the mean that includes a rollout
-    itself and the z-score are not in it; see `group_factor` and `standardised`.
+    Baselines without bias are left out (T7a, T7b). For groups, the z-score and the factor of a mean that includes the
+    rollout itself are left out too; see `standardised` and `group_factor`.
 
     Args:
-        estimator: whose claim is spelled out.
-        log_p: the student's log-probabilities, `(N, V)`, float64.
-        log_q: the teacher's, likewise.
+        estimator: the estimator.
+        log_p: log-probabilities of the student, `(N, V)`, float64.
+        log_q: log-probabilities of the teacher, likewise.
 
     Raises:
-        InvalidArgumentError: the weight is no function of one token's probabilities.
+        InvalidArgumentError: the weight is not a function of one token's probabilities.
     """
     if not estimator.is_token_local:
         raise InvalidArgumentError(
-            "estimator", f"{estimator!r} weighs a token by what comes after it; only full enumeration predicts it"
+            "estimator", f"must not depend on later tokens, got {estimator!r}; only full enumeration predicts it"
         )
     options, divergence, log_u = estimator.settings, estimator.claim.divergence, log_q - log_p
     if estimator.name in _TOP:
@@ -58,7 +58,7 @@ def predicted_weight(estimator: Estimator, log_p: Tensor, log_q: Tensor) -> Tens
 
 
 def ratio_weight(name: str, options: Mapping[str, Any], divergence: Divergence, log_u: Tensor) -> Tensor:
-    """The weight as a function of the ratio, with the clip of the log-ratio: T1, T2 and the table of T4."""
+    """The weight as a function of the ratio, with the clip of the log-ratio (T1, T2 and the table of T4)."""
     bound = options.get("clip_log_ratio")
     inside = log_u if bound is None else log_u.clamp(-bound, bound)
     differentiated: dict[str, Callable[[Tensor], Tensor]] = {
@@ -66,7 +66,7 @@ def ratio_weight(name: str, options: Mapping[str, Any], divergence: Divergence, 
         "k2_loss": lambda x: x,
         "k3_loss": lambda x: x.exp() - 1,
     }
-    if name in differentiated:  # outside the clamp there is no gradient, so that constants count: not u, but u - 1
+    if name in differentiated:  # outside the clamp there is no gradient, so constants matter: u - 1, not u
         weight = differentiated[name](inside)
         return weight if bound is None else torch.where(log_u.abs() <= bound, weight, 0.0)
     if name == "opd":
@@ -100,15 +100,15 @@ def _by_formula(name: str, options: Mapping[str, Any], divergence: Divergence) -
 
 
 def standardised(weight: Tensor, distribution: Tensor, eps: float) -> Tensor:
-    r"""The expected z-score of each entry in a group of two, the other being drawn from `distribution` (T7e).
+    r"""The expected z-score of each entry in a group of two whose other is drawn from `distribution` (T7e).
 
-    With two rollouts $\sigma = |A - A'|/\sqrt 2$, so that the z-score is all but the sign of the difference:
+    With two rollouts $\sigma = |A - A'|/\sqrt 2$, so the z-score is nearly the sign of the difference:
     $\sum_{a'} \mathrm{distribution}_{a'}\, \frac{(A_a - A_{a'})/2}{|A_a - A_{a'}|/\sqrt2 + \epsilon}$.
 
     Args:
         weight: `(..., K)`.
         distribution: probabilities of the entries, `(..., K)`.
-        eps: as in the z-score.
+        eps: added to the standard deviation.
     """
     gap = weight.unsqueeze(-1) - weight.unsqueeze(-2)
     return (distribution.unsqueeze(-2) * (gap / 2) / (gap.abs() / 2**0.5 + eps)).sum(-1)
@@ -136,7 +136,7 @@ def _top_weight(name: str, options: Mapping[str, Any], divergence: Divergence, l
 
 
 def ratio_correction(importance: str | None, weight: Tensor, ratio: Tensor, clip_range: float) -> Tensor:
-    r"""What multiplies the weight of a token that $\mu$ drew, given $\rho = p/\mu$ of the kind asked for (T8)."""
+    r"""The factor of the weight of a token drawn from $\mu$, given $\rho = p/\mu$ of the wanted kind (T8)."""
     if importance is None:
         return torch.ones_like(ratio)
     if importance != "ppo":
@@ -147,5 +147,5 @@ def ratio_correction(importance: str | None, weight: Tensor, ratio: Tensor, clip
 
 
 def group_factor(estimator: Estimator, size: int) -> float:
-    """The factor of a mean that includes the rollout itself, in groups of one length (T7e)."""
+    """The factor of a baseline that includes the rollout itself, in groups of one length (T7e)."""
     return (size - 1) / size if estimator.settings.get("baseline") == "group_mean" else 1.0

@@ -1,4 +1,4 @@
-"""Prefixes that a student meets in its own rollouts: both distributions of the next token there, and its parameters' map."""
+"""Prefixes of a student's own rollouts, with the next-token distributions there and the Jacobian in its parameters."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ __all__ = ["Prefixes"]
 
 Vector = list[Tensor]
 
-_ROWS = 16  # prefixes whose whole vocabulary is differentiated at once
+_ROWS = 16  # prefixes that are differentiated over the whole vocabulary at once
 
 
 @dataclass(frozen=True)
 class Prefixes:
-    r"""N prefixes from B rollouts, with a map between directions in parameters and in the logits at the prefixes.
+    r"""N prefixes from B rollouts, with maps between directions in the parameters and in the logits at the prefixes.
 
     Attributes:
-        student: whose parameters are differentiated.
+        student: the model whose parameters are differentiated.
         samples: the rollouts.
-        names: of the parameters that count.
+        names: names of the selected parameters.
         temperature: divides the logits of all models.
-        log_p: the student's next-token log-probabilities, `(N, V)`, float64.
-        log_q: the teacher's.
-        log_mu: of the distribution that sampled the rollouts.
+        log_p: next-token log-probabilities of the student, `(N, V)`, float64.
+        log_q: next-token log-probabilities of the teacher.
+        log_mu: next-token log-probabilities of the policy that sampled the rollouts.
     """
 
     student: LanguageModel
@@ -64,18 +64,18 @@ class Prefixes:
         """The prefixes of one response to each prompt.
 
         Args:
-            student: its parameters that require a gradient count.
+            student: the student.
             teacher: the model that scores.
             prompts: token ids.
-            max_new_tokens: cap on a response's length.
+            max_new_tokens: largest length of a response.
             behavior: the model that samples; by default the student.
             temperature: divides all logits, in sampling and in the loss.
-            environment: answers calls; its tokens are no prefixes.
-            parameters: which names count; by default all.
-            seed: of the samples.
+            environment: answers calls; its tokens make no prefixes.
+            parameters: selects parameters that require a gradient by name; by default all.
+            seed: seed of the samples.
 
         Raises:
-            InvalidArgumentError: the vocabularies differ, no parameter counts, or no rollout holds a token.
+            InvalidArgumentError: the vocabularies differ, no parameter is selected, or no rollout has a token.
         """
         check_same_vocabulary(student, teacher)
         samples = (behavior or student).sample(
@@ -88,14 +88,16 @@ class Prefixes:
         width = max(1, int(samples.present.sum(-1).max()))
         samples = samples.rows(slice(None)) if width < samples.tokens.shape[1] else samples
         if not bool(samples.mask.any()):
-            raise InvalidArgumentError("prompts", f"{len(prompts)} rollouts hold no token of the student")
+            raise InvalidArgumentError(
+                "prompts", f"must get answers, but {len(prompts)} rollouts have no token of the student"
+            )
         names = tuple(
             name
             for name, parameter in student.named_parameters()
             if parameter.requires_grad and (parameters is None or parameters(name))
         )
         if not names:
-            raise InvalidArgumentError("parameters", "choose none of the student's that require a gradient")
+            raise InvalidArgumentError("parameters", "must select a parameter of the student that requires a gradient")
         live = samples.mask > 0
 
         def distribution(model: LanguageModel) -> Tensor:
@@ -111,28 +113,28 @@ class Prefixes:
 
     @property
     def on_policy(self) -> bool:
-        """Whether the student itself sampled."""
+        """Whether the student itself sampled the rollouts."""
         return self.log_mu is self.log_p
 
     @cached_property
     def live(self) -> Tensor:
-        """Which positions of the rollouts are prefixes, `(B, T)`; in their order, row by row."""
+        """Which positions of the rollouts are prefixes, `(B, T)`; prefixes are numbered row by row."""
         return self.samples.mask > 0
 
     @cached_property
     def rollout(self) -> Int64[Tensor, " N"]:
-        """The rollout of each prefix."""
+        """The index of each prefix's rollout."""
         return self.live.nonzero()[:, 0]
 
     @cached_property
     def parameters(self) -> Vector:
-        """The parameters that count."""
+        """The selected parameters."""
         found = dict(self.student.named_parameters())
         return [found[name] for name in self.names]
 
     @cached_property
     def grids(self) -> tuple[Tensor, Tensor, Tensor]:
-        """All three distributions at every position of the rollouts, `(B, T, V)`, uniform where there is no prefix."""
+        """All three log-distributions at every position of the rollouts, `(B, T, V)`; uniform where no prefix is."""
 
         def spread(log: Tensor) -> Tensor:
             grid = log.new_full((*self.live.shape, log.shape[-1]), -math.log(log.shape[-1]))
@@ -144,11 +146,11 @@ class Prefixes:
 
     @property
     def dimension(self) -> int:
-        """How many numbers they are."""
+        """The dimension of the selected parameters."""
         return sum(parameter.numel() for parameter in self.parameters)
 
     def shares(self, reduction: str) -> Float[Tensor, " N"]:
-        """What the loss of each prefix is multiplied by in the loss of the batch of all rollouts (T11)."""
+        """The factor of each prefix's loss in the loss of the batch of all rollouts (T11)."""
         rollouts, ones = len(self.samples), torch.ones(len(self), dtype=torch.float64, device=self.log_p.device)
         if reduction == "token_sum":
             return ones / rollouts
@@ -158,7 +160,7 @@ class Prefixes:
         return 1 / (rollouts * lengths[self.rollout])
 
     def pull_back(self, logits: Float[Tensor, "N V"]) -> Vector:
-        r"""$J^\top c$: the gradient in the parameters, from that in the logits at every prefix."""
+        r"""$J^\top c$: the gradient in the parameters, from the gradient in the logits at every prefix."""
         weights = (logits / self.temperature).to(self._logits.dtype)
         return list(
             torch.autograd.grad(self._logits, self.parameters, weights, retain_graph=True, materialize_grads=True)
@@ -173,7 +175,7 @@ class Prefixes:
         return moved / self.temperature
 
     def random(self, number: int, seed: int = 0) -> Vector:
-        """A fixed random direction of length one, uniform on the sphere."""
+        """A random direction of length one, uniform on the sphere, the same for the same number and seed."""
         generator = torch.Generator().manual_seed(1_000_003 * seed + number)
         found = [torch.randn(p.shape, generator=generator, dtype=p.dtype).to(p.device) for p in self.parameters]
         size = math.sqrt(sum(float(x.double().square().sum()) for x in found))
@@ -181,7 +183,7 @@ class Prefixes:
 
     @cached_property
     def _logits(self) -> Tensor:
-        """The student's logits at the prefixes, with their graph, which stays."""
+        """The student's logits at the prefixes, with their graph, which is kept."""
         with torch.enable_grad(), _differentiable(self.student):
             return response_logits(self.student, self.samples)[self.live]
 
@@ -200,12 +202,12 @@ class Prefixes:
 
     @cached_property
     def _exact(self) -> dict[Divergence, Tensor]:
-        """The last gradient asked for: estimators of one divergence follow each other."""
+        """The last gradient, since estimators of one divergence follow each other."""
         return {}
 
     @cached_property
     def _transposed(self) -> tuple[Tensor, Vector]:
-        """Weights of the logits and the gradient that they give, linear in them: its own gradient is $J v$."""
+        """Weights of the logits and their gradient, which is linear in the weights: its own gradient is $J v$."""
         weights = torch.zeros_like(self._logits, requires_grad=True)
         with torch.enable_grad():
             gradients = torch.autograd.grad(
@@ -216,7 +218,7 @@ class Prefixes:
 
 @contextlib.contextmanager
 def _differentiable(model: LanguageModel) -> Iterator[None]:
-    """Attention written out: fused kernels are not differentiated twice."""
+    """Use eager attention: fused kernels cannot be differentiated twice."""
     config = getattr(getattr(model, "network", None), "config", None)
     before = getattr(config, "_attn_implementation", None)
     if config is None or before in (None, "eager"):

@@ -1,4 +1,4 @@
-"""What a validation finds, in numbers and words."""
+"""The result of a validation, in numbers and words."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ class Validation:
     Sizes are relative to the length of the exact gradient of the declared objective, or absolute where that is zero.
 
     Attributes:
-        estimator: as text.
+        estimator: label of the estimator.
         claimed: the verdict that the estimator claims.
         objective: the declared objective.
         method: `prefixes` or `enumeration`.
-        rollouts: how many rollouts the prefixes are from; all there are for an enumeration.
-        prefixes: how many.
-        parameters: dimension of the space.
+        rollouts: number of rollouts that the prefixes come from; all possible ones for an enumeration.
+        prefixes: number of prefixes.
+        parameters: number of parameters.
         draws: next tokens drawn at each prefix; 0 for an enumeration.
         exact_norm: length of the exact gradient.
-        bias: of the estimator's expected gradient, its own code summed over the vocabulary.
-        predicted_bias: what the theory says it is.
+        bias: bias of the estimator's expected gradient, from its own code summed over the vocabulary.
+        predicted_bias: the bias that theory predicts.
         discrepancy: distance of the expected gradient from the predicted one.
         tolerance: the largest discrepancy that counts as rounding.
-        cosine: of the expected with the exact gradient; None where one of them is zero.
-        z: the largest of the sampled mean's distances from the prediction along the directions, in its exact standard
+        cosine: cosine of the expected with the exact gradient; None where one of them is zero.
+        z: largest distance of the sampled mean from the prediction along the directions, in exact standard
             deviations; 0 where the gradient has no variance, None for an enumeration.
-        z_limit: of its absolute value, two-sided, for all directions together.
-        z_exact: the same against the exact gradient: large where sampling shows the bias.
-        along: the sampled mean's bias along the exact gradient, relative.
-        along_interval: at 95 %, by the exact variance.
-        along_predicted: what theory says.
+        z_limit: two-sided limit of the absolute value of `z`, for all directions together.
+        z_exact: the same distance from the exact gradient; large where sampling shows the bias.
+        along: relative bias of the sampled mean along the exact gradient.
+        along_interval: 95 % interval of `along`, from the exact variance.
+        along_predicted: the value of `along` that theory predicts.
         variance: trace of the covariance of one rollout's gradient, over the squared length of the exact gradient.
-        signal_to_noise: for one rollout; it grows as the root of their number.
-        seed: of rollouts, directions and draws.
+        signal_to_noise: signal-to-noise ratio of one rollout; it grows as the root of the number of rollouts.
+        seed: seed of rollouts, directions and draws.
     """
 
     estimator: str
@@ -58,15 +58,15 @@ class Validation:
     discrepancy: float
     tolerance: float
     cosine: float | None
-    z: float | None
-    z_limit: float | None
-    z_exact: float | None
-    along: float | None
-    along_interval: tuple[float, float] | None
-    along_predicted: float | None
-    variance: float | None
-    signal_to_noise: float | None
-    seed: int
+    z: float | None = None
+    z_limit: float | None = None
+    z_exact: float | None = None
+    along: float | None = None
+    along_interval: tuple[float, float] | None = None
+    along_predicted: float | None = None
+    variance: float | None = None
+    signal_to_noise: float | None = None
+    seed: int = 0
 
     @property
     def agrees(self) -> bool:
@@ -80,7 +80,7 @@ class Validation:
         return "agree" if self.agrees else "disagree"
 
     def rollouts_for(self, ratio: float) -> float:
-        """How many rollouts a signal-to-noise ratio takes; infinite without a signal."""
+        """The number of rollouts that reach a signal-to-noise ratio; infinite without a signal."""
         if not self.signal_to_noise:
             return math.inf
         return (ratio / self.signal_to_noise) ** 2
@@ -90,7 +90,7 @@ class Validation:
         return None if self.signal_to_noise is None else self.signal_to_noise * math.sqrt(rollouts)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values, the verdict included; what is not finite becomes None."""
+        """As JSON values, with `agrees`; values that are not finite become None."""
         values = {**dataclasses.asdict(self), "agrees": self.agrees}
         for name, value in values.items():
             if isinstance(value, float) and not math.isfinite(value):
@@ -99,7 +99,7 @@ class Validation:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Validation:
-        """From `to_dict`."""
+        """A validation from the values of `to_dict`."""
         fields = {field.name for field in dataclasses.fields(cls)}
         known = {name: value for name, value in values.items() if name in fields}
         if known.get("along_interval") is not None:
@@ -112,7 +112,7 @@ class Validation:
             f"{self.estimator}: {self.verdict} with theory ({self.method}, {self.prefixes} prefixes, "
             f"{self.parameters} parameters)",
             f"  bias {self.bias:.3g} of the exact gradient of {self.objective}, predicted {self.predicted_bias:.3g}; "
-            f"off by {self.discrepancy:.1e}, rounding allows {self.tolerance:.0e}",
+            f"off by {self.discrepancy:.1e}, of which rounding explains {self.tolerance:.0e}",
         ]
         if self.cosine is not None:
             lines.append(f"  cosine with the exact gradient {self.cosine:+.3f}")
@@ -127,5 +127,5 @@ class Validation:
                 f"{self.along_interval[1]:+.3f}], predicted {self.along_predicted:+.3f}"
             )
         if self.signal_to_noise is not None:
-            lines.append(f"  signal to noise of one rollout {self.signal_to_noise:.3g}")
+            lines.append(f"  signal-to-noise ratio of one rollout {self.signal_to_noise:.3g}")
         return "\n".join(lines)

@@ -102,16 +102,18 @@ def test_the_vocabulary_is_the_tokenizers(model):
     swapped = tiny(words=["<end>", "<unk>", *"abdc[]"])
     assert vocabulary.fingerprint != swapped.vocabulary.fingerprint
     samples = model.sample([[2]], max_new_tokens=2, generator=torch.Generator().manual_seed(0))
-    with pytest.raises(InvalidArgumentError, match="teacher: has a vocabulary of 8 tokens"):
+    with pytest.raises(InvalidArgumentError, match="teacher: must have the student's vocabulary, of 8 tokens"):
         rollouts(model, swapped, samples)
 
 
 def test_a_tokenizer_must_fit_the_logits(model):
-    with pytest.raises(InvalidArgumentError, match="tokenizer: has 9 tokens, the model's logits 8"):
+    with pytest.raises(
+        InvalidArgumentError, match="tokenizer: must have at most as many tokens as the model has logits, 8, got 9"
+    ):
         HuggingFaceModel(model.network, tokenizer([*WORDS, "e"]))
     endless = tokenizer()
     endless.eos_token = None
-    with pytest.raises(InvalidArgumentError, match="tokenizer: has no end-of-sequence token"):
+    with pytest.raises(InvalidArgumentError, match="tokenizer: must have an end-of-sequence token"):
         HuggingFaceModel(model.network, endless)
 
 
@@ -136,7 +138,7 @@ def test_a_folder_is_loaded_without_the_hub(model, tmp_path):
     row = torch.tensor([model.vocabulary.encode("abdca")])
     assert torch.equal(again.logits(row), model.logits(row))
     assert again.vocabulary.fingerprint == model.vocabulary.fingerprint
-    with pytest.raises(InvalidArgumentError, match="name: .* is no complete causal language model on disk"):
+    with pytest.raises(InvalidArgumentError, match="name: must name a causal language model on disk; .* got "):
         HuggingFaceModel.from_pretrained(tmp_path / "nowhere")
 
 

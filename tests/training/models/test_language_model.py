@@ -50,5 +50,7 @@ def test_rollouts_differentiate_the_student_alone():
 def test_a_teacher_of_another_vocabulary_is_refused():
     other = Transformer(TransformerConfig(width=8, layers=1, heads=1), CharacterVocabulary("abdc[]"))
     samples = conversation()
-    with pytest.raises(InvalidArgumentError, match=r"teacher: has a vocabulary of 7 tokens \(characters:"):
+    with pytest.raises(
+        InvalidArgumentError, match=r"teacher: must have the student's vocabulary, of 7 tokens \(characters:"
+    ):
         rollouts(model(), other, samples)

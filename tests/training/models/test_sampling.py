@@ -135,14 +135,14 @@ def test_an_environment_nobody_calls_changes_nothing():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"prompts": []}, "prompts: there is none"),
-        ({"prompts": [[1], []]}, "prompts: number 1 of 2 is empty"),
-        ({"max_new_tokens": 0}, "max_new_tokens: is 0"),
-        ({"max_new_tokens": 60}, "tokens: need 63 positions"),
-        ({"temperature": 0.0}, "temperature: is 0.0"),
-        ({"temperature": math.nan}, "temperature: is nan"),
-        ({"generator": None}, "generator: is None"),
-        ({"uniforms": torch.rand(1, 4)}, "uniforms: is .* float64 of shape"),
+        ({"prompts": []}, "prompts: must be at least one prompt of at least one token, got none"),
+        ({"prompts": [[1], []]}, "prompts: .* got an empty prompt, number 1 of 2"),
+        ({"max_new_tokens": 0}, "max_new_tokens: must be an integer of at least 1, got 0"),
+        ({"max_new_tokens": 60}, "tokens: must be at most 48, the context, got 63"),
+        ({"temperature": 0.0}, "temperature: must be positive and finite, got 0.0"),
+        ({"temperature": math.nan}, "temperature: must be positive and finite, got nan"),
+        ({"generator": None}, "generator: must be given"),
+        ({"uniforms": torch.rand(1, 4)}, "uniforms: must be float64 of shape .* got torch.float32 of"),
     ],
 )
 def test_what_cannot_be_sampled_is_refused(change, message):

@@ -17,20 +17,22 @@ def test_a_file_that_was_changed_is_refused(tmp_path):
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(bytes(data))
-    with pytest.raises(InvalidArgumentError, match=r"cache: .*safetensors has the SHA-256 [0-9a-f]{64}, not"):
+    with pytest.raises(
+        InvalidArgumentError, match=r"cache: .*safetensors must have the recorded SHA-256 [0-9a-f]{64}, got"
+    ):
         load_model(TINY, cache=tmp_path)
 
 
 def test_an_interrupted_write_leaves_nothing_that_is_read(tmp_path, monkeypatch):
-    write, calls = storage._write, []
+    whole_file, calls = storage.whole_file, []
 
-    def interrupted(path, data):
+    def interrupted(path):
         calls.append(path)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        write(path, data)
+        return whole_file(path)
 
-    monkeypatch.setattr(storage, "_write", interrupted)
+    monkeypatch.setattr(storage, "whole_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         load_model(TINY, cache=tmp_path)
     monkeypatch.undo()

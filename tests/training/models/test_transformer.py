@@ -108,14 +108,12 @@ def test_weights_come_from_the_seed_alone():
 
 
 def test_a_text_beyond_the_context_is_refused():
-    with pytest.raises(
-        InvalidArgumentError, match="need 49 positions, prompt and response together; the context is 48"
-    ):
+    with pytest.raises(InvalidArgumentError, match="must be at most 48, the context, got 49 in prompt and response"):
         model().logits(torch.ones((1, 49), dtype=torch.int64))
 
 
 def test_sizes_are_checked():
-    with pytest.raises(InvalidArgumentError, match="heads: is 3, which does not divide the width 16"):
+    with pytest.raises(InvalidArgumentError, match="heads: must divide the width 16, got 3"):
         TransformerConfig(width=16, heads=3)
-    with pytest.raises(InvalidArgumentError, match="layers: is 0"):
+    with pytest.raises(InvalidArgumentError, match="layers: must be an integer of at least 1, got 0"):
         TransformerConfig(layers=0)

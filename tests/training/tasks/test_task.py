@@ -111,11 +111,11 @@ def test_a_response_that_was_cut_off_is_not_right():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: Addition(1), "digits: is 1"),
-        (lambda: Tools(5), "terms: is 5"),
-        (lambda: Modular(11), "variables: is 11"),
-        (lambda: Addition().examples("validation", 1, 0), "split: is 'validation'"),
-        (lambda: Addition().examples("test", -1, 0), "count: is -1"),
+        (lambda: Addition(1), r"digits: must be an integer in \[2, 8\], got 1"),
+        (lambda: Tools(5), r"terms: must be an integer in \[2, 4\], got 5"),
+        (lambda: Modular(11), r"variables: must be an integer in \[2, 10\], got 11"),
+        (lambda: Addition().examples("validation", 1, 0), "split: must be 'train' or 'test', got 'validation'"),
+        (lambda: Addition().examples("test", -1, 0), "count: must be at least 0, got -1"),
     ],
 )
 @pytest.mark.bad_input

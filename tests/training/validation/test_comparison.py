@@ -48,11 +48,11 @@ def test_samples_show_the_bias_that_is_predicted(prefixes: Prefixes) -> None:
 def test_what_cannot_be_compared_is_refused(prefixes: Prefixes, off_policy: Prefixes) -> None:
     with pytest.raises(InvalidArgumentError, match="what comes after it"):
         compare(prefixes, E("return_to_go", "jsd", gamma=1.0))
-    with pytest.raises(InvalidArgumentError, match="more than each token and its prefix"):
+    with pytest.raises(InvalidArgumentError, match="must depend only on each token and its prefix"):
         compare(prefixes, E("opd_plus", "jsd"), E("return_to_go", "jsd", gamma=1.0))
     with pytest.raises(InvalidArgumentError, match="on-policy only"):
         compare(off_policy, E("opd_plus", "jsd", baseline="leave_one_out"))
-    with pytest.raises(InvalidArgumentError, match="a baseline biases"):
+    with pytest.raises(InvalidArgumentError, match="a baseline without importance biases"):
         compare(off_policy, E("opd_plus", "jsd", baseline="constant", baseline_value=1.0))
     with pytest.raises(LossError, match="log-probabilities"):
         compare(prefixes, E("opd_plus", "jsd"), lambda r: r.token_sum(r.teacher_logprobs))
