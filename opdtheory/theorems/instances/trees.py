@@ -133,10 +133,10 @@ def _derivative_enclosed(divergence: Divergence, order: int, at: Fraction) -> An
 
 @dataclass(frozen=True)
 class Dual:
-    """A number and its derivative along one direction, by the rules of calculus; fractions or `Linear`."""
+    """A number and its derivative along one direction (default: 0, a constant); fractions or `Linear`."""
 
     value: Any
-    slope: Any
+    slope: Any = Fraction(0)
 
     def __add__(self, other: Dual) -> Dual:
         return Dual(self.value + other.value, self.slope + other.slope)
@@ -154,16 +154,6 @@ class Dual:
     def under(self, numerator: Fraction) -> Dual:
         """A constant over this number."""
         return Dual(numerator / self.value, -numerator * self.slope / self.value**2)
-
-    @staticmethod
-    def one() -> Dual:
-        """The constant 1."""
-        return Dual(Fraction(1), Fraction(0))
-
-    @staticmethod
-    def zero() -> Dual:
-        """The constant 0, a fraction or a linear combination without terms."""
-        return Dual(Fraction(0), Fraction(0))
 
     def f(self, order: int = 0) -> Dual:
         r"""$f^{(k)}$ of this number, by the chain rule."""
@@ -206,7 +196,7 @@ class RationalTree:
 
     def rows(self, seed: Row | None) -> dict[History, list[Dual]]:
         """The student's softmax rows with their derivatives in one logit."""
-        rows = {history: [Dual(p, Fraction(0)) for p in row] for history, row in self.student.items()}
+        rows = {history: [Dual(p) for p in row] for history, row in self.student.items()}
         if seed is not None:
             row = self.student[seed.history]
             rows[seed.history] = [Dual(p, p * (Fraction(seed.token == b) - row[seed.token])) for b, p in enumerate(row)]
@@ -215,12 +205,12 @@ class RationalTree:
     def walk(self, rows: dict[History, list[Dual]]) -> Iterator[tuple[History, Dual, list[Dual]]]:
         """Each sequence, its probability and the ratio of each token, 1 for the environment's."""
         for y in self.sequences:
-            probability, ratios = Dual.one(), []
+            probability, ratios = Dual(Fraction(1)), []
             for n, a in enumerate(y):
                 history = y[:n]
                 if history in self.world:
                     probability = probability.scaled(self.world[history][a])
-                    ratios.append(Dual.one())
+                    ratios.append(Dual(Fraction(1)))
                 else:
                     probability = probability * rows[history][a]
                     ratios.append(rows[history][a].under(self.teacher[history][a]))
@@ -240,12 +230,12 @@ class RationalTree:
 
 def product(ratios: list[Dual]) -> Dual:
     """The ratio of the whole sequence."""
-    return functools.reduce(lambda a, b: a * b, ratios, Dual.one())
+    return functools.reduce(lambda a, b: a * b, ratios, Dual(Fraction(1)))
 
 
 def total(terms: Iterable[Dual]) -> Dual:
     """The sum."""
-    return functools.reduce(lambda a, b: a + b, terms, Dual.zero())
+    return functools.reduce(lambda a, b: a + b, terms, Dual(Fraction(0)))
 
 
 def reach(policy: Mapping[History, Distribution], history: History) -> Fraction:
@@ -286,7 +276,7 @@ def field_of(
         counted: whether a sequence takes part.
     """
     rows = tree.rows(seed)
-    field = {row: Dual.zero() for row in tree.logits}
+    field = {row: Dual(Fraction(0)) for row in tree.logits}
     for y, probability, ratios in tree.walk(rows):
         if not counted(tree, y):
             continue
@@ -296,7 +286,7 @@ def field_of(
                 continue
             pushed = probability * advantage(tree, y, ratios, n)
             for a, p in enumerate(rows[history]):
-                score = Dual(Fraction(a == taken), Fraction(0)) - p
+                score = Dual(Fraction(a == taken)) - p
                 row = Row(history, a)
                 field[row] = field[row] + (score * pushed).scaled(Fraction(-1))
     return list(field.values())

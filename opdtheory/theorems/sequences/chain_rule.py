@@ -1,4 +1,4 @@
-"""T6h: the divergence of whole sequences is a sum over tokens for the reverse KL only."""
+"""T6c and T6h: the divergence of whole sequences is a sum over tokens for the reverse KL, and for it only."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ import sympy
 
 from opdtheory import divergences
 from opdtheory.divergences import Divergence
-from opdtheory.exact import exact_gradient, exact_value
+from opdtheory.exact import MarkovPolicy, exact_gradient, exact_value
 from opdtheory.theorems.instances.cases import Distribution, catalogue, interval, pairs, rational_distributions
 from opdtheory.theorems.instances.one_sample import ratios
-from opdtheory.theorems.instances.trees import Dual, History, Linear, RationalTree, total, trees
-from opdtheory.theorems.sequences.checks import both_objectives
+from opdtheory.theorems.instances.trees import Dual, History, Linear, RationalTree, gradient_of, total, trees
 from opdtheory.theorems.theorem import Cases, Identity, Step, Theorem, close, holds, overlap, same
 
 __all__ = ["theorems"]
@@ -37,8 +36,46 @@ Rule = Callable[[Divergence], bool]
 
 
 def theorems() -> list[Theorem]:
-    """T6h."""
-    return [_only_reverse()]
+    """T6c and T6h."""
+    return [_chain_rule(), _only_reverse()]
+
+
+def _chain_rule() -> Theorem:
+    claim = ("reverse_kl", ONE)
+    twins = {"forward KL": ("forward_kl", ONE), "JSD": ("jsd", ONE), "discounted": ("reverse_kl", Fraction(1, 2))}
+    return Theorem(
+        number="T6c",
+        name="chain rule of the reverse KL",
+        statement=r"KL(P\|Q) = -E_P\sum_n\log u_n: \text{ token\_return at } \gamma = 1 \text{ is sequence}",
+        hypotheses=("f = -log u", "γ = 1"),
+        source="the chain rule of the relative entropy",
+        advice="For the reverse KL the undiscounted return-to-go trains the whole sequence's divergence.",
+        derivation=(
+            Step(
+                r"w_f(U) - \Big[w_f(u_n) - \sum_{m>n}f(u_m)\Big] = \sum_{m<n}\log u_m",
+                "log U is a sum; the history determines the difference, so it is a baseline (T6a, first step)",
+                _step_log,
+            ),
+        ),
+        identities=(
+            Identity(
+                "values and gradients",
+                r"J_{\mathrm{return}} = J_{\mathrm{sequence}}, \text{ and so are their gradients}",
+                _check_chain_rule,
+                claim,
+                twins,
+                "rigorous",
+                1e-40,
+            ),
+            Identity(
+                "sixty tokens",
+                r"\text{the same by two dynamic programmes along a chain}",
+                _check_long_chains,
+                claim,
+                {k: v for k, v in twins.items() if k != "JSD"},  # the JSD of a sequence does not factor
+            ),
+        ),
+    )
 
 
 def _only_reverse() -> Theorem:
@@ -118,6 +155,35 @@ def _only_reverse() -> Theorem:
     )
 
 
+# T6c: both objectives of the reverse KL.
+
+
+def _both_objectives(tree: RationalTree, gamma: Fraction = ONE) -> Iterator[tuple[Linear, Linear, object]]:
+    """The sum over tokens and the divergence of whole sequences: their values, then their slopes in each logit."""
+    yield tree.value("token_return", gamma).value, tree.value("sequence").value, "value"
+    yield from zip(gradient_of(tree, "token_return", gamma), gradient_of(tree, "sequence"), tree.logits, strict=True)
+
+
+def _check_chain_rule(claim: tuple[str, Fraction]) -> Cases:
+    """Values and gradients of both objectives, in intervals."""
+    divergence = divergences.divergence(claim[0])
+    for tree in trees():
+        for summed, whole, entry in _both_objectives(tree, claim[1]):
+            yield overlap(summed.enclosed(divergence), whole.enclosed(divergence), tree, entry)
+
+
+def _check_long_chains(claim: tuple[str, Fraction]) -> Cases:
+    """Both objectives at 60 tokens, by two dynamic programmes."""
+    for eos in (None, 0):
+        pair = MarkovPolicy.random(4, 60, eos=eos, seed=1), MarkovPolicy.random(4, 60, eos=eos, seed=2)
+        for of in (exact_gradient, exact_value):
+            summed: Any = of(*pair, claim[0], "token_return", float(claim[1]))
+            yield close(summed, of(*pair, claim[0], "sequence"), f"eos {eos}", of.__name__)
+
+
+# T6h: which generators add up.
+
+
 def _is_reverse(divergence: Divergence) -> bool:
     r"""$f = -c\log u + k(u-1)$, that is $u^2 f''$ constant."""
     return not _curvature(divergence).free_symbols
@@ -147,7 +213,7 @@ def _sides(divergence: Divergence) -> list[tuple[Any, Any, RationalTree, object]
     return [
         (summed.enclosed(divergence), whole.enclosed(divergence), tree, entry)
         for tree in (trees()[0], trees()[3])
-        for summed, whole, entry in both_objectives(tree)
+        for summed, whole, entry in _both_objectives(tree)
     ]
 
 
@@ -172,10 +238,10 @@ def _check_one_branch(claim: tuple[int, int]) -> Cases:
         student: dict[History, Distribution] = {(): start, **{(a,): p for a in range(size)}}
         teacher: dict[History, Distribution] = {(): goal, **{(a,): q if a == 0 else p for a in range(size)}}
         tree = RationalTree(student, teacher, {}, tuple(itertools.product(range(size), repeat=2)), 2, None)
-        x = Dual(goal[0] / start[0], Fraction(0))
+        x = Dual(goal[0] / start[0])
         brackets = []
         for a, ratio in zip(p, ratios(p, q), strict=True):
-            y = Dual(ratio, Fraction(0))
+            y = Dual(ratio)
             bracket = (x * y).f() - x.f().scaled(Fraction(claim[0])) - y.f().scaled(Fraction(claim[1]))
             brackets.append(bracket.scaled(start[0] * a))
         gap = tree.value("sequence").value - tree.value("token_return").value
@@ -208,6 +274,23 @@ def _check_enumerated(claim: tuple[int, int]) -> Cases:
             for of in (exact_value, exact_gradient):
                 summed: Any = of(*pair, f, "token_return")
                 yield close(summed, of(*pair, f, "sequence"), f, pair, of.__name__)
+
+
+# The derivations.
+
+
+def _step_log() -> bool:
+    x, y = sympy.symbols("x y", positive=True)
+
+    def f(u: sympy.Expr) -> sympy.Expr:
+        return -sympy.log(u)
+
+    def w(u: sympy.Expr) -> sympy.Expr:
+        return -1 - f(u)
+
+    # The weights agree on the first token and differ by log x on the second, whose history determines x.
+    gaps = [sympy.expand_log(w(x * y) - each) for each in (w(x) - f(y), w(y))]
+    return gaps == [0, sympy.log(x)]
 
 
 def _step_two_points() -> bool:

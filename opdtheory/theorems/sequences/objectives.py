@@ -1,26 +1,49 @@
-"""T6a to T6f: the weight of a token when the objective is a sum over tokens or a divergence of whole sequences."""
+"""T6a, T6b and T6d: the weight of a token when the objective is a sum over tokens or a divergence of sequences."""
 
 from __future__ import annotations
 
-import operator
+import functools
+import itertools
+from collections.abc import Callable, Iterator
 from fractions import Fraction
+from typing import Any
 
 import sympy
+import torch
+from torch import Tensor
 
-from opdtheory.theorems.instances.trees import product
+from opdtheory import divergences
+from opdtheory.divergences import Divergence
+from opdtheory.exact import enumerated_value, expected_gradient
+from opdtheory.rollouts import Rollouts
+from opdtheory.theorems.instances.cases import Pair, autograd_gradient, interval, pairs, sampled_gradient
+from opdtheory.theorems.instances.one_sample import minus, ratios
+from opdtheory.theorems.instances.trees import (
+    Advantage,
+    Dual,
+    History,
+    RationalTree,
+    direction_of,
+    gradient_of,
+    product,
+    reach,
+    total,
+    trees,
+)
 from opdtheory.theorems.instances.two_steps import two_steps
-from opdtheory.theorems.sequences import checks
-from opdtheory.theorems.sequences.checks import ratio_before, return_weight
-from opdtheory.theorems.theorem import Identity, Step, Theorem
+from opdtheory.theorems.theorem import Cases, Identity, Step, Theorem, close, overlap, same
 
-__all__ = ["theorems"]
+__all__ = ["by_autograd", "later_rewards", "return_weight", "some_cases", "step_sequence", "theorems"]
 
 ONE = Fraction(1)
+GAMMAS = (ONE, Fraction(1, 2), Fraction(2, 3))
+
+Discounted = Callable[[Fraction], Advantage]
 
 
 def theorems() -> list[Theorem]:
-    """T6a to T6f."""
-    return [_weights(), _gap(), _chain_rule(), _forward(), _ends(), _environment()]
+    """T6a, T6b and T6d."""
+    return [_weights(), _gap(), _forward()]
 
 
 def _weights() -> Theorem:
@@ -45,13 +68,13 @@ def _weights() -> Theorem:
                 "T1 for the token itself, the score function for later tokens; f and the distributions undefined",
                 _step_return,
             ),
-            Step(r"\nabla E_p f(U) = -E_p[w_f(U)(s_1 + s_2)]", "T1 with a sequence as the atom", _step_sequence),
+            Step(r"\nabla E_p f(U) = -E_p[w_f(U)(s_1 + s_2)]", "T1 with a sequence as the atom", step_sequence),
         ),
         identities=(
             Identity(
                 "discounted sum",
                 r"A_n = \gamma^{n-1}[w_f(u_n) - \sum_{m>n}\gamma^{m-n}f(u_m)],\ f \text{ free}",
-                checks.check_return_weight,
+                _check_return_weight,
                 return_weight,
                 {
                     "sign of later rewards flipped": lambda gamma: return_weight(gamma, sign=1),
@@ -64,7 +87,7 @@ def _weights() -> Theorem:
             Identity(
                 "whole sequence",
                 r"A_n = w_f(U),\ f \text{ free}",
-                checks.check_sequence_weight,
+                _check_sequence_weight,
                 lambda t, y, us, n: product(us).weight(),
                 {
                     "the token's own ratio": lambda t, y, us, n: us[n].weight(),
@@ -77,7 +100,7 @@ def _weights() -> Theorem:
             Identity(
                 "losses as black boxes",
                 r"E_p[\hat g] = \nabla J \text{ for both objectives}",
-                checks.check_estimators,
+                _check_estimators,
                 {},
                 {
                     "outer discount dropped": {"token_return": ("return_to_go", {"gamma": 0.6})},
@@ -111,7 +134,7 @@ def _gap() -> Theorem:
             Identity(
                 "gap",
                 r"\nabla J_{\mathrm{return}} - g_{\gamma=0} = E[\textstyle\sum_n s_n\sum_{m>n}f(u_m)],\ f \text{ free}",
-                checks.check_gap,
+                _check_gap,
                 (1, 1),
                 twins,
                 "exact",
@@ -119,47 +142,9 @@ def _gap() -> Theorem:
             Identity(
                 "gap of the sampled losses",
                 r"\nabla J_{\mathrm{return}} - E[\hat g_{\mathrm{OPD+}}] = E[\textstyle\sum_n s_n\sum_{m>n}f(u_m)]",
-                checks.check_gap_sampled,
+                _check_gap_sampled,
                 (1, 1),
                 twins,
-            ),
-        ),
-    )
-
-
-def _chain_rule() -> Theorem:
-    claim = ("reverse_kl", ONE)
-    twins = {"forward KL": ("forward_kl", ONE), "JSD": ("jsd", ONE), "discounted": ("reverse_kl", Fraction(1, 2))}
-    return Theorem(
-        number="T6c",
-        name="chain rule of the reverse KL",
-        statement=r"KL(P\|Q) = -E_P\sum_n\log u_n: \text{ token\_return at } \gamma = 1 \text{ is sequence}",
-        hypotheses=("f = -log u", "γ = 1"),
-        source="the chain rule of the relative entropy",
-        advice="For the reverse KL the undiscounted return-to-go trains the whole sequence's divergence.",
-        derivation=(
-            Step(
-                r"w_f(U) - \Big[w_f(u_n) - \sum_{m>n}f(u_m)\Big] = \sum_{m<n}\log u_m",
-                "log U is a sum; the history determines the difference, so it is a baseline (T6a, first step)",
-                _step_log,
-            ),
-        ),
-        identities=(
-            Identity(
-                "values and gradients",
-                r"J_{\mathrm{return}} = J_{\mathrm{sequence}}, \text{ and so are their gradients}",
-                checks.check_chain_rule,
-                claim,
-                twins,
-                "rigorous",
-                1e-40,
-            ),
-            Identity(
-                "sixty tokens",
-                r"\text{the same by two dynamic programmes along a chain}",
-                checks.check_long_chains,
-                claim,
-                {k: v for k, v in twins.items() if k != "JSD"},  # the JSD of a sequence does not factor
             ),
         ),
     )
@@ -191,7 +176,7 @@ def _forward() -> Theorem:
             Identity(
                 "gradient",
                 r"-E_P\textstyle\sum_n U_{<n}u_n s_n = \sum_h Q(h)(p-q)(h)",
-                checks.check_prefix_weight,
+                _check_prefix_weight,
                 lambda t, y, us, n: ratio_before(us, n) * us[n],
                 {
                     "prefixes of the student (token_local)": lambda t, y, us, n: us[n],
@@ -202,7 +187,7 @@ def _forward() -> Theorem:
             Identity(
                 "whole ratio",
                 r"-E_P[U S] = \sum_h Q(h)(p-q)(h)",
-                checks.check_prefix_weight,
+                _check_prefix_weight,
                 lambda t, y, us, n: product(us),
                 {"the ratio from the token on": lambda t, y, us, n: product(us[n:])},
                 "exact",
@@ -210,7 +195,7 @@ def _forward() -> Theorem:
             Identity(
                 "value",
                 r"KL(Q\|P) = \sum_n E_P[U_{<n}\,KL(q\|p)(h_n)]",
-                checks.check_prefix_value,
+                _check_prefix_value,
                 1,
                 {"prefixes of the student (token_local)": 0, "U squared": 2},
                 "rigorous",
@@ -219,7 +204,7 @@ def _forward() -> Theorem:
             Identity(
                 "weighted loss as a black box",
                 r"E[\hat g] = \nabla KL(Q\|P) \text{ for } A_n = U_{<n}u_n",
-                checks.check_prefix_loss,
+                _check_prefix_loss,
                 1,
                 {"prefixes of the student (token_local)": 0, "U squared": 2},
             ),
@@ -227,95 +212,130 @@ def _forward() -> Theorem:
     )
 
 
-def _ends() -> Theorem:
-    return Theorem(
-        number="T6e",
-        name="end of sequence and length cap",
-        statement=r"\text{T6a with sums over } n \le L: \text{ after the end } u = 1,\ s = 0,\ f(1) = 0; "
-        r"\text{ the end token itself counts, and so does a rollout cut at the cap}",
-        hypotheses=(
-            "a sequence ends after its EOS token or at T tokens; the same cap applies to both models",
-            "f(1) = 0",
-        ),
-        source="derived here",
-        advice="Mask what follows EOS, keep EOS, and keep truncated rollouts: dropping them conditions on the outcome.",
-        derivation=(
-            Step(
-                r"\nabla E_P f(U) = -E_P[w_f(U)\textstyle\sum_{n \le L} s_n]",
-                "a first token that may end the sequence; f and the distributions undefined",
-                lambda: _step_sequence(ends=True),
-            ),
-        ),
-        identities=(
-            Identity(
-                "variable length",
-                r"A_n \text{ as in T6a for } n \le L,\ f \text{ free}",
-                checks.check_endings,
-                {},
-                {"EOS token not scored": {"end": "unscored"}, "truncated rollouts dropped": {"cap": "dropped"}},
-                "exact",
-            ),
-            Identity(
-                "padding",
-                r"E[\hat g] = \nabla J \text{ with padding masked}",
-                checks.check_padding,
-                True,
-                {"padding counted": False},
-            ),
-            Identity(
-                "longer caps",
-                r"D_f(Q_{\le T}\|P_{\le T}) \le D_f(Q_{\le T+1}\|P_{\le T+1})",
-                checks.check_cap,
-                operator.le,
-                {"reversed": operator.ge},
-            ),
-        ),
-    )
+def some_cases(*names: str) -> Iterator[tuple[Divergence, Pair]]:
+    """The named divergences on every pair of policies."""
+    yield from itertools.product(map(divergences.divergence, names), pairs())
 
 
-def _environment() -> Theorem:
-    return Theorem(
-        number="T6f",
-        name="tokens of an environment",
-        statement=r"P = \prod p\prod\kappa,\ Q = \prod q\prod\kappa: \text{ its tokens have } u = 1,\ s = 0: "
-        r"\text{ each is in the history and nowhere else}",
-        hypotheses=(
-            "the environment's distribution κ(e|h) does not depend on θ",
-            "both models meet the same environment",
-        ),
-        source="derived here",
-        advice="Mask tool results out of the score and out of the reward; the models' probabilities of them do not "
-        "count.",
-        derivation=(
-            Step(
-                r"\nabla E_P f(U) = -E_P[w_f(U)(s_1 + s_3)],\quad U = u_1 u_3",
-                "three tokens, the second drawn from κ(.|y_1): κ cancels in U and has no score; f and the "
-                "distributions undefined",
-                lambda: _step_sequence(environment=True),
-            ),
-        ),
-        identities=(
-            Identity(
-                "neither score nor reward",
-                r"A_n = w_f(u_n) - \sum_{m>n}f(u_m),\ A_n = w_f(U) \text{ over the student's tokens},\ f \text{ free}",
-                checks.check_environment,
-                {},
-                {
-                    "scored": {"scored": True},
-                    "rewarded": {"rewarded": True},
-                    "scored and rewarded": {"scored": True, "rewarded": True},
-                },
-                "exact",
-            ),
-            Identity(
-                "masked losses as black boxes",
-                r"E[\hat g] = \nabla J \text{ with the environment's tokens masked}",
-                checks.check_environment_sampled,
-                True,
-                {"not masked": False},
-            ),
-        ),
-    )
+def later_rewards(us: list[Dual], n: int, gamma: Fraction, start: int = 1) -> Dual:
+    r"""$\sum_{m \ge n + \mathrm{start}} \gamma^{m-n} f(u_m)$."""
+    return total(us[m].f().scaled(gamma ** (m - n)) for m in range(n + start, len(us)))
+
+
+@functools.cache
+def by_autograd(pair: Pair, divergence: Divergence, objective: str, gamma: float = 1.0) -> list[Tensor]:
+    """Gradient of an enumerated objective; cached, since every twin needs it again."""
+    return autograd_gradient(pair, lambda s: enumerated_value(s, pair[1], divergence, objective, gamma))
+
+
+# T6a: equal coefficients of f(u) and f'(u) at every rational u, with f free.
+
+
+def _check_return_weight(weight: Discounted) -> Cases:
+    """Gradients of the discounted sum, from its definition, against weighted scores."""
+    for tree in trees():
+        for gamma in GAMMAS:
+            yield same(
+                direction_of(tree, weight(gamma)), gradient_of(tree, "token_return", gamma), tree, f"gamma {gamma}"
+            )
+
+
+def _check_sequence_weight(weight: Advantage) -> Cases:
+    """Gradients of the divergence between whole sequences, from its definition, against weighted scores."""
+    for tree in trees():
+        yield same(direction_of(tree, weight), gradient_of(tree, "sequence"), tree)
+
+
+def _check_estimators(changes: dict[str, Any]) -> Cases:
+    """The library's losses, run as black boxes on every rollout, against autograd of the enumerated objectives."""
+    losses = {
+        "token_return": ("return_to_go", {"gamma": 0.6, "discounted": True}),
+        "sequence": ("sequence_opd_plus", {}),
+        **changes,
+    }
+    for divergence, pair in some_cases("reverse_kl", "jsd", "total_variation"):
+        for objective, gamma in (("token_return", 0.6), ("sequence", 1.0)):
+            name, options = losses[objective]
+            found = sampled_gradient(name, divergence, pair, **options)
+            yield close(found, by_autograd(pair, divergence, objective, gamma), divergence, pair, objective)
+
+
+def return_weight(gamma: Fraction, sign: int = -1, start: int = 1, outer: bool = True, keep: bool = True) -> Advantage:
+    r"""$\gamma^{n-1}[w_f(u_n) - \sum_{m>n}\gamma^{m-n} f(u_m)]$, or a variant that changes one thing in it."""
+
+    def weight(t: RationalTree, y: History, us: list[Dual], n: int) -> Dual:
+        total = us[n].weight()
+        if keep:
+            total = total + later_rewards(us, n, gamma, start).scaled(Fraction(sign))
+        return total.scaled(gamma**n) if outer else total
+
+    return weight
+
+
+# T6b: the gap.
+
+
+def _check_gap(sign_and_start: tuple[int, int]) -> Cases:
+    r"""$\nabla J_{return} - g_{local} = E[\sum_n s_n \sum_{m>n} f(u_m)]$, f free."""
+    sign, start = sign_and_start
+    for tree in trees():
+        local = direction_of(tree, lambda t, y, us, n: us[n].weight())
+        # `direction_of` puts a minus in front of the weight.
+        gap = direction_of(tree, lambda t, y, us, n: later_rewards(us, n, ONE, start).scaled(Fraction(-sign)))
+        yield same(minus(gradient_of(tree, "token_return"), local), gap, tree)
+
+
+def _check_gap_sampled(sign_and_start: tuple[int, int]) -> Cases:
+    """The gap in float64: autograd of the objective, and two losses run as black boxes."""
+    sign, start = sign_and_start
+    for divergence, pair in some_cases("reverse_kl", "jsd", "total_variation"):
+
+        def loss(r: Rollouts, d: Divergence = divergence) -> Tensor:
+            rewards = torch.where(r.mask > 0, d.generator(r.log_u.detach()), 0.0)
+            from_here = rewards.flip(-1).cumsum(-1).flip(-1)
+            return r.token_sum(sign * (from_here - start * rewards) * r.student_logprobs)
+
+        whole, local = by_autograd(pair, divergence, "token_return"), sampled_gradient("opd_plus", divergence, pair)
+        yield close(minus(whole, local), expected_gradient(loss, *pair), divergence, pair)
+
+
+# T6d: the forward KL.
+
+
+def ratio_before(us: list[Dual], n: int) -> Dual:
+    r"""$U_{<n}$, the ratio of the tokens before one."""
+    return product(us[:n])
+
+
+def _check_prefix_weight(weight: Advantage) -> Cases:
+    r"""$-E_P[\sum_n A_n s_n] = \sum_h Q(h)(p - q)(h)$, the gradient of the teacher's cross-entropy, in fractions."""
+    for tree in trees():
+        left = [reach(tree.teacher, h) * (tree.student[h][a] - tree.teacher[h][a]) for h, a in tree.logits]
+        yield same(left, direction_of(tree, weight), tree)
+
+
+def _check_prefix_value(power: int) -> Cases:
+    r"""$KL(Q\|P) = \sum_n E_P[U_{<n}^k\,KL(q\|p)(h_n)]$ in intervals."""
+    forward = divergences.divergence("forward_kl")
+    for tree in trees():
+        right = interval(0)
+        for history, p in tree.student.items():
+            own, teacher = (reach(policy, history) for policy in (tree.student, tree.teacher))
+            kl = total(Dual(u).f().scaled(a) for a, u in zip(p, ratios(p, tree.teacher[history]), strict=True))
+            right += kl.value.enclosed(forward) * interval(own * (teacher / own) ** power)
+        yield overlap(right, tree.value("sequence").value.enclosed(forward), tree)
+
+
+def _check_prefix_loss(power: int) -> Cases:
+    r"""A loss with weight $U_{<n}^k u_n$, as a black box, against autograd of the enumerated sequence objective."""
+    for forward, pair in some_cases("forward_kl"):
+
+        def loss(r: Rollouts) -> Tensor:
+            log_u = r.mask * r.log_u.detach()
+            before = log_u.cumsum(-1) - log_u
+            return r.token_sum(-(power * before + log_u).exp() * r.student_logprobs)
+
+        yield close(expected_gradient(loss, *pair), by_autograd(pair, forward, "sequence"), pair)
 
 
 # The derivations, with f and the distributions undefined.
@@ -334,7 +354,8 @@ def _step_return() -> bool:
     return t.zero(sympy.diff(value, t.theta) + weighed)
 
 
-def _step_sequence(ends: bool = False, environment: bool = False) -> bool:
+def step_sequence(ends: bool = False, environment: bool = False) -> bool:
+    r"""$\nabla E_P f(U) = -E_P[w_f(U) S]$ with the scores of the student's tokens; arguments as in `two_steps`."""
     t = two_steps(ends, environment)
     value = t.expect(lambda p, u: t.f(sympy.Mul(*u)))
     own = (lambda p: [p[0], p[2]]) if environment else list
@@ -348,20 +369,6 @@ def _step_gap() -> bool:
     local = t.expect(lambda p, u: t.w(u[0]) * t.score(p[0]) + t.w(u[1]) * t.score(p[1]))
     gap = t.expect(lambda p, u: t.score(p[0]) * t.f(u[1]))
     return t.zero(sympy.diff(value, t.theta) + local - gap)
-
-
-def _step_log() -> bool:
-    x, y = sympy.symbols("x y", positive=True)
-
-    def f(u: sympy.Expr) -> sympy.Expr:
-        return -sympy.log(u)
-
-    def w(u: sympy.Expr) -> sympy.Expr:
-        return -1 - f(u)
-
-    # The weights agree on the first token and differ by log x on the second, whose history determines x.
-    gaps = [sympy.expand_log(w(x * y) - each) for each in (w(x) - f(y), w(y))]
-    return gaps == [0, sympy.log(x)]
 
 
 def _step_forward() -> bool:

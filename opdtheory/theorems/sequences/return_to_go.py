@@ -15,18 +15,17 @@ from opdtheory.divergences import Divergence
 from opdtheory.exact import Enumeration, TabularPolicy, exact_gradient, random_pair
 from opdtheory.theorems.instances.cases import Pair, catalogue
 from opdtheory.theorems.instances.trees import (
-    Dual,
-    History,
     Linear,
     RationalTree,
     Row,
     field_of,
+    product,
     rational_tree,
     reach,
     total,
 )
 from opdtheory.theorems.instances.two_steps import weight_at
-from opdtheory.theorems.sequences.checks import return_weight
+from opdtheory.theorems.sequences.objectives import return_weight
 from opdtheory.theorems.theorem import Cases, Identity, Step, Theorem, close, holds, same
 
 __all__ = ["practised_field", "theorems"]
@@ -153,21 +152,12 @@ def _check_asymmetry(factor: Factor) -> Cases:
 def _slope_to_come(tree: RationalTree, gamma: Fraction, logit: Row) -> Linear:
     r"""Derivative of $V(h) = E[\sum_{m \ge |h|} \gamma^{m-|h|} f(u_m) \mid h]$ in one of the row's own logits."""
     start, rows, terms = logit.history, tree.rows(logit), []
-    for y in tree.sequences:
-        if y[: len(start)] != start:
-            continue
-        probability = Dual.one()
-        for n in range(len(start), len(y)):
-            p = rows[y[:n]][y[n]]
-            probability = probability * p
-            reward = p.under(tree.teacher[y[:n]][y[n]]).f().scaled(gamma ** (n - len(start)))
-            # A prefix occurs once for each sequence that continues it.
-            terms.append((probability * reward).scaled(Fraction(1, _continuations(tree, y[: n + 1]))))
+    for history, row in rows.items():
+        if history[: len(start)] == start:
+            met = product([rows[history[:n]][history[n]] for n in range(len(start), len(history))])
+            costs = (p * p.under(q).f() for p, q in zip(row, tree.teacher[history], strict=True))
+            terms.append((met * total(costs)).scaled(gamma ** (len(history) - len(start))))
     return total(terms).slope
-
-
-def _continuations(tree: RationalTree, prefix: History) -> int:
-    return sum(y[: len(prefix)] == prefix for y in tree.sequences)
 
 
 def _check_certified(claim: tuple[bool, tuple[Fraction, ...]]) -> Cases:
