@@ -1,4 +1,4 @@
-"""Losses of the whole vocabulary that find their gradient chunk by chunk in the forward pass."""
+"""Losses over the whole vocabulary that compute their gradient chunk by chunk in the forward pass."""
 
 from opdtheory.kernels.fused import fused_divergence
 from opdtheory.kernels.linear import fused_linear_divergence

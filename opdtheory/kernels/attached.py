@@ -1,9 +1,10 @@
-"""Values whose gradient is already known, and what comes from upstream multiplied into it."""
+"""Values whose gradient is already known, which is multiplied by what comes from upstream; no second derivatives."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,15 +12,31 @@ from torch import Tensor
 from opdtheory.kernels.distributions import default_rows
 from opdtheory.kernels.sweep import matrices
 
-__all__ = ["attached", "graph_is_kept", "last", "scaled"]
+__all__ = ["attached", "graph_is_kept", "last", "outside_graphs", "scaled"]
 
-# Without it the graph may be kept: then nothing may be overwritten.
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+# Where torch cannot tell, the graph may be kept, and nothing may be overwritten.
 graph_is_kept: Callable[[], bool] = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
-def attached(name: str, logits: Tensor, values: Tensor, gradient: Tensor) -> Tensor:
-    """The values, `(...)`, as a function of the logits with that gradient, `(..., V)`; first derivatives only."""
-    result: Tensor = _Attached.apply(name, logits, values, gradient)
+def outside_graphs(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """The function, left alone by `torch.compile`, whose graph breaks there."""
+
+    @functools.wraps(function)
+    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        if torch.compiler.is_compiling():
+            # Not as a decorator, which would load the compiler with the module.
+            return torch.compiler.disable(function)(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
+
+
+def attached(name: str, logits: Tensor, values: Tensor, gradient: Tensor | None) -> Tensor:
+    """The values, `(...)`, as a function of the logits with the gradient, `(..., V)`, or without any."""
+    result: Tensor = values if gradient is None else _Attached.apply(name, logits, values, gradient)
     return result
 
 
@@ -38,7 +55,7 @@ class _Attached(torch.autograd.Function):
 
 
 def last(name: str, gradient: Tensor, *sources: Tensor) -> Tensor:
-    """A gradient whose own derivative in the sources is refused rather than taken to be zero."""
+    """A gradient whose own derivative in the sources raises an error rather than being zero."""
     if not torch.is_grad_enabled():
         return gradient
     result: Tensor = _Last.apply(name, gradient, *sources)
@@ -57,7 +74,7 @@ class _Last(torch.autograd.Function):
 
 
 def scaled(gradient: Tensor, upstream: Tensor, in_place: bool) -> Tensor:
-    """The gradient of each position times what comes from upstream, without a pass where that is one everywhere."""
+    """The gradient of each position times what comes from upstream; no pass is made where that is one everywhere."""
     if bool((upstream == 1).all()):
         return gradient if in_place else gradient.clone()
     out = gradient if in_place else torch.empty_like(gradient)

@@ -1,4 +1,4 @@
-r"""The fused losses side by side with the textbook formula by autograd: time, memory and error."""
+r"""The fused losses compared with the textbook formula by autograd: time, memory and error."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from opdtheory.divergences import divergence as as_divergence
-from opdtheory.errors import InvalidArgumentError
+from opdtheory.errors import InvalidArgumentError, check_integer
 from opdtheory.kernels.fused import fused_divergence
 from opdtheory.machine import Run, in_turn, peak
 
@@ -19,20 +19,20 @@ __all__ = ["DIVERGENCES", "DTYPES", "Comparison", "compare"]
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "chi2", "hellinger", "total_variation")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-# Of a row's gradient in norm, over its norm: what the rounding of each dtype leaves, ten times over.
+# The error in norm of a row's gradient, over its norm: ten times what rounding leaves in each dtype.
 _ALLOWED = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-1}
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One divergence, forward and backward: `fused_divergence`, and the textbook formula that it replaces.
+    """One divergence, forward and backward: `fused_divergence` and the textbook formula that it replaces.
 
     Attributes:
-        divergence: its label.
-        milliseconds: of the fused loss, the median.
-        textbook_milliseconds: of the formula.
-        megabytes: what the fused loss takes beyond its inputs, at its peak; NaN if unknown.
-        textbook_megabytes: the same of the formula.
+        divergence: the label.
+        milliseconds: the median time of the fused loss.
+        textbook_milliseconds: that of the formula.
+        megabytes: the peak memory of the fused loss beyond its inputs; NaN if unknown.
+        textbook_megabytes: that of the formula.
         difference: the largest distance of a row's gradient from float64, over its norm.
         allowed: the largest difference that the dtype explains.
     """
@@ -47,7 +47,7 @@ class Comparison:
 
     @property
     def agrees(self) -> bool:
-        """Whether the gradient is right."""
+        """Whether the gradient is as accurate as the dtype allows."""
         return self.difference <= self.allowed
 
 
@@ -61,35 +61,36 @@ def compare(
     device: str = "cpu",
     seed: int = 0,
 ) -> list[Comparison]:
-    r"""Time, memory and error of $\sum_n D_f(q_n \| p_n)$ and its gradient, side by side with the textbook formula.
+    r"""Time, memory and error of $\sum_n D_f(q_n \| p_n)$ and its gradient, compared with the textbook formula.
 
-    The formula is two log-softmaxes and $\sum_a p_a f(q_a/p_a)$ by autograd, `f` as it is written. Each repeat runs
-    every subject once, so that a machine that slows down slows all of them; what is told are medians.
+    The formula is two log-softmaxes and $\sum_a p_a f(q_a/p_a)$ by autograd, with `f` as written. Each repeat runs
+    every subject once, so that a slower machine slows all of them; times are medians.
 
     Args:
         divergences: names or labels of the catalogue.
-        tokens: rows of logits.
-        vocabulary: words of a row.
-        repeats: of each subject, after one run that is not counted.
-        dtype: of the logits.
-        device: where the losses are computed.
-        seed: of the logits, Gaussian with the spread of a language model's.
+        tokens: the number of rows of logits.
+        vocabulary: the number of tokens in the vocabulary.
+        repeats: the number of timed runs of each subject, after one that does not count.
+        dtype: the dtype of the logits.
+        device: the device that computes the losses.
+        seed: the seed of the logits, which are Gaussian with the spread of a language model's.
 
     Raises:
-        InvalidArgumentError: an unknown divergence, dtype or device, or a number that is not positive.
+        InvalidArgumentError: a divergence, dtype or device is unknown, or a number is not positive.
     """
     for name, number in (("tokens", tokens), ("vocabulary", vocabulary), ("repeats", repeats)):
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-            raise InvalidArgumentError(name, f"is {number!r}; a positive integer is needed")
+        check_integer(name, number)
     if dtype not in _ALLOWED:
-        raise InvalidArgumentError("dtype", f"is {dtype}; one of {', '.join(DTYPES)} is needed")
+        raise InvalidArgumentError("dtype", f"must be one of {', '.join(DTYPES)}, got {dtype}")
     members = [as_divergence(name) for name in divergences]
     generator = torch.Generator().manual_seed(seed)
     ours, noise = (torch.randn(tokens, vocabulary, generator=generator) for _ in range(2))
     try:
         student, teacher = ((3 * ours + x).to(device, dtype) for x in (torch.zeros(1), noise))
-    except (RuntimeError, AssertionError) as error:  # torch's words for a device that it does not know, or has not
-        raise InvalidArgumentError("device", f"is {device!r}: {str(error).splitlines()[0]}") from None
+    except (RuntimeError, AssertionError) as error:  # torch does not know the device or does not have it
+        raise InvalidArgumentError(
+            "device", f"must be available, got {device!r}: {str(error).splitlines()[0]}"
+        ) from None
     student.requires_grad_()
 
     def fused(name: str) -> Run:
@@ -130,7 +131,7 @@ def _textbook(name: str, student: Tensor, teacher: Tensor) -> Tensor:
 
 @functools.lru_cache
 def _generator(name: str) -> Callable[[Tensor], Tensor]:
-    """The generator as its formula says, not as the library evaluates it."""
+    """The generator as its formula is written, not as the library evaluates it."""
     import sympy
 
     from opdtheory.divergences.transform import symbol
@@ -141,7 +142,7 @@ def _generator(name: str) -> Callable[[Tensor], Tensor]:
 
 
 def _difference(name: str, student: Tensor, teacher: Tensor, rows: int = 8) -> float:
-    """Of the fused gradient of the first rows from the textbook's in float64."""
+    """The largest relative distance of the fused gradient from the textbook's in float64, over the first rows."""
     some = student.detach()[:rows].requires_grad_()
     wide = some.detach().double().requires_grad_()
     (found,) = torch.autograd.grad(fused_divergence(some, teacher[:rows], name).sum(), some)

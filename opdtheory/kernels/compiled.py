@@ -1,4 +1,4 @@
-"""The same under `torch.compile`: an operator that the compiler takes as a whole. Imported only while it compiles."""
+"""`fused_divergence` under `torch.compile`, as an operator that the compiler treats as a whole; imported only then."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def compiled_values(
     temperature: float,
     chunk_size: int | None,
 ) -> Tensor:
-    """The values; a graph breaks at a divergence of the user's own, which no string stands for."""
+    """The values; the graph breaks at a user's own divergence, which has no label."""
     if isinstance(divergence, Divergence) and divergence._own_expr is not None:
         return _apart(student, teacher, weights, Settings(divergence, temperature, chunk_size))
     label = divergence if isinstance(divergence, str) else divergence.label
@@ -59,7 +59,7 @@ def _(
     chunk_size: int | None,
     wanted: bool,
 ) -> tuple[Tensor, Tensor]:
-    as_divergence(label)  # a wrong name is refused while compiling
+    as_divergence(label)  # raises for a wrong name while compiling
     values = student.new_empty(student.shape[:-1], dtype=arguments.sum_dtype(student, teacher))
     return values, student.new_empty(student.shape if wanted else (0,))
 

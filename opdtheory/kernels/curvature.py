@@ -29,7 +29,7 @@ def hessian_product(
     scale: float,
     chunk: int | None,
 ) -> Tensor:
-    r"""The products $m_n H_n v_n$ of each position, in the dtype of the student; evaluated in float64.
+    r"""The product $m_n H_n v_n$ at each position, evaluated in float64, in the dtype of the student.
 
     Args:
         divergence: the generator.
@@ -38,7 +38,7 @@ def hessian_product(
         weights: $m$, `(...)`.
         vectors: $v$, `(..., V)`.
         scale: the inverse temperature.
-        chunk: how many positions at a time.
+        chunk: the number of positions at a time.
     """
     out = torch.empty(student.shape, dtype=student.dtype, device=student.device)
     rows = chunk or default_rows(student.shape[-1], student.device)

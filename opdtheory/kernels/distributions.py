@@ -1,4 +1,4 @@
-r"""A chunk of positions: the distributions of student and teacher, in buffers that serve the next chunk again."""
+r"""The distributions of student and teacher at a chunk of positions, in buffers that are used again for the next."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ __all__ = [
 ]
 
 Row: TypeAlias = "float | Tensor"
-"""A number for each row of a chunk: `(R, 1)`, float64; of a single row `(V,)` a Python float, which is quicker."""
+"""A number for each row of a chunk: `(R, 1)`, float64; for a single row `(V,)` a Python float, which is faster."""
 
-# Elements of a buffer: on a CPU four of them should stay near the core, elsewhere launches count.
+# Elements of a buffer: on a CPU four buffers should fit in the cache, elsewhere launches count.
 _CPU_ELEMENTS, _DEVICE_ELEMENTS = 2**18, 2**24
-# Of a row that is worth taking by itself, for each thread [measured]: one number per row is then a plain one.
+# Elements per thread of a row that is worth taking alone [measured], so that a number per row is a plain one.
 _SINGLE = 2**14
-# Sums of exponentials in float32: below, tokens that count would underflow; above, products could overflow.
+# Bounds of sums of exponentials in float32: below, relevant tokens would underflow; above, products could overflow.
 _LEAST, _MOST = 1e-10, 1e20
 _FLOOR = 1e-25
 _NEAR = 8.0  # nats between the normalisers of student and teacher
@@ -50,17 +50,17 @@ class Buffers(NamedTuple):
     def allocate(
         cls, shape: Sequence[int], dtype: torch.dtype, device: torch.device, h: Tensor | None = None
     ) -> Buffers:
-        """New ones, not initialised, but for an `h` that is there already."""
+        """New buffers, not initialised, except for a given `h`."""
         p, q, x = (torch.empty(*shape, dtype=dtype, device=device) for _ in range(3))
         return cls(p, q, torch.empty_like(p) if h is None else h, x)
 
     def head(self, rows: int) -> Buffers:
-        """The same for fewer rows."""
+        """The buffers for fewer rows."""
         return self if rows == self.p.shape[0] else Buffers(*(each[:rows] for each in self))
 
 
 def default_rows(vocabulary: int, device: torch.device) -> int:
-    """How many positions make a chunk where the caller does not say."""
+    """The default number of positions in a chunk."""
     if device.type != "cpu":
         return max(1, _DEVICE_ELEMENTS // vocabulary)
     return 1 if vocabulary >= _SINGLE * torch.get_num_threads() else max(1, _CPU_ELEMENTS // vocabulary)
@@ -68,20 +68,20 @@ def default_rows(vocabulary: int, device: torch.device) -> int:
 
 @dataclass
 class Distributions:
-    r"""The probabilities of a chunk of positions, and what forms need to know of them.
+    r"""The probabilities of a chunk of positions, and what forms need to know about them.
 
     Attributes:
-        buffers: `p` holds `total` times the student's probabilities, exactly zero where a logit is `-inf`: values and
-            masses are homogeneous, and to normalise takes a pass. `q` holds the teacher's exponentials; `h` and `x`
+        buffers: `p` holds `total` times the student's probabilities, exactly zero where a logit is `-inf`; to normalise
+            would take a pass, and values and masses are homogeneous. `q` holds the teacher's exponentials; `h` and `x`
             are free.
         student: the student's logits as given, in their own dtype.
-        teacher: the teacher's.
+        teacher: the teacher's logits as given.
         scale: the inverse temperature.
-        peaks: what was subtracted from the scaled logits of student and teacher, `(R, 1)` each, or None for nothing.
+        peaks: the maxima subtracted from the scaled logits of student and teacher, `(R, 1)` each, or None.
         total: the sum of the student's exponentials.
-        quotient: what brings the teacher's exponentials to the same total, as rounded.
-        guarded: whether to keep quotients from being 0/0, by a floor far below rounding and far above underflow.
-        subtracted: whether `h` holds the difference of the logits, taken while they were read for the first time.
+        quotient: the factor that brings the teacher's exponentials to the same total, as rounded.
+        guarded: whether a floor, far below rounding and far above underflow, keeps quotients from being 0/0.
+        subtracted: whether `h` holds the difference of the logits, taken when they were first read.
     """
 
     buffers: Buffers
@@ -93,7 +93,7 @@ class Distributions:
     quotient: Row
     guarded: bool = False
     subtracted: bool = False
-    _pending: bool = True  # whether `buffers.q` still waits for the quotient
+    _pending: bool = True  # whether `buffers.q` has not been multiplied by the quotient yet
 
     @property
     def p(self) -> Tensor:
@@ -113,14 +113,14 @@ class Distributions:
         return self._peak(0) + _log(self.total)
 
     def teacher_normaliser(self) -> Row:
-        r"""The teacher's, to which `q` belongs to the last digit of its factor."""
+        r"""The teacher's normaliser, which matches `q` to the last digit of its factor."""
         return self._peak(1) + _log(self.total) - _log(self.quotient)
 
     def log_ratio(self) -> tuple[Tensor, Row]:
-        r"""Write $\log u$ into `h`; with it comes what the rounding of the normalisers took from it.
+        r"""Write $\log u$ into `h`, and return what the rounding of the normalisers took from it.
 
-        From the difference of the logits, which is exact where student and teacher are close, and finite where
-        probabilities underflow. Logits that are far apart by a constant are first brought together.
+        It comes from the difference of the logits, which is exact where student and teacher are close and finite where
+        probabilities underflow. Logits that differ by a large constant are first brought together.
         """
         out = self.buffers.h
         shift = self._peak(0) - self._peak(1) + _log(self.quotient)
@@ -131,7 +131,7 @@ class Distributions:
         return out.add_(rounded), shift - wide_like(rounded, self.total)
 
     def _subtract(self, shift: Row) -> Row:
-        """Write the difference of the logits into `h`; what is still to be added to it."""
+        """Write the difference of the logits into `h`, and return what remains to be added."""
         out, student, teacher = self.buffers.h, self.student, self.teacher
         if teacher.dtype != out.dtype or self.scale != 1.0:
             teacher = out.copy_(teacher).mul_(self.scale)
@@ -140,7 +140,7 @@ class Distributions:
         if _largest(shift) < _NEAR:
             torch.sub(teacher, student, out=out)
             return shift
-        # A shift that is no number makes the value none, for which the row is refused.
+        # A NaN shift makes the value NaN, for which the row raises an error.
         whole = shift.round() if isinstance(shift, Tensor) else _rounded(shift)
         torch.add(teacher, narrow(whole, out), out=out).sub_(student)
         return shift - whole
@@ -150,22 +150,22 @@ class Distributions:
         return torch.sub(self.q, self.p, out=self.buffers.x)
 
     def student_divisor(self) -> Tensor:
-        """The student's probabilities, guarded if need be, which takes `x`."""
+        """The student's probabilities, guarded if necessary, which uses `x`."""
         return self.guard(self.buffers.x.copy_(self.p)) if self.guarded else self.p
 
     def guard(self, divisor: Tensor) -> Tensor:
-        """Raise a divisor in place above zero, if need be."""
+        """Lift a divisor above zero in place, if necessary."""
         return divisor.add_(narrow(_FLOOR * self.total, divisor)) if self.guarded else divisor
 
     def teacher_over(self, divisor: Tensor) -> Tensor:
-        """Write `q` over the divisor into `h`, kept above zero; does not ask for `q`."""
+        """Write `q` over the divisor into `h`, kept above zero, without computing `q`."""
         floor, out = narrow(_FLOOR, divisor), self.buffers.h
         if self._pending and isinstance(self.quotient, float):
             return torch.addcdiv(floor, self.buffers.q, divisor, value=self.quotient, out=out)
         return torch.addcdiv(floor, self.q, divisor, out=out)
 
     def teacher_sum(self, terms: Tensor) -> Row:
-        r"""The sums $\sum_a q_a x_a$, times the total; does not ask for `q`."""
+        r"""The sums $\sum_a q_a x_a$ times the total, without computing `q`."""
         if self._pending and isinstance(self.quotient, float):
             return self.quotient * row_dot(self.buffers.q, terms)
         return row_dot(self.q, terms)
@@ -183,13 +183,13 @@ def distributions_of(
     shifted: bool = False,
     by_log_ratio: bool = False,
 ) -> Distributions:
-    """The distributions of a chunk of logits, `(R, V)` or `(V,)`; `by_log_ratio` says that log-ratios will be asked for.
+    """The distributions of a chunk of logits, `(R, V)` or `(V,)`.
 
-    Exponentials of the logits as they are need neither the maximum nor the subtraction of it, and do not round what
-    they are of. Where a sum of them is not well within range, those below the maximum are taken, and at once if
-    `shifted` says so.
+    Exponentials of unshifted logits need neither the maximum nor its subtraction, which rounds. Where one of their sums
+    is not well within range, or if `shifted`, the maximum is subtracted first. `by_log_ratio` announces that log-ratios
+    will be needed.
     """
-    # Once exponentials are there, the logits have left the cache.
+    # Once the exponentials are done, the logits have left the cache.
     subtracted = by_log_ratio and scale == 1.0 and student.dtype == teacher.dtype == buffers.h.dtype
     if subtracted:
         torch.sub(teacher, student, out=buffers.h)
@@ -210,7 +210,7 @@ def _peak(logits: Tensor, scale: float, like: Tensor) -> Tensor:
 def distributions_within(
     student: Tensor, teacher: Tensor, scale: float, buffers: Buffers, peaks: list[Tensor], totals: list[Tensor]
 ) -> Distributions:
-    """The distributions of a part of the vocabulary, from the peaks and the sums of exponentials of all of it, `(R, 1)` each."""
+    """The distributions on a part of the vocabulary, from the peaks and totals of all of it, `(R, 1)` each."""
     narrow_peaks = peaks[0].to(buffers.p.dtype), peaks[1].to(buffers.p.dtype)
     scaled_exp(buffers.p, student, scale, narrow_peaks[0])
     scaled_exp(buffers.q, teacher, scale, narrow_peaks[1])
@@ -219,7 +219,7 @@ def distributions_within(
 
 
 def scaled_exp(out: Tensor, logits: Tensor, scale: float, peak: Tensor | None = None) -> None:
-    """Write the exponentials of scaled logits, less a peak `(R, 1)`, into `out`."""
+    """Write the exponentials of scaled logits minus a peak `(R, 1)` into `out`."""
     source = logits
     if logits.dtype != out.dtype or scale != 1.0:
         source = out.copy_(logits)
@@ -231,21 +231,21 @@ def scaled_exp(out: Tensor, logits: Tensor, scale: float, peak: Tensor | None = 
 
 
 def affine(buffer: Tensor, factor: Row, shift: Row) -> Tensor:
-    """The buffer times a factor plus a shift, in place; in one pass where the factor is a plain number."""
+    """The buffer times a factor plus a shift, in place, and in one pass if the factor is a plain number."""
     if isinstance(factor, float):
         return torch.add(narrow(shift, buffer), buffer, alpha=factor, out=buffer)
     return buffer.mul_(narrow(factor, buffer)).add_(narrow(shift, buffer))
 
 
 def narrow(row: Row, like: Tensor) -> Tensor:
-    """The numbers of the rows in the dtype of a buffer."""
+    """A number per row in the dtype of a buffer."""
     if isinstance(row, float):
         return torch.scalar_tensor(row, dtype=like.dtype, device=like.device)
     return row.to(like.dtype)
 
 
 def row_dot(a: Tensor, b: Tensor) -> Row:
-    r"""The sums $\sum_a x_a y_a$ of each row."""
+    r"""The sum $\sum_a x_a y_a$ of each row."""
     return torch.dot(a, b).item() if a.ndim == 1 else (a * b).sum(-1, keepdim=True).double()
 
 
@@ -255,7 +255,7 @@ def row_sum(a: Tensor) -> Row:
 
 
 def _quotient(total: Row, other: Row, buffer: Tensor) -> Row:
-    """The quotient in the dtype of the buffer; one where it is an ulp away, of which products are rounded unevenly."""
+    """The quotient in the dtype of the buffer; one where it is an ulp away, since products round unevenly there."""
     eps, row = torch.finfo(buffer.dtype).eps, total / other
     if isinstance(row, float):
         rounded = narrow(row, buffer).item()
@@ -275,7 +275,7 @@ def _in_range(row: Row) -> bool:
 
 
 def wide_like(column: Tensor, like: Row) -> Row:
-    """A column of numbers in the form that other numbers of the rows have."""
+    """A column of numbers in the form of another number per row."""
     return column.item() if isinstance(like, float) else column.double()
 
 
@@ -285,6 +285,6 @@ def _rounded(number: float) -> float:
 
 def _log(row: Row) -> Row:
     if isinstance(row, float):
-        # As torch has it, where the logits were not usable.
+        # As in torch, where the logits were not usable.
         return math.log(row) if row > 0 else math.nan
     return row.log()

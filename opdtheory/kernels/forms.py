@@ -1,16 +1,18 @@
-r"""Each divergence as a few passes over probabilities: its value and its gradient in the student's logits (T1).
+r"""Divergences in a few passes over probabilities: the value and its gradient in the student's logits (T1).
 
-With $u = q/p$ a form leaves $h$ in a buffer, and the gradient is
+With $u = q/p$, a form leaves $h$ in a buffer, and the gradient is
 
 $$\frac{\partial D}{\partial z_a} = c\, p_a (E_p h - h_a) \quad\text{or}\quad c\,(p_a \textstyle\sum_b h_b - h_a)$$
 
-as `h` is the weight $w_f(u)$ or the mass $p\,w_f(u)$, each up to the factor $c$ and a constant of the weight.
-Values and means are sums over the vocabulary, so that parts of it may be added up.
+depending on whether `h` is the weight $w_f(u)$ or the mass $p\,w_f(u)$, up to the factor $c$ and a constant in the
+weight. Values and means are sums over the vocabulary, so that the sums over its parts add up.
 
-The forms are rounded in the dtype of the buffers. Three choices keep digits near $u = 1$: values are summed in the
-gauge $f'(1) = 0$, in which an error of a normaliser counts to second order only (T3); squares are products with
-$q - p$; and at $p = q$ gradients are exactly zero. Logits of `-inf` and probabilities that underflow give finite
-results where $f(0)$ and $f'(\infty)$ are finite, else a result that is not finite, and never a wrong one.
+The forms compute in the dtype of the buffers. Three choices keep digits near $u = 1$: values are summed in the gauge
+$f'(1) = 0$, in which an error of a normaliser counts only to second order (T3); squares are products with $q - p$; and
+at $p = q$ gradients are exactly zero. Logits of `-inf` and probabilities that underflow give finite results where
+$f(0)$ and $f'(\infty)$ are finite, and else a result that is not finite, but never a wrong one.
+
+A divergence without a form here is evaluated by its own functions (`opdtheory.kernels.reference`).
 """
 
 from __future__ import annotations
@@ -28,13 +30,13 @@ from opdtheory.kernels.distributions import Distributions, Row, affine, row_dot,
 
 __all__ = ["Filled", "Form", "fast_form"]
 
-# Outside, differences that count would be lost in rounding: the reference form takes over.
+# Outside, rounding would lose relevant differences, and the reference form takes over.
 _SHARE = 1 / 16
 _LARGEST_ORDER = 4.0
 
 
 class Filled(NamedTuple):
-    """What a form found: `h`, and per row the value and the sum of `h` under `p` (or of `h` itself, if a mass)."""
+    """The result of a form: `h`, and for each row the value and the sum of `h` under `p` (of `h` itself, if a mass)."""
 
     h: Tensor
     value: Row
@@ -48,9 +50,9 @@ class Form:
     Attributes:
         kind: whether `h` is a weight or a mass.
         factor: the $c$ of the gradient.
-        fill: from the distributions to `h`, value and mean, all of them times the distributions' total except a weight.
+        fill: computes `h`, value and mean from the distributions, all times their total except a weight.
         guardable: whether guarded quotients make every result finite.
-        by_log_ratio: whether it asks for log-ratios.
+        by_log_ratio: whether `fill` uses log-ratios.
     """
 
     kind: Literal["weight", "mass"]
@@ -61,7 +63,7 @@ class Form:
 
 
 def fast_form(divergence: Divergence) -> Form | None:
-    """The form of a divergence of the catalogue, or None where there is none or only the reference form is accurate."""
+    """The form of a divergence, or None if there is none or only the reference form is accurate."""
     if divergence._own_expr is not None:
         return None
     if divergence.name in _FIXED:
@@ -144,7 +146,7 @@ def _mixed(beta: float) -> Form:
     rest = 1.0 - beta
 
     def fill(distributions: Distributions) -> Filled:
-        # log u and log(m/p) come from the same quotient: its rounding counts to second order only.
+        # log u and log(m/p) come from the same quotient, whose rounding counts only to second order.
         ratio = distributions.teacher_over(distributions.student_divisor())
         teacher = distributions.teacher_sum(torch.log(ratio, out=distributions.buffers.x))
         weight = affine(ratio, beta, rest).log_()
@@ -228,7 +230,7 @@ def _alpha_by_teacher(order: float) -> Form:
 def _power(distributions: Distributions, exponent: float) -> Tensor:
     """The difference `u**exponent - 1` in `h`."""
     log_u, missing = distributions.log_ratio()
-    # The exponents are not small, so that expm1, five times as slow, would gain digits near u = 1 only.
+    # The exponents are not small, so expm1, five times as slow, would gain digits only near u = 1.
     return affine(log_u, exponent, exponent * missing).exp_().sub_(1.0)
 
 
@@ -257,7 +259,7 @@ _BY_PARAMETER: dict[str, Callable[[float], Form | None]] = {
     "skew_forward_kl": _skew_forward_kl,
     "skew_reverse_kl": _skew_reverse_kl,
 }
-# Members of the power family that are multiples of others, up to gauge.
+# Members of the power family that are multiples of other entries, up to gauge.
 _ORDERS: dict[float, tuple[str, float]] = {
     -1.0: ("neyman_chi2", 0.5),
     0.0: ("reverse_kl", 1.0),

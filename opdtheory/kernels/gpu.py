@@ -1,13 +1,13 @@
 r"""A whole row of logits in one program of a GPU, in Triton, which this module needs.
 
-What the forms of `opdtheory.kernels.forms` do in a dozen passes over buffers, a program does in three reads of its row
-and one write: normalisers, then value and mean, then the gradient
+Where the forms of `opdtheory.kernels.forms` make a dozen passes over buffers, a program reads its row three times and
+writes once: normalisers, then value and mean, then the gradient
 
 $$\frac{\partial D}{\partial z_a} = c\,(p_a \textstyle\sum_b h_b - h_a), \qquad h = p\,w_f(u)$$
 
-with every term in the gauge $f'(1) = w(1) = 0$ (T3): terms of a value are never negative, so that their sum keeps its
-digits, and at the teacher the gradient is exactly zero. Rows whose result is not finite are left to the forms. Set
-`TRITON_INTERPRET=1` to run the programs on a CPU, for tests.
+with every term in the gauge $f'(1) = w(1) = 0$ (T3): the terms of a value are never negative, so that their sum keeps
+its digits, and at the teacher the gradient is exactly zero. Rows whose result is not finite are left to the forms.
+Tests set `TRITON_INTERPRET=1` to run the programs on a CPU.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from opdtheory.divergences import divergence as as_divergence
 
 __all__ = ["Program", "program_of", "run_program"]
 
-# Words that a program looks at together, and warps that it has [measured on an H100].
+# Tokens that a program processes together, and its warps [measured on an H100].
 _BLOCK, _WARPS = 2048, 8
 
 _LOG2E = tl.constexpr(1.4426950216293335)
 _LOG2E_REST = tl.constexpr(1.9259629911266175e-08)
 _LN2 = tl.constexpr(0.6931471805599453)
 _INF = tl.constexpr(float("inf"))
-# Below the logits of any model; its exponential under any peak is zero.
+# Below the logits of any model: its exponential below any peak is zero.
 _LOWEST = tl.constexpr(-1e30)
 _NEAR = tl.constexpr(8.0)
 _EPS = tl.constexpr(1.1920928955078125e-07)
 
 
 class Program(NamedTuple):
-    """What a program is told of its divergence: a kind, a parameter, and what `-inf` among the logits costs."""
+    """What a program knows about its divergence: a kind, a parameter, and what `-inf` among the logits costs."""
 
     kind: str
     parameter: float
@@ -49,7 +49,7 @@ class Program(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def program_of(label: str) -> Program:
-    """The program of a divergence of the catalogue for which there is a fast form."""
+    """The program of a divergence that has a fast form."""
     divergence = as_divergence(label)
     kind, parameter = divergence.name, next(iter(divergence.parameters.values()), 0.0)
     if kind == "jsd":
@@ -73,12 +73,12 @@ def run_program(
     values: Tensor,
     gradient: Tensor | None,
 ) -> Tensor:
-    """Fill in values and gradients as `sweep` does, of matrices and vectors; tells which rows are left.
+    """Fill in values and gradients as `sweep` does, for matrices and vectors; return which rows are left to do.
 
-    Rows that are left have not been written to, so that the gradient may be the student's logits here too.
+    Nothing has been written to these rows, so that the gradient may be the student's logits here too.
     """
     rows, words = student.shape
-    # Products and sums are fused where the programs say so only: at the teacher, q - p is to be exactly zero.
+    # Products and sums are fused only where the programs say so: at the teacher, q - p must be exactly zero.
     options: dict[str, bool] = {} if student.device.type == "cpu" else {"enable_fp_fusion": False}
     program = program_of(divergence.label)
     left = torch.empty(rows, dtype=torch.bool, device=student.device)
@@ -111,8 +111,8 @@ def run_program(
 
 @triton.jit
 def _exp(x):
-    """To two units in the last place; the machine's own loses as many as its argument is large."""
-    # Far below, the rest of the product would be inf - inf.
+    """The exponential to two units in the last place; the error of the machine's own grows with its argument."""
+    # Far below zero, the rest of the product would be inf - inf.
     x = tl.maximum(x, -200.0, propagate_nan=tl.PropagateNan.ALL)
     exponent = x * _LOG2E
     rest = tl.fma(x, _LOG2E_REST, tl.fma(x, _LOG2E, -exponent))
@@ -121,14 +121,14 @@ def _exp(x):
 
 @triton.jit
 def _log_mixture(log_u, ratio, share, rest):
-    """The logarithm of `rest + share * u`, for u of any size and zero at u = 1; with `ratio = exp(-|log u|)`."""
+    """The logarithm of `rest + share * u` for u of any size, zero at u = 1, with `ratio = exp(-|log u|)`."""
     lesser = tl.where(log_u > 0.0, rest, share)
     return tl.maximum(log_u, 0.0) + tl.log(tl.fma(lesser, ratio - 1.0, 1.0))
 
 
 @triton.jit
 def _terms(p, q, log_u, a, b, KIND: tl.constexpr):
-    """Of words that both distributions have, each one's term of the value and its mass."""
+    """The term of the value and the mass of each token that both distributions have."""
     d = q - p
     if KIND == "forward_kl":
         value = q * log_u - d
@@ -156,7 +156,7 @@ def _terms(p, q, log_u, a, b, KIND: tl.constexpr):
         value = 0.5 * tl.abs(d)
         mass = tl.where(d == 0.0, 0.0 * d, tl.where(d > 0.0, 0.5 * p, -0.5 * p))
     elif KIND == "le_cam":
-        # Words of which both probabilities underflow weigh nothing.
+        # Tokens whose probabilities both underflow weigh nothing.
         r = tl.where(p + q == 0.0, 0.0, d / (p + q))
         value = d * r
         mass = p * r * (2.0 + r)
@@ -190,15 +190,15 @@ def _terms(p, q, log_u, a, b, KIND: tl.constexpr):
 
 @triton.jit
 def _loaded(logits, step, start, words, BLOCK: tl.constexpr):
-    """A block of logits in float32; beyond the last word, ones whose exponentials are zero."""
-    # Far from the start of their row, if rows are not contiguous.
+    """A block of logits in float32; beyond the last token, logits whose exponentials are zero."""
+    # In 64 bits, as tokens may be far from the start of a row that is not contiguous.
     at = start + tl.arange(0, BLOCK).to(tl.int64)
     return tl.load(logits + at * step, mask=at < words, other=_LOWEST).to(tl.float32)
 
 
 @triton.jit
 def _reference(logits, step, words, scale, BLOCK: tl.constexpr):
-    """A logit near the largest: no exponential below it overflows unless another is 88 nats above."""
+    """A logit near the largest: exponentials relative to it overflow only if another logit is 88 nats larger."""
     top = tl.max(_loaded(logits, step, 0, words, BLOCK), 0) * scale
     return tl.where(top > _LOWEST / 2, top, 0.0)
 
@@ -226,14 +226,14 @@ def _block(
     KIND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Of a block of words `p`, the terms of the value and the masses, all of them times the student's total."""
+    """For a block of tokens: `p`, the terms of the value and the masses, all times the student's total."""
     ours = _loaded(student, student_word, start, words, BLOCK)
     theirs = _loaded(teacher, teacher_word, start, words, BLOCK)
     p = _exp(tl.fma(ours, scale, -top))
     q = _exp(tl.fma(theirs, scale, -other_top)) * quotient
     value, mass = _terms(p, q, tl.fma((theirs + whole) - ours, scale, shift) + shift_rest, a, b, KIND)
     if holes:
-        # T10: a word that one distribution lacks.
+        # T10: a token that one distribution lacks.
         absent, lacking = ours == -_INF, theirs == -_INF
         value = tl.where(lacking, p * at_zero, value)
         mass = tl.where(absent, 0.0, tl.where(lacking, -p * at_zero, mass))
@@ -296,10 +296,10 @@ def _program(
         total = tl.sum(sums.to(tl.float64), 0)
         other_total = tl.sum(other_sums.to(tl.float64), 0)
         holes = tl.min(lowest, 0) == -_INF
-        # As rounded, and one where it is an ulp away, of which products are rounded unevenly.
+        # As rounded, but one where it is an ulp away, since products round unevenly there.
         quotient = (total / other_total).to(tl.float32)
         quotient = tl.where(tl.abs(quotient - 1.0) > _EPS, quotient, 1.0)
-        # What the normalisers add to a log-ratio. Logits that are far apart by a constant are first brought together.
+        # What the normalisers add to a log-ratio. Logits that differ by a large constant are first brought together.
         full = top.to(tl.float64) - other_top.to(tl.float64) + tl.log(quotient.to(tl.float64))
         whole = tl.where(tl.abs(full) < _NEAR, 0.0, tl.floor(full / scale + 0.5))
         full -= whole * scale
@@ -336,7 +336,7 @@ def _program(
             other_sums += masses
         value = tl.sum(sums.to(tl.float64), 0) / total
         mean = tl.sum(other_sums.to(tl.float64), 0) / total
-        # Every NaN and infinity has entered a sum. A distribution without words has no total.
+        # Every NaN and infinity has entered a sum. A distribution without tokens has no total.
         usable = (tl.abs(value) + tl.abs(mean) < _INF) & (total > 0.0) & (other_total > 0.0)
         tl.store(left + row, usable == 0)
         if usable:

@@ -12,13 +12,12 @@ from opdtheory.divergences import Divergence
 from opdtheory.divergences import divergence as as_divergence
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.kernels import arguments
-from opdtheory.kernels.attached import graph_is_kept, last
-from opdtheory.kernels.outside import outside_graphs
+from opdtheory.kernels.attached import graph_is_kept, last, outside_graphs
 from opdtheory.kernels.sweep import Evaluator, sweep
 
 __all__ = ["fused_linear_divergence"]
 
-# Of a chunk of logits: large enough that a matrix product does not wait for the output layer to be read.
+# Logits in a chunk: enough for a matrix product not to wait for the output layer to be read.
 _ELEMENTS = 2**23
 
 
@@ -33,34 +32,35 @@ def fused_linear_divergence(
     temperature: float = 1.0,
     chunk_size: int | None = None,
 ) -> Float[Tensor, "*batch"]:
-    r"""`fused_divergence` of the logits $z = W h$, of which only a chunk of positions is ever held.
+    r"""`fused_divergence` of the logits $z = W h$, of which only a chunk of positions is held at a time.
 
     $$\ell_n = m_n D_f(q_n \| p_n), \qquad
     \frac{\partial \ell}{\partial h_n} = W^\top g_n, \quad
     \frac{\partial \ell}{\partial W} = \sum_n g_n h_n^\top, \quad
     g_n = -\frac{m_n}{\tau}\, p_n (w_f(u_n) - E_{p_n} w_f)$$
 
-    In nats, to be minimised; the teacher is detached. The forward pass finds the gradients of hidden states and of the
-    head together with the values, and holds those gradients, two chunks of logits and a few buffers. They are for
-    upstream gradients that are the same at all positions of non-zero weight, as of a sum or a mean: others make the
-    backward pass do the work again. Logits and $g$ are in the dtype of the head (under autocast, in its dtype), sums
-    over positions in float32; a head of float64 is float64 throughout. First derivatives only; no `torch.vmap`.
+    In nats, to be minimised; the teacher is detached. The forward pass computes the gradients in the hidden states and
+    the head together with the values, and holds these gradients, two chunks of logits and a few buffers. The gradients
+    assume that the upstream gradient is the same at all positions of non-zero weight, as for a sum or a mean; for
+    others the backward pass repeats the work. Logits and $g$ have the dtype of the head (under autocast, that of
+    autocast), sums over positions float32; with a float64 head everything is float64. First derivatives only; no
+    `torch.vmap`.
 
     Args:
-        student_hidden: $h$, any leading shape.
+        student_hidden: $h$, with any leading shape.
         student_head: $W$, the weight of `torch.nn.Linear(D, V, bias=False)`, of the same dtype.
-        teacher_hidden: the teacher's, of the same leading shape; its width may be another.
-        teacher_head: the teacher's.
+        teacher_hidden: the teacher's hidden states, of the same leading shape, maybe of another width.
+        teacher_head: the teacher's output layer.
         divergence: an object or a catalogue name.
-        mask: a weight for each position; where it is zero nothing is computed.
-        temperature: $\tau$, divides both logits.
-        chunk_size: how many positions at a time; by default so many that a chunk has 8 million logits.
+        mask: a weight for each position; where it is zero, nothing is computed.
+        temperature: $\tau$, which divides both logits.
+        chunk_size: the number of positions at a time (default: as many as have 8 million logits).
 
     Returns:
         $\ell$, float64 if a head is, else float32.
 
     Raises:
-        InvalidArgumentError: a shape, dtype or number that does not fit, or logits that are NaN or +inf.
+        InvalidArgumentError: a shape, dtype or number does not fit, or a logit is NaN or +inf.
 
     References: T1 and T12 of the theory.
 
@@ -78,18 +78,14 @@ def fused_linear_divergence(
     batch = tuple(student_hidden.shape[:-1])
     if tuple(teacher_hidden.shape[:-1]) != batch:
         found = tuple(teacher_hidden.shape)
-        raise InvalidArgumentError("teacher_hidden", f"has shape {found}; {(*batch, 'E')} is needed as of the student")
+        raise InvalidArgumentError("teacher_hidden", f"must have shape {(*batch, 'E')} for the student's, got {found}")
     if teacher_head.shape[0] != student_head.shape[0]:
         raise InvalidArgumentError(
             "teacher_head",
-            f"has {teacher_head.shape[0]} rows, the student's {student_head.shape[0]}: not one vocabulary",
+            f"must have the {student_head.shape[0]} rows of the student's vocabulary, got {teacher_head.shape[0]}",
         )
-    if teacher_hidden.device != student_hidden.device:
-        raise InvalidArgumentError("teacher_hidden", f"is on {teacher_hidden.device}, not {student_hidden.device}")
-    arguments.check_temperature(temperature)
-    arguments.check_chunk(chunk_size)
-    dtype = arguments.sum_dtype(student_head, teacher_head)
-    weights = arguments.weights_of(mask, batch, student_hidden.device, dtype)
+    arguments.check_device("teacher_hidden", teacher_hidden, "the student's", student_hidden.device)
+    _, weights = arguments.shared(student_hidden, mask, temperature, chunk_size, student_head, teacher_head)
     arguments.check_weights(weights)
     recorded = torch.is_grad_enabled()
     wanted = recorded and student_hidden.requires_grad, recorded and student_head.requires_grad
@@ -101,7 +97,7 @@ def fused_linear_divergence(
 
 
 class _Job(NamedTuple):
-    """What a call asked for beside its tensors, and the dtype of its matrix products."""
+    """The arguments of a call other than tensors, and the dtype of its matrix products."""
 
     divergence: Divergence
     temperature: float
@@ -157,7 +153,7 @@ def _work(
         torch.arange(values.numel(), device=hidden.device) if weights is None else weights.flatten().nonzero()[:, 0]
     )
     rows = job.chunk_size or max(1, _ELEMENTS // head.shape[0])
-    # The casts of autocast, once.
+    # The casts of autocast, once for all chunks.
     student, teacher = head.to(job.dtype), other_head.to(job.dtype)
     logits = [torch.empty(min(rows, len(looked)), len(head), dtype=job.dtype, device=head.device) for _ in range(2)]
     flat, other_flat = hidden.reshape(-1, hidden.shape[-1]), other.reshape(-1, other.shape[-1])
@@ -168,7 +164,7 @@ def _work(
             theirs = torch.mm(other_flat[part].to(job.dtype), teacher.T, out=logits[1][: len(part)])
             weight = None if weights is None else weights.flatten()[part]
             found = torch.empty(len(part), dtype=torch.float64, device=hidden.device)
-            # The logits make room for their gradient.
+            # The gradient takes the place of the logits.
             sweep(evaluator, ours, theirs, weight, None, found, ours if any(job.wanted) else None)
             values.view(-1)[part] = found
             if by_hidden is not None:
@@ -196,9 +192,10 @@ def _check(hidden: object, head: object, whose: str) -> None:
     assert isinstance(hidden, Tensor) and isinstance(head, Tensor)
     if head.ndim != 2 or head.shape[0] == 0 or head.shape[1] != hidden.shape[-1]:
         raise InvalidArgumentError(
-            f"{whose}_head", f"has shape {tuple(head.shape)}; (V, {hidden.shape[-1]}) is needed for {whose}_hidden"
+            f"{whose}_head", f"must have shape (V, {hidden.shape[-1]}) for {whose}_hidden, got {tuple(head.shape)}"
         )
     if head.dtype != hidden.dtype and not torch.is_autocast_enabled(head.device.type):
-        raise InvalidArgumentError(f"{whose}_head", f"has dtype {head.dtype}, {whose}_hidden {hidden.dtype}")
-    if head.device != hidden.device:
-        raise InvalidArgumentError(f"{whose}_head", f"is on {head.device}, {whose}_hidden on {hidden.device}")
+        raise InvalidArgumentError(
+            f"{whose}_head", f"must have dtype {hidden.dtype} like {whose}_hidden, got {head.dtype}"
+        )
+    arguments.check_device(f"{whose}_head", head, f"{whose}_hidden", hidden.device)

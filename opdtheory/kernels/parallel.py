@@ -1,4 +1,4 @@
-r"""The divergence from logits whose vocabulary lies in parts on the ranks of a process group."""
+r"""The divergence from logits whose vocabulary is split over the ranks of a process group."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from opdtheory.divergences import Divergence
 from opdtheory.divergences import divergence as as_divergence
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.kernels import arguments
-from opdtheory.kernels.attached import attached
+from opdtheory.kernels.attached import attached, outside_graphs
 from opdtheory.kernels.distributions import Buffers, Distributions, default_rows, distributions_within, scaled_exp
 from opdtheory.kernels.forms import Filled
-from opdtheory.kernels.outside import outside_graphs
 from opdtheory.kernels.sweep import Evaluator, finish, matrices, runs
 
 __all__ = ["fused_parallel_divergence"]
@@ -34,31 +33,32 @@ def fused_parallel_divergence(
     temperature: float = 1.0,
     chunk_size: int | None = None,
 ) -> Float[Tensor, "*batch"]:
-    r"""`fused_divergence` of logits of which each rank of a group holds a part of the vocabulary.
+    r"""`fused_divergence` of logits whose vocabulary is split over the ranks of a group.
 
     $$\ell_n = m_n \sum_{\text{ranks}} \sum_{a \in V_{\text{rank}}} p_n(a)\, f\!\left(\frac{q_n(a)}{p_n(a)}\right)$$
 
-    Three all-reduces of two numbers per position: the maxima, the sums of exponentials, and the value with the mean
-    weight (T1), each a sum over the vocabulary; one more of the last where terms are infinite or overflow. Logits are
-    never gathered. Each rank gets the same values, and the gradient of its own part; all must call at once, with the
-    same mask, and send the same gradient from upstream. The parts may differ in size, but student and teacher must
-    be split alike. Accuracy, `-inf`, `mask` and dtypes are as in `fused_divergence`; first derivatives only.
+    There are three all-reduces of two numbers per position: the maxima, the sums of exponentials, and the value with
+    the mean weight (T1), each a sum over the vocabulary; the last is repeated where terms are infinite or overflow.
+    Logits are never gathered. Each rank gets the same values and the gradient of its own part; all must call the
+    function together, with the same mask, and pass the same upstream gradient. The parts may differ in size, but
+    student and teacher must be split alike. Accuracy, `-inf`, `mask` and dtypes are as in `fused_divergence`; first
+    derivatives only.
 
     Args:
-        student_logits: this rank's part of $z$, any leading shape.
+        student_logits: this rank's part of $z$, with any leading shape.
         teacher_logits: this rank's part of the teacher's logits.
         divergence: an object or a catalogue name.
-        group: the ranks that share the vocabulary; the default group if None.
+        group: the ranks that share the vocabulary (default: the default group).
         mask: a weight for each position.
         temperature: divides both logits.
-        chunk_size: how many positions at a time.
+        chunk_size: the number of positions at a time.
 
     Returns:
         $\ell$, float64 if any logits are, else float32; nats.
 
     Raises:
-        InvalidArgumentError: a shape, dtype or number that does not fit, no process group, or a row that holds NaN,
-            +inf or, over all ranks, only `-inf`; the last on every rank.
+        InvalidArgumentError: a shape, dtype or number does not fit, there is no process group, or a row holds NaN, +inf
+            or, over all ranks, only `-inf`; the last is raised on every rank.
 
     References: T1 and T12 of the theory.
 
@@ -68,23 +68,18 @@ def fused_parallel_divergence(
     arguments.check_logits("student_logits", student_logits)
     arguments.check_logits("teacher_logits", teacher_logits)
     arguments.check_matching("teacher_logits", teacher_logits, "student_logits", student_logits)
-    arguments.check_temperature(temperature)
-    arguments.check_chunk(chunk_size)
+    dtype, weights = arguments.shared(student_logits, mask, temperature, chunk_size, student_logits, teacher_logits)
     if not (dist.is_available() and dist.is_initialized()):
-        raise InvalidArgumentError("group", "there is no process group; call torch.distributed.init_process_group")
-    dtype = arguments.sum_dtype(student_logits, teacher_logits)
-    weights = arguments.weights_of(mask, tuple(student_logits.shape[:-1]), student_logits.device, dtype)
+        raise InvalidArgumentError(
+            "group", "must be a process group, got none; call torch.distributed.init_process_group"
+        )
     arguments.check_weights(weights)
     scale, wanted = 1.0 / temperature, student_logits.requires_grad and torch.is_grad_enabled()
     evaluator = Evaluator.of(as_divergence(divergence), dtype, scale)
     with torch.no_grad():
         part = _Part(student_logits, teacher_logits, weights, group, chunk_size, scale)
         values, gradient = part.evaluated(evaluator, wanted)
-    return (
-        values.to(dtype)
-        if gradient is None
-        else attached("fused_parallel_divergence", student_logits, values.to(dtype), gradient)
-    )
+    return attached("fused_parallel_divergence", student_logits, values.to(dtype), gradient)
 
 
 class _Part:
@@ -104,19 +99,19 @@ class _Part:
         batch = student.shape[:-1]
         self._weights = student.new_ones(batch, dtype=torch.float64) if weights is None else weights.double()
         peaks = torch.stack([student.amax(-1).double(), teacher.amax(-1).double()])
-        # What the maximum of several ranks makes of NaN is not said; an infinity stays one.
+        # The maximum over ranks is undefined for NaN, but keeps an infinity.
         self._peaks = self._reduced(torch.where(torch.isnan(peaks), math.inf, peaks), dist.ReduceOp.MAX)
         self._refuse_unusable()
         self._peaks = scale * self._peaks
         self._totals = self._reduced(self._exponentials(arguments.sum_dtype(student, teacher)), dist.ReduceOp.SUM)
 
     def evaluated(self, evaluator: Evaluator, wanted: bool) -> tuple[Tensor, Tensor | None]:
-        """Values times weights, and their gradient in this rank's logits if it is wanted."""
+        """The values times the weights, and their gradient in this rank's logits if wanted."""
         sums = self._sums(evaluator, self._weights)
         plans = [(evaluator, self._weights)]
         exact = ~torch.isfinite(sums.sum(0))
         if evaluator.form is not evaluator.reference and bool(exact.any()):
-            # All ranks have the same sums, and so agree on another round.
+            # All ranks have the same sums, so they agree on another round.
             plans = [
                 (evaluator, self._weights.masked_fill(exact, 0.0)),
                 (evaluator.exact(), self._weights.masked_fill(~exact, 0.0)),
@@ -136,7 +131,7 @@ class _Part:
         return values, gradient
 
     def _sums(self, evaluator: Evaluator, weights: Tensor) -> Tensor:
-        """Value and mean of each position over all ranks, `(2, ...)`."""
+        """The value and the mean of each position over all ranks, `(2, ...)`."""
         sums = torch.zeros_like(self._totals)
         for distributions, _, (value, mean) in self._chunks(evaluator.dtype, weights, [sums[0], sums[1]]):
             filled = evaluator.form.fill(distributions)
@@ -147,7 +142,7 @@ class _Part:
     def _chunks(
         self, dtype: torch.dtype, weights: Tensor, columns: list[Tensor], gradient: Tensor | None = None
     ) -> Iterator[tuple[Distributions, Tensor, list[Tensor]]]:
-        """The distributions of the positions that have a weight, with their gradient and their part of each column."""
+        """The distributions of the positions with a weight, with their gradient and their part of each column."""
         buffers = Buffers.allocate((self._rows, self._student.shape[-1]), dtype, self._student.device)
         wide = [self._student, self._teacher, self._student if gradient is None else gradient]
         narrow = [weights, *self._peaks, *self._totals, *columns]
@@ -182,5 +177,5 @@ class _Part:
             bad = int((~torch.isfinite(peaks) & (self._weights != 0)).sum())
             if bad:
                 raise InvalidArgumentError(
-                    name, f"{bad} of {peaks.numel()} rows hold, on some rank, NaN or +inf, or on every rank only -inf"
+                    name, f"{bad} of {peaks.numel()} rows hold NaN or +inf on some rank, or only -inf on every rank"
                 )

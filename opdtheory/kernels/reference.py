@@ -1,4 +1,4 @@
-r"""Any divergence on a chunk, by its own functions of $\log u$ in float64, with T10's conventions."""
+r"""Any divergence on a chunk, by its own functions of $\log u$ in float64, with the conventions of T10."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from opdtheory.kernels.forms import Filled, Form
 
 __all__ = ["LogDistributions", "log_distributions", "reference_form", "terms", "under_student", "weight_masses"]
 
-# Beyond, e^t nears the end of float64: what is left of f(u)/u is its limit, or a straight line in log u.
+# Beyond, e^t nears the end of float64, and f(u)/u is taken as its limit or as a straight line in log u.
 _FARTHEST = 700.0
 
 
 class LogDistributions(NamedTuple):
-    """Log-probabilities of a chunk in float64, and which tokens both distributions have, `(R, V)` each."""
+    """Log-probabilities of a chunk in float64, and the tokens that both distributions have, `(R, V)` each."""
 
     log_p: Tensor
     log_q: Tensor
@@ -28,7 +28,7 @@ class LogDistributions(NamedTuple):
 
 
 def log_distributions(distributions: Distributions) -> LogDistributions:
-    """From the logits of the chunk; the log-ratio is 0 where a distribution lacks the token."""
+    """Log-probabilities from the logits of a chunk; the log-ratio is 0 where a distribution lacks the token."""
     log_p = distributions.student.double() * distributions.scale - distributions.student_normaliser()
     log_q = distributions.teacher.double() * distributions.scale - distributions.teacher_normaliser()
     both = (log_p > -math.inf) & (log_q > -math.inf)
@@ -36,17 +36,17 @@ def log_distributions(distributions: Distributions) -> LogDistributions:
 
 
 def reference_form(divergence: Divergence) -> Form:
-    r"""The terms $p f(u)$ and the masses $p\,w_f(u)$ as the divergence's own methods give them; for float64 buffers.
+    r"""The terms $p f(u)$ and the masses $p\,w_f(u)$ by the divergence's own methods, for float64 buffers.
 
-    $p = 0 < q$ gives the value $f'(\infty)\,q$ and no gradient, $p > 0 = q$ the value $p f(0)$ and its gradient, both
-    zero nothing. A term that is infinite has the value inf and no gradient.
+    $p = 0 < q$ gives the value $f'(\infty)\,q$ and no gradient, $p > 0 = q$ the value $p f(0)$ and its gradient, and
+    $p = q = 0$ nothing. An infinite term has the value inf and no gradient.
     """
 
     def fill(distributions: Distributions) -> Filled:
         logs = log_distributions(distributions)
         # Forms work on the scale of the buffers.
         mass = weight_masses(divergence, logs).mul_(distributions.total)
-        # A distribution whose normaliser is no number would pass for one without tokens: its value is NaN instead.
+        # A distribution whose normaliser is NaN would pass for one without tokens: its value becomes NaN instead.
         unusable = 0.0 * (distributions.student_normaliser() + distributions.teacher_normaliser())
         return Filled(mass, distributions.total * row_sum(terms(divergence, logs)) + unusable, row_sum(mass))
 
@@ -76,8 +76,8 @@ def weight_masses(divergence: Divergence, logs: LogDistributions) -> Tensor:
 
 
 def under_student(values: Tensor, logs: LogDistributions) -> Tensor:
-    """Values of the tokens times `p`, zero for those that not both distributions have; infinite only if the product is."""
-    # The root is multiplied in twice, as p may underflow where its product does not.
+    """Values times `p`, zero for tokens that a distribution lacks; infinite only if the product is."""
+    # The root is applied twice, as p may underflow where the product does not.
     root = torch.where(logs.both, logs.log_p / 2, -math.inf).exp()
     return torch.where(root > 0, values * root * root, 0.0)
 

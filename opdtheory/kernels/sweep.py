@@ -21,7 +21,7 @@ __all__ = ["Evaluator", "finish", "matrices", "runs", "sweep"]
 
 @dataclass(frozen=True)
 class Evaluator:
-    """How a divergence is evaluated: the form, the dtype it is rounded in, and the form where that one fails."""
+    """How a divergence is evaluated: the form, the dtype of its arithmetic, and the form to use if it fails."""
 
     divergence: Divergence
     form: Form
@@ -31,7 +31,7 @@ class Evaluator:
 
     @classmethod
     def of(cls, divergence: Divergence, dtype: torch.dtype, scale: float) -> Evaluator:
-        """The fast form in float32 for logits of that width or narrower, else the reference form in float64."""
+        """The fast form in float32 for float32 or narrower logits, else the reference form in float64."""
         reference = reference_form(divergence)
         fast = None if dtype == torch.float64 else fast_form(divergence)
         if fast is None:
@@ -39,7 +39,7 @@ class Evaluator:
         return cls(divergence, fast, torch.float32, reference, scale)
 
     def exact(self) -> Evaluator:
-        """The same by the reference form."""
+        """The evaluator with the reference form."""
         return Evaluator(self.divergence, self.reference, torch.float64, self.reference, self.scale)
 
 
@@ -52,22 +52,22 @@ def sweep(
     values: Tensor,
     gradient: Tensor | None,
 ) -> None:
-    r"""Fill in the value of each position, times its weight, and the gradient of that in the student's logits.
+    r"""Fill in the value of each position, times its weight, and its gradient in the student's logits.
 
     Args:
         evaluator: what to compute.
         student: logits, `(..., V)`.
         teacher: logits of the same shape.
-        weights: `(...)` floating, or None for ones; positions of weight zero are not looked at.
-        chunk: how many positions at a time.
+        weights: `(...)`, floating-point, or None for ones; positions of weight zero are skipped.
+        chunk: the number of positions at a time.
         values: `(...)`, float64, overwritten.
         gradient: like `student`, overwritten, or None; it may be `student` itself.
 
     Raises:
-        InvalidArgumentError: a row of another weight than zero holds NaN, +inf or only -inf.
+        InvalidArgumentError: a row of non-zero weight holds NaN, +inf or only -inf.
     """
     rows = chunk or default_rows(student.shape[-1], student.device)
-    # The gradient serves as a buffer, unless it takes the place of logits that are still read.
+    # The gradient serves as a buffer, unless it takes the place of logits that are still needed.
     spare = gradient is not student and gradient is not None and gradient.dtype == evaluator.dtype
     chunks = _Chunks(evaluator, spare)
     wide = [student, teacher] + ([] if gradient is None else [gradient])
@@ -83,12 +83,12 @@ def sweep(
 
 
 def has_programs(device: torch.device) -> bool:
-    """Whether whole rows can be given to programs of `opdtheory.kernels.gpu`."""
+    """Whether programs of `opdtheory.kernels.gpu` can process whole rows."""
     return device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
 def _by_programs(evaluator: Evaluator, wides: list[Tensor], narrows: list[Tensor], rows: int) -> None:
-    """A row to a program, and those by chunks whose results are not finite there."""
+    """Give each row to a program, and process by chunks the rows whose results are not finite there."""
     from opdtheory.kernels.gpu import run_program
 
     (student, teacher, *grad), (found, *weight) = wides, narrows
@@ -123,7 +123,7 @@ def _by_chunks(chunks: _Chunks, wides: list[Tensor], narrows: list[Tensor], rows
 
 
 def _singly(chunks: _Chunks, wides: list[Tensor], found: Tensor, weights: list[float] | None) -> None:
-    """Row by row, with plain numbers for what is one number per row."""
+    """Process row by row, with plain numbers for numbers per row."""
     values = []
     for row, (ours, theirs, *grad) in enumerate(zip(*(each.unbind() for each in wides), strict=True)):
         factor = weights[row] if weights else 1.0
@@ -142,11 +142,11 @@ class _Chunks:
     def __init__(self, evaluator: Evaluator, spare: bool) -> None:
         self._evaluator, self._spare = evaluator, spare
         self._buffers: Buffers | None = None
-        # What one chunk needs, its neighbours will need.
+        # What one chunk needs, its neighbours will need too.
         self._guarded = self._shifted = False
 
     def __call__(self, student: Tensor, teacher: Tensor, weight: Row, grad: Tensor | None) -> Row:
-        """The values of the rows times their weights; the gradient of that is left in `grad`."""
+        """The values of the rows times their weights; the gradient goes into `grad`."""
         form = self._evaluator.form
         distributions, filled = self._filled(student, teacher, grad)
         if not _finite(filled) and form.guardable and not self._guarded:
@@ -179,9 +179,9 @@ class _Chunks:
         return buffers if h is None else buffers._replace(h=h)
 
     def _without_harmless(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits that are finite where a token that a distribution lacks costs no more than a finite amount.
+        """The logits, made finite where a token that a distribution lacks has a finite cost.
 
-        Such a token keeps a probability of exactly zero, but a log-ratio that may be multiplied by that.
+        Such a token keeps a probability of exactly zero, with a log-ratio that can be multiplied by it.
         """
         absent, lacking = torch.isneginf(student), torch.isneginf(teacher)
         both, divergence = absent & lacking, self._evaluator.divergence
@@ -191,12 +191,12 @@ class _Chunks:
 
 
 def _lowest(like: Tensor) -> float:
-    """A logit whose exponential is zero, but whose multiples are finite."""
+    """A logit whose exponential is zero and whose multiples are finite."""
     return max(torch.finfo(like.dtype).min, -1e30)
 
 
 def finish(distributions: Distributions, form: Form, filled: Filled, weight: Row, out: Tensor) -> None:
-    """Write the gradient of a chunk from what its form found; the mean may be that of a larger vocabulary."""
+    """Write the gradient of a chunk from the results of its form; the mean may be that of a larger vocabulary."""
     p, h = distributions.p, filled.h
     factor, mean = weight * form.factor * distributions.scale / distributions.total, filled.mean / distributions.total
     target = out if out.dtype == p.dtype else h
@@ -211,7 +211,7 @@ def finish(distributions: Distributions, form: Form, filled: Filled, weight: Row
 
 
 def _finite(filled: Filled) -> bool:
-    """Whether all is; one number tells of every NaN and infinity, as each would have entered a sum."""
+    """Whether every result is finite: one number tells, as every NaN and infinity would have entered a sum."""
     row = filled.value + filled.mean
     return math.isfinite(row if isinstance(row, float) else float(row.sum()))
 
@@ -222,13 +222,12 @@ def _refuse_unusable(distributions: Distributions) -> None:
         if bool(unusable.any()):
             raise InvalidArgumentError(
                 name,
-                f"{int(unusable.sum())} of {unusable.numel()} rows looked at hold NaN, +inf or only -inf; logits must "
-                "be finite or -inf",
+                f"must be finite or -inf, and not all -inf; {int(unusable.sum())} of {unusable.numel()} rows are not",
             )
 
 
 def matrices(wide: list[Tensor], narrow: list[Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Views of tensors `(..., V)` and `(...)` as matrices and vectors, in as few pieces as need no copy."""
+    """Views of tensors `(..., V)` and `(...)` as matrices and vectors, in as few pieces as possible without a copy."""
     try:
         pieces = [each.view(-1, each.shape[-1]) for each in wide], [each.view(-1) for each in narrow]
     except RuntimeError:
@@ -239,7 +238,7 @@ def matrices(wide: list[Tensor], narrow: list[Tensor]) -> Iterator[tuple[list[Te
 
 
 def runs(weights: Tensor | None, count: int, rows: int) -> Iterator[tuple[slice, bool]]:
-    """Consecutive positions, at most `rows` of them, that all have a weight other than zero, or all have none."""
+    """Runs of consecutive positions whose weights are all zero, or at most `rows` whose weights are all non-zero."""
     flags = [True] * count if weights is None else (weights != 0).tolist()
     start = 0
     while start < count:

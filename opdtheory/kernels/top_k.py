@@ -1,4 +1,4 @@
-r"""The divergence on a teacher's likeliest tokens and one bucket for the rest, from the payload of a teacher server."""
+r"""The divergence on a teacher's likeliest tokens and one bucket for the rest, from what a teacher server sends."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from opdtheory.divergences import Divergence
 from opdtheory.divergences import divergence as as_divergence
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.kernels import arguments
-from opdtheory.kernels.attached import attached
+from opdtheory.kernels.attached import attached, outside_graphs
 from opdtheory.kernels.distributions import default_rows
-from opdtheory.kernels.outside import outside_graphs
 from opdtheory.kernels.reference import LogDistributions, terms, weight_masses
 from opdtheory.kernels.sweep import matrices, runs
 
@@ -33,32 +32,32 @@ def fused_top_k_divergence(
     temperature: float = 1.0,
     chunk_size: int | None = None,
 ) -> Float[Tensor, "*batch"]:
-    r"""The divergence of the distributions on the teacher's `k` tokens and one bucket for all others, at each position (T9d).
+    r"""The divergence at each position on the teacher's `k` tokens and one bucket for all others (T9d).
 
     $$\ell_n = m_n \Bigl[\sum_{a \in S_n} p(a) f\!\left(\tfrac{q(a)}{p(a)}\right)
     + p(\bar S_n)\, f\!\left(\tfrac{q(\bar S_n)}{p(\bar S_n)}\right)\Bigr]$$
 
-    A coarse-graining: at most the whole divergence, zero at the teacher, and its gradient is exact for it. In nats, to
-    be minimised. Of the teacher only $S$ and $\log q$ on it are needed; its tail has what they leave of one, and
-    nothing if `k` is the whole vocabulary or if rounding leaves nothing, which makes the reverse KL infinite. The
-    `k + 1` terms are evaluated in float64, the student's distribution in float32 (float64 for logits of that). First derivatives
-    only; the backward pass and `mask` are as in `fused_divergence`.
+    This coarse-graining is at most the whole divergence and zero at the teacher; the gradient is its exact gradient.
+    In nats, to be minimised. Of the teacher, only $S$ and $\log q$ on it are needed. The rest of its probability is in
+    the tail, which is empty if `k` is the whole vocabulary or if rounding leaves nothing; that makes the reverse KL
+    infinite. The `k + 1` terms are evaluated in float64, the student's distribution in float32 (float64 for float64
+    logits). First derivatives only; the backward pass and `mask` are as in `fused_divergence`.
 
     Args:
-        student_logits: $z$, any leading shape.
-        teacher_ids: $S$, the tokens, no two the same.
-        teacher_logprobs: $\log q$ of them, nats, `-inf` allowed, detached; at the teacher's own temperature.
+        student_logits: $z$, with any leading shape.
+        teacher_ids: $S$, distinct tokens.
+        teacher_logprobs: $\log q$ on $S$ in nats, `-inf` allowed, at the teacher's own temperature; detached.
         divergence: an object or a catalogue name.
         mask: a weight for each position, as in `fused_divergence`.
         temperature: divides the student's logits.
-        chunk_size: how many positions at a time.
+        chunk_size: the number of positions at a time.
 
     Returns:
         $\ell$, float64 if the logits are, else float32.
 
     Raises:
-        InvalidArgumentError: a shape, dtype or number that does not fit, a token twice or outside the vocabulary,
-            log-probabilities that sum to more than one, or a row of logits that holds NaN, +inf or only `-inf`.
+        InvalidArgumentError: a shape, dtype or number does not fit, a token is repeated or outside the vocabulary, the
+            probabilities sum to more than one, or a row of logits holds NaN, +inf or only `-inf`.
 
     References: T9 of the theory.
 
@@ -70,12 +69,9 @@ def fused_top_k_divergence(
         tensor([0.5578], grad_fn=...)
     """
     arguments.check_logits("student_logits", student_logits)
-    arguments.check_temperature(temperature)
-    arguments.check_chunk(chunk_size)
+    dtype, weights = arguments.shared(student_logits, mask, temperature, chunk_size, student_logits)
     _check_payload(student_logits, teacher_ids, teacher_logprobs)
     chosen = as_divergence(divergence)
-    dtype = arguments.sum_dtype(student_logits)
-    weights = arguments.weights_of(mask, tuple(student_logits.shape[:-1]), student_logits.device, dtype)
     arguments.check_weights(weights)
     wanted = student_logits.requires_grad and torch.is_grad_enabled()
     with torch.no_grad():
@@ -93,15 +89,11 @@ def fused_top_k_divergence(
                     found[part] = (factor * distribution.value(chosen)).squeeze(-1)
                     if grads:
                         distribution.write_gradient(chosen, factor / temperature, grads[0][part])
-    return (
-        values.to(dtype)
-        if gradient is None
-        else attached("fused_top_k_divergence", student_logits, values.to(dtype), gradient)
-    )
+    return attached("fused_top_k_divergence", student_logits, values.to(dtype), gradient)
 
 
 class _Coarse:
-    """A chunk of positions: the distributions on `k` tokens and a bucket, and the student's distribution within the bucket."""
+    """The distributions of a chunk of positions on `k` tokens and a bucket, and the student's within the bucket."""
 
     def __init__(self, logits: Tensor, ids: Tensor, log_q: Tensor, dtype: torch.dtype, scale: float) -> None:
         scaled = logits.to(dtype) * scale
@@ -109,11 +101,11 @@ class _Coarse:
         bad = int((~torch.isfinite(peak)).sum())
         if bad:
             raise InvalidArgumentError(
-                "student_logits", f"{bad} of {len(peak)} rows looked at hold NaN, +inf or only -inf"
+                "student_logits", f"must be finite or -inf, and not all -inf; {bad} of {len(peak)} rows are not"
             )
         kept = (scaled.gather(-1, ids) - peak).double()
         scaled.scatter_(-1, ids, -math.inf)
-        # From a maximum of its own, as all of the bucket may be far below the chosen tokens.
+        # The bucket has its own maximum, as all of it may be far below the chosen tokens.
         highest = scaled.amax(-1, keepdim=True)
         highest = torch.where(torch.isneginf(highest), peak, highest)
         self._within = scaled.sub_(highest).exp_()
@@ -129,7 +121,7 @@ class _Coarse:
         return terms(divergence, self._distributions).sum(-1, keepdim=True)
 
     def write_gradient(self, divergence: Divergence, factor: Tensor | float, out: Tensor) -> None:
-        """A token of the bucket has its share of the bucket's gradient."""
+        """Write the gradient, of which a token in the bucket has its share of the bucket's."""
         mass = weight_masses(divergence, self._distributions)
         coarse = factor * (self._distributions.log_p.exp() * mass.sum(-1, keepdim=True) - mass)
         out.copy_(self._within.mul_((coarse[:, -1:] * self._share).to(self._within.dtype)))
@@ -137,12 +129,13 @@ class _Coarse:
 
 
 def _with_tail(logprobs: Tensor, vocabulary: int) -> Tensor:
-    """Log-probabilities in float64, `(..., k + 1)`, with that of all other tokens at the end."""
+    """Log-probabilities in float64, `(..., k + 1)`, the last being that of all other tokens."""
     log_q = logprobs.detach().double()
     total = log_q.exp().sum(-1, keepdim=True)
     if bool((total > 1 + _EXCESS).any()):
         raise InvalidArgumentError(
-            "teacher_logprobs", f"sum to a probability of {float(total.max()):.6g}, more than one; nats are needed"
+            "teacher_logprobs",
+            f"must sum to a probability of at most 1, got {float(total.max()):.6g}; use nats",
         )
     tail = (1 - total).clamp(min=0.0) if logprobs.shape[-1] < vocabulary else torch.zeros_like(total)
     return torch.cat([log_q, tail.log()], dim=-1)
@@ -152,21 +145,22 @@ def _check_payload(logits: Tensor, ids: object, logprobs: object) -> None:
     shape, vocabulary = tuple(logits.shape[:-1]), logits.shape[-1]
     if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
         found = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
-        raise InvalidArgumentError("teacher_ids", f"got {found}; an int64 tensor of shape {(*shape, 'k')} is needed")
+        raise InvalidArgumentError("teacher_ids", f"must be an int64 tensor of shape {(*shape, 'k')}, got {found}")
     if ids.ndim != logits.ndim or tuple(ids.shape[:-1]) != shape or ids.shape[-1] == 0:
-        raise InvalidArgumentError("teacher_ids", f"has shape {tuple(ids.shape)}; {(*shape, 'k')} is needed")
+        raise InvalidArgumentError("teacher_ids", f"must have shape {(*shape, 'k')}, got {tuple(ids.shape)}")
     arguments.check_logits("teacher_logprobs", logprobs)
     assert isinstance(logprobs, Tensor)
     arguments.check_matching("teacher_logprobs", logprobs, "teacher_ids", ids)
-    if ids.device != logits.device:
-        raise InvalidArgumentError("teacher_ids", f"is on {ids.device}, student_logits on {logits.device}")
+    arguments.check_device("teacher_ids", ids, "student_logits", logits.device)
     if not ids.numel():
         return
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocabulary:
-        raise InvalidArgumentError("teacher_ids", f"range over [{low}, {high}]; tokens in [0, {vocabulary}) are needed")
+        raise InvalidArgumentError("teacher_ids", f"must hold tokens in [0, {vocabulary}), got {low} to {high}")
     ordered = ids.sort(-1).values
     if bool((ordered[..., 1:] == ordered[..., :-1]).any()):
-        raise InvalidArgumentError("teacher_ids", "name a token twice at a position; its probability would count twice")
+        raise InvalidArgumentError(
+            "teacher_ids", "must be distinct at each position, as a repeated one would count twice"
+        )
     if bool(torch.isnan(logprobs).any()):
-        raise InvalidArgumentError("teacher_logprobs", "hold NaN; log-probabilities are needed")
+        raise InvalidArgumentError("teacher_logprobs", "must not hold NaN")

@@ -1,4 +1,4 @@
-"""Values with their gradient found in the forward pass, differentiable to the second order."""
+"""Values with their gradient from the forward pass, differentiable to the second order."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Settings", "differentiable_values", "values_and_gradient"]
 
 
 class Settings(NamedTuple):
-    """What a call asked for beside its tensors."""
+    """The arguments of a call other than tensors."""
 
     divergence: Divergence
     temperature: float
@@ -27,7 +27,7 @@ class Settings(NamedTuple):
 
 
 def differentiable_values(student: Tensor, teacher: Tensor, weights: Tensor | None, settings: Settings) -> Tensor:
-    """The values, with a graph behind them where one is asked for."""
+    """The values, with a graph where one is needed."""
     values: Tensor = _Values.apply(student, teacher, weights, settings, _differentiated(student))[0]
     return values
 
@@ -35,7 +35,7 @@ def differentiable_values(student: Tensor, teacher: Tensor, weights: Tensor | No
 def values_and_gradient(
     student: Tensor, teacher: Tensor, weights: Tensor | None, settings: Settings, wanted: bool
 ) -> tuple[Tensor, Tensor]:
-    """The values, and their gradient or, if that is not wanted, an empty tensor."""
+    """The values, and their gradient or, if it is not wanted, an empty tensor."""
     arguments.check_weights(weights)
     values = torch.empty(student.shape[:-1], dtype=torch.float64, device=student.device)
     gradient = torch.empty(student.shape if wanted else (0,), dtype=student.dtype, device=student.device)
@@ -54,7 +54,7 @@ def _differentiated(student: Tensor) -> bool:
 
 
 class _Values(torch.autograd.Function):
-    """The values, and beside them the gradient for later."""
+    """The values, with the gradient kept for the backward pass."""
 
     @staticmethod
     def forward(
@@ -159,7 +159,7 @@ def _product(weights: Tensor | None, upstream: Tensor) -> Tensor:
 
 
 def _leading(info: Any, in_dims: tuple[Any, ...], inputs: tuple[Any, ...]) -> list[Any]:
-    """The inputs with the mapped dimension as one more leading shape, which every function here takes."""
+    """The inputs with the mapped dimension as a leading one, which every function here accepts."""
     moved = []
     for each, dim in zip(inputs, in_dims, strict=True):
         if not isinstance(each, Tensor):

@@ -356,7 +356,7 @@ def test_tables_elsewhere_are_refused() -> None:
     if torch.device(DEVICE).type == "cpu":
         pytest.skip("there is one device")
     level = opd.TabularPolicy.random(3, 1).logits[0]
-    with pytest.raises(InvalidArgumentError, match=r"logits\[0\]: is on cuda"):
+    with pytest.raises(InvalidArgumentError, match=r"logits\[0\]: must be on the CPU, got cuda"):
         opd.TabularPolicy([level.to(DEVICE)])
 
 
