@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from opdtheory.errors import InvalidArgumentError
+from opdtheory.choices import REDUCTIONS
+from opdtheory.errors import InvalidArgumentError, check_integer
 from opdtheory.rollouts import Rollouts
 
 __all__ = ["bind", "from_advantage", "from_hidden", "from_logits", "from_logprobs", "from_top_k"]
@@ -19,15 +20,14 @@ __all__ = ["bind", "from_advantage", "from_hidden", "from_logits", "from_logprob
 R = TypeVar("R")
 Loss = Callable[[Rollouts], Tensor]
 
-_REDUCTIONS = ("token_sum", "token_mean", "sequence_mean")
 _ADVANTAGES = ("logprobs", "log_u")
 
-# Singular values of the random output layer lie in [1/2, 2]: solving with it loses less than a digit.
+# Singular values of the random output layer lie in [1/2, 2], so that solving with it loses less than a digit.
 _LARGEST_SINGULAR_VALUE = 2.0
 
 
 class _Attributes(SimpleNamespace):
-    """A stand-in for `self` that says which attribute the method misses."""
+    """A stand-in for `self` that names a missing attribute."""
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"the bound method reads self.{name}; pass it as bind(..., {name}=...)")
@@ -36,14 +36,14 @@ class _Attributes(SimpleNamespace):
 def bind(method: Callable[..., R], /, **attributes: Any) -> Callable[..., R]:
     """Call a trainer's unbound method on a plain namespace, without building the trainer.
 
-    `bind(Trainer._loss, beta=0.5)(x)` is `Trainer._loss(self, x)` with a `self` that has `beta` alone.
+    `bind(Trainer._loss, beta=0.5)(x)` is `Trainer._loss(self, x)` with a `self` that has only `beta`.
 
     Args:
-        method: the function as found on the class, `Trainer._loss`.
-        **attributes: what the method reads from `self`.
+        method: the function on the class, `Trainer._loss`.
+        **attributes: the attributes that the method reads from `self`.
 
     Raises:
-        AttributeError: when called, for an attribute that the method reads and that was not given.
+        AttributeError: when called, if the method reads an attribute that was not given.
 
     Example:
         >>> class Trainer:
@@ -60,16 +60,18 @@ def from_logprobs(
 ) -> Loss:
     r"""A loss from a function of the sampled tokens' log-probabilities, `f(student_logprobs, teacher_logprobs)`.
 
-    Both arguments are `(B, T)`, in nats, with finite values of no meaning at masked positions. `f` returns one value
-    per token, which is masked and reduced here, or a scalar, which is taken as it is.
+    Both arguments are `(B, T)`, in nats; values at masked positions are finite and mean nothing. `f` returns one value
+    per token, which is masked and reduced here, or a scalar, which stays as it is.
 
     Args:
         f: the function.
-        reduction: `token_sum` (over tokens, mean over rollouts), `token_mean` or `sequence_mean` (T11).
-        names: the keywords of `f` for the two, in that order; positional if None.
+        reduction: of one value per token: `token_sum` (sum over tokens, mean over rollouts), `token_mean` or
+            `sequence_mean` (T11).
+        names: the keywords of `f` for its arguments, in this order, None for an argument that it does not take
+            (default: all are positional).
 
     Raises:
-        InvalidArgumentError: an unknown reduction, or names that are not two; when called, for a result that is
+        InvalidArgumentError: the reduction is unknown or the number of names is wrong; when called, if the result is
             neither a scalar nor one value per token.
 
     Example:
@@ -104,15 +106,13 @@ def from_logits(
     Args:
         f: the function.
         shifted: for trainers that drop the last row of logits and the first label themselves, since row n scores token
-            n + 1. They get `T + 1` positions: a masked first label, and a last row of logits (a repetition of the one
-            before, so that a loss which forgets to drop it is caught).
-        reduction: `token_sum`, `token_mean` or `sequence_mean`, of one value per token.
-        names: the keywords of `f` for the three, in that order, None for one that it does not take; positional if
-            the whole is None.
+            n + 1. They get `T + 1` positions: a masked first label, and a last row of logits that repeats the one
+            before, so that a loss which forgets to drop it is caught.
+        reduction: as in `from_logprobs`.
+        names: as in `from_logprobs`.
 
     Raises:
-        InvalidArgumentError: an unknown reduction, or names that are not three; when called, for a result that is
-            neither a scalar nor one value per token.
+        InvalidArgumentError: as `from_logprobs`.
 
     Example:
         >>> import opdtheory as opd
@@ -145,19 +145,19 @@ def from_advantage(
 ) -> Loss:
     r"""A policy-gradient loss, $-A_n \log p(y_n|h_n)$ per token, from its advantage $A$.
 
-    Whether the advantage is detached decides what is minimised, so it must be said: `detach=True` leaves the score
-    times the weight, `-A s`; otherwise the derivative of `A` itself is added, `-A s - log p dA`.
+    What is minimised depends on `detach`, which therefore has no default: with `detach=True` the gradient is the
+    advantage times the score, `-A s`; otherwise it includes the derivative of `A`, `-A s - log p dA`.
 
     Args:
         advantage: `advantage(student_logprobs, teacher_logprobs)` or `advantage(log_u)`, `(B, T)` each.
-        detach: whether no gradient flows through the advantage.
-        of: `logprobs` or `log_u`: what the advantage takes.
-        importance_ratio: put the ratio p/mu to the policy that sampled in place of log p: `-A p/mu`.
-        reduction: `token_sum`, `token_mean` or `sequence_mean`.
+        detach: whether to stop the gradient through the advantage.
+        of: the arguments of the advantage, `logprobs` or `log_u`.
+        importance_ratio: whether to replace log p by the ratio p/mu to the policy that sampled: `-A p/mu`.
+        reduction: as in `from_logprobs`.
 
     Raises:
-        InvalidArgumentError: `of` or the reduction is unknown; when called, for an advantage that is not one value
-            per token.
+        InvalidArgumentError: `of` or the reduction is unknown; when called, if the advantage is not one value per
+            token.
 
     Example:
         >>> import opdtheory as opd
@@ -165,7 +165,7 @@ def from_advantage(
         'exact'
     """
     if of not in _ADVANTAGES:
-        raise InvalidArgumentError("of", f"is {of!r}; one of {', '.join(_ADVANTAGES)} is needed")
+        raise InvalidArgumentError("of", f"must be one of {', '.join(_ADVANTAGES)}, got {of!r}")
     reduce = _reducer(reduction)
 
     def loss(rollouts: Rollouts) -> Tensor:
@@ -173,7 +173,7 @@ def from_advantage(
         values = advantage(rollouts.log_u) if of == "log_u" else advantage(log_p, log_q)
         _check_result("advantage", values)
         if values.shape != log_p.shape:
-            problem = f"returned shape {tuple(values.shape)}; one value per token, {tuple(log_p.shape)}, is needed"
+            problem = f"must return one value per token, {tuple(log_p.shape)}, got shape {tuple(values.shape)}"
             raise InvalidArgumentError("advantage", problem)
         score = (log_p - rollouts.behavior_logprobs).exp() if importance_ratio else log_p
         return reduce(rollouts, -(values.detach() if detach else values) * score)
@@ -193,19 +193,17 @@ def from_hidden(
 
     A fused loss takes hidden states `(B, T, H)` and the weights of an output layer `(V, H)` and never holds all logits
     at once. Here `H = V`, the two heads are random invertible matrices with singular values between 1/2 and 2, and
-    `hidden @ head.T` gives back the logits. No head is symmetric: a transposed one, or one for the other, is caught.
+    `hidden @ head.T` equals the logits. No head is symmetric, so that transposed or exchanged heads are caught.
 
     Args:
         f: the function.
-        flat: hand over rows, `(B T, H)` and `(B T,)`, instead of rollouts.
-        seed: of the heads.
-        reduction: `token_sum`, `token_mean` or `sequence_mean`, of one value per token.
-        names: the keywords of `f` for the five, in that order, None for one that it does not take; positional if
-            the whole is None.
+        flat: whether to pass rows, `(B T, H)` and `(B T,)`, instead of rollouts.
+        seed: the seed of the heads.
+        reduction: as in `from_logprobs`.
+        names: as in `from_logprobs`.
 
     Raises:
-        InvalidArgumentError: an unknown reduction, or names that are not five; when called, for logits of -inf, which
-            no hidden state gives, or a result that is neither a scalar nor one value per token.
+        InvalidArgumentError: as `from_logprobs`; and when called, if a logit is -inf, which no hidden state gives.
 
     Example:
         >>> import opdtheory as opd
@@ -236,21 +234,19 @@ def from_hidden(
 def from_top_k(
     f: Callable[..., Tensor], k: int, *, reduction: str = "token_sum", names: Sequence[str | None] | None = None
 ) -> Loss:
-    """A loss of which the teacher reports its `k` likeliest tokens only, `f(student_logits, ids, logprobs, labels)`.
+    """A loss that gets only the teacher's `k` likeliest tokens, `f(student_logits, ids, logprobs, labels)`.
 
     `student_logits` are `(B, T, V)`, `ids` and `logprobs` are `Rollouts.teacher_top_k`, `(B, T, k)` each, and the
     labels `(B, T)`, -100 where masked.
 
     Args:
         f: the function.
-        k: how many tokens; all if the vocabulary is smaller.
-        reduction: `token_sum`, `token_mean` or `sequence_mean`, of one value per token.
-        names: the keywords of `f` for the four, in that order, None for one that it does not take; positional if
-            the whole is None.
+        k: the number of tokens; all if the vocabulary is smaller.
+        reduction: as in `from_logprobs`.
+        names: as in `from_logprobs`.
 
     Raises:
-        InvalidArgumentError: `k` below one, an unknown reduction, or names that are not four; when called, for a
-            result that is neither a scalar nor one value per token.
+        InvalidArgumentError: `k` is below one, or as `from_logprobs`.
 
     Example:
         >>> import opdtheory as opd
@@ -262,8 +258,7 @@ def from_top_k(
         >>> opd.audit(from_top_k(forward_kl, 2), "forward_kl").verdict
         'biased'
     """
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise InvalidArgumentError("k", f"is {k!r}; a positive integer is needed")
+    check_integer("k", k)
     call = _caller(f, names, ("student_logits", "ids", "logprobs", "labels"))
     reduce = _reducer(reduction)
 
@@ -275,13 +270,13 @@ def from_top_k(
 
 
 def _caller(f: Callable[..., Tensor], names: Sequence[str | None] | None, given: tuple[str, ...]) -> Callable[..., Any]:
-    """`f` as a function of the given arguments in their order, by keyword where it has names of its own."""
+    """`f` as a function of positional arguments, passed on by keyword if there are names."""
     if not callable(f):
-        raise InvalidArgumentError("f", f"is {f!r}; a function of {', '.join(given)} is needed")
+        raise InvalidArgumentError("f", f"must be a function of {', '.join(given)}, got {f!r}")
     if names is None:
         return f
     if isinstance(names, str) or len(names) != len(given):
-        raise InvalidArgumentError("names", f"is {names!r}; {len(given)} are needed, for {', '.join(given)}")
+        raise InvalidArgumentError("names", f"must be {len(given)} names, for {', '.join(given)}, got {names!r}")
     keywords = tuple(names)
 
     def call(*arguments: Tensor) -> Any:
@@ -291,8 +286,8 @@ def _caller(f: Callable[..., Tensor], names: Sequence[str | None] | None, given:
 
 
 def _reducer(reduction: str) -> Callable[[Rollouts, Any], Tensor]:
-    if reduction not in _REDUCTIONS:
-        raise InvalidArgumentError("reduction", f"is {reduction!r}; one of {', '.join(_REDUCTIONS)} is needed")
+    if reduction not in REDUCTIONS:
+        raise InvalidArgumentError("reduction", f"must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
 
     def reduce(rollouts: Rollouts, value: Any) -> Tensor:
         _check_result("f", value)
@@ -300,7 +295,7 @@ def _reducer(reduction: str) -> Callable[[Rollouts, Any], Tensor]:
             return value
         if value.shape != rollouts.mask.shape:
             shape = tuple(rollouts.mask.shape)
-            problem = f"returned shape {tuple(value.shape)}; a scalar or one value per token, {shape}, is needed"
+            problem = f"must return a scalar or one value per token, {shape}, got shape {tuple(value.shape)}"
             raise InvalidArgumentError("f", problem)
         reduced: Tensor = getattr(rollouts, reduction)(value)
         return reduced
@@ -310,25 +305,25 @@ def _reducer(reduction: str) -> Callable[[Rollouts, Any], Tensor]:
 
 def _check_result(argument: str, value: object) -> None:
     if not isinstance(value, Tensor):
-        raise InvalidArgumentError(argument, f"returned {type(value).__name__}; a tensor is needed")
+        raise InvalidArgumentError(argument, f"must return a tensor, got {type(value).__name__}")
 
 
 def _hidden(name: str, logits: Float[Tensor, "B T V"], seed: int) -> tuple[Tensor, Tensor]:
-    """Hidden states and a random head `(V, V)` with `hidden @ head.T` equal to the logits."""
+    """Hidden states and a random head `(V, V)`, with `hidden @ head.T` equal to the logits."""
     if torch.isinf(logits.detach()).any():
-        raise InvalidArgumentError(name, "holds -inf, which no hidden state gives; from_hidden needs finite logits")
+        raise InvalidArgumentError(name, "must be finite, as no hidden state gives -inf")
     size = logits.shape[-1]
     generator = torch.Generator().manual_seed(seed)
     left, right = torch.linalg.qr(torch.randn(2, size, size, generator=generator, dtype=torch.float64)).Q
     ends = torch.tensor(_LARGEST_SINGULAR_VALUE, dtype=torch.float64).log()
     values = torch.linspace(-float(ends), float(ends), size, dtype=torch.float64).exp()
     head = (left * values) @ right.T
-    # The two factors are orthogonal, which makes the inverse a product too.
+    # Both factors are orthogonal, so the inverse is a product too.
     hidden = logits @ ((left / values) @ right.T).to(logits)
     return hidden, head.to(logits)
 
 
 def _named(loss: Loss, f: Callable[..., Tensor]) -> Loss:
-    """Under the name of the function, which is what reports show."""
+    """The loss under the name of the function, which reports show."""
     loss.__name__ = getattr(f, "__name__", type(f).__name__)
     return loss

@@ -1,4 +1,4 @@
-"""Time and memory of a call on this machine, several calls side by side, and the machine's name."""
+"""Time and memory of calls on this machine, and the machine's name."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Run: TypeAlias = Callable[[], object]
 
 
 def machine() -> str:
-    """Processor, cores, torch and its threads, and the GPU if one is in use."""
+    """The processor, cores, torch and its threads, and the GPU if one is in use."""
     gpu = f"{torch.cuda.get_device_name()}, beside " if torch.cuda.is_initialized() else ""
     return (
         f"{gpu}{processor()}, {os.cpu_count()} cores, torch {torch.__version__} with {torch.get_num_threads()} threads"
@@ -43,7 +43,7 @@ def cores() -> int:
 
 
 def seconds(call: Run) -> float:
-    """Wall-clock time of one run, until a GPU in use has done what it was given."""
+    """The wall-clock time of one run, including the work that it leaves to a GPU in use."""
     _settle()
     start = time.perf_counter()
     call()
@@ -60,7 +60,7 @@ Name = TypeVar("Name", bound=Hashable)
 
 
 def in_turn(subjects: Mapping[Name, Run], repeats: int, before: Run = lambda: None) -> dict[Name, float]:
-    """Medians of alternated repeats, after one run of each that is not counted; `before` each the clock stands."""
+    """The median time of each subject over alternating repeats, after one that does not count; `before` is not timed."""
     taken: dict[Name, list[float]] = {name: [] for name in subjects}
     for repeat in range(repeats + 1):
         for name, call in subjects.items():
@@ -72,9 +72,9 @@ def in_turn(subjects: Mapping[Name, Run], repeats: int, before: Run = lambda: No
 
 
 def peak(call: Run) -> float:
-    """The memory, in MB, that a run takes at its peak beyond what there was before; NaN if unknown.
+    """The peak memory of a run beyond what was in use before, in MB; NaN if unknown.
 
-    Resident memory, or where a GPU is in use what torch has allocated there.
+    It is resident memory, or what torch has allocated on a GPU in use.
     """
     if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
@@ -82,7 +82,7 @@ def peak(call: Run) -> float:
         call()
         return (torch.cuda.max_memory_allocated() - held) / 1e6
     try:
-        # What the allocator keeps of freed memory would hide what a run takes.
+        # Freed memory that the allocator keeps would hide what a run takes.
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
         before = _status("VmRSS")

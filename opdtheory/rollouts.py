@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from opdtheory.errors import InvalidArgumentError
+from opdtheory.errors import InvalidArgumentError, check_integer
 
 __all__ = ["Rollouts", "gather_logprobs"]
 
@@ -17,16 +17,15 @@ _IGNORED_LABEL = -100
 
 @dataclass(frozen=True)
 class Rollouts:
-    r"""On-policy samples $y \sim \mu$ with what the student $p$ and the teacher $q$ say of them.
+    r"""Samples $y \sim \mu$ with the logits and log-probabilities of the student $p$ and the teacher $q$.
 
-    Log-probabilities are in nats. `mask` is 1 on the student's own tokens, up to and including
-    the end-of-sequence token, and 0 on padding and on tokens that an environment wrote. Values at
-    masked positions are finite and mean nothing. A loss is a plain function
-    `loss(rollouts) -> scalar tensor`.
+    Log-probabilities are in nats. `mask` is 1 on the student's own tokens, up to and including the end-of-sequence
+    token, and 0 on padding and on tokens that an environment wrote. Values at masked positions are finite and mean
+    nothing. A loss is a plain function `loss(rollouts) -> scalar tensor`.
 
     Attributes:
         tokens: sampled tokens, `(B, T)`, int64, in `[0, V)`.
-        mask: `(B, T)`, floating, each entry 0 or 1.
+        mask: `(B, T)`, floating-point, each entry 0 or 1.
         student_logits: `(B, T, V)`; `-inf` marks a token of zero probability.
         teacher_logits: `(B, T, V)`.
         student_logprobs: `log p(y_n | h_n)`, `(B, T)`, differentiable.
@@ -34,7 +33,7 @@ class Rollouts:
         behavior_logprobs: `log mu(y_n | h_n)` of the policy that sampled, `(B, T)`, detached.
 
     Raises:
-        InvalidArgumentError: a `ValueError` that names the field with a wrong shape, dtype or value.
+        InvalidArgumentError: a field, which the message names, has a wrong shape, dtype or value.
     """
 
     tokens: Int64[Tensor, "B T"]
@@ -56,7 +55,7 @@ class Rollouts:
             _check_floating(name, logits, (*shape, _vocabulary(name, logits)), device)
             _check_rows(name, logits)
         _check_same_vocabulary(self.student_logits, self.teacher_logits)
-        _check_range(self.tokens, self.student_logits.shape[-1])
+        _check_range("tokens", self.tokens, self.student_logits.shape[-1])
         _check_mask(self.mask)
         for name in ("student_logprobs", "teacher_logprobs", "behavior_logprobs"):
             _check_logprobs(name, getattr(self, name), self.mask)
@@ -72,8 +71,8 @@ class Rollouts:
     ) -> Rollouts:
         r"""Rollouts whose log-probabilities are gathered from the logits, $\log\mathrm{softmax}(z)_{y}$.
 
-        Without `mask` every token counts; without `behavior_logprobs` the student itself sampled. At a masked
-        position a log-probability of `-inf` becomes 0.
+        Without `mask` every token counts; without `behavior_logprobs` the student sampled. A log-probability of `-inf`
+        at a masked position becomes 0.
 
         Raises:
             InvalidArgumentError: as `Rollouts`.
@@ -82,7 +81,7 @@ class Rollouts:
         for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
             _check_floating(name, logits, (*tokens.shape, _vocabulary(name, logits)), tokens.device)
         _check_same_vocabulary(student_logits, teacher_logits)
-        _check_range(tokens, student_logits.shape[-1])
+        _check_range("tokens", tokens, student_logits.shape[-1])
         if mask is None:
             mask = torch.ones(tokens.shape, dtype=student_logits.dtype, device=student_logits.device)
         else:
@@ -100,13 +99,13 @@ class Rollouts:
 
     @classmethod
     def unchecked(cls, **fields: Tensor) -> Rollouts:
-        """Rollouts of tensors that are known to be valid, without looking at them: for loops over many batches."""
+        """Rollouts of tensors that are known to be valid, without a check: for loops over many batches."""
         rollouts = object.__new__(cls)
         rollouts.__dict__.update(fields)
         return rollouts
 
     def to(self, device: torch.device | str) -> Rollouts:
-        """The same rollouts on another device, differentiable in the tensors here: to audit a loss that runs there."""
+        """The rollouts on another device, differentiable in these tensors, to audit a loss that runs there."""
         return Rollouts.unchecked(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
 
     @property
@@ -122,48 +121,47 @@ class Rollouts:
     def teacher_top_k(self, k: int) -> tuple[Int64[Tensor, "B T k"], Float[Tensor, "B T k"]]:
         r"""The teacher's `k` likeliest tokens and their log-probabilities, as a teacher server sends them.
 
-        In descending order of $\log q$, equal ones by ascending token; detached. Tokens of zero probability
-        come last, at `-inf`.
+        They are detached and in descending order of $\log q$, equal ones in ascending order of tokens. Tokens of zero
+        probability come last, at `-inf`.
 
         Args:
-            k: how many.
+            k: the number of tokens.
 
         Returns:
             `(ids, logprobs)`, both `(B, T, k)`; nats.
 
         Raises:
-            InvalidArgumentError: `k` is no integer in `[1, V]`.
+            InvalidArgumentError: `k` is not an integer in `[1, V]`.
         """
-        vocab_size = self.teacher_logits.shape[-1]
-        if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= vocab_size:
-            raise InvalidArgumentError("k", f"is {k!r}; an integer in [1, {vocab_size}] is needed")
+        check_integer("k", k, 1, self.teacher_logits.shape[-1])
         logprobs = torch.log_softmax(self.teacher_logits.detach(), dim=-1)
         values, ids = torch.sort(logprobs, dim=-1, descending=True, stable=True)
         return ids[..., :k], values[..., :k]
 
     def student_at(self, ids: Int64[Tensor, "B T k"]) -> Float[Tensor, "B T k"]:
-        r"""The student's $\log p(a|h_n)$ at given tokens, differentiable, as with `teacher_top_k`; nats.
+        r"""The student's $\log p(a|h_n)$ at given tokens, such as those of `teacher_top_k`, in nats and differentiable.
 
-        At a masked position a log-probability of `-inf` becomes 0.
+        A log-probability of `-inf` at a masked position becomes 0.
 
         Args:
             ids: tokens in `[0, V)`, int64, `(B, T, k)`.
 
         Raises:
-            InvalidArgumentError: `ids` has a wrong shape or dtype, or holds what is no token.
+            InvalidArgumentError: `ids` has a wrong shape or dtype, or holds something that is not a token.
         """
-        _check_ids(ids, tuple(self.tokens.shape), self.student_logits.shape[-1])
+        _check_int64("ids", ids, (*self.tokens.shape, "k"))
+        _check_range("ids", ids, self.student_logits.shape[-1])
         values = torch.log_softmax(self.student_logits, dim=-1).gather(-1, ids)
         return torch.where((self.mask == 0).unsqueeze(-1) & torch.isneginf(values), 0.0, values)
 
     def token_sum(self, values: Float[Tensor, "B T"]) -> Float[Tensor, ""]:
-        r"""Sum over the unmasked tokens, mean over rollouts: $\frac1B\sum_{b,n} m_{bn} x_{bn}$ (T11: unbiased)."""
+        r"""Sum over unmasked tokens, mean over rollouts: $\frac1B\sum_{b,n} m_{bn} x_{bn}$ (T11: unbiased)."""
         return self._masked(values).sum() / self.tokens.shape[0]
 
     def sequence_mean(self, values: Float[Tensor, "B T"]) -> Float[Tensor, ""]:
         r"""Mean over each rollout's tokens, then over rollouts (T11: weights short rollouts more).
 
-        A rollout without any unmasked token counts as zero.
+        A rollout without an unmasked token counts as zero.
         """
         lengths = self.mask.sum(-1).clamp_min(1)
         return (self._masked(values).sum(-1) / lengths).mean()
@@ -175,56 +173,57 @@ class Rollouts:
     def _masked(self, values: Tensor) -> Tensor:
         if tuple(values.shape) != tuple(self.mask.shape):
             raise InvalidArgumentError(
-                "values", f"has shape {tuple(values.shape)}; one value per token, {tuple(self.mask.shape)}, is needed"
+                "values", f"must have one value per token, {tuple(self.mask.shape)}, got {tuple(values.shape)}"
             )
         # `where`, not a product: a non-finite value at a masked position must not leak as 0 * inf.
         return torch.where(self.mask > 0, values, torch.zeros_like(values))
 
 
 def gather_logprobs(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-    """Log-probabilities of the tokens; at masked positions `-inf` becomes 0."""
+    """Log-probabilities of the tokens, with 0 in place of `-inf` at masked positions."""
     logprobs = torch.log_softmax(logits, dim=-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     return torch.where((mask == 0) & torch.isneginf(logprobs), 0.0, logprobs)
 
 
 def _check_tokens(tokens: Tensor) -> None:
-    if not isinstance(tokens, Tensor) or tokens.ndim != 2:
-        got = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
-        raise InvalidArgumentError("tokens", f"got {got}; a tensor of shape (B, T) is needed")
-    if tokens.dtype != torch.int64:
-        raise InvalidArgumentError("tokens", f"has dtype {tokens.dtype}; torch.int64 is needed")
+    _check_int64("tokens", tokens, ("B", "T"))
     if tokens.device.type == "meta":
-        raise InvalidArgumentError("tokens", "is on the meta device, which holds no values")
-    if tokens.numel() == 0:
-        raise InvalidArgumentError(
-            "tokens", f"has shape {tuple(tokens.shape)}; at least one rollout and token is needed"
-        )
+        raise InvalidArgumentError("tokens", "must not be on the meta device, which holds no values")
+
+
+def _check_int64(name: str, value: Tensor, shape: tuple[int | str, ...]) -> None:
+    _check_shape(name, value, shape)
+    if value.dtype != torch.int64:
+        raise InvalidArgumentError(name, f"must have dtype torch.int64, got {value.dtype}")
+    if value.numel() == 0:
+        raise InvalidArgumentError(name, f"must not be empty, got shape {tuple(value.shape)}")
+
+
+def _check_shape(name: str, value: object, shape: tuple[int | str, ...]) -> None:
+    """Raise unless a tensor has a shape, in which letters stand for any size."""
+    found = tuple(value.shape) if isinstance(value, Tensor) else ()
+    if len(found) != len(shape) or any(isinstance(n, int) and n != size for n, size in zip(shape, found, strict=True)):
+        got = found if isinstance(value, Tensor) else type(value).__name__
+        raise InvalidArgumentError(name, f"must have shape ({', '.join(map(str, shape))}), got {got}")
 
 
 def _vocabulary(name: str, logits: Tensor) -> int:
-    if not isinstance(logits, Tensor) or logits.ndim != 3:
-        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise InvalidArgumentError(name, f"got {got}; a tensor of shape (B, T, V) is needed")
+    _check_shape(name, logits, ("B", "T", "V"))
     return logits.shape[-1]
 
 
 def _check_floating(name: str, value: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
-    if not isinstance(value, Tensor) or tuple(value.shape) != shape:
-        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise InvalidArgumentError(name, f"got {got}; a tensor of shape {shape} is needed to match tokens")
+    _check_shape(name, value, shape)
     if not value.dtype.is_floating_point:
-        raise InvalidArgumentError(name, f"has dtype {value.dtype}; a floating dtype is needed")
+        raise InvalidArgumentError(name, f"must have a floating-point dtype, got {value.dtype}")
     if value.device != device:
-        raise InvalidArgumentError(name, f"is on {value.device}, tokens on {device}; move one of them")
+        raise InvalidArgumentError(name, f"must be on {device} like tokens, got {value.device}")
 
 
 def _check_same_vocabulary(student_logits: Tensor, teacher_logits: Tensor) -> None:
-    if student_logits.shape[-1] != teacher_logits.shape[-1]:
-        raise InvalidArgumentError(
-            "teacher_logits",
-            f"has a vocabulary of {teacher_logits.shape[-1]}, the student of {student_logits.shape[-1]}; "
-            "both must score the same tokens",
-        )
+    ours, theirs = student_logits.shape[-1], teacher_logits.shape[-1]
+    if ours != theirs:
+        raise InvalidArgumentError("teacher_logits", f"must have the student's vocabulary of {ours}, got {theirs}")
 
 
 def _check_rows(name: str, logits: Tensor) -> None:
@@ -233,38 +232,25 @@ def _check_rows(name: str, logits: Tensor) -> None:
     if not torch.isfinite(row_max).all():
         bad = int((~torch.isfinite(row_max)).sum())
         raise InvalidArgumentError(
-            name, f"{bad} of {row_max.numel()} rows hold NaN, +inf or only -inf; logits must be finite or -inf"
+            name, f"must be finite or -inf, and not all -inf; {bad} of {row_max.numel()} rows are not"
         )
 
 
-def _check_range(tokens: Tensor, vocabulary: int) -> None:
+def _check_range(name: str, tokens: Tensor, vocabulary: int) -> None:
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= vocabulary:
-        raise InvalidArgumentError("tokens", f"range over [{low}, {high}]; every token must lie in [0, {vocabulary})")
-
-
-def _check_ids(ids: Tensor, shape: tuple[int, ...], vocabulary: int) -> None:
-    if not isinstance(ids, Tensor) or ids.ndim != 3 or tuple(ids.shape[:2]) != shape:
-        got = tuple(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
-        raise InvalidArgumentError("ids", f"got {got}; a tensor of shape {(*shape, 'k')} is needed to match tokens")
-    if ids.dtype != torch.int64:
-        raise InvalidArgumentError("ids", f"has dtype {ids.dtype}; torch.int64 is needed")
-    if ids.numel() == 0:
-        raise InvalidArgumentError("ids", f"has shape {tuple(ids.shape)}; at least one token is needed")
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= vocabulary:
-        raise InvalidArgumentError("ids", f"range over [{low}, {high}]; every token must lie in [0, {vocabulary})")
+        raise InvalidArgumentError(name, f"must lie in [0, {vocabulary}), got {low} to {high}")
 
 
 def _check_mask(mask: Tensor) -> None:
     if not ((mask == 0) | (mask == 1)).all():
-        raise InvalidArgumentError("mask", "holds a value other than 0 and 1")
+        raise InvalidArgumentError("mask", "must hold only 0 and 1")
 
 
 def _check_logprobs(name: str, value: Tensor, mask: Tensor) -> None:
     value = value.detach()
     if torch.isnan(value).any() or (value == torch.inf).any():
-        raise InvalidArgumentError(name, "holds NaN or +inf; log-probabilities must be finite or -inf")
+        raise InvalidArgumentError(name, "must be finite or -inf, got NaN or +inf")
     # Rounding may leave log p a few ulp above zero.
     if (value * mask > 1e-3).any():
-        raise InvalidArgumentError(name, f"holds {float((value * mask).max()):.3g} > 0, which is no log-probability")
+        raise InvalidArgumentError(name, f"must be at most 0, got {float((value * mask).max()):.3g}")

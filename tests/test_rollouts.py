@@ -210,7 +210,7 @@ def test_masked_values_never_leak(reduction):
 @pytest.mark.bad_input
 @pytest.mark.parametrize("reduction", ["token_sum", "sequence_mean", "token_mean"])
 def test_reductions_refuse_values_of_another_shape(reduction):
-    with pytest.raises(ValueError, match=r"values.*\(2, 4\).*\(2, 3\)"):
+    with pytest.raises(ValueError, match=r"values: must have one value per token, \(2, 3\), got \(2, 4\)"):
         getattr(make(), reduction)(torch.zeros(2, 4))
 
 
@@ -268,7 +268,7 @@ def test_impossible_tokens_come_last():
 
 @pytest.mark.parametrize("k", [0, -1, V + 1, 1.0, True, None])
 def test_k_out_of_range_is_refused(k):
-    with pytest.raises(ValueError, match=rf"^k: is {k!r}.*\[1, {V}\]") as caught:
+    with pytest.raises(ValueError, match=rf"^k: must be an integer in \[1, {V}\], got {k!r}") as caught:
         make().teacher_top_k(k)
     assert caught.value.argument == "k"
 
@@ -300,8 +300,8 @@ def test_the_student_at_impossible_tokens_is_finite_where_masked_only():
         (torch.zeros(B, T + 1, 1, dtype=torch.int64), r"\(2, 4, 1\)"),
         (torch.zeros(B, T, 1), "torch.int64"),
         (torch.zeros(B, T, 0, dtype=torch.int64), r"\(2, 3, 0\)"),
-        (torch.full((B, T, 1), V), rf"\[4, 4\].*\[0, {V}\)"),
-        (torch.full((B, T, 1), -1), r"\[-1, -1\]"),
+        (torch.full((B, T, 1), V), rf"must lie in \[0, {V}\), got 4 to 4"),
+        (torch.full((B, T, 1), -1), r"got -1 to -1"),
     ],
 )
 def test_ids_that_are_no_tokens_are_refused(ids, words):
