@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 from pathlib import Path
 
 import pytest
 
-import opdtheory as opd
 from opdtheory.auditing import Audit
 from opdtheory.auditing.known_biases import STATUSES, KnownVerdict, judge, read_baseline, write_baseline
 from opdtheory.errors import InvalidArgumentError
-
-audit = functools.partial(opd.audit, details=False)
-
-
-def k2(r):
-    return r.token_sum(r.log_u.square() / 2)
-
-
-def k3(r):
-    return r.token_sum(r.log_u.expm1() - r.log_u)
+from tests.auditing.verdicts import audit
+from tests.losses import k2, k3
 
 
 @pytest.fixture(scope="module")

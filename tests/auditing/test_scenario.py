@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import opdtheory as opd
 from opdtheory import estimator, exact_gradient
 from opdtheory.auditing.scenario import Scenario
 from opdtheory.errors import InvalidArgumentError
@@ -56,3 +57,12 @@ def test_panels_out_of_range_are_refused(argument, settings):
     with pytest.raises(InvalidArgumentError) as caught:
         Scenario(**settings).pairs()
     assert caught.value.argument == argument
+
+
+def test_panel_pairs_differ_in_distance_and_length() -> None:
+    for eos in (None, 0):
+        cases = Scenario(eos=eos).pairs()
+        assert len(cases) == 6
+        assert all(case.student.eos == eos for case in cases)
+        distances = [float(opd.exact_value(case.student, case.teacher, "jsd")) for case in cases]
+        assert max(distances) > 100 * min(distances)

@@ -19,10 +19,9 @@ import opdtheory as opd
 from opdtheory import divergences
 from opdtheory.auditing import Audit, quick_verdict
 from opdtheory.auditing.effects.dependence import dependence
-from opdtheory.auditing.naming.combine import best_combination
 from opdtheory.auditing.naming.fit import fit_scale, flat
 from opdtheory.auditing.naming.identify import ExactGradients, best_match
-from opdtheory.auditing.naming.recover import RecoveredWeight, recover_weight
+from opdtheory.auditing.naming.recover import RecoveredWeight
 from opdtheory.auditing.naming.weight_form import WeightForm, describe
 from opdtheory.auditing.scenario import Scenario
 from opdtheory.divergences import Divergence
@@ -31,15 +30,15 @@ from opdtheory.estimators.claims import local_weight
 from opdtheory.estimators.sampled import Differentiated, PowerAdvantage, RatioAdvantage, ReturnToGo, ScoreFunction
 from opdtheory.estimators.vocabulary import VocabularyLoss
 from opdtheory.exact import exact_gradient, gradient_moments, random_pair
-from opdtheory.objective import Objective
 from opdtheory.rollouts import Rollouts
 from opdtheory.testing.assertions import claim_settings
 from opdtheory.verification.verify import shipped_estimators
 
 Loss = Callable[[Rollouts], Tensor]
-
 DRAWN = 5
 DECOYS = ("total_variation", "neyman_chi2", "chi2", "le_cam")
+
+
 PARAMETERS = {
     "skew_jsd": ("beta", 0.05, 0.95),
     "alpha": ("alpha", -1.5, 2.5),
@@ -306,46 +305,6 @@ def test_a_wrong_name_is_refused() -> None:
         check_objective(found, granularity, granularity.divergence)
     with pytest.raises(AssertionError):
         check_formula(found, estimator("opd", "forward_kl"))
-
-
-def on_panel(loss: Loss) -> tuple[list[Tensor], list[Any]]:
-    cases = Scenario().pairs()
-    return [flat(gradient_moments(loss, case.student, case.teacher).mean) for case in cases], cases
-
-
-def test_discount_is_fitted() -> None:
-    gamma = 0.83
-    loss = estimator("return_to_go", "jsd", gamma=gamma, discounted=True)
-    gradients, cases = on_panel(loss)
-    match = best_match(gradients, ExactGradients(cases), recover_weight(loss, Scenario()), "token_local", 1e-9)
-    assert match is not None and match.fit.worst_error < 1e-12
-    assert match.objective == Objective.of(divergences.divergence("jsd"), "token_return", gamma)
-
-
-def test_no_discount_is_fitted_to_the_return_to_go_of_no_objective() -> None:
-    """T6: without the outer gamma^(n-1) it is the gradient of nothing."""
-    loss = estimator("return_to_go", "jsd", gamma=0.5)
-    gradients, cases = on_panel(loss)
-    match = best_match(gradients, ExactGradients(cases), recover_weight(loss, Scenario()), "token_local", 1e-9)
-    assert match is None or match.fit.worst_error > 1e-3
-    assert best_combination(gradients, ExactGradients(cases), "token_local", 1e-9) is None
-
-
-def test_combinations_of_objectives() -> None:
-    forward, jsd, le_cam = (estimator("return_to_go", name, gamma=1.0) for name in ("forward_kl", "jsd", "le_cam"))
-    gradients, cases = on_panel(lambda r: 1.5 * forward(r) - 0.5 * jsd(r))
-    found = best_combination(gradients, ExactGradients(cases), "token_local", 1e-9)
-    assert found is not None and found.error < 1e-12
-    assert (found.objective.granularity, found.objective.label) == ("token_return", "3 * forward_kl - jsd")
-    gradients, cases = on_panel(lambda r: 0.311 * forward(r) - 0.5 * jsd(r) + le_cam(r))
-    three = best_combination(gradients, ExactGradients(cases), "token_local", 1e-9)
-    assert three is not None
-    terms = {divergence.name: c for c, divergence in three.objective.terms}
-    assert terms == pytest.approx({"forward_kl": 0.311, "jsd": -0.5, "le_cam": 1.0}, abs=1e-9)
-    # One objective alone is no combination, and a loss of none of them neither.
-    for loss in (forward, estimator("power", alpha=0.5)):
-        gradients, cases = on_panel(loss)
-        assert best_combination(gradients, ExactGradients(cases), "token_local", 1e-9) is None
 
 
 def smooth(draw: random.Random, inputs: Callable[[Rollouts], list[Tensor]]) -> Loss:

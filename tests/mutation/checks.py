@@ -43,6 +43,7 @@ TESTS = [
     "tests/laws/test_environment.py",
     "tests/auditing/test_scenario.py",
     "tests/auditing/sampling/test_montecarlo.py",
+    "tests/auditing/sampling/test_projections.py",
     "tests/laws/test_theorems.py",
     "tests/laws/test_theorems_local.py",
     "tests/laws/test_theorems_sequences.py",

@@ -1,189 +1,25 @@
-"""The testing layer: strategies give valid objects that shrink, assertions fail with the audit as their message."""
+"""Assertions about losses: they pass, or fail with the audit as their message."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import textwrap
-
-import hypothesis
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-import opdtheory
-from opdtheory import TabularPolicy, audit, divergence, estimator, testing
+import opdtheory as opd
+from opdtheory import audit, divergence, estimator
 from opdtheory.auditing import VERDICTS
-from opdtheory.divergences import names
 from opdtheory.errors import InvalidArgumentError, LossError
 from opdtheory.estimators import Claim, Estimator
 from opdtheory.estimators.base import Assumptions
-from opdtheory.rollouts import Rollouts
 from opdtheory.testing import (
     assert_claim,
+    assert_minimises,
+    assert_same_gradient,
     assert_unbiased,
     claim_settings,
-    divergences,
     gradient_gap,
-    policies,
-    policy_pairs,
-    rollouts,
 )
-
-
-def minimal(strategy, condition=lambda value: True):
-    settings = hypothesis.settings(max_examples=500, deadline=None, database=None, derandomize=True)
-    return hypothesis.find(strategy, condition, settings=settings)
-
-
-def python(code: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120
-    )
-
-
-def k1(r):
-    return r.token_sum(-r.log_u)
-
-
-def k2(r):
-    return r.token_sum(r.log_u.square() / 2)
-
-
-def k3(r):
-    return r.token_sum(r.log_u.expm1() - r.log_u)
-
-
-# Strategies.
-
-
-@pytest.mark.parametrize("name", names())
-def test_every_divergence_is_drawn(name):
-    assert minimal(divergences(), lambda d: d.name == name).name == name
-
-
-@given(divergences())
-def test_divergences_are_of_the_catalogue(d):
-    assert divergence(d.name, **d.parameters) == d
-
-
-@given(divergences(families=False, smooth=True))
-def test_divergences_can_be_restricted(d):
-    assert not d.parameters and d.name != "total_variation"
-
-
-def test_divergences_shrink_to_the_reverse_kl():
-    assert minimal(divergences()).label == "reverse_kl"
-    assert minimal(divergences(), lambda d: d.parameters).label == "skew_jsd(beta=0.5)"
-    assert minimal(divergences(), lambda d: d.parameters.get("alpha", 0.0) > 0.7).label == "alpha(alpha=0.71)"
-
-
-@given(policies(vocab_size=(2, 5), horizon=(1, 2), eos="any"))
-def test_policies_keep_within_their_sizes(policy):
-    assert isinstance(policy, TabularPolicy)
-    assert 2 <= policy.vocab_size <= 5 and policy.horizon in (1, 2) and policy.eos in (None, 0)
-    assert max(float(level.abs().max()) for level in policy.logits) <= 2.0
-
-
-@given(policies(vocab_size=3, horizon=2, eos=2, zeros=1))
-def test_sizes_can_be_fixed(policy):
-    assert (policy.vocab_size, policy.horizon, policy.eos) == (3, 2, 2)
-    for level in policy.logits:
-        assert torch.isneginf(level).sum(-1).eq(1).all() and torch.isneginf(level[:, -1]).all()
-
-
-def test_policies_shrink_to_a_small_uniform_bandit():
-    policy = minimal(policies())
-    assert [level.tolist() for level in policy.logits] == [[[0.0, 0.0]]] and policy.eos is None
-    large = minimal(policies(vocab_size=6, horizon=3))  # too many logits to draw one by one
-    assert not any(level.any() for level in large.logits)
-
-
-def test_every_kind_of_policy_is_drawn():
-    sharp = minimal(policies(sharp=True), lambda p: float(p.logits[0].softmax(-1).max()) > 1 - 1e-9)
-    assert sharp.horizon == 1 and sharp.vocab_size == 2
-    assert torch.isneginf(minimal(policies(zeros=(0, 2)), lambda p: torch.isneginf(p.logits[0]).any()).logits[0]).any()
-    assert minimal(policies(), lambda p: p.eos is not None).eos == 0
-    assert minimal(policies(), lambda p: p.horizon == 3 and p.vocab_size == 4).horizon == 3
-
-
-@given(policy_pairs(zeros=(0, 2), sharp=True))
-def test_pairs_range_over_the_same_sequences_and_share_their_zeros(pair):
-    student, teacher = pair
-    assert [getattr(student, key) == getattr(teacher, key) for key in ("vocab_size", "horizon", "eos")] == [True] * 3
-    for ours, theirs in zip(student.logits, teacher.logits, strict=True):
-        assert torch.equal(torch.isneginf(ours), torch.isneginf(theirs))
-
-
-@given(policy_pairs(distinct=True))
-def test_distinct_pairs_differ_in_every_row(pair):
-    for ours, theirs in zip(*(policy.logits for policy in pair), strict=True):
-        assert ((ours.softmax(-1) - theirs.softmax(-1)).abs().amax(-1) > 1e-9).all()
-
-
-def test_pairs_shrink_to_equal_uniform_bandits():
-    student, teacher = minimal(policy_pairs())
-    assert student.logits[0].tolist() == teacher.logits[0].tolist() == [[0.0, 0.0]]
-
-
-def test_near_equal_pairs_are_drawn():
-    def near(pair):
-        return 0 < gradient_gap(pair[0].logits, pair[1].logits) < 1e-4
-
-    assert near(minimal(policy_pairs(), near))
-
-
-@given(rollouts(off_policy=True))
-def test_rollouts_are_valid_and_differentiable(r):
-    assert isinstance(r, Rollouts) and r.student_logits.requires_grad
-    (gradient,) = torch.autograd.grad(r.token_sum(r.log_u.square()), r.student_logits)
-    assert torch.isfinite(gradient).all()
-    assert not gradient[r.mask == 0].any()
-
-
-@given(rollouts(batch_size=2, horizon=3, vocab_size=5, masked=False, dtype=torch.float32))
-def test_rollouts_obey_their_settings(r):
-    assert r.student_logits.shape == (2, 3, 5) and r.student_logits.dtype == r.mask.dtype == torch.float32
-    assert r.mask.all() and torch.equal(r.behavior_logprobs, r.student_logprobs.detach())
-
-
-def test_rollouts_shrink_to_one_uniform_token():
-    r = minimal(rollouts())
-    assert r.tokens.tolist() == [[0]] and r.mask.tolist() == [[1.0]]
-    assert r.student_logits.tolist() == r.teacher_logits.tolist() == [[[0.0, 0.0]]]
-
-
-def test_variable_lengths_and_tokens_of_an_environment_are_drawn():
-    small = rollouts(vocab_size=2, horizon=(1, 3), batch_size=(1, 2))
-    assert minimal(small, lambda r: r.mask.sum(-1).unique().numel() > 1).tokens.shape == (2, 1)
-    minimal(small, lambda r: ((r.mask[:, :-1] == 0) & (r.mask[:, 1:] == 1)).any())
-
-
-@pytest.mark.parametrize("sizes", [0, (3, 2), (0, 2)])
-@pytest.mark.parametrize("strategy", [policies, policy_pairs, rollouts])
-def test_impossible_sizes_are_refused_by_name(strategy, sizes):
-    @given(st.data())
-    @hypothesis.settings(max_examples=1, database=None)
-    def draw(data):
-        with pytest.raises(InvalidArgumentError, match="vocab_size"):
-            data.draw(strategy(vocab_size=sizes))
-
-    draw()
-
-
-def test_a_failing_property_is_reported_on_a_small_case():
-    """The counterexample to "plain OPD is unbiased for the forward KL" is a bandit."""
-
-    def fails(pair):
-        biased = opdtheory.expected_gradient(estimator("opd", "forward_kl"), *pair)
-        return gradient_gap(biased, opdtheory.exact_gradient(*pair, "forward_kl")) > 1e-6
-
-    student, _ = minimal(policy_pairs(), fails)
-    assert student.horizon == 1 and student.vocab_size == 2 and student.eos is None
-
-
-# assert_unbiased.
+from tests.losses import k1, k2, k3
 
 
 @pytest.mark.parametrize(
@@ -231,9 +67,6 @@ def test_a_loss_that_cannot_be_audited_is_an_error_not_a_failure():
         assert_unbiased(lambda r: r.log_u, "reverse_kl")
     with pytest.raises(InvalidArgumentError, match="objective|divergence"):
         assert_unbiased(k2, "no_such")
-
-
-# assert_claim.
 
 
 @pytest.mark.parametrize(
@@ -311,9 +144,6 @@ def test_assumptions_out_of_the_panel_s_reach_are_refused():
         assert_claim(estimator("topk_truncated", "jsd", k=9))
 
 
-# gradient_gap.
-
-
 def test_the_gap_is_relative_to_what_is_large():
     one, large = torch.ones(2), torch.full((2,), 100.0)
     assert gradient_gap([one, one], [one, one]) == 0.0 == gradient_gap([], [])
@@ -325,36 +155,84 @@ def test_the_gap_is_relative_to_what_is_large():
             gradient_gap(wrong, [one, one])
 
 
-# Imports.
-
-
-def test_all_public_names_are_there():
-    assert testing is opdtheory.testing
-    assert set(testing.__all__) <= set(dir(testing))
-    for name in testing.__all__:
-        assert getattr(testing, name).__doc__
-    with pytest.raises(AttributeError, match="no_such"):
-        testing.no_such  # noqa: B018
-
-
-def test_importing_the_library_leaves_the_testing_layer_alone():
-    done = python("import opdtheory, sys; assert not any('testing' in m for m in sys.modules if 'opdtheory' in m)")
-    assert done.returncode == 0, done.stderr
-
-
-def test_assertions_work_without_hypothesis_and_strategies_say_what_is_missing():
-    done = python(
-        """
-        import sys
-        sys.modules["hypothesis"] = None
-        from opdtheory.testing import assert_unbiased
-        assert_unbiased(lambda r: r.token_sum(r.log_u.square() / 2), "reverse_kl")
-        try:
-            from opdtheory.testing import policies
-        except ImportError as error:
-            assert "pip install opdtheory[testing]" in str(error), error
-        else:
-            raise SystemExit("no ImportError")
-        """
+def test_minimising_is_up_to_a_positive_scale():
+    report = assert_minimises(lambda r: 3 * k2(r), "reverse_kl", seed=1)
+    assert report.scale == pytest.approx(3.0) and report.settings["seed"] == 1
+    assert assert_minimises(k3, opd.divergence("forward_kl"), eos=0).verdict == "exact"
+    with pytest.raises(AssertionError) as caught:
+        assert_minimises(k3, "reverse_kl")
+    assert str(caught.value).startswith(
+        "k3 does not minimise reverse_kl (token_local): it descends another objective than the one claimed; "
+        "relative bias 0.631, cosine 0.808088, best scale 0.717"
     )
-    assert done.returncode == 0, done.stderr
+    with pytest.raises(AssertionError, match="relative bias 2, cosine -1"):
+        assert_minimises(lambda r: -k2(r), "reverse_kl")
+    with pytest.raises(AssertionError, match="k2 does not minimise reverse_kl .sequence"):
+        assert_minimises(k2, "reverse_kl", "sequence")
+
+
+def test_losses_with_the_same_mean_gradient_are_alike():
+    def reward(r):
+        return r.token_sum(-(r.log_u.detach() + 1.0) * r.student_logprobs)
+
+    assert assert_same_gradient(k2, reward, eos=0) < 1e-9
+    # A value with no gradient in the mean is added; the mean gradient of both is zero in the second case.
+    assert assert_same_gradient(k3, lambda r: k3(r) + r.token_sum(r.log_u)) < 1e-9
+    assert assert_same_gradient(lambda r: r.token_sum(r.log_u), lambda r: r.token_sum(-r.log_u)) == 0.0
+    assert assert_same_gradient(lambda r: k2(r).float(), k2) < 1e-4
+
+
+def test_losses_that_differ_are_told_apart_by_their_numbers():
+    with pytest.raises(AssertionError) as caught:
+        assert_same_gradient(k2, k3)
+    assert str(caught.value).startswith("the expected gradients of k2 and k3 differ by 0.")
+    assert str(caught.value).count("sharpness") == 6
+    small = pytest.raises(AssertionError, match="more than 1e-09")
+    with small:
+        assert_same_gradient(k2, lambda r: (1 + 1e-8) * k2(r))
+    assert assert_same_gradient(k2, lambda r: (1 + 1e-8) * k2(r), tolerance=1e-6) > 1e-9
+    with pytest.raises(AssertionError):
+        assert_same_gradient(k2, lambda r: -k2(r))
+
+    # Alike on policy, apart off policy.
+    def on_behaviour(r):
+        return r.token_sum((r.teacher_logprobs - r.behavior_logprobs) * -r.student_logprobs)
+
+    assert_same_gradient(k2, on_behaviour)
+    with pytest.raises(AssertionError):
+        assert_same_gradient(k2, on_behaviour, off_policy=0.3)
+
+
+def test_the_group_of_a_coupled_loss_is_seen():
+    def group(r):
+        sums = (r.log_u.detach() * r.mask).sum(-1)
+        return -((sums - sums.mean()) * (r.student_logprobs * r.mask).sum(-1)).mean()
+
+    def alone(r):
+        return -((r.log_u.detach() * r.mask).sum(-1) * (r.student_logprobs * r.mask).sum(-1)).mean() / 2
+
+    assert assert_same_gradient(group, alone, batch_size=2) < 1e-9
+    with pytest.raises(AssertionError):
+        assert_same_gradient(group, lambda r: 2 * alone(r), batch_size=2)
+
+
+def test_positions_that_an_environment_writes_are_seen():
+    def first_too(r):
+        """Trains the first token whoever wrote it."""
+        every = r.log_u.detach() * -r.student_logprobs
+        return r.token_sum(every) + ((1 - r.mask) * every)[:, 0].mean()
+
+    assert assert_same_gradient(k2, first_too) < 1e-9
+    with pytest.raises(AssertionError):
+        assert_same_gradient(k2, first_too, environment=[0])
+    assert assert_same_gradient(k2, lambda r: k2(r) + 0 * r.log_u.sum(), prompts=2, environment=[1]) < 1e-9
+
+
+def test_what_cannot_be_compared_is_an_error():
+    with pytest.raises(InvalidArgumentError, match="off_policy"):
+        assert_same_gradient(k2, k3, off_policy=-1.0)
+    with pytest.raises(InvalidArgumentError, match="tolerance"):
+        assert_same_gradient(k2, k3, tolerance=-1.0)
+    with pytest.raises(LossError, match="scalar"):
+        assert_same_gradient(k2, lambda r: r.log_u)
+    assert torch.get_default_dtype() == torch.float32

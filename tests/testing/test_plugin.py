@@ -1,4 +1,4 @@
-"""The pytest plugin: idle without `--opd-audit`, one item for each mark with it; and the distributions beside it."""
+"""The pytest plugin: idle without `--opd-audit`, one item for each mark with it."""
 
 from __future__ import annotations
 
@@ -9,20 +9,18 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-import torch
 
 import opdtheory as opd
-from opdtheory.errors import InvalidArgumentError, LossError
-from opdtheory.testing import assert_minimises, assert_same_gradient, opd_loss
-from opdtheory.testing.marks import claims_of
+from tests.losses import k3
 
 pytest_plugins = ["pytester"]
-
 ROOT = Path(__file__).resolve().parents[2]
+
 
 # An environment that was installed before the plugin came knows no entry point of it.
 _INSTALLED = any(point.name == "opdtheory" for point in metadata.entry_points(group="pytest11"))
 PLUGIN = [] if _INSTALLED else ["-p", "opdtheory.testing.plugin"]
+
 
 SOURCE = """
 from opdtheory.testing import opd_loss
@@ -39,14 +37,6 @@ def k3(r):
 def unmarked(r):
     return r.token_sum(r.log_u)
 """
-
-
-def k2(r):
-    return r.token_sum(r.log_u.square() / 2)
-
-
-def k3(r):
-    return r.token_sum(r.log_u.expm1() - r.log_u)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -239,129 +229,3 @@ def test_findings_reach_the_process_that_reports(pytester):
     result.stdout.fnmatch_lines(["RECORDED test_losses.py::k3*", "*1 recorded*"])
     known = json.loads((pytester.path / "known.json").read_text(encoding="utf-8"))
     assert list(known["losses"]) == ["test_losses.py::k3[reverse_kl-token_local]"]
-
-
-# Marks.
-
-
-def test_marks_leave_the_function_alone_and_add_up():
-    def loss(r):
-        return r.token_sum(r.log_u)
-
-    marked = opd_loss("jsd", "sequence", "biased", gamma=0.5, eos=0)(
-        opd_loss(claims=opd.divergence("alpha", alpha=0.5))(loss)
-    )
-    assert marked is loss
-    assert [claim.label for claim in claims_of(loss)] == [
-        "jsd-sequence-eos=0-gamma=0.5",
-        "alpha(alpha=0.5)-token_local",
-    ]
-    assert claims_of(print) == () and claims_of(object) == () and claims_of(None) == ()
-
-
-@pytest.mark.parametrize(
-    ("asked", "met"), [("exact", {"exact"}), ("exact_up_to_scale", {"exact", "exact_up_to_scale"})]
-)
-def test_which_verdicts_meet_a_mark(asked, met):
-    @opd_loss("jsd", verdict=asked)
-    def loss(r):
-        return r
-
-    (claim,) = claims_of(loss)
-    assert {verdict for verdict in ("exact", "exact_up_to_scale", "biased", "zero") if claim.is_met_by(verdict)} == met
-
-
-def test_marks_that_make_no_sense_are_refused():
-    for arguments, name in (({"granularity": "word"}, "granularity"), ({"verdict": "fine"}, "verdict")):
-        with pytest.raises(InvalidArgumentError, match=name):
-            opd_loss("jsd", **arguments)
-    with pytest.raises(InvalidArgumentError, match="claims"):
-        opd_loss(k2)
-    with pytest.raises(InvalidArgumentError, match="Estimator"):
-        opd_loss("jsd")(opd.estimator("opd_plus", "jsd"))
-
-
-# Distributions.
-
-
-def test_minimising_is_up_to_a_positive_scale():
-    report = assert_minimises(lambda r: 3 * k2(r), "reverse_kl", seed=1)
-    assert report.scale == pytest.approx(3.0) and report.settings["seed"] == 1
-    assert assert_minimises(k3, opd.divergence("forward_kl"), eos=0).verdict == "exact"
-    with pytest.raises(AssertionError) as caught:
-        assert_minimises(k3, "reverse_kl")
-    assert str(caught.value).startswith(
-        "k3 does not minimise reverse_kl (token_local): it descends another objective than the one claimed; "
-        "relative bias 0.631, cosine 0.808088, best scale 0.717"
-    )
-    with pytest.raises(AssertionError, match="relative bias 2, cosine -1"):
-        assert_minimises(lambda r: -k2(r), "reverse_kl")
-    with pytest.raises(AssertionError, match="k2 does not minimise reverse_kl .sequence"):
-        assert_minimises(k2, "reverse_kl", "sequence")
-
-
-def test_losses_with_the_same_mean_gradient_are_alike():
-    def reward(r):
-        return r.token_sum(-(r.log_u.detach() + 1.0) * r.student_logprobs)
-
-    assert assert_same_gradient(k2, reward, eos=0) < 1e-9
-    # A value with no gradient in the mean is added; the mean gradient of both is zero in the second case.
-    assert assert_same_gradient(k3, lambda r: k3(r) + r.token_sum(r.log_u)) < 1e-9
-    assert assert_same_gradient(lambda r: r.token_sum(r.log_u), lambda r: r.token_sum(-r.log_u)) == 0.0
-    assert assert_same_gradient(lambda r: k2(r).float(), k2) < 1e-4
-
-
-def test_losses_that_differ_are_told_apart_by_their_numbers():
-    with pytest.raises(AssertionError) as caught:
-        assert_same_gradient(k2, k3)
-    assert str(caught.value).startswith("the expected gradients of k2 and k3 differ by 0.")
-    assert str(caught.value).count("sharpness") == 6
-    small = pytest.raises(AssertionError, match="more than 1e-09")
-    with small:
-        assert_same_gradient(k2, lambda r: (1 + 1e-8) * k2(r))
-    assert assert_same_gradient(k2, lambda r: (1 + 1e-8) * k2(r), tolerance=1e-6) > 1e-9
-    with pytest.raises(AssertionError):
-        assert_same_gradient(k2, lambda r: -k2(r))
-
-    # Alike on policy, apart off policy.
-    def on_behaviour(r):
-        return r.token_sum((r.teacher_logprobs - r.behavior_logprobs) * -r.student_logprobs)
-
-    assert_same_gradient(k2, on_behaviour)
-    with pytest.raises(AssertionError):
-        assert_same_gradient(k2, on_behaviour, off_policy=0.3)
-
-
-def test_the_group_of_a_coupled_loss_is_seen():
-    def group(r):
-        sums = (r.log_u.detach() * r.mask).sum(-1)
-        return -((sums - sums.mean()) * (r.student_logprobs * r.mask).sum(-1)).mean()
-
-    def alone(r):
-        return -((r.log_u.detach() * r.mask).sum(-1) * (r.student_logprobs * r.mask).sum(-1)).mean() / 2
-
-    assert assert_same_gradient(group, alone, batch_size=2) < 1e-9
-    with pytest.raises(AssertionError):
-        assert_same_gradient(group, lambda r: 2 * alone(r), batch_size=2)
-
-
-def test_positions_that_an_environment_writes_are_seen():
-    def first_too(r):
-        """Trains the first token whoever wrote it."""
-        every = r.log_u.detach() * -r.student_logprobs
-        return r.token_sum(every) + ((1 - r.mask) * every)[:, 0].mean()
-
-    assert assert_same_gradient(k2, first_too) < 1e-9
-    with pytest.raises(AssertionError):
-        assert_same_gradient(k2, first_too, environment=[0])
-    assert assert_same_gradient(k2, lambda r: k2(r) + 0 * r.log_u.sum(), prompts=2, environment=[1]) < 1e-9
-
-
-def test_what_cannot_be_compared_is_an_error():
-    with pytest.raises(InvalidArgumentError, match="off_policy"):
-        assert_same_gradient(k2, k3, off_policy=-1.0)
-    with pytest.raises(InvalidArgumentError, match="tolerance"):
-        assert_same_gradient(k2, k3, tolerance=-1.0)
-    with pytest.raises(LossError, match="scalar"):
-        assert_same_gradient(k2, lambda r: r.log_u)
-    assert torch.get_default_dtype() == torch.float32

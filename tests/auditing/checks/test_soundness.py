@@ -1,12 +1,9 @@
-"""The checks beyond the cosine: each has a loss that passes and a twin that fails."""
+"""Checks on the whole panel: each has a loss that passes and a twin that fails."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
-import threading
-from typing import Any
 
 import pytest
 import torch
@@ -14,55 +11,15 @@ from torch import Tensor
 
 import opdtheory as opd
 from opdtheory.adapters import from_hidden
-from opdtheory.auditing.checks.backward import _recorded, backward_report
-from opdtheory.auditing.checks.soundness import CHECKS, Check, soundness
+from opdtheory.auditing.checks.soundness import soundness
 from opdtheory.auditing.naming.fit import flat
 from opdtheory.auditing.scenario import Scenario
 from opdtheory.exact import Loss, exact_gradient, gradient_moments
 from opdtheory.objective import Objective
 from opdtheory.rollouts import Rollouts
+from tests.auditing.checks.subjects import checks, failed, forward_kl, reverse_kl
 from tests.labels import label
-
-
-def checks(
-    loss: Loss,
-    objective: str | None = "reverse_kl",
-    batch_size: int = 1,
-    off_policy: float = 0.0,
-    worlds: dict[str, Any] | None = None,
-    **settings: Any,
-) -> dict[str, Check]:
-    """`worlds`: of the panel alone, as `eos`, `prompts` and `environment`."""
-    tolerance = settings.pop("tolerance", 1e-9)
-    claimed = None
-    if objective is not None:
-        words = {key: settings.pop(key) for key in ("granularity", "gamma") if key in settings}
-        claimed = Objective.of(opd.divergence(objective), **words)
-    scenario = Scenario(batch_size, off_policy=off_policy, **settings)
-    cases = dataclasses.replace(scenario, **(worlds or {})).pairs()[1:4]
-    moments = [scenario.moments(loss, case) for case in cases]
-    found = soundness(loss, cases, moments, claimed, scenario, tolerance)
-    assert [check.name for check in found] == list(CHECKS)
-    return {check.name: check for check in found}
-
-
-def failed(found: dict[str, Check]) -> set[str]:
-    return {name for name, check in found.items() if check.passed is False}
-
-
-def k2(r: Rollouts) -> Tensor:
-    return r.token_sum(r.log_u.square() / 2)
-
-
-def reverse_kl(r: Rollouts) -> Tensor:
-    log_p, log_q = torch.log_softmax(r.student_logits, -1), torch.log_softmax(r.teacher_logits, -1)
-    return r.token_sum((log_p.exp() * (log_p - log_q)).sum(-1))
-
-
-def forward_kl(r: Rollouts) -> Tensor:
-    log_p, log_q = torch.log_softmax(r.student_logits, -1), torch.log_softmax(r.teacher_logits, -1)
-    return r.token_sum((log_q.exp() * (log_q - log_p)).sum(-1))
-
+from tests.losses import k2
 
 SURROGATE = {"backward is the derivative of the value"}
 ON_POLICY = {"holds under another sampling policy"}
@@ -136,24 +93,6 @@ def test_a_perfect_cosine_everywhere_does_not_pass() -> None:
     assert failed(found) == {"no gradient on padding", "padding values are ignored", "extreme padding is ignored"}
 
 
-def test_padding_values_matter_though_their_gradient_does_not() -> None:
-    def loss(r: Rollouts) -> Tensor:
-        return k2(r) * (1.0 + r.teacher_logprobs.square().mean(-1).mean())
-
-    found = checks(loss)
-    assert found["no gradient on padding"].passed
-    assert "padding values are ignored" in failed(found)
-
-
-def test_a_product_with_the_mask_lets_infinity_through() -> None:
-    def loss(r: Rollouts) -> Tensor:
-        return (r.mask * (r.log_u.exp() - 1.0 - r.log_u)).sum() / len(r.tokens)
-
-    found = checks(loss, "forward_kl")
-    assert failed(found) == {"extreme padding is ignored"}
-    assert found["extreme padding is ignored"].value is None
-
-
 def test_without_the_teacher() -> None:
     found = checks(opd.estimator("k1_loss"))
     assert {"depends on the teacher", "error at the best scale"} <= failed(found)
@@ -168,143 +107,6 @@ def test_the_sampling_policy() -> None:
     assert checks(plain, "jsd", off_policy=0.3)[name].passed is False
     assert checks(weighted, "jsd", off_policy=0.3)[name].passed is True
     assert checks(plain, "jsd")[name].passed is None
-
-
-def test_logits_as_such() -> None:
-    def squares(r: Rollouts) -> Tensor:
-        return r.token_sum((r.student_logits - r.teacher_logits).square().sum(-1))
-
-    assert {"gradient rows sum to zero", "shifting logits changes nothing"} <= failed(checks(squares))
-
-    def weighted(r: Rollouts) -> Tensor:
-        return r.token_sum(r.log_u.square() / 2 * r.student_logits.logsumexp(-1).square().detach())
-
-    found = checks(weighted)
-    assert found["gradient rows sum to zero"].passed
-    assert found["shifting logits changes nothing"].passed is False
-
-
-class Square(torch.autograd.Function):
-    """x^2 with a derivative of its own: right for factor 2."""
-
-    @staticmethod
-    def forward(ctx: object, x: Tensor, factor: float) -> Tensor:
-        ctx.save_for_backward(x)  # type: ignore[attr-defined]
-        ctx.factor = factor  # type: ignore[attr-defined]
-        return x.square()
-
-    @staticmethod
-    def backward(ctx: object, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        (x,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        return ctx.factor * x * grad, None  # type: ignore[attr-defined]
-
-
-bound_early = Square.apply
-
-
-def custom(r: Rollouts, factor: float, detach: bool = False, apply: object = None) -> Tensor:
-    square = (apply or Square.apply)(r.log_u, factor) / 2  # type: ignore[operator]
-    return r.token_sum(square * (1.0 + r.log_u.detach().square()) if detach else square)
-
-
-@pytest.mark.parametrize(
-    ("loss", "passed", "words"),
-    [
-        (k2, True, "agrees"),
-        (functools.partial(custom, factor=2.0), True, "agrees"),
-        (functools.partial(custom, factor=2.0 + 1e-4), False, "Square disagrees with its forward by 5e-05"),
-        (functools.partial(custom, factor=2.0, detach=True), None, "surrogate"),
-        (functools.partial(custom, factor=3.0, detach=True), False, "Square disagrees"),
-        (functools.partial(custom, factor=3.0, apply=bound_early), None, "either a stop-gradient"),
-        (opd.estimator("opd_plus", "chi2"), None, "surrogate"),
-        (lambda r: r.token_sum(r.log_u.data * r.log_u), None, "surrogate"),
-        (lambda r: r.token_sum(r.log_u * r.log_u.square().mean().item()), None, "surrogate"),
-    ],
-    ids=["plain", "right", "wrong", "right, detached", "wrong, detached", "unseen", "no_grad", ".data", ".item()"],
-)
-def test_backward_against_differences(loss: Loss, passed: bool | None, words: str) -> None:
-    check = checks(loss)["backward is the derivative of the value"]
-    assert check.passed is passed
-    assert words in check.detail
-    assert "apply" not in Square.__dict__
-
-
-def test_a_gradient_hook_is_no_stop_gradient() -> None:
-    def hooked(r: Rollouts) -> Tensor:
-        log_u = r.log_u * 1.0
-        log_u.register_hook(lambda g: 1.01 * g)
-        return r.token_sum(log_u.square() / 2)
-
-    check = checks(hooked)["backward is the derivative of the value"]
-    assert check.passed is False and "nothing is detached" in check.detail
-
-
-def test_float32_inside_is_judged_by_its_own_rounding() -> None:
-    logits = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    teacher = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    tokens = torch.zeros(3, 2, dtype=torch.int64)
-
-    def rollouts_of(z: Tensor) -> Rollouts:
-        return Rollouts.from_logits(tokens, z, teacher)
-
-    def single(r: Rollouts, factor: float = 1.0) -> Tensor:
-        value = (r.log_u.float().square() / 2).sum()
-        return value if factor == 1.0 else factor * value + (1.0 - factor) * value.detach()
-
-    right, wrong = (
-        backward_report(single, rollouts_of, logits),
-        backward_report(functools.partial(single, factor=1.3), rollouts_of, logits),
-    )
-    assert right.error <= right.limit and not right.stopped
-    assert wrong.error > wrong.limit and wrong.stopped
-
-
-def test_order_of_the_batch() -> None:
-    def loss(r: Rollouts) -> Tensor:
-        return r.token_sum(r.log_u.square() * torch.arange(1.0, len(r.tokens) + 1.0).double().unsqueeze(-1))
-
-    assert "order of the batch" in failed(checks(loss))
-
-
-def test_sum_over_the_batch() -> None:
-    name = "mean over the batch"
-    total = checks(lambda r: len(r.tokens) * k2(r))[name]
-    assert total.passed is False and "a sum" in total.detail
-    grouped = checks(opd.estimator("opd_plus", "jsd", zscore=True), "jsd", 2)[name]
-    assert grouped.passed is None and "couples" in grouped.detail
-
-
-def test_state_between_calls_is_seen() -> None:
-    cases = Scenario().pairs()[1:2]
-    moments = [gradient_moments(k2, c.student, c.teacher) for c in cases]
-    calls = []
-
-    def loss(r: Rollouts) -> Tensor:
-        calls.append(r)
-        return k2(r) * (1.0 + 1e-12 * len(calls))
-
-    found = {c.name: c for c in soundness(loss, cases, moments, Objective.of(opd.divergence("reverse_kl")), Scenario())}
-    assert found["reproducible"].passed is False
-    assert checks(k2)["reproducible"].passed is True
-    few = len(calls)
-    assert few < 60
-
-
-def test_rare_tokens() -> None:
-    name = "finite at probability 1e-30"
-    assert checks(opd.estimator("opd_plus", "chi2"), "chi2")[name].passed is True
-    single = checks(lambda r: r.token_sum(r.log_u.float().exp().square()), "chi2", tolerance=1e-4)
-    assert single[name].passed is False and "NaN or inf" in single[name].detail
-
-
-def test_tokens_that_the_teacher_excludes() -> None:
-    name = "finite where the teacher gives zero"
-    naive = checks(forward_kl, "forward_kl")
-    assert failed(naive) == {name} and "the loss is NaN" in naive[name].detail
-    # The reverse KL itself is infinite there, and a gradient that is not finite no fault.
-    assert checks(reverse_kl)[name].passed is None
-    assert checks(reverse_kl, "forward_kl")[name].passed is False
-    assert checks(opd.estimator("full_vocab", "forward_kl"), "forward_kl")[name].passed is True
 
 
 def test_an_exception_is_a_finding() -> None:
@@ -340,17 +142,6 @@ def test_variable_lengths_and_other_seeds() -> None:
     assert failed(checks(k2, worlds={"eos": 0}, seed=3)) == set()
 
 
-def test_where_an_environment_writes() -> None:
-    def unmasked(r: Rollouts) -> Tensor:
-        """Masks padding, by the end-of-sequence token, but not the environment's tokens."""
-        ended = (r.tokens == 0).long().cumsum(-1) - (r.tokens == 0).long() > 0
-        return torch.where(ended, 0.0, r.log_u.square() / 2).sum() / len(r.tokens)
-
-    worlds = {"environment": (1,), "prompts": 2}
-    assert failed(checks(k2, worlds=worlds)) == set()
-    assert "no gradient on padding" in failed(checks(unmasked, worlds=worlds))
-
-
 def test_groups_of_one_prompt() -> None:
     grouped = opd.estimator("opd_plus", "jsd", baseline="leave_one_out")
     found = checks(grouped, "jsd", 2, worlds={"prompts": 2}, shared_prompt=True)
@@ -370,42 +161,3 @@ def test_work_is_bounded() -> None:
 
         soundness(counted, cases, moments, Objective.of(opd.divergence("reverse_kl")), Scenario(batch_size))
         assert len(calls) < most
-
-
-class Doubled(torch.autograd.Function):
-    """Twice its argument."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return 2.0 * x
-
-    @staticmethod
-    def backward(ctx, grad):
-        return 2.0 * grad
-
-
-class Tripled(Doubled):
-    """A subclass, whose calls are its own."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return 3.0 * x
-
-
-def test_a_recorded_function_is_left_as_it_was() -> None:
-    x = torch.ones(())
-    outer: list = []
-    inner: list = []
-    before = dict(Doubled.__dict__)
-    with pytest.raises(ZeroDivisionError), _recorded(Doubled, outer):
-        with _recorded(Doubled, inner):
-            assert float(Doubled.apply(x)) == 2.0 and float(Tripled.apply(x)) == 3.0
-        Doubled.apply(x)
-        worker = threading.Thread(target=lambda: Doubled.apply(x))
-        worker.start()
-        worker.join()
-        raise ZeroDivisionError
-    assert (len(inner), len(outer)) == (1, 2)
-    assert dict(Doubled.__dict__) == before and "apply" not in Tripled.__dict__
-    Doubled.apply(x)
-    assert len(outer) == 2

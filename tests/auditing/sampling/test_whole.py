@@ -1,0 +1,54 @@
+"""Sampled audits as a whole: name, weight and words at a batch size that cannot be enumerated."""
+
+from __future__ import annotations
+
+import json
+
+import jsonschema
+import pytest
+
+import opdtheory as opd
+from opdtheory.auditing.views import render_audit
+from opdtheory.auditing.views.schema import AUDIT_SCHEMA
+from tests.auditing.sampling.pairs import ORIGIN
+
+
+def test_a_member_of_a_family_is_named_at_a_batch_size_that_only_sampling_reaches() -> None:
+    alpha = opd.divergences.alpha(0.3)
+    loss = opd.estimator("opd_plus", alpha, baseline="group_mean")
+    report = opd.audit(loss, "jsd", batch_size=16)
+    assert report.monte_carlo is not None and report.verdict == "other_objective"
+    assert report.descends == "alpha(alpha=0.3)"
+    identified = report.identified
+    assert identified is not None and identified["scale"] == pytest.approx(15 / 16)
+    assert identified["fitted"] == "alpha"
+    assert identified["fitted_range"][0] <= 0.3 <= identified["fitted_range"][1]
+    for said in ("conjectured from batches of 2", "confirmed at batch size 16"):
+        assert said in identified["evidence"] and said in report.summary()
+    # The weight is the one at 16, and what holds at 2 is said to hold at 2.
+    low, high, log_u = (report.weight[key] for key in ("low", "high", "log_u"))
+    truth = 15 / 16 * (alpha.weight(log_u) - alpha.weight(ORIGIN))
+    assert bool((low <= truth).all()) and bool((truth <= high).all())
+    assert report.weight["depends_on_ratio_only"] and report.weight["non_decreasing"]
+    assert "1.875 times the one at batch size 2, which is exact and alpha(alpha=0.3)" in report.summary()
+    record = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    jsonschema.validate(record, AUDIT_SCHEMA)
+    record["identified"]["fitted_range"] = "wide"
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(record, AUDIT_SCHEMA)
+    page = render_audit(report)
+    assert "intervals that hold jointly" in page and "conjectured from batches of 2" in page
+
+
+def test_what_holds_at_a_smaller_batch_size_is_not_taken_to_hold_at_a_larger_one() -> None:
+    """A loss that is another one in small batches: neither its name there nor its weight there is claimed."""
+    small, large = (
+        opd.estimator("opd_plus", divergence, baseline="leave_one_out")
+        for divergence in ("forward_kl", opd.divergences.skew_jsd(0.3))
+    )
+    report = opd.audit(
+        lambda r: (small if len(r.tokens) < 12 else large)(r), "jsd", batch_size=12, method="monte_carlo"
+    )
+    assert report.descends == "skew_jsd(beta=0.3)"
+    assert report.identified is not None and "fitted to samples" in report.identified["evidence"]
+    assert "No positive multiple of the one at batch size 2, which is exact and forward_kl" in report.summary()
