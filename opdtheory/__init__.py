@@ -1,7 +1,7 @@
 """opdtheory: what an on-policy-distillation loss really does.
 
-Exact expected gradients of any loss on enumerated policies, the objective it follows, and the
-f-divergence estimators of on-policy distillation with the claims they keep.
+Exact expected gradients of any loss on enumerated policies, the objective that it descends, and the f-divergence
+estimators of on-policy distillation with their claims.
 """
 
 from __future__ import annotations
@@ -11,41 +11,22 @@ from typing import TYPE_CHECKING, Any
 from opdtheory.version import __version__
 
 # Where each public name lives; modules load at the first use of one of their names (PEP 562).
-_HOMES = {
-    "Audit": "opdtheory.auditing",
-    "Claim": "opdtheory.estimators",
-    "Divergence": "opdtheory.divergences",
-    "Estimator": "opdtheory.estimators",
-    "FiniteStatePolicy": "opdtheory.exact",
-    "MarkovPolicy": "opdtheory.exact",
-    "ModulePolicy": "opdtheory.exact",
-    "Rollouts": "opdtheory.rollouts",
-    "TabularPolicy": "opdtheory.exact",
-    "TrainConfig": "opdtheory.training.config",
-    "audit": "opdtheory.auditing",
-    "bind": "opdtheory.adapters",
-    "divergence": "opdtheory.divergences",
-    "estimator": "opdtheory.estimators",
-    "estimator_names": "opdtheory.estimators",
-    "exact_gradient": "opdtheory.exact",
-    "exact_value": "opdtheory.exact",
-    "expected_gradient": "opdtheory.exact",
-    "from_advantage": "opdtheory.adapters",
-    "from_hidden": "opdtheory.adapters",
-    "from_logits": "opdtheory.adapters",
-    "from_logprobs": "opdtheory.adapters",
-    "from_top_k": "opdtheory.adapters",
-    "fused_divergence": "opdtheory.kernels",
-    "fused_linear_divergence": "opdtheory.kernels",
-    "fused_parallel_divergence": "opdtheory.kernels",
-    "fused_top_k_divergence": "opdtheory.kernels",
-    "implied_generator": "opdtheory.divergences",
-    "random_pair": "opdtheory.exact",
-    "rollout_moments": "opdtheory.exact",
-    "train": "opdtheory.training.trainer",
-    "u": "opdtheory.divergences",
-    "validate": "opdtheory.training.validation",
+_NAMES = {
+    "adapters": ("bind", "from_advantage", "from_hidden", "from_logits", "from_logprobs", "from_top_k"),
+    "auditing": ("Audit", "audit"),
+    "divergences": ("Divergence", "divergence", "implied_generator", "u"),
+    "estimators": ("Claim", "Estimator", "estimator", "estimator_names"),
+    "exact": (
+        *("FiniteStatePolicy", "MarkovPolicy", "ModulePolicy", "TabularPolicy", "random_pair"),
+        *("exact_gradient", "exact_value", "expected_gradient", "rollout_moments"),
+    ),
+    "kernels": ("fused_divergence", "fused_linear_divergence", "fused_parallel_divergence", "fused_top_k_divergence"),
+    "rollouts": ("Rollouts",),
+    "training.config": ("TrainConfig",),
+    "training.trainer": ("train",),
+    "training.validation": ("validate",),
 }
+_HOMES = {name: f"opdtheory.{module}" for module, names in _NAMES.items() for name in names}
 _MODULES = ("divergences", "testing")
 
 __all__ = [*_HOMES, *_MODULES, "__version__"]
@@ -97,7 +78,7 @@ def __getattr__(name: str) -> Any:
         value = importlib.import_module(f"opdtheory.{name}")
     else:
         raise AttributeError(f"module 'opdtheory' has no attribute {name!r}")
-    # Kept, so that the next look-up finds it without coming here.
+    # Stored, so that the next look-up does not come here.
     globals()[name] = value
     return value
 

@@ -17,7 +17,11 @@ from typing import IO, Any
 
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.machine import cores
+from opdtheory.reproduction.arm import machine, model_keys
 from opdtheory.reproduction.plan import Arm, Plan
+from opdtheory.training.models.storage import cache_folder, checked_record
+from opdtheory.training.models.storage import stored as is_stored
+from opdtheory.training.pairs import Role, recipe_for
 
 __all__ = ["NOT_RUN", "Outcome", "adopt", "reproduce", "stored"]
 
@@ -146,10 +150,6 @@ def adopt(path: Path, out: Path) -> int:
 
 
 def _jobs(plan: Plan, folder: Path, cache: str | None, device: str) -> Iterator[Job]:
-    from opdtheory.training.models.storage import cache_folder
-    from opdtheory.training.models.storage import stored as is_stored
-    from opdtheory.training.pairs import Role, recipe_for
-
     known = set[tuple[str, Role, int]]()
     for arm in plan.arms():
         if _stored_row(arm, folder) is not None:
@@ -229,8 +229,6 @@ def _last_words(log: Path, status: int) -> str:
 
 def _stored_row(arm: Arm, folder: Path) -> dict[str, Any] | None:
     """The row of an arm, if it is complete and was measured with these settings and models."""
-    from opdtheory.reproduction.arm import model_keys
-
     try:
         row = json.loads((folder / f"{arm.key}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -241,17 +239,12 @@ def _stored_row(arm: Arm, folder: Path) -> dict[str, Any] | None:
 
 
 def _records(rows: Sequence[dict[str, Any]], cache: str | None) -> list[dict[str, Any]]:
-    from opdtheory.training.models.storage import cache_folder, checked_record
-    from opdtheory.training.models.storage import stored as is_stored
-
     keys = dict.fromkeys(row["models"][role] for role in ("teacher", "student") for row in rows)
     paths = [cache_folder(cache) / f"{key}.safetensors" for key in keys]
     return [checked_record(path) for path in paths if is_stored(path)]
 
 
 def _note_session(out: Path, plan: Plan, done: Sequence[Job], seconds: float, workers: int) -> None:
-    from opdtheory.reproduction.arm import machine
-
     session = {
         "plan": plan.name,
         "arms": sum(job.arm is not None for job in done),

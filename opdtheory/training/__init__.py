@@ -5,26 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 # Where each public name lives; modules load at the first use of one of their names (PEP 562).
-_HOMES = {
-    "CharacterVocabulary": "opdtheory.training.models.vocabulary",
-    "Environment": "opdtheory.training.models.samples",
-    "Example": "opdtheory.training.tasks",
-    "HuggingFaceModel": "opdtheory.training.models.huggingface",
-    "LanguageModel": "opdtheory.training.models.language_model",
-    "Samples": "opdtheory.training.models.samples",
-    "TASKS": "opdtheory.training.tasks",
-    "Task": "opdtheory.training.tasks",
-    "Transformer": "opdtheory.training.models.transformer",
-    "TransformerConfig": "opdtheory.training.models.transformer",
-    "Vocabulary": "opdtheory.training.models.vocabulary",
-    "drop_layer": "opdtheory.training.models.variants",
-    "load_pair": "opdtheory.training.pairs",
-    "perturb": "opdtheory.training.models.variants",
-    "response_logits": "opdtheory.training.models.language_model",
-    "rollouts": "opdtheory.training.models.language_model",
-    "smollm2": "opdtheory.training.models.huggingface",
-    "task": "opdtheory.training.tasks",
+_NAMES = {
+    "models.huggingface": ("HuggingFaceModel", "smollm2"),
+    "models.language_model": ("LanguageModel", "response_logits", "rollouts"),
+    "models.samples": ("Environment", "Samples"),
+    "models.transformer": ("Transformer", "TransformerConfig"),
+    "models.variants": ("drop_layer", "perturb"),
+    "models.vocabulary": ("CharacterVocabulary", "Vocabulary"),
+    "pairs": ("load_pair",),
+    "tasks": ("TASKS", "Example", "Task", "task"),
 }
+_HOMES = {name: f"opdtheory.training.{module}" for module, names in _NAMES.items() for name in names}
 
 __all__ = [*_HOMES]
 

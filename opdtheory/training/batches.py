@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.training.config import TrainConfig
@@ -67,25 +68,21 @@ def demonstrate(
 ) -> Samples:
     """The task's own demonstrations in place of responses; `first` is the global index of the first example."""
     vocabulary, device, dtype = student.vocabulary, student.device, student.dtype
-    tokens, masks = [], []
+    tokens, marks = [], []
     for number, example in enumerate(examples, start=first):
         rng = random.Random(seed_of(seed, "demonstration", step, number))
-        pieces = [(vocabulary.encode(text), own) for text, own in task.demonstration(example, rng)]
-        tokens.append([token for ids, _ in pieces for token in ids] + [vocabulary.eos])
-        masks.append([float(own) for ids, own in pieces for _ in ids] + [1.0])
-    width = max(map(len, tokens))
+        row, own = task.spelled(example, rng, vocabulary)
+        tokens.append(torch.tensor(row, device=device))
+        marks.append(torch.tensor(own, dtype=dtype, device=device))
     prompts, prompt_mask = left_pad(task_prompts(student, examples), vocabulary.pad, device=device, dtype=dtype)
-
-    def padded(rows: list[list[float]], fill: float, kind: torch.dtype) -> Tensor:
-        return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], dtype=kind, device=device)
-
+    mask = pad_sequence(marks, True)
     return Samples(
         prompts=prompts,
         prompt_mask=prompt_mask,
-        tokens=padded([list(map(float, row)) for row in tokens], float(vocabulary.pad), torch.int64),
-        mask=padded(masks, 0.0, dtype),
-        present=padded([[1.0] * len(row) for row in tokens], 0.0, dtype),
-        logprobs=torch.zeros(len(tokens), width, dtype=dtype, device=device),
+        tokens=pad_sequence(tokens, True, vocabulary.pad),
+        mask=mask,
+        present=pad_sequence([torch.ones_like(row) for row in marks], True),
+        logprobs=torch.zeros_like(mask),
         ended=torch.ones(len(tokens), dtype=torch.bool, device=device),
     )
 

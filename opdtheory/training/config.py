@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import importlib
 import json
 import math
@@ -25,17 +26,13 @@ if TYPE_CHECKING:
 __all__ = ["ESTIMATOR_OPTIONS", "RUNTIME", "TrainConfig", "field_kinds"]
 
 
-def _field(default: Any, text: str, **limits: Any) -> Any:
-    return field(default=default, metadata={"help": text, **limits})
+def _field(default: Any, text: str, of: str = "run", **limits: Any) -> Any:
+    return field(default=default, metadata={"help": text, "of": of, **limits})
 
 
-def _estimator_option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text, "of": "estimator"})
-
-
-def _runtime_field(default: Any, text: str, **limits: Any) -> Any:
-    """A field that does not affect the trained parameters."""
-    return field(default=default, metadata={"help": text, "of": "runtime", **limits})
+# Options of the estimator, and fields that do not affect the trained parameters.
+_option = functools.partial(_field, of="estimator")
+_runtime = functools.partial(_field, of="runtime")
 
 
 @dataclass(frozen=True)
@@ -71,26 +68,20 @@ class TrainConfig:
     divergence: str | None = _field(
         None, "a catalogue name such as jsd or 'skew_jsd(beta=0.1)', or a generator in u such as 'u*log(u)-7*(u-1)'"
     )
-    reduction: Reduction = _estimator_option("token_mean", "reduction over the whole batch, however it is split")
-    baseline: Baseline | None = _estimator_option(
-        None, "baseline; group_mean and leave_one_out use the rollouts of one prompt"
-    )
-    baseline_value: float | None = _estimator_option(
-        None, "value of the constant baseline, in the unit of the advantage"
-    )
-    zscore: bool = _estimator_option(False, "centre and scale advantages within the rollouts of one prompt")
-    eps: float | None = _estimator_option(None, "added to the standard deviation of zscore")
-    importance: Importance | None = _estimator_option(None, "importance weights for rollouts of the sampling policy")
-    clip_range: float | None = _estimator_option(None, "clip range of importance ppo")
-    clip_log_ratio: float | None = _estimator_option(
-        None, "clamp log u to [-C, C] nats: a different estimator, with a bias"
-    )
-    clip_weight: tuple[float, float] | None = _estimator_option(None, "clamp the advantage to [low, high]")
-    gamma: float | None = _estimator_option(None, "discount of return_to_go")
-    discounted: bool = _estimator_option(False, "return_to_go with the outer discount")
-    alpha: float | None = _estimator_option(None, "exponent of box_cox and power")
-    k: int | None = _estimator_option(None, "number of tokens of the top-k estimators")
-    support: Support | None = _estimator_option(None, "whose k likeliest tokens the top-k estimators use")
+    reduction: Reduction = _option("token_mean", "reduction over the whole batch, however it is split")
+    baseline: Baseline | None = _option(None, "baseline; group_mean and leave_one_out use the rollouts of one prompt")
+    baseline_value: float | None = _option(None, "value of the constant baseline, in the unit of the advantage")
+    zscore: bool = _option(False, "centre and scale advantages within the rollouts of one prompt")
+    eps: float | None = _option(None, "added to the standard deviation of zscore")
+    importance: Importance | None = _option(None, "importance weights for rollouts of the sampling policy")
+    clip_range: float | None = _option(None, "clip range of importance ppo")
+    clip_log_ratio: float | None = _option(None, "clamp log u to [-C, C] nats: a different estimator, with a bias")
+    clip_weight: tuple[float, float] | None = _option(None, "clamp the advantage to [low, high]")
+    gamma: float | None = _option(None, "discount of return_to_go")
+    discounted: bool = _option(False, "return_to_go with the outer discount")
+    alpha: float | None = _option(None, "exponent of box_cox and power")
+    k: int | None = _option(None, "number of tokens of the top-k estimators")
+    support: Support | None = _option(None, "whose k likeliest tokens the top-k estimators use")
     control: Control | None = _field(
         None,
         "a control in place of the estimator: every token has the advantage --advantage; or the loss is that of "
@@ -119,23 +110,21 @@ class TrainConfig:
     # Evaluation, on the task's test split
     eval_every: int = _field(50, "steps between evaluations; 0: only at the start and the end", low=0)
     eval_examples: int = _field(256, "test problems, answered greedily and by sampling; 0: no evaluation", low=0)
-    validate_every: int = _runtime_field(0, "steps between checks of the gradient against theory; 0: none", low=0)
+    validate_every: int = _runtime(0, "steps between checks of the gradient against theory; 0: none", low=0)
     # The machine
     device: str = _field("auto", "cpu, cuda, cuda:1; auto uses a GPU if there is one")
     dtype: Literal["float32", "float64"] = _field("float32", "dtype of parameters and arithmetic")
-    threads: int | None = _runtime_field(None, "number of torch's threads on the CPU", low=1)
-    check_rollouts: bool = _runtime_field(
-        True, "validate every batch: cheap on a CPU, a few waits for the device on a GPU"
-    )
+    threads: int | None = _runtime(None, "number of torch's threads on the CPU", low=1)
+    check_rollouts: bool = _runtime(True, "validate every batch: cheap on a CPU, a few waits for the device on a GPU")
     # What is kept
-    out: str | None = _runtime_field(
+    out: str | None = _runtime(
         None, "folder of the run: metrics, checkpoints, failures; a run that it holds is resumed"
     )
-    checkpoint_every: int = _runtime_field(1, "steps between checkpoints; 0: only after the last step", low=0)
-    keep_checkpoints: int = _runtime_field(2, "number of checkpoints to keep", low=1)
-    tensorboard: bool = _runtime_field(False, "also write TensorBoard event files")
-    progress: bool = _runtime_field(True, "progress bar with live metrics on a terminal")
-    cache: str | None = _runtime_field(None, "folder of trained teachers and students")
+    checkpoint_every: int = _runtime(1, "steps between checkpoints; 0: only after the last step", low=0)
+    keep_checkpoints: int = _runtime(2, "number of checkpoints to keep", low=1)
+    tensorboard: bool = _runtime(False, "also write TensorBoard event files")
+    progress: bool = _runtime(True, "progress bar with live metrics on a terminal")
+    cache: str | None = _runtime(None, "folder of trained teachers and students")
 
     def __post_init__(self) -> None:
         if self.divergence is not None and not isinstance(self.divergence, str):
@@ -232,7 +221,7 @@ class TrainConfig:
 
 
 def _fields_of(part: str) -> tuple[str, ...]:
-    return tuple(each.name for each in dataclasses.fields(TrainConfig) if each.metadata.get("of") == part)
+    return tuple(each.name for each in dataclasses.fields(TrainConfig) if each.metadata["of"] == part)
 
 
 ESTIMATOR_OPTIONS = _fields_of("estimator")

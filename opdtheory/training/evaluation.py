@@ -8,7 +8,7 @@ from opdtheory.training.batches import longest, parts, respond, uniforms
 from opdtheory.training.config import TrainConfig
 from opdtheory.training.distributed import Processes
 from opdtheory.training.intervals import wilson
-from opdtheory.training.measures import distances
+from opdtheory.training.measures import Tally, distances
 from opdtheory.training.models.language_model import LanguageModel, rollouts
 from opdtheory.training.tasks import Task
 
@@ -30,7 +30,7 @@ def evaluate(
     """
     examples = task.examples("test", config.eval_examples, _SPLIT_SEED)
     mine = processes.share(len(examples))
-    sums = dict.fromkeys(_SUMS, 0.0)
+    tally = Tally.empty(processes.device, _SUMS)
     size = max(1, config.microbatch or config.batch_size)
     for start in range(mine.start, mine.stop, size):
         some = range(start, min(start + size, mine.stop))
@@ -38,17 +38,14 @@ def evaluate(
         draws = uniforms(config.seed, "evaluation", some, 1, longest(task, config))
         for name, noise in (("greedy", None), ("sampled", draws)):
             samples = respond(student, task, chosen, config, noise)
-            sums[name] += sum(task.correct(chosen, samples, student.vocabulary))
-        sums["count"] += len(chosen)
+            tally.add(**{name: sum(task.correct(chosen, samples, student.vocabulary))})
+        tally.add(count=len(chosen))
         for piece in parts(samples, size):
             scored = rollouts(student, teacher, piece, temperature=config.temperature)
-            sums["tokens"] += float(scored.mask.sum())
-            for name, value in distances(scored).items():
-                sums[name] += float(value)
-    total = torch.tensor([sums[name] for name in _SUMS], dtype=torch.float64, device=processes.device)
-    sums = dict(zip(_SUMS, processes.total(total).tolist(), strict=True))
+            tally.add(tokens=scored.mask.sum(), **distances(scored))
+    processes.total(tally.sums)
     report = {}
     for name, label in (("greedy", "greedy"), ("sampled", "test_sampled")):
-        report[f"{label}_accuracy"] = sums[name] / sums["count"]
-        report[f"{label}_low"], report[f"{label}_high"] = wilson(round(sums[name]), round(sums["count"]))
-    return report | {f"test_{name}": sums[name] / sums["tokens"] for name in ("reverse_kl", "forward_kl", "entropy")}
+        report[f"{label}_accuracy"] = tally[name] / tally["count"]
+        report[f"{label}_low"], report[f"{label}_high"] = wilson(round(tally[name]), round(tally["count"]))
+    return report | {f"test_{name}": tally[name] / tally["tokens"] for name in ("reverse_kl", "forward_kl", "entropy")}

@@ -25,23 +25,24 @@ class Tally:
     """Sums over parts of a batch, in float64, which add up over parts and processes, unlike means."""
 
     sums: Float[Tensor, " S"]
+    names: tuple[str, ...] = _SUMS
 
     @classmethod
-    def empty(cls, device: torch.device) -> Tally:
+    def empty(cls, device: torch.device, names: tuple[str, ...] = _SUMS) -> Tally:
         """All sums zero."""
-        return cls(torch.zeros(len(_SUMS), dtype=torch.float64, device=device))
+        return cls(torch.zeros(len(names), dtype=torch.float64, device=device), names)
 
     def add(self, **values: int | float | Tensor) -> None:
         """Add to the named sums without waiting for the device."""
         for name, value in values.items():
-            self.sums[_SUMS.index(name)] += value.detach() if isinstance(value, Tensor) else value
+            self.sums[self.names.index(name)] += value.detach() if isinstance(value, Tensor) else value
 
     def __getitem__(self, name: str) -> float:
-        return float(self.sums[_SUMS.index(name)])
+        return float(self.sums[self.names.index(name)])
 
     def means(self) -> dict[str, float]:
-        """The loss, and the other sums per token or per rollout."""
-        total = dict(zip(_SUMS, self.sums.tolist(), strict=True))
+        """The metrics of a step: the loss, and the other sums per token or per rollout."""
+        total = dict(zip(self.names, self.sums.tolist(), strict=True))
         tokens, rollouts = max(total["tokens"], 1.0), max(total["rollouts"], 1.0)
         return {
             "loss": total["loss"],

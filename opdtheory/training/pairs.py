@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.training.models.language_model import LanguageModel
@@ -200,17 +201,10 @@ def _batch(task: Task, recipe: Recipe, step: int, rng: random.Random) -> tuple[T
     seed = (recipe.seed * 2 + (recipe.role == "teacher")) * 1_000_000 + step
     rows, owns = [], []
     for example in task.examples("train", recipe.batch_size, seed):
-        row = vocabulary.encode(example.prompt)
-        own = [False] * len(row)
-        for text, policy in task.demonstration(example, rng):
-            piece = vocabulary.encode(text)
-            row += piece
-            own += [policy] * len(piece)
-        rows.append([*row, vocabulary.eos])
-        owns.append([*own, True])
-    width = max(map(len, rows))
-    tokens = torch.tensor([row + [vocabulary.pad] * (width - len(row)) for row in rows])
-    return tokens, torch.tensor([own + [False] * (width - len(own)) for own in owns])[:, 1:]
+        prompt, (row, own) = vocabulary.encode(example.prompt), task.spelled(example, rng)
+        rows.append(torch.tensor([*prompt, *row]))
+        owns.append(torch.tensor([*[False] * len(prompt), *own]))
+    return pad_sequence(rows, True, vocabulary.pad), pad_sequence(owns, True)[:, 1:]
 
 
 def _schedule(step: int, warmup: int, steps: int) -> float:

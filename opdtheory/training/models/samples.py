@@ -10,6 +10,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.training.models.vocabulary import Vocabulary
@@ -96,7 +97,6 @@ def left_pad(
         empty = next((number for number, row in enumerate(rows) if not len(row)), None)
         got = "none" if empty is None else f"an empty prompt, number {empty} of {len(rows)}"
         raise InvalidArgumentError("prompts", f"must be at least one prompt of at least one token, got {got}")
-    width = max(map(len, rows))
-    tokens = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows], dtype=torch.int64)
-    mask = torch.tensor([[0.0] * (width - len(row)) + [1.0] * len(row) for row in rows], dtype=dtype)
+    tokens = pad_sequence([torch.tensor(list(row)) for row in rows], True, pad, padding_side="left")
+    mask = pad_sequence([torch.ones(len(row), dtype=dtype) for row in rows], True, padding_side="left")
     return tokens.to(device), mask.to(device)

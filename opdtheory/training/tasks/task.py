@@ -64,6 +64,21 @@ class Task(ABC):
         The end-of-sequence token, which the policy writes last, is left out.
         """
 
+    def spelled(
+        self, example: Example, rng: random.Random, vocabulary: Vocabulary | None = None
+    ) -> tuple[list[int], list[bool]]:
+        """A demonstration as tokens, the end-of-sequence token included, each with whether the policy writes it.
+
+        Args:
+            example: the problem.
+            rng: draws the demonstration.
+            vocabulary: vocabulary of the tokens; by default the task's.
+        """
+        vocabulary = vocabulary or self.vocabulary
+        pieces = [(vocabulary.encode(text), own) for text, own in self.demonstration(example, rng)]
+        tokens = [token for ids, _ in pieces for token in ids]
+        return [*tokens, vocabulary.eos], [*(own for ids, own in pieces for _ in ids), True]
+
     def verify(self, example: Example, response: str) -> bool:
         """Whether a response that ended by itself is right: by default, whether the answer follows its equals sign."""
         _, equals, answer = response.partition("=")

@@ -85,8 +85,6 @@ class Prefixes:
             environment=environment,
             generator=torch.Generator(device=student.device).manual_seed(seed),
         )
-        width = max(1, int(samples.present.sum(-1).max()))
-        samples = samples.rows(slice(None)) if width < samples.tokens.shape[1] else samples
         if not bool(samples.mask.any()):
             raise InvalidArgumentError(
                 "prompts", f"must get answers, but {len(prompts)} rollouts have no token of the student"
