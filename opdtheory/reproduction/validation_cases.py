@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from opdtheory import divergences
 from opdtheory.estimators import Estimator, estimator
 from opdtheory.estimators.factory import examples
 from opdtheory.training.models.transformer import Transformer, TransformerConfig
@@ -30,11 +29,11 @@ class Case:
     """One row: an estimator, and who samples.
 
     Attributes:
-        name: of the estimator.
-        divergence: as text, or None.
-        options: of the estimator.
+        name: name of the estimator.
+        divergence: label of the divergence, if the estimator has one.
+        options: options of the estimator.
         off_policy: whether another model samples.
-        eos: whether rollouts may end early, in an enumeration.
+        eos: whether rollouts may end early in an enumeration.
     """
 
     name: str
@@ -44,9 +43,8 @@ class Case:
     eos: bool = True
 
     def estimator(self) -> Estimator:
-        """The estimator itself."""
-        given = None if self.divergence is None else divergences.divergence(self.divergence)
-        return estimator(self.name, given, **self.options)
+        """The estimator."""
+        return estimator(self.name, self.divergence, **self.options)
 
 
 _DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "chi2", "hellinger", "alpha(alpha=0.3)")
@@ -137,7 +135,7 @@ SMOLLM2 = (
     Case("full_vocab", "reverse_kl"),
 )
 
-# What a quick run, and the tests, do again.
+# What a quick run and the tests repeat.
 QUICK = {
     "small": tuple(Case("opd", divergence) for divergence in ("reverse_kl", "forward_kl"))
     + (Case("k3_loss"), Case("topk_tail", "jsd", {"k": 2}), Case("opd_plus", "jsd", {"zscore": True}, eos=False)),
@@ -161,7 +159,7 @@ _PROMPTS = (
 
 
 def small(cases: tuple[Case, ...] = SMALL, *, draws: int = 1024) -> Iterator[Validation]:
-    """The cases on a transformer of 2 layers and width 48, whose teacher and stale sampler differ from it, float64."""
+    """The cases on transformers of 2 layers and width 48, in float64: a student, a teacher and another sampler."""
     addition = task("arithmetic")
     length = addition.max_prompt + addition.max_response
 
@@ -182,7 +180,7 @@ def small(cases: tuple[Case, ...] = SMALL, *, draws: int = 1024) -> Iterator[Val
 
 
 def enumerated(cases: tuple[Case, ...] = ENUMERATED) -> Iterator[Validation]:
-    """The cases on every rollout of at most 3 tokens out of 4, or of 2 where pairs are enumerated, float64."""
+    """The cases on every rollout of at most 3 tokens out of 4, or of 2 where pairs are enumerated, in float64."""
     vocabulary = CharacterVocabulary("abc")
 
     def model(seed: int) -> Transformer:
@@ -204,15 +202,15 @@ def enumerated(cases: tuple[Case, ...] = ENUMERATED) -> Iterator[Validation]:
 def smollm2(
     cases: tuple[Case, ...] = SMOLLM2, *, tokens: int = 25, draws: int = 1024, layer: int | None = None
 ) -> Iterator[Validation]:
-    """The cases with SmolLM2-135M as teacher, of a student with noise in its weights or without one layer.
+    """The cases with SmolLM2-135M as teacher, and a student with noise in its weights or without one layer.
 
     Gradients are in the parameters of the last block and the final norm.
 
     Args:
-        cases: estimators.
-        tokens: cap on each of the answers to the prompts.
-        draws: of each next token.
-        layer: leave this one out, instead of adding noise of a tenth of each matrix's spread.
+        cases: the estimators.
+        tokens: largest length of each answer.
+        draws: number of draws of each next token.
+        layer: leave out this layer, instead of adding noise of a tenth of each matrix's standard deviation.
 
     Raises:
         ImportError: the extra `lm` is missing.
@@ -226,13 +224,7 @@ def smollm2(
         parameter.requires_grad_(_counts(name, student))
     teacher.requires_grad_(False)
     prompts = [teacher.vocabulary.encode(prompt) for prompt in _PROMPTS]
-    prefixes = Prefixes.sample(
-        student,
-        teacher,
-        prompts,
-        max_new_tokens=tokens,
-        seed=0,
-    )
+    prefixes = Prefixes.sample(student, teacher, prompts, max_new_tokens=tokens, seed=0)
     pushed = random_images(prefixes, 4, 0)
     for case in cases:
         yield compare(prefixes, case.estimator(), draws=draws, seed=0, pushed=pushed)
@@ -245,7 +237,7 @@ def _counts(name: str, student: HuggingFaceModel) -> bool:
 
 
 def _sharpened(model: Transformer, scale: float, seed: int) -> Transformer:
-    """An untrained model whose next-token distributions are not uniform."""
+    """The model with noise in its output layer, so that its next-token distributions are not uniform."""
     noise = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         weight = model.head.weight
