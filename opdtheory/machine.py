@@ -60,7 +60,7 @@ Name = TypeVar("Name", bound=Hashable)
 
 
 def in_turn(subjects: Mapping[Name, Run], repeats: int, before: Run = lambda: None) -> dict[Name, float]:
-    """The median time of each subject over alternating repeats, after one that does not count; `before` is not timed."""
+    """The median time of each subject over alternating repeats, the first not counted; `before` is not timed."""
     taken: dict[Name, list[float]] = {name: [] for name in subjects}
     for repeat in range(repeats + 1):
         for name, call in subjects.items():
