@@ -1,9 +1,9 @@
-"""Worst errors, in units in the last place, of every function of every divergence, in every floating dtype.
+"""The worst errors, in units in the last place, of every function of every divergence in every floating-point dtype.
 
-`python benchmarks/accuracy.py --write docs/accuracy.md` takes python-flint (`pip install python-flint`) besides the
-development tools. Float64 is measured against balls of arbitrary precision, by the catalogue's symbolic generators
-alone; the narrower dtypes against the same functions in float64, whose error is far below their own unit. The 16-bit
-dtypes are measured at every log-ratio that they have.
+`python benchmarks/accuracy.py --write docs/accuracy.md` needs python-flint (`pip install python-flint`) besides the
+development tools. float64 is measured against balls of arbitrary precision, from the symbolic generators alone;
+narrower dtypes are measured against the same functions in float64, whose error is far below their unit. The 16-bit
+dtypes are measured at every log-ratio that they can represent.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# The arithmetic that the ball library would lend to sympy is not wanted there.
+# sympy must not use the arithmetic of the ball library.
 os.environ.setdefault("SYMPY_GROUND_TYPES", "python")
 
 import numpy as np
@@ -55,7 +55,7 @@ MEMBERS = (
     "skew_reverse_kl(lam=0.1)",
     "skew_reverse_kl(lam=0.999)",
 )
-# Above, an entry is explained on the page.
+# Above, the page explains an entry.
 MARK = 8.0
 SPECIAL = (0.0, -0.0, math.inf, -math.inf, 5e-324, -5e-324, 2.0**-1022, -(2.0**-1022), 1e300, -1e300, 1.7e308, -1.7e308)
 SEED = 20261126
@@ -64,7 +64,7 @@ _FAR = 4000.0
 
 
 def log_ratios(points: int) -> np.ndarray:
-    """Special values, values near them and near every branch, log-uniform ones of all sizes, and those of models."""
+    """Special values, values near them and near every branch, log-uniform values of all sizes, and those of models."""
     rng = np.random.default_rng(SEED)
     sizes = [points // 20, points // 4, points // 10, points // 10]
     sign = lambda count: rng.choice([-1.0, 1.0], count)  # noqa: E731
@@ -80,7 +80,7 @@ def log_ratios(points: int) -> np.ndarray:
 
 
 def symbolic(divergence: Divergence) -> list[sympy.Expr]:
-    """The four functions by sympy from the generator; kinks give no delta functions."""
+    """The four functions by sympy from the generator, without delta functions at kinks."""
     u = symbol()
 
     def slope(expr: sympy.Expr) -> sympy.Expr:
@@ -148,7 +148,7 @@ class Reference:
             bits *= 2
 
     def _scaled(self, t: float) -> Sequence[Any]:
-        """Continued from three points: constant, linear, or a power of u that leaves float64 at either end."""
+        """The continuation from three points: constant, linear, or a power of u that leaves float64 at either end."""
         far = math.copysign(_FAR, t)
         found = []
         for a, b, c in zip(*(self._balls(share * far) for share in (0.25, 0.5, 1.0)), strict=True):
@@ -209,7 +209,7 @@ def errors(found: np.ndarray, high: np.ndarray, low: np.ndarray, dtype: torch.dt
 
 @dataclass(frozen=True)
 class Worst:
-    """The largest error of a function, and where it is."""
+    """The largest error of a function, and where it occurs."""
 
     ulp: float
     at: float

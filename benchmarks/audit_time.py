@@ -1,4 +1,4 @@
-"""How long an audit takes, of every estimator of the library and of every published loss that is installed.
+"""The time of an audit for every estimator of the library and every published loss that is installed.
 
 `python benchmarks/audit_time.py` audits the whole list in one process on one thread and prints it, the slowest last;
 `--only zoo groups` takes some of its parts, `--match jsd` the subjects with that text in their names. Every package
@@ -137,7 +137,7 @@ def groups() -> Iterator[Subject]:
 
 
 def sampled() -> Iterator[Subject]:
-    """Batches that are too many to enumerate, right and wrong."""
+    """Losses right and wrong with too many batches to enumerate."""
     for settings in ({"batch_size": 16, "eos": 0}, {"batch_size": 12, "eos": 0, "off_policy": 0.3}):
         given = ", ".join(f"{key}={value}" for key, value in settings.items())
         for name in ("opd", "opd_plus"):
@@ -148,7 +148,7 @@ def sampled() -> Iterator[Subject]:
 
 
 def adapters() -> Iterator[Subject]:
-    """Losses of other shapes, of which one inverts two output layers at every call."""
+    """Losses of other shapes, one of which inverts two output layers at every call."""
 
     def forward_kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
         return (log_q.exp() * (log_q - log_p)).sum(-1)
@@ -189,7 +189,7 @@ def published() -> Iterator[Subject]:
 
 
 def measured(subject: Subject, details: bool, repeats: int) -> Timing:
-    """The fastest of a few audits: what another process takes from this one is not the audit's."""
+    """The fastest of a few audits, as time that other processes take does not count."""
     found: list[Timing] = []
     for _ in range(repeats):
         wall, cpu = time.perf_counter(), time.process_time()

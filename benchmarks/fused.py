@@ -1,8 +1,8 @@
-"""Time, memory and error of the whole-vocabulary losses, beside TRL's and beside the floor, in one process.
+"""Time, memory and error of the whole-vocabulary losses compared with TRL's and with a floor, in one process.
 
-`python benchmarks/fused.py` takes turns: every repeat runs each subject once, forward and backward, so that a machine
-that slows down slows all of them. It prints medians and plain ratios, and with `--write docs/performance.md` puts them
-into that page. The floor is what any loss of whole vocabularies does: two log-softmaxes, row by row into buffers that
+`python benchmarks/fused.py` alternates: every repeat runs each subject once, forward and backward, so that a slower
+machine slows all of them. It prints medians and plain ratios, and `--write docs/performance.md` puts them into that
+page. The floor is what any whole-vocabulary loss must do: two log-softmaxes, row by row into buffers that
 stay in the cache, and one gradient, allocated and written once; a row for each thread, as a row's softmax has one. On
 a GPU (`--device cuda`) a chunk of rows takes the place of a row, and memory is what torch allocates there.
 """
@@ -96,7 +96,7 @@ def floor(student: Tensor, teacher: Tensor) -> Run:
 
 
 def copied(student: Tensor, teacher: Tensor) -> Run:
-    """No loss: what reading the logits and writing a gradient takes."""
+    """No loss: the cost of reading the logits and writing a gradient."""
 
     def run() -> None:
         with torch.no_grad():
@@ -106,7 +106,7 @@ def copied(student: Tensor, teacher: Tensor) -> Run:
 
 
 def fresh(student: Tensor) -> Run:
-    """What goes before each run: no gradient to add to."""
+    """Clear the gradient before each run."""
 
     def forget() -> None:
         student.grad = None
@@ -179,7 +179,7 @@ def _doublings(first: int, last: int, factor: int) -> list[int]:
 
 
 def _memory(device: str) -> int:
-    """Bytes that are available, or 8 GB where that is not known."""
+    """The available memory in bytes, or 8 GB if unknown."""
     if torch.device(device).type == "cuda":
         return int(torch.cuda.mem_get_info()[0])
     try:
@@ -192,7 +192,7 @@ def _memory(device: str) -> int:
 
 
 def accuracy(names: tuple[str, ...], device: str, tokens: int = 16, vocabulary: int = 20_000) -> list[str]:
-    """Worst errors against float64 of the very same logits."""
+    """Worst errors against float64 of the same logits."""
     lines = [
         "| | value | gradient | value near the teacher | gradient in bfloat16 | value by autograd |",
         "|---|---|---|---|---|---|",

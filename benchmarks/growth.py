@@ -1,4 +1,4 @@
-"""How time and memory grow with vocabulary, tokens and horizon: a log-log figure, and the exponents.
+"""The growth of time and memory with vocabulary, tokens and horizon: a log-log figure and the exponents.
 
 `python benchmarks/growth.py --write docs/performance.md` draws `figures/growth.svg` beside the page and puts the
 exponents into it. Every point is the median of repeats that take turns; memory is the peak beyond what was there.
@@ -25,9 +25,9 @@ from benchmarks.fused import fresh, fused, logits, trl  # noqa: E402
 from benchmarks.measure import slope, write  # noqa: E402
 from opdtheory.machine import Run, in_turn, machine, peak  # noqa: E402
 
-# Divergences of different cost: the cheapest form, the dearest, and TRL's own.
+# Divergences of different cost: the cheapest form, the most expensive one, and TRL's own.
 SHOWN = ("total_variation", "jsd", "skew_reverse_kl(lam=0.1)")
-# Points that are shorter than this, in seconds, are overhead and say nothing of growth.
+# Points below this, in seconds, are overhead and say nothing about growth.
 SHORTEST = 2e-3
 
 
@@ -56,7 +56,7 @@ class Panel:
             self.memory.setdefault(name, []).append((at, peak(run)))
 
     def exponents(self) -> list[str]:
-        """A row for each subject: the power with which time and memory grow over the larger half of the points."""
+        """A row for each subject: the exponents of time and memory over the larger half of the points."""
         rows = []
         for name, points in self.time.items():
             long = [point for point in points if point[1] > SHORTEST]

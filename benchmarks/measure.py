@@ -1,4 +1,4 @@
-"""What the benchmarks share beside `opdtheory.commands.bench`: profiles, exponents, a section of a page."""
+"""Helpers that the benchmarks share: profiles, exponents, and sections of a page."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from opdtheory.machine import Run
 
 
 def operations(run: Run, before: Run = lambda: None, most: int = 8) -> str:
-    """Which operations take the time of a run, with their shares: on a GPU in use, its kernels."""
+    """The operations that take the time of a run, with their shares; on a GPU in use, its kernels."""
     run()
     before()
     with torch.profiler.profile() as profile:
@@ -38,7 +38,7 @@ def slope(points: list[tuple[float, float]]) -> float:
 
 
 def write(page: Path, script: str, text: str) -> None:
-    """Replace the section of a page that is between the two marks of a script."""
+    """Replace the section of a page between the two marks of a script."""
     begin, end = f"<!-- begin: {script} -->", f"<!-- end: {script} -->"
     old = page.read_text(encoding="utf-8")
     head, tail = old.split(begin)[0], old.split(end)[1]

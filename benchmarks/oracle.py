@@ -1,4 +1,4 @@
-"""How far the oracle reaches, and how fast: trees, automata, second moments and sampled rollouts, in one process.
+"""The reach and speed of the oracle: trees, automata, second moments and sampled rollouts, in one process.
 
 `python benchmarks/oracle.py` takes turns where it compares; `--write docs/performance.md` puts the tables into that
 page. Per-sequence autograd, its rival, gathers the rows of one sequence, runs one backward pass and adds the gradient
@@ -59,7 +59,7 @@ def trees(repeats: int, horizon: int) -> list[str]:
 
 
 def _profiles(subjects: dict[str, Run]) -> list[str]:
-    """Where the time of those that miss a mark goes; nothing if there are none."""
+    """Where the time goes for subjects that miss a mark; nothing if there are none."""
     rows = [f"| {name.replace(' | ', ', ')} | {operations(run)} |" for name, run in subjects.items()]
     return ["", "| missed by | operations, with their share of the time |", "|---|---|", *rows] if rows else []
 
@@ -86,7 +86,7 @@ def one_by_one(student: opd.TabularPolicy, teacher: opd.TabularPolicy, tokens: T
 
 
 def against_autograd(repeats: int) -> list[str]:
-    """The oracle beside per-sequence autograd, on a tree that both finish and on a larger one."""
+    """The oracle against per-sequence autograd, on a tree that both finish and on a larger one."""
     lines = ["| sequences | oracle, ms | autograd, s | ratio | largest difference |", "|---|---|---|---|---|"]
     for size, horizon, share in ((6, 4, 1296), (10, 6, 2000)):
         student, teacher = opd.random_pair(size, horizon, seed=0)
@@ -164,7 +164,7 @@ def long_horizons(horizon: int) -> list[str]:
 
 
 def second_moments() -> list[str]:
-    """Variance of one rollout's gradient at horizons that nobody can enumerate."""
+    """The variance of one rollout's gradient at horizons that cannot be enumerated."""
     d = opd.divergence("jsd")
     lines = [
         "| V | T | sampled token | its time, s | whole vocabulary | return-to-go | its time, s |",
@@ -184,7 +184,7 @@ def second_moments() -> list[str]:
 
 
 def rates(repeats: int, rollouts: int) -> list[str]:
-    """Rollouts a second on a toy pair: drawn, scored, differentiated, added up by row."""
+    """Rollouts per second on a toy pair: drawn, scored, differentiated, and added up by row."""
     student, teacher = opd.random_pair(4, 3, seed=0)
     sampler, generator = Sampler.build(student, teacher), _seeded()
     subjects: dict[str, Run] = {}

@@ -1,1 +1,1 @@
-"""Generated calls of the public border: each is right or refused by name. `python -m tests.fuzz --calls 100000`."""
+"""Generated calls of public functions: each is right or raises by name. `python -m tests.fuzz --calls 100000`."""

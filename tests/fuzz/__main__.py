@@ -16,7 +16,7 @@ from tests.fuzz.calls import Call, described, judged
 
 __all__ = ["FAMILIES", "call_number", "fuzzed"]
 
-# Of so many calls, by what their judging takes.
+# The shares of the calls, by what judging them costs.
 FAMILIES: dict[str, tuple[Callable[[random.Random], Call], int]] = {
     "fused_divergence": (fused.fused, 5),
     "fused_linear_divergence": (fused.linear, 4),

@@ -40,7 +40,7 @@ def _fields(rng: random.Random, dtypes: tuple[torch.dtype, ...]) -> dict[str, An
 
 
 def _spoilt(rng: random.Random, name: str, fields: dict[str, Any]) -> Any:
-    """A field that is none."""
+    """Something in place of a field that is not one."""
     value: Tensor = fields[name]
     if rng.random() < 0.4:
         return strange(rng, value)

@@ -1,4 +1,4 @@
-"""One generated call, and the judgement on what came of it."""
+"""One generated call, and the judgement of its outcome."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class Call:
     """A call of a public function.
 
     Attributes:
-        label: what is called.
-        arguments: by name, as generated.
-        run: makes the call and gives what is compared.
-        expected: the same by another route; None where being refused is all that is right.
-        bad: arguments of which one must be named in the refusal; empty for a call that must succeed.
-        tolerances: of each part.
+        label: the name of the function.
+        arguments: the generated arguments by name.
+        run: makes the call and returns what is compared.
+        expected: the same by another route; None if only an error is right.
+        bad: arguments one of which the error must name; empty for a call that must succeed.
+        tolerances: one for each part.
     """
 
     label: str
@@ -100,7 +100,7 @@ def _compared(found: Parts, expected: Parts, tolerances: tuple[float, ...]) -> O
 
 
 def described(call: Call) -> str:
-    """The call in a line: shapes and dtypes of tensors, other values as they are."""
+    """The call in one line: shapes and dtypes of tensors, other values as they are."""
     shown = ", ".join(f"{name}={_shown(value)}" for name, value in call.arguments.items())
     return f"{call.label}({shown})" + (f" with a wrong {', '.join(sorted(call.bad))}" if call.bad else "")
 

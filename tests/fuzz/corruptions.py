@@ -40,7 +40,7 @@ def rearranged(rng: random.Random, tensor: Tensor) -> Tensor:
 
 
 def strange(rng: random.Random, tensor: Tensor) -> Any:
-    """No tensor at all, or one of a dtype, rank, size or device that no argument of its kind has."""
+    """Something that is not a tensor, or a tensor of a wrong dtype, rank, size or device."""
     ways: list[Callable[[], Any]] = [
         lambda: chosen(rng, *JUNK),
         lambda: torch.zeros(tensor.shape, dtype=torch.complex64),
@@ -52,7 +52,7 @@ def strange(rng: random.Random, tensor: Tensor) -> Any:
 
 
 def harmed(rng: random.Random, logits: Tensor, row: tuple[int, ...]) -> Any:
-    """Logits of which one row, that is looked at, is no distribution; or of another kind altogether."""
+    """Logits with one row, not a skipped one, that is not a distribution; or something else altogether."""
     if rng.random() < 0.5:
         return strange(rng, logits)
     if rng.random() < 0.3:

@@ -80,7 +80,7 @@ def _mask(rng: random.Random, batch: tuple[int, ...], row: tuple[int, ...]) -> T
         mask = mask * 0.25 - 0.5
     if not mask.numel():
         return mask
-    # What is corrupted is looked at.
+    # The corrupted rows are not skipped.
     mask[row] = 1.0
     dtypes = (
         (torch.float64, torch.float32, torch.float16) if bool((mask % 1).any()) else (*FLOATS, torch.int64, torch.uint8)
@@ -220,7 +220,7 @@ def _harmed_factor(rng: random.Random, tensor: Tensor, positions: int) -> Any:
         return chosen(rng, *JUNK, tensor.unsqueeze(0), tensor.to("meta"), tensor.to(torch.complex64), tensor[..., :0])
     if rng.random() < 0.4:
         return tensor.to(chosen(rng, torch.int64, torch.bool))
-    # A whole NaN, as an entry may meet a position of weight zero only; without positions nothing is looked at.
+    # NaN everywhere, as a single entry may be at a position of weight zero; without positions nothing is checked.
     return torch.full_like(tensor, torch.nan) if positions else None
 
 
