@@ -1,7 +1,7 @@
 """Write docs/scale.md: `python docs/generate_scale.py`. Costs are counted, and gains computed exactly.
 
-Nothing is timed and nothing is sampled but the logits of the example, from a seed, so that the page is the same
-wherever it is made; times are on the page of the benchmarks.
+Nothing is timed, and only the logits of the example are sampled, from a seed, so the page is the same on every
+machine. Timings are on the page of the benchmarks.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ KEPT = (16, 64, 256, 1_024)
 
 
 class Cost(NamedTuple):
-    """What one form takes per token.
+    """What one form of the loss costs per token.
 
     Attributes:
         name: the form.
-        sent: bytes that the teacher sends the trainer.
-        held: bytes that the loss holds beyond the student's logits, for each token.
-        once: bytes that it holds once, whatever the batch.
-        exponentials: exponentials, logarithms and the like, per word of the vocabulary.
+        sent: bytes that the teacher sends to the trainer.
+        held: bytes that the loss holds in addition to the student's logits, per token.
+        once: bytes that it holds once, independent of the batch.
+        exponentials: exponentials, logarithms and similar functions, per word of the vocabulary.
         reduced: bytes that ranks reduce.
     """
 
@@ -44,7 +44,7 @@ class Cost(NamedTuple):
 
 
 def costs() -> list[Cost]:
-    """Every form; buffers of a chunk are a row each of probabilities, ratios and weights in float32."""
+    """The costs of every form; a chunk's buffers are rows of probabilities, ratios and weights in float32."""
     row, buffers = WORDS * BYTES, 4 * 4 * WORDS
     return [
         Cost("sampled token, autograd of `log_softmax`", 4, 2 * row, 0, "1 for the student"),
@@ -79,8 +79,8 @@ def size(count: float) -> str:
 def cost_table() -> list[str]:
     """Bytes and operations of each form."""
     lines = [
-        "| form | the teacher sends, per token | a day | a second | beyond the logits, a micro-batch | transcendental "
-        "functions per word | reduced, per token |",
+        "| form | sent by the teacher, per token | per day | per second | held in addition to logits, per micro-batch "
+        "| transcendental functions per word | reduced, per token |",
         "|---|---|---|---|---|---|---|",
     ]
     for cost in costs():
@@ -93,7 +93,7 @@ def cost_table() -> list[str]:
 
 
 def example() -> tuple[Tensor, Tensor]:
-    """One position: a student whose word of rank r has a probability near r to the power -1.6, and a teacher."""
+    """One position: a student whose word of rank r has a probability proportional to r^-1.6, and a teacher."""
     generator = torch.Generator().manual_seed(0)
     student = -1.6 * torch.arange(1, WORDS + 1, dtype=torch.float64).log()
     return student, student + torch.randn(WORDS, generator=generator, dtype=torch.float64)
@@ -107,7 +107,7 @@ class Bought(NamedTuple):
 
 
 def at_a_position(name: str) -> list[tuple[str, Bought]]:
-    """What each form gives at the example's position, for one divergence."""
+    """Bias and deviation of each form at the example's position, for one divergence."""
     student, teacher = example()
     d = opd.divergence(name)
     log_p, log_q = torch.log_softmax(student, -1), torch.log_softmax(teacher, -1)
@@ -127,7 +127,7 @@ def at_a_position(name: str) -> list[tuple[str, Bought]]:
         ids = teacher.topk(kept).indices
         opd.fused_top_k_divergence(z, ids, log_q[ids], d).backward()
         assert z.grad is not None
-        # The exact gradient is descended, so that it is minus the ascent direction of the weights.
+        # The exact gradient is the one to descend, minus the ascent direction of the weights.
         found.append((f"teacher's top {kept:,} with a tail bucket", Bought(_relative(z.grad + exact, exact), 0.0)))
     return [*found, ("whole vocabulary", Bought(0.0, 0.0))]
 
@@ -141,7 +141,7 @@ def _relative(difference: Tensor, exact: Tensor) -> float:
 
 
 def _sampled(p: Tensor, weight: Tensor, exact: Tensor) -> Bought:
-    """Of the estimator w(u_a) s_a: the mean of |s_a|^2 w^2 less the squared mean."""
+    """The deviation of the estimator w(u_a) s_a: the mean of |s_a|^2 w^2 minus the squared mean."""
     second = float((p * weight.square() * (1 - 2 * p + p.square().sum())).sum())
     variance = second - float(_centred(p, weight).square().sum())
     return Bought(0.0, math.sqrt(max(variance, 0.0)) / float(exact.norm()))
@@ -164,7 +164,7 @@ def position_table(names: tuple[str, ...]) -> list[str]:
 
 
 def horizon_table() -> list[str]:
-    """Variance against the horizon, of two random chains of 16 tokens, relative to the squared gradient."""
+    """Deviation of one rollout's gradient against the horizon, for two random chains of 16 tokens."""
     d = opd.divergence("jsd")
     forms = (
         ("sampled token", {}),
@@ -187,7 +187,7 @@ def horizon_table() -> list[str]:
 
 
 def entropy() -> float:
-    """Of the example's student, in nats."""
+    """The entropy of the example's student, in nats."""
     log_p = torch.log_softmax(example()[0], -1)
     return -float((log_p.exp() * log_p).sum())
 
@@ -199,48 +199,49 @@ def page() -> str:
     positions = "\n".join(position_table(("reverse_kl", "jsd", "forward_kl")))
     return f"""# Scale
 
-What one step of on-policy distillation costs at {A_DAY:,} tokens a day with a vocabulary of {WORDS:,} words, and
-how exact a gradient it buys. Written by `python docs/generate_scale.py`: costs are counted from what the functions hold
-and send, gains are exact expectations, and nothing is timed (times are on the page [Performance](performance.md)).
+What on-policy distillation costs at {A_DAY:,} tokens a day with a vocabulary of {WORDS:,} words, and how precise a
+gradient it buys. `python docs/generate_scale.py` writes this page. Costs are counted from what the functions hold and
+send, gains are exact expectations, and nothing is timed; for timings see [Performance](performance.md).
 
 ## What it costs
 
-Logits and hidden states have {BYTES} bytes a number, log-probabilities and token ids 4; hidden states are {WIDTH:,}
-wide; a micro-batch has {TOKENS:,} tokens, whose logits alone are {size(WORDS * BYTES * TOKENS)}. {A_DAY:,} tokens a
-day are {A_DAY / 86_400:,.0f} a second.
+Logits and hidden states take {BYTES} bytes per number, log-probabilities and token ids 4. Hidden states have width
+{WIDTH:,}. A micro-batch has {TOKENS:,} tokens, whose logits alone take {size(WORDS * BYTES * TOKENS)}. {A_DAY:,} tokens
+a day are {A_DAY / 86_400:,.0f} a second.
 
 {costs}
 
-The output layer takes {head / 1e9:.2f} GFLOP a token forward, for the student and for the teacher, whatever the loss: a
-teacher's log-probability of one token needs its whole normaliser. Some thirty elementary operations a word for the loss
-are {passes / head:.1%} of that. So the choice is about bytes, not operations: the sampled token is cheap because the
-teacher sends one number, and the whole vocabulary because no tensor like the logits but the gradient is held, or none
-at all from hidden states. `fused_linear_divergence` holds the gradient of the output layer in float32
-({size(4 * WORDS * WIDTH)}), which any training of that layer has.
+The output layer takes {head / 1e9:.2f} GFLOP per token in the forward pass, for the student and for the teacher, with
+every loss: even one log-probability of the teacher needs the whole normaliser. Some thirty elementary operations per
+word for the loss are {passes / head:.1%} of that. So the choice is about bytes, not operations. The sampled token is
+cheap because the teacher sends one number. The whole vocabulary is cheap because the gradient is the only tensor of the
+logits' size that is held, and with hidden states there is none. `fused_linear_divergence` holds the gradient of the
+output layer in float32 ({size(4 * WORDS * WIDTH)}), as any training of that layer does.
 
 ## What it buys at one position
 
-A student whose word of rank $r$ has a probability proportional to $r^{{-1.6}}$ (entropy {entropy():.2f} nats), and a
-teacher whose logits are one standard normal apart from it. Bias and standard deviation of one token's gradient in the
-logits, relative to the norm of the exact gradient; and how many tokens in such a place bring the relative error of the
-mean to 10 %.
+The student's word of rank $r$ has a probability proportional to $r^{{-1.6}}$ (entropy {entropy():.2f} nats); the
+teacher's logits add standard normal noise. The table shows bias and standard deviation of one token's gradient in the
+logits, relative to the norm of the exact gradient, and the number of tokens at such a position for which the relative
+error of the mean is 10 %.
 
 {positions}
 
-A tail bucket has no variance and a bias that no number of tokens removes (T9: it descends the divergence of the coarser
-distributions, a lower bound). Summing the student's likeliest words and sampling only the rest has no bias; the teacher must
-then score the student's top k: as many bytes, but a second message, after the rollout.
+A tail bucket has no variance, but a bias that more tokens do not remove (T9: it descends the divergence of coarser
+distributions, a lower bound). Summing the student's likeliest words and sampling only the rest has no bias. The teacher
+must then score the student's top k, which takes as many bytes but a second message, after the rollout.
 
 ## What it buys over a rollout
 
-Two random Markov chains of 16 tokens (logits of standard deviation 0.7), OPD+ for the JSD: standard deviation of one
-rollout's gradient relative to the norm of its mean, by the recursion of `rollout_moments`.
+Student and teacher are random Markov chains of 16 tokens (logits of standard deviation 0.7), and the loss is OPD+ for
+the JSD. The table shows the standard deviation of one rollout's gradient relative to the norm of its mean, by the
+recursion of `rollout_moments`.
 
 {rollouts}
 
-What is left with the whole vocabulary is the choice of the prefix (T7c), which more rollouts average and no vocabulary
-does. The return-to-go follows another objective (T6), and its noise grows with the horizon faster than its signal; the
-discount bounds it.
+The noise that remains with the whole vocabulary comes from the choice of the prefix (T7c); only more rollouts reduce
+it. The return-to-go follows another objective (T6), and its noise grows with the horizon faster than its signal; a
+discount bounds this growth.
 """
 
 

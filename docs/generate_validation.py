@@ -21,7 +21,7 @@ NUMBERS = ("bias", "predicted_bias", "cosine", "z", "along", "signal_to_noise")
 
 
 def run(section: str, chosen: tuple[cases.Case, ...] | None = None) -> dict[str, Any]:
-    """The rows of a section, or of some of its cases."""
+    """Run the cases of a section, or some of them, and return their rows."""
     generate, every = SECTIONS[section]
     chosen = every if chosen is None else chosen
     began, rows = time.process_time(), []
@@ -40,7 +40,7 @@ SECTIONS: dict[str, tuple[Any, tuple[cases.Case, ...]]] = {
 
 
 def differences(section: str, chosen: tuple[cases.Case, ...]) -> list[str]:
-    """Where some rows, run again, are not what is recorded."""
+    """Run some cases again, and return how their rows differ from the record."""
     recorded = json.loads(RECORD.read_text(encoding="utf-8"))[section]["rows"]
     every, found = SECTIONS[section][1], []
     for case, row in zip(chosen, run(section, chosen)["rows"], strict=True):
@@ -54,21 +54,20 @@ def differences(section: str, chosen: tuple[cases.Case, ...]) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run what is asked for; 1 if a row disagrees with theory or, with --quick, with the record."""
+    """Run the sections; return 1 if a row disagrees with theory or, with --quick, with the record."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="repeat a few rows and compare them with the record")
-    parser.add_argument("--smollm2", action="store_true", help="SmolLM2-135M too, which takes the extra lm")
-    parser.add_argument("--only", choices=tuple(SECTIONS), help="one section; the others stay as recorded")
+    parser.add_argument("--smollm2", action="store_true", help="also run SmolLM2-135M, which needs the extra lm")
+    parser.add_argument("--only", choices=tuple(SECTIONS), help="run one section; the others stay as recorded")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     if options.quick:
         found = [text for section, chosen in cases.QUICK.items() for text in differences(section, chosen)]
-        print("\n".join(found) or "the rows are as recorded")
+        print("\n".join(found) or "all rows are as recorded")
         return int(bool(found))
     record = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.is_file() else {}
     wanted = [options.only] if options.only else ["small", "enumerated"]
-    if options.smollm2:
-        wanted += ["smollm2_noise", "smollm2_layer"]
+    wanted += ["smollm2_noise", "smollm2_layer"] if options.smollm2 else []
     for section in wanted:
         try:
             record[section] = run(section)
