@@ -1,7 +1,7 @@
 """The command line: `opdtheory verify`, `audit`, `table`, `train`, `reproduce` and `bench`.
 
-The exit status is 0 if the loss, the theorems or the run are as they should be, 1 if not, and 2 for a usage error.
-Only the core's packages are needed; tables are coloured if rich is installed.
+The exit status is 0 if what the command checks holds, 1 if it does not, and 2 for a usage error. Only the core's
+packages are needed; tables are coloured if rich is installed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Pieces of HTML: tables, lists, and numbers as one reads them."""
+"""HTML tables and lists; numbers, formulas and prose as in print."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ __all__ = [
 
 
 def section(title: str, body: str) -> str:
-    """A section under a heading; the body is HTML."""
+    """A section with a heading; the body is HTML."""
     return f"<section><h2>{escape(title)}</h2>{body}</section>"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], caption: str, numbers: Sequence[int] = ()) -> str:
-    """A table that scrolls by itself where the page is narrow; the cells are HTML."""
+    """A table that scrolls by itself on a narrow page; the cells are HTML."""
 
     def cell(tag: str, i: int, text: str, scope: str = "") -> str:
         return f"<{tag}{scope}{' class=number' if i in numbers else ''}>{text}</{tag}>"
@@ -46,13 +46,13 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], caption: str, nu
 
 
 def rows_of(rows: Iterable[tuple[str, str]]) -> str:
-    """Terms and what is said of them, side by side; both are HTML."""
+    """Terms and their descriptions side by side; both are HTML."""
     inner = "".join(f"<div><dt>{key}</dt><dd>{value}</dd></div>" for key, value in rows)
     return f"<dl class='rows'>{inner}</dl>" if inner else ""
 
 
 def number(value: object) -> str:
-    """A number as one reads it, as HTML: four digits, a true minus sign, powers of ten raised; else the text."""
+    """A number as HTML, with four digits, a minus sign and raised powers of ten; other values as text."""
     if isinstance(value, bool):
         return yes_or_no(value)
     if not isinstance(value, (int, float)):
@@ -67,7 +67,7 @@ def number(value: object) -> str:
 
 
 def aligned(value: float | None) -> str:
-    """A number of a column: four digits, trailing zeros too."""
+    """A number for a column: four digits, with trailing zeros."""
     text = number(value)
     if value is None or not 1e-3 <= abs(value) < 1e3:
         return text
@@ -75,12 +75,12 @@ def aligned(value: float | None) -> str:
 
 
 def cosine(value: float | None) -> str:
-    """A cosine, with its sign, to six decimals."""
+    """A cosine with its sign and six decimals."""
     return "–" if value is None else f"{value:+.6f}".replace("-", "−")
 
 
 def plain_text(value: object) -> str:
-    """Lists and dictionaries of numbers in one line of HTML."""
+    """Lists and dictionaries of numbers as one line of HTML."""
     if isinstance(value, (list, tuple)):
         return ", ".join(plain_text(v) for v in value)
     if isinstance(value, dict):
@@ -89,7 +89,7 @@ def plain_text(value: object) -> str:
 
 
 def yes_or_no(value: object) -> str:
-    """A flag in words; a dash for None."""
+    """`yes` or `no`; a dash for None."""
     return "–" if value is None else "yes" if value else "no"
 
 
@@ -99,12 +99,12 @@ def verdict_words(value: object) -> str:
 
 
 def sentence(text: str) -> str:
-    """A text with a capital and a full stop, escaped."""
+    """The escaped text with a capital letter and a full stop."""
     return escape(text[:1].upper() + text[1:] + "." if text else "")
 
 
 def prose(text: object) -> str:
-    """Words with formulas in plain characters, as HTML: true arrows, minus signs and powers."""
+    """Text with formulas in plain characters, as HTML with arrows, minus signs and powers."""
     shown = escape(str(text or ""))
     for plain, sign in (("-&gt; inf", "→ ∞"), ("-&gt;", "→"), ("&lt;=", "≤"), ("&gt;=", "≥"), (" - ", " − ")):
         shown = shown.replace(plain, sign)
@@ -113,18 +113,18 @@ def prose(text: object) -> str:
 
 
 def breakable(name: str) -> str:
-    """A name that may break where a reader would break it, on a narrow page."""
+    """A name that may break after its separators on a narrow page."""
     return re.sub(r"([/_.:]+)", r"\1<wbr>", escape(name))
 
 
 def formula(text: object) -> str:
-    """A sympy expression of `u` as HTML: products without stars, plain powers raised."""
+    """A sympy expression of `u` as HTML, with products without stars and plain powers raised."""
     if not text:
         return ""
     shown = escape(str(text)).replace("-", "−")
     shown = re.sub(r"\*\*(−?[\w.]+|\(−?[\w./]+\))", lambda m: f"<sup>{m[1].strip('()')}</sup>", shown)
     if "**" in shown:
-        # A power that holds more than a number: as it is.
+        # A power of more than a number stays as it is.
         return f"<code>{escape(str(text))}</code>"
     shown = re.sub(r"(?<![A-Za-z])u(?![A-Za-z])", "<var>u</var>", shown)
     return f"<span class='formula'>{shown.replace('*', ' ')}</span>"

@@ -1,10 +1,10 @@
-"""The style sheet of an audit's page; its colours are in two palettes, for light and for dark surroundings."""
+"""The style sheet of an audit's page, with a light and a dark palette."""
 
 from __future__ import annotations
 
 __all__ = ["CONTENT_POLICY", "DARK", "LIGHT", "STYLE"]
 
-# Nothing is fetched and nothing is run, whatever stands in the page.
+# Whatever the page contains, nothing is fetched and nothing is run.
 CONTENT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 LIGHT = {

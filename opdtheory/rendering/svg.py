@@ -1,4 +1,4 @@
-"""A matplotlib figure as an `<svg>` element for a page of its own making."""
+"""A matplotlib figure as an `<svg>` element of a page."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 __all__ = ["svg_of"]
 
-# What matplotlib would write of itself and of the day: the same figure is then the same text.
+# Without the date and the version of matplotlib, the same figure is the same text.
 _SILENT = {"Date": None, "Creator": None, "Format": None, "Type": None}
 
 
 def svg_of(sheet: Any) -> str:
-    """The element alone, without the XML declaration and document type that stand before it in a file.
+    """The element alone, without the XML declaration and document type that precede it in a file.
 
     Args:
         sheet: a matplotlib `Figure`.

@@ -14,8 +14,8 @@ def table(rows: Sequence[Sequence[str]], align: str = "") -> list[str]:
     """The lines of a table whose columns are as wide as their widest cell.
 
     Args:
-        rows: of equally many cells, the header first.
-        align: `l` or `r` for each column from the left; the last one counts for those after it. Default: all left.
+        rows: rows of equally many cells, the header first.
+        align: `l` or `r` for each column from the left; the last letter is for all further columns. Default: all left.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     sides = (align or "l").ljust(len(widths), (align or "l")[-1])
@@ -34,5 +34,5 @@ def paragraph(text: str) -> str:
 
 
 def item(text: str) -> str:
-    """The text as an entry of a list, in lines of at most 96 characters."""
+    """The text as an item of a list, in lines of at most 96 characters."""
     return textwrap.fill(text, width=_WIDTH, initial_indent="- ", subsequent_indent="  ")
