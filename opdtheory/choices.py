@@ -1,4 +1,4 @@
-"""The words that arguments and results choose from, each list once. No torch here: the command line reads them."""
+"""The words that arguments and results choose from, each list once. No torch here: the command line imports them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = [
     "Verdict",
 ]
 
-# Which of the three objectives that are often confused (T6).
+# The three objectives that are often confused (T6).
 Granularity = Literal["token_local", "token_return", "sequence"]
 GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
 
@@ -26,7 +26,7 @@ GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
 Reduction = Literal["token_sum", "token_mean", "sequence_mean"]
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 
-# How an expected gradient relates to that of an objective; `undecided` where sampling ran out of budget.
+# How an expected gradient relates to that of an objective; `undecided`: sampling ran out of budget.
 Verdict = Literal["exact", "exact_up_to_scale", "other_objective", "zero", "biased", "undecided"]
 VERDICTS: dict[Verdict, str] = {
     "exact": "its expected gradient is the exact one",
@@ -34,18 +34,18 @@ VERDICTS: dict[Verdict, str] = {
     "other_objective": "it descends another objective than the one claimed",
     "zero": "its expected gradient is zero",
     "biased": "its expected gradient is biased",
-    "undecided": "the budget ended before its expected gradient could be told",
+    "undecided": "the budget ended before a verdict was certain",
 }
 FAITHFUL: tuple[Verdict, ...] = ("exact", "exact_up_to_scale")
 
-# What is taken from an advantage before it multiplies the score (T7).
+# What is subtracted from an advantage before it multiplies the score (T7).
 Baseline = Literal["constant", "group_mean", "leave_one_out", "vocabulary"]
 
-# Which ratios p/mu weigh rollouts of another policy (T8).
+# Which ratios p/mu weight the rollouts of another policy (T8).
 Importance = Literal["token", "prefix", "sequence", "ppo"]
 
 # Whose likeliest tokens a top-k loss keeps (T9).
 Support = Literal["teacher", "student"]
 
-# What a training run may descend in place of an estimator.
+# What a training run may descend instead of an estimator.
 Control = Literal["constant_advantage", "supervised", "exact_opd"]

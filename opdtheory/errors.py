@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -13,6 +14,7 @@ __all__ = [
     "LossError",
     "OpdTheoryError",
     "TrainingError",
+    "check_between",
     "check_integer",
 ]
 
@@ -59,3 +61,15 @@ def check_integer(name: str, value: object, low: int = 1, high: int | None = Non
     if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
         wanted = f"of at least {low}" if high is None else f"in [{low}, {high}]"
         raise InvalidArgumentError(name, f"must be an integer {wanted}, got {value!r}")
+
+
+def check_between(name: str, value: object, low: float = 0.0, high: float | None = None) -> None:
+    """Raise unless a value is a number above `low` and, if there is a `high`, below that.
+
+    Raises:
+        InvalidArgumentError: the value is out of range or not a number.
+    """
+    inside = isinstance(value, Real) and not isinstance(value, bool) and low < value and (high is None or value < high)
+    if not inside:
+        wanted = f"above {low:g}" if high is None else f"strictly between {low:g} and {high:g}"
+        raise InvalidArgumentError(name, f"must be a number {wanted}, got {value!r}")

@@ -1,4 +1,4 @@
-r"""What a loss may minimise: a divergence, or a weighted sum of some, at one granularity and discount."""
+r"""What a loss may minimise: a divergence or a weighted sum of several, at one granularity and discount."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from opdtheory.errors import InvalidArgumentError
 
 __all__ = ["DENOMINATOR", "NEAR", "Objective", "check_discount", "check_objective", "label_of_terms", "simple_ratios"]
 
-# Ratios of coefficients are shown as fractions of small numbers where they are this near to them.
+# A ratio of coefficients is shown as a fraction if one with a denominator this small is this near.
 DENOMINATOR = 12
 NEAR = 1e-5
 
 
 @dataclass(frozen=True)
 class Objective:
-    r"""An objective $\sum_i c_i J_i$ of one granularity and discount; mostly a single divergence with $c = 1$.
+    r"""An objective $\sum_i c_i J_i$ at one granularity and discount, usually a single divergence with $c = 1$.
 
     Attributes:
-        terms: coefficients with their divergences.
+        terms: pairs of a coefficient and its divergence.
         granularity: `token_local`, `token_return` or `sequence`.
-        gamma: discount, for `token_return`.
+        gamma: discount of `token_return`.
 
     Raises:
-        InvalidArgumentError: an unknown granularity, or a discount that is out of range or does not apply.
+        InvalidArgumentError: the granularity is unknown, or the discount is out of range or does not apply.
 
     Example:
         >>> from opdtheory.divergences import divergence
@@ -49,24 +49,24 @@ class Objective:
 
     @property
     def divergence(self) -> Divergence:
-        """The divergence, or the first of several."""
+        """The divergence, or the first one of a sum."""
         return self.terms[0][1]
 
     @property
     def label(self) -> str:
-        """The name of what is minimised, such as `jsd` or `reverse_kl - forward_kl`."""
+        """The objective's name without its granularity, such as `jsd` or `reverse_kl - forward_kl`."""
         if len(self.terms) == 1:
             return self.divergence.label
         return label_of_terms({d.label: c for c, d in self.terms})
 
     @property
     def discounted(self) -> bool:
-        """Whether there is a discount."""
+        """Whether a discount other than 1 applies."""
         return self.granularity == "token_return" and self.gamma != 1.0
 
     @property
     def where(self) -> str:
-        """The granularity with its discount, if any."""
+        """The granularity, with the discount if one applies."""
         return f"{self.granularity}, gamma={self.gamma:.6g}" if self.discounted else self.granularity
 
     def __str__(self) -> str:
@@ -79,8 +79,8 @@ def check_objective(granularity: str, gamma: float = 1.0) -> None:
     """Raise unless the granularity is known and the discount applies to it.
 
     Raises:
-        InvalidArgumentError: `granularity` is not one of `GRANULARITIES`, or `gamma` is outside [0, 1] or given for
-            another granularity than `token_return`.
+        InvalidArgumentError: `granularity` is not one of `GRANULARITIES`, or `gamma` is outside [0, 1] or applies to
+            `token_return` only.
     """
     if granularity not in GRANULARITIES:
         raise InvalidArgumentError("objective", f"must be one of {', '.join(GRANULARITIES)}, got {granularity!r}")
@@ -96,7 +96,7 @@ def check_discount(gamma: object) -> None:
 
 
 def label_of_terms(terms: Mapping[str, float]) -> str:
-    """Terms in the ratio of their coefficients where that is simple, the positive ones first."""
+    """A signed sum as text: positive terms first, coefficients as simple ratios where they are."""
     simple = simple_ratios(list(terms.values()))
     sizes = terms if simple is None else dict(zip(terms, map(float, simple), strict=True))
     order = sorted(sizes, key=lambda name: sizes[name] < 0)
@@ -109,7 +109,7 @@ def _times(size: float) -> str:
 
 
 def simple_ratios(coefficients: Sequence[float]) -> list[Fraction] | None:
-    """The coefficients as simple fractions of the smallest one, with their signs; None if they are not simple."""
+    """The coefficients as simple fractions of the smallest one, signs kept; None if they are not simple."""
     smallest = min(abs(float(c)) for c in coefficients)
     if smallest == 0.0:
         return None

@@ -1,4 +1,4 @@
-"""From a loss function to the divergence it really minimises."""
+"""The audit of a loss: from a black box to the divergence that it really minimises."""
 
 from opdtheory.auditing.auditor import audit, quick_verdict
 from opdtheory.auditing.report import Audit, PairResult

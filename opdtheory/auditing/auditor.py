@@ -14,7 +14,7 @@ from opdtheory.auditing.checks.numerics import numerics
 from opdtheory.auditing.checks.soundness import soundness
 from opdtheory.auditing.effects.dependence import dependence
 from opdtheory.auditing.fixes.remedies import remedies
-from opdtheory.auditing.naming.bandits import is_dear
+from opdtheory.auditing.naming.bandits import is_expensive
 from opdtheory.auditing.naming.combine import best_combination
 from opdtheory.auditing.naming.fit import Fit, fit_scale, flat
 from opdtheory.auditing.naming.identify import ExactGradients, Match, best_match
@@ -37,7 +37,7 @@ __all__ = ["METHODS", "audit", "quick_verdict"]
 
 METHODS = ("auto", "exact", "monte_carlo")
 
-# Coupled batches are not enumerated beyond this only to learn that they are coupled.
+# Only to learn that rollouts are coupled, no more batches than this are enumerated.
 _FEW_BATCHES = 300
 
 
@@ -60,38 +60,36 @@ def audit(
 ) -> Audit:
     """Find out what a loss really minimises, by exact expectation over enumerated policies.
 
-    The loss is run on every batch of rollouts that small random policies can produce; its expected
-    gradient is compared with the exact gradient of the claimed objective and of every catalogue
-    entry, and the weight that it puts on a token is recovered as a function of `u = teacher/student`.
-    Batches too large to enumerate are sampled until the verdict is certain.
+    The loss is run on every batch of rollouts that small random policies can produce. Its expected gradient is
+    compared with the exact gradients of the claimed objective and of every catalogue entry, and the weight that it puts
+    on a token is recovered as a function of `u = teacher/student`. Batches too large to enumerate are sampled until the
+    verdict is certain.
 
     Args:
-        loss: a function `loss(rollouts) -> scalar tensor`, deterministic and without state.
-        objective: the divergence it is meant to minimise, an object or a catalogue name.
+        loss: a function `loss(rollouts) -> scalar tensor`, deterministic and stateless.
+        objective: the divergence that it claims to minimise, an object or a catalogue name.
         granularity: `token_local`, `token_return` or `sequence`.
-        batch_size: number of rollouts the loss sees at once; 2 or more for losses that compare
-            rollouts.
-        eos: the token, below the panel's vocabulary, that ends a rollout early; None for fixed length.
-            At None two extra pairs with an end-of-sequence token tell whether what was found
-            survives variable lengths.
-        off_policy: standard deviation of the noise on the logits of the policy that samples.
-        gamma: discount, for `token_return`.
-        seed: of the panel.
-        name: for the report; by default the function's own name.
-        prompts: from 2 on, position 0 of every rollout holds a prompt, masked, drawn from so many.
+        batch_size: number of rollouts that the loss sees at once; at least 2 for losses that compare rollouts.
+        eos: the token, one of the panel's vocabulary, that ends a rollout early; None for a fixed length, where two
+            more pairs with an end-of-sequence token show whether the finding holds at variable lengths too.
+        off_policy: standard deviation of the noise on the logits of the sampling policy.
+        gamma: discount of `token_return`.
+        seed: seed of the panel.
+        name: name in the report (default: the function's own).
+        prompts: number of prompts; from 2 on, position 0 of every rollout holds one of them, masked.
         environment: positions of the response, from 0 to 2, that an environment writes, such as a tool's result.
         shared_prompt: whether the rollouts of a batch answer one prompt, as a group of GRPO does.
         method: `exact`, `monte_carlo`, or `auto`: exact where batches can be enumerated.
-        details: whether to go beyond verdict and name: the weight as a formula, what it depends on, soundness
+        details: whether to report more than verdict and name: the weight as a formula, what it depends on, soundness
             checks, narrow dtypes, remedies.
 
     Returns:
         An `Audit`; `print` it, or take `.verdict`, `.identified`, `.weight`, `.remedies` and `.to_dict()`.
 
     Raises:
-        InvalidArgumentError: an unknown objective or granularity, or a setting out of range.
-        LossError: the loss is no scalar, has no gradient, differs between identical calls, or gives NaN.
-        BudgetExceededError: `method="exact"`, and the batch size is too large to enumerate.
+        InvalidArgumentError: the objective or granularity is unknown, or a setting is out of range.
+        LossError: the loss is not a scalar, has no gradient, differs between identical calls, or is NaN.
+        BudgetExceededError: `method="exact"`, and batches of this size are too many to enumerate.
 
     Example:
         >>> def k3(r):
@@ -126,7 +124,7 @@ def quick_verdict(
     gamma: float = 1.0,
     seed: int = 0,
 ) -> str:
-    """The verdict of `audit` without looking for what else the loss might descend.
+    """The verdict of `audit`, without a search for what else the loss might descend.
 
     Returns:
         `exact`, `exact_up_to_scale`, `zero` or `biased`; `other_objective` counts as `biased`.
@@ -156,7 +154,7 @@ class _Comparison:
 def _compare(loss: BlackBox, claim: Objective, scenario: Scenario, cases: list[Case]) -> _Comparison:
     exact = [flat(case.exact(claim)) for case in cases]
     if any(float(g.norm()) == 0.0 for g in exact):
-        raise InvalidArgumentError("objective", f"{claim.label} has a zero gradient everywhere; nothing to audit")
+        raise InvalidArgumentError("objective", f"must have a nonzero gradient somewhere, got {claim.label}")
     moments = [scenario.moments(loss, case) for case in cases]
     gradients = [flat(m.mean) for m in moments]
     fit = fit_scale(gradients, exact)
@@ -166,7 +164,7 @@ def _compare(loss: BlackBox, claim: Objective, scenario: Scenario, cases: list[C
 
 
 def _cases(loss: Loss, scenario: Scenario, method: str) -> list[Case] | None:
-    """Pairs on which batches can be enumerated in seconds, or None if batches are better sampled."""
+    """Pairs whose batches can be enumerated in seconds; None if batches are better sampled."""
     try:
         cases = scenario.pairs()
     except BudgetExceededError:
@@ -175,13 +173,13 @@ def _cases(loss: Loss, scenario: Scenario, method: str) -> list[Case] | None:
         if method == "exact":
             raise
         return None
-    if method == "auto" and is_dear(scenario.batch_size) and not _is_separable(loss, scenario, cases[:1]):
+    if method == "auto" and is_expensive(scenario.batch_size) and not _is_separable(loss, scenario, cases[:1]):
         return None
     return cases
 
 
 def _is_separable(loss: Loss, scenario: Scenario, cases: list[Case] | None = None) -> bool:
-    """Whether no rollout enters the gradient of another one of its batch, so that one rollout tells all."""
+    """Whether each rollout's gradient is independent of the others in its batch, so that one at a time suffices."""
     try:
         cases = replace(scenario, batch_size=2).pairs()[1:2] if cases is None else cases
         return all(scenario.moments(loss, case, _FEW_BATCHES).separable for case in cases)
@@ -190,7 +188,7 @@ def _is_separable(loss: Loss, scenario: Scenario, cases: list[Case] | None = Non
     except LossError:
         raise
     except (AssertionError, IndexError, RuntimeError, TypeError, ValueError):
-        return False  # It may insist on its batch size.
+        return False  # The loss may insist on its batch size.
 
 
 def _exactly(
@@ -249,7 +247,7 @@ def _exactly(
 def _details(
     loss: BlackBox, weight: RecoveredWeight, found: _Comparison, claim: Objective, scenario: Scenario
 ) -> dict[str, Any]:
-    """What goes beyond verdict and name, as fields of `Audit`."""
+    """What an audit reports beyond verdict and name, as fields of `Audit`."""
     return {
         "form": describe(weight, found.tolerance) if weight.depends_on_ratio_only else None,
         "dependence": dependence(loss, weight, scenario, found.tolerance),
@@ -259,7 +257,7 @@ def _details(
 
 
 def _by_sampling(loss: BlackBox, claim: Objective, scenario: Scenario, name: str, details: bool) -> Audit:
-    """The audit of batches that are too many to enumerate."""
+    """The audit where batches are too many to enumerate."""
     result, weight = sampled(loss, claim, scenario, weigh=details)
     verdict: Verdict = result.verdict
     if verdict == "biased" and result.follows is not None:

@@ -1,4 +1,4 @@
-"""A loss under audit: its calls counted, its dtype remembered, and what counts as rounding of it."""
+"""A loss under audit: its calls are counted, and its dtype says which errors are rounding."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from opdtheory.rollouts import Rollouts
 
 __all__ = ["ZERO", "BlackBox", "name_of"]
 
-# A gradient this much smaller than its own noise is zero.
+# A gradient this small relative to its own noise counts as zero.
 ZERO = 1e-12
 
-# Relative error that rounding can leave in an exact expectation, by the dtype the loss returns.
+# Relative error that rounding can leave in an exact expectation, by the dtype that the loss returns.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 _COARSE = 2e-2
 
@@ -36,10 +36,10 @@ class BlackBox:
 
     @property
     def tolerance(self) -> float:
-        """Relative error that is rounding in the dtype of the last value."""
+        """Relative error that counts as rounding in the dtype of the last value."""
         return _TOLERANCE.get(self._dtype, _COARSE)
 
 
 def name_of(loss: Loss) -> str:
-    """What to call a loss: its own name, its function's, or how it prints."""
+    """The name of a loss: its `name`, its `__name__`, or its repr."""
     return str(getattr(loss, "name", None) or getattr(loss, "__name__", None) or repr(loss))

@@ -1,11 +1,11 @@
-"""A file of known biases: what an audit may find without failing, so that a new bias does fail."""
+"""Files of known biases: what an audit may find and pass, so that only a new bias fails."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,40 +14,40 @@ from opdtheory.auditing.report import Audit
 from opdtheory.choices import FAITHFUL
 from opdtheory.errors import InvalidArgumentError
 
-__all__ = ["BASELINE_VERSION", "STATUSES", "Judgement", "KnownVerdict", "judge", "read_baseline", "write_baseline"]
+__all__ = ["BASELINE_VERSION", "STATUSES", "Judgement", "KnownVerdict", "judge", "read_known", "write_known"]
 
 BASELINE_VERSION = 1
 
 STATUSES = {
     "as_claimed": "the audit finds what was claimed",
-    "known": "the audit does not find what was claimed, and the baseline says so",
-    "recorded": "the audit does not find what was claimed, and the baseline has just been told so",
-    "vanished": "the baseline records a bias that is no longer there",
+    "known": "the audit does not find what was claimed, and the file of known biases says so",
+    "recorded": "the audit does not find what was claimed, and the file of known biases now says so",
+    "vanished": "the file of known biases records a bias that is gone",
     "new": "the audit does not find what was claimed",
-    "grew": "the bias is larger than the one that the baseline records",
-    "changed": "the audit finds another verdict than the one that the baseline records",
+    "grew": "the bias is larger than the one in the file of known biases",
+    "changed": "the audit finds another verdict than the file of known biases records",
 }
 
-# Statuses that let a run of continuous integration pass.
+# Statuses that pass.
 _PASSING = ("as_claimed", "known", "recorded", "vanished")
 
-# A bias recorded on another machine differs by rounding: this much of its size, or this many tolerances.
+# A bias recorded on another machine differs by rounding: at most this share of its size, or this many tolerances.
 _SLACK = 1e-6
 _ROUNDINGS = 10.0
 
 
 @dataclass(frozen=True)
 class KnownVerdict:
-    """What one audit found, as recorded.
+    """The recorded finding of one audit.
 
     Attributes:
         objective: the claimed divergence.
         granularity: the claimed granularity.
         verdict: a key of `VERDICTS`.
-        descends: the catalogue objective followed, such as `forward_kl (token_local)`, or None.
-        relative_bias: worst over the panel, at scale one; inf where it is infinite.
+        descends: the catalogue objective that the loss follows, such as `forward_kl (token_local)`, or None.
+        relative_bias: worst over the panel, at scale one; may be infinite.
         cosine: worst over the panel.
-        settings: batch size, eos, off_policy, gamma, seed.
+        settings: the settings of the audit.
     """
 
     objective: str
@@ -67,27 +67,27 @@ class KnownVerdict:
             granularity=report.granularity,
             verdict=report.verdict,
             descends=None if followed is None else f"{report.descends} ({followed.granularity})",
-            # Of an exact loss only rounding is left.
+            # The bias of an exact loss is rounding.
             relative_bias=0.0 if report.verdict == "exact" else float(report.relative_bias),
             cosine=float(report.cosine),
             settings=plain(report.settings),
         )
 
     def is_about(self, report: Audit) -> bool:
-        """Whether the audit asked the same: claim and settings are those of the record."""
+        """Whether claim and settings of the audit are those of the record."""
         settings = plain(report.settings)
-        # A setting that came with a later version, at its default, leaves an older record valid.
+        # An older record lacks the settings of later versions.
         same = all(key in settings and settings[key] == value for key, value in self.settings.items())
         return same and (report.objective, report.granularity) == (self.objective, self.granularity)
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """An audit held against its claim and the baseline.
+    """An audit compared with its claim and with its record.
 
     Attributes:
         status: a key of `STATUSES`.
-        detail: the numbers, in a sentence.
+        detail: the numbers in a sentence.
     """
 
     status: str
@@ -100,24 +100,24 @@ class Judgement:
 
 
 def judge(report: Audit, known: KnownVerdict | None = None, met: Callable[[str], bool] | None = None) -> Judgement:
-    r"""Hold an audit against its claim, and where it fails that, against what is on record.
+    r"""Compare an audit with its claim and, if it fails that, with the record of the loss.
 
-    A bias counts as grown when $b > b_0 (1 + 10^{-6}) + 10\,\mathrm{tolerance}$, in relative bias or in
-    one minus cosine.
+    A bias has grown if $b > b_0 (1 + 10^{-6}) + 10\,\mathrm{tolerance}$, for the relative bias or for one minus the
+    cosine.
 
     Args:
         report: the audit.
-        known: the record of the same loss, if there is one; of another claim or other settings it does not count.
-        met: tells of a verdict whether it is the one claimed; by default whether the loss is faithful.
+        known: the record of the loss, if there is one; a record of another claim or other settings is ignored.
+        met: whether a verdict is the claimed one (default: whether the loss is faithful).
     """
     as_claimed = report.faithful if met is None else met(report.verdict)
     found = _words(KnownVerdict.of(report))
     aside = ""
     if known is not None and not known.is_about(report):
-        known, aside = None, "; the record in the baseline is of another claim or other settings"
+        known, aside = None, "; its record is of another claim or other settings"
     if as_claimed:
         if known is not None and report.faithful and known.verdict not in FAITHFUL:
-            return Judgement("vanished", f"it was {_words(known)}, it is {found}; update the baseline")
+            return Judgement("vanished", f"it was {_words(known)}, it is {found}; update the file of known biases")
         if known is None or known.verdict != report.verdict or report.faithful:
             return Judgement("as_claimed", found)
     if known is None:
@@ -145,34 +145,34 @@ def _compare(found: KnownVerdict, known: KnownVerdict, rounding: float) -> tuple
     return worse, better
 
 
-def read_baseline(path: Path) -> dict[str, KnownVerdict]:
-    """Read a baseline file: the record of each loss by its name.
+def read_known(path: Path) -> dict[str, KnownVerdict]:
+    """Read a file of known biases: the record of each loss, by name.
 
     Raises:
-        InvalidArgumentError: there is no such file, or it is no baseline; the message says what is wrong.
+        InvalidArgumentError: the file cannot be read, or is not a file of known biases.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InvalidArgumentError("baseline", f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:
-        raise InvalidArgumentError("baseline", f"{path} is no JSON: {error}") from None
+        raise InvalidArgumentError("baseline", f"{path} is not JSON: {error}") from None
     version = content.get("baseline_version") if isinstance(content, dict) else None
     if version != BASELINE_VERSION:
-        raise InvalidArgumentError("baseline", f"{path} has baseline_version {version!r}; {BASELINE_VERSION} is needed")
+        raise InvalidArgumentError("baseline", f"{path} must have baseline_version {BASELINE_VERSION}, got {version!r}")
     losses = content.get("losses")
     if not isinstance(losses, dict):
-        raise InvalidArgumentError("baseline", f"{path} has no object 'losses'")
+        raise InvalidArgumentError("baseline", f"{path} must have an object 'losses', got {losses!r}")
     return {name: _record(path, name, record) for name, record in losses.items()}
 
 
-def write_baseline(path: Path, records: Mapping[str, KnownVerdict]) -> Path:
-    """Write records into a baseline file, beside those of other losses that it already holds; returns its path.
+def write_known(path: Path, records: Mapping[str, KnownVerdict]) -> Path:
+    """Write records into a file of known biases, keep the records of other losses in it, and return its path.
 
     Raises:
-        InvalidArgumentError: the file is there and is no baseline.
+        InvalidArgumentError: the file exists but is not a file of known biases.
     """
-    merged = {**(read_baseline(path) if path.is_file() else {}), **records}
+    merged = {**(read_known(path) if path.is_file() else {}), **records}
     losses = {name: _plain(merged[name]) for name in sorted(merged)}
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"baseline_version": BASELINE_VERSION, "losses": losses}, indent=2, allow_nan=False)
@@ -182,7 +182,7 @@ def write_baseline(path: Path, records: Mapping[str, KnownVerdict]) -> Path:
 
 def _plain(record: KnownVerdict) -> dict[str, Any]:
     values = asdict(record)
-    # Nine digits tell two biases apart; the rest is rounding, which would make the file differ between machines.
+    # Nine digits distinguish two biases; further ones are rounding and would differ between machines.
     for key in ("relative_bias", "cosine"):
         values[key] = float(f"{values[key]:.9g}") if math.isfinite(values[key]) else None
     return values
@@ -191,18 +191,13 @@ def _plain(record: KnownVerdict) -> dict[str, Any]:
 def _record(path: Path, name: str, values: object) -> KnownVerdict:
     try:
         assert isinstance(values, dict)
-        bias = values["relative_bias"]
+        found = {each.name: values[each.name] for each in fields(KnownVerdict)}
+        bias = math.inf if found["relative_bias"] is None else float(found["relative_bias"])
         return KnownVerdict(
-            objective=str(values["objective"]),
-            granularity=str(values["granularity"]),
-            verdict=str(values["verdict"]),
-            descends=None if values["descends"] is None else str(values["descends"]),
-            relative_bias=float("inf") if bias is None else float(bias),
-            cosine=float(values["cosine"]),
-            settings=dict(values["settings"]),
+            **{**found, "relative_bias": bias, "cosine": float(found["cosine"]), "settings": dict(found["settings"])}
         )
     except (AssertionError, KeyError, TypeError, ValueError) as error:
-        raise InvalidArgumentError("baseline", f"{path}: the record of {name!r} is not whole: {error!r}") from None
+        raise InvalidArgumentError("baseline", f"{path}: the record of {name!r} is incomplete: {error!r}") from None
 
 
 def _words(record: KnownVerdict) -> str:

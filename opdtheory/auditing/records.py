@@ -1,4 +1,4 @@
-"""Results that answer by attribute and by key, and turn into plain JSON values."""
+"""Results that are read by attribute or by key, and turn into plain JSON values."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ __all__ = [
     "plain",
 ]
 
-# What the JSON schema says of a number beyond its type: fragments of the schema itself.
+# Annotations that add to the JSON schema of a field: fragments of the schema itself.
 Finite: TypeAlias = Annotated[float, ("type", "number")]
 Count: TypeAlias = Annotated[int, ("minimum", 0)]
 Positive: TypeAlias = Annotated[int, ("minimum", 1)]
 Interval: TypeAlias = tuple[float, float]
 FINITE_ITEMS = ("items", {"type": "number"})
 
-# Metadata of a field that is left out, by key and in JSON, where it is None.
+# Metadata of a field that is absent, as a key and in JSON, while it is None.
 ABSENT = {"absent": True}
 
 
 class Keyed(Mapping[str, Any]):
-    """Base of frozen dataclasses whose fields are keys too: `result.scale` is `result["scale"]`.
+    """Base class of frozen dataclasses whose fields are keys too: `result.scale` is `result["scale"]`.
 
-    A field with the metadata `ABSENT` is no key while it is None.
+    A field with the metadata `ABSENT` is not a key while it is None.
     """
 
     def __getitem__(self, key: str) -> Any:
@@ -62,17 +62,17 @@ class Identified(Keyed):
     """The catalogue objective, or signed sum of a few, that matches a loss's expected gradient best.
 
     Attributes:
-        objective: its catalogue name, or the sum in words.
-        granularity: which of the three objectives.
-        parameters: those of a family, by name.
-        scale: the multiple of its gradient.
-        error: relative to the loss's gradient, at that scale: the worst over the panel for a match, the root mean
-            square for the nearest miss.
-        gamma: the discount, where one was fitted.
-        terms: catalogue name to coefficient, where it is a signed sum.
-        evidence: of a sampled audit: where the name comes from and what confirms it.
-        fitted: of a sampled audit: the number in it that was fitted.
-        fitted_range: of a sampled audit: the values around it that no direction excludes.
+        objective: its catalogue name, or the sum as text.
+        granularity: `token_local`, `token_return` or `sequence`.
+        parameters: parameters of a family, by name.
+        scale: the multiple of its gradient that is nearest to the loss's.
+        error: distance at that scale, relative to the loss's gradient: the worst over the panel for a match, the root
+            mean square for the nearest miss.
+        gamma: the discount, if one was fitted.
+        terms: coefficient by catalogue name, for a signed sum.
+        evidence: in a sampled audit, where the name comes from and what confirms it.
+        fitted: in a sampled audit, the name of the number that was fitted.
+        fitted_range: in a sampled audit, the values around the fitted one that no direction excludes.
     """
 
     objective: str
@@ -88,7 +88,7 @@ class Identified(Keyed):
 
     @classmethod
     def of(cls, found: Objective, scale: float, error: float) -> Identified:
-        """The record of an objective that is followed at a scale; a sum has the scale in its coefficients."""
+        """The record of an objective followed at a scale; the coefficients of a sum include the scale."""
         gamma = found.gamma if found.discounted else None
         granularity: Any = found.granularity
         if len(found.terms) > 1:
@@ -113,17 +113,17 @@ class Identified(Keyed):
 
     @property
     def where(self) -> str:
-        """The granularity with its discount, if one was fitted."""
+        """The granularity, with the discount if one was fitted."""
         return self.granularity if self.gamma is None else f"{self.granularity}, gamma={self.gamma:.6g}"
 
 
 @dataclass(frozen=True, eq=False)
 class VariableLengths(Keyed):
-    """What is left of a finding at fixed length when rollouts may end early.
+    """Whether a finding at fixed length holds when rollouts may end early.
 
     Attributes:
-        verdict: against the objective that the loss follows at fixed length.
-        relative_bias: the worst over two pairs, at best scale.
+        verdict: verdict against the objective that the loss follows at fixed length.
+        relative_bias: worst over two pairs, at the best scale.
     """
 
     verdict: Verdict
@@ -131,7 +131,7 @@ class VariableLengths(Keyed):
 
 
 def plain(value: object) -> Any:
-    """The value in terms of what `json.dumps` takes; infinite numbers and NaN become None."""
+    """The value as `json.dumps` takes it; infinite numbers and NaN become None."""
     if isinstance(value, Mapping):
         return {str(key): plain(part) for key, part in value.items()}
     if is_dataclass(value) and not isinstance(value, type):

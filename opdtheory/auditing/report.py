@@ -1,4 +1,4 @@
-"""The result of an audit: a verdict, the numbers behind it, and a way to read them."""
+"""The result of an audit: a verdict, the numbers behind it, and both in words."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ __all__ = ["NOT_JSON", "SCHEMA_VERSION", "Audit", "PairResult", "Remedy"]
 
 SCHEMA_VERSION = 1
 
-# Fields of an audit that JSON has in parts: as objective, granularity and settings.
+# Fields of an audit that JSON splits into objective, granularity and settings.
 NOT_JSON = ("claim", "scenario")
 
-# A slope at the teacher this small against the weight's range is a finite difference's error.
+# A slope at the teacher this small, relative to the weight's range, may be the error of a finite difference.
 _FLAT = 1e-6
 
-# Checks that say the same as the verdict, and those of extreme numbers, which are about range and not about the claim.
+# Checks that repeat the verdict, and checks of extreme numbers, which are about range and not about the claim.
 _OF_THE_VERDICT = ("stationary at the teacher", "one common scale", "error at the best scale")
 _OF_THE_RANGE = ("finite at probability 1e-30", "finite where the teacher gives zero", "extreme padding is ignored")
 
@@ -38,12 +38,12 @@ class PairResult:
     """One row of an audit's table.
 
     Attributes:
-        label: which student-teacher pair.
+        label: name of the student-teacher pair.
         relative_bias: `|E g - exact| / |exact|`.
-        cosine: between the expected and the exact gradient.
-        variance: trace of the covariance of the gradient of one batch.
-        full_vocabulary_variance: the same for the whole-vocabulary estimator of the claimed
-            divergence, whose only randomness is the prefix.
+        cosine: cosine between the expected and the exact gradient.
+        variance: trace of the covariance of one batch's gradient.
+        full_vocabulary_variance: the same for the whole-vocabulary estimator of the claimed divergence, whose only
+            randomness is the prefix.
     """
 
     label: str
@@ -55,14 +55,14 @@ class PairResult:
 
 @dataclass(frozen=True)
 class Remedy:
-    """One change to a loss that is not faithful to its claim.
+    """A change to a loss that is not faithful to its claim.
 
     Attributes:
         kind: `sign scale position reduction padding importance slope advantage granularity clip detach differentiate k2
             tail vocabulary baseline`, two of them joined by a comma, `claim`, `gauge` or `replace`.
-        text: an imperative sentence with the formula and the theorem.
-        verdict: of the changed loss against the claim; of `claim`, against the other claim.
-        relative_bias: of the changed loss at scale one.
+        text: the change as an imperative sentence, with the formula and the theorem.
+        verdict: verdict on the changed loss against the claim; for `claim`, against the other claim.
+        relative_bias: relative bias of the changed loss, at scale one.
         verified: whether an audit of the changed loss found it faithful.
     """
 
@@ -78,7 +78,7 @@ class Audit:
     """What a loss really does, by exact expectation over a panel of enumerated policies.
 
     Attributes:
-        name: of the loss.
+        name: name of the loss.
         claim: the claimed objective.
         scenario: what the rollouts looked like.
         verdict: how the expected gradient relates to the claimed one, a key of `VERDICTS`.
@@ -86,20 +86,19 @@ class Audit:
         cosine: worst over the panel.
         scale: best common multiple of the claimed gradient.
         tolerance: relative error that counts as rounding.
-        identified: the catalogue objective that matches best over all granularities; None if no objective points the
-            same way.
+        identified: the catalogue objective that matches best over all granularities; None if none points the same way.
         weight: the weight that the loss puts on a token, as a function of the ratio.
         pairs: one row per pair of the panel.
-        variable_lengths: what is left of the finding when rollouts may end early; None if not looked at.
+        variable_lengths: whether the finding holds when rollouts may end early; None if not examined.
         form: the recovered weight as a formula, with the divergence it implies and its behaviour (T4, T5, T7d); None
-            if not looked for.
-        dependence: what else the weight of a token depends on besides its own ratio; None if not looked at.
-        checks: what else must hold of a loss that follows its claim, such as no gradient on padding.
+            if not examined.
+        dependence: what else a token's weight depends on besides its own ratio; None if not examined.
+        checks: further properties of a sound loss, such as no gradient on padding.
         numerics: the same loss in lower precision.
-        remedies: verified changes that would make the loss do what it claims.
-        monte_carlo: intervals and sample sizes where the expectation was estimated; None if it is exact.
-        evaluations: how often the loss was called.
-        seconds: how long the audit took.
+        remedies: changes that would make the loss do what it claims, each with its verdict.
+        monte_carlo: intervals and sample sizes if the expectation was estimated; None if it is exact.
+        evaluations: number of calls of the loss.
+        seconds: duration of the audit.
     """
 
     name: str
@@ -130,39 +129,39 @@ class Audit:
 
     @property
     def granularity(self) -> str:
-        """The claimed one of `token_local`, `token_return` and `sequence`."""
+        """The claimed granularity: `token_local`, `token_return` or `sequence`."""
         return self.claim.granularity
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The arguments of `audit`: those of the scenario, and `gamma`."""
+        """The arguments of `audit`: the fields of the scenario, and `gamma`."""
         return {**self.scenario.to_dict(), "gamma": self.claim.gamma}
 
     @property
     def faithful(self) -> bool:
-        """Whether the loss does what it claims, up to a constant factor, and no check found it unsound."""
+        """Whether the loss does what it claims, up to a constant factor, and passes every check of soundness."""
         unsound = [check for check in self._failed() if check.name not in _OF_THE_RANGE]
         return self.verdict in FAITHFUL and not unsound
 
     def _failed(self) -> list[Check]:
-        """The checks that failed and say more than the verdict."""
+        """The failed checks that say more than the verdict."""
         return [check for check in self.checks if check.passed is False and check.name not in _OF_THE_VERDICT]
 
     @property
     def descends(self) -> str | None:
-        """The catalogue objective whose exact gradient the loss follows, or None if there is none."""
+        """The label of the catalogue objective whose exact gradient the loss follows; None if there is none."""
         found = self._followed
         # A signed sum of objectives is not in the catalogue.
         return None if found is None or found.terms is not None else found.label
 
     @property
     def _followed(self) -> Identified | None:
-        """The objective identified, if its gradient is the loss's, to rounding."""
+        """The identified objective, if its gradient is that of the loss, to rounding."""
         found = self.identified
         return None if found is None or found.error > self.tolerance or self.verdict == "zero" else found
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain Python values that `json.dumps` takes; infinite numbers become null."""
+        """The report as plain values that `json.dumps` takes; infinite numbers and NaN become None."""
         computed = {key: getattr(self, key) for key in ("objective", "granularity", "faithful", "descends", "settings")}
         measured = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in NOT_JSON}
         record: dict[str, Any] = plain({"schema_version": SCHEMA_VERSION, **computed, **measured})
@@ -213,7 +212,9 @@ class Audit:
         if self.verdict == "exact_up_to_scale":
             return f"The expected gradient is exactly that of {claim}, times {self.scale:.6g}."
         if self.verdict == "zero":
-            return f"The expected gradient is zero: in expectation this loss does not train at all, let alone {claim}."
+            return (
+                f"The expected gradient is zero: in expectation this loss descends neither {claim} nor anything else."
+            )
         if self.verdict == "other_objective":
             return f"The loss does not descend {claim}."
         uphill = sum(pair.cosine < 0 for pair in self.pairs)
@@ -238,11 +239,11 @@ class Audit:
         if self.verdict == "zero":
             return ""
         if not self.weight.depends_on_ratio_only:
-            return "The weight on a token is no function of the ratio u = teacher/student alone."
+            return "The weight on a token is not a function of the ratio u = teacher/student alone."
         if self.descends is None and self.weight.explains_panel is False:
             return (
                 "On one-step policies the weight on a token is a function of the ratio u = teacher/student; over "
-                "several tokens it depends on more than this token's."
+                "several tokens it depends on more than the token's own ratio."
             )
         sentences = []
         if self.form is not None and self.form.expr is not None and self.descends is None:
@@ -275,7 +276,7 @@ class Audit:
         )
 
     def _noise(self) -> str:
-        """Variance at the claimed gradient's own scale, where the two estimate the same vector."""
+        """The variance relative to the whole-vocabulary estimator's, if both estimate the same vector up to a scale."""
         if not self.faithful or self.granularity != "token_local":
             return ""
         ratios = [
@@ -296,7 +297,7 @@ def _percent(ratio: float) -> str:
 
 
 def _intervals(weight: RecoveredWeight) -> str:
-    """Where the weight falls, as words."""
+    """Where the weight falls, in words."""
     log_u, falls = weight.log_u, (weight.weight.diff() < 0).tolist()
     starts = [i for i, f in enumerate(falls) if f and (i == 0 or not falls[i - 1])]
     ends = [i + 1 for i, f in enumerate(falls) if f and (i + 1 == len(falls) or not falls[i + 1])]
@@ -305,5 +306,5 @@ def _intervals(weight: RecoveredWeight) -> str:
 
 
 def _matters(result: DtypeResult) -> bool:
-    """Whether a narrow dtype does more to the gradient than round it."""
+    """Whether a narrow dtype does worse than round the gradient."""
     return bool(result.overflow or result.lost_gradient or result.sign_changed)

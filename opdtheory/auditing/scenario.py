@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from opdtheory.auditing.records import Count, Finite, Positive
-from opdtheory.errors import BudgetExceededError, InvalidArgumentError
+from opdtheory.errors import BudgetExceededError, InvalidArgumentError, check_integer
 from opdtheory.exact import GradientMoments, Loss, TabularPolicy, exact_gradient, gradient_moments, random_pair
 from opdtheory.exact.expectation import BATCH_BUDGET
 from opdtheory.objective import Objective
@@ -24,11 +24,11 @@ _PAIRS = ((1.0, 0.03), (1.0, 0.5), (0.3, 1.0), (1.0, 1.5), (2.5, 1.0), (0.5, 2.5
 _SINGLE = (4, 3)
 _BATCHED = ((3, 2), (2, 2))
 
-# Evaluations of a coupled loss that one pair should cost, and the most that it may.
+# Evaluations of a coupled loss that one pair should take, and may take at most.
 _PAIR_EVALUATIONS = 1_000
 _MOST_EVALUATIONS = 5_000
 
-# Last position of the response at which an environment may write.
+# The last position of the response that an environment may write.
 _LAST_WRITTEN = 2
 
 
@@ -52,7 +52,7 @@ class Case:
         """The exact gradient of an objective, by level.
 
         Raises:
-            InvalidArgumentError: it is infinite here.
+            InvalidArgumentError: the gradient is infinite on this pair.
         """
         parts = [
             [
@@ -68,21 +68,21 @@ class Case:
 
 @dataclass(frozen=True)
 class Scenario:
-    """What the rollouts look like that a loss is audited on.
+    """What the rollouts look like on which a loss is audited.
 
     Attributes:
         batch_size: rollouts that the loss sees at once.
         eos: the token that ends a rollout early; None for a fixed length.
-        off_policy: standard deviation of the noise on the logits of the policy that samples; 0 for the student itself.
+        off_policy: standard deviation of the noise on the logits of the sampling policy; 0: the student samples.
         seed: seed of the panel.
-        prompts: number of prompts. From 2 on, a prompt of one token, drawn from a distribution of its own, precedes
-            the response: position 0, written by the environment.
+        prompts: number of prompts. From 2 on, a prompt of one token, drawn from its own distribution, precedes the
+            response: position 0, written by the environment.
         environment: positions of the response, counted from 0 after the prompt, whose tokens an environment writes.
-            The response gets longer where the student would not have the last word.
+            The response is lengthened if the student would not write its last token.
         shared_prompt: whether the rollouts of a batch answer one prompt, as a group of GRPO does.
 
     Raises:
-        InvalidArgumentError: a value out of range.
+        InvalidArgumentError: a value is out of range.
     """
 
     batch_size: Positive = 1
@@ -95,25 +95,20 @@ class Scenario:
 
     def __post_init__(self) -> None:
         for name, lowest in (("batch_size", 1), ("seed", 0), ("prompts", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
-                raise InvalidArgumentError(name, f"must be a whole number of at least {lowest}, got {value!r}")
+            check_integer(name, getattr(self, name), lowest)
         if not 0.0 <= self.off_policy < float("inf"):
             raise InvalidArgumentError("off_policy", f"must be a finite number of at least 0, got {self.off_policy!r}")
         for n in self.environment:
-            if isinstance(n, bool) or not isinstance(n, int) or not 0 <= n <= _LAST_WRITTEN:
-                raise InvalidArgumentError(
-                    "environment", f"must hold positions from 0 to {_LAST_WRITTEN} only, got {n!r}"
-                )
+            check_integer("environment", n, 0, _LAST_WRITTEN)
 
     @property
     def single(self) -> Scenario:
-        """The same for one rollout at a time."""
+        """The same scenario, one rollout at a time."""
         return replace(self, batch_size=1)
 
     @property
     def coupled(self) -> bool:
-        """Whether the loss sees more than one rollout at once."""
+        """Whether the loss sees several rollouts at once."""
         return self.batch_size > 1
 
     @property
@@ -126,11 +121,11 @@ class Scenario:
         return dict(vars(self))
 
     def behavior(self, student: TabularPolicy, seed: int) -> TabularPolicy | None:
-        """The policy that samples in the student's place, or None on-policy."""
+        """The policy that samples instead of the student, or None on-policy."""
         return student.perturbed(self.off_policy, seed=seed) if self.off_policy else None
 
     def pairs(self) -> list[Case]:
-        """The panel: six pairs of one size, from nearly equal to far apart, small enough for the batch size.
+        """The panel: six pairs, from nearly equal to far apart, small enough for the batch size.
 
         Raises:
             InvalidArgumentError: there are more prompts than tokens.
@@ -159,7 +154,7 @@ class Scenario:
         return Case(student, teacher, behavior, f"sharpness {scale:g}, distance {distance:g}")
 
     def _size(self) -> tuple[int, int]:
-        """The largest vocabulary and horizon whose batches are affordable."""
+        """The largest vocabulary and horizon whose batches can be enumerated."""
         longest = 2 + max(self.environment, default=-1)
         sizes = [(v, max(horizon, longest)) for v, horizon in (_BATCHED if self.coupled else (_SINGLE,))]
         counts = {size: self._batches(*size) for size in sizes}
@@ -176,7 +171,7 @@ class Scenario:
         return size
 
     def _batches(self, vocab_size: int, horizon: int) -> int:
-        """Batches up to symmetry, of sequences of full length."""
+        """The number of batches of full-length sequences, up to the order of the rollouts."""
         sequences = vocab_size**horizon
         if self.shared_prompt:
             return self.prompts * count_batches(sequences, self.batch_size)
@@ -195,12 +190,12 @@ class Scenario:
 
 
 def count_batches(sequences: int, batch_size: int) -> int:
-    """The number of batches of so many sequences, up to the order of the rollouts."""
+    """The number of batches drawn from `sequences` sequences, up to the order of the rollouts."""
     return math.comb(sequences + batch_size - 1, batch_size)
 
 
 def _with_prompts(policy: TabularPolicy, prompts: int) -> TabularPolicy:
-    """The policy with all but the first tokens excluded from position 0."""
+    """The policy with only the first `prompts` tokens possible at position 0."""
     first = policy.logits[0].clone()
     first[:, prompts:] = -torch.inf
     return TabularPolicy([first, *policy.logits[1:]], eos=policy.eos, environment=policy.environment)

@@ -76,10 +76,10 @@ def add_parser(commands: Commands) -> None:
 def run(options: argparse.Namespace) -> int:
     """Audit the loss and return the exit status."""
     from opdtheory.auditing import audit
-    from opdtheory.auditing.known_biases import judge, read_baseline
+    from opdtheory.auditing.known_biases import judge, read_known
     from opdtheory.auditing.views.terminal import print_audit
 
-    known = {} if options.baseline is None else read_baseline(options.baseline)
+    known = {} if options.baseline is None else read_known(options.baseline)
     loss = _as_loss(load_loss(options.loss), options.call)
     claim = _claim(options, loss)
     report = audit(loss, name=options.loss, **claim)
@@ -100,14 +100,14 @@ def _write_files(
     options: argparse.Namespace, report: Audit, objective: str | Divergence
 ) -> tuple[list[Path], dict[str, KnownVerdict]]:
     """Write the page and the record that the options name, and return their paths and the record."""
-    from opdtheory.auditing.known_biases import KnownVerdict, write_baseline
+    from opdtheory.auditing.known_biases import KnownVerdict, write_known
     from opdtheory.auditing.views import write_audit
 
     recorded = {} if options.write_baseline is None else {_key(options.loss, report): KnownVerdict.of(report)}
     written = []
     try:
         if recorded:
-            written.append(write_baseline(options.write_baseline, recorded))
+            written.append(write_known(options.write_baseline, recorded))
         if options.html is not None:
             written.append(write_audit(report, options.html, divergence=objective))
     except OSError as error:
@@ -123,18 +123,11 @@ def _key(target: str, report: Audit) -> str:
 def _claim(options: argparse.Namespace, loss: object) -> dict[str, Any]:
     """The settings of the audit: those of the command line, else those of the loss's claim, else the defaults."""
     claim = getattr(loss, "claim", None)
-    objective, granularity, gamma = ("reverse_kl", "token_local", 1.0)
+    stated = {"objective": "reverse_kl", "granularity": "token_local", "gamma": 1.0}
     if claim is not None:
-        objective, granularity, gamma = claim.divergence, claim.granularity, claim.gamma
-    return {
-        "objective": options.objective if options.objective is not None else objective,
-        "granularity": options.granularity or granularity,
-        "gamma": options.gamma if options.gamma is not None else gamma,
-        "batch_size": options.batch_size,
-        "eos": options.eos,
-        "off_policy": options.off_policy,
-        "seed": options.seed,
-    }
+        stated = {"objective": claim.divergence, "granularity": claim.granularity, "gamma": claim.gamma}
+    given = {name: getattr(options, name) for name in (*stated, "batch_size", "eos", "off_policy", "seed")}
+    return {**given, **{name: value for name, value in stated.items() if given[name] is None}}
 
 
 def _as_loss(function: Callable[..., Any], call: str | None) -> Callable[[Rollouts], Any]:

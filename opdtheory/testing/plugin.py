@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LossAudit", "pytest_addoption", "pytest_configure"]
 
-# Under these keys an item hands its finding to the process that reports, which may be another one (pytest-xdist).
+# Keys under which an item passes its finding to the process that reports, which may be another one (pytest-xdist).
 _STATUS, _DETAIL, _RECORD = "opd_status", "opd_detail", "opd_record"
 
 _SHORT = {
@@ -33,18 +33,22 @@ _SHORT = {
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the options."""
+    """Add the command-line options."""
     group = parser.getgroup("opd", "opdtheory: audits of distillation losses")
     group.addoption("--opd-audit", action="store_true", help="audit the functions marked with opd_loss")
-    group.addoption("--opd-baseline", metavar="FILE", help="known biases: those pass, a new one or one that grew fails")
     group.addoption(
-        "--opd-write-baseline", metavar="FILE", help="record what the audits find in FILE, and pass; adds to the file"
+        "--opd-baseline", metavar="FILE", help="file of known biases: those pass, a new one or one that grew fails"
+    )
+    group.addoption(
+        "--opd-write-baseline",
+        metavar="FILE",
+        help="record what the audits find in FILE, beside what it holds, and pass",
     )
     group.addoption("--opd-report", metavar="DIR", help="write a page of each audit into DIR")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Start collecting and reporting audits if they were asked for."""
+    """Register the audits if they were asked for."""
     config.addinivalue_line("markers", "opd_audit: an audit of a loss, made by `pytest --opd-audit`")
     given = [
         f"--{name.replace('_', '-')}"
@@ -58,7 +62,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class LossAudit(pytest.Item):
-    """One audit: a marked function and one of its marks."""
+    """One audit: a marked function with one of its marks."""
 
     def __init__(self, *, loss: Any, claim: LossClaim, audits: _Audits, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -66,7 +70,7 @@ class LossAudit(pytest.Item):
         self.add_marker("opd_audit")
 
     def runtest(self) -> None:
-        """Audit the loss and hold the verdict against the mark and the baseline."""
+        """Audit the loss and compare the verdict with the mark and with the record."""
         from opdtheory.auditing import audit
         from opdtheory.errors import InvalidArgumentError
 
@@ -74,7 +78,9 @@ class LossAudit(pytest.Item):
         settings = {"name": self.name.partition("[")[0], **claim.settings}
         unknown = sorted(set(settings) - set(inspect.signature(audit).parameters))
         if unknown:
-            raise InvalidArgumentError("opd_loss", f"{', '.join(unknown)}: opdtheory.audit has no such setting")
+            raise InvalidArgumentError(
+                "opd_loss", f"must hold settings of opdtheory.audit only, got {', '.join(unknown)}"
+            )
         report = audit(self.loss, claim.claims, claim.granularity, **settings)
         judgement = self.audits.judge(self.nodeid, report, claim)
         self.user_properties.append((_STATUS, judgement.status if judgement.status in _SHORT else ""))
@@ -85,52 +91,52 @@ class LossAudit(pytest.Item):
             raise _AuditFailed(_failure(report, claim, judgement))
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
-        """The audit's text in place of a traceback; of a loss that cannot be audited, the reason."""
+        """The audit's text instead of a traceback; for a loss that cannot be audited, the reason."""
         from opdtheory.errors import OpdTheoryError
 
         if isinstance(excinfo.value, _AuditFailed):
             return str(excinfo.value)
         if isinstance(excinfo.value, OpdTheoryError):
             return f"{self.name} cannot be audited: {excinfo.value}"
-        # From the audit on, without pytest's own frames above it.
+        # The frames from the audit on, without those of pytest above.
         excinfo.traceback = excinfo.traceback.cut(path=__file__)
         return super().repr_failure(excinfo, style)
 
     def reportinfo(self) -> tuple[Path, int | None, str]:
-        """Where the marked function stands."""
+        """Where the marked function is defined."""
         line = getattr(getattr(self.loss, "__code__", None), "co_firstlineno", None)
         return self.path, None if line is None else line - 1, f"opd-audit {self.name}"
 
 
 class _AuditFailed(Exception):
-    """The verdict is not the one that the mark or the baseline names."""
+    """The verdict is neither the one of the mark nor the recorded one."""
 
 
 class _Audits:
-    """The hooks that act with `--opd-audit` only, and the files of the run."""
+    """The hooks that act only with `--opd-audit`, and the files of the run."""
 
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
-        self.baseline = _path(config, "opd_baseline")
-        self.written = _path(config, "opd_write_baseline")
+        self.known_file = _path(config, "opd_baseline")
+        self.written_file = _path(config, "opd_write_baseline")
         self.pages = _path(config, "opd_report")
         self.known: dict[str, KnownVerdict] = {}
         self.found: dict[str, tuple[str, str, str]] = {}
 
     def pytest_sessionstart(self) -> None:
-        """Read the baseline before anything is audited: a wrong file is a usage error."""
-        if self.baseline is None:
+        """Read the file of known biases before anything is audited: a wrong file is a usage error."""
+        if self.known_file is None:
             return
-        from opdtheory.auditing.known_biases import read_baseline
+        from opdtheory.auditing.known_biases import read_known
         from opdtheory.errors import InvalidArgumentError
 
         try:
-            self.known = read_baseline(self.baseline)
+            self.known = read_known(self.known_file)
         except InvalidArgumentError as error:
             raise pytest.UsageError(f"--opd-{error}") from None
 
     def pytest_pycollect_makeitem(self, collector: pytest.Collector, name: str, obj: object) -> Any:
-        """One item for each mark of a function in a module."""
+        """Collect one item for each mark of a function in a module."""
         from opdtheory.testing.marks import claims_of
 
         claims = claims_of(obj) if isinstance(collector, pytest.Module) else ()
@@ -145,22 +151,22 @@ class _Audits:
         ]
 
     def judge(self, key: str, report: Audit, claim: LossClaim) -> Judgement:
-        """The audit against its mark and the record of that name."""
+        """Compare the audit with its mark and with the record of that name."""
         from opdtheory.auditing.known_biases import Judgement, judge
 
         judgement = judge(report, self.known.get(key), claim.is_met_by)
-        if self.written is not None and not judgement.passes:
+        if self.written_file is not None and not judgement.passes:
             return Judgement("recorded", judgement.detail)
         return judgement
 
     def record(self, report: Audit) -> str:
-        """What the baseline would say of this audit, as text."""
+        """The record of an audit as text."""
         from opdtheory.auditing.known_biases import KnownVerdict
 
         return json.dumps(vars(KnownVerdict.of(report)))
 
     def write_page(self, key: str, report: Audit, claim: LossClaim) -> None:
-        """The page of one audit, named after it, if pages were asked for."""
+        """Write the page of an audit, named after it, if pages were asked for."""
         if self.pages is not None:
             from opdtheory.auditing.views import write_audit
 
@@ -168,7 +174,7 @@ class _Audits:
             write_audit(report, self.pages / f"{_file_name(key)}.html", divergence=divergence)
 
     def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, Any] | None:
-        """Count what is on record apart from what is as claimed."""
+        """Count recorded biases apart from losses that keep their claim."""
         status = dict(getattr(report, "user_properties", ())).get(_STATUS)
         if report.when != "call" or not report.passed or status not in _SHORT:
             return None
@@ -176,22 +182,22 @@ class _Audits:
         return category, letter, (word, {"yellow": True})
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Keep the findings, in the process that reports."""
+        """Keep the findings in the process that reports."""
         found = dict(report.user_properties)
         if report.when == "call" and _RECORD in found:
             self.found[report.nodeid] = (str(found[_STATUS]), str(found[_DETAIL]), str(found[_RECORD]))
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self) -> None:
-        """Write the baseline, once all findings are in."""
-        if self.written is None or hasattr(self.config, "workerinput"):
+        """Write the file of known biases once all findings are in."""
+        if self.written_file is None or hasattr(self.config, "workerinput"):
             return
-        from opdtheory.auditing.known_biases import KnownVerdict, write_baseline
+        from opdtheory.auditing.known_biases import KnownVerdict, write_known
 
-        write_baseline(self.written, {key: KnownVerdict(**json.loads(found[2])) for key, found in self.found.items()})
+        write_known(self.written_file, {key: KnownVerdict(**json.loads(found[2])) for key, found in self.found.items()})
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        """List what passes for its record alone, and what the record no longer has to say."""
+        """List what passes only because it is recorded, and the records that are out of date."""
         lines = list(self._lines())
         if lines:
             terminalreporter.section("opd-audit")
@@ -202,8 +208,8 @@ class _Audits:
         for key, (status, detail, _) in self.found.items():
             if status in _SHORT:
                 yield f"{_SHORT[status][2]} {key}: {detail}"
-        if self.written is not None:
-            yield f"wrote {len(self.found)} verdicts to {self.written}"
+        if self.written_file is not None:
+            yield f"wrote {len(self.found)} verdicts to {self.written_file}"
         if self.pages is not None:
             yield f"wrote {len(self.found)} pages to {self.pages}"
 
@@ -219,12 +225,12 @@ def _failure(report: Audit, claim: LossClaim, judgement: Judgement) -> str:
 
 def _path(config: pytest.Config, option: str) -> Path | None:
     value = config.getoption(option)
-    # Tests may change the working directory; what the user typed was meant where pytest was called.
+    # Tests may change the working directory; the path is relative to where pytest was called.
     return None if value is None else config.invocation_params.dir / value
 
 
 def _file_name(key: str) -> str:
-    """A node's id as a file name; what it loses stays apart by a digest."""
+    """A node's id as a file name; a digest keeps ids distinct that differ only in replaced characters."""
     import hashlib
 
     plain = re.sub(r"[^\w.=-]+", "_", key).strip("_")

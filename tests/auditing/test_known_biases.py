@@ -1,4 +1,4 @@
-"""The baseline file: a known bias passes, a new one fails, one that vanished is reported."""
+"""Files of known biases: a known bias passes, a new one fails, one that vanished is reported."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from opdtheory.auditing import Audit
-from opdtheory.auditing.known_biases import STATUSES, KnownVerdict, judge, read_baseline, write_baseline
+from opdtheory.auditing.known_biases import STATUSES, KnownVerdict, judge, read_known, write_known
 from opdtheory.errors import InvalidArgumentError
 from tests.auditing.verdicts import audit
 from tests.losses import k2, k3
@@ -82,47 +82,47 @@ def test_a_record_of_another_claim_or_setting_does_not_count(other):
 
 def test_a_file_gives_back_what_it_was_given(tmp_path, faithful, other):
     path = tmp_path / "deep" / "known.json"
-    write_baseline(path, {"k3": KnownVerdict.of(other)})
+    write_known(path, {"k3": KnownVerdict.of(other)})
     first = path.read_text(encoding="utf-8")
-    found = read_baseline(path)
+    found = read_known(path)
     assert judge(other, found["k3"]).status == "known"
     # Another loss joins; the same one changes nothing.
-    write_baseline(path, {"k2": KnownVerdict.of(faithful)})
-    assert list(read_baseline(path)) == ["k2", "k3"] and read_baseline(path)["k3"] == found["k3"]
-    write_baseline(path, {"k2": KnownVerdict.of(faithful)})
+    write_known(path, {"k2": KnownVerdict.of(faithful)})
+    assert list(read_known(path)) == ["k2", "k3"] and read_known(path)["k3"] == found["k3"]
+    write_known(path, {"k2": KnownVerdict.of(faithful)})
     assert json.loads(path.read_text(encoding="utf-8"))["losses"]["k3"] == json.loads(first)["losses"]["k3"]
-    assert read_baseline(path)["k2"].relative_bias == 0.0  # rounding is no part of a record
+    assert read_known(path)["k2"].relative_bias == 0.0  # rounding is no part of a record
 
 
 def test_an_infinite_bias_is_recorded(tmp_path, other):
     endless = dataclasses.replace(other, relative_bias=float("inf"))
-    path = write_baseline(tmp_path / "known.json", {"a": KnownVerdict.of(endless)})
-    assert read_baseline(path)["a"].relative_bias == float("inf")
-    assert judge(endless, read_baseline(path)["a"]).status == "known"
-    assert judge(other, read_baseline(path)["a"]).status == "known"
+    path = write_known(tmp_path / "known.json", {"a": KnownVerdict.of(endless)})
+    assert read_known(path)["a"].relative_bias == float("inf")
+    assert judge(endless, read_known(path)["a"]).status == "known"
+    assert judge(other, read_known(path)["a"]).status == "known"
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         (None, "cannot be read"),
-        ("{", "is no JSON"),
-        ("[]", "baseline_version None"),
-        ('{"baseline_version": 99, "losses": {}}', "baseline_version 99"),
-        ('{"baseline_version": 1}', "no object 'losses'"),
-        ('{"baseline_version": 1, "losses": {"k3": {"objective": "jsd"}}}', "'k3' is not whole"),
-        ('{"baseline_version": 1, "losses": {"k3": []}}', "'k3' is not whole"),
+        ("{", "is not JSON"),
+        ("[]", "must have baseline_version 1, got None"),
+        ('{"baseline_version": 99, "losses": {}}', "must have baseline_version 1, got 99"),
+        ('{"baseline_version": 1}', "must have an object 'losses', got None"),
+        ('{"baseline_version": 1, "losses": {"k3": {"objective": "jsd"}}}', "'k3' is incomplete"),
+        ('{"baseline_version": 1, "losses": {"k3": []}}', "'k3' is incomplete"),
     ],
 )
-def test_what_is_no_baseline_is_refused(tmp_path, text, message, other):
+def test_what_is_no_file_of_known_biases_is_refused(tmp_path, text, message, other):
     path: Path = tmp_path / "known.json"
     if text is not None:
         path.write_text(text, encoding="utf-8")
     with pytest.raises(InvalidArgumentError, match=message):
-        read_baseline(path)
+        read_known(path)
     if text is not None:
         with pytest.raises(InvalidArgumentError, match=message):
-            write_baseline(path, {"k3": KnownVerdict.of(other)})
+            write_known(path, {"k3": KnownVerdict.of(other)})
         assert path.read_text(encoding="utf-8") == text
 
 

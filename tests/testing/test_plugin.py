@@ -147,9 +147,9 @@ def test_a_known_bias_passes_one_that_grew_fails_one_that_vanished_is_told(pytes
         assert known.ret == 0
         grew = outcome(biased.format(0.2), "--opd-baseline", "known.json")
         grew.assert_outcomes(failed=1)
-        grew.stdout.fnmatch_lines(["the bias is larger than the one that the baseline records: it was biased with*"])
+        grew.stdout.fnmatch_lines(["the bias is larger than the one in the file of known biases: it was biased with*"])
         gone = outcome(biased.format(0.0), "--opd-baseline", "known.json")
-        gone.stdout.fnmatch_lines(["VANISHED test_mine.py::mine*update the baseline", "*1 vanished*"])
+        gone.stdout.fnmatch_lines(["VANISHED test_mine.py::mine*update the file of known biases", "*1 vanished*"])
         assert gone.ret == 0
     finally:
         monkey.undo()

@@ -210,7 +210,7 @@ class Search:
             exact = exact + coefficient * more[0].mean
             found += more
         if float(exact.norm()) == 0.0:
-            raise InvalidArgumentError("divergence", f"{objective.label} has a zero gradient everywhere")
+            raise InvalidArgumentError("objective", f"must have a nonzero gradient, got {objective.label}")
         tables = _catalogue(case, sampler, objective.granularity)
         mine = {divergence.name for _, divergence in objective.terms}
         others = [t for (name, where), t in tables.items() if name in mine or where == objective.granularity]

@@ -65,5 +65,5 @@ def test_bad_settings() -> None:
     weight = recover_weight(loss, Scenario())
     with pytest.raises(InvalidArgumentError, match="tolerance: must be positive, got 0.0"):
         dependence(loss, weight, Scenario(), tolerance=0.0)
-    with pytest.raises(InvalidArgumentError, match="batch_size: must be a whole number of at least 1, got 0"):
+    with pytest.raises(InvalidArgumentError, match="batch_size: must be an integer of at least 1, got 0"):
         dependence(loss, weight, Scenario(batch_size=0))

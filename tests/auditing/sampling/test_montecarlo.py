@@ -192,7 +192,7 @@ def test_words_claim_what_was_certified() -> None:
         ({"confidence": 1.0}, "confidence"),
         ({"max_batches": 0}, "max_batches"),
         ({"seconds": 0.0}, "seconds"),
-        ({"divergence": opd.divergences.skew_jsd(0.0)}, "divergence"),
+        ({"divergence": opd.divergences.skew_jsd(0.0)}, "objective: must have a nonzero gradient"),
     ],
 )
 def test_bad_settings_are_named(settings: dict, argument: str) -> None:
