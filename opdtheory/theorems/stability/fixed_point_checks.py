@@ -43,12 +43,10 @@ __all__ = ["ABOVE", "BELOW", "clamp", "identities"]
 
 # Whether the teacher is the only fixed point under clamp(w, a, b), given a, b and w(1).
 ClampRule = Callable[[Fraction, Fraction, Fraction], bool]
-
 # The same under w(clamp(log u, log low, log high)).
 RangeRule = Callable[[Fraction, Fraction], bool]
 
 BELOW = tuple(map(Fraction, ("1/50", "1/4", "1/2", "3/4", "19/20", "99/100")))
-
 ABOVE = tuple(map(Fraction, ("101/100", "21/20", "5/4", "3/2", "2", "4", "30")))
 
 # Ends of clip intervals: each is the w(1) of a check, or further from it than the weights of the ratios next to one.
