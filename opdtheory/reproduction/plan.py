@@ -45,33 +45,22 @@ _CLIPPED = ("opd", "opd_plus", "opd_plus_centred")  # the estimators that clip t
 
 _JSD_CURED = "u*log(u)/2 - (u+1)*log((u+1)/2)/2 - log(2)/2*(u-1)"
 OPTIMAL = "optimal"
+_EXACT_OPD = {"control": "exact_opd", "clip_log_ratio": _CLIP}
+_REVERSE_KL = {"estimator": "opd", "divergence": "reverse_kl"}
 
 CONTROLS: dict[str, dict[str, Any]] = {
     "forward_kl -7(u-1)/opd": {"estimator": "opd", "divergence": "u*log(u) - 7*(u-1)"},
     "forward_kl -2(u-1)/opd": {"estimator": "opd", "divergence": "u*log(u) - 2*(u-1)"},
     "jsd -log(2)/2(u-1)/opd": {"estimator": "opd", "divergence": _JSD_CURED},
-    "forward_kl/opd, whole vocabulary": {
-        "control": "exact_opd",
-        "divergence": "forward_kl",
-        "clip_log_ratio": _CLIP,
-    },
-    "jsd/opd, whole vocabulary": {"control": "exact_opd", "divergence": "jsd", "clip_log_ratio": _CLIP},
+    "forward_kl/opd, whole vocabulary": {"divergence": "forward_kl", **_EXACT_OPD},
+    "jsd/opd, whole vocabulary": {"divergence": "jsd", **_EXACT_OPD},
     "supervised": {"control": "supervised"},
     "constant advantage -1": {"control": "constant_advantage", "advantage": -1.0},
     "sign": {"estimator": "sign"},
     "forward_kl/opd_plus_centred": {"estimator": "opd_plus_centred", "divergence": "forward_kl"},
-    "reverse_kl/opd, optimal baseline": {
-        "estimator": "opd",
-        "divergence": "reverse_kl",
-        "baseline": "constant",
-        "baseline_value": OPTIMAL,
-    },
-    "reverse_kl/opd, vocabulary baseline": {
-        "estimator": "opd",
-        "divergence": "reverse_kl",
-        "baseline": "vocabulary",
-    },
-    "reverse_kl/opd, no clip": {"estimator": "opd", "divergence": "reverse_kl", "clip_log_ratio": None},
+    "reverse_kl/opd, optimal baseline": {**_REVERSE_KL, "baseline": "constant", "baseline_value": OPTIMAL},
+    "reverse_kl/opd, vocabulary baseline": {**_REVERSE_KL, "baseline": "vocabulary"},
+    "reverse_kl/opd, no clip": {**_REVERSE_KL, "clip_log_ratio": None},
 }
 # The same arm on other rollouts, to see how much two runs with one expected gradient differ.
 TWINS = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from opdtheory.errors import InvalidArgumentError
+from opdtheory.training.batches import task_prompts
 from opdtheory.training.config import TrainConfig
 from opdtheory.training.distributed import Processes
 from opdtheory.training.models.language_model import LanguageModel, check_same_vocabulary
@@ -33,7 +33,7 @@ def load_models(
         own = _pair(config, task, team)
         student, teacher = own[0] if student is None else student, own[1] if teacher is None else teacher
     check_same_vocabulary(student, teacher)
-    _check_task(student, task)
+    task_prompts(student, task.examples("train", 1, 0))  # raises if the student cannot encode prompts
     dtype = getattr(torch, config.dtype)
     return student.to(team.device, dtype), teacher.to(team.device, dtype).requires_grad_(False)
 
@@ -52,13 +52,3 @@ def _pair(config: TrainConfig, task: Task, team: Processes) -> tuple[LanguageMod
     pair = load_pair(task, config.pair_seed, cache=config.cache) if team.is_first else None
     team.wait()
     return load_pair(task, config.pair_seed, cache=config.cache) if pair is None else pair
-
-
-def _check_task(student: LanguageModel, task: Task) -> None:
-    for example in task.examples("train", 1, 0):
-        try:
-            student.vocabulary.encode(example.prompt)
-        except InvalidArgumentError as error:
-            raise InvalidArgumentError(
-                "student", f"must encode the prompts of the task {task.name}, such as {example.prompt!r}; {error}"
-            ) from None

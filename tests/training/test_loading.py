@@ -13,5 +13,5 @@ from tests.training.runs import config, model, untrained
 def test_models_that_do_not_fit_are_refused() -> None:
     with pytest.raises(InvalidArgumentError, match="vocabulary"):
         opd.train(config(), student=model(0), teacher=untrained(Addition(), 0), task=Addition(2))
-    with pytest.raises(InvalidArgumentError, match="must encode the prompts of the task tools"):
+    with pytest.raises(InvalidArgumentError, match="task: must have prompts in the student's vocabulary"):
         opd.train(config(), student=model(0), teacher=model(1), task=Tools())
