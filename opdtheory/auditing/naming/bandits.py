@@ -1,4 +1,4 @@
-"""One-step pairs of policies whose log-ratios are chosen, from which a weight is recovered."""
+"""One-step pairs of policies with given log-ratios, from which a weight is recovered."""
 
 from __future__ import annotations
 
@@ -9,43 +9,43 @@ from torch import Tensor
 from opdtheory.auditing.scenario import Case, Scenario, count_batches
 from opdtheory.exact import TabularPolicy
 
-__all__ = ["STEP", "bandit_parts", "bandits", "far_bandit", "far_grid", "is_dear", "log_u_grid"]
+__all__ = ["STEP", "bandit_parts", "bandits", "far_bandit", "far_grid", "is_expensive", "log_u_grid"]
 
 _BANDIT_EVALUATIONS = 250
 
-# Points that a grid has at least, and batches of so many tokens that a bandit may cost where sampling would do.
+# The fewest points of a grid, and the most batches of them that a bandit may take where sampling is possible.
 _FEWEST_POINTS = 5
 _AFFORDABLE_BATCHES = 1_000
 
-# Batch size from which the grid is split into bandits of three tokens, and its wide points then.
+# The batch size from which the grid is split into bandits of three tokens, and the number of its wide points then.
 _SPLIT_FROM = 3
 _SPLIT_POINTS = 17
 
-# Points of the wide part of the grid, odd, and its end.
+# The number of wide points of the grid, which is odd, and the end of the grid.
 _GRID_POINTS = 33
 _GRID_LIMIT = 4.0
 
-# Log-ratios beyond the grid, of either sign, at which a formula is tried and clamps are looked for.
+# Log-ratios beyond the grid, of either sign, at which formulas are tested and clamps are searched for.
 _FAR = (4.5, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 10.5, 11.0, 11.5, 12.0)
 
-# Share of the teacher's distribution (above) or of the student's (below) that a far token has.
+# Probability of a far token under the distribution that favours it.
 _FAR_SHARE = 0.02
 
-# Keeps the wide points a millionth off the round log-ratios at which losses clip: on such a bound, rounding alone
-# would decide on which side a token falls.
+# Keeps the wide points a millionth away from the round log-ratios at which losses clip: on such a bound, rounding
+# alone would decide on which side a token falls.
 _OFF_ROUND = 1.0 + 2.0**-20
 
-# Spacing of the four points around 0 from which the slope at the teacher is taken.
+# Spacing of the points around 0 from which the slope at the teacher is computed.
 STEP = 0.01
 
 
-def is_dear(batch_size: int) -> bool:
-    """Whether recovering the weight of a loss that couples batches of this size takes seconds."""
+def is_expensive(batch_size: int) -> bool:
+    """Whether it takes seconds to recover the weight of a loss that couples batches of this size."""
     return count_batches(_FEWEST_POINTS, batch_size) > _AFFORDABLE_BATCHES
 
 
 def log_u_grid(batch_size: int = 1) -> Float[Tensor, " points"]:
-    """Log-ratios at which the weight is recovered: symmetric, 0 in the middle, `STEP` and `2 STEP` beside it."""
+    """Log-ratios at which the weight is recovered: symmetric around 0, with `STEP` and `2 STEP` next to it."""
     wide = _GRID_POINTS if batch_size < _SPLIT_FROM else _SPLIT_POINTS  # 0 is in both parts
     while batch_size > 1 and wide > 1 and _bandit_evaluations(wide + 4, batch_size) > _BANDIT_EVALUATIONS:
         wide -= 2
@@ -55,9 +55,9 @@ def log_u_grid(batch_size: int = 1) -> Float[Tensor, " points"]:
 
 
 def bandit_parts(batch_size: int) -> list[Float[Tensor, " points"]]:
-    """The grid in parts that are symmetric and hold 0, each for bandits of its own.
+    """The grid in symmetric parts that contain 0, each for its own bandits.
 
-    Batches of three and more out of few tokens are few: three at a time, `(-t, 0, t)`, cover a fine grid.
+    There are few batches over three tokens, so parts `(-t, 0, t)` cover a fine grid even for large batches.
     """
     log_u = log_u_grid(batch_size)
     if batch_size < _SPLIT_FROM:
@@ -66,37 +66,36 @@ def bandit_parts(batch_size: int) -> list[Float[Tensor, " points"]]:
 
 
 def _bandit_evaluations(points: int, batch_size: int) -> int:
-    """Batches that the bandits of one distribution take."""
+    """The number of batches that the bandits of one student take."""
     if batch_size < _SPLIT_FROM:
         return count_batches(points, batch_size)
     return points // 2 * count_batches(3, batch_size)
 
 
 def far_grid(sign: int) -> Float[Tensor, " points"]:
-    """Log-ratios of one sign from the end of the grid on, outwards."""
+    """Log-ratios of one sign, from the end of the grid outwards."""
     return sign * _OFF_ROUND * torch.tensor((_GRID_LIMIT, *_FAR), dtype=torch.float64)
 
 
 def far_bandit(log_u: Float[Tensor, " points"], scenario: Scenario) -> Case:
-    """A one-step pair whose tokens have the log-ratios given, all of one sign, and a last one that balances the distributions.
+    """A one-step pair with one token for each log-ratio, all of one sign, and a last token that takes the rest.
 
-    All but that one have a small share in the distribution that favours them, so that none outweighs the others.
+    The other tokens have a small probability under the distribution that favours them, so none outweighs the others.
     """
     share = torch.full_like(log_u, _FAR_SHARE)
     p, q = (share * (-log_u).exp(), share) if bool((log_u > 0).all()) else (share, share * log_u.exp())
     student, teacher = (
-        TabularPolicy([torch.cat([distribution, 1.0 - distribution.sum(0, keepdim=True)]).log().unsqueeze(0)])
-        for distribution in (p, q)
+        TabularPolicy([torch.cat([row, 1.0 - row.sum(0, keepdim=True)]).log().unsqueeze(0)]) for row in (p, q)
     )
     behavior = scenario.behavior(student, scenario.seed + 1)
     return Case(student, teacher, behavior, "far bandit")
 
 
 def bandits(log_u: Float[Tensor, " points"], scenario: Scenario) -> list[Case]:
-    r"""One-step pairs with one token per grid point, whose log-ratios are the grid exactly.
+    r"""One-step pairs with one token per grid point, whose log-ratios are exactly the grid.
 
     With $p_a \propto r_a e^{-t_a/2}$, $q_a \propto r_a e^{t_a/2}$ and both $t$ and $r$ symmetric about the
-    middle, the normalisers agree and $\log u_a = t_a$. Different $r$ sweep $p$ apart from $u$.
+    middle, the normalisers agree and $\log u_a = t_a$. Different $r$ vary $p$ at the same $u$.
     """
     generator = torch.Generator().manual_seed(scenario.seed)
     cases = []
