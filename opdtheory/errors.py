@@ -8,15 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = [
-    "BudgetExceededError",
-    "InvalidArgumentError",
-    "LossError",
-    "OpdTheoryError",
-    "TrainingError",
-    "check_between",
-    "check_integer",
-]
+# The public names; the checks below them are the library's own.
+__all__ = ["BudgetExceededError", "InvalidArgumentError", "LossError", "OpdTheoryError", "TrainingError"]
 
 
 class OpdTheoryError(Exception):
