@@ -62,7 +62,7 @@ def check_between(name: str, value: object, low: float = 0.0, high: float | None
     Raises:
         InvalidArgumentError: the value is out of range or not a number.
     """
-    inside = isinstance(value, Real) and not isinstance(value, bool) and low < value and (high is None or value < high)
-    if not inside:
+    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else low
+    if not low < number or (high is not None and not number < high):
         wanted = f"above {low:g}" if high is None else f"strictly between {low:g} and {high:g}"
         raise InvalidArgumentError(name, f"must be a number {wanted}, got {value!r}")
