@@ -187,6 +187,27 @@ def test_strategies_draw_it(label: str) -> None:
     assert drawn.label == ("skew_chi2(share=0.5)" if drawn.parameters else name)
 
 
+def test_a_generator_with_a_kink_is_one_entry_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_ENTRIES", dict(registry._ENTRIES))
+    kinked = entry(
+        "kinked",
+        lambda sympy, u: (u - 1) ** 2 + sympy.Abs(u - 1),
+        generator=Form(lambda t: torch.expm1(t) ** 2 + torch.expm1(t).abs(), 2.0, INF),
+        log_slope=Form(lambda t: torch.exp(t) * (2 * torch.expm1(t) + torch.sign(t)), 0.0, INF),
+        weight=Form(lambda t: torch.expm1(2 * t) + torch.sign(t), -2.0, INF),
+        curvature=Form(lambda t: 2 * torch.exp(2 * t), 0.0, INF),
+        curvature_slope=lambda t: 4 * torch.exp(2 * t),
+        slope_at_infinity=INF,
+        reference="this test",
+    )
+    settings = hypothesis.settings(max_examples=300, deadline=None, database=None, derandomize=True)
+    assert hypothesis.find(testing.divergences(), lambda d: d is kinked, settings=settings) is kinked
+    with pytest.raises(hypothesis.errors.NoSuchExample):
+        hypothesis.find(testing.divergences(smooth=True), lambda d: d is kinked, settings=settings)
+    loss = opd.estimator("opd_plus", "kinked")
+    assert opd.audit(loss, "kinked").verdict == "exact" and opd.audit(loss, "forward_kl").descends == "kinked"
+
+
 def test_theorems_are_checked_on_it(label: str) -> None:
     name = label.split("(")[0]
     expected = ["skew_chi2(share=0.2)", "skew_chi2(share=0.7)"] if name == "skew_chi2" else [name]
