@@ -31,7 +31,7 @@ def wilson(correct: int, total: int, level: float = 0.95) -> tuple[float, float]
         raise InvalidArgumentError("total", f"must be at least 1, got {total}")
     if not 0 <= correct <= total:
         raise InvalidArgumentError("correct", f"must be in [0, {total}], got {correct}")
-    return wilson_of_share(correct / total, total, level)
+    return wilson_of_share(correct / total, float(total), level)
 
 
 def wilson_of_share(share: float, count: float, level: float = 0.95) -> tuple[float, float]:
