@@ -1,4 +1,4 @@
-"""The tables of the experiment's page: every arm, what theory says of it, and baselines for the reverse KL."""
+"""The tables of the experiment's page: every arm, what theory says about it, and baselines for the reverse KL."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def theory(table: Sequence[Summary]) -> str:
         rows.append((f"`{name}`", str(readings[name]), *cells))
     return "\n\n".join(
         [
-            "## What theory says of each",
+            "## What theory says about each arm",
             "The weight is read on the log-ratios that the clip leaves. The bias is that of the estimator's expected "
             "gradient in the student's parameters, clip included, relative to the exact gradient of the divergence it "
             "is named after; both are summed over the whole vocabulary at the prefixes of 32 rollouts at the start. "

@@ -1,4 +1,4 @@
-r"""What theory says of an arm before it runs: its weight, whether a divergence has it, and which objective falls.
+r"""What theory says of an arm before it runs: its weight, whether that of a divergence, and which objective falls.
 
 By T4 an estimator with the local weight $w$ follows the exact gradient of $D_V$, where
 $V(u) = u \int_1^u w(t)/t^2\,\mathrm{d}t$, a genuine f-divergence if and only if $w$ never falls. With $s = \log u$

@@ -68,5 +68,5 @@ class TrainResult:
 
     @property
     def evaluations(self) -> list[dict[str, Any]]:
-        """The rows that hold an evaluation."""
+        """The rows with an evaluation."""
         return [row for row in self.rows if "greedy_accuracy" in row]

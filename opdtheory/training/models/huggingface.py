@@ -63,7 +63,7 @@ class TokenizerVocabulary(Vocabulary):
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def containing(self, characters: str) -> frozenset[int]:
-        """The tokens whose text holds any of the characters; the first call decodes the whole vocabulary."""
+        """The tokens whose text contains any of the characters; the first call decodes the whole vocabulary."""
         if characters not in self._containing:
             texts = self.tokenizer.batch_decode([[token] for token in range(len(self.tokenizer))])
             self._containing[characters] = frozenset(

@@ -1,4 +1,4 @@
-"""Whether an estimator's gradient in a language model's parameters is what theory predicts, also enumerated."""
+"""The gradient that an estimator gives a language model, compared with theory at prefixes or on every rollout."""
 
 from __future__ import annotations
 

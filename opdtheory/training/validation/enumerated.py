@@ -137,7 +137,7 @@ def _predicted_tables(estimator: Estimator, everything: Enumeration, grouped: bo
 
 
 def _whole_rollout_weight(estimator: Estimator, log_u: Tensor, mask: Tensor) -> Float[Tensor, "S T"]:
-    r"""T6: $\gamma^{n-1}[w(u_n) - \sum_{m>n}\gamma^{m-n} f(u_m)]$, the outer discount if asked for, or $w(U)$."""
+    r"""T6: $\gamma^{n-1}[w(u_n) - \sum_{m>n}\gamma^{m-n} f(u_m)]$, with the outer discount as an option, or $w(U)$."""
     options, divergence = estimator.settings, estimator.claim.divergence
     bound = options.get("clip_log_ratio", math.inf)
     log_u = log_u.clamp(-bound, bound)

@@ -6,7 +6,9 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
+
+from opdtheory.choices import Verdict
 
 __all__ = ["Validation"]
 
@@ -45,9 +47,9 @@ class Validation:
     """
 
     estimator: str
-    claimed: str
+    claimed: Verdict
     objective: str
-    method: str
+    method: Literal["prefixes", "enumeration"]
     rollouts: int
     prefixes: int
     parameters: int
@@ -112,7 +114,7 @@ class Validation:
             f"{self.estimator}: {self.verdict} with theory ({self.method}, {self.prefixes} prefixes, "
             f"{self.parameters} parameters)",
             f"  bias {self.bias:.3g} of the exact gradient of {self.objective}, predicted {self.predicted_bias:.3g}; "
-            f"off by {self.discrepancy:.1e}, of which rounding explains {self.tolerance:.0e}",
+            f"off by {self.discrepancy:.1e} (tolerance {self.tolerance:.0e})",
         ]
         if self.cosine is not None:
             lines.append(f"  cosine with the exact gradient {self.cosine:+.3f}")
