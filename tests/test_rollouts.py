@@ -266,6 +266,7 @@ def test_impossible_tokens_come_last():
     assert torch.isfinite(logprobs[..., :-1]).all()
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize("k", [0, -1, V + 1, 1.0, True, None])
 def test_k_out_of_range_is_refused(k):
     with pytest.raises(ValueError, match=rf"^k: must be an integer in \[1, {V}\], got {k!r}") as caught:
@@ -292,6 +293,7 @@ def test_the_student_at_impossible_tokens_is_finite_where_masked_only():
     assert float(at[1, 2, 0]) == 0.0 and int(torch.isneginf(at).sum()) == B * T - 1
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("ids", "words"),
     [
