@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from opdtheory.auditing.black_box import ZERO, BlackBox, name_of
+from opdtheory.auditing.black_box import INSISTS, ZERO, BlackBox, name_of
 from opdtheory.auditing.checks.numerics import numerics
 from opdtheory.auditing.checks.soundness import soundness
 from opdtheory.auditing.effects.dependence import dependence
@@ -187,8 +187,8 @@ def _is_separable(loss: Loss, scenario: Scenario, cases: list[Case] | None = Non
         return False
     except LossError:
         raise
-    except (AssertionError, IndexError, RuntimeError, TypeError, ValueError):
-        return False  # The loss may insist on its batch size.
+    except INSISTS:
+        return False
 
 
 def _exactly(

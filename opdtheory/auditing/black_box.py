@@ -8,10 +8,13 @@ from torch import Tensor
 from opdtheory.exact import Loss
 from opdtheory.rollouts import Rollouts
 
-__all__ = ["ZERO", "BlackBox", "name_of"]
+__all__ = ["INSISTS", "ZERO", "BlackBox", "name_of"]
 
 # A gradient this small relative to its own noise counts as zero.
 ZERO = 1e-12
+
+# What a loss that insists on its batch size may raise at another one.
+INSISTS = (AssertionError, IndexError, RuntimeError, TypeError, ValueError)
 
 # Relative error that rounding can leave in an exact expectation, by the dtype that the loss returns.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}

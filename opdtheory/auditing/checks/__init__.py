@@ -1,1 +1,1 @@
-"""What a sound loss has and the direction of its gradient does not show."""
+"""Properties of a sound loss that the direction of its gradient does not show."""

@@ -1,4 +1,4 @@
-"""Whether a loss's backward pass is the derivative of its value, and who is to blame if it is not."""
+"""Whether a loss's backward pass is the derivative of its value, and what is to blame if it is not."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ __all__ = ["BackwardReport", "backward_report"]
 
 _DIRECTIONS = 4
 
-# Central differences: truncation h^2 and rounding eps/h meet near the cube root of eps.
+# Steps of central differences: truncation h^2 and rounding eps/h balance near the cube root of eps.
 _STEP = {torch.float64: 1e-5, torch.float32: 5e-3}
 _COARSE_STEP = 5e-2
 
-# Relative disagreement that central differences themselves may have, by dtype.
+# Relative error of central differences themselves, by dtype.
 _LIMIT = {torch.float64: 1e-6, torch.float32: 1e-2}
 _COARSE_LIMIT = 0.2
 
-# The step is doubled once: what the difference moves by then is its own error, and a few times that is forgiven.
+# The step is doubled once; the change of the difference estimates its error, and this multiple of it is tolerated.
 _FORGIVEN = 4.0
 
-# Held while a class's `apply` takes notes; one thread may hold it several times.
+# Held while a class's `apply` is recorded; one thread may hold it several times.
 _RECORDING = threading.RLock()
 
 _LEAVES_AUTOGRAD = ("detach", "detach_", "item", "tolist", "numpy")
@@ -45,11 +45,11 @@ class BackwardReport:
 
     Attributes:
         error: largest disagreement over a few random directions, relative to the largest slope.
-        limit: disagreement that the differences themselves may have.
-        stopped: whether the loss was seen to take a tensor out of autograd.
+        limit: largest error that the differences themselves may have.
+        stopped: whether the loss takes a tensor out of autograd.
         custom: names of the hand-written autograd functions in the graph.
-        wrong: the hand-written functions whose backward differs from their own forward, with the relative error.
-        unseen: hand-written functions that could not be examined on their own.
+        wrong: relative error of each hand-written function whose backward disagrees with its forward.
+        unseen: names of the hand-written functions that could not be examined on their own.
     """
 
     error: float
@@ -67,14 +67,14 @@ def backward_report(
 
     $$\langle \nabla L, d \rangle \quad\text{against}\quad \frac{L(z + hd) - L(z - hd)}{2h}$$
 
-    Where they differ, every hand-written `torch.autograd.Function` of the graph is compared with its own forward in
-    the same way, and tensors that leave autograd (`detach`, `no_grad`, `.data`, `.item()`) are looked for.
+    If they differ, the backward of every hand-written `torch.autograd.Function` in the graph is compared with its own
+    forward in the same way. Tensors that leave autograd (`detach`, `no_grad`, `.data`, `.item()`) are noticed.
 
     Args:
-        loss: deterministic.
-        rollouts_of: a batch for given student logits, all else held fixed.
+        loss: a deterministic loss.
+        rollouts_of: the batch for given student logits, all else fixed.
         at: the logits, float64.
-        seed: of the directions.
+        seed: seed of the directions.
     """
     leaf = at.detach().clone().requires_grad_()
     rollouts = rollouts_of(leaf)
@@ -99,7 +99,7 @@ def backward_report(
 def _disagreement(
     value_of: Callable[[Sequence[Tensor]], Tensor], at: list[Tensor], gradient: list[Tensor], seed: int
 ) -> tuple[float, float]:
-    """The largest relative error of a gradient over a few directions, and the limit it is held to."""
+    """The largest relative error of a gradient over a few directions, and the largest that passes."""
     generator = torch.Generator().manual_seed(seed)
     with torch.enable_grad():
         centre = _recorded_value(value_of, at)
@@ -115,7 +115,7 @@ def _disagreement(
             noises.append(abs(far - near) + torch.finfo(dtype).eps * abs(float(centre)) / step)
     size = max(*slopes, 1e-300)
     limit = max(_LIMIT.get(dtype, _COARSE_LIMIT), _FORGIVEN * max(noises) / size)
-    # A derivative that rounding alone could have made is zero.
+    # A derivative no larger than rounding is zero.
     if size <= 100 * torch.finfo(dtype).eps * max(abs(float(centre)), 1.0) / step:
         return 0.0, limit
     return max(gaps) / size, limit
@@ -132,12 +132,12 @@ def _central(
 
 
 def _recorded_value(value_of: Callable[[Sequence[Tensor]], Tensor], at: list[Tensor]) -> Tensor:
-    """The value as it is in training: a loss may register hooks or differentiate within."""
+    """The value as in training: a loss may register hooks or differentiate inside."""
     return value_of([x.detach().clone().requires_grad_() for x in at]).detach()
 
 
 class _StopGradients(TorchFunctionMode):
-    """Notices when a tensor that requires a gradient is taken out of autograd."""
+    """Notices when a tensor that requires a gradient leaves autograd."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -156,7 +156,7 @@ class _StopGradients(TorchFunctionMode):
 
 
 def _custom_functions(value: Tensor) -> list[type[Function]]:
-    """The hand-written autograd functions in a value's graph, in the order met from the value."""
+    """The hand-written autograd functions in a value's graph, in the order of a walk from the value."""
     found: list[type[Function]] = []
     pending, visited = [value.grad_fn], set()
     while pending:
@@ -173,7 +173,7 @@ def _custom_functions(value: Tensor) -> list[type[Function]]:
 
 
 def _examine(cls: type[Function], run: Callable[[], Tensor], seed: int) -> tuple[float, float] | None:
-    """The worst disagreement of one hand-written function over its calls; None if no call of it was seen."""
+    """The worst disagreement of one hand-written function over its calls; None if no call was recorded."""
     calls: list[tuple[Any, ...]] = []
     with _recorded(cls, calls):
         run()
@@ -213,7 +213,7 @@ def _outputs(
     """What a hand-written function returns with some of its arguments replaced."""
     full = list(args)
     for place, tensor in zip(places, inputs, strict=True):
-        # A function may write into its input, which must then be neither a leaf nor shared.
+        # A function may write into its input, which must therefore be neither a leaf nor shared.
         full[place] = tensor.clone()
     outputs = cls.apply(*full)
     return outputs if isinstance(outputs, tuple) else (outputs,)
@@ -221,11 +221,11 @@ def _outputs(
 
 @contextmanager
 def _recorded(cls: type[Function], calls: list[tuple[Any, ...]]) -> Iterator[None]:
-    """Keep the arguments of every `cls.apply` that this thread makes within the block.
+    """Record the arguments of every call of `cls.apply` that this thread makes within the block.
 
-    A loss names its function's class, so that nothing but the class can be told to take notes. Blocks may be nested,
-    other threads wait for theirs and are not recorded meanwhile, and the class is left as it was however the block
-    ends. Calls of a subclass are its own.
+    A loss refers to the class of its function, so the class itself is patched. Blocks may be nested. Other threads wait
+    for their turn and are not recorded in the meantime. The class is restored however the block ends. Calls of a
+    subclass are not recorded.
     """
     thread = threading.get_ident()
     with _RECORDING:

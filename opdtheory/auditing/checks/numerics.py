@@ -1,4 +1,4 @@
-"""Where a loss overflows, loses its gradient or turns it round in float32, bfloat16 and float16."""
+"""Where a loss overflows, or loses or reverses its gradient, in float32, bfloat16 and float16."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from opdtheory.errors import InvalidArgumentError
+from opdtheory.errors import InvalidArgumentError, check_integer
 from opdtheory.exact import Loss
 from opdtheory.exact.threads import one_thread
 from opdtheory.rollouts import Rollouts
@@ -23,12 +23,12 @@ __all__ = ["DTYPES", "DtypeResult", "numerics", "realistic_logits"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# Tokens and vocabulary of the realistic batch, and the vocabulary for a loss that would be slow on that one: seconds of
-# one call, foreseen from two smaller vocabularies of which the second is twice the first.
+# Tokens and vocabulary of the realistic batch, and the vocabulary for a slow loss: one whose call would take this many
+# seconds, extrapolated from two smaller vocabularies, the second twice the first.
 _TOKENS, _VOCABULARY, _SMALL_VOCABULARY = 16, 2048, 128
 _TRIAL_VOCABULARIES, _SLOW_SECONDS = (128, 256), 0.1
 
-# log p of the likelier of the two policies: ordinary, near one, and of a token that both find very rare; and the
+# Log-probability under the policy that favours the token: ordinary, near one, or very rare under both; and the
 # log-ratios, of either sign, that are tried there.
 _ORDINARY, _NEAR_ONE, _RARE = math.log(0.5), math.log1p(-1e-3), math.log(1e-30)
 _LOG_RATIOS = {
@@ -38,10 +38,10 @@ _LOG_RATIOS = {
 }
 _FEW = 64
 
-# Steps by which the start of an overflow is bisected, between two log-ratios of the list.
+# Bisection steps between two listed log-ratios to find where an overflow starts.
 _BISECTIONS = 7
 
-# Gradients this much smaller than that at |log u| about 1 (realistic: the median) do not matter.
+# Gradients this small relative to that at |log u| about 1 (realistic: the median) do not matter.
 _NEGLIGIBLE = 1e-3
 
 _LOST = 0.01
@@ -52,15 +52,15 @@ Regime = Literal["realistic", "adversarial"]
 
 @dataclass(frozen=True)
 class DtypeResult:
-    """What a loss's gradient loses in one dtype, against float64 on the same rounded inputs.
+    """What a loss's gradient loses in one dtype, compared with float64 on the same rounded inputs.
 
     Attributes:
         dtype: `float32`, `bfloat16` or `float16`.
         regime: `realistic` or `adversarial`.
-        overflow: the sampled token's log-ratios nearest to zero, at most one of either sign, at which the gradient is
-            NaN or inf though float64's is not; None if there is none.
-        lost_gradient: likewise, where it is below 1% of float64's; that one is not negligible.
-        sign_changed: likewise, where it points against float64's.
+        overflow: log-ratios of the sampled token, at most one of either sign and the nearest to zero, at which the
+            gradient is NaN or inf though float64's is not; None if there is none.
+        lost_gradient: likewise, where the gradient is below 1% of float64's, unless that is negligible.
+        sign_changed: likewise, where the gradient points against float64's.
         worst_error: largest relative error of a token's gradient where it is finite; NaN if nothing could be compared.
         words: one sentence.
     """
@@ -76,7 +76,7 @@ class DtypeResult:
 
 @dataclass(frozen=True)
 class _Token:
-    """How one token's gradient in a dtype compares with float64's; a refusal has words alone."""
+    """One token's gradient in a dtype compared with float64's."""
 
     log_u: float
     size: float
@@ -86,7 +86,7 @@ class _Token:
 
 
 class _RefusalError(Exception):
-    """The loss raised; the message says what."""
+    """The loss raised; the message says which error."""
 
 
 def numerics(
@@ -94,29 +94,28 @@ def numerics(
 ) -> list[DtypeResult]:
     r"""Call a loss with rollouts in narrow dtypes and compare each token's gradient with float64's.
 
-    A token's gradient is the vector of $\partial L/\partial \log p(y_n|h_n)$ and $\partial L/\partial z_n$, the inputs
-    being taken as independent. float64 gets the same numbers after their rounding, so only the loss's own arithmetic
-    is judged; a loss that casts to float32 itself is compared with itself so cast. Two regimes: `realistic` (see
-    `realistic_logits`) and `adversarial`, one token at a time with $|\log u|$ of 0.004 to 120, at ordinary
+    A token's gradient is the vector of $\partial L/\partial \log p(y_n|h_n)$ and $\partial L/\partial z_n$, with the
+    inputs treated as independent. float64 gets the same rounded numbers, so only the loss's own arithmetic is judged; a
+    loss that casts to float32 itself is compared with itself in float32. There are two regimes: `realistic` (see
+    `realistic_logits`) and `adversarial`, one token at a time with $|\log u|$ from 0.004 to 120, at ordinary
     probabilities, near one and near 1e-30.
 
     Args:
-        loss: a function of rollouts that returns a scalar, deterministic and without state.
-        dtypes: names out of `DTYPES`.
-        batch_size: rollouts that the loss sees at once.
-        seed: of the realistic batch.
+        loss: a function of rollouts that returns a scalar, deterministic and stateless.
+        dtypes: names from `DTYPES`.
+        batch_size: number of rollouts that the loss sees at once.
+        seed: seed of the realistic batch.
 
     Returns:
-        Two results per dtype. A dtype in which the loss raises, or returns no gradient, is reported in words.
+        Two results per dtype. If the loss raises or returns no gradient in a dtype, the words say so.
 
     Raises:
-        InvalidArgumentError: an unknown dtype or a batch size below one.
+        InvalidArgumentError: a dtype is unknown, or the batch size is below one.
     """
     for name in dtypes:
         if name not in DTYPES:
-            raise InvalidArgumentError("dtypes", f"holds {name!r}; one of {', '.join(DTYPES)} is needed")
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise InvalidArgumentError("batch_size", f"is {batch_size!r}; a positive integer is needed")
+            raise InvalidArgumentError("dtypes", f"must be among {', '.join(DTYPES)}, got {name!r}")
+    check_integer("batch_size", batch_size)
     with one_thread():
         vocabulary = _SMALL_VOCABULARY if _is_slow(loss, batch_size, seed) else _VOCABULARY
         results = []
@@ -130,14 +129,14 @@ def numerics(
 def realistic_logits(
     tokens: int = _TOKENS, vocabulary: int = _VOCABULARY, seed: int = 0
 ) -> tuple[Float[Tensor, "N V"], Float[Tensor, "N V"]]:
-    r"""Logits of a student and of a teacher like one small language model and another, by formula.
+    r"""Synthetic logits that resemble those of a small language model as student and of another as teacher.
 
     $$z_{na} = \beta_n(-1.1 \log \mathrm{rank}_{na} + \tfrac12 g_{na}),\qquad
       z'_{na} = z_{na} + 0.5\, t_{na}$$
 
-    with the ranks a random order of the vocabulary per token (Zipf's law), $g$ standard normal, $t$ Student's t with
-    five degrees of freedom (most log-ratios are below one, a few exceed three) and $\log \beta_n$ uniform between
-    $\log 0.5$ and $\log 8$, so that the entropies range from a few nats to almost none.
+    where the ranks order the vocabulary at random for each token (Zipf's law), $g$ is standard normal, $t$ is Student's
+    t with five degrees of freedom (most log-ratios are below one, a few exceed three), and $\log \beta_n$ is uniform
+    between $\log 0.5$ and $\log 8$: entropies range from a few nats to almost none.
 
     Args:
         tokens: number of rows.
@@ -160,16 +159,16 @@ def realistic_logits(
 
 
 def _is_slow(loss: Loss, batch_size: int, seed: int) -> bool:
-    """Whether a call would be long over the whole vocabulary, as of a loss that builds and inverts an output layer."""
+    """Whether a call would be slow over the whole vocabulary, as for a loss that builds and inverts an output layer."""
     first, second = (_seconds(loss, batch_size, vocabulary, seed) for vocabulary in _TRIAL_VOCABULARIES)
-    # Between a constant cost and a cubic one, however the clock ticked.
+    # Between a constant cost and a cubic one, whatever the clock says.
     growth = min(max(second / max(first, 1e-9), 1.0), 8.0)
     doublings = math.log2(_VOCABULARY / _TRIAL_VOCABULARIES[1])
     return second * growth**doublings > _SLOW_SECONDS
 
 
 def _seconds(loss: Loss, batch_size: int, vocabulary: int, seed: int) -> float:
-    """CPU time of one call, the quicker of two."""
+    """CPU time of one call, the shorter of two."""
     batch = _realistic_batch(torch.float64, batch_size, vocabulary, seed)
     taken = []
     for _ in range(2):
@@ -214,7 +213,7 @@ def _adversarial(loss: Loss, dtype: str, batch_size: int) -> DtypeResult:
 
 
 def _bisected(loss: Loss, dtype: torch.dtype, found: list[_Token], batch_size: int) -> list[_Token]:
-    """Tokens that close in on the log-ratio where an overflow starts, on either side."""
+    """Tokens that bracket the log-ratio where an overflow starts, for either sign."""
     more = []
     for sign in (1, -1):
         side = sorted((abs(t.log_u), math.isnan(t.error)) for t in found if sign * t.log_u > 0)
@@ -231,7 +230,7 @@ def _bisected(loss: Loss, dtype: torch.dtype, found: list[_Token], batch_size: i
 
 
 def _one_token(loss: Loss, dtype: torch.dtype, log_u: float, likely: float, batch_size: int) -> list[_Token]:
-    """A rollout of one token with this log-ratio; the other rollouts of the batch hold ordinary ones."""
+    """A rollout of one token with this log-ratio, compared; the rest of the batch is ordinary."""
     log_p = [likely - max(log_u, 0.0)] + [math.log(0.25)] * (batch_size - 1)
     others = [0.7 * (-1.0) ** i for i in range(batch_size - 1)]
     log_q = [likely + min(log_u, 0.0)] + [math.log(0.25) + t for t in others]
@@ -241,13 +240,13 @@ def _one_token(loss: Loss, dtype: torch.dtype, log_u: float, likely: float, batc
 
 
 def _row(log_p: Float[Tensor, " B"]) -> Float[Tensor, "B V"]:
-    """Log-probabilities of a first token, and of the rest that share what it leaves."""
+    """Log-probabilities of a first token, and of the others, which share the rest."""
     rest = torch.log(-torch.expm1(log_p)) - math.log(_FEW - 1)
     return torch.cat([log_p.unsqueeze(-1), rest.unsqueeze(-1).expand(-1, _FEW - 1)], dim=-1)
 
 
 def _rollouts(student: Tensor, teacher: Tensor, tokens: Tensor, dtype: torch.dtype) -> Rollouts:
-    """A batch of detached numbers in a dtype; log-probabilities are taken in float64 and then rounded."""
+    """A detached batch in a dtype; log-probabilities are computed in float64 and then rounded."""
     return _cast(Rollouts.from_logits(tokens, student, teacher), dtype)
 
 
@@ -256,12 +255,12 @@ def _cast(rollouts: Rollouts, dtype: torch.dtype) -> Rollouts:
 
 
 def _with(rollouts: Rollouts, **fields: Tensor) -> Rollouts:
-    # Looking at hundreds of one-token batches would cost more than the losses do.
+    # Validating hundreds of one-token batches would take longer than the losses.
     return Rollouts.unchecked(**{**vars(rollouts), **fields})
 
 
 def _compare(loss: Loss, rollouts: Rollouts, first: int | None) -> list[_Token]:
-    """Each token's gradient beside float64's on the same numbers; of the first rollouts, or of all."""
+    """Each token's gradient compared with float64's on the same numbers, for the first rollouts or for all."""
     wide = _cast(rollouts, torch.float64)
     try:
         exact = _gradient(loss, wide)
@@ -285,7 +284,7 @@ def _gradient(loss: Loss, rollouts: Rollouts) -> Float[Tensor, "B T entries"]:
         with torch.enable_grad():
             value = loss(_with(rollouts, student_logprobs=logprobs, student_logits=logits))
         gradients = torch.autograd.grad(value, (logprobs, logits), allow_unused=True)
-    except Exception as error:  # whatever a stranger's loss raises is the finding
+    except Exception as error:  # whatever the loss raises is the finding
         reason = str(error).strip().splitlines() or [""]
         raise _RefusalError(f"{type(error).__name__}: {reason[0]}") from error
     by_token, by_logit = (
@@ -309,7 +308,7 @@ def _token(log_u: float, narrow: Tensor, exact: Tensor) -> _Token | None:
 
 
 def _result(dtype: str, regime: Regime, found: list[_Token], negligible: float, over: str) -> DtypeResult:
-    # What float64 finds negligible may get lost, but it may not overflow.
+    # A gradient that is negligible in float64 may be lost, but may not overflow.
     overflow = _nearest([t.log_u for t in found if math.isnan(t.error)])
     telling = [t for t in found if not math.isnan(t.error) and t.size > negligible]
     lost = _nearest([t.log_u for t in telling if t.kept < _LOST])
@@ -341,7 +340,7 @@ def _share(error: float) -> str:
 
 
 def _nearest(log_u: list[float]) -> list[float] | None:
-    """Of either sign the log-ratio nearest to zero, in ascending order."""
+    """The log-ratio nearest to zero of either sign, in ascending order."""
     below, above = [x for x in log_u if x < 0], [x for x in log_u if x >= 0]
     return ([max(below)] if below else []) + ([min(above)] if above else []) or None
 

@@ -1,10 +1,11 @@
-"""What the checks of an audit work on: a loss, the panel it was run on, and batches on which to look closer."""
+"""What the checks of an audit work on: a loss, its panel, and batches for a closer look."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -15,12 +16,12 @@ from opdtheory.auditing.scenario import Case, Scenario
 from opdtheory.exact import Enumeration, GradientMoments, Loss, random_pair
 from opdtheory.objective import Objective
 
-__all__ = ["Check", "Subject", "norm", "ratio"]
+__all__ = ["Check", "Finding", "Subject", "norm", "ratio"]
 
-# Rollouts in the batches of the checks that need several, if the audit's own batches hold one.
+# The batch size of checks that need several rollouts, if the audit's batches hold one.
 _SEVERAL = 6
 
-# Rounding of the arithmetic that a tolerance belongs to: float64, float32, or less.
+# Machine epsilon of the dtype that a tolerance belongs to: float64, float32, or a narrower one.
 _ROUNDING = ((1e-8, 2.3e-16), (1e-3, 1.2e-7), (float("inf"), 7.9e-3))
 
 
@@ -30,9 +31,9 @@ class Check:
 
     Attributes:
         name: one of `CHECKS`.
-        passed: whether it has it; None where the answer is information and no verdict, or could not be had.
-        value: what was measured, where there is a number.
-        limit: what the value is held to.
+        passed: whether the loss has it; None if that is information and not a verdict, or could not be determined.
+        value: what was measured, if it is a number.
+        limit: the largest value that passes.
         detail: one sentence.
     """
 
@@ -43,9 +44,13 @@ class Check:
     detail: str
 
 
+# A check without its name: whether it passed, the value, the limit and the detail.
+Finding: TypeAlias = tuple[bool | None, float | None, float | None, str]
+
+
 @dataclass(frozen=True)
 class Subject:
-    """A loss under audit and its settings; see `soundness` for the fields."""
+    """A loss under audit with its settings; see `soundness` for the fields."""
 
     loss: Loss
     cases: list[Case]
@@ -56,22 +61,22 @@ class Subject:
 
     @property
     def middle(self) -> int:
-        """The number of the pair on which the checks look closer."""
+        """The index of the pair for a closer look."""
         return len(self.cases) // 2
 
     @property
     def case(self) -> Case:
-        """That pair."""
+        """The pair for a closer look."""
         return self.cases[self.middle]
 
     @cached_property
     def live(self) -> Enumeration:
-        """Its sequences."""
+        """All sequences of that pair."""
         return Enumeration.build(self.case.student, self.case.teacher, self.case.behavior)
 
     @cached_property
     def padded(self) -> Enumeration:
-        """The sequences of a pair of which many end early, by token 0, and where an environment writes as it does."""
+        """All sequences of a similar pair whose rollouts may end early, by token 0."""
         like = self.case.student
         student, teacher = random_pair(
             like.vocab_size,
@@ -85,7 +90,7 @@ class Subject:
 
     @cached_property
     def base(self) -> tuple[Tensor, Tensor]:
-        """Value and gradient on all live sequences."""
+        """Value and gradient on all sequences of the pair."""
         return self.evaluate(self.live, self.everyone(self.live))
 
     @cached_property
@@ -94,13 +99,13 @@ class Subject:
         return self.evaluate(self.padded, self.everyone(self.padded))
 
     def everyone(self, everything: Enumeration) -> Tensor:
-        """All sequences that can meet in a batch, the first ones repeated until whole batches are full."""
+        """Indices of all sequences that can share a batch, the first ones repeated to fill whole batches."""
         pool = self._pool(everything)
         count = -(-len(pool) // self.scenario.batch_size) * self.scenario.batch_size
         return pool[torch.arange(count) % len(pool)]
 
     def some(self) -> Tensor:
-        """A batch of different live sequences."""
+        """Indices of one batch of different sequences."""
         pool = self._pool(self.live)
         count = self.scenario.batch_size if self.scenario.batch_size > 1 else _SEVERAL
         return pool[torch.linspace(0, len(pool) - 1, count).round().long()]
@@ -124,7 +129,7 @@ class Subject:
         return value.detach(), torch.zeros_like(leaf) if gradient is None else gradient
 
     def moved(self, before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) -> float:
-        """How far value and gradient moved, relative to the larger of them; inf if anything is not finite."""
+        """The change of value and gradient, relative to the larger of them; inf if anything is not finite."""
         change = float((after[0].double() - before[0].double()).abs())
         size = max(float(before[1].abs().max()), float(before[0].abs()), self._floor)
         if not math.isfinite(change):
@@ -136,24 +141,29 @@ class Subject:
         change = float((after - before).abs().max()) / max(float(before.abs().max()), self._floor)
         return change if math.isfinite(change) else math.inf
 
+    def held(self, value: float, holds: str, fails: str, failed: bool | None = False) -> Finding:
+        """The finding that a value is within the tolerance, or that it is not."""
+        within = value <= self.tolerance
+        return (True if within else failed), value, self.tolerance, holds if within else fails
+
     @property
     def _floor(self) -> float:
-        """A gradient so small that its rounding would look like a change."""
+        """The size of a gradient whose rounding would count as a change."""
         return next(eps for limit, eps in _ROUNDING if self.tolerance <= limit) / self.tolerance
 
     @cached_property
     def against_claim(self) -> tuple[list[Tensor], list[Tensor]] | None:
-        """The loss's expected gradients and those of the claimed objective, flat, pair by pair."""
+        """The expected gradients of the loss and those of the claimed objective, flat, pair by pair."""
         if self.objective is None:
             return None
         return [flat(m.mean) for m in self.moments], [flat(case.exact(self.objective)) for case in self.cases]
 
 
 def norm(moments: GradientMoments) -> float:
-    """Length of the expected gradient."""
+    """The length of the expected gradient."""
     return float(flat(moments.mean).norm())
 
 
 def ratio(part: Tensor, whole: Tensor) -> float:
-    """A quotient of which 0/0 is 0."""
+    """A quotient where 0/0 is 0."""
     return float(part) / max(float(whole), 1e-300)

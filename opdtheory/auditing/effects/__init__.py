@@ -1,1 +1,1 @@
-"""On what the weight of a token depends, by experiments that change one thing at a time."""
+"""What a token's weight depends on, found by changing one thing at a time."""

@@ -1,61 +1,45 @@
-"""The rest of the batch: whether it enters a rollout's gradient, and how a group's weights are centred and scaled."""
+"""The rest of the batch: whether it affects a rollout's gradient, and how a group's weights are centred and scaled."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from opdtheory.auditing.effects.probes import Pool, cut_short
+from opdtheory.auditing.effects.probes import Effect, Pool, cut_short, differ
 
-__all__ = ["BatchEffect", "batch_effect"]
+__all__ = ["batch_effect"]
 
-# An epsilon in the denominator of a z-score is no more than this of the spread.
+# The epsilon in the denominator of a z-score is at most this share of the spread.
 _EPSILON = 1e-3
 
 
-@dataclass(frozen=True)
-class BatchEffect:
-    """The part of `Dependence` on the batch: whether there is any, and what kind."""
-
-    batch: bool
-    words: list[str] = field(default_factory=list)
-
-
-def batch_effect(pool: Pool, batch_size: int, limit: float) -> BatchEffect:
-    """How the rest of the batch enters a rollout's gradient.
+def batch_effect(pool: Pool, batch_size: int, limit: float) -> Effect:
+    """How a rollout's gradient depends on the rest of its batch.
 
     Args:
         pool: rollouts with the loss.
-        batch_size: number of rollouts that the loss sees at once; alone, a rollout has no company.
-        limit: relative difference that is rounding.
+        batch_size: number of rollouts that the loss sees at once.
+        limit: relative difference that counts as rounding.
     """
     if batch_size == 1:
-        return BatchEffect(False, _lengths(pool, torch.tensor([3]), limit))
+        return Effect()
     size = max(batch_size, 3)
     first = torch.arange(size) * 7 % len(pool)
     second = first.clone()
     second[-1] = (first[-1] + 11) % len(pool)
     one, other = pool.sensitivity(first), pool.sensitivity(second)
     scale = max(float(one.abs().max()), float(other.abs().max()), 1e-300)
-    if float((one[:-1] - other[:-1]).abs().max()) <= limit * scale:
-        return BatchEffect(False, _lengths(pool, first, limit))
-    return BatchEffect(True, [_kind(pool, first, second, limit)])
-
-
-def _lengths(pool: Pool, index: Tensor, limit: float) -> list[str]:
-    """What a token's gradient takes from the lengths, its own rollout's and the others'."""
-    whole = pool.sensitivity(index)
-    cut = pool.sensitivity(index, cut_short(0))
-    scale = max(float(whole.abs().max()), 1e-300)
-    if len(index) > 1 and float((whole[1:] - cut[1:]).abs().max()) > limit * scale:
-        return ["The gradient of a rollout depends on the lengths of the others, as a mean over all tokens does (T11)."]
-    return []
+    if differ(one[:-1], other[:-1], limit * scale):
+        return Effect(True, [_kind(pool, first, second, limit)])
+    shorter, size_of = pool.sensitivity(first, cut_short(0)), max(float(one.abs().max()), 1e-300)
+    if differ(one[1:], shorter[1:], limit * size_of):
+        text = "The gradient of a rollout depends on the lengths of the others, as a mean over all tokens does (T11)."
+        return Effect(False, [text])
+    return Effect()
 
 
 def _kind(pool: Pool, first: Tensor, second: Tensor, limit: float) -> str:
-    """A sentence on the coupling, from groups that differ in their last rollout, and from a larger group."""
+    """The coupling in a sentence, from groups that differ in their last rollout, and from a larger group."""
     text = "The other rollouts of the batch enter a rollout's gradient"
     (mine, score), (theirs, _) = pool.advantages(first), pool.advantages(second)
     if not score:
@@ -64,13 +48,12 @@ def _kind(pool: Pool, first: Tensor, second: Tensor, limit: float) -> str:
     gaps, gaps_again = mine[0] - mine[1], theirs[0] - theirs[1]
     centred = float(mine.mean(0).abs().max()) <= limit * scale
     larger, _ = pool.advantages(torch.cat([first, (first[-1:] + 13) % len(pool)]))
-    if float((gaps - gaps_again).abs().max()) > limit * scale:
+    if differ(gaps, gaps_again, limit * scale):
         return f"{text}: {_scaled(mine, theirs, larger, centred)}"
     if not centred:
         overall = float(mine.mean().abs()) <= limit * scale
-        return f"{text}: " + (
-            "the mean over all tokens of the batch is subtracted." if overall else "a baseline that is not their mean."
-        )
+        what = "the mean over all tokens of the batch" if overall else "a baseline that is not their mean"
+        return f"{text}: {what} is subtracted."
     ratio = float((larger[0] - larger[1]) @ gaps / (gaps @ gaps))
     count = len(first)
     if abs(ratio - 1.0) <= 1e-6:
@@ -81,9 +64,9 @@ def _kind(pool: Pool, first: Tensor, second: Tensor, limit: float) -> str:
 
 
 def _scaled(mine: Tensor, theirs: Tensor, larger: Tensor, centred: bool) -> str:
-    """What is divided by, from the sum of squared weights, which a z-score makes the same for every group."""
+    """The divisor, from the sum of squared weights, which a z-score makes equal for all groups."""
     if not centred:
-        return "its weights are rescaled by what the others are."
+        return "its weights are rescaled by a function of the others."
     text = "weights are centred and divided by the group's standard deviation"
     for whole, where in ((False, "position by position"), (True, "over all its tokens")):
         one, other, more = (x.square().sum() if whole else x.square().sum(0) for x in (mine, theirs, larger))
@@ -94,4 +77,4 @@ def _scaled(mine: Tensor, theirs: Tensor, larger: Tensor, centred: bool) -> str:
             if abs(growth - degrees) <= _EPSILON:
                 return f"{text}, {where} (z-score with divisor {divisor}), which biases (T7e)."
         return f"{text}, {where} (z-score), which biases (T7e)."
-    return "weights are centred and rescaled by what the others are."
+    return "weights are centred and rescaled by a function of the others."

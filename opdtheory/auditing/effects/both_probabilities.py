@@ -1,4 +1,4 @@
-r"""Student and teacher apart: the top-k set, and weights $A(p, q)$ that are no function of the ratio (T4)."""
+r"""The two distributions: top-k sets, and weights $A(p, q)$ that are not functions of the ratio (T4)."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opdtheory.auditing.effects.probes import one_step_weights
-from opdtheory.auditing.naming.sparse import shortest
+from opdtheory.auditing.effects.probes import differ, one_step_weights
+from opdtheory.auditing.naming.sparse import refined, shortest
 from opdtheory.exact import Loss
 
 __all__ = ["DistributionEffect", "distribution_effect"]
 
-# Tokens of the step on which a top-k set is looked for: a larger k is not seen.
+# Tokens of the step on which a top-k set is searched for; a larger k is not found.
 _VOCABULARY = 256
 
 _SIDE = 6
@@ -22,7 +22,7 @@ _SIDE = 6
 
 @dataclass(frozen=True)
 class DistributionEffect:
-    """The part of `Dependence` on the two distributions: the top-k set, and the divergence of a weight of both probabilities."""
+    """The part of `Dependence` on the two distributions: the top-k set, and what a weight of both follows."""
 
     top_k: int | None = None
     student_and_teacher: str | None = None
@@ -30,14 +30,14 @@ class DistributionEffect:
 
 
 def distribution_effect(loss: Loss, ratio_only: bool, batch_size: int, seed: int, limit: float) -> DistributionEffect:
-    """Whether a top-k set is singled out, and if the weight is no function of the ratio, of what it is one.
+    """Whether the loss depends on a top-k set and, if its weight is not a function of the ratio, what it depends on.
 
     Args:
         loss: a black box that does not couple rollouts.
         ratio_only: whether its weight on one step is a function of the ratio.
-        batch_size: number of rollouts that it sees at once.
-        seed: of the distributions.
-        limit: relative difference that is rounding.
+        batch_size: number of rollouts that the loss sees at once.
+        seed: seed of the distributions.
+        limit: relative difference that counts as rounding.
     """
     top = _top_k(loss, batch_size, seed, limit)
     if top is not None:
@@ -52,7 +52,7 @@ def distribution_effect(loss: Loss, ratio_only: bool, batch_size: int, seed: int
 
 
 def _top_k(loss: Loss, batch_size: int, seed: int, limit: float) -> tuple[int, str] | None:
-    """How many likeliest tokens of whom are told apart, if it is the same on two pairs of distributions."""
+    """The size k of the top-k set, and whether student or teacher ranks it, if two pairs of distributions agree."""
     first = _sets(loss, batch_size, 31 + 2 * seed, limit)
     if not any(first.values()):
         return None
@@ -61,7 +61,7 @@ def _top_k(loss: Loss, batch_size: int, seed: int, limit: float) -> tuple[int, s
 
 
 def _sets(loss: Loss, batch_size: int, seed: int, limit: float) -> dict[str, int | None]:
-    """How many likeliest tokens of either distribution are told apart on one pair."""
+    """The size of the top-k set on one pair, if the teacher ranks it and if the student does."""
     generator = torch.Generator().manual_seed(seed)
     log_p, log_q = (
         torch.log_softmax(1.5 * torch.randn(_VOCABULARY, generator=generator, dtype=torch.float64), -1)
@@ -71,35 +71,32 @@ def _sets(loss: Loss, batch_size: int, seed: int, limit: float) -> dict[str, int
     return {"teacher": _likeliest(weights, log_q, limit), "student": _likeliest(weights, log_p, limit)}
 
 
-def _likeliest(weights: Tensor, distribution: Tensor, limit: float) -> int | None:
-    """The number of likeliest tokens after which all weights are alike, if that is more than one token's worth."""
-    ordered = weights[distribution.argsort(descending=True)]
+def _likeliest(weights: Tensor, ranks: Tensor, limit: float) -> int | None:
+    """The number of likeliest tokens after which all weights are equal; None if at most one token remains."""
+    ordered = weights[ranks.argsort(descending=True)]
     span = float(weights.max() - weights.min())
     if span <= 1e-12:
         return None
     k = int(((ordered - ordered[-1]).abs() > limit * span).nonzero().max()) + 1
-    return k if k <= len(distribution) - 2 else None
+    return k if k <= len(ranks) - 2 else None
 
 
 def _grid(rest: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """A distribution for each of student and teacher over a square of pairs (p, q), the same values on either axis.
+    """Log-probabilities of student and teacher over a square of pairs (p, q), and the common values of its axes.
 
-    With `rest`, the second half of the tokens has other pairs, of the same masses.
+    With `rest`, the second half of the tokens has other pairs of the same total mass.
     """
     axis = torch.linspace(-2.0, 0.0, _SIDE, dtype=torch.float64).exp()
     axis = axis / (_SIDE * axis.sum())
     p, q = axis.repeat_interleave(_SIDE), axis.repeat(_SIDE)
     if rest:
         half = len(p) // 2
-        q, p = (
-            torch.cat([distribution[:half], _moved(distribution[half:], step)])
-            for distribution, step in ((q, 3), (p, 5))
-        )
+        p, q = (torch.cat([row[:half], _moved(row[half:], step)]) for row, step in ((p, 5), (q, 3)))
     return p.log(), q.log(), axis
 
 
 def _moved(masses: Tensor, step: int) -> Tensor:
-    """Other masses of the same sum."""
+    """Other masses with the same sum."""
     other = masses.roll(step) * torch.linspace(0.5, 1.5, len(masses), dtype=masses.dtype)
     return other * (masses.sum() / other.sum())
 
@@ -113,55 +110,51 @@ def _of_both(loss: Loss, batch_size: int, limit: float) -> tuple[str | None, lis
     if scale <= 1e-12:
         return None, []
     mine, theirs = weights[:half] - weights[0], others[:half] - others[0]
-    if float((mine - theirs).abs().max()) > limit * scale:
+    if differ(mine, theirs, limit * scale):
         return None, ["A token's weight depends on the probabilities of other tokens of the same step."]
     square = weights.view(_SIDE, _SIDE)
     of_p, of_q = square.mean(1, keepdim=True), square.mean(0, keepdim=True)
-    if float((square - of_p - of_q + square.mean()).abs().max()) > limit * scale:
+    if differ(square + square.mean(), of_p + of_q, limit * scale):
         text = "The weight is a function A(p, q) of both probabilities that does not separate"
-        return "a sum of H(p, q) with dH/dp = -A", [
-            f"{text}: the exact gradient of the sum of H(p, q), dH/dp = -A (T4)."
-        ]
+        text += ": the exact gradient of the sum of H(p, q), dH/dp = -A (T4)."
+        return "a sum of H(p, q) with dH/dp = -A", [text]
     return _separated(of_q.flatten().numpy(), -of_p.flatten().numpy(), axis.numpy(), limit * scale)
 
 
 def _separated(of_q: np.ndarray, of_p: np.ndarray, axis: np.ndarray, close: float) -> tuple[str, list[str]]:
-    """The name of `A = g(q) - h(p)`."""
+    """What a weight `A = g(q) - h(p)` follows."""
     g, h = of_q - of_q[0], of_p - of_p[0]
     text = "The weight is g(q) - h(p)"
     if np.abs(g).max() <= close:
-        name = "a function of the student alone"
-        return name, ["The weight depends on the student's probability alone: the teacher does not enter it."]
+        return "a function of the student alone", [
+            "The weight depends on the student's probability alone: the teacher does not enter it."
+        ]
     alpha = _power(g, axis, close)
     shape = None if alpha is None else f"a multiple of {'log' if alpha == 0 else f'the power {alpha:.6g}'}"
     if np.abs(g - h).max() <= close:
         if alpha is None:
             return "Bregman divergence", [f"{text} with g = h = phi': it follows the Bregman divergence of phi (T4)."]
         name = f"density-power divergence, alpha={alpha:.6g}"
-        distribution = f"phi' {shape}: it follows the Bregman divergence of phi, the {name} (T4)"
         extra = "; at alpha=1 the squared difference of the probabilities" if alpha == 1 else ""
-        return name, [f"{text} with g = h = {distribution}{extra}."]
+        return name, [
+            f"{text} with g = h = phi' {shape}: it follows the Bregman divergence of phi, the {name} (T4){extra}."
+        ]
     other = _power(h, axis, close)
     if alpha == 0 and other == 0:
         ratio = float(h @ g / (g @ g))
-        name = f"KL(p||q) plus {_signed(ratio - 1)} times the negative entropy of p"
+        name = f"KL(p||q) plus {ratio - 1:.6g} times the negative entropy of p"
         return name, [
             f"The weight is log q - {ratio:.6g} log p: {name}; at rest where p is q^(1/{ratio:.6g}), normalised."
         ]
     what = "" if shape is None else f", g {shape}"
     return "a sum of H(p, q) with dH/dp = h(p) - g(q)", [
-        f"{text} with g and h not alike{what}: the exact gradient of a sum of H(p, q) (T4), at rest where g(q) - h(p) "
+        f"{text} with different g and h{what}: the exact gradient of a sum of H(p, q) (T4), at rest where g(q) - h(p) "
         "is one constant, in general not at the teacher."
     ]
 
 
-def _signed(value: float) -> str:
-    return f"{value:.6g}"
-
-
 def _power(values: np.ndarray, axis: np.ndarray, close: float) -> float | None:
-    """The exponent of a power (0: the logarithm) whose positive or negative multiple these values are."""
-    from scipy.optimize import least_squares
+    """The exponent of the power (0: the logarithm) that these values are a multiple of, of either sign."""
 
     def residual(alpha: float) -> np.ndarray:
         basis = np.log(axis) if abs(alpha) < 1e-9 else np.expm1(alpha * np.log(axis)) / alpha
@@ -170,7 +163,6 @@ def _power(values: np.ndarray, axis: np.ndarray, close: float) -> float | None:
 
     starts = np.linspace(-3.0, 4.0, 29)
     start = min(starts, key=lambda a: float(np.abs(residual(float(a))).max()))
-    solution = least_squares(lambda x: residual(float(x[0])), [start], xtol=1e-15, ftol=1e-15, gtol=1e-15)
-    alpha = shortest(float(solution.x[0]), lambda a: float(np.abs(residual(a)).max()), close)
+    alpha = shortest(refined(residual, float(start)), lambda a: float(np.abs(residual(a)).max()), close)
     alpha = 0.0 if abs(alpha) < 1e-7 else alpha
     return alpha if float(np.abs(residual(alpha)).max()) <= 10 * close else None

@@ -1,37 +1,37 @@
-"""On what the weight of a token depends beside its own ratio: position, other tokens, the batch, who sampled, top k."""
+"""What a token's weight depends on besides its own ratio: position, other tokens, batch, sampling policy, top-k set."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 from opdtheory.auditing.effects import batch_effects, both_probabilities, rollout_effects, sampler_effects
-from opdtheory.auditing.effects.probes import Pool, experiment, size_for
+from opdtheory.auditing.effects.probes import Effect, Pool, experiment, size_for
 from opdtheory.auditing.naming.recover import RecoveredWeight
 from opdtheory.auditing.scenario import Scenario
-from opdtheory.errors import InvalidArgumentError
+from opdtheory.errors import check_between
 from opdtheory.exact import Loss
 
 __all__ = ["Dependence", "dependence"]
 
-# A weight whose range is below this is constant: what is left is rounding.
+# A weight with a smaller range is constant, to rounding.
 _CONSTANT = 1e-9
 
 
 @dataclass(frozen=True)
 class Dependence:
-    r"""What the weight of a token depends on, from experiments that change one thing at a time.
+    r"""What a token's weight depends on, found by changing one thing at a time.
 
     Attributes:
-        ratio_only: whether the expected weight is one function of the token's own ratio, at every position.
-        position: relative weight of each position at equal ratios, the first being 1; None if they are alike.
-        position_label: its distribution, such as `geometric with factor 0.9`.
-        batch: whether the other rollouts of a batch enter a rollout's gradient.
+        ratio_only: whether the expected weight is the same function of the token's own ratio at every position.
+        position: relative weight of each position at equal ratios, the first being 1; None if they are equal.
+        position_label: the pattern of the positions, such as `geometric with factor 0.9`.
+        batch: whether a rollout's gradient depends on the other rollouts of its batch.
         other_tokens: whether the expected weight depends on the ratios of other tokens of the rollout.
-        sampling_policy: whether `behavior_logprobs` enter at unchanged tokens.
-        top_k: how many likeliest tokens are told apart, all others having one weight; None if all are.
-        student_and_teacher: the divergence of a weight $A(p, q)$ of both probabilities that is no function of the
-            ratio (T4), in words; None where the question does not arise or the weight depends on more.
-        words: the findings as sentences, and what could not be looked at.
+        sampling_policy: whether the gradient depends on `behavior_logprobs` at unchanged tokens.
+        top_k: number of likeliest tokens after which all others have one weight; None if there is no such number.
+        student_and_teacher: what a weight $A(p, q)$ of both probabilities follows if it is not a function of the ratio
+            (T4), in words; None if it is one or depends on more.
+        words: the findings in sentences, and what could not be examined.
     """
 
     ratio_only: bool
@@ -46,18 +46,18 @@ class Dependence:
 
 
 def dependence(loss: Loss, weight: RecoveredWeight, scenario: Scenario, tolerance: float = 1e-9) -> Dependence:
-    r"""Find out on what the weight of a token depends, by experiments on rollouts made for the purpose.
+    r"""Find out what a token's weight depends on, by experiments on rollouts made for the purpose.
 
-    Rows that are alike at every history tell positions apart; replacing the rows of later or of earlier tokens tells
-    whether their ratios count; changing `behavior_logprobs` alone, or the company that a rollout keeps, tells about
-    the sampling policy and the batch; one step over a larger vocabulary tells top-k losses and weights $A(p, q)$.
-    The experiments are on-policy, at fixed length unless said otherwise.
+    Equal rows at every history show the effect of the position. Other rows at later or earlier tokens show whether
+    their ratios count. Other `behavior_logprobs` alone show the effect of the sampling policy, and another rollout in
+    the batch that of the batch. One step over a larger vocabulary shows top-k sets and weights $A(p, q)$. The
+    experiments are on-policy and at fixed length unless stated otherwise.
 
     Args:
         loss: a function `loss(rollouts) -> scalar tensor`.
         weight: its recovered weight, from `recover_weight`.
-        scenario: its batch size and seed count here.
-        tolerance: relative error of the loss's gradient that is rounding.
+        scenario: only its batch size and seed are used.
+        tolerance: relative error of the loss's gradient that counts as rounding.
 
     Raises:
         InvalidArgumentError: `tolerance` is not positive.
@@ -70,23 +70,21 @@ def dependence(loss: Loss, weight: RecoveredWeight, scenario: Scenario, toleranc
         >>> dependence(loss, recover_weight(loss, Scenario()), Scenario()).student_and_teacher
         'density-power divergence, alpha=0.5'
     """
-    if not tolerance > 0:
-        raise InvalidArgumentError("tolerance", f"must be positive, got {tolerance!r}")
+    check_between("tolerance", tolerance)
     batch_size = scenario.batch_size
-    # What an expectation amplifies of the rounding of a gradient, as in the recovered weight.
+    # An expectation amplifies the rounding of a gradient, as in the recovered weight.
     limit = 100.0 * tolerance
     words: list[str] = []
     tokens = rollout_effects.TokenEffects()
     if (size := size_for(batch_size)) is None:
         words.append(
-            f"Position and other tokens were not looked at: batches of {batch_size} are too many to enumerate."
+            f"Position and other tokens were not looked at: there are too many batches of {batch_size} to enumerate."
         )
     else:
         with experiment(words, "Position and other tokens"):
             tokens = rollout_effects.token_effects(loss, size, batch_size, limit)
     words += tokens.words
-    group = batch_effects.BatchEffect(False)
-    sampler = sampler_effects.SamplerEffect(False)
+    group = sampler = Effect()
     with experiment(words, "The batch and the sampling policy"):
         pool = Pool(loss)
         with experiment(words, "The batch"):
@@ -95,7 +93,7 @@ def dependence(loss: Loss, weight: RecoveredWeight, scenario: Scenario, toleranc
             sampler = sampler_effects.sampler_effect(pool, batch_size, max(limit, 1e-8))
     words += group.words + sampler.words
     distributions = both_probabilities.DistributionEffect()
-    if not group.batch:
+    if not group.found:
         with experiment(words, "The two distributions"):
             distributions = both_probabilities.distribution_effect(
                 loss, weight.depends_on_ratio_only, batch_size, scenario.seed, limit
@@ -115,9 +113,9 @@ def dependence(loss: Loss, weight: RecoveredWeight, scenario: Scenario, toleranc
         ratio_only=ratio_only,
         position=tokens.position,
         position_label=tokens.position_label,
-        batch=group.batch,
+        batch=group.found,
         other_tokens=tokens.other_tokens,
-        sampling_policy=sampler.reads,
+        sampling_policy=sampler.found,
         top_k=distributions.top_k,
         student_and_teacher=distributions.student_and_teacher,
         words=words,

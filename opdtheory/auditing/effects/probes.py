@@ -1,11 +1,11 @@
-"""Small experiments on a black-box loss: expected weights of rows made for the purpose, and one batch of rollouts."""
+"""Small experiments on a black-box loss: the expected weights of designed rows, and gradients of single batches."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float
@@ -16,17 +16,41 @@ from opdtheory.exact import Loss, TabularPolicy, gradient_moments
 from opdtheory.exact.enumeration import Enumeration
 from opdtheory.rollouts import Rollouts
 
-__all__ = ["Pool", "Rows", "cut_short", "expected_weights", "experiment", "one_step_weights", "sampled_by", "size_for"]
+__all__ = [
+    "Effect",
+    "Pool",
+    "Rows",
+    "cut_short",
+    "differ",
+    "expected_weights",
+    "experiment",
+    "one_step_weights",
+    "sampled_by",
+    "size_for",
+]
 
-# Batches that one expectation of a coupled loss may take.
+# The most batches that one expectation of a coupled loss may take.
 _EVALUATIONS = 150
 
 _VOCABULARY, _HORIZON = 8, 2
 
 
+@dataclass(frozen=True)
+class Effect:
+    """The finding of an experiment: whether the gradient depends on what was changed, and how, in sentences."""
+
+    found: bool = False
+    words: list[str] = field(default_factory=list)
+
+
+def differ(a: Tensor, b: Tensor, limit: float) -> bool:
+    """Whether some entries differ by more than the limit."""
+    return float((a - b).abs().max()) > limit
+
+
 @contextmanager
 def experiment(notes: list[str], what: str) -> Iterator[None]:
-    """Run one experiment; whatever a foreign loss raises on its shapes ends that experiment alone, with a note."""
+    """Run one experiment; whatever the loss raises in it ends that experiment alone, with a note."""
     try:
         yield
     except (OpdTheoryError, RuntimeError, ValueError, IndexError, TypeError) as error:
@@ -35,7 +59,7 @@ def experiment(notes: list[str], what: str) -> Iterator[None]:
 
 
 def size_for(batch_size: int) -> tuple[int, int] | None:
-    """Vocabulary and horizon on which batches of this size can be enumerated, or None."""
+    """A vocabulary and horizon for which batches of this size can be enumerated, or None."""
     sizes = ((3, 3),) if batch_size == 1 else ((2, 3), (2, 2))
     for vocabulary, horizon in sizes:
         count = vocabulary**horizon
@@ -46,7 +70,7 @@ def size_for(batch_size: int) -> tuple[int, int] | None:
 
 @dataclass(frozen=True)
 class Rows:
-    """Logits of student and teacher for every prefix, filled with one pair of rows, some replaced by others.
+    """Policies whose rows are chosen from a few fixed pairs of rows, prefix by prefix.
 
     Attributes:
         vocabulary: number of tokens.
@@ -57,11 +81,11 @@ class Rows:
     horizon: int
 
     def pair(self, variant: Callable[[int, int], int]) -> tuple[TabularPolicy, TabularPolicy]:
-        """Policies whose row for prefix number `row` of level `n` is the kind `variant(n, row)` of a few fixed rows."""
+        """Student and teacher whose prefix number `row` of level `n` has the rows of kind `variant(n, row)`."""
         generator = torch.Generator().manual_seed(11)
         kinds = 1 + self.vocabulary
         student = torch.randn(kinds, self.vocabulary, generator=generator, dtype=torch.float64)
-        # Far apart by different amounts, so that each kind has another divergence.
+        # The distances differ, so that each kind has its own divergence.
         noise = torch.randn(kinds, self.vocabulary, generator=generator, dtype=torch.float64)
         teacher = student + noise * (0.6 + 0.3 * torch.arange(kinds, dtype=torch.float64)).unsqueeze(-1)
         index = [torch.tensor([variant(n, row) for row in range(self.vocabulary**n)]) for n in range(self.horizon)]
@@ -73,9 +97,9 @@ class Rows:
 
 
 def expected_weights(loss: Loss, pair: tuple[TabularPolicy, TabularPolicy], batch_size: int) -> list[Tensor]:
-    r"""The weight that each prefix's row gives its tokens in expectation, $-G_{ha} / (P(h)\,p_{ha})$, mean zero.
+    r"""The expected weight of each token after each prefix, $-G_{ha} / (P(h)\,p_{ha})$, with mean zero over the row.
 
-    One tensor `(V**n, V)` per level; the mean is the plain one over the row.
+    Returns one tensor `(V**n, V)` per level.
     """
     student, teacher = pair
     gradient = gradient_moments(loss, student, teacher, batch_size).mean
@@ -92,18 +116,18 @@ def expected_weights(loss: Loss, pair: tuple[TabularPolicy, TabularPolicy], batc
 def one_step_weights(
     loss: Loss, log_p: Float[Tensor, " V"], log_q: Float[Tensor, " V"], batch_size: int = 1
 ) -> Float[Tensor, " V"]:
-    """The same for one step between two distributions."""
+    """The expected weight of each token of one step between two distributions."""
     pair = TabularPolicy([log_p.unsqueeze(0)]), TabularPolicy([log_q.unsqueeze(0)])
     return expected_weights(loss, pair, batch_size)[0][0]
 
 
 class Pool:
-    """All rollouts of two steps over eight tokens, and the loss's sensitivity to their logits in chosen batches."""
+    """All rollouts of two steps over eight tokens, and the gradient of the loss in the logits of chosen batches."""
 
     def __init__(self, loss: Loss) -> None:
         generator = torch.Generator().manual_seed(5)
         count = sum(_VOCABULARY**n for n in range(_HORIZON))
-        # Nearly uniform rows: a sampling policy may then give each token e times its probability or more.
+        # Nearly uniform rows leave room for a sampling policy that gives a token e times its probability.
         rows = 0.15 * torch.randn(count, _VOCABULARY, generator=generator, dtype=torch.float64)
         noise = 0.8 * torch.randn(count, _VOCABULARY, generator=generator, dtype=torch.float64)
         levels = [1, _VOCABULARY]
@@ -118,11 +142,11 @@ class Pool:
     def sensitivity(
         self, index: Tensor, change: Callable[[Rollouts], Rollouts] | None = None
     ) -> Float[Tensor, "B T V"]:
-        """Gradient of the loss of a batch in its rollouts' logits, times the batch's size.
+        """The gradient of the loss of a batch in its rollouts' logits, times the batch size.
 
         Args:
-            index: which rollouts.
-            change: what to do to the batch before the loss sees it.
+            index: the rollouts.
+            change: applied to the batch before the loss sees it.
         """
         leaf = self.everything.gather_logits(self.everything.student_tables, index).detach().requires_grad_()
         rollouts = self.everything.rollouts(index, leaf)
@@ -132,7 +156,7 @@ class Pool:
         return len(index) * gradient.detach()
 
     def advantages(self, index: Tensor) -> tuple[Float[Tensor, "B T"], bool]:
-        r"""The `A` of each token if its logits' sensitivity is $-A\,(1_y - p)$, and whether it is that for all."""
+        r"""The `A` of each token whose logits have the gradient $-A\,(1_y - p)$, and whether that is every token."""
         sensitivity = self.sensitivity(index)
         rollouts = self.everything.rollouts(index)
         score = torch.nn.functional.one_hot(rollouts.tokens, _VOCABULARY) - torch.softmax(rollouts.student_logits, -1)
@@ -142,12 +166,12 @@ class Pool:
 
 
 def sampled_by(log_ratio: Tensor) -> Callable[[Rollouts], Rollouts]:
-    r"""A change that lets another policy have sampled the same tokens, with $\log p/\mu$ as given, `(B, T)`."""
+    r"""A change: another policy sampled the same tokens, with the given $\log p/\mu$, `(B, T)`."""
     return lambda r: replace(r, behavior_logprobs=r.student_logprobs.detach() - log_ratio)
 
 
 def cut_short(rollout: int) -> Callable[[Rollouts], Rollouts]:
-    """A change that masks the last token of one rollout."""
+    """A change: the last token of one rollout is masked."""
 
     def change(r: Rollouts) -> Rollouts:
         mask = r.mask.clone()

@@ -1,18 +1,17 @@
-"""The policy that sampled: whether its log-probabilities enter, as which importance weight, and where it is clipped."""
+"""The sampling policy: whether the loss reads it, as which importance weight, and where that is clipped."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from opdtheory.auditing.effects.probes import Pool, sampled_by
+from opdtheory.auditing.effects.probes import Effect, Pool, sampled_by
 
-__all__ = ["SamplerEffect", "sampler_effect"]
+__all__ = ["sampler_effect"]
 
-# Log-ratios log p/mu within any clip in use, and beyond most.
+# Log-ratios log p/mu within every clip in use, and beyond most.
 _SMALL, _LARGE = 0.04, 1.2
 
 _KINDS = {
@@ -23,21 +22,13 @@ _KINDS = {
 }
 
 
-@dataclass(frozen=True)
-class SamplerEffect:
-    """The part of `Dependence` on the sampling policy: whether it is read, and how."""
-
-    reads: bool
-    words: list[str] = field(default_factory=list)
-
-
-def sampler_effect(pool: Pool, batch_size: int, limit: float) -> SamplerEffect:
-    """How `behavior_logprobs` enter the gradient at unchanged tokens.
+def sampler_effect(pool: Pool, batch_size: int, limit: float) -> Effect:
+    """How the gradient depends on `behavior_logprobs` at unchanged tokens.
 
     Args:
         pool: rollouts with the loss.
-        batch_size: number of rollouts that the loss sees at once: a multiple of it is used.
-        limit: relative difference that is rounding.
+        batch_size: number of rollouts that the loss sees at once; a multiple of it is used.
+        limit: relative difference that counts as rounding.
     """
     index = torch.arange(max(len(pool) // batch_size, 1) * batch_size) % len(pool)
     generator = torch.Generator().manual_seed(2)
@@ -46,25 +37,25 @@ def sampler_effect(pool: Pool, batch_size: int, limit: float) -> SamplerEffect:
     near, far = (pool.sensitivity(index, sampled_by(size * noise)) for size in (_SMALL, _LARGE))
     scale = max(float(on_policy.abs().max()), 1e-300)
     if max(float((x - on_policy).abs().max()) for x in (near, far)) <= limit * scale:
-        return SamplerEffect(False)
+        return Effect()
     factor, proportional = _factor(near, on_policy, limit)
+    kind = _kind(factor, _SMALL * noise)
     if not proportional:
-        return SamplerEffect(
-            True, ["The sampling policy's probabilities enter the weight itself, not as a factor (T8)."]
-        )
-    kind = _kind(factor, _SMALL * noise, on_policy)
-    if kind is None:
-        if _shifted(pool, index, near, on_policy, _SMALL * noise):
-            return SamplerEffect(True, ["The weight is taken of q/mu in place of q/p: another weight off-policy (T8)."])
-        return SamplerEffect(True, ["The sampling policy enters, but not as a product of p/mu (T8)."])
-    if kind == "none":
-        return SamplerEffect(True, ["The sampling policy enters only where it is far from the student (T8)."])
-    text = f"The weight is multiplied by {_KINDS[kind]} (importance-weighted, T8)"
-    return SamplerEffect(True, [text + _clip_words(pool, index, on_policy, kind, limit)])
+        text = "The sampling policy's probabilities enter the weight itself, not as a factor (T8)."
+    elif kind == "none":
+        text = "The sampling policy enters only where it is far from the student (T8)."
+    elif kind is not None:
+        clips = _clip_words(pool, index, on_policy, kind, limit)
+        text = f"The weight is multiplied by {_KINDS[kind]} (importance-weighted, T8){clips}"
+    elif _shifted(pool, index, near, on_policy, _SMALL * noise):
+        text = "The weight is a function of q/mu in place of q/p: another weight off-policy (T8)."
+    else:
+        text = "The sampling policy enters, but not as a product of p/mu (T8)."
+    return Effect(True, [text])
 
 
 def _factor(changed: Tensor, before: Tensor, limit: float) -> tuple[Tensor, bool]:
-    """The multiple of its former gradient that each token has, NaN where there was none; and whether it is one."""
+    """The multiple of its former gradient that each token has, NaN if it had none, and whether all are multiples."""
     size = before.square().sum(-1)
     live = size > (1e-6 * size.max())
     factor = torch.where(live, (changed * before).sum(-1) / torch.where(live, size, 1.0), torch.nan)
@@ -73,7 +64,7 @@ def _factor(changed: Tensor, before: Tensor, limit: float) -> tuple[Tensor, bool
 
 
 def _shifted(pool: Pool, index: Tensor, changed: Tensor, before: Tensor, log_ratio: Tensor) -> bool:
-    """Whether the weight that a token has is the one that another token has whose log q/p is its own log q/mu."""
+    """Whether each token has the weight of a token whose log q/p is its own log q/mu."""
     import numpy as np
 
     rollouts = pool.everything.rollouts(index)
@@ -97,7 +88,7 @@ def _product(kind: str, log_ratio: Tensor) -> Tensor:
     return total.exp()
 
 
-def _kind(factor: Tensor, log_ratio: Tensor, before: Tensor) -> str | None:
+def _kind(factor: Tensor, log_ratio: Tensor) -> str | None:
     live = ~factor.isnan()
     if bool(((factor - 1).abs() < 1e-7)[live].all()):
         return "none"
@@ -108,7 +99,7 @@ def _kind(factor: Tensor, log_ratio: Tensor, before: Tensor) -> str | None:
 
 
 def _clip_words(pool: Pool, index: Tensor, on_policy: Tensor, kind: str, limit: float) -> str:
-    """Where a factor departs from the product: held at a bound, or zero beyond it."""
+    """Where the factor departs from the product: held at a bound, or zero beyond it."""
     found = []
     for sign in (1.0, -1.0):
         log_ratio = torch.full((len(index), 2), sign * _LARGE, dtype=torch.float64)
@@ -135,7 +126,7 @@ def _of_which(departs: Tensor, factor: Tensor) -> str:
 
 
 def _bound(pool: Pool, index: Tensor, on_policy: Tensor, kind: str, departs: Tensor, sign: float) -> float:
-    """The p/mu beyond which the gradient is gone, by two sweeps over the tokens whose gradient goes."""
+    """The p/mu beyond which the gradient vanishes, from sweeps over the tokens whose gradient does."""
     low, high = 0.0, _LARGE
     first_only = departs[:, 0] if bool(departs[:, 0].any()) else departs[:, 1]
     column = 0 if bool(departs[:, 0].any()) else 1

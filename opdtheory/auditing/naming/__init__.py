@@ -1,1 +1,1 @@
-"""What a loss follows: catalogue entries, their sums, and the weight as a formula."""
+"""Names for what a loss follows: catalogue objectives, sums of them, and formulas of the weight."""

@@ -1,7 +1,7 @@
-r"""The functions of $u$ from which a recovered weight is put together, each with its implied generator in closed form.
+r"""The functions of $u$ that recovered weights are combined from, each with its implied generator in closed form.
 
-A weight is linear in its atoms, and so is $V[w](u) = u\int_1^u (w(t) - w(1))/t^2\,\mathrm{d}t$ (T4): the generator of a
-fitted weight is the same combination of the atoms' generators, and nothing has to be integrated when a loss is audited.
+A weight is linear in its atoms, and so is $V[w](u) = u\int_1^u (w(t) - w(1))/t^2\,\mathrm{d}t$ (T4). The generator of a
+fitted weight is therefore the same combination of the atoms' generators, and an audit integrates nothing.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class Atom:
     r"""One function of the ratio.
 
     Attributes:
-        label: for people, such as `u log u` or a catalogue name.
+        label: name such as `u log u`, or a catalogue name.
         values: the function of $\log u$, elementwise on float64 arrays.
-        expr: makes the sympy expression in `u`, without an additive constant.
-        generator: makes the implied generator, in the gauge $f(1) = f'(1) = 0$.
+        expr: returns the sympy expression in `u`, without an additive constant.
+        generator: returns the implied generator, in the gauge $f(1) = f'(1) = 0$; None if there is no closed form.
     """
 
     label: str
@@ -43,7 +43,7 @@ class Atom:
 
 
 def as_number(value: float) -> sympy.Expr:
-    """A float as the fraction of small denominator that it is, or as itself."""
+    """A float as a fraction with a small denominator if it equals one, else as it is."""
     import sympy
 
     fraction = sympy.Rational(value).limit_denominator(1000)
@@ -57,10 +57,8 @@ def catalogue_atom(divergence: Divergence) -> Atom:
         return divergence.weight(torch.from_numpy(np.ascontiguousarray(log_u))).numpy()
 
     def expr() -> sympy.Expr:
-        import sympy
-
         if divergence.name == "total_variation":
-            return sympy.sign(sympy.log(symbol())) / 2
+            return _sign(_log(symbol())) / 2
         return weight_of(divergence.expr).as_independent(symbol(), as_Add=True)[1]
 
     def generator() -> sympy.Expr:
@@ -71,7 +69,7 @@ def catalogue_atom(divergence: Divergence) -> Atom:
 
 
 def catalogue_atoms() -> tuple[Atom, ...]:
-    """The weights of the catalogue's entries that have no parameter."""
+    """The weights of the catalogue entries that have no parameter."""
     return _atoms(parameter_free())
 
 
@@ -94,27 +92,42 @@ def fixed_atoms() -> tuple[Atom, ...]:
         _power("u^2", 2.0),
         _atom("u^2 log u", lambda t: t * np.exp(2 * t), lambda u, L: u**2 * L, lambda u, L: u * (u * L - u + 1)),
         _power("1/u", -1.0),
-        _atom("log(u)/u", lambda t: t * np.exp(-t), lambda u, L: L / u, _over_u_generator),
+        _atom("log(u)/u", lambda t: t * np.exp(-t), lambda u, L: L / u, lambda u, L: u / 4 - (2 * L + 1) / (4 * u)),
         _power("sqrt(u)", 0.5),
         _power("1/sqrt(u)", -0.5),
-        _atom("log(1 + u)", lambda t: np.logaddexp(0.0, t), _log_half, _log_half_generator),
+        _atom("log(1 + u)", lambda t: np.logaddexp(0.0, t), lambda u, L: _log((1 + u) / 2), _log_half_generator),
         _atom(
             "u log((1 + u)/2)",
             lambda t: np.exp(t) * (np.logaddexp(0.0, t) - half),
-            lambda u, L: u * _log_half(u, L),
+            lambda u, L: u * _log((1 + u) / 2),
             _u_log_half_generator,
         ),
         _atom(
             "(1 + u) log((1 + u)/2)",
             lambda t: (1 + np.exp(t)) * (np.logaddexp(0.0, t) - half),
-            lambda u, L: (1 + u) * _log_half(u, L),
+            lambda u, L: (1 + u) * _log((1 + u) / 2),
             lambda u, L: _log_half_generator(u, L) + _u_log_half_generator(u, L),
         ),
-        _atom("u/(1 + u)", lambda t: 1 / (1 + np.exp(-t)), lambda u, L: u / (1 + u), _sigmoid_generator),
-        _atom("1/(1 + u)^2", lambda t: (1 + np.exp(t)) ** -2.0, lambda u, L: (1 + u) ** -2, _square_generator),
-        _atom("sign(log u)", np.sign, _sign, lambda u, L: abs(u - 1)),
-        _atom("|log u|", np.abs, lambda u, L: abs(L), lambda u, L: _sign(u, L) * (u - 1 - L)),
-        _atom("|u - 1|", lambda t: np.abs(np.expm1(t)), lambda u, L: abs(u - 1), _distance_generator),
+        _atom(
+            "u/(1 + u)",
+            lambda t: 1 / (1 + np.exp(-t)),
+            lambda u, L: u / (1 + u),
+            lambda u, L: u * _log(2 * u / (1 + u)) + (1 - u) / 2,
+        ),
+        _atom(
+            "1/(1 + u)^2",
+            lambda t: (1 + np.exp(t)) ** -2.0,
+            lambda u, L: (1 + u) ** -2,
+            lambda u, L: u * (2 * _log((1 + u) / (2 * u)) - 1 / (1 + u) + as_number(1.25)) - as_number(0.75),
+        ),
+        _atom("sign(log u)", np.sign, lambda u, L: _sign(L), lambda u, L: abs(u - 1)),
+        _atom("|log u|", np.abs, lambda u, L: abs(L), lambda u, L: _sign(L) * (u - 1 - L)),
+        _atom(
+            "|u - 1|",
+            lambda t: np.abs(np.expm1(t)),
+            lambda u, L: abs(u - 1),
+            lambda u, L: _sign(L) * (u * L - u + 1),
+        ),
     )
 
 
@@ -126,64 +139,53 @@ def _power(label: str, exponent: float) -> Atom:
     return _atom(label, lambda t: np.exp(exponent * t), lambda u, L: u ** as_number(exponent), generator)
 
 
-def _mixture(label: str, beta: float, values: Callable[[Array], Array], parts: tuple[_Maker, _Maker]) -> Atom:
-    """An atom of `beta u + 1 - beta`; its makers take that as a third argument."""
-    expr, generator = parts
-
-    def of(maker: _Maker) -> Callable[[sympy.Expr, sympy.Expr], sympy.Expr]:
-        return lambda u, log_u: maker(u, log_u, as_number(beta))
-
-    return _atom(label, values, of(expr), of(generator))
-
-
-def _mixed(t: Array, beta: float) -> Array:
-    return beta * np.exp(t) + 1.0 - beta
-
-
 def _log_mixture(beta: float) -> Atom:
-    def values(t: Array) -> Array:
-        return np.logaddexp(np.log(beta) + t, np.log1p(-beta))
-
-    def expr(u: sympy.Expr, log_u: sympy.Expr, b: sympy.Expr) -> sympy.Expr:
-        import sympy
-
-        return sympy.log(b * u + 1 - b)
-
-    return _mixture(f"log({beta:.6g} u + {1 - beta:.6g})", beta, values, (expr, _log_mixture_generator))
+    return _atom(
+        f"log({_mixture(beta)})",
+        lambda t: np.logaddexp(np.log(beta) + t, np.log1p(-beta)),
+        lambda u, L: _log(_mixed(u, as_number(beta))),
+        lambda u, L: _log_mixture_generator(u, as_number(beta)),
+    )
 
 
 def _mixture_log_mixture(beta: float) -> Atom:
     def values(t: Array) -> Array:
-        return _mixed(t, beta) * np.log(_mixed(t, beta))
+        mixed = _mixed(np.exp(t), beta)
+        return mixed * np.log(mixed)
 
-    def expr(u: sympy.Expr, log_u: sympy.Expr, b: sympy.Expr) -> sympy.Expr:
-        import sympy
+    def expr(u: sympy.Expr, log_u: sympy.Expr) -> sympy.Expr:
+        mixed = _mixed(u, as_number(beta))
+        return mixed * _log(mixed)
 
-        return (b * u + 1 - b) * sympy.log(b * u + 1 - b)
-
-    def generator(u: sympy.Expr, log_u: sympy.Expr, b: sympy.Expr) -> sympy.Expr:
-        import sympy
-
+    def generator(u: sympy.Expr, log_u: sympy.Expr) -> sympy.Expr:
+        b = as_number(beta)
         c = 1 - b
-        times_u = u * (sympy.log(c) * log_u - sympy.polylog(2, -b * u / c) + sympy.polylog(2, -b / c))
-        return b * times_u + c * _log_mixture_generator(u, log_u, b)
+        times_u = u * (_log(c) * log_u - _dilogarithm(-b * u / c) + _dilogarithm(-b / c))
+        return b * times_u + c * _log_mixture_generator(u, b)
 
-    name = f"{beta:.6g} u + {1 - beta:.6g}"
-    return _mixture(f"({name}) log({name})", beta, values, (expr, generator))
+    return _atom(f"({_mixture(beta)}) log({_mixture(beta)})", values, expr, generator)
 
 
 def _ratio_mixture(beta: float) -> Atom:
-    def values(t: Array) -> Array:
-        return np.exp(t) / _mixed(t, beta)
+    def generator(u: sympy.Expr, log_u: sympy.Expr) -> sympy.Expr:
+        b = as_number(beta)
+        return u * _log(u / _mixed(u, b)) / (1 - b) + 1 - u
 
-    def generator(u: sympy.Expr, log_u: sympy.Expr, b: sympy.Expr) -> sympy.Expr:
-        import sympy
-
-        return u * sympy.log(u / (b * u + 1 - b)) / (1 - b) + 1 - u
-
-    return _mixture(
-        f"u/({beta:.6g} u + {1 - beta:.6g})", beta, values, (lambda u, L, b: u / (b * u + 1 - b), generator)
+    return _atom(
+        f"u/({_mixture(beta)})",
+        lambda t: np.exp(t) / _mixed(np.exp(t), beta),
+        lambda u, L: u / _mixed(u, as_number(beta)),
+        generator,
     )
+
+
+def _mixture(beta: float) -> str:
+    return f"{beta:.6g} u + {1 - beta:.6g}"
+
+
+def _mixed(u: Any, beta: Any) -> Any:
+    """The mixture of `u` and 1, of floats or of expressions."""
+    return beta * u + 1 - beta
 
 
 def _free_power(alpha: float) -> Atom:
@@ -191,16 +193,15 @@ def _free_power(alpha: float) -> Atom:
 
 
 def _tempered(scale: float) -> Atom:
-    """tanh(k log u): bounded, monotone; its generator is left to quadrature."""
+    """tanh(k log u): bounded and monotone; its generator is computed by quadrature."""
 
     def expr(u: sympy.Expr, log_u: sympy.Expr) -> sympy.Expr:
         import sympy
 
         return sympy.tanh(as_number(scale) * log_u)
 
-    return _atom(
-        "tanh(log u)" if scale == 1 else f"tanh({scale:.6g} log u)", lambda t: np.tanh(scale * t), expr, _no_closed_form
-    )
+    label = "tanh(log u)" if scale == 1 else f"tanh({scale:.6g} log u)"
+    return _atom(label, lambda t: np.tanh(scale * t), expr, lambda u, L: None)
 
 
 # Functions with one parameter, and the interval in which it is sought.
@@ -216,68 +217,42 @@ _Maker = Callable[..., Any]
 
 
 def _atom(label: str, values: Callable[[Array], Array], expr: _Maker, generator: _Maker) -> Atom:
+    """An atom whose expressions are made from `u` and `log u`."""
+
     def make(maker: _Maker) -> Callable[[], sympy.Expr]:
-        def expression() -> sympy.Expr:
-            import sympy
-
-            return maker(symbol(), sympy.log(symbol()))
-
-        return expression
+        return lambda: maker(symbol(), _log(symbol()))
 
     return Atom(label, values, make(expr), make(generator))
 
 
-def _log_half(u: sympy.Expr, log_u: sympy.Expr) -> sympy.Expr:
-    import sympy
-
-    return sympy.log((1 + u) / 2)
-
-
-def _sign(u: sympy.Expr, log_u: sympy.Expr) -> sympy.Expr:
-    import sympy
-
-    return sympy.sign(log_u)
-
-
 def _log_half_generator(u: sympy.Expr, log_u: sympy.Expr) -> sympy.Expr:
-    import sympy
-
-    return u * sympy.log(2 * u / (1 + u)) - sympy.log((1 + u) / 2)
+    return u * _log(2 * u / (1 + u)) - _log((1 + u) / 2)
 
 
 def _u_log_half_generator(u: sympy.Expr, log_u: sympy.Expr) -> sympy.Expr:
+    return u * (_dilogarithm(-1) - _dilogarithm(-u) - _log(2) * log_u)
+
+
+def _log_mixture_generator(u: sympy.Expr, b: sympy.Expr) -> sympy.Expr:
+    return b / (1 - b) * u * _log(u / _mixed(u, b)) - _log(_mixed(u, b))
+
+
+# sympy takes a second to import, so nothing imports it before it is called.
+
+
+def _log(x: sympy.Expr | int) -> sympy.Expr:
     import sympy
 
-    return u * (sympy.polylog(2, -1) - sympy.polylog(2, -u) - sympy.log(2) * log_u)
+    return sympy.log(x)
 
 
-def _sigmoid_generator(u: sympy.Expr, log_u: sympy.Expr) -> sympy.Expr:
+def _sign(x: sympy.Expr) -> sympy.Expr:
     import sympy
 
-    return u * sympy.log(2 * u / (1 + u)) + sympy.Rational(1, 2) - u / 2
+    return sympy.sign(x)
 
 
-def _square_generator(u: sympy.Expr, log_u: sympy.Expr) -> sympy.Expr:
+def _dilogarithm(x: sympy.Expr | int) -> sympy.Expr:
     import sympy
 
-    inner = 2 * sympy.log((1 + u) / (2 * u)) - 1 / (1 + u) + sympy.Rational(5, 4)
-    return u * inner - sympy.Rational(3, 4)
-
-
-def _over_u_generator(u: sympy.Expr, log_u: sympy.Expr) -> sympy.Expr:
-    return u / 4 - (2 * log_u + 1) / (4 * u)
-
-
-def _distance_generator(u: sympy.Expr, log_u: sympy.Expr) -> sympy.Expr:
-    return _sign(u, log_u) * (u * log_u - u + 1)
-
-
-def _log_mixture_generator(u: sympy.Expr, log_u: sympy.Expr, b: sympy.Expr) -> sympy.Expr:
-    import sympy
-
-    c = 1 - b
-    return b / c * u * sympy.log(u / (b * u + c)) - sympy.log(b * u + c)
-
-
-def _no_closed_form(u: sympy.Expr, log_u: sympy.Expr) -> None:
-    return None
+    return sympy.polylog(2, x)

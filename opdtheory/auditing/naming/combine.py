@@ -1,4 +1,4 @@
-"""Several catalogue objectives whose signed sum a loss follows on the whole panel."""
+"""Signed sums of catalogue objectives that a loss follows on the whole panel."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from opdtheory.objective import Objective, simple_ratios
 
 __all__ = ["Combination", "best_combination"]
 
-# Below this the gradients of several objectives are too nearly dependent for coefficients to mean anything.
+# Below this, gradients of several objectives are so nearly dependent that coefficients mean nothing.
 _INDEPENDENT = 1e-6
 
 
 @dataclass(frozen=True)
 class Combination:
-    r"""A signed sum of catalogue objectives whose gradient the loss's expected gradient is.
+    r"""A signed sum of catalogue objectives whose gradient is the loss's expected gradient.
 
     Attributes:
         objective: the sum, with the coefficients of $\nabla = \sum_i c_i \nabla J_i$.
-        error: the largest `|actual - combination| / |actual|` over the panel.
+        error: largest `|actual - combination| / |actual|` over the panel.
     """
 
     objective: Objective
@@ -38,14 +38,14 @@ def best_combination(
 ) -> Combination | None:
     """Two or three catalogue objectives of one granularity whose signed sum has the given gradients, or None.
 
-    Fewer terms and then the preferred granularity come first. Jeffreys' divergence, the sum of the two KLs, is
-    written as that. Nothing is returned that does not match within the tolerance.
+    Sums with fewer terms come first, then those of the preferred granularity. Jeffreys' divergence is written as the
+    sum of the two KLs.
 
     Args:
         gradients: the loss's expected gradient on each pair, flat.
         exact: the catalogue's gradients on the same pairs.
-        prefer: the granularity that is named when several coincide.
-        tolerance: error up to which a combination matches.
+        prefer: the granularity to name if several coincide.
+        tolerance: largest error of a match.
     """
     if any(float(g.norm()) == 0.0 for g in gradients):
         return None
@@ -61,7 +61,7 @@ def best_combination(
 
 
 def _design(gradients: list[Tensor], catalogue: ExactGradients, names: list[str], granularity: str) -> Tensor:
-    """The exact gradients of the entries as columns, each pair in units of the loss's own gradient there."""
+    """The exact gradients of the entries as columns, in units of the loss's own gradient on each pair."""
     columns = []
     for name in names:
         exact = catalogue.of(divergences.divergence(name), granularity)
@@ -78,9 +78,9 @@ def _combined(
     gradients: list[Tensor],
     tolerance: float,
 ) -> Combination | None:
-    """The best combination of `size` columns, if it matches and none of its terms could be left out."""
+    """The best combination of `size` columns, if it matches and needs all its terms."""
     lengths = design.norm(dim=0)
-    # All that matters of the long columns is their triangle, with the target as the last one.
+    # The triangular factor of the long columns, with the target as the last one, is all that least squares needs.
     triangle = torch.linalg.qr(torch.cat([design / lengths, target.unsqueeze(1)], 1)).R
     chosen = torch.tensor(list(itertools.combinations(range(len(names)), size)))
     q, r = torch.linalg.qr(triangle[:, :-1].T[chosen].transpose(1, 2))

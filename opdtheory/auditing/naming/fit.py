@@ -1,4 +1,4 @@
-"""How nearly the gradients of a loss are one positive multiple of an objective's."""
+"""How well the gradients of a loss agree with a positive multiple of an objective's."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from torch import Tensor
 
 from opdtheory.choices import Verdict
 
-__all__ = ["Fit", "fit_scale", "flat"]
+__all__ = ["FLOOR", "Fit", "fit_scale", "flat"]
 
-_FLOOR = 1e-100
+# Lengths below this are not divided by: a zero gradient then resembles no other.
+FLOOR = 1e-100
 
 
 @dataclass(frozen=True)
 class Fit:
-    """How well the gradients of a loss are a common positive multiple of an objective's, pair by pair.
+    """How well the gradients of a loss agree, pair by pair, with a common positive multiple of an objective's.
 
     Attributes:
-        scale: the multiple that makes the errors smallest, each pair counting alike.
+        scale: the multiple with the smallest errors, all pairs weighted equally.
         relative_bias: `|actual - exact| / |exact|` per pair, at scale one.
         errors: `|actual - scale * exact| / |actual|` per pair.
-        cosine: of the angle, per pair; 0 for a zero gradient.
+        cosine: cosine per pair; 0 for a zero gradient.
     """
 
     scale: float
@@ -32,28 +33,27 @@ class Fit:
 
     @property
     def worst_error(self) -> float:
-        """The largest error at best scale; inf unless the scale is positive."""
+        """The largest error at the best scale; inf unless the scale is positive."""
         return max(self.errors) if self.scale > 0 else float("inf")
 
     def verdict(self, tolerance: float) -> Verdict:
-        """`exact`, `exact_up_to_scale` or `biased`, with errors up to the tolerance taken for rounding."""
+        """`exact`, `exact_up_to_scale` or `biased`; errors up to the tolerance count as rounding."""
         if max(self.relative_bias) <= tolerance:
             return "exact"
         return "exact_up_to_scale" if self.worst_error <= tolerance else "biased"
 
     @property
     def typical_error(self) -> float:
-        """Root mean square of the errors at best scale, at most 1; inf unless the scale is positive."""
+        """Root mean square of the errors at the best scale, at most 1; inf unless the scale is positive."""
         return (sum(e * e for e in self.errors) / len(self.errors)) ** 0.5 if self.scale > 0 else float("inf")
 
 
 def fit_scale(actual: list[Tensor], exact: list[Tensor]) -> Fit:
     """Compare two lists of flat gradients, one per pair, up to one common positive scale."""
-    # The floor lets a gradient that is exactly zero come out as unlike any other, without dividing by it.
-    sizes = [max(float(a.norm()), _FLOOR) for a in actual]
-    norms = [max(float(g.norm()), _FLOOR) for g in exact]
+    sizes = [max(float(a.norm()), FLOOR) for a in actual]
+    norms = [max(float(g.norm()), FLOOR) for g in exact]
     dots = [float(a @ g) for a, g in zip(actual, exact, strict=True)]
-    # Least squares over all pairs, each measured in units of the loss's own gradient.
+    # Least squares over all pairs, in units of the loss's own gradient on each.
     scale = sum(d / s**2 for d, s in zip(dots, sizes, strict=True)) / sum(
         (n / s) ** 2 for n, s in zip(norms, sizes, strict=True)
     )
@@ -66,5 +66,5 @@ def fit_scale(actual: list[Tensor], exact: list[Tensor]) -> Fit:
 
 
 def flat(levels: list[Tensor]) -> Tensor:
-    """A gradient by level as one vector."""
+    """A gradient by level, as one vector."""
     return torch.cat([level.flatten() for level in levels])

@@ -1,11 +1,11 @@
-r"""The search for a formula: terms of the catalogue or of a dictionary that fit a recovered weight, fewest first."""
+r"""The search for a formula: the fewest terms of the catalogue or of a dictionary that fit a recovered weight."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -35,16 +35,16 @@ Kind = Literal["zero", "catalogue", "combination", "expression", "numeric"]
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
-# A cell so narrow that its middle is as good as its ends.
+# Log-ratios this close are reported as one.
 _NARROW = 1e-3
 
-# Where rounding is coarser than this, two or three terms fit almost anything.
+# With coarser rounding than this, three terms fit almost anything.
 _SHARP = 1e-6
 
 
 @dataclass(frozen=True)
 class Formula:
-    """Terms with coefficients, and the clamp of the log-ratio around them, if there is one."""
+    """Terms with coefficients, of a log-ratio that may be clamped."""
 
     kind: Kind
     atoms: tuple[Atom, ...]
@@ -54,23 +54,25 @@ class Formula:
 
     def values(self, log_u: Array) -> Array:
         """The weight, up to a constant, elementwise."""
-        t = log_u if self.clamp is None else np.clip(log_u, *self.clamp)
-        return np.asarray(sum(c * atom.values(t) for c, atom in zip(self.coefficients, self.atoms, strict=True)))
+        return np.asarray(sum(self._terms(log_u)))
 
     def size(self, log_u: Array) -> Array:
-        """The sum of the terms' sizes, to which rounding is relative."""
+        """The sum of the sizes of the terms, to which rounding is relative."""
+        return np.asarray(sum(map(abs, self._terms(log_u))))
+
+    def _terms(self, log_u: Array) -> list[Array]:
         t = log_u if self.clamp is None else np.clip(log_u, *self.clamp)
-        return np.asarray(sum(abs(c * atom.values(t)) for c, atom in zip(self.coefficients, self.atoms, strict=True)))
+        return [c * atom.values(t) for c, atom in zip(self.coefficients, self.atoms, strict=True)]
 
 
 def most_terms(curve: Curve, tolerance: float) -> int:
-    """How many terms the points can tell from chance: with a constant, at most half as many numbers as points."""
+    """The number of terms that a fit cannot have by chance: with the constant, at most half the number of points."""
     most = min(3, (len(curve.points) - 1) // 2 - 1)
     return most if tolerance <= _SHARP else min(most, 2)
 
 
 def find_formula(curve: Curve, tolerance: float) -> Formula | None:
-    """The formula of fewest terms that fits to the tolerance."""
+    """The formula with the fewest terms that fits to the tolerance."""
     most = most_terms(curve, tolerance)
     sharp = tolerance <= _SHARP
     steps: list[tuple[int, Callable[[], Formula | None]]] = [
@@ -92,17 +94,17 @@ def find_formula(curve: Curve, tolerance: float) -> Formula | None:
 
 
 def _independent() -> tuple[Atom, ...]:
-    """The catalogue without Jeffreys' divergence, the sum of the two KLs."""
+    """The catalogue's weights without Jeffreys' divergence, the sum of the two KLs."""
     return tuple(atom for atom in catalogue_atoms() if atom.label != "jeffreys")
 
 
 def columns_of(atoms: tuple[Atom, ...], points: Array) -> Array:
-    """The atoms' values as columns, `(points, atoms)`."""
+    """The values of the atoms as columns, `(points, atoms)`."""
     return np.column_stack([atom.values(points) for atom in atoms]) if atoms else np.empty((len(points), 0))
 
 
 def _single(curve: Curve, tolerance: float) -> Formula | None:
-    """One catalogue weight without a parameter, times a positive number."""
+    """A positive multiple of one catalogue weight without a parameter."""
     best: Formula | None = None
     for atom in catalogue_atoms():
         columns = columns_of((atom,), curve.points)
@@ -114,7 +116,7 @@ def _single(curve: Curve, tolerance: float) -> Formula | None:
 
 
 def _members() -> dict[str, tuple[Callable[[float], Atom], float, float]]:
-    """The catalogue's families as functions of their parameter."""
+    """The weights of the catalogue's families, by parameter."""
     return {each.name: (_maker(each), *each.sought) for each in parametric()}
 
 
@@ -125,7 +127,7 @@ def _maker(family: Family) -> Callable[[float], Atom]:
 
 @functools.lru_cache(maxsize=4096)
 def _tabulated(make: Callable[[float], Atom], value: float, points: tuple[float, ...]) -> Array:
-    """Values of a family's member; the same starts on the same grid serve every audit."""
+    """The values of a member of a family, cached: every audit starts from the same members on the same grid."""
     return make(value).values(np.array(points))
 
 
@@ -142,7 +144,7 @@ def _parametric(
     beside: tuple[Atom, ...],
     tolerance: float,
 ) -> Formula | None:
-    """A function with one fitted parameter, alone or beside one function of the dictionary."""
+    """A function with one fitted parameter, alone or with one function of the dictionary."""
     others, points = columns_of(beside, curve.points), tuple(curve.points.tolist())
     for make, low, high in makers.values():
         column = functools.partial(_tabulated, make, points=points)
@@ -170,7 +172,7 @@ def _combined(curve: Curve, atoms: tuple[Atom, ...], kind: Kind, size: int, tole
 
 
 def _plateaus(curve: Curve, tolerance: float) -> tuple[int, int]:
-    """How many points at each end hold one value, where more than one does."""
+    """The number of points at each end with one value; 0 for a single point."""
     limit = tolerance * curve.scale
     left = int(np.argmin(np.append(np.abs(curve.values - curve.values[0]) <= limit, False)))
     right = int(np.argmin(np.append(np.abs(curve.values - curve.values[-1])[::-1] <= limit, False)))
@@ -178,7 +180,7 @@ def _plateaus(curve: Curve, tolerance: float) -> tuple[int, int]:
 
 
 def find_clamped(curve: Curve, tolerance: float) -> Formula | None:
-    """A formula of the log-ratio clamped to an interval, whose ends are where the plateaus are met (T4)."""
+    """A formula of a clamped log-ratio; the clamp's ends are where the formula meets the plateaus (T4)."""
     left, right = _plateaus(curve, tolerance)
     inner = slice(left, len(curve.points) - right)
     if left + right == 0 or inner.stop - inner.start < 5:
@@ -200,7 +202,7 @@ def find_clamped(curve: Curve, tolerance: float) -> Formula | None:
 
 
 def _meets(inside: Formula, constant: float, curve: Curve, index: int, step: int, tolerance: float) -> float | None:
-    """Where the formula reaches the value of the plateau, between the last free grid point and the next."""
+    """Where the formula reaches the plateau, between the last grid point inside and the first one on it."""
     from scipy.optimize import brentq
 
     near, far, plateau = curve.points[index], curve.points[index + step], curve.values[index + step]
@@ -222,7 +224,7 @@ def _meets(inside: Formula, constant: float, curve: Curve, index: int, step: int
 
 
 def _short(end: float, fits: Callable[[float], bool]) -> float:
-    """The bound as a short number, a log-ratio or a ratio: where the weight is nearly flat it is known roughly only."""
+    """The bound as a short log-ratio or a short ratio, since a nearly flat weight determines it only roughly."""
     for digits in range(7):
         for short in (round(end, digits), float(np.log(max(round(float(np.exp(end)), digits), 1e-300)))):
             if abs(short - end) < _NARROW and fits(short):
@@ -231,7 +233,7 @@ def _short(end: float, fits: Callable[[float], bool]) -> float:
 
 
 def find_window(curve: Curve, tolerance: float) -> str | None:
-    """A formula inside a window and a constant outside, with a jump: the ends are known to a cell only."""
+    """A formula inside a window, and a constant outside with a jump, whose position is known to a cell of the grid."""
     left, right = _plateaus(curve, tolerance)
     keep = np.arange(left, len(curve.points) - right)
     if left + right == 0 or len(keep) < 5 or (inside := find_formula(curve.part(keep), tolerance)) is None:
@@ -243,7 +245,7 @@ def find_window(curve: Curve, tolerance: float) -> str | None:
 
 
 def _within(low: float, high: float) -> str:
-    """A log-ratio that is known to a cell only: its first digits, where both ends have them."""
+    """A log-ratio known to a cell of the grid: the digits that both ends share, or both ends."""
     near, far = f"{low:.4g}", f"{high:.4g}"
     if high - low < _NARROW:
         return near if near == far else f"{(low + high) / 2.0:.4g}"
@@ -251,7 +253,7 @@ def _within(low: float, high: float) -> str:
 
 
 def label_of(found: Formula) -> str:
-    """The terms with coefficients in their ratio, the positive ones first."""
+    """The formula as text, with the ratios of its coefficients."""
     if found.kind == "catalogue":
         text = found.atoms[0].label
     else:
@@ -275,11 +277,9 @@ def expressions(found: Formula) -> tuple[sympy.Expr, sympy.Expr | None]:
     numbers = [as_number(float(c)) for c in found.coefficients]
     weight = sympy.Add(*(c * atom.expr() for c, atom in zip(numbers, found.atoms, strict=True)))
     parts = [atom.generator() for atom in found.atoms]
-    generator = (
-        None
-        if any(part is None for part in parts)
-        else sympy.Add(*(c * part for c, part in zip(numbers, parts, strict=True)))
-    )
+    generator = None
+    if all(part is not None for part in parts):
+        generator = sympy.Add(*(c * part for c, part in zip(numbers, parts, strict=True)))
     if found.clamp is None:
         return weight, generator
     return _piecewise(weight, generator, found.clamp)
@@ -288,7 +288,7 @@ def expressions(found: Formula) -> tuple[sympy.Expr, sympy.Expr | None]:
 def _piecewise(
     weight: sympy.Expr, generator: sympy.Expr | None, clamp: tuple[float, float]
 ) -> tuple[sympy.Expr, sympy.Expr | None]:
-    """Outside the clamp the weight is constant, so that the generator goes on along its tangent (T4)."""
+    """The expressions with a clamp: outside it the weight is constant, the generator its own tangent (T4)."""
     import sympy
 
     u = divergences.symbol()
@@ -303,7 +303,7 @@ def _piecewise(
     def tangent(at: sympy.Expr) -> sympy.Expr:
         return sympy.expand(generator.subs(u, at) + slope.subs(u, at) * (u - at))
 
-    # Where 1 itself lies outside, the gauge f(1) = f'(1) = 0 takes the tangent there away.
+    # If 1 itself is outside, the gauge f(1) = f'(1) = 0 subtracts the tangent there.
     gauge = tangent(low) if clamp[0] > 0 else tangent(high) if clamp[1] < 0 else sympy.Integer(0)
     branches = [] if clamp[0] == -np.inf else [(tangent(low) - gauge, u < low)]
     inside = generator - gauge
@@ -313,7 +313,7 @@ def _piecewise(
 
 
 def _edge(log_bound: float) -> sympy.Expr:
-    """The ratio at a bound, as the short number that it or its logarithm is."""
+    """The ratio at a bound, exactly if it or its logarithm is a short number."""
     import sympy
 
     if not np.isfinite(log_bound):

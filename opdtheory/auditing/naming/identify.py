@@ -1,4 +1,4 @@
-"""What a black-box loss follows: its weight as a function of the ratio, and the catalogue entry that matches."""
+"""The catalogue objective whose exact gradient a black-box loss follows."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opdtheory.auditing.naming.fit import _FLOOR, Fit, fit_scale, flat
+from opdtheory.auditing.naming.fit import FLOOR, Fit, fit_scale, flat
+from opdtheory.auditing.naming.knob import discount_basis, discount_nodes
 from opdtheory.auditing.naming.recover import RecoveredWeight
-from opdtheory.auditing.naming.sparse import shortest
+from opdtheory.auditing.naming.sparse import STARTS, refined, shortest
 from opdtheory.auditing.scenario import Case
 from opdtheory.divergences import Divergence
 from opdtheory.divergences.registry import Family, parameter_free, parametric
@@ -23,21 +24,19 @@ from opdtheory.objective import Objective
 
 __all__ = ["ExactGradients", "Match", "best_match"]
 
-_STARTS = 41
-
-# A misfit, relative to what is fitted, far below which a short decimal is as good as the fitted parameter.
+# Relative misfit at which a short decimal replaces a fitted parameter.
 _SHORT = 1e-10
 
-# A weight this near to an entry's, relative to its size, may be that entry's under a discount.
+# A weight this near to an entry's, relative to its size, may be that of the entry under a discount.
 _ALIKE = 1e-3
 
 
 @dataclass(frozen=True)
 class Match:
-    """A catalogue objective with its distance from the loss's expected gradient.
+    """A catalogue objective and its distance from the loss's expected gradient.
 
     Attributes:
-        objective: the catalogue entry with its granularity and discount.
+        objective: the objective.
         fit: the comparison on the panel.
     """
 
@@ -45,19 +44,19 @@ class Match:
     fit: Fit
 
     def error(self, tolerance: float) -> float:
-        """The worst error over the panel where that is rounding, else the typical one."""
+        """The worst error over the panel if that is rounding, else the typical one."""
         return self.fit.worst_error if self.fit.worst_error <= tolerance else self.fit.typical_error
 
 
 class ExactGradients:
-    """Exact gradients of catalogue objectives on every pair of a panel, flat, each computed once."""
+    """The exact gradients of catalogue objectives on every pair of a panel, flat, each computed once."""
 
     def __init__(self, cases: list[Case]) -> None:
         self.trees = [Tree.build(case.student, case.teacher) for case in cases]
         self._found: dict[tuple[Divergence, str], list[Tensor]] = {}
 
     def of(self, divergence: Divergence, granularity: str) -> list[Tensor]:
-        """The gradients of one objective, undiscounted."""
+        """The gradients of one objective without a discount."""
         key = (divergence, granularity)
         if key not in self._found:
             self._found[key] = [flat(tree_gradient(tree, divergence, granularity)) for tree in self.trees]
@@ -69,16 +68,15 @@ def best_match(
 ) -> Match | None:
     """The catalogue objective whose exact gradients are nearest to a positive multiple of the given ones.
 
-    Parameter-free entries come first; a family with a fitted parameter is named only if it is
-    better and none of those matches within the tolerance. A discount is fitted last, and named only
-    if it matches.
+    Entries without a parameter come first. A member of a family, its parameter fitted, is named only if none of them
+    matches and it is nearer. A discount is fitted last, and named only if it matches.
 
     Args:
         gradients: the loss's expected gradient on each pair, flat.
         exact: the catalogue's gradients on the same pairs.
         weight: the recovered weight, to which the parameters are fitted.
-        prefer: the granularity that is named when several coincide.
-        tolerance: error up to which an entry matches.
+        prefer: the granularity to name if several coincide.
+        tolerance: largest error of a match.
     """
     order = sorted(OBJECTIVES, key=lambda granularity: granularity != prefer)
     plain = list(parameter_free())
@@ -86,7 +84,7 @@ def best_match(
     if (best is None or best.fit.worst_error > tolerance) and weight.depends_on_ratio_only:
         fitted = [entry for each in parametric() if (entry := _fit_family(each, weight)) is not None]
         other = _nearest(gradients, exact, itertools.product(fitted, order), tolerance)
-        # A member that is an entry in another name does not displace it.
+        # A member that equals the best entry does not replace it.
         if other is not None and (best is None or other.fit.typical_error < (1 - 1e-6) * best.fit.typical_error):
             best = other
         if best is None or best.fit.worst_error > tolerance:
@@ -96,7 +94,7 @@ def best_match(
 
 
 def _alike(entries: list[Divergence], recovered: RecoveredWeight) -> list[Divergence]:
-    """The entries whose weight is a positive multiple of the recovered one: a discount does not show on one step."""
+    """The entries whose weight is a positive multiple of the recovered one, which one step shows without a discount."""
     middle, size = len(recovered.log_u) // 2, float(recovered.weight.norm())
     found = []
     for entry in entries:
@@ -109,31 +107,27 @@ def _alike(entries: list[Divergence], recovered: RecoveredWeight) -> list[Diverg
 
 
 def _fit_discount(gradients: list[Tensor], trees: list[Tree], entry: Divergence) -> Match | None:
-    """`token_return` with the discount that brings it nearest to a positive multiple of the gradients."""
-    import numpy as np
-    from scipy.optimize import least_squares
-
-    # The gradient is a polynomial in gamma of degree below the number of positions.
-    nodes = np.linspace(0.0, 1.0, max(tree.horizon for tree in trees))
+    """`token_return` of an entry at the discount that brings it nearest to a positive multiple of the gradients."""
+    nodes = discount_nodes(trees)
     samples = [
-        torch.stack([flat(tree_gradient(tree, entry, "token_return", gamma=float(g))) for g in nodes]) for tree in trees
+        torch.stack([flat(tree_gradient(tree, entry, "token_return", gamma=g)) for g in nodes]) for tree in trees
     ]
-    sizes = [max(float(g.norm()), _FLOOR) for g in gradients]
+    sizes = [max(float(g.norm()), FLOOR) for g in gradients]
 
     def exact(gamma: float) -> list[Tensor]:
-        basis = [np.prod([(gamma - m) / (n - m) for m in nodes if m != n]) for n in nodes]
-        return [torch.tensor(basis, dtype=torch.float64) @ sample for sample in samples]
+        basis = discount_basis(nodes, gamma)
+        return [basis @ sample for sample in samples]
 
     def residual(gamma: float) -> Tensor:
         candidates = exact(gamma)
         scale = fit_scale(gradients, candidates).scale
         return torch.cat([(g - scale * e) / s for g, e, s in zip(gradients, candidates, sizes, strict=True)])
 
-    start = min(torch.linspace(0.0, 1.0, _STARTS).tolist(), key=lambda gamma: float(residual(gamma).norm()))
-    solution = least_squares(
-        lambda x: residual(float(x[0])).numpy(), [start], bounds=([0.0], [1.0]), xtol=1e-15, ftol=1e-15, gtol=1e-15
-    )
-    gamma = shortest(float(solution.x[0]), lambda value: float(residual(value).norm()), _SHORT)
+    def error(gamma: float) -> float:
+        return float(residual(gamma).norm())
+
+    start = min(torch.linspace(0.0, 1.0, STARTS).tolist(), key=error)
+    gamma = shortest(refined(lambda value: residual(value).numpy(), start, 0.0, 1.0), error, _SHORT)
     fit = fit_scale(gradients, exact(gamma))
     return Match(Objective.of(entry, "token_return", gamma), fit) if fit.scale > 0 else None
 
@@ -156,8 +150,6 @@ def _nearest(
 
 def _fit_family(family: Family, recovered: RecoveredWeight) -> Divergence | None:
     """The member of a family whose weight is nearest to a positive multiple of the recovered one."""
-    from scipy.optimize import least_squares
-
     low, high = family.sought
     middle = len(recovered.log_u) // 2
     size = float(recovered.weight.norm())
@@ -172,13 +164,9 @@ def _fit_family(family: Family, recovered: RecoveredWeight) -> Divergence | None
     def error(value: float) -> float:
         return float(residual(value).norm())
 
-    starts = torch.linspace(low, high, _STARTS, dtype=torch.float64).tolist()
-    start = min(starts, key=error)
-    solution = least_squares(
-        lambda x: residual(x[0]).numpy(), [start], bounds=([low], [high]), xtol=1e-15, ftol=1e-15, gtol=1e-15
-    )
-    value = shortest(float(solution.x[0]), error, _SHORT)
+    start = min(torch.linspace(low, high, STARTS, dtype=torch.float64).tolist(), key=error)
+    value = refined(lambda value: residual(value).numpy(), start, low, high)
     try:
-        return family(value)
+        return family(shortest(value, error, _SHORT))
     except InvalidArgumentError:
         return None

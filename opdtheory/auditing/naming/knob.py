@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
 from opdtheory.divergences.registry import Family, parametric
+from opdtheory.exact.tree import Tree
 from opdtheory.objective import Objective
 
-__all__ = ["Knob", "knob_of"]
+__all__ = ["Knob", "discount_basis", "discount_nodes", "knob_of"]
 
-# How far the ratio of two coefficients is followed, in either direction.
+# The factor up to which the ratio of two coefficients is varied, either way.
 _FAR_RATIO = 100.0
 
 
@@ -19,11 +26,11 @@ class Knob:
     """The one fitted number of an objective.
 
     Attributes:
-        name: what it is.
-        value: what was fitted.
-        turned: the objective with another value.
-        low: end of the interval in which it is sought.
-        high: its other end.
+        name: name of the number.
+        value: the fitted value.
+        turned: returns the objective with another value.
+        low: lower end of the interval that is searched.
+        high: upper end of that interval.
     """
 
     name: str
@@ -34,7 +41,7 @@ class Knob:
 
 
 def knob_of(objective: Objective) -> Knob | None:
-    """The number in an objective that was fitted, or None if there is none."""
+    """The fitted number of an objective, or None if there is none."""
     (first, named), *others = objective.terms
     if others:
         (second, other), *_ = others
@@ -55,3 +62,15 @@ def knob_of(objective: Objective) -> Knob | None:
 
             return Knob(family.parameter, named.parameters[family.parameter], member, *family.sought)
     return None
+
+
+def discount_nodes(trees: list[Tree]) -> list[float]:
+    """Discounts whose gradients determine all others: the gradient is a polynomial of degree below the horizon."""
+    nodes: list[float] = np.linspace(0.0, 1.0, max(tree.horizon for tree in trees)).tolist()
+    return nodes
+
+
+def discount_basis(nodes: list[float], gamma: float) -> Float[Tensor, " nodes"]:
+    """The weights of the nodes' gradients in the gradient at discount `gamma` (Lagrange)."""
+    weights = [math.prod((gamma - m) / (n - m) for m in nodes if m != n) for n in nodes]
+    return torch.tensor(weights, dtype=torch.float64)

@@ -19,20 +19,18 @@ from opdtheory.exact.tree import Tree
 
 __all__ = ["RecoveredWeight", "explains_panel", "recover_weight"]
 
-# A weight recovered from a gradient carries its rounding, amplified by 1/p of the rarest token.
+# Rounding of a recovered weight relative to that of its gradient: 1/p of the rarest token amplifies it.
 _AMPLIFIED = 10.0
 
-# Interpolating a recovered weight between grid points costs less than this, relative to the gradient.
+# The largest error of interpolating a recovered weight, relative to the gradient, and the widest grid for it.
 _INTERPOLATION = 0.05
-
 _FINE_GRID = 0.5
 
 # Far log-ratios in one bandit.
 _TOGETHER = 4
 
-# Rounds by which the cell where a far plateau begins is narrowed, and the points that each puts into it.
+# Rounds in which the cell where a far plateau begins is narrowed, and the points that each adds to it.
 _ROUNDS, _INSIDE = 4, 12
-
 
 _NOTHING = torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64)
 
@@ -42,18 +40,18 @@ class RecoveredWeight(Keyed):
     r"""The local weight $w(u)$ that a loss puts on a token on one-step policies, up to a constant: $w(1) = 0$.
 
     Attributes:
-        log_u: grid of log-ratios, teacher over student; empty where the weight was not looked for.
+        log_u: grid of log-ratios, teacher over student; empty if the weight was not recovered.
         weight: the weight on the grid, averaged over the bandits.
-        residual: largest disagreement between bandits that differ in `p` alone, relative to the weight's range.
+        residual: largest disagreement of bandits that differ only in `p`, relative to the weight's range.
         depends_on_ratio_only: whether that disagreement is rounding.
-        non_decreasing: whether the weight falls nowhere on the grid: then a genuine f-divergence is minimised (T4).
+        non_decreasing: whether the weight never falls on the grid: then a genuine f-divergence is minimised (T4).
         slope_at_teacher: $dw/d\log u$ at $u = 1$ by a five-point difference; positive: the teacher attracts (T5).
-        far_log_u: log-ratios beyond the grid, and close to where a plateau begins, for single rollouts; ascending.
+        far_log_u: log-ratios beyond the grid and near the start of a plateau, ascending, for single rollouts.
         far_weight: the weight there, each from one pair of policies.
-        explains_panel: whether this weight of each token's own ratio gives the gradient over several tokens too;
-            None: cannot tell.
-        low: of a sampled audit: the lower ends of intervals that hold jointly.
-        high: likewise, the upper ends.
+        explains_panel: whether this weight of each token's own ratio also gives the gradient over several tokens; None
+            if that cannot be determined.
+        low: lower ends of intervals that hold jointly, in a sampled audit.
+        high: upper ends of these intervals.
     """
 
     log_u: Annotated[Float[Tensor, " points"], FINITE_ITEMS]
@@ -70,7 +68,7 @@ class RecoveredWeight(Keyed):
 
     @classmethod
     def unknown(cls) -> RecoveredWeight:
-        """No weight, where none was looked for."""
+        """The weight of an audit that did not recover one."""
         return cls(*_NOTHING, float("nan"), False, False, float("nan"))
 
 
@@ -79,16 +77,16 @@ def recover_weight(loss: Loss, scenario: Scenario, tolerance: float = 1e-9, *, s
 
     Args:
         loss: the black box.
-        scenario: its batch size, noise of the sampling policy and seed count here.
-        tolerance: relative error of the loss's gradient that is rounding.
-        students: how many students of equal log-ratios are compared, at least two.
+        scenario: only its batch size, seed and noise of the sampling policy are used.
+        tolerance: relative error of the loss's gradient that counts as rounding.
+        students: number of students with equal log-ratios that are compared, at least two.
 
     Raises:
         LossError: as `gradient_moments`.
     """
     parts = bandit_parts(scenario.batch_size)
     found = [_curves(loss, part, scenario, students) for part in parts]
-    # Every part holds 0, where its curves are zero.
+    # Every part contains 0, where its curves are zero.
     log_u, order = torch.cat([part[part != 0.0] for part in parts] + [torch.zeros(1, dtype=torch.float64)]).sort()
     values = [c[:, part != 0.0] for c, part in zip(found, parts, strict=True)]
     curves = torch.cat([*values, torch.zeros(len(values[0]), 1, dtype=torch.float64)], 1)[:, order]
@@ -96,7 +94,7 @@ def recover_weight(loss: Loss, scenario: Scenario, tolerance: float = 1e-9, *, s
     curve = curves.mean(0)
     spread = float((curves - curve).abs().max())
     span = float(curve.max() - curve.min())
-    # Only rounding is left of a loss whose weight is constant, and that depends on nothing.
+    # The weight of a loss that puts a constant on every token is rounding, and depends on nothing.
     residual = spread / span if span > 1e-9 else 0.0
     steps = curve.diff()
     ratio_only = residual < _AMPLIFIED * tolerance
@@ -116,7 +114,7 @@ def recover_weight(loss: Loss, scenario: Scenario, tolerance: float = 1e-9, *, s
 
 
 def _curves(loss: Loss, log_u: Tensor, scenario: Scenario, students: int) -> Tensor:
-    """The weight at log-ratios with 0 in the middle, less its value there, from each student of the bandits."""
+    """The weight at log-ratios with 0 in the middle, minus its value there, for each student of the bandits."""
     cases = bandits(log_u, scenario)[-students:]
     return torch.stack([_advantage(loss, case, scenario.batch_size, len(log_u) // 2) for case in cases])
 
@@ -128,14 +126,14 @@ def _advantage(loss: Loss, case: Case, batch_size: int, origin: int) -> Tensor:
 
 
 def _far(loss: Loss, log_u: Tensor, curve: Tensor, scenario: Scenario, tolerance: float) -> tuple[Tensor, Tensor]:
-    """The weight beyond the grid and close to where a plateau begins; nothing if the loss fails there.
+    """The weight beyond the grid and near the start of a plateau; nothing if the loss fails there.
 
     Args:
         loss: the black box.
         log_u: the grid.
-        curve: the weight on it, to whose ends what lies beyond is joined.
-        scenario: of one rollout at a time.
-        tolerance: relative error that is rounding.
+        curve: the weight on the grid, whose ends the far weight continues.
+        scenario: a scenario of single rollouts.
+        tolerance: relative error that counts as rounding.
     """
     count = len(log_u) // 2
     found: list[tuple[Tensor, Tensor]] = []
@@ -147,7 +145,7 @@ def _far(loss: Loss, log_u: Tensor, curve: Tensor, scenario: Scenario, tolerance
                 case = far_bandit(torch.cat([near, points]), scenario)
                 return end + _advantage(loss, case, 1, 0)[1:-1]
 
-            # A few at a time: weights that grow steeply would drown the smaller ones in their rounding.
+            # A few at a time: the rounding of a steep weight would drown the smaller values.
             more = [(some, at(some)) for some in far[1:].split(_TOGETHER)]
             points = torch.cat([grid[count + 1 :], far[1:]])
             values = torch.cat([known[count + 1 :], *(part for _, part in more)])
@@ -171,8 +169,8 @@ def _far(loss: Loss, log_u: Tensor, curve: Tensor, scenario: Scenario, tolerance
 def explains_panel(weight: RecoveredWeight, gradients: list[Tensor], cases: list[Case]) -> bool | None:
     """Whether the recovered weight of each token's own ratio gives the loss's gradients, up to one scale.
 
-    The weight was found on one-step policies. Over several tokens a loss may weigh a token by its
-    position, or by the ratios of others. None if the grid is too coarse to tell.
+    The weight comes from one-step policies. Over several tokens, a loss may also weight a token by its position or by
+    the ratios of others. None if the grid is too coarse to tell.
     """
     spacing, limit = float(weight.log_u[-1] - weight.log_u[-2]), float(weight.log_u[-1])
     if spacing > _FINE_GRID or limit < 1.0:
@@ -196,5 +194,5 @@ def explains_panel(weight: RecoveredWeight, gradients: list[Tensor], cases: list
 
 
 def _central_slope(values: list[float]) -> float:
-    """Slope in the middle of five points `STEP` apart, to fourth order."""
+    """The slope in the middle of five points `STEP` apart, to fourth order."""
     return (8.0 * (values[3] - values[1]) - (values[4] - values[0])) / (12.0 * STEP)

@@ -1,4 +1,4 @@
-r"""What follows from a weight's formula: monotony, other fixed points, limits, growth and the second moment."""
+r"""What follows from a weight's formula: monotonicity, other fixed points, limits, growth and the second moment."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ __all__ = ["Growth", "Properties", "Shape", "shape_of"]
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
-# Log-ratios over which a formula is checked to be monotone; float64 holds u^2 there without overflow.
+# Log-ratios over which a formula is checked to be monotone; u^2 does not overflow float64 there.
 _WIDE = np.linspace(-30.0, 30.0, 2401)
 _FALLS = 1e-9
 
-# The first of the three log-ratios, each twice the last, between which growth is measured.
+# The first of three log-ratios, each twice the one before, from which growth is measured.
 _FAR = 100
 _EXAMPLES = 3
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What is known of a weight before its formula: the grid, the values on it if it is a function of the ratio."""
+    """A recovered weight: its grid, its slope at the teacher, and its values if it is a function of the ratio."""
 
     log_u: Array
     non_decreasing: bool
@@ -41,10 +41,10 @@ class Shape:
 
 @dataclass(frozen=True)
 class Growth:
-    r"""The behaviour $w \sim c\, u^a \log^b u$ at one end, or the limit where it is finite.
+    r"""The behaviour $w \sim c\, u^a \log^b u$ at one end, or a finite limit.
 
     Attributes:
-        limit: of $w(u) - w(1)$; infinite or NaN where there is none or it is unknown.
+        limit: limit of $w(u) - w(1)$, which may be infinite.
         power: $a$.
         log_power: $b$.
     """
@@ -81,7 +81,7 @@ class Properties:
 
 
 def shape_of(shape: Shape, found: Formula | None, expr: sympy.Expr | None, generator: sympy.Expr | None) -> Properties:
-    """The properties of a weight, from its formula or, without one, from its values on the grid."""
+    """The properties of a weight, from its formula or else from its values on the grid."""
     if found is None or expr is None:
         return _numeric(shape)
     wide, size = found.values(_WIDE), found.size(_WIDE)
@@ -104,8 +104,8 @@ def _numeric(shape: Shape) -> Properties:
             genuine=False,
             fixed_points=[],
             limits={"0": math.nan, "inf": math.nan},
-            growth="unknown: the weight is no function of the ratio alone",
-            second_moment="unknown: the weight is no function of the ratio alone",
+            growth="unknown: the weight is not a function of the ratio alone",
+            second_moment="unknown: the weight is not a function of the ratio alone",
             generator_values=[],
         )
     from scipy.interpolate import PchipInterpolator
@@ -145,7 +145,7 @@ def _mpmath(expr: sympy.Expr) -> Any:
 
 
 def _growth(expr: sympy.Expr, end: str) -> Growth:
-    """The leading behaviour towards one end, from three points far out at as many digits as that takes."""
+    """The leading behaviour towards one end, from three far points with as many digits as that takes."""
     import mpmath
 
     function, sign = _mpmath(expr), (1 if end == "inf" else -1)
@@ -158,7 +158,7 @@ def _growth(expr: sympy.Expr, end: str) -> Growth:
         power = float((second - first) / _FAR) * sign
         log_power = float((2 * first - second) / mpmath.log(2))
     rounded = round(log_power)
-    # A slow correction to the leading term is no power of the logarithm.
+    # The power of the logarithm is an integer; the rest is a slow correction to the leading term.
     limit = math.copysign(math.inf, float(mpmath.sign(values[2])))
     return Growth(limit, _near_fraction(power), float(rounded))
 
@@ -172,17 +172,13 @@ def _words(end: str, growth: Growth) -> str:
     where = "u -> 0" if end == "0" else "u -> inf"
     if growth.bounded:
         return f"w - w(1) tends to {growth.limit:.4g} as {where}"
-    who = (
-        "the student puts mass that the teacher does not"
-        if end == "0"
-        else ("the teacher puts mass that the student does not")
-    )
+    who, other = ("student", "teacher") if end == "0" else ("teacher", "student")
     verb = "grows" if growth.limit > 0 else "falls"
-    return f"w {verb} without bound like {growth.text} as {where}, where {who}"
+    return f"w {verb} without bound like {growth.text} as {where}, where the {who} puts mass that the {other} does not"
 
 
 def _second_moment(expr: str, ends: dict[str, Growth]) -> str:
-    """What is known of E_p[w^2]: under p any ratio near 0 may have mass, but E_p[u] = 1 bounds the large ones (T7d)."""
+    """What E_p[w^2] can be: p may put any mass near ratio 0, but E_p[u] = 1 bounds that on large ones (T7d)."""
     name = {"u": "E_p[w^2] = E_p[u^2] = 1 + chi2(q||p)", "log(u)": "E_p[w^2] = E_p[log^2 u]"}.get(
         expr, f"E_p[w^2] with w = {expr}"
     )
@@ -200,7 +196,7 @@ def _second_moment(expr: str, ends: dict[str, Growth]) -> str:
 
 
 def _fixed_points(curve: Any, shape: Shape) -> list[str]:
-    """Pairs of ratios around 1 with one weight, and the two-token distributions that have them (T5)."""
+    """Two-token distributions other than the teacher's whose two ratios have the same weight (T5), as text."""
     from scipy.optimize import brentq
 
     limit = float(shape.log_u[-1])
@@ -221,16 +217,16 @@ def _fixed_points(curve: Any, shape: Shape) -> list[str]:
             root = float(b)
         else:
             root = float(brentq(lambda s, w=level: float(np.asarray(curve(np.array([s])))[0]) - w, a, b, xtol=1e-14))
-            # A jump across the level is no solution.
+            # A jump across the level is not a solution.
             if abs(float(np.asarray(curve(np.array([root])))[0]) - level) > 1e-6 * max(float(np.ptp(values)), 1e-300):
                 continue
-        distribution = _distribution(*sorted((mine, root)))
-        found += [distribution] if distribution not in found else []
+        point = _fixed_point(*sorted((mine, root)))
+        found += [point] if point not in found else []
     return found
 
 
 def _directions(t: Array, limit: float) -> list[tuple[float, Array]]:
-    """A ratio on one side of 1, and the ratios on the other among which its equal is sought, nearest first."""
+    """A ratio on one side of 1, and the ratios on the other side to compare with it, nearest first."""
     sides = []
     for size in (math.log(2.0), math.log(1.2), math.log(5.0), 0.75 * limit):
         if size < limit:
@@ -238,10 +234,10 @@ def _directions(t: Array, limit: float) -> list[tuple[float, Array]]:
     return sides
 
 
-def _distribution(low: float, high: float) -> str:
+def _fixed_point(low: float, high: float) -> str:
     u1, u2 = math.exp(low), math.exp(high)
     p = (u2 - 1) / (u2 - u1)
     return (
         f"p = ({p:.4g}, {1 - p:.4g}) for the teacher q = ({p * u1:.4g}, {(1 - p) * u2:.4g}): "
-        f"w is alike at u = {u1:.4g} and {u2:.4g}"
+        f"w is equal at u = {u1:.4g} and {u2:.4g}"
     )

@@ -1,4 +1,4 @@
-"""Least squares over small subsets of a dictionary, and coefficients brought to simple numbers."""
+"""Least squares over small subsets of a dictionary, and fitted numbers rounded to simple ones."""
 
 from __future__ import annotations
 
@@ -12,26 +12,39 @@ import numpy as np
 
 from opdtheory.objective import DENOMINATOR, NEAR, simple_ratios
 
-__all__ = ["Curve", "Subset", "all_matter", "best_subset", "fit", "fit_parameter", "shortest", "snap"]
+__all__ = [
+    "STARTS",
+    "Curve",
+    "Subset",
+    "all_matter",
+    "best_subset",
+    "fit",
+    "fit_parameter",
+    "refined",
+    "shortest",
+    "snap",
+]
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
-# Below this the columns of a subset, of unit length, are so nearly dependent that coefficients mean nothing.
+# Below this, the unit columns of a subset are so nearly dependent that coefficients mean nothing.
 _INDEPENDENT = 1e-6
 
-_STARTS = 41
+# Values of a parameter that are tried before the best one is refined.
+STARTS = 41
+
 # A family whose best start misses by more than this has no member that fits.
 _HOPELESS = 0.3
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A function known at points, up to an additive constant, with the unit in which errors are measured there.
+    """A function known at some points, up to an additive constant.
 
     Attributes:
-        points: where it is known.
-        values: its values.
-        scale: at each point, what an error is relative to.
+        points: the points.
+        values: the values there.
+        scale: the unit of an error at each point.
     """
 
     points: Array
@@ -39,13 +52,13 @@ class Curve:
     scale: Array
 
     def part(self, keep: np.ndarray[Any, np.dtype[np.intp]]) -> Curve:
-        """The same function on some of the points."""
+        """The function at some of the points."""
         return Curve(self.points[keep], self.values[keep], self.scale[keep])
 
 
 @dataclass(frozen=True)
 class Subset:
-    """A combination of columns: which ones, their coefficients, the constant and the largest relative error."""
+    """A combination of columns: their indices and coefficients, the constant and the largest relative error."""
 
     indices: tuple[int, ...]
     coefficients: Array
@@ -54,7 +67,7 @@ class Subset:
 
 
 def fit(curve: Curve, columns: Array) -> tuple[Array, float, float]:
-    """Coefficients of `columns` `(points, K)`, the constant, and the largest error in units of the scale."""
+    """The coefficients of `columns` `(points, K)`, the constant, and the largest error in units of the scale."""
     design = np.column_stack([columns, np.ones(len(curve.points))]) / curve.scale[:, None]
     sizes = np.linalg.norm(design, axis=0)
     sizes[sizes == 0] = 1.0
@@ -64,11 +77,11 @@ def fit(curve: Curve, columns: Array) -> tuple[Array, float, float]:
 
 
 def best_subset(curve: Curve, columns: Array, size: int) -> Subset | None:
-    """The `size` columns whose combination, with a constant, is nearest in least squares; None if all are dependent."""
+    """The `size` columns whose combination with a constant is nearest in least squares; None if all are dependent."""
     chosen = np.array(list(itertools.combinations(range(columns.shape[1]), size)))
     scaled, ones = columns / curve.scale[:, None], 1.0 / curve.scale
     target = curve.values / curve.scale
-    # The constant is projected out once; a column is then measured in its own length.
+    # The constant is projected out once, and each column is scaled to unit length.
     direction = ones / np.linalg.norm(ones)
     scaled = scaled - np.outer(direction, direction @ scaled)
     target = target - direction * (direction @ target)
@@ -86,7 +99,7 @@ def best_subset(curve: Curve, columns: Array, size: int) -> Subset | None:
 
 
 def all_matter(curve: Curve, columns: Array, coefficients: Array, limit: float) -> bool:
-    """Whether no term could be left out, for being so small that the fit would be as good without it."""
+    """Whether every term is large enough to be needed for the fit."""
     moved = np.abs(coefficients * (columns - columns.mean(0))) / curve.scale[:, None]
     return bool((moved.max(0) > 100.0 * limit).all())
 
@@ -94,22 +107,20 @@ def all_matter(curve: Curve, columns: Array, coefficients: Array, limit: float) 
 def fit_parameter(
     curve: Curve, column: Callable[[float], Array], low: float, high: float, beside: Array, limit: float
 ) -> tuple[float, int | None] | None:
-    """The parameter at which `column(parameter)`, alone or beside one of the columns given, is nearest to the curve.
+    """The parameter at which `column(parameter)`, alone or with one of the given columns, is nearest to the curve.
 
     Args:
-        curve: what is fitted.
-        column: values on the curve's points.
-        low: end of the parameter's interval.
-        high: its other end.
-        beside: `(points, K)`; K = 0 fits the column alone.
-        limit: the error that counts as a fit, down to which the parameter is made a short decimal.
+        curve: the curve to fit.
+        column: values at the curve's points, by parameter.
+        low: lower end of the parameter's interval.
+        high: upper end of the parameter's interval.
+        beside: columns `(points, K)`, one of which is added; with K = 0 the column is fitted alone.
+        limit: largest error of a fit; the parameter is rounded to a short decimal within it.
 
     Returns:
-        The parameter and the index of the column beside it, or None where nothing comes near.
+        The parameter and the index of the added column, or None if nothing comes near.
     """
-    from scipy.optimize import least_squares
-
-    starts = np.linspace(low, high, _STARTS + 2)[1:-1]
+    starts = np.linspace(low, high, STARTS + 2)[1:-1]
     grid = np.stack([column(float(value)) for value in starts])
     count = beside.shape[1]
     designs = np.repeat(grid[:, None, :, None], max(count, 1), axis=1)
@@ -127,15 +138,12 @@ def fit_parameter(
         coefficients, constant, _ = fit(curve, columns)
         return (columns @ coefficients + constant - curve.values) / curve.scale
 
-    solution = least_squares(
-        lambda x: residual(float(x[0])), [starts[start]], bounds=([low], [high]), xtol=1e-15, ftol=1e-15, gtol=1e-15
-    )
-    value = shortest(float(solution.x[0]), lambda v: float(np.abs(residual(v)).max()), limit)
-    return value, int(other) if count else None
+    value = refined(residual, float(starts[start]), low, high)
+    return shortest(value, lambda v: float(np.abs(residual(v)).max()), limit), int(other) if count else None
 
 
 def _misfits(curve: Curve, designs: Array) -> Array:
-    """Root mean square misfit, relative to the curve's own size, of each design `(..., points, K)` with a constant."""
+    """The misfit of each design `(..., points, K)` with a constant, relative to the size of the curve."""
     ones = np.ones((*designs.shape[:-1], 1))
     design = np.concatenate([designs, ones], axis=-1) / curve.scale[:, None]
     lengths = np.linalg.norm(design, axis=-2, keepdims=True)
@@ -146,8 +154,18 @@ def _misfits(curve: Curve, designs: Array) -> Array:
     return np.asarray(np.linalg.norm(left, axis=-1) / size)
 
 
+def refined(residual: Callable[[float], Array], start: float, low: float = -np.inf, high: float = np.inf) -> float:
+    """The number with the smallest sum of squared residuals, from a start."""
+    from scipy.optimize import least_squares
+
+    solution = least_squares(
+        lambda x: residual(float(x[0])), [start], bounds=([low], [high]), xtol=1e-15, ftol=1e-15, gtol=1e-15
+    )
+    return float(solution.x[0])
+
+
 def shortest(value: float, error: Callable[[float], float], limit: float) -> float:
-    """The shortest decimal near a fitted value that fits as well as it does, or within a thousandth of the limit."""
+    """The shortest decimal near a fitted value that fits as well, or to within a thousandth of the limit."""
     most = max(10.0 * error(value), 1e-3 * limit)
     for digits in range(1, 8):
         short = round(value, digits) + 0.0  # no negative zero
@@ -157,7 +175,7 @@ def shortest(value: float, error: Callable[[float], float], limit: float) -> flo
 
 
 def snap(curve: Curve, columns: Array, subset: Subset, limit: float) -> Subset:
-    """The same subset with coefficients in a simple ratio, and of a simple size, where that fits as well."""
+    """The same subset with coefficients of simple ratios, and simple sizes, if that fits as well."""
     most = max(10.0 * subset.error, 1e-3 * limit)
     chosen = columns[:, list(subset.indices)]
     simple = simple_ratios(subset.coefficients.tolist())

@@ -1,9 +1,9 @@
-r"""A recovered weight as a formula: in the catalogue, as a combination of it, or as an expression in $u$."""
+r"""A recovered weight as a formula: a catalogue weight, a combination of several, or an expression in $u$."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,7 +24,7 @@ from opdtheory.auditing.naming.shape import Shape, shape_of
 from opdtheory.auditing.naming.sparse import Curve, fit
 from opdtheory.auditing.records import Finite
 from opdtheory.divergences.registry import parameter_free
-from opdtheory.errors import InvalidArgumentError
+from opdtheory.errors import check_between
 
 if TYPE_CHECKING:
     import sympy
@@ -33,41 +33,41 @@ __all__ = ["WeightForm", "describe"]
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
-# What was fitted on the grid may miss by this many times the tolerance far from it.
+# Far from the grid, a fitted formula may be off by this many tolerances.
 _EXTRAPOLATED = 10.0
 
-# A weight whose range is below this is constant: what is left is rounding.
+# A weight with a smaller range is constant, to rounding.
 _CONSTANT = 1e-9
 
 
 @dataclass(frozen=True)
 class WeightForm:
-    r"""What the recovered local weight $w(u)$ is, up to a constant, and what follows from it.
+    r"""The recovered local weight $w(u)$ as a formula, up to a constant, and what follows from it.
 
     Attributes:
-        kind: `zero`, `catalogue`, `combination`, `expression`, or `numeric` where nothing was found to fit.
-        label: its name, up to a positive scale, such as `reverse_kl - forward_kl`.
-        terms: coefficient of each term by its label.
+        kind: `zero`, `catalogue`, `combination`, `expression`, or `numeric` if no formula fits.
+        label: name up to a positive scale, such as `reverse_kl - forward_kl`.
+        terms: coefficient of each term, by label.
         expr: $w(u)$ as sympy text in `u`, without the constant; None if numeric.
-        latex: the same in LaTeX.
-        error: the largest misfit on the grid, relative to $|w(u)| + E_p|w|$, the size of what is measured there.
-        generator: the implied generator $V[w]$ (T4) in the gauge $f(1) = f'(1) = 0$ as sympy text; None where no closed
-            form is at hand: `generator_values` then holds all that is known.
-        generator_latex: the same in LaTeX.
-        generator_values: $V[w]$ at the recovered grid of log-ratios, from the formula or, without one, by quadrature
-            of the interpolated weight; empty if the weight is no function of the ratio.
-        genuine: whether the weight never falls, so that an f-divergence is minimised (T4): where it was seen, and
-            where there is a formula for $|\log u| \le 30$ too.
-        fixed_points: distributions other than the teacher's at which the expected gradient vanishes too (T5), as text: two
-            tokens whose ratios lie on one level of a weight that is not monotone.
+        latex: `expr` in LaTeX.
+        error: largest misfit on the grid, relative to $|w(u)| + E_p|w|$.
+        generator: the implied generator $V[w]$ (T4) in the gauge $f(1) = f'(1) = 0$ as sympy text; None if there is no
+            closed form, only `generator_values`.
+        generator_latex: `generator` in LaTeX.
+        generator_values: $V[w]$ at the recovered grid of log-ratios, from the formula or else by quadrature of the
+            interpolated weight; empty if the weight is not a function of the ratio.
+        genuine: whether the weight never falls, so that an f-divergence is minimised (T4): at all log-ratios seen and,
+            if there is a formula, for $|\log u| \le 30$.
+        fixed_points: distributions other than the teacher's at which the expected gradient vanishes too (T5), as text:
+            those of two tokens whose ratios have the same weight.
         slope_at_teacher: $\mathrm{d}w/\mathrm{d}\log u$ at $u = 1$.
         attracts: whether that slope is positive: the teacher is an attracting fixed point (T5).
-        limits: $w(u) - w(1)$ for $u \to 0$ and $u \to \infty$, keys `0` and `inf`; NaN where unknown.
-        growth: in words, how it behaves there.
-        second_moment: in words, $E_p[w^2]$ and whether it is finite for every pair (T7d).
-        seen_to: the largest $|\log u|$ at which the weight was seen; the formula says nothing beyond.
-        stop_gradient_of: the catalogue generator $f$ with $w = -f(u) + c(u - 1)$ up to a scale, as plain OPD has it
-            (T2, T3), if there is one.
+        limits: $w(u) - w(1)$ for $u \to 0$ and $u \to \infty$, keys `0` and `inf`; NaN if unknown.
+        growth: the behaviour at both ends, in words.
+        second_moment: $E_p[w^2]$, and whether it is finite for every pair (T7d), in words.
+        seen_to: the largest $|\log u|$ at which the weight was seen; the formula is not tested beyond.
+        stop_gradient_of: the catalogue generator $f$ with $w = -f(u) + c(u - 1)$ up to a scale, as in plain OPD
+            (T2, T3); None if there is none.
     """
 
     kind: Kind
@@ -91,19 +91,19 @@ class WeightForm:
 
 
 def describe(recovered: RecoveredWeight, tolerance: float = 1e-9) -> WeightForm:
-    r"""Name a recovered weight: by the fewest terms, the catalogue's before the dictionary's at equal number.
+    r"""Name a recovered weight by the fewest terms, those of the catalogue before those of the dictionary.
 
-    Tried are a positive multiple of a catalogue weight $w_f$ (families with a fitted parameter), signed combinations of
-    up to three, then functions such as $\log^2 u$, $u\log u$, $u^\alpha$, $\log(\beta u + 1 - \beta)$, alone and
-    up to three together, and all of these of a clamped log-ratio. Everything is up to an additive constant. What fits
-    on the grid must fit beyond it too, as far as the weight was seen.
+    The candidates are a positive multiple of a catalogue weight $w_f$ (for families, with a fitted parameter), signed
+    combinations of up to three, then functions such as $\log^2 u$, $u\log u$, $u^\alpha$,
+    $\log(\beta u + 1 - \beta)$, alone and up to three together, and all of these of a clamped log-ratio, each up to an
+    additive constant. A formula that fits on the grid must also fit beyond it, as far as the weight was seen.
 
     Args:
         recovered: the weight on its grid, from `recover_weight`.
-        tolerance: relative misfit that is rounding.
+        tolerance: relative misfit that counts as rounding.
 
     Returns:
-        The formula, with its implied generator (T4), stability (T5), growth and second moment (T7d).
+        The formula, its implied generator (T4), stability (T5), growth and second moment (T7d).
 
     Raises:
         InvalidArgumentError: `tolerance` is not positive.
@@ -115,16 +115,15 @@ def describe(recovered: RecoveredWeight, tolerance: float = 1e-9) -> WeightForm:
         >>> describe(recover_weight(opd.estimator("k3_reward"), Scenario())).label
         'reverse_kl - forward_kl'
     """
-    if not tolerance > 0:
-        raise InvalidArgumentError("tolerance", f"is {tolerance!r}; a positive number is needed")
-    curve, whole = _curve(recovered), _whole(recovered)
+    check_between("tolerance", tolerance)
+    curve, whole = _curves(recovered)
     seen_to = round(float(np.abs(whole.points).max()), 4)
     falls = bool((np.diff(whole.values) < -10.0 * tolerance * np.maximum(whole.scale[1:], whole.scale[:-1])).any())
     shape = Shape(
         log_u=curve.points,
         non_decreasing=recovered.non_decreasing and not falls,
         slope=recovered.slope_at_teacher,
-        # A finite difference turns rounding into slope.
+        # A slope this small may be rounding of the finite difference.
         flat=max(1e-6, 100.0 * tolerance) * max(float(np.ptp(curve.values)), _CONSTANT),
     )
     form = _named(recovered, curve, whole, shape, tolerance)
@@ -133,7 +132,7 @@ def describe(recovered: RecoveredWeight, tolerance: float = 1e-9) -> WeightForm:
 
 def _named(recovered: RecoveredWeight, curve: Curve, whole: Curve, shape: Shape, tolerance: float) -> WeightForm:
     if not recovered.depends_on_ratio_only:
-        return _form(None, shape, error=recovered.residual, label="no function of the ratio alone")
+        return _form(None, shape, error=recovered.residual, label="not a function of the ratio alone")
     if float(np.ptp(whole.values)) <= _CONSTANT:
         return _zero(shape)
     near = None
@@ -149,36 +148,32 @@ def _named(recovered: RecoveredWeight, curve: Curve, whole: Curve, shape: Shape,
     return form if found.kind == "catalogue" else replace(form, stop_gradient_of=_stop_gradient(whole, tolerance))
 
 
-def _curve(recovered: RecoveredWeight) -> Curve:
-    points, values = recovered.log_u.numpy(), recovered.weight.numpy()
-    # A gradient's rounding is relative to the weights that it was summed from, under the bandits' distribution.
-    scale = np.abs(values) + _typical(points, values)
-    return Curve(points, values, np.where(scale > 0, scale, 1.0))
+def _curves(recovered: RecoveredWeight) -> tuple[Curve, Curve]:
+    """The weight on the grid, and as far as it was seen."""
+    log_u, weight = recovered.log_u.numpy(), recovered.weight.numpy()
+    # The rounding of a gradient is relative to the weights that it is summed from, under the student of the bandits.
+    p = np.exp(-log_u / 2)
+    typical = float((p * np.abs(weight)).sum() / p.sum())
 
+    def curve(points: Array, values: Array) -> Curve:
+        scale = np.abs(values) + typical
+        return Curve(points, values, np.where(scale > 0, scale, 1.0))
 
-def _whole(recovered: RecoveredWeight) -> Curve:
-    """The weight as far as it was seen."""
-    points = np.concatenate([recovered.log_u.numpy(), recovered.far_log_u.numpy()])
-    values = np.concatenate([recovered.weight.numpy(), recovered.far_weight.numpy()])
-    scale = np.abs(values) + _typical(recovered.log_u.numpy(), recovered.weight.numpy())
+    points = np.concatenate([log_u, recovered.far_log_u.numpy()])
+    values = np.concatenate([weight, recovered.far_weight.numpy()])
     order = np.argsort(points)
-    return Curve(points[order], values[order], np.where(scale > 0, scale, 1.0)[order])
-
-
-def _typical(points: Array, values: Array) -> float:
-    p = np.exp(-points / 2)
-    return float((p * np.abs(values)).sum() / p.sum())
+    return curve(log_u, weight), curve(points[order], values[order])
 
 
 def _holds(found: Formula, curve: Curve, whole: Curve, tolerance: float) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Where a formula that was fitted on the grid has the weight's values."""
+    """Where a formula fitted on the grid has the values of the weight."""
     constant = float(np.average(curve.values - found.values(curve.points), weights=curve.scale**-2.0))
     gap = np.abs(found.values(whole.points) + constant - whole.values)
     return gap <= _EXTRAPOLATED * tolerance * whole.scale
 
 
 def _beyond(near: Formula | None, curve: Curve, whole: Curve, tolerance: float) -> str | None:
-    """The formula of the grid, where it ends before the last log-ratio seen."""
+    """The formula of the grid, with the log-ratios up to which it holds."""
     if near is None:
         return None
     holds = _holds(near, curve, whole, tolerance)
@@ -190,13 +185,13 @@ def _beyond(near: Formula | None, curve: Curve, whole: Curve, tolerance: float) 
 
 
 def _nearest_error(curve: Curve) -> float:
-    """The misfit of the nearest single function, reported where no formula fits."""
+    """The misfit of the nearest single function, reported if no formula fits."""
     atoms = (*catalogue_atoms(), *fixed_atoms())
     return min(fit(curve, columns_of((atom,), curve.points))[2] for atom in atoms)
 
 
 def _stop_gradient(curve: Curve, tolerance: float) -> str | None:
-    """The generator `f` with `w = -f + c (u - 1)` up to a positive scale, in any gauge `c` (T3)."""
+    """The catalogue generator `f` with `w = -f + c (u - 1)` up to a positive scale, in any gauge `c` (T3)."""
     import torch
 
     if most_terms(curve, tolerance) < 2:
@@ -233,7 +228,6 @@ def _zero(shape: Shape) -> WeightForm:
 
 def _form(found: Formula | None, shape: Shape, *, error: float, label: str) -> WeightForm:
     expr, generator = (None, None) if found is None else expressions(found)
-    of = shape_of(shape, found, expr, generator)
     terms = {} if found is None else dict(zip((a.label for a in found.atoms), found.coefficients.tolist(), strict=True))
     text, latex = _written(expr)
     generator_text, generator_latex = _written(generator)
@@ -246,14 +240,9 @@ def _form(found: Formula | None, shape: Shape, *, error: float, label: str) -> W
         error=error,
         generator=generator_text,
         generator_latex=generator_latex,
-        genuine=of.genuine,
-        fixed_points=of.fixed_points,
         slope_at_teacher=shape.slope,
         attracts=shape.slope > shape.flat,
-        limits=of.limits,
-        growth=of.growth,
-        second_moment=of.second_moment,
-        generator_values=of.generator_values,
+        **vars(shape_of(shape, found, expr, generator)),
     )
 
 

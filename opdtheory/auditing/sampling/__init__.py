@@ -1,1 +1,1 @@
-"""Expectations too large to enumerate, by sampling until the verdict is certain."""
+"""Expectations that are too large to enumerate, sampled until the verdict is certain."""

@@ -1,7 +1,7 @@
-r"""Confidence sequences: intervals for a mean that hold at all times at once, so that one may stop when one likes.
+r"""Confidence sequences: intervals for a mean that hold at all sample sizes at once, so sampling may stop at any time.
 
-Two kinds. The *asymptotic* one needs finite variance only and claims its level from a start time on, in the limit of
-a late start. The *bounded* one claims it at every sample size, for observations in [0, 1].
+There are two kinds. The *asymptotic* one needs only a finite variance and holds at its level from a start time on, in
+the limit of a late start. The *bounded* one holds at every sample size, for observations in [0, 1].
 
 References:
     Waudby-Smith, Arbour, Sinha, Kennedy & Ramdas, *Time-uniform central limit theory and asymptotic confidence
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opdtheory.errors import InvalidArgumentError
+from opdtheory.errors import InvalidArgumentError, check_between
 
 __all__ = ["Moments", "asymptotic_interval", "bounded_interval", "mixture_radius", "tightest_rho"]
 
@@ -29,8 +29,8 @@ class Moments:
     """Count, mean and sum of squared deviations of a stream of vectors, updated one vector at a time (Welford).
 
     Attributes:
-        count: observations so far.
-        mean: `(K,)`.
+        count: number of observations.
+        mean: mean, `(K,)`.
         squares: sum of squared deviations from the mean, `(K,)`.
     """
 
@@ -40,7 +40,7 @@ class Moments:
 
     @classmethod
     def empty(cls, size: int) -> Moments:
-        """No observation of `size` numbers yet."""
+        """The moments before the first observation of `size` numbers."""
         zeros = torch.zeros(size, dtype=torch.float64)
         return cls(0, zeros, zeros)
 
@@ -57,24 +57,23 @@ class Moments:
 
 
 def mixture_radius(count: Tensor | int | float, alpha: float, rho: float) -> Tensor:
-    r"""Half the interval's width in standard deviations.
+    r"""Half the width of the interval, in standard deviations.
 
     $$\sqrt{\frac{n\rho^2+1}{n^2\rho^2}\log\frac{n\rho^2+1}{\alpha^2}}$$
 
-    From a normal mixture over alternatives of size $\rho$: Ville's inequality bounds by $\alpha$ the probability that a
-    sum of standard normals ever leaves it.
+    From a normal mixture over alternatives of size $\rho$: by Ville's inequality, a sum of standard normals ever leaves
+    the interval with probability at most $\alpha$.
 
     Args:
         count: number of observations `n`, at least 1, of any shape.
-        alpha: probability, two-sided, with which some interval of the sequence may miss.
-        rho: where it is tight, see `tightest_rho`.
+        alpha: two-sided probability that some interval of the sequence misses.
+        rho: determines the count at which the interval is tightest, see `tightest_rho`.
 
     Raises:
         InvalidArgumentError: `alpha` is outside (0, 1), or `rho` is not positive.
     """
-    _check_alpha(alpha)
-    if not 0.0 < rho < math.inf:
-        raise InvalidArgumentError("rho", f"is {rho!r}; a positive number is needed")
+    check_between("alpha", alpha, 0.0, 1.0)
+    check_between("rho", rho, 0.0, math.inf)
     n = torch.as_tensor(count, dtype=torch.float64)
     grown = n * rho**2 + 1.0
     return (grown / (n * n * rho**2) * (grown.log() - 2.0 * math.log(alpha))).sqrt()
@@ -83,14 +82,13 @@ def mixture_radius(count: Tensor | int | float, alpha: float, rho: float) -> Ten
 def tightest_rho(count: int | float, alpha: float) -> float:
     r"""The $\rho$ that makes `mixture_radius` smallest at `count` observations.
 
-    With $x = n\rho^2$ it solves $x = \log((x+1)/\alpha^2)$.
+    It solves $x = \log((x+1)/\alpha^2)$ with $x = n\rho^2$.
 
     Raises:
         InvalidArgumentError: `count` is not positive, or `alpha` is outside (0, 1).
     """
-    _check_alpha(alpha)
-    if not 0.0 < count < math.inf:
-        raise InvalidArgumentError("count", f"is {count!r}; a positive number is needed")
+    check_between("alpha", alpha, 0.0, 1.0)
+    check_between("count", count, 0.0, math.inf)
     x = -2.0 * math.log(alpha)
     for _ in range(50):  # The slope of the right-hand side is 1/(x+1) < 1.
         x = math.log1p(x) - 2.0 * math.log(alpha)
@@ -101,14 +99,14 @@ def asymptotic_interval(moments: Moments, alpha: float, rho: float, start: int) 
     r"""The asymptotic confidence sequence $\hat\mu_n \pm \hat\sigma_n\,\mathrm{radius}(n)$ for each mean.
 
     For i.i.d. observations with slightly more than two finite moments, the probability that some interval from `start`
-    on misses tends to at most `alpha` as `start` grows. It is no statement about few observations: an event too
-    rare to have been seen is not covered.
+    on misses tends to at most `alpha` as `start` grows. It says nothing about few observations: it does not cover
+    events too rare to have been seen.
 
     Args:
-        moments: of the stream so far.
-        alpha: for each component; several share a level by a union bound.
-        rho: fixed before the stream begins.
-        start: number of observations before which nothing is claimed, at least 2.
+        moments: moments of the stream so far.
+        alpha: level of each component; several share a joint level by a union bound.
+        rho: as in `mixture_radius`, fixed before the stream begins.
+        start: number of observations from which the intervals hold, at least 2.
 
     Returns:
         `(low, high)`, each `(K,)`; infinite before `start`.
@@ -117,7 +115,7 @@ def asymptotic_interval(moments: Moments, alpha: float, rho: float, start: int) 
         InvalidArgumentError: `start` is below 2, or as `mixture_radius`.
     """
     if start < 2:
-        raise InvalidArgumentError("start", f"is {start!r}; a standard deviation needs at least 2 observations")
+        raise InvalidArgumentError("start", f"must be at least 2, for a standard deviation, got {start!r}")
     radius = mixture_radius(float(max(moments.count, 1)), alpha, rho)
     if moments.count < start:
         endless = torch.full_like(moments.mean, math.inf)
@@ -129,24 +127,24 @@ def asymptotic_interval(moments: Moments, alpha: float, rho: float, start: int) 
 def bounded_interval(total: int | float, count: int, alpha: float) -> tuple[float, float]:
     r"""A nonasymptotic confidence sequence for the mean of observations in [0, 1], by a beta mixture.
 
-    The means `m` are kept for which
+    It contains the means `m` for which
     $$\int \frac{r^S (1-r)^{n-S}}{m^S (1-m)^{n-S}}\,\mathrm{Beta}_{\frac12,\frac12}(dr) < \frac1\alpha,
       \qquad S = \textstyle\sum_i x_i.$$
-    At the true mean the left side is a nonnegative supermartingale that starts at 1: for $x \in [0, 1]$,
-    $E[(r/m)^x ((1-r)/(1-m))^{1-x}] \le E[x\,r/m + (1-x)(1-r)/(1-m)] = 1$. Hence, by Ville's inequality, with
-    probability at least `1 - alpha` the mean is in all intervals at once, at every sample size.
+    At the true mean the left side is a nonnegative supermartingale that starts at 1, since for $x \in [0, 1]$,
+    $E[(r/m)^x ((1-r)/(1-m))^{1-x}] \le E[x\,r/m + (1-x)(1-r)/(1-m)] = 1$. By Ville's inequality, the mean is in the
+    intervals of all sample sizes at once with probability at least `1 - alpha`.
 
     Args:
         total: sum of the observations, such as a number of successes.
         count: number of observations.
-        alpha: probability with which some interval of the sequence may miss.
+        alpha: probability that some interval of the sequence misses.
 
     Raises:
         InvalidArgumentError: `alpha` is outside (0, 1), or `total` is outside [0, count].
     """
-    _check_alpha(alpha)
+    check_between("alpha", alpha, 0.0, 1.0)
     if count < 0 or not 0.0 <= total <= count:
-        raise InvalidArgumentError("total", f"is {total!r} of {count}; it must lie in [0, count]")
+        raise InvalidArgumentError("total", f"must be in [0, {count}], got {total!r}")
     if count == 0:
         return 0.0, 1.0
     limit = -math.log(alpha) - _log_beta(total + 0.5, count - total + 0.5) + _log_beta(0.5, 0.5)
@@ -157,7 +155,7 @@ def bounded_interval(total: int | float, count: int, alpha: float) -> tuple[floa
 
 
 def _crossing(total: float, count: int, limit: float, inside: float, outside: float) -> float:
-    """Where the mixture's log-wealth reaches its limit: it is convex in the mean and least at `inside`."""
+    """Where the log-wealth of the mixture, convex in the mean and least at `inside`, reaches its limit."""
     for _ in range(_HALVINGS):
         middle = (inside + outside) / 2.0
         if _cross_entropy(total, count, middle) < limit:
@@ -177,8 +175,3 @@ def _cross_entropy(total: float, count: int, mean: float) -> float:
 
 def _log_beta(a: float, b: float) -> float:
     return math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
-
-
-def _check_alpha(alpha: float) -> None:
-    if not 0.0 < alpha < 1.0:
-        raise InvalidArgumentError("alpha", f"is {alpha!r}; it must lie strictly between 0 and 1")

@@ -1,4 +1,4 @@
-"""Objectives with one fitted number that are nearest to what sampling has shown of a loss's expected gradient."""
+"""Objectives with one fitted number that are nearest to the sampled gradient of a loss."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opdtheory.auditing.naming.knob import Knob
+from opdtheory.auditing.naming.knob import Knob, discount_basis, discount_nodes
 from opdtheory.auditing.sampling.montecarlo import Search
 from opdtheory.choices import GRANULARITIES
 from opdtheory.divergences import Divergence
@@ -24,32 +24,32 @@ from opdtheory.objective import Objective
 
 __all__ = ["fitted", "knob_range", "shortened"]
 
-# Values of a parameter that are tried before the best is refined.
+# Values of a parameter, and of a discount, that are tried before the best one is refined.
 _STARTS = 9
 _DISCOUNTS = 41
 
-# A fitted number is no better than its samples; further rounds sharpen it.
+# Tolerance of a fitted number, which further rounds of samples sharpen.
 _NEAR = 1e-6
 
 # Halvings in the search for the end of an interval.
 _HALVINGS = 12
 
-# Below this two gradients are too nearly parallel for the coefficients of their sum to mean anything.
+# Below this, two gradients are so nearly parallel that the coefficients of their sum mean nothing.
 _INDEPENDENT = 1e-4
 
-# A projection is never taken to be known better than this, relative to all of them.
+# The smallest relative error ascribed to a projection.
 _FLOOR = 1e-9
 
 _DIGITS = 7
 
 
 def fitted(search: Search) -> list[Objective]:
-    """Members of families, discounted entries and signed sums of two, the nearest to the samples first.
+    """Members of families, discounted entries and signed sums of two, those nearest to the samples first.
 
-    Distances are in units of the intervals' widths. Nothing here is certain: noise has a nearest objective too.
+    Distances are in units of the intervals' widths. They prove nothing: noise has a nearest objective too.
 
     Args:
-        search: with intervals that are finite.
+        search: a search whose intervals are finite.
     """
     seen = _Seen.of(search)
     tried = [*_members(seen), *_discounted(seen), *_sums(seen)]
@@ -57,7 +57,7 @@ def fitted(search: Search) -> list[Objective]:
 
 
 def knob_range(search: Search, knob: Knob) -> tuple[float, float]:
-    """The values of the fitted number, around it, that no direction of the search excludes at any positive scale."""
+    """The values around the fitted number that the search does not exclude."""
 
     def excluded(value: float) -> bool:
         try:
@@ -69,7 +69,7 @@ def knob_range(search: Search, knob: Knob) -> tuple[float, float]:
     for far in (knob.low, knob.high):
         inside, outside = knob.value, far
         if excluded(far):
-            # Steps grow, so that an interval of any width is met on its own scale.
+            # Steps grow, to find the end of an interval of any width.
             step = 1e-9 * max(1.0, abs(knob.value))
             while step < abs(far - knob.value):
                 tried = knob.value + math.copysign(step, far - knob.value)
@@ -87,7 +87,7 @@ def knob_range(search: Search, knob: Knob) -> tuple[float, float]:
 
 
 def shortened(knob: Knob, ends: tuple[float, float]) -> float:
-    """The shortest decimal that is not excluded, the nearest to the fitted value if several are as short."""
+    """The shortest decimal that is not excluded; among equally short ones, the nearest to the fitted value."""
     for digits in range(_DIGITS):
         short = round(knob.value, digits) + 0.0
         if ends[0] <= short <= ends[1]:
@@ -97,7 +97,7 @@ def shortened(knob: Knob, ends: tuple[float, float]) -> float:
 
 @dataclass(frozen=True)
 class _Seen:
-    """The middle of each interval in units of its width, over all pairs, and how to bring a gradient there."""
+    """The middle of each interval in units of its width, over all pairs, and gradients in the same units."""
 
     search: Search
     trees: list[Tree]
@@ -116,7 +116,7 @@ class _Seen:
         return cls(search, trees, bases, torch.cat(values))
 
     def along(self, divergence: Divergence, granularity: str, gamma: float = 1.0) -> Tensor | None:
-        """An exact gradient in the same units, or None if it is infinite."""
+        """An exact gradient in these units, or None if it is infinite."""
         parts = []
         for tree, basis in zip(self.trees, self.bases, strict=True):
             try:
@@ -127,7 +127,7 @@ class _Seen:
         return torch.cat(parts)
 
     def misfit(self, along: Tensor | None) -> float:
-        """The distance that the best positive multiple leaves."""
+        """The distance of the best positive multiple of a gradient."""
         if along is None:
             return math.inf
         scale = float(along @ self.values) / max(float(along @ along), 1e-300)
@@ -138,12 +138,8 @@ class _Seen:
         return sorted(GRANULARITIES, key=lambda granularity: granularity != self.search.objective.granularity)
 
 
-def _plain() -> list[Divergence]:
-    return list(parameter_free())
-
-
 def _members(seen: _Seen) -> list[tuple[float, Objective]]:
-    """The nearest member of each family, at the granularity where some member comes nearest."""
+    """The nearest member of each family, at the granularity where it is nearest."""
 
     def of(family: Family, where: str, value: float) -> float:
         try:
@@ -164,19 +160,17 @@ def _members(seen: _Seen) -> list[tuple[float, Objective]]:
 
 
 def _discounted(seen: _Seen) -> list[tuple[float, Objective]]:
-    """Entries without a parameter under the discount that brings them nearest."""
-    # The gradient is a polynomial in gamma of degree below the number of positions.
-    nodes = np.linspace(0.0, 1.0, max(tree.horizon for tree in seen.trees))
+    """Entries without a parameter, at the discount that brings them nearest."""
+    nodes = discount_nodes(seen.trees)
     found = []
-    for entry in _plain():
-        samples = [seen.along(entry, "token_return", float(gamma)) for gamma in nodes]
+    for entry in parameter_free():
+        samples = [seen.along(entry, "token_return", gamma) for gamma in nodes]
         if any(sample is None for sample in samples):
             continue
         stacked = torch.stack([sample for sample in samples if sample is not None])
 
         def of(gamma: float, stacked: Tensor = stacked) -> float:
-            basis = [np.prod([(gamma - m) / (n - m) for m in nodes if m != n]) for n in nodes]
-            return seen.misfit(torch.tensor(basis, dtype=torch.float64) @ stacked)
+            return seen.misfit(discount_basis(nodes, gamma) @ stacked)
 
         grid = np.linspace(0.0, 1.0, _DISCOUNTS)
         start = float(grid[int(np.argmin([of(float(g)) for g in grid]))])
@@ -187,10 +181,10 @@ def _discounted(seen: _Seen) -> list[tuple[float, Objective]]:
 
 
 def _sums(seen: _Seen) -> list[tuple[float, Objective]]:
-    """The nearest signed sum of two entries without a parameter, by granularity; Jeffreys' is written as a sum."""
+    """The nearest signed sum of two entries without a parameter, by granularity."""
     found = []
     for where in seen.order:
-        entries = [entry for entry in _plain() if entry.name != "jeffreys"]
+        entries = [entry for entry in parameter_free() if entry.name != "jeffreys"]
         columns = [(entry, along) for entry in entries if (along := seen.along(entry, where)) is not None]
         best: tuple[float, Objective] | None = None
         for (one, a), (other, b) in itertools.combinations(columns, 2):

@@ -1,4 +1,4 @@
-"""The name of what a sampled loss follows: a conjecture from small batches or from the samples, then fresh samples."""
+"""The name of what a sampled loss follows: a conjecture from small batches or samples, confirmed on fresh samples."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from opdtheory.auditing.sampling.fitting import fitted, knob_range, shortened
 from opdtheory.auditing.sampling.montecarlo import Search
 from opdtheory.auditing.sampling.scout import SIZES, Scout, scouted
 from opdtheory.auditing.scenario import Scenario
-from opdtheory.choices import GRANULARITIES
+from opdtheory.choices import FAITHFUL, GRANULARITIES
 from opdtheory.errors import InvalidArgumentError, OpdTheoryError
 from opdtheory.objective import Objective
 
 __all__ = ["Named", "name_followed", "small_batch"]
 
-# Fresh streams that may be spent on conjectures fitted to samples, and how many of one fit are tried.
+# The most fresh streams for conjectures fitted to samples, and the most conjectures tried per fit.
 _ROUNDS = 4
 _TRIED = 3
 
-# Bias certified below this leaves no room for a neighbour: noise-free samples, to rounding.
+# A bias certified below this, as of noise-free samples, leaves no room for a neighbour.
 _SHARP = 1e-6
 
-# Gradients that differ by less, relative to their length, are the same.
+# Gradients that differ by less than this, relative to their length, are equal.
 _SAME = 1e-9
 
 
@@ -36,8 +36,8 @@ class Named:
 
     Attributes:
         objective: the objective.
-        identified: as of an audit, with `evidence` and, where a number was fitted, `fitted` and `fitted_range`.
-        batches: calls of the loss that it took.
+        identified: its record, with `evidence` and, if a number was fitted, `fitted` and `fitted_range`.
+        batches: number of calls of the loss.
     """
 
     objective: Objective
@@ -46,12 +46,12 @@ class Named:
 
 
 def small_batch(loss: BlackBox, granularity: str, scenario: Scenario) -> Scout | None:
-    """The exact findings at the smallest batch size that the loss takes, below the one asked for, or None.
+    """The exact findings at the smallest batch size that the loss accepts, below the requested one; None if none does.
 
     Args:
         loss: the black box.
-        granularity: named when several coincide.
-        scenario: with the batch size asked for.
+        granularity: the granularity to name if several coincide.
+        scenario: a scenario with the requested batch size.
     """
     for size in (s for s in SIZES if s < scenario.batch_size):
         smaller = replace(scenario, batch_size=size)
@@ -67,20 +67,20 @@ def small_batch(loss: BlackBox, granularity: str, scenario: Scenario) -> Scout |
 def name_followed(
     search: Search, scout: Scout | None, restart: Callable[[Objective, int], Search], batch_size: int, margin: float
 ) -> Named | None:
-    """Name what a biased loss follows at the batch size asked for, or None where nothing is confirmed.
+    """Name what a biased loss follows at the requested batch size, or return None if nothing is confirmed.
 
     Args:
-        search: the one that found it biased.
-        scout: exact findings at a smaller batch size.
-        restart: a search of its own draws for an objective, by a number that sets it apart.
-        batch_size: the size asked for.
+        search: the search that found it biased.
+        scout: the exact findings at a smaller batch size.
+        restart: starts a search for an objective on fresh draws, whose seed depends on a number.
+        batch_size: the requested batch size.
         margin: relative bias in every direction below which an objective is confirmed.
     """
     spent = 0
     if scout is not None and scout.objective is not None:
         found = _confirmed(restart, scout.objective, 1, margin)
         spent += found.batches
-        # The reverse KL's return is its sequence objective (T6c): whichever estimator leaves less noise says more.
+        # The reverse KL's return and sequence objectives coincide (T6c): the one with less noise is kept.
         for number, alike in enumerate(_coincident(scout.objective, search) if _SHARP < found.error <= margin else []):
             other = _confirmed(restart, alike, 10 + number, margin)
             spent += other.batches
@@ -96,7 +96,7 @@ def name_followed(
     if best is None or best.error > _SHARP:
         refined = _refined(search, restart, margin)
         spent += 0 if refined is None else refined.batches
-        # A neighbour with a number of its own must be nearer by far than the entry without one.
+        # A neighbour with a fitted number must be much nearer than the entry without one.
         if refined is not None and (best is None or refined.error < 0.1 * best.error):
             best, source = refined, "fitted to samples"
     return None if best is None or best.error > margin else _named(best, source, batch_size, spent)
@@ -104,7 +104,7 @@ def name_followed(
 
 @dataclass(frozen=True)
 class _Confirmation:
-    """What fresh samples say of an objective: the error is infinite where they refute it."""
+    """What fresh samples say about an objective; the error is infinite if they refute it."""
 
     search: Search
     scale: float
@@ -117,13 +117,13 @@ def _confirmed(
 ) -> _Confirmation:
     search = restart(objective, number)
     verdict = search.run(margin)
-    certified = search.certify() if verdict in ("exact", "exact_up_to_scale") else None
+    certified = search.certify() if verdict in FAITHFUL else None
     scale, error = (math.nan, math.inf) if certified is None else certified
     return _Confirmation(search, scale, error, search.batches)
 
 
 def _coincident(objective: Objective, search: Search) -> list[Objective]:
-    """The same divergences at other granularities, where these have the same gradients."""
+    """The same divergences at other granularities, if their gradients are equal."""
     if objective.discounted:
         return []
     mine = search.targets(objective)
@@ -139,7 +139,7 @@ def _coincident(objective: Objective, search: Search) -> list[Objective]:
 
 
 def _refined(search: Search, restart: Callable[[Objective, int], Search], margin: float) -> _Confirmation | None:
-    """Fit, draw with what was fitted as control, which leaves less noise, and fit again."""
+    """Fit an objective, draw with it as a control, which reduces the noise, and fit again."""
     best: _Confirmation | None = None
     spent, current = 0, search
     seen: set[Objective] = set()
@@ -161,7 +161,7 @@ def _refined(search: Search, restart: Callable[[Objective, int], Search], margin
 
 
 def _candidate(search: Search) -> Objective | None:
-    """The nearest fit that the search does not exclude, its number the shortest that it does not exclude either."""
+    """The nearest fit that the search does not exclude, with its number as short as the search allows."""
     for objective in fitted(search)[:_TRIED]:
         if not search.excludes(objective):
             knob = knob_of(objective)

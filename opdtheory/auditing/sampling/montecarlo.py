@@ -1,4 +1,4 @@
-"""The audit's comparison by sampling, where batches are too many to enumerate: a verdict as soon as it is certain."""
+"""The comparison of an audit by sampling, if batches are too many to enumerate: a verdict as soon as it is certain."""
 
 from __future__ import annotations
 
@@ -12,7 +12,17 @@ from torch import Tensor
 
 from opdtheory import divergences
 from opdtheory.auditing.records import Identified
-from opdtheory.auditing.sampling.bounds import Bounds, Target, certified, certified_whole, relative_bias, scale_range
+from opdtheory.auditing.sampling.bounds import (
+    Bounds,
+    Target,
+    best_scale,
+    certified,
+    certified_scale,
+    certified_whole,
+    excluded,
+    relative_bias,
+    scale_range,
+)
 from opdtheory.auditing.sampling.confidence import asymptotic_interval, bounded_interval, tightest_rho
 from opdtheory.auditing.sampling.montecarlo_result import MonteCarloResult, worded
 from opdtheory.auditing.sampling.projections import (
@@ -22,11 +32,12 @@ from opdtheory.auditing.sampling.projections import (
     controls,
     directions,
     fit_controls,
+    pilot,
     splits_into_batches,
 )
 from opdtheory.auditing.scenario import Case, Scenario
 from opdtheory.choices import GRANULARITIES, Granularity, Verdict
-from opdtheory.errors import BudgetExceededError, InvalidArgumentError
+from opdtheory.errors import BudgetExceededError, InvalidArgumentError, check_between, check_integer
 from opdtheory.exact import Loss
 from opdtheory.exact.sampling import Sample, Sampler
 from opdtheory.exact.threads import one_thread
@@ -34,49 +45,46 @@ from opdtheory.objective import Objective
 
 __all__ = ["MonteCarloResult", "Search", "monte_carlo_compare"]
 
-# Observations to which the controls are fitted, and observations before which the confidence sequences claim nothing.
-_PILOT = 16
+# The number of observations from which the confidence sequences hold, and the number at which they are tightest.
 _START = 40
-
-# Where the confidence sequences are tightest.
 _TIGHT_AT = 300
 
-# Logits that one call of a loss gets if many batches can be had at once.
+# The most logits, and rollouts, in one call of a loss that can take many batches at once.
 _LOGITS_AT_ONCE = 2**15
 _ROLLOUTS_AT_ONCE = 256
 
-# Rollouts on which it is looked whether a loss is the mean of its batches' losses.
+# The number of rollouts for the test whether a loss is the mean of the losses of its batches.
 _TRIED = 16
 
-# Where each batch needs a call of its own, this many are one observation, as their mean is nearer to normal; large
-# batches are so already, and need no more than this many rollouts.
+# If each batch needs its own call, one observation is the mean of this many, which is closer to normal, but of no more
+# than this many rollouts, as the mean of a large batch is close to normal already.
 _BATCHES_APART = 8
 _ROLLOUTS_APART = 64
 
-# Bias in all dimensions together, relative to the exact gradient, above which no loss is called exact: few directions
-# see little of a bias that is spread over many.
+# No loss is called exact unless its bias in all dimensions is below this share of the exact gradient: few directions
+# miss most of a bias that is spread over many.
 _WHOLE = 0.5
 
-# Verdicts are looked for each time the number of batches has grown by this.
+# Growth of the number of batches between two attempts at a verdict.
 _GROWTH = 1.1
 
-# A pair whose intervals are this much narrower than the margin waits for the others.
+# A pair whose intervals are narrower than this share of the margin waits for the others.
 _PRECISE = 0.2
 
-# How much further than the verdict needed to look for the objective's name.
+# The search for a name may take this many times the batches of the verdict.
 _NAMING = 2.0
 
-# Rounding of a loss, relative to its gradient, by the dtype of its value.
+# Rounding of a gradient, relative to its size, by the dtype of the loss.
 _ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-4}
 _COARSE = 2e-2
 
-# Rows of tables up to which all objectives are tried for a name; beyond, the claimed granularity alone.
+# The largest table for which all granularities are tried for a name; above, only the claimed one is.
 _SMALL_TABLE = 2**14
 
 
 @dataclass
 class _Pair:
-    """One pair with its stream."""
+    """One pair and its stream of observations."""
 
     stream: Residuals
     basis: Tensor
@@ -99,26 +107,27 @@ def monte_carlo_compare(
 ) -> MonteCarloResult:
     r"""Compare a loss's expected gradient with the exact one by sampling, until the verdict is certain.
 
-    The gradient $g$ of each batch is projected on fixed directions, after subtracting library estimators of known
-    expectation on the same rollouts. Each projection's mean gets an asymptotic confidence sequence; a union bound
-    makes all of them hold together at the level `confidence`, at all times, so that stopping early costs nothing.
+    Library estimators of known expectation on the same rollouts are subtracted from the gradient $g$ of each batch, and
+    the rest is projected on fixed directions. The mean of each projection has an asymptotic confidence sequence. By a
+    union bound, all of them hold jointly at the level `confidence` and at all times, so the search may stop early.
 
     Args:
         loss: a function `loss(rollouts) -> scalar tensor`.
-        cases: the pairs; tables must fit, sequences need not be enumerable (`MarkovPolicy` at any length).
-        objective: the claimed one.
-        scenario: batch size, whether a batch shares its prompt, and the seed of everything drawn; equal seeds give
-            equal results unless `seconds` ends the search.
-        margin: relative bias, in every direction looked at, below which a loss may be called exact; as a whole
-            vector the bias must be certified to be below half of the exact gradient.
+        cases: the pairs; their tables must fit, but their sequences need not be enumerable (`MarkovPolicy` at any
+            length).
+        objective: the claimed objective.
+        scenario: batch size, whether a batch shares its prompt, and the seed of all draws; equal seeds give equal
+            results unless `seconds` ends the search.
+        margin: relative bias in every direction below which a loss may be called exact; its bias as a whole vector must
+            also be certified to be below half of the exact gradient.
         confidence: joint level of all intervals.
-        max_batches: calls of the loss over all pairs.
+        max_batches: budget of calls of the loss, over all pairs.
         seconds: wall-clock budget.
-        naming: whether to look for the objective that a biased loss follows.
+        naming: whether to search for the objective that a biased loss follows.
 
     Raises:
-        InvalidArgumentError: a setting out of range, or a claimed objective without a usable gradient.
-        BudgetExceededError: tables too large.
+        InvalidArgumentError: a setting is out of range, or the claimed objective has no usable gradient.
+        BudgetExceededError: a table is too large.
         LossError: the loss does not return a deterministic, differentiable, finite scalar.
     """
     _check_settings(cases, margin, confidence, max_batches, seconds)
@@ -129,15 +138,15 @@ def monte_carlo_compare(
 
 
 class Search:
-    """The streams of all pairs and what they say so far of one objective.
+    """The streams of all pairs, and what they say about one objective so far.
 
     Attributes:
         cases: the pairs.
-        objective: the one that a verdict is about.
+        objective: the objective that the verdict is about.
         pairs: their streams.
-        batches: calls of the loss so far.
-        rollouts: drawn so far.
-        verdict: the last one.
+        batches: number of calls of the loss so far.
+        rollouts: number of rollouts so far.
+        verdict: the latest verdict.
     """
 
     def __init__(
@@ -179,7 +188,7 @@ class Search:
         self.verdict: Verdict = "undecided"
 
     def run(self, margin: float) -> Verdict:
-        """Draw until the verdict on the objective is certain or the budget ends, and return it."""
+        """Draw until the verdict on the objective is certain or the budget ends, and return the verdict."""
         with one_thread(), torch.no_grad():
             while self.batches < self._most and not self._late():
                 self.advance(margin, self._most)
@@ -189,7 +198,7 @@ class Search:
         return self.verdict
 
     def plain_name(self, margin: float) -> Identified | None:
-        """The catalogue objective without a parameter that is followed, after as many draws again as are worth it."""
+        """The catalogue objective without a parameter that the loss follows, after further draws if they may help."""
         last = min(self._most, int(_NAMING * self.batches))
         with one_thread(), torch.no_grad():
             while (name := self.follows(margin)) is None and self.nameable():
@@ -215,16 +224,9 @@ class Search:
         mine = {divergence.name for _, divergence in objective.terms}
         others = [t for (name, where), t in tables.items() if name in mine or where == objective.granularity]
         basis = directions(sampler, exact, others, self.generator)
-        observed, known = [], []
-        means = torch.stack([c.mean for c in found])
-        for _ in range(_PILOT):
-            sample, gradient = look.draw(self.generator)
-            observed.append(basis @ sampler.scatter(sample.rows, gradient).flatten())
-            parts = torch.stack([sampler.scatter(sample.rows, c.gradient(sample)).flatten() for c in found])
-            known.append((parts - means) @ basis.T)
-        projections = torch.stack(observed)
-        size = float(projections.square().sum(-1).mean().sqrt())
-        factors = fit_controls(projections, torch.stack(known), self.same)
+        observed, known, _ = pilot(look, basis, found, self.generator)
+        size = float(observed.square().sum(-1).mean().sqrt())
+        factors = fit_controls(observed, known, self.same)
         rounding = self.same * max(size, 1e-300)
         return _Pair(
             Residuals(look, basis, found, factors, rounding),
@@ -235,7 +237,7 @@ class Search:
         )
 
     def advance(self, margin: float, limit: int) -> None:
-        """Draw until every pair that is not precise enough has grown by a tenth."""
+        """Draw until every pair that is not precise enough has a tenth more observations."""
         precise = [self._precise(pair, margin) for pair in self.pairs]
         for pair, skip in zip(self.pairs, precise, strict=True):
             if skip and not all(precise):
@@ -255,7 +257,7 @@ class Search:
         return widest <= _PRECISE * margin * min(unit, pair.claimed.size)
 
     def bounds(self, pair: _Pair) -> Bounds:
-        """What is certain of one pair's expected gradient."""
+        """What is certain about the expected gradient on one pair."""
         stream = pair.stream
         low, high = asymptotic_interval(stream.projections, self.alpha, self.rho, _START)
         at = pair.basis @ stream.known
@@ -265,16 +267,14 @@ class Search:
 
     def judge(self, margin: float) -> Verdict:
         """A verdict that is certain at the joint level, or `undecided`."""
-        bounds = [self.bounds(pair) for pair in self.pairs]
-        targets = [pair.claimed for pair in self.pairs]
+        bounds, targets = self.all_bounds(), self.claimed
         allowed = scale_range(bounds, targets)
         if allowed is None or allowed[1] < 0.0:
             return "biased"
         if all(b.largest() <= margin * t.size for b, t in zip(bounds, targets, strict=True)):
             if allowed[0] <= 0.0:
                 return "zero"
-        as_claimed = allowed[0] <= 1.0 <= allowed[1]
-        scale = 1.0 if as_claimed else sum(allowed) / 2.0
+        as_claimed, scale = allowed[0] <= 1.0 <= allowed[1], best_scale(allowed)
         if not math.isfinite(scale) or scale <= 0.0:
             return "undecided"
         if certified(bounds, targets, scale) > margin or certified_whole(bounds, targets, scale) > _WHOLE:
@@ -282,54 +282,47 @@ class Search:
         return "exact" if as_claimed else "exact_up_to_scale"
 
     def follows(self, margin: float) -> Identified | None:
-        """The catalogue objective that is certified to within the margin, the best if several are."""
-        bounds = [self.bounds(pair) for pair in self.pairs]
+        """The catalogue objective that is certified to within the margin; the nearest if several are."""
+        bounds = self.all_bounds()
         best: Identified | None = None
         for name, where in self.pairs[0].others:
-            targets = [pair.others[name, where] for pair in self.pairs]
-            allowed = scale_range(bounds, targets)
-            if allowed is None or allowed[0] <= 0.0 or not math.isfinite(allowed[1]):
-                continue
-            scale = 1.0 if allowed[0] <= 1.0 <= allowed[1] else sum(allowed) / 2.0
-            error = certified(bounds, targets, scale)
-            if error <= margin and (best is None or error < best.error):
-                best = Identified(name, where, {}, scale, error)
+            found = certified_scale(bounds, [pair.others[name, where] for pair in self.pairs])
+            if found is not None and found[1] <= margin and (best is None or found[1] < best.error):
+                best = Identified(name, where, {}, *found)
         return best
 
     def nameable(self) -> bool:
         """Whether some catalogue objective is not excluded yet."""
-        bounds = [self.bounds(pair) for pair in self.pairs]
-        ranges = (scale_range(bounds, [p.others[key] for p in self.pairs]) for key in self.pairs[0].others)
-        return any(allowed is not None and allowed[1] > 0.0 for allowed in ranges)
+        bounds, keys = self.all_bounds(), self.pairs[0].others
+        return not all(excluded(bounds, [pair.others[key] for pair in self.pairs]) for key in keys)
 
     def excludes(self, objective: Objective) -> bool:
         """Whether some direction on some pair excludes every positive multiple of an objective."""
-        allowed = scale_range(self.all_bounds(), self.targets(objective))
-        return allowed is None or allowed[1] <= 0.0
+        return excluded(self.all_bounds(), self.targets(objective))
 
     def all_bounds(self) -> list[Bounds]:
-        """What is certain of each pair's expected gradient."""
+        """What is certain about the expected gradient on each pair."""
         return [self.bounds(pair) for pair in self.pairs]
 
+    @property
+    def claimed(self) -> list[Target]:
+        """The exact gradients of the objective, one per pair."""
+        return [pair.claimed for pair in self.pairs]
+
     def targets(self, objective: Objective) -> list[Target]:
-        """An objective's exact gradients, seen along the directions of each pair."""
+        """The exact gradients of any objective, one per pair."""
         return [
             Target.of(pair.stream.look.sampler.stack(case.exact(objective)).flatten(), pair.basis)
             for pair, case in zip(self.pairs, self.cases, strict=True)
         ]
 
     def certify(self) -> tuple[float, float] | None:
-        """The scale of the objective, and the bias certified in the directions looked at, relative to that multiple."""
-        bounds, targets = self.all_bounds(), [pair.claimed for pair in self.pairs]
-        allowed = scale_range(bounds, targets)
-        if allowed is None or allowed[0] <= 0.0 or not math.isfinite(allowed[1]):
-            return None
-        scale = 1.0 if allowed[0] <= 1.0 <= allowed[1] else sum(allowed) / 2.0
-        return scale, certified(bounds, targets, scale)
+        """The scale of the objective and the bias certified in all directions, relative to that multiple."""
+        return certified_scale(self.all_bounds(), self.claimed)
 
     @property
     def hidden(self) -> float | None:
-        """Of a loss that was one combination of controls on all rollouts: how probable a difference may yet be."""
+        """The largest probability of a difference, if the loss was one combination of controls on all rollouts."""
         different, most = self._hidden()
         return most if different == 0 else None
 
@@ -339,23 +332,19 @@ class Search:
         return different, bounded_interval(different, observations, 1.0 - self.confidence)[1]
 
     def result(self, verdict: Verdict, follows: Identified | None, margin: float) -> MonteCarloResult:
-        """Everything found, with the words."""
-        seconds = time.perf_counter() - self._start
-        bounds = [self.bounds(pair) for pair in self.pairs]
-        targets = [pair.claimed for pair in self.pairs]
+        """The findings, also in words."""
+        bounds, targets = self.all_bounds(), self.claimed
         biases = [relative_bias(b, t) for b, t in zip(bounds, targets, strict=True)]
         cosines = [b.cosine(t) for b, t in zip(bounds, targets, strict=True)]
         bias = (max(low for low, _ in biases), max(high for _, high in biases))
         cosine = (min(low for low, _ in cosines), min(high for _, high in cosines))
-        scale = scale_range(bounds, targets)
-        looked = sum(len(pair.basis) for pair in self.pairs)
         result = MonteCarloResult(
             verdict=verdict,
             relative_bias=bias,
             cosine=cosine,
-            scale=scale,
+            scale=scale_range(bounds, targets),
             follows=follows,
-            directions=looked,
+            directions=sum(len(pair.basis) for pair in self.pairs),
             identical=self.hidden is not None,
             hidden=self._hidden()[1],
             batches=self.batches,
@@ -364,14 +353,14 @@ class Search:
             confidence=self.confidence,
             margin=margin,
             seed=self.seed,
-            seconds=seconds,
+            seconds=time.perf_counter() - self._start,
             words="",
         )
         return worded(result, f"{self.objective.label} ({self.objective.granularity})", len(self.pairs))
 
 
 def _catalogue(case: Case, sampler: Sampler, granularity: str) -> dict[tuple[str, Granularity], Tensor]:
-    """Exact gradients of the entries without a parameter, flat; those that are infinite or intractable are left out."""
+    """Exact gradients of the entries without a parameter, flat, except those that are zero, infinite or intractable."""
     small = sampler.student.numel() <= _SMALL_TABLE
     found = {}
     for where in sorted(GRANULARITIES, key=lambda name: name != granularity):
@@ -387,7 +376,7 @@ def _catalogue(case: Case, sampler: Sampler, granularity: str) -> dict[tuple[str
 
 
 def _sized(look: Look, separable: bool) -> Look:
-    """The look with as many batches in one observation as are worth it."""
+    """The look with as many batches in one observation as pay."""
     if not separable:
         return replace(look, batches=min(_BATCHES_APART, math.ceil(_ROLLOUTS_APART / look.batch_size)))
     most = min(_ROLLOUTS_AT_ONCE, _LOGITS_AT_ONCE // (look.sampler.horizon * look.sampler.student.shape[-1]))
@@ -402,11 +391,8 @@ def _value_dtype(loss: Loss, sample: Sample) -> torch.dtype:
 
 def _check_settings(cases: Sequence[Case], margin: float, confidence: float, max_batches: int, seconds: float) -> None:
     if not cases:
-        raise InvalidArgumentError("cases", "is empty; at least one pair is needed")
-    for name, value in (("margin", margin), ("confidence", confidence)):
-        if not 0.0 < value < 1.0:
-            raise InvalidArgumentError(name, f"is {value!r}; it must lie strictly between 0 and 1")
-    if not isinstance(max_batches, int) or max_batches < 1:
-        raise InvalidArgumentError("max_batches", f"is {max_batches!r}; a positive integer is needed")
-    if not seconds > 0.0:
-        raise InvalidArgumentError("seconds", f"is {seconds!r}; a positive number is needed")
+        raise InvalidArgumentError("cases", "must hold at least one pair, got none")
+    check_between("margin", margin, 0.0, 1.0)
+    check_between("confidence", confidence, 0.0, 1.0)
+    check_integer("max_batches", max_batches)
+    check_between("seconds", seconds)

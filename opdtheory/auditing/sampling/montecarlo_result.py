@@ -1,11 +1,11 @@
-"""What a Monte Carlo audit found, as numbers and in words."""
+"""The findings of a Monte Carlo audit, in numbers and in words."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
 
-from opdtheory.auditing.records import Interval, Count, Finite, Identified, Keyed
+from opdtheory.auditing.records import Count, Finite, Identified, Interval, Keyed
 from opdtheory.choices import Verdict
 
 __all__ = ["MonteCarloResult", "worded"]
@@ -13,26 +13,27 @@ __all__ = ["MonteCarloResult", "worded"]
 
 @dataclass(frozen=True, eq=False)
 class MonteCarloResult(Keyed):
-    """What sampling says of a loss's expected gradient.
+    """What sampling says about a loss's expected gradient.
 
     Attributes:
         verdict: `exact`, `exact_up_to_scale`, `zero`, `biased` or `undecided`.
-        relative_bias: interval for `|E g - exact| / |exact|` at scale one, of the worst pair: the low end from the
-            directions looked at, the high end from the squared length of the whole vector.
-        cosine: interval for the smallest cosine over the pairs.
-        scale: interval of the common multiples of the claimed gradient that no direction excludes; None if all are.
-        follows: the objective certified to be followed instead, with the `error` an upper bound in the directions
-            looked at, relative to it; None if there is none.
-        directions: along how many directions the gradient was looked at, over all pairs.
+        relative_bias: interval of `|E g - exact| / |exact|` at scale one on the worst pair: the low end from the
+            directions, the high end from the squared length of the whole vector.
+        cosine: interval of the smallest cosine over the pairs.
+        scale: interval of the common multiples of the claimed gradient that no direction excludes; None if all are
+            excluded.
+        follows: the objective that the loss is certified to follow instead, whose `error` is an upper bound in all
+            directions, relative to it; None if there is none.
+        directions: number of directions along which the gradient was measured, over all pairs.
         identical: whether the loss's gradient was that of one combination of library estimators on all rollouts.
-        hidden: upper bound, nonasymptotic, on the probability that an observation (a call, or a few batches of a
-            loss that couples its rollouts) shows a difference from that combination, averaged over the pairs.
-        batches: calls of the loss, over all pairs; the pilot's not counted.
-        rollouts: drawn, likewise.
-        separable: whether the loss is the mean of its losses on batches, so that many were drawn at once.
-        confidence: joint over pairs, directions and all times.
+        hidden: nonasymptotic upper bound on the probability that an observation (a call, or a few batches of a loss
+            that couples its rollouts) differs from that combination, averaged over the pairs.
+        batches: number of calls of the loss over all pairs, without those of the pilot.
+        rollouts: number of rollouts in these calls.
+        separable: whether the loss is the mean of the losses of its batches, so that many were drawn at once.
+        confidence: joint level over pairs, directions and all times.
         margin: bias, relative to the exact gradient, below which a verdict counts as certain.
-        seed: of all draws.
+        seed: seed of all draws.
         seconds: wall-clock time.
         words: the findings in sentences.
     """
@@ -56,12 +57,12 @@ class MonteCarloResult(Keyed):
 
 
 def worded(result: MonteCarloResult, claim: str, pairs: int) -> MonteCarloResult:
-    """The result with its findings in sentences, none of which says more than was certified.
+    """The result with its findings in sentences, which say no more than was certified.
 
     Args:
-        result: without words.
+        result: the result without words.
         claim: the claimed objective.
-        pairs: how many pairs were looked at.
+        pairs: number of pairs.
     """
     sure, margin = f"{100 * result.confidence:g}%", f"{100 * result.margin:g}%"
     low, high = result.relative_bias
@@ -80,11 +81,13 @@ def worded(result: MonteCarloResult, claim: str, pairs: int) -> MonteCarloResult
             f"The expected gradient is zero or nearly so: below {margin} of the length of {claim}'s in {where}."
         )
     elif result.verdict == "biased":
-        sentences.append(f"The expected gradient is that of {claim} at no scale: off by at least {100 * low:.3g}%.")
+        sentences.append(
+            f"The expected gradient is not that of {claim} at any scale: it is off by at least {100 * low:.3g}%."
+        )
         if result.follows is not None:
             sentences.append(_followed(result.follows))
     else:
-        found = f" It is off by at least {100 * low:.3g}% at scale one, perhaps by a factor only." if low > 0 else ""
+        found = f" It is off by at least {100 * low:.3g}% at scale one, perhaps only by a factor." if low > 0 else ""
         sentences.append(f"The budget ended before a verdict on {claim} was certain.{found}")
     if math.isfinite(high) and result.verdict in ("exact", "undecided"):
         sentences.append(f"The bias as a whole vector is below {100 * high:.2g}% of the exact gradient.")
@@ -101,12 +104,12 @@ def worded(result: MonteCarloResult, claim: str, pairs: int) -> MonteCarloResult
 
 
 def _followed(f: Identified) -> str:
-    """The objective that is followed, with its evidence."""
+    """What the loss follows, with the evidence."""
     text = f"It follows {f.label} ({f.where}) times {f.scale:.4g}, to within {100 * f.error:.2g}% in "
     if f.evidence is None:
         return f"{text}the same directions."
     text = f"{text}the directions looked at ({f.evidence})."
     if f.fitted_range is not None:
         low, high = f.fitted_range
-        text += f" Of {f.fitted}, the values around it that are not excluded span {high - low:.2g}."
+        text += f" The values of {f.fitted} around it that are not excluded span {high - low:.2g}."
     return text

@@ -1,9 +1,9 @@
-r"""A loss's gradient on drawn rollouts, seen from a few fixed directions and beside estimators of known expectation.
+r"""A loss's gradient on drawn rollouts, minus estimators of known expectation, projected on a few fixed directions.
 
-One observation is the gradient $g$ of one batch in the student's table. From it a combination $\sum_i \beta_i y_i$
-of library estimators on the same rollouts is taken, whose expectation $\sum_i \beta_i E y_i$ is known exactly: what is
-left, $\delta = g - \sum_i \beta_i y_i$, has little noise, none at all if the loss is one of them. The factors come from
-draws that are not used again, so that every $\delta$ is an unbiased look at the same vector.
+One observation is the gradient $g$ of one batch in the student's table. A combination $\sum_i \beta_i y_i$ of library
+estimators on the same rollouts is subtracted, whose expectation $\sum_i \beta_i E y_i$ is known exactly. The residual
+$\delta = g - \sum_i \beta_i y_i$ has little noise, and none if the loss is one of them. The factors come from other
+draws, so every $\delta$ is an unbiased estimate of the same vector.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from opdtheory.auditing.black_box import INSISTS
 from opdtheory.auditing.sampling.confidence import Moments
 from opdtheory.auditing.scenario import Case
 from opdtheory.divergences import Divergence
@@ -34,29 +35,33 @@ __all__ = [
     "controls",
     "directions",
     "fit_controls",
+    "pilot",
     "sensitivity",
     "splits_into_batches",
 ]
 
-# Numbers in one table that are worth a matrix of directions: about 0.2 GB with all of them.
+# The largest table, in numbers: about 0.2 GB with all directions.
 TABLE_BUDGET = 2**20
 
-# Rollouts from which it is learned how often each row is read.
+# The number of rollouts from which the frequency of each row is estimated.
 _SCOUTS = 2048
 
-# What orthogonalising leaves of a vector that lies in the span already.
+# A vector with a smaller remainder after orthogonalisation lies in the span.
 _DEPENDENT = 1e-7
 
 _RANDOM_DIRECTIONS = 3
 _COLLINEAR = 1e-10
 
+# The number of observations to which the controls are fitted.
+PILOT = 16
+
 
 @dataclass(frozen=True)
 class Control:
-    """An estimator on the same rollouts, as the gradient in each drawn logit, with its exact expectation.
+    """An estimator on the same rollouts, with its exact expectation.
 
     Attributes:
-        gradient: maps a sample to `(B, T, V)`, the mean over rollouts included.
+        gradient: maps a sample to its gradient in each drawn logit, `(B, T, V)`, including the mean over rollouts.
         mean: its expectation in the stacked table, flat.
     """
 
@@ -66,14 +71,14 @@ class Control:
 
 @dataclass(frozen=True)
 class Look:
-    """How a loss is looked at in one observation.
+    """How one observation of a loss is made.
 
     Attributes:
         loss: the black box.
-        sampler: of the pair.
-        batch_size: rollouts it is judged at.
-        batches: how many batches one observation is the mean of.
-        at_once: whether one call of the loss does for all of them.
+        sampler: the sampler of the pair.
+        batch_size: the batch size that the verdict is about.
+        batches: number of batches whose mean is one observation.
+        at_once: whether one call of the loss serves all of them.
         shared_prompt: whether the rollouts of a batch answer one prompt.
     """
 
@@ -86,12 +91,12 @@ class Look:
 
     @property
     def calls(self) -> int:
-        """Calls of the loss in one observation."""
+        """The number of calls of the loss in one observation."""
         return 1 if self.at_once else self.batches
 
     @property
     def rollouts(self) -> int:
-        """Rollouts in one observation."""
+        """The number of rollouts in one observation."""
         return self.batch_size * self.batches
 
     def sample(self, generator: torch.Generator) -> Sample:
@@ -99,7 +104,7 @@ class Look:
         return self.sampler.draw(self.rollouts, generator, self.batch_size if self.shared_prompt else 1)
 
     def draw(self, generator: torch.Generator) -> tuple[Sample, Tensor]:
-        """Rollouts, and the mean gradient of their batches in each logit, `(B, T, V)`."""
+        """The rollouts of one observation, and the mean gradient of their batches in each logit, `(B, T, V)`."""
         sample = self.sample(generator)
         if self.at_once:
             return sample, sensitivity(self.loss, sample)
@@ -109,38 +114,38 @@ class Look:
 
 
 def sensitivity(loss: Loss, sample: Sample) -> Tensor:
-    """Gradient of the loss of a batch in each of its rollouts' logits, `(B, T, V)`.
+    """The gradient of the loss of a batch in the logits of its rollouts, `(B, T, V)`.
 
     Raises:
-        LossError: the loss is no scalar, has no gradient, or gives NaN.
+        LossError: the loss is not a scalar, has no gradient, or is NaN.
     """
     with torch.enable_grad():
         value = loss(sample.rollouts)
     if not isinstance(value, Tensor) or value.ndim != 0 or not value.dtype.is_floating_point:
         got = f"shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
-        raise LossError(f"the loss returned {got}; a floating tensor of shape () is needed")
+        raise LossError(f"the loss must return a floating-point tensor of shape (), got {got}")
     if not torch.isfinite(value):
-        raise LossError(f"the loss's value is {float(value.detach())} on a drawn batch; it must be finite")
+        raise LossError(f"the loss must be finite, got {float(value.detach())} on a drawn batch")
     if not value.requires_grad:
         raise LossError("the loss has no gradient: its value does not require grad; is everything detached?")
     (gradient,) = torch.autograd.grad(value, sample.rollouts.student_logits, allow_unused=True)
     if gradient is None:
         raise LossError("the loss has no gradient: it does not depend on student_logits or student_logprobs")
     if not torch.isfinite(gradient).all():
-        raise LossError("the loss's gradient holds NaN or inf on a drawn batch although its value is finite")
+        raise LossError("the gradient of the loss has NaN or inf on a drawn batch although its value is finite")
     return gradient
 
 
 def splits_into_batches(look: Look, generator: torch.Generator, same: float) -> bool:
-    """Whether the loss of many rollouts is the mean of its losses on batches of the size asked for.
+    """Whether the loss of many rollouts is the mean of its losses on batches of the requested size.
 
-    Then one call on many rollouts stands for many calls. Looked at on one observation, as a sensitivity that moves
-    with the company a rollout keeps.
+    Then one call on many rollouts replaces many calls. This is tested on one observation: the gradient in a rollout's
+    logits must not depend on the other batches.
 
     Args:
-        look: at several batches.
-        generator: of the draws.
-        same: relative difference that is rounding.
+        look: a look with several batches.
+        generator: generator of the draws.
+        same: relative difference that counts as rounding.
 
     Raises:
         LossError: the loss differs between identical calls, or as `sensitivity`.
@@ -153,7 +158,7 @@ def splits_into_batches(look: Look, generator: torch.Generator, same: float) -> 
     each = torch.cat([apart, *(sensitivity(look.loss, many.select(index)) for index in others)]) / look.batches
     try:
         together = sensitivity(look.loss, many)
-    except (AssertionError, IndexError, RuntimeError, TypeError, ValueError):  # It may insist on its batch size.
+    except INSISTS:
         return False
     scale = max(float(each.abs().max()), float(together.abs().max()), 1e-300)
     return float((each - together).abs().max()) <= same * scale
@@ -162,7 +167,9 @@ def splits_into_batches(look: Look, generator: torch.Generator, same: float) -> 
 def controls(
     case: Case, sampler: Sampler, divergence: Divergence, granularity: str, gamma: float, batch_size: int
 ) -> list[Control]:
-    """The claimed objective's estimator first; local ones, baselines, the bare score, and the whole vocabulary's.
+    """Estimators of known expectation, that of the claimed objective first.
+
+    The others are three local ones, the bare score, a leave-one-out baseline, and the sum over the vocabulary.
 
     Raises:
         InvalidArgumentError: the claimed objective has no finite gradient.
@@ -198,13 +205,13 @@ def controls(
 def directions(
     sampler: Sampler, exact: Tensor, others: list[Tensor], generator: torch.Generator
 ) -> Float[Tensor, "K RV"]:
-    """Orthonormal directions: the exact gradient, other objectives', random ones, row sums and padding.
+    """Orthonormal directions: the exact gradient, those of other objectives, random ones, row sums and padding.
 
     Args:
-        sampler: of the pair.
+        sampler: the sampler of the pair.
         exact: the claimed objective's gradient in the stacked table, flat; not zero.
         others: further gradients.
-        generator: of the random directions and of the rollouts that tell where gradients live.
+        generator: generator of the random directions and of the rollouts that show which rows are read.
     """
     scouts = sampler.draw(_SCOUTS, generator)
     live = scouts.rollouts.mask.flatten() > 0
@@ -223,12 +230,12 @@ def directions(
 
 
 def fit_controls(observed: Float[Tensor, "n K"], known: Float[Tensor, "n I K"], same: float) -> Float[Tensor, " I"]:
-    """The factors of the controls that leave least noise; of one control alone if it leaves none.
+    """The factors of the controls that leave the least noise, or of one control alone if it leaves none.
 
     Args:
         observed: projections of the loss's gradient.
-        known: projections of the controls less their expectation.
-        same: relative difference that is rounding.
+        known: projections of the controls minus their expectations.
+        same: relative difference that counts as rounding.
     """
     target = (observed - observed.mean(0)).flatten()
     centred = known - known.mean(0)
@@ -240,12 +247,12 @@ def fit_controls(observed: Float[Tensor, "n K"], known: Float[Tensor, "n I K"], 
             alone = torch.zeros(len(features), dtype=torch.float64)
             alone[i] = round(factor, 9) if abs(factor - round(factor, 9)) <= same else factor
             return alone
-    # A control without noise, such as the whole vocabulary's on one step, has nothing but rounding to offer.
+    # A control without noise, such as the sum over the vocabulary on one step, is only rounding.
     lengths = features.norm(dim=-1)
     usable = torch.isfinite(lengths)
     usable &= lengths > _COLLINEAR * lengths[usable].max()
     factors = torch.zeros(len(features), dtype=torch.float64)
-    # Unit columns: a singular value then tells collinearity, and not that a teacher is near.
+    # With unit columns, a small singular value means collinearity and not a near teacher.
     sizes = lengths[usable]
     columns = (features[usable] / sizes.unsqueeze(-1)).T
     solution = torch.linalg.lstsq(columns, target.unsqueeze(-1), rcond=_COLLINEAR, driver="gelsd").solution
@@ -253,15 +260,31 @@ def fit_controls(observed: Float[Tensor, "n K"], known: Float[Tensor, "n I K"], 
     return factors
 
 
+def pilot(
+    look: Look, basis: Float[Tensor, "K RV"], found: list[Control], generator: torch.Generator
+) -> tuple[Float[Tensor, "n K"], Float[Tensor, "n I K"], float]:
+    """Projections of the loss's gradient and of the controls, to fit factors to, and the largest entry of a gradient."""
+    sampler, means = look.sampler, torch.stack([c.mean for c in found])
+    observed, known, largest = [], [], 0.0
+    for _ in range(PILOT):
+        sample, gradient = look.draw(generator)
+        table = sampler.scatter(sample.rows, gradient).flatten()
+        observed.append(basis @ table)
+        largest = max(largest, float(table.abs().max()))
+        parts = torch.stack([sampler.scatter(sample.rows, c.gradient(sample)).flatten() for c in found])
+        known.append((parts - means) @ basis.T)
+    return torch.stack(observed), torch.stack(known), largest
+
+
 class Residuals:
-    """The stream of one pair: what the controls leave of the loss's gradient, projected, and its squared length.
+    """The stream of one pair: the residuals of the loss's gradient, projected, and their squared length.
 
     Attributes:
-        known: the controls' combined expectation, flat.
+        known: the combined expectation of the controls, flat.
         projections: moments of the residual along each direction.
-        products: moments of the product of two successive residuals, an unbiased look at the squared length of
-            their expectation, over all directions there are.
-        different: in how many observations the residual was no rounding.
+        products: moments of the product of two successive residuals, an unbiased estimate of the squared length of
+            their expectation in all dimensions.
+        different: number of observations whose residual was more than rounding.
     """
 
     def __init__(self, look: Look, basis: Tensor, found: list[Control], factors: Tensor, rounding: float) -> None:
@@ -275,7 +298,7 @@ class Residuals:
         self.different = 0
 
     def observe(self, generator: torch.Generator) -> None:
-        """Make one observation and add what it says."""
+        """Make one observation and update the moments."""
         sample, left = self.look.draw(generator)
         for factor, control in self._controls:
             left = left - factor * control.gradient(sample)
@@ -295,7 +318,7 @@ def _score(
     importance: offpolicy.Importance | None,
     group: int | None = None,
 ) -> Callable[[Sample], Tensor]:
-    """The gradient of a score-function loss, or of what a leave-one-out baseline in groups takes off it."""
+    """The gradient of a score-function loss, or of what a leave-one-out baseline within groups subtracts from it."""
     weigh, p = ScoreFunction(advantage), torch.softmax(sampler.student, -1)
 
     def gradient(sample: Sample) -> Tensor:
@@ -312,7 +335,7 @@ def _score(
 
 
 def _mean_of_others(values: Tensor, mask: Tensor, group: int) -> Tensor:
-    """Mean over the other rollouts of a group that are unmasked at a position, for the unmasked ones."""
+    """For each unmasked position, the mean over the other rollouts of the group that are unmasked there."""
     grouped, alive = values.view(-1, group, values.shape[-1]), mask.view(-1, group, mask.shape[-1])
     others = alive.sum(1, keepdim=True) - alive
     mean = (grouped.sum(1, keepdim=True) - grouped) / others.clamp_min(1)
@@ -336,7 +359,7 @@ def _orthonormal(vectors: list[Tensor]) -> Tensor:
         if not 0.0 < size < float("inf"):
             continue
         left = vector / size
-        for _ in range(2):  # Once more, for what rounding left.
+        for _ in range(2):  # Twice, because of rounding.
             for unit in basis:
                 left = left - (unit @ left) * unit
         if float(left.norm()) > _DEPENDENT:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from opdtheory.auditing.black_box import BlackBox
+from opdtheory.auditing.black_box import INSISTS, BlackBox
 from opdtheory.auditing.naming.combine import best_combination
 from opdtheory.auditing.naming.fit import flat
 from opdtheory.auditing.naming.identify import ExactGradients, best_match
@@ -16,19 +16,19 @@ from opdtheory.objective import Objective
 
 __all__ = ["SIZES", "Scout", "scouted"]
 
-# Batch sizes at which an enumeration costs little, the cheapest first: some losses insist on groups of some size.
+# Batch sizes that are cheap to enumerate, the cheapest first; several, as some losses insist on a group size.
 SIZES = (2, 3, 4)
 
 
 @dataclass(frozen=True)
 class Scout:
-    """The exact findings at a smaller batch size. They say nothing about another one until that has been looked at.
+    """The exact findings at a smaller batch size, which prove nothing about a larger one.
 
     Attributes:
-        batch_size: at which they hold.
-        objective: the one followed there, or None.
-        weight: recovered there.
-        label: of the weight's formula, or None if it is no function of the ratio.
+        batch_size: the batch size.
+        objective: the objective that the loss follows there, or None.
+        weight: the weight recovered there.
+        label: label of the weight's formula, or None if the weight is not a function of the ratio.
     """
 
     batch_size: int
@@ -38,19 +38,19 @@ class Scout:
 
 
 def scouted(loss: BlackBox, cases: list[Case], granularity: str, scenario: Scenario) -> Scout | None:
-    """Enumerate batches of one size; None if the loss fails at that size.
+    """The findings at one batch size; None if the loss fails there.
 
     Args:
         loss: the black box.
-        cases: small pairs, few.
-        granularity: named when several coincide.
-        scenario: with the smaller batch size.
+        cases: a few small pairs.
+        granularity: the granularity to name if several coincide.
+        scenario: a scenario with the smaller batch size.
     """
     try:
         moments = [scenario.moments(loss, case) for case in cases]
         weight = recover_weight(loss, scenario, loss.tolerance, students=2)
-    except (OpdTheoryError, AssertionError, IndexError, RuntimeError, TypeError, ValueError):
-        return None  # It may insist on its batch size.
+    except (OpdTheoryError, *INSISTS):
+        return None
     gradients, exact, tolerance = [flat(m.mean) for m in moments], ExactGradients(cases), loss.tolerance
     objective: Objective | None = None
     match = best_match(gradients, exact, weight, granularity, tolerance)

@@ -1,4 +1,4 @@
-"""A sampled audit as a whole: the verdict, the name of what is followed, the weight, and the words for all three."""
+"""A sampled audit as a whole: the verdict, the name of what the loss follows, the weight, and all three in words."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ __all__ = ["sampled"]
 
 _MARGIN, _CONFIDENCE = 0.05, 0.99
 
-# Calls of the loss and seconds that one stream may take, and seconds for the weight.
+# Budget of calls of the loss and of seconds for one stream, and of seconds for the weight.
 _BATCHES, _SECONDS, _WEIGHT_SECONDS = 20_000, 30.0, 5.0
 
-# Streams differ in their seeds by multiples of this.
+# The seeds of streams differ by multiples of this.
 _APART = 7919
 
 
@@ -34,18 +34,19 @@ def sampled(
 
     Args:
         loss: the black box.
-        objective: the claimed one.
+        objective: the claimed objective.
         scenario: what the rollouts look like.
-        weigh: whether the weight is recovered.
+        weigh: whether to recover the weight.
 
     Returns:
-        The verdict with its intervals and the objective followed, if one is confirmed; and the weight, unknown where
-        it was not looked for.
+        The verdict with its intervals and the confirmed objective, if any; and the weight.
 
     Raises:
-        LossError: as `monte_carlo_compare`; likewise the others.
+        InvalidArgumentError: as `monte_carlo_compare`.
+        BudgetExceededError: as `monte_carlo_compare`.
+        LossError: as `monte_carlo_compare`.
     """
-    # Two pairs, near and far: each needs thousands of rollouts of its own.
+    # Two pairs, near and far, as each needs thousands of rollouts.
     cases = scenario.single.pairs()[1:4:2]
 
     def restart(other: Objective, number: int) -> Search:
@@ -73,15 +74,17 @@ def sampled(
 
 
 def _beside(found: SampledWeight, scout: Scout | None, batch_size: int) -> list[str]:
-    """What the exact weight at a smaller batch size has to do with the sampled one, if there is one."""
+    """How the exact weight at a smaller batch size, if known, relates to the sampled one."""
     if scout is None or not scout.weight.depends_on_ratio_only or found.separated:
         return []
     from scipy.interpolate import PchipInterpolator
 
     exact = PchipInterpolator(scout.weight.log_u.numpy(), scout.weight.weight.numpy())
     scale = found.holds(torch.from_numpy(exact(found.log_u.numpy())))
-    whose = f"the one at batch size {scout.batch_size}, which is exact"
-    whose += f" and {scout.label}" if scout.label not in (None, "no formula found") else ""
+    whose = f"the exact weight at batch size {scout.batch_size}"
+    whose += f" ({scout.label})" if scout.label not in (None, "no formula found") else ""
     if scale is None:
-        return [f"No positive multiple of {whose}, lies in all of them: the weight changes with the batch size."]
-    return [f"{scale:.4g} times {whose}, lies in all of them; that it is the same at {batch_size} is not proved."]
+        return [f"No positive multiple of {whose} lies in all intervals: the weight changes with the batch size."]
+    return [
+        f"{scale:.4g} times {whose} lies in all intervals, which does not prove that it is the same at {batch_size}."
+    ]

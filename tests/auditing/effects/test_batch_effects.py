@@ -37,4 +37,4 @@ def test_batch_of_other_kinds() -> None:
         a = r.log_u.detach()
         return r.token_sum(-a / (0.1 + a.abs().max()) * r.student_logprobs)
 
-    assert "rescaled by what the others are" in " ".join(of(by_largest, batch_size=2).words)
+    assert "rescaled by a function of the others" in " ".join(of(by_largest, batch_size=2).words)

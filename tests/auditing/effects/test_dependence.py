@@ -63,7 +63,7 @@ def test_large_batches_say_what_was_not_looked_at() -> None:
 def test_bad_settings() -> None:
     loss = opd.estimator("k2_loss")
     weight = recover_weight(loss, Scenario())
-    with pytest.raises(InvalidArgumentError, match="tolerance: must be positive, got 0.0"):
+    with pytest.raises(InvalidArgumentError, match="tolerance: must be a number above 0, got 0.0"):
         dependence(loss, weight, Scenario(), tolerance=0.0)
     with pytest.raises(InvalidArgumentError, match="batch_size: must be an integer of at least 1, got 0"):
         dependence(loss, weight, Scenario(batch_size=0))

@@ -32,7 +32,7 @@ def weighted_by_position(weight: Callable[[Tensor, int], Tensor]) -> Loss:
         (lambda n, horizon: (n == horizon).double(), [0.0, 0.0, 1.0], "the last position only"),
         (lambda n, horizon: (n == 1).double(), [1.0, 0.0, 0.0], "the first position only"),
         (lambda n, horizon: 1 + 0.1 * n, [1.0, 1.2 / 1.1, 1.3 / 1.1], "linear, by +0.0909091 of the first's weight"),
-        (lambda n, horizon: n.cos().abs(), None, "no simple distribution"),
+        (lambda n, horizon: n.cos().abs(), None, "no simple pattern"),
     ],
 )
 def test_position(weight: Callable[[Tensor, int], Tensor], position: list[float] | None, label: str) -> None:

@@ -35,7 +35,7 @@ def test_stability_and_other_fixed_points() -> None:
     assert form_of(forward).slope_at_teacher == pytest.approx(-1.0, rel=1e-6)
     assert not form_of(opd.estimator("opd", "jsd")).attracts
     found = form_of(opd.estimator("opd", "chi2")).fixed_points
-    assert "p = (0.5, 0.5) for the teacher q = (0.25, 0.75): w is alike at u = 0.5 and 1.5" in found
+    assert "p = (0.5, 0.5) for the teacher q = (0.25, 0.75): w is equal at u = 0.5 and 1.5" in found
     # The distribution named is at rest indeed, and its neighbour is not.
     loss = opd.estimator("opd", "chi2")
 
@@ -46,7 +46,7 @@ def test_stability_and_other_fixed_points() -> None:
 
     assert gradient(0.25) < 1e-15
     cubic = form_of(reward(lambda t: t**3 - t)).fixed_points
-    assert cubic and all("alike" in text for text in cubic)
+    assert cubic and all("w is equal" in text for text in cubic)
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def test_what_no_formula_fits_is_numeric(function: Callable[[torch.Tensor], torc
 
 def test_a_weight_of_p_and_q_is_not_named() -> None:
     form = form_of(opd.estimator("power", alpha=0.5))
-    assert form.kind == "numeric" and "no function of the ratio" in form.label
+    assert form.kind == "numeric" and "not a function of the ratio" in form.label
     assert form.generator_values == [] and not form.genuine
 
 

@@ -30,7 +30,7 @@ def test_a_member_of_a_family_is_named_at_a_batch_size_that_only_sampling_reache
     truth = 15 / 16 * (alpha.weight(log_u) - alpha.weight(ORIGIN))
     assert bool((low <= truth).all()) and bool((truth <= high).all())
     assert report.weight["depends_on_ratio_only"] and report.weight["non_decreasing"]
-    assert "1.875 times the one at batch size 2, which is exact and alpha(alpha=0.3)" in report.summary()
+    assert "1.875 times the exact weight at batch size 2 (alpha(alpha=0.3)) lies in all intervals" in report.summary()
     record = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     jsonschema.validate(record, AUDIT_SCHEMA)
     record["identified"]["fitted_range"] = "wide"
@@ -51,4 +51,4 @@ def test_what_holds_at_a_smaller_batch_size_is_not_taken_to_hold_at_a_larger_one
     )
     assert report.descends == "skew_jsd(beta=0.3)"
     assert report.identified is not None and "fitted to samples" in report.identified["evidence"]
-    assert "No positive multiple of the one at batch size 2, which is exact and forward_kl" in report.summary()
+    assert "No positive multiple of the exact weight at batch size 2 (forward_kl) lies in all intervals" in report.summary()
