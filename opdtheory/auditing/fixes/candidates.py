@@ -1,4 +1,4 @@
-"""Changes that may cure a loss, smallest first, each with its reason: guesses from what an audit saw, for trial."""
+"""Changes that may cure a loss, the smallest first, each with its reason: guesses from the findings of an audit."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ from opdtheory.rollouts import Rollouts
 
 __all__ = ["candidates", "gauge"]
 
-# Log-ratios beyond the grid of the recovered weight, where a clip of up to 8 nats has set in.
+# Log-ratios beyond the grid of the recovered weight, to find a clip of up to 8 nats.
 _FAR = (-12.0, -8.0, 0.0, 8.0, 12.0)
 
 
 def candidates(facts: Facts) -> Iterator[Candidate]:
-    """The changes worth a trial, one at a time first, then two together."""
+    """The changes worth a trial: single ones first, then two together."""
     corrections = list(_corrections(facts))
-    # A factor that varies or a mask makes nothing of a gradient that is zero.
+    # Neither a factor that varies nor a mask changes a gradient that is zero.
     reduced = [] if facts.verdict == "zero" else [*_reductions(facts), *_padding(facts)]
     yield from _constants(facts)
-    # At fixed length a reduction alone is a factor.
+    # At fixed length, another reduction is a constant factor.
     if facts.variable or facts.scenario.coupled:
         yield from reduced
     yield from _importance(facts, facts.loss)
@@ -66,7 +66,7 @@ def _pairs(facts: Facts, corrections: list[Correction], reduced: list[Candidate]
 
 def gauge(facts: Facts) -> Candidate | None:
     """A shift of the generator's gauge after which plain OPD descends some f-divergence (T5b), if there is one."""
-    if facts.curve is None or facts.claim.granularity != "token_local" or facts.off_policy:
+    if facts.curve is None or not facts.token_local or facts.off_policy:
         return None
     shift = gauge_shift(facts.curve, facts.claim.divergence)
     return None if shift is None else _added(shift, facts.loss)
@@ -78,15 +78,11 @@ def _corrections(facts: Facts) -> Iterator[Correction]:
     claim = facts.claim
     yield from missing_terms(facts.curve, claim.divergence, claim.granularity, claim.gamma)
     if facts.scenario.batch_size <= 2:
-        yield from clips(facts.curve, lambda: _far_curve(facts), claim.divergence)
+        yield from clips(facts.curve, lambda: attempt(lambda: _far_curve(facts)), claim.divergence)
     yield from between_granularities(facts.curve, claim.divergence, claim.granularity, claim.gamma)
 
 
-def _far_curve(facts: Facts) -> Curve | None:
-    return attempt(lambda: _curve_at_far(facts))
-
-
-def _curve_at_far(facts: Facts) -> Curve:
+def _far_curve(facts: Facts) -> Curve:
     log_u = torch.tensor(_FAR, dtype=torch.float64)
     case = bandits(log_u, Scenario())[0]
     gradient = gradient_moments(facts.loss, case.student, case.teacher, facts.scenario.batch_size).mean[0][0]
@@ -104,7 +100,7 @@ def _together(first: Candidate, then: Iterator[Candidate]) -> Iterator[Candidate
 
 
 def _constants(facts: Facts) -> Iterator[Candidate]:
-    """One factor for the loss, or one for each position, if that is all that is wrong on the first pair."""
+    """One factor for the loss, or one for each position, if nothing else is wrong on the first pair."""
     factors = _level_factors(facts)
     near = alike(facts.trial.tolerance)
     if factors is None or any(abs(factor) < near for factor in factors):
@@ -152,9 +148,9 @@ def _constant(facts: Facts, factor: float) -> Candidate:
 
 
 def _level_factors(facts: Facts) -> list[float] | None:
-    """The multiple of the exact gradient that the loss's is at each position of the first pair, or None.
+    """The factor between the loss's gradient and the exact one at each position of the first pair, or None.
 
-    Where an environment writes, both are zero and any factor serves: that of the position before.
+    Where an environment writes, both gradients are zero, and the factor of the position before is used.
     """
     factors: list[float] = []
     near = alike(facts.trial.tolerance)
@@ -193,7 +189,7 @@ def _importance(facts: Facts, loss: Loss) -> Iterator[Candidate]:
         return
     whole: tuple[str, PerToken] = ("the product of p/mu over the rollout", lambda r: importance_weight(r, "sequence"))
     ratios: list[tuple[str, PerToken]] = [whole]
-    if facts.claim.granularity == "token_local":
+    if facts.token_local:
         ratios = [
             ("the product of p/mu over the tokens before n", prefix_weight),
             ("the product of p/mu over the tokens up to n", lambda r: importance_weight(r, "prefix")),

@@ -1,6 +1,6 @@
-"""Changes to a loss that is a black box: each takes a loss and gives the loss as a trainer would have changed it.
+"""Changes to a black-box loss: each takes a loss and returns the changed one.
 
-Only what goes in and out of the loss is touched, so no source is needed. All keep the loss's sign convention.
+Only the inputs and outputs of the loss are changed, so no source is needed. Every change keeps the sign convention.
 """
 
 from __future__ import annotations
@@ -40,26 +40,26 @@ def scaled(loss: Loss, factor: float) -> Loss:
 
 
 def averaged_over_rollouts(loss: Loss) -> Loss:
-    r"""A mean over the batch's tokens as the sum over tokens and mean over rollouts, $\ell\,\sum m / B$ (T11)."""
+    r"""A mean over the batch's tokens made a sum over tokens and mean over rollouts, $\ell\,\sum m / B$ (T11)."""
 
     def averaged(rollouts: Rollouts) -> Tensor:
         value = loss(rollouts)
-        # In the loss's own dtype, which tells how far its rounding goes.
+        # In the loss's own dtype, which determines what counts as rounding.
         return (value * (rollouts.mask.sum() / rollouts.mask.shape[0])).to(value.dtype)
 
     return averaged
 
 
 def rollout_lengths(rollouts: Rollouts) -> Float[Tensor, "B T"]:
-    """The number of unmasked tokens of each rollout, at least 1, at each of its positions."""
+    """The number of unmasked tokens of each rollout, at least 1, for each of its positions."""
     return rollouts.mask.sum(-1, keepdim=True).clamp_min(1).expand_as(rollouts.mask)
 
 
 def weighted_tokens(loss: Loss, weight: PerToken) -> Loss:
     r"""The loss with the term of each token multiplied by a detached weight, $\sum_n \mathrm{sg}(c_n)\,\ell_n$.
 
-    The value stays as it was and the gradient that arrives at each position is multiplied, which is the same for
-    every loss whose term of a token depends on the student through that position's logits only.
+    The value is unchanged, and the gradient at each position is multiplied. That is equivalent for every loss in which
+    the term of a token depends on the student only through the logits of its position.
 
     Args:
         loss: the black box.
@@ -94,7 +94,7 @@ def advantage_added(loss: Loss, advantage: PerToken) -> Loss:
 
     Args:
         loss: the black box.
-        advantage: maps rollouts to what is added for each token, `(B, T)`.
+        advantage: maps rollouts to the added term of each token, `(B, T)`.
     """
     return value_added(loss, lambda rollouts: -advantage(rollouts).detach() * rollouts.student_logprobs)
 
@@ -105,7 +105,7 @@ def on_policy_view(loss: Loss) -> Loss:
 
 
 def padding_hidden(loss: Loss) -> Loss:
-    """The loss without anything at masked positions: the teacher agrees with the student there, and no gradient."""
+    """The loss with masked positions hidden: the teacher equals the student there, and they get no gradient."""
 
     def hidden(rollouts: Rollouts) -> Tensor:
         live, student = rollouts.mask > 0, rollouts.student_logits.detach()
@@ -122,18 +122,18 @@ def padding_hidden(loss: Loss) -> Loss:
 
 
 def value_as_reward(loss: Loss) -> Loss:
-    r"""The loss's value of each token, detached, as a reward: $\mathrm{sg}(v_n)\log p(y_n|h_n)$, not $v_n$ (T4)."""
+    r"""The loss's detached value of each token as a reward: $\mathrm{sg}(v_n)\log p(y_n|h_n)$ instead of $v_n$ (T4)."""
     known: dict[bytes, float] = {}
     return lambda rollouts: rollouts.token_sum(token_values(loss, rollouts, known) * rollouts.student_logprobs)
 
 
 def token_values(loss: Loss, rollouts: Rollouts, known: dict[bytes, float] | None = None) -> Float[Tensor, "B T"]:
-    """What the loss says of each unmasked token alone, detached: its value on the rollout up to that token.
+    """The detached value of the loss on each unmasked token alone.
 
     Args:
-        loss: the black box; it sees one rollout at a time, cut after the token, all earlier tokens masked.
+        loss: the black box; it sees one rollout at a time, cut after the token, with all earlier tokens masked.
         rollouts: the batch.
-        known: values already read, by what the loss saw; filled as new ones are.
+        known: values by content of the rollout, to which new ones are added.
     """
     known = {} if known is None else known
     values = torch.zeros_like(rollouts.mask)
@@ -155,7 +155,7 @@ def _gate(values: Tensor, weights: Tensor) -> Tensor:
 
 
 def _up_to(rollouts: Rollouts, b: int, n: int) -> dict[str, Any]:
-    """The fields of one rollout, cut after position `n`, that position alone unmasked."""
+    """The fields of one rollout, cut after position `n`, with only that position unmasked."""
     cut: dict[str, Any] = {}
     for field in fields(rollouts):
         value = getattr(rollouts, field.name)

@@ -1,7 +1,8 @@
-"""What to add to an advantage: terms that, on a recovered weight, are missing from the claimed one (T1-T6)."""
+"""Terms to add to an advantage: those by which a recovered weight differs from the claimed one (T1-T6)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -16,10 +17,10 @@ from opdtheory.rollouts import Rollouts
 
 __all__ = ["Correction", "Curve", "between_granularities", "clips", "gauge_shift", "missing_terms"]
 
-# Agreement of two curves, relative to the larger, that makes a term worth a trial; more where a loss is in float32.
+# Relative difference of two curves below which a term is worth a trial; larger for a loss in float32.
 _ALIKE = 1e-6
 
-# A formula longer than this hides more than it tells.
+# A longer formula is not shown.
 _LONGEST = 48
 
 
@@ -30,17 +31,22 @@ class Curve:
     Attributes:
         log_u: the grid.
         weight: the weight on it.
-        alike: relative difference from a formula that may be rounding.
+        alike: relative difference from a formula that counts as rounding.
     """
 
     log_u: Float[Tensor, " points"]
     weight: Float[Tensor, " points"]
     alike: float = _ALIKE
 
+    def is_near(self, expected: Tensor, size: Tensor | None = None) -> bool:
+        """Whether the weight is another one, to rounding relative to a size (default: the weight itself)."""
+        relative_to = float((self.weight if size is None else size).abs().max())
+        return float((self.weight - expected).abs().max()) <= self.alike * relative_to
+
 
 @dataclass(frozen=True)
 class Correction:
-    """A term for the advantage, `(B, T)` of a batch, and the sentence that asks for it."""
+    """A term to add to the advantage, `(B, T)` of a batch, and the sentence that says so."""
 
     kind: str
     text: str
@@ -52,8 +58,8 @@ def missing_terms(curve: Curve, divergence: Divergence, granularity: str, gamma:
 
     Args:
         curve: the recovered weight $w$.
-        divergence: the claimed one.
-        granularity: the claimed one: of `sequence` the term is taken at $U$, of `token_return` discounted.
+        divergence: the claimed divergence.
+        granularity: the claimed granularity; for `sequence` the term is that of $U$, for `token_return` discounted.
         gamma: the discount.
     """
     terms: list[tuple[str, Callable[[], str], Callable[[Tensor], Tensor]]] = [
@@ -74,12 +80,12 @@ def missing_terms(curve: Curve, divergence: Divergence, granularity: str, gamma:
 
 
 def between_granularities(curve: Curve, divergence: Divergence, granularity: str, gamma: float) -> Iterator[Correction]:
-    """From the exact advantage of another granularity to that of the claimed one (T6).
+    """The difference between the exact advantage of the claimed granularity and that of each other one (T6).
 
-    On one step all three have the weight $w_f$; another recovered weight needs another cure.
+    On one step all three have the weight $w_f$; a loss with another recovered weight needs another cure.
     """
-    expected = divergence.weight(curve.log_u) - divergence.weight(torch.zeros(1, dtype=torch.float64))
-    if float((curve.weight - expected).abs().max()) > curve.alike * float(expected.abs().max()):
+    expected = _centred(divergence.weight, curve.log_u)
+    if not curve.is_near(expected, expected):
         return
     exact = {
         "token_local": lambda log_u: divergence.weight(log_u),
@@ -101,14 +107,14 @@ def between_granularities(curve: Curve, divergence: Divergence, granularity: str
 
 
 def clips(curve: Curve, far: Callable[[], Curve | None], divergence: Divergence) -> Iterator[Correction]:
-    r"""What a clamp of the log-ratio to $[a, b]$ took away, $w_f(u) - w(\mathrm{clamp}(\log u, a, b))$ (T4).
+    r"""What a clamp of the log-ratio to $[a, b]$ removed, $w_f(u) - w(\mathrm{clamp}(\log u, a, b))$ (T4).
 
     The weight before the clamp may be $w_f$ or plain OPD's $-f$. A clamp of the weight is one of the log-ratio.
 
     Args:
         curve: the recovered weight on its grid.
-        far: gives the weight at log-ratios of -12, -8, 0, 8 and 12.
-        divergence: the claimed one.
+        far: returns the weight at log-ratios of -12, -8, 0, 8 and 12.
+        divergence: the claimed divergence.
     """
     forms: list[tuple[str, Callable[[], str], Callable[[Tensor], Tensor]]] = [
         ("clip", lambda: "Remove", divergence.weight),
@@ -135,11 +141,10 @@ def clips(curve: Curve, far: Callable[[], Curve | None], divergence: Divergence)
 
 
 def gauge_shift(curve: Curve, divergence: Divergence) -> Correction | None:
-    r"""For $w = -s f$: the shift $f \to f + c(u-1)$, $c = -f'(\infty)$, that makes it non-decreasing (T5b)."""
+    r"""The shift $f \to f + c(u-1)$, $c = -f'(\infty)$, if it makes a weight $w = -s f$ non-decreasing (T5b)."""
     generator, limit = divergence.generator(curve.log_u), divergence.slope_at_infinity
     size = float((curve.weight * -generator).sum() / generator.square().sum())
-    alike = float((curve.weight + size * generator).abs().max()) <= curve.alike * float(curve.weight.abs().max())
-    if not (alike and size > 0) or limit in (float("inf"), float("-inf")) or abs(limit) < _ALIKE:
+    if not (curve.is_near(-size * generator) and size > 0) or math.isinf(limit) or abs(limit) < _ALIKE:
         return None
     shifted = curve.weight + size * limit * torch.expm1(curve.log_u)
     if bool((shifted.diff() < -curve.alike * shifted.abs().max()).any()):
@@ -154,9 +159,8 @@ def gauge_shift(curve: Curve, divergence: Divergence) -> Correction | None:
 def _coefficient(
     curve: Curve, weight: Callable[[Tensor], Tensor], term: Callable[[Tensor], Tensor]
 ) -> tuple[float, float] | None:
-    """The least-squares `(s, a)` of `w = s w_f - a t`, if it fits, or None; `a` is rounded where 1 or -1 fits."""
-    zero = torch.zeros(1, dtype=torch.float64)
-    columns = torch.stack([weight(curve.log_u) - weight(zero), -(term(curve.log_u) - term(zero))], 1)
+    """The least-squares `(s, a)` of `w = s w_f - a t`, near twelfths rounded; None if the fit is bad."""
+    columns = torch.stack([_centred(weight, curve.log_u), -_centred(term, curve.log_u)], 1)
     sizes = columns.norm(dim=0)
     if float(sizes.min()) <= _ALIKE * float(sizes.max()):
         return None
@@ -164,14 +168,19 @@ def _coefficient(
     if 1.0 - abs(float(unit[:, 0] @ unit[:, 1])) < _ALIKE:
         return None
     solution = torch.linalg.lstsq(unit, curve.weight.unsqueeze(1)).solution[:, 0] / sizes
-    if float((columns @ solution - curve.weight).abs().max()) > curve.alike * float(curve.weight.abs().max()):
+    if not curve.is_near(columns @ solution):
         return None
     scale, factor = (_whole(float(x), curve.alike / 10) for x in solution)
     return (scale, factor) if scale > curve.alike and abs(factor) > curve.alike else None
 
 
+def _centred(form: Callable[[Tensor], Tensor], log_u: Tensor) -> Tensor:
+    """A function of the log-ratio minus its value at 0."""
+    return form(log_u) - form(torch.zeros(1, dtype=torch.float64))
+
+
 def _whole(value: float, tolerance: float) -> float:
-    """The nearest twelfth if it is as near as that."""
+    """The nearest twelfth if it is within the tolerance, else the value."""
     return round(12 * value) / 12 if abs(12 * value - round(12 * value)) < 12 * tolerance else value
 
 
@@ -213,7 +222,7 @@ def _difference(wanted: Callable[[Tensor], Tensor], had: Callable[[Tensor], Tens
 
 
 def _return_to_go(divergence: Divergence, log_u: Tensor, gamma: float) -> Tensor:
-    """The exact advantage of `token_return`; masked log-ratios are zero and cost nothing, since f(1) = 0."""
+    """The exact advantage of `token_return`; masked log-ratios are zero and add nothing, since f(1) = 0."""
     penalties, to_come = divergence.generator(log_u), torch.zeros_like(log_u[:, 0])
     weight = divergence.weight(log_u)
     columns = []
@@ -238,27 +247,24 @@ def _clipped_away(divergence: Divergence, form: Callable[[Tensor], Tensor], boun
 def _agrees_in_the_middle(curve: Curve, form: Callable[[Tensor], Tensor]) -> bool:
     middle = len(curve.log_u) // 2
     near = slice(middle - 1, middle + 2)
-    exact = form(curve.log_u[near]) - form(torch.zeros(1, dtype=torch.float64))
+    exact = _centred(form, curve.log_u[near])
     return float((exact - curve.weight[near]).abs().max()) <= 10 * curve.alike * float(exact.abs().max())
 
 
 def _bounds(curve: Curve, beyond: Curve, form: Callable[[Tensor], Tensor]) -> tuple[float, float] | None:
-    """The log-ratios at which the weight stops following a form, infinite where it does not, or None if neither."""
-    zero = torch.zeros(1, dtype=torch.float64)
+    """The log-ratios between which the weight follows a form, infinite at an end without a stop; None without any."""
     low = _stop(-curve.log_u.flip(0), curve.weight.flip(0), -beyond.log_u.flip(0), beyond.weight.flip(0), form, -1.0)
     high = _stop(curve.log_u, curve.weight, beyond.log_u, beyond.weight, form, 1.0)
     bounds = (-float("inf") if low is None else -low, float("inf") if high is None else high)
     if low is None and high is None:
         return None
-    clipped = form(curve.log_u.clamp(*bounds)) - form(zero)
-    alike = float((clipped - curve.weight).abs().max()) <= curve.alike * float(curve.weight.abs().max())
-    return bounds if alike else None
+    return bounds if curve.is_near(_centred(lambda log_u: form(log_u.clamp(*bounds)), curve.log_u)) else None
 
 
 def _stop(
     log_u: Tensor, weight: Tensor, far_log_u: Tensor, far: Tensor, form: Callable[[Tensor], Tensor], side: float
 ) -> float | None:
-    """Where a weight that is constant far out stops following a form, on the side of positive `log_u`."""
+    """Where a weight with a far plateau stops following a form, on the side of positive `log_u`."""
 
     def at(point: float) -> float:
         zero = torch.zeros((), dtype=torch.float64)
@@ -273,12 +279,12 @@ def _stop(
     values = [*weight[log_u >= 0].tolist(), level]
     follows = [abs(at(p) - v) <= _ALIKE * max(abs(v), abs(level)) for p, v in zip(points, values, strict=True)]
     last = follows.index(False) if False in follows else len(follows) - 1
-    # A point just beyond the bound still agrees within the tolerance: the root may lie one point earlier.
+    # A point just beyond the bound still agrees within the tolerance, so the root may lie one point earlier.
     return _root(lambda point: at(point) - level, points[max(last - 2, 0)], points[last])
 
 
 def _root(gap: Callable[[float], float], low: float, high: float) -> float:
-    """A point of the bracket at which the gap vanishes, a short decimal if one serves as well."""
+    """A root of the gap in a bracket, as a short decimal if one is as good."""
     rising = gap(high) > gap(low)
     left, right = low, high
     for _ in range(60):

@@ -1,4 +1,4 @@
-"""What is known of a loss before a change to it is tried, and what a change is."""
+"""What is known about a loss before changes to it are tried, and what a change is."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ __all__ = ["Candidate", "Facts", "alike", "on_policy_curve"]
 
 
 def alike(tolerance: float) -> float:
-    """The relative difference of two curves, or gradients, below which a change is worth a trial."""
+    """The relative difference of two curves or gradients below which a change is worth a trial."""
     return max(1e-6, 10.0 * tolerance)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A changed loss, with the change as an imperative sentence and a word for its kind."""
+    """A changed loss, with the change as an imperative sentence and its kind."""
 
     kind: str
     text: str
@@ -30,16 +30,16 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a loss before any change to it is tried.
+    """What is known about a loss before any change to it is tried.
 
     Attributes:
         loss: the black box.
         claim: the claimed objective.
         scenario: what the rollouts of the audit looked like.
-        verdict: of the audit.
+        verdict: verdict of the audit.
         lengths: whether what holds at fixed length fails at variable length.
-        curve: the recovered weight, or None where it is no function of the ratio.
-        trial: what decides.
+        curve: the recovered weight, or None if it is not a function of the ratio.
+        trial: the judge of changed losses.
     """
 
     loss: Loss
@@ -49,6 +49,11 @@ class Facts:
     lengths: bool
     curve: Curve | None
     trial: Trial
+
+    @property
+    def token_local(self) -> bool:
+        """Whether the claimed granularity is `token_local`."""
+        return self.claim.granularity == "token_local"
 
     @property
     def off_policy(self) -> bool:
@@ -62,7 +67,7 @@ class Facts:
 
 
 def on_policy_curve(loss: Loss, scenario: Scenario, tolerance: float) -> Curve | None:
-    """The recovered weight where the student itself samples, or None where it is no function of the ratio."""
+    """The weight recovered on-policy, or None if it is not a function of the ratio."""
     found = attempt(lambda: recover_weight(loss, replace(scenario, off_policy=0.0), tolerance))
     if found is None or not found.depends_on_ratio_only:
         return None

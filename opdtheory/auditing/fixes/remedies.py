@@ -1,4 +1,4 @@
-"""The smallest change that would make a loss follow its claim, each verified by auditing the changed loss."""
+"""The smallest changes that would make a loss follow its claim, each verified by an audit of the changed loss."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from opdtheory.auditing.fixes.substitutes import bucket_added, last_resort, topk
 from opdtheory.auditing.fixes.trial import Trial, attempt
 from opdtheory.auditing.report import Audit, Remedy
 from opdtheory.choices import Verdict
-from opdtheory.errors import InvalidArgumentError
+from opdtheory.errors import check_integer
 from opdtheory.exact import Loss
 from opdtheory.exact.threads import one_thread
 
 __all__ = ["remedies"]
 
-# Verdicts from better to worse; a fix must be better than what it fixes, and faithful.
+# Verdicts from better to worse; a fix must be faithful, and better than the loss.
 _RANK = {"exact": 0, "exact_up_to_scale": 1}
 _WRONG = 2
 
-# Kinds that are tried because of the settings alone, not because something of the loss pointed to them.
+# Kinds that are tried because of the settings, whatever the loss.
 _BLIND = ("reduction", "padding", "importance")
 
-# Changes tried for one loss; each costs a call of the verdict, most of them one pair's worth.
+# The most changes tried for one loss; most cost the expectation on one pair.
 _TRIALS = 40
 _COUPLED_TRIALS = 14
 
@@ -38,29 +38,29 @@ def remedies(
     limit: int = 3,
     pairs: int | None = None,
 ) -> list[Remedy]:
-    """Up to three changes that make a loss descend what it claims to, the smallest first, each verified.
+    """Up to three changes that make a loss descend what it claims, the smallest first, each verified.
 
-    Every change is made to the black box, from its inputs and outputs, and the changed loss is audited; what the
-    audit refuses is not offered. The last resort, the library's own estimator, is offered if nothing smaller serves.
-    Two come with `verified=False`, since they lead to another divergence than the claimed one: a change of gauge (T5b)
-    and a tail bucket that leaves more than one token in it (T9d).
+    Every change is made to the inputs and outputs of the black box, and the changed loss is audited; a change that does
+    not make it faithful is not offered. If nothing smaller works, the last resort is the library's own estimator. Two
+    kinds of remedy may have `verified=False`, since they lead to another divergence than the claimed one: a change of
+    gauge (T5b), and a tail bucket for more than one token (T9d).
 
     Args:
         loss: the black box.
         report: the audit of `loss`, whose claim, scenario, weight and findings are used.
-        verdict: maps a changed loss to its verdict and worst relative bias; by default a `Trial` on the audit's pairs.
-        limit: the most that are returned.
-        pairs: how many of the audit's pairs judge a changed loss, those that refute most first; None takes all.
+        verdict: maps a changed loss to its verdict and worst relative bias (default: a `Trial` on the audit's pairs).
+        limit: the largest number of remedies.
+        pairs: number of the audit's pairs that judge a changed loss, those that refute most first; None takes all.
 
     Returns:
         The remedies; none if the loss is exact and stays so when lengths vary.
 
     Raises:
-        InvalidArgumentError: an unknown objective or granularity, or a limit or a number of pairs below 1.
+        InvalidArgumentError: `limit` or `pairs` is below 1.
     """
-    for name, value in (("limit", limit), ("pairs", pairs)):
-        if value is not None and value < 1:
-            raise InvalidArgumentError(name, f"must be at least 1, got {value!r}")
+    check_integer("limit", limit)
+    if pairs is not None:
+        check_integer("pairs", pairs)
     lengths = report.variable_lengths is not None and report.variable_lengths.verdict not in _RANK
     if report.verdict == "undecided" or (report.verdict == "exact" and not lengths):
         return []
@@ -83,7 +83,7 @@ def _facts(loss: Loss, report: Audit, lengths: bool, pairs: int | None) -> Facts
 
 
 class _Search:
-    """Tries one change after another until enough are verified."""
+    """The search for changes, one after another, until enough are verified."""
 
     def __init__(self, verdict: Callable[[Loss], tuple[str, float]], rank: int, facts: Facts) -> None:
         self.verdict, self.rank, self.facts = verdict, rank, facts
@@ -91,7 +91,7 @@ class _Search:
     def run(self, report: Audit, limit: int) -> list[Remedy]:
         """The remedies, smallest change first."""
         claim = _other_claim(report)
-        # A verified fix of coupled rollouts is dear: one is enough.
+        # Verifying a fix is expensive if rollouts are coupled, so one is enough.
         most = 1 if self.facts.scenario.coupled else limit - (claim is not None and limit > 1)
         found = self._verified(most)
         if not found:
@@ -105,7 +105,7 @@ class _Search:
         found: list[Remedy] = []
         allowed = _COUPLED_TRIALS if self.facts.scenario.coupled else _TRIALS
         for _, candidate in zip(range(allowed), candidates(self.facts), strict=False):
-            # Two changes together are no alternative to one.
+            # Two changes together are not offered beside a single one.
             if len(found) == most or (found and "," in candidate.kind):
                 break
             if found and (candidate.kind in _BLIND or candidate.kind in {remedy.kind for remedy in found}):
@@ -132,7 +132,7 @@ class _Search:
         return Remedy("gauge", candidate.text + end, *judged, verified=verified)
 
     def _tail(self, report: Audit, found: list[Remedy]) -> Remedy | None:
-        """The tail bucket where it does not cure a truncated loss but brings it nearer."""
+        """The tail bucket if it brings a truncated loss nearer without curing it."""
         form = topk_form(self.facts)
         if form is None or form.form != "topk_truncated" or any(remedy.kind == "tail" for remedy in found):
             return None
@@ -140,15 +140,15 @@ class _Search:
         judged = attempt(lambda: self.facts.trial(candidate.loss, to_the_end=True))
         if judged is None or judged[1] >= report.relative_bias:
             return None
-        text = f"{candidate.text} The loss then descends the divergence of the coarser distribution exactly, not the claimed one."
-        return Remedy("tail", text, *judged, verified=judged[0] in _RANK)
+        text = " The loss then descends the divergence of the coarser distribution exactly, not the claimed one."
+        return Remedy("tail", candidate.text + text, *judged, verified=judged[0] in _RANK)
 
     def _judged(self, candidate: Candidate) -> tuple[str, float] | None:
         return attempt(lambda: self.verdict(candidate.loss))
 
 
 def _other_claim(report: Audit) -> Remedy | None:
-    """The objective that the loss does descend, to be claimed instead."""
+    """The objective that the loss does descend, as a claim."""
     found = report.identified
     if report.verdict != "other_objective" or found is None or report.descends is None:
         return None

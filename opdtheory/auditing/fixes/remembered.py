@@ -1,4 +1,4 @@
-"""A loss that is called once for each batch: the changes tried on it meet the same batches again and again."""
+"""A loss that is called once per batch, as the changes tried on it see the same batches again and again."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ __all__ = ["Remembered", "content"]
 
 _DIFFERENTIATED = ("student_logits", "student_logprobs")
 
-# A value and its gradients in the two fields that carry one; None of what does not enter.
+# A value and its gradients in the two differentiated fields; None for a field that does not enter.
 _Known = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 class Remembered:
-    """A deterministic loss whose value and gradient are kept for every batch that it has seen.
+    """A deterministic loss whose value and gradient are cached for every batch that it has seen.
 
-    The graph of the value ends at the student's logits and log-probabilities, so what the caller does to the gradient
-    before them happens as it would with the loss itself. Only first derivatives are kept.
+    The graph of the value ends at the student's logits and log-probabilities, so whatever the caller does to the
+    gradient before them works as with the loss itself. Only first derivatives are cached.
     """
 
     def __init__(self, loss: Loss) -> None:
@@ -48,7 +48,7 @@ class Remembered:
             logits, logprobs = (next(found) if x.requires_grad else None for x in leaves)
             self._known[key] = value.detach(), logits, logprobs
         value, *gradients = self._known[key]
-        # Only what the loss reads is an input: a hook of the caller's on another would be handed no gradient.
+        # Only what the loss reads is an input: a caller's hook on another field would get no gradient.
         read = [(x, g) for x, g in zip(inputs, gradients, strict=True) if g is not None]
         if not read:
             return value
@@ -56,7 +56,7 @@ class Remembered:
 
 
 class _Replay(Function):
-    """A value with known gradients."""
+    """A value with cached gradients."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *inputs: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ class _Replay(Function):
 
 
 def content(values: dict[str, Any]) -> bytes:
-    """Everything that a loss could read of a batch, as a key."""
+    """Everything that a loss could read in a batch, as a key."""
     parts: list[bytes] = []
     for name, value in sorted(values.items()):
         if isinstance(value, Tensor):

@@ -1,4 +1,4 @@
-"""Estimators to use in place of a loss, or in place of the way in which its value is used (T1, T4, T7e, T9)."""
+"""Estimators to use instead of a loss, or another use of its value (T1, T4, T7e, T9)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = [
     "whole_vocabulary",
 ]
 
-# By claimed divergence: the estimator of Schulman's that is exact as a loss, its value, and its local weight (T4).
+# By claimed divergence: the estimator of Schulman's that is exact as a loss, its formula and value, and why (T4).
 _AS_LOSS = {
     "reverse_kl": ("k2_loss", "k2 = log(u)^2 / 2", k2, "its gradient weighs the score by log(u)"),
     "forward_kl": ("k3_loss", "k3 = u - 1 - log(u)", k3, "its gradient weighs the score by u"),
@@ -42,7 +42,7 @@ _LEFT_OUT = {
 
 
 def last_resort(facts: Facts) -> Candidate:
-    """The library's own estimator of the claimed gradient, in place of the loss."""
+    """The library's own estimator of the claimed gradient, instead of the loss."""
     options: dict[str, Any] = {"baseline": "leave_one_out"} if facts.scenario.coupled else {}
     name, theorem = "opd_plus", "T1"
     if facts.claim.granularity == "token_return":
@@ -52,14 +52,14 @@ def last_resort(facts: Facts) -> Candidate:
     elif facts.claim.granularity == "sequence":
         name, theorem = "sequence_opd_plus", "T6"
     if facts.off_policy:
-        options["importance"] = "prefix" if facts.claim.granularity == "token_local" else "sequence"
+        options["importance"] = "prefix" if facts.token_local else "sequence"
     loss = estimator(name, facts.claim.divergence, **options)
     return Candidate("replace", f"Use opdtheory.{loss!r} instead, whose expected gradient is exact ({theorem}).", loss)
 
 
 def value_as_reward(facts: Facts) -> Iterator[Candidate]:
-    """The detached value of a loss that backpropagates it, if as a reward it is the right one."""
-    if facts.claim.granularity != "token_local" or facts.off_policy:
+    """The detached value of a loss as a reward, if that reward is the right one."""
+    if not facts.token_local or facts.off_policy:
         return
     read = _values_on_grid(facts)
     if read is not None and _multiple(-read[1], facts.claim.divergence.weight(read[0]), alike(facts.trial.tolerance)):
@@ -71,7 +71,7 @@ def value_as_reward(facts: Facts) -> Iterator[Candidate]:
 
 
 def _values_on_grid(facts: Facts) -> tuple[Tensor, Tensor] | None:
-    """The loss's value of one token as a function of the log-ratio; None if it takes no rollout alone."""
+    """The loss's value of one token as a function of the log-ratio; None if it fails on single rollouts."""
     log_u = torch.linspace(-3.0, 3.0, 13, dtype=torch.float64)
     case = bandits(log_u, Scenario())[1]
     rollouts = Enumeration.build(case.student, case.teacher).rollouts()
@@ -80,13 +80,12 @@ def _values_on_grid(facts: Facts) -> tuple[Tensor, Tensor] | None:
 
 
 def backpropagated(facts: Facts) -> Iterator[Candidate]:
-    """The one of Schulman's estimators that is right as a loss, where one is used in another way."""
-    if facts.claim.divergence.name not in _AS_LOSS or facts.claim.granularity != "token_local" or facts.curve is None:
+    """The one of Schulman's estimators that is right as a loss, if another one or another use of it is wrong."""
+    if facts.claim.divergence.name not in _AS_LOSS or not facts.token_local or facts.curve is None:
         return
     log_u, weight, near = facts.curve.log_u, facts.curve.weight, facts.curve.alike
     name, formula, value, why = _AS_LOSS[facts.claim.divergence.name]
-    options: dict[str, Any] = {"importance": "prefix"} if facts.off_policy else {}
-    right = estimator(name, **options)
+    right = estimator(name, importance="prefix" if facts.off_policy else None)
     if _multiple(weight, -value(log_u), near):
         text = f"Backpropagate through {formula} instead of detaching it: {why} (T4)."
         yield Candidate("differentiate", text, right)
@@ -101,13 +100,13 @@ def backpropagated(facts: Facts) -> Iterator[Candidate]:
 
 
 def _is_cut_off(weight: Tensor, log_u: Tensor, near: float) -> bool:
-    """Whether the weight is the log-ratio up to some point and zero beyond: a clamp that is backpropagated."""
+    """Whether the weight is the log-ratio up to some point and zero beyond, as of a backpropagated clamp."""
     inside = weight.abs() > near
     return not bool(inside[log_u != 0].all()) and _multiple(weight, torch.where(inside, log_u, 0.0), near)
 
 
 def _multiple(curve: Tensor, target: Tensor, near: float) -> bool:
-    """Whether a curve is a positive multiple of another up to a constant."""
+    """Whether a curve is a positive multiple of another one, up to a constant."""
     curve, target = curve - curve.mean(), target - target.mean()
     factor = float((curve * target).sum() / target.square().sum().clamp_min(1e-300))
     return factor > near and float((curve - factor * target).abs().max()) <= near * float(curve.abs().max())
@@ -115,10 +114,9 @@ def _multiple(curve: Tensor, target: Tensor, near: float) -> bool:
 
 def whole_vocabulary(facts: Facts) -> Iterator[Candidate]:
     """What a loss of the k likeliest tokens leaves out, and the divergence over the whole vocabulary (T9, T12)."""
-    if facts.claim.granularity != "token_local" or facts.scenario.coupled:
+    if not facts.token_local or facts.scenario.coupled:
         return
-    options: dict[str, Any] = {"importance": "prefix"} if facts.off_policy else {}
-    whole = estimator("full_vocab", facts.claim.divergence, **options)
+    whole = estimator("full_vocab", facts.claim.divergence, importance="prefix" if facts.off_policy else None)
     found = topk_form(facts)
     if found is not None:
         if found.form == "topk_truncated":
@@ -131,8 +129,8 @@ def whole_vocabulary(facts: Facts) -> Iterator[Candidate]:
 
 
 def topk_form(facts: Facts) -> TopKForm | None:
-    """The form of a loss of the k likeliest tokens, or None if it is something else."""
-    if facts.curve is not None or facts.claim.granularity != "token_local" or facts.scenario.coupled:
+    """The form of a loss of the k likeliest tokens, or None if it is another loss."""
+    if facts.curve is not None or not facts.token_local or facts.scenario.coupled:
         return None
     return attempt(lambda: recognise(facts.loss, facts.claim.divergence))
 
@@ -140,24 +138,24 @@ def topk_form(facts: Facts) -> TopKForm | None:
 def bucket_added(facts: Facts, found: TopKForm) -> Candidate:
     """A truncated loss with one bucket for the rest (T9d)."""
     text = (
-        f"Add the tail: one bucket for the tokens outside the {found.support}'s {found.k} likeliest, with both distributions' "
-        "mass there, P f(Q/P) (T9d)."
+        f"Add the tail: one bucket for the tokens outside the {found.support}'s {found.k} likeliest, with the mass of "
+        "both distributions there, P f(Q/P) (T9d)."
     )
     return Candidate("tail", text, tail_bucket(facts.loss, facts.claim.divergence, found))
 
 
 def unstandardised(facts: Facts) -> Iterator[Candidate]:
-    """The leave-one-out mean in place of a z-score (T7e)."""
+    """The leave-one-out mean instead of a z-score (T7e)."""
     if facts.scenario.coupled and attempt(lambda: _standardised(facts)):
         text = (
-            "Do not divide by the group's standard deviation; take the leave-one-out mean from the advantage "
+            "Do not divide by the group's standard deviation; subtract the leave-one-out mean from the advantage "
             "w(u) = u f'(u) - f(u) (T1, T7e)."
         )
         yield Candidate("baseline", text, last_resort(facts).loss)
 
 
 def _standardised(facts: Facts) -> bool:
-    """Whether the advantages of a batch's first tokens have the same sum of squares whatever the batch."""
+    """Whether the advantages of the first tokens have the same sum of squares in every batch."""
     case, size = facts.trial.cases[-1], facts.scenario.batch_size
     everything = Enumeration.build(case.student, case.teacher, case.behavior)
     generator = torch.Generator().manual_seed(0)
@@ -165,11 +163,11 @@ def _standardised(facts: Facts) -> bool:
     while len(squares) < 8:
         batch = torch.randint(len(everything), (size,), generator=generator)
         token = everything.tokens[batch, :1]
-        if len(token.unique()) == 1:  # no spread to divide by
+        if len(token.unique()) == 1:  # a standard deviation of zero
             continue
         logits = everything.gather_logits(everything.student_tables, batch).detach().requires_grad_()
         (slope,) = torch.autograd.grad(facts.loss(everything.rollouts(batch, logits)), logits)
         score = 1.0 - torch.softmax(logits.detach()[:, 0], -1).gather(-1, token)
         squares.append(float((slope[:, 0].gather(-1, token) / score).square().sum()))
-    # What is added to the standard deviation, lest it vanish, leaves a trace.
+    # The epsilon that is added to the standard deviation changes the sum a little.
     return max(squares) - min(squares) <= 0.05 * max(squares)

@@ -1,4 +1,4 @@
-"""A loss of the k likeliest tokens recognised as a black box, and the term that is missing from it (T9)."""
+"""A black-box loss recognised as one of the k likeliest tokens, and the term that it leaves out (T9)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["TopKForm", "recognise", "tail_bucket"]
 
 _FORMS = ("topk_truncated", "topk_renormalised", "topk_tail")
 _SUPPORTS: tuple[Support, ...] = ("teacher", "student")
-# Logits of student and teacher whose k likeliest tokens are other ones, for every k.
+# Logits of student and teacher whose k likeliest tokens differ for every k.
 _ROWS = ((1.3, 0.9, 0.2, -0.5, -0.7), (-1.1, -0.2, 0.1, 0.6, 1.4))
 _VOCABULARY = 5
 _ALIKE = 1e-6
@@ -31,8 +31,8 @@ class TopKForm:
 
     Attributes:
         form: `topk_truncated`, `topk_renormalised` or `topk_tail`.
-        k: how many tokens.
-        support: whose likeliest.
+        k: number of tokens.
+        support: whether the teacher or the student ranks them.
     """
 
     form: str
@@ -41,11 +41,11 @@ class TopKForm:
 
 
 def recognise(loss: Loss, divergence: Divergence) -> TopKForm | None:
-    """The form of a loss that is backpropagated through the k likeliest of five tokens, or None."""
+    """The form of a loss that is backpropagated through the k likeliest of five tokens; None if it is another loss."""
     student, teacher = (TabularPolicy([torch.tensor([row], dtype=torch.float64)]) for row in _ROWS)
     everything = Enumeration.build(student, teacher)
     rows = [_gradient(loss, everything, token) for token in range(_VOCABULARY)]
-    # Such a loss looks at the history only: which token was drawn makes no difference.
+    # Such a loss depends on the history only, not on the token drawn.
     if float(rows[0].norm()) == 0.0 or any(float((row - rows[0]).abs().max()) > 1e-12 for row in rows):
         return None
     candidates = [TopKForm(form, k, support) for form in _FORMS for support in _SUPPORTS for k in range(1, _VOCABULARY)]
@@ -58,15 +58,13 @@ def recognise(loss: Loss, divergence: Divergence) -> TopKForm | None:
 
 
 def tail_bucket(loss: Loss, divergence: Divergence, found: TopKForm) -> Loss:
-    r"""A truncated top-k loss plus the term of the rest, $P(S^c) f(Q(S^c)/P(S^c))$, $S$ held fixed (T9d)."""
+    r"""A truncated top-k loss plus the term of the other tokens, $P(S^c) f(Q(S^c)/P(S^c))$, with $S$ fixed (T9d)."""
 
     def bucket(rollouts: Rollouts) -> Tensor:
         log_p = torch.log_softmax(rollouts.student_logits, -1)
         log_q = torch.log_softmax(rollouts.teacher_logits, -1)
         kept = (log_q if found.support == "teacher" else log_p.detach()).topk(found.k, -1).indices
-        rest_p, rest_q = (
-            torch.logsumexp(distribution.scatter(-1, kept, -torch.inf), -1) for distribution in (log_p, log_q)
-        )
+        rest_p, rest_q = (torch.logsumexp(row.scatter(-1, kept, -torch.inf), -1) for row in (log_p, log_q))
         return perspective(divergence, rest_p, rest_q)
 
     return changes.value_added(loss, bucket)

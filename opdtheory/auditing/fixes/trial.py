@@ -1,4 +1,4 @@
-"""A verdict on many variants of one loss: the exact gradients are computed once, and the first pair may refute."""
+"""The verdict on many variants of one loss: exact gradients are computed once, and the first pair may refute."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ __all__ = ["Trial", "attempt"]
 
 Found = TypeVar("Found")
 
-# Pairs of a panel in the order in which they refute most: far apart, but not so far that one token decides.
+# The pairs of a panel, those that refute most first: far apart, but not so far that one token decides.
 _ORDER = (3, 5, 1, 4, 2, 0)
 
-# Batches of coupled rollouts that the panel's pairs may cost one trial.
+# The most batches of coupled rollouts in one trial on the panel's pairs.
 _PANEL_BATCHES = 600
 
 
 class Trial:
-    """The verdict of an audit, on the audit's own pairs, for one variant of a loss after another.
+    """The verdict of an audit, on its own pairs, for one variant of a loss after another.
 
-    Batches of two and more see smaller pairs first, and as many of the panel's own as are affordable, at least one.
+    Batches of two or more are tried on smaller pairs first, then on at least one pair of the panel.
 
     Args:
-        loss: the one that is to be changed: small pairs on which it fails are left out.
+        loss: the loss to be changed; small pairs on which it fails are left out.
         claim: the claimed objective.
         scenario: what the rollouts look like.
-        tolerance: relative error that rounding can leave.
-        lengths: whether rollouts of variable length are looked at too where the scenario has fixed ones.
-        pairs: how many of the panel's pairs are looked at, those that refute most first.
+        tolerance: relative error that counts as rounding.
+        lengths: whether to add rollouts of variable length to a scenario of fixed length.
+        pairs: number of the panel's pairs to use, those that refute most first.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Trial:
     ) -> None:
         self.claim, self.scenario, self.tolerance = claim, scenario, tolerance
         self.cases: list[Case] = []
-        # A loss that looks for a prompt, or for what an environment wrote, may need both.
+        # A loss may need a prompt or an environment's tokens, which small pairs lack.
         if scenario.coupled and scenario.prompts == 1 and not scenario.environment:
             self.cases += [case for case in _small_cases(scenario) if _runs(loss, case, scenario.batch_size)]
         self.cases += _kept(scenario)[:pairs]
@@ -68,7 +68,7 @@ class Trial:
         return self._exact[index]
 
     def gradient(self, loss: Loss, index: int) -> list[Tensor]:
-        """The expected gradient of a loss on one pair, by level; exactly zero where only rounding is left of it."""
+        """The expected gradient of a loss on one pair, by level; exactly zero if it is rounding."""
         moments = self.scenario.moments(loss, self.cases[index])
         size = math.sqrt(sum(float(level.square().sum()) for level in moments.mean))
         if size <= ZERO * math.sqrt(moments.second_moment):
@@ -76,11 +76,11 @@ class Trial:
         return moments.mean
 
     def __call__(self, loss: Loss, *, to_the_end: bool = False) -> tuple[str, float]:
-        """`exact`, `exact_up_to_scale`, `zero` or `biased`, and the worst relative bias over the pairs looked at.
+        """`exact`, `exact_up_to_scale`, `zero` or `biased`, and the worst relative bias over the pairs used.
 
         Args:
             loss: the variant.
-            to_the_end: whether to look at all pairs even after one has refuted it.
+            to_the_end: whether to use all pairs even after one has refuted it.
 
         Raises:
             LossError: as `audit`.
@@ -99,7 +99,7 @@ class Trial:
 
 
 def attempt(function: Callable[[], Found]) -> Found | None:
-    """What the function returns, or None if it fails: a black box meets inputs here that its author did not foresee."""
+    """The result of a function, or None if it fails: a black box may fail on inputs that its author did not foresee."""
     try:
         return function()
     except Exception:
@@ -113,7 +113,7 @@ def _runs(loss: Loss, case: Case, batch_size: int) -> bool:
 
 
 def _kept(scenario: Scenario) -> list[Case]:
-    """The panel's pairs that refute most first, and of coupled rollouts as many as a trial may cost."""
+    """The panel's pairs, those that refute most first; for coupled rollouts, as many as a trial may use."""
     panel = scenario.pairs()
     pairs = [panel[i] for i in _ORDER]
     if not scenario.coupled:
@@ -130,7 +130,7 @@ def _small_cases(scenario: Scenario) -> list[Case]:
 
 def _small(shape: tuple[int, int], scenario: Scenario, index: int) -> Case:
     vocab_size, horizon = shape
-    # An end that only the panel's larger vocabulary has needs that vocabulary.
+    # The end-of-sequence token must be in the vocabulary.
     vocab_size = vocab_size if scenario.eos is None else max(vocab_size, scenario.eos + 1)
     seed = 1000 * scenario.seed + index
     student, teacher = random_pair(
