@@ -1,4 +1,4 @@
-"""An audit as one self-contained HTML file."""
+"""An audit as a self-contained HTML page, in a terminal, and as a JSON schema."""
 
 from opdtheory.auditing.views.page import render_audit, write_audit
 

@@ -1,4 +1,4 @@
-"""The curves of an audit, and the figures of its page as inline SVG. The figures need matplotlib (extra `plots`)."""
+"""The curves of an audit, and the figures of its page as inline SVG, which need matplotlib (extra `plots`)."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from opdtheory.rendering.svg import svg_of
 
 __all__ = ["Curves", "Figure", "curves", "figures"]
 
-# A generator is integrated from the recovered weight only as far as it can be drawn.
+# The implied generator is integrated only as far as it is drawn.
 _GENERATOR_LIMIT = 2.5
 _GENERATOR_POINTS = 1001
 
-# Log-ratios that set the height of the figure of the weight; what is higher further out is cut off.
+# Log-ratios that determine the height of the figure of the weight; higher values further out are cut off.
 _WINDOW = 2.5
 _HEADROOM = 1.25
 
 # A recovered weight below this is rounding.
 _ROUNDING = 1e-9
 
-# Relative biases are drawn on a logarithmic axis that ends here.
+# The left end of the logarithmic axis of relative biases.
 _SMALLEST = 1e-17
 
-# Colours that no figure would have by chance; each becomes a variable of the page's style sheet.
+# Placeholder colours, each of which becomes a variable of the page's style sheet.
 _COLOURS = {
     "#010101": "var(--ink)",
     "#020202": "var(--muted)",
@@ -47,16 +47,16 @@ _INK, _MUTED, _RULE, _CLAIMED, _FOUND = _COLOURS
 
 @dataclass(frozen=True)
 class Curves:
-    """What is drawn of the weight, on one grid of log-ratios.
+    """The curves of the weight and of its generator.
 
     Attributes:
-        log_u: the grid.
+        log_u: grid of log-ratios.
         weight: the recovered weight, zero at `u = 1`.
-        claimed: the claimed divergence's weight at the loss's scale, zero at `u = 1`; None if it is not known.
+        claimed: the claimed divergence's weight at the loss's scale, zero at `u = 1`; None if unknown.
         generator_log_u: a finer grid.
-        generator: the implied generator `V[w]`, zero with its slope at `u = 1`; None if the weight is no
+        generator: the implied generator `V[w]`, with value and slope zero at `u = 1`; None if the weight is not a
             function of the ratio, or known at too few points.
-        claimed_generator: the claimed one in the same gauge and at the same scale.
+        claimed_generator: the claimed generator in the same gauge and at the same scale; None if unknown.
     """
 
     log_u: Float[Tensor, " points"]
@@ -72,8 +72,8 @@ class Figure:
     """One figure of the page.
 
     Attributes:
-        title: its heading.
-        alt: what it shows, for those who do not see it.
+        title: heading.
+        alt: description for readers who do not see the figure.
         svg: the `<svg>` element.
     """
 
@@ -87,7 +87,7 @@ def curves(report: Audit, divergence: str | Divergence | None = None) -> Curves:
 
     Args:
         report: the audit.
-        divergence: the claimed one, where its label does not say it, as of a generator of one's own.
+        divergence: the claimed divergence, if the catalogue does not have it.
     """
     log_u, weight = report.weight.log_u, report.weight.weight
     claim = _claimed(report, divergence)
@@ -117,7 +117,7 @@ def _implied(report: Audit) -> tuple[Tensor, Tensor | None]:
     from scipy.integrate import cumulative_simpson
     from scipy.interpolate import PchipInterpolator
 
-    # In s = log t the integrand is w e^-s ds.
+    # With s = log t, the integrand is w e^-s ds.
     integrand = PchipInterpolator(log_u.numpy(), weight.numpy())(fine.numpy()) * (-fine).exp().numpy()
     integral = torch.from_numpy(cumulative_simpson(integrand, x=fine.numpy(), initial=0.0))
     return fine, fine.exp() * (integral - integral[_GENERATOR_POINTS // 2])
@@ -154,12 +154,7 @@ def figures(report: Audit, drawn: Curves) -> list[Figure]:
         "lines.linewidth": 2.0,
     }
     with matplotlib.rc_context(style):
-        found = [
-            _weight(report, drawn),
-            _generator(drawn),
-            _bias(report),
-            _variance(report),
-        ]
+        found = [_weight(report, drawn), _generator(drawn), _bias(report), _variance(report)]
     return [figure for figure in found if figure is not None]
 
 
@@ -169,7 +164,7 @@ def _weight(report: Audit, drawn: Curves) -> Figure | None:
     sheet, axis = _sheet()
     inside = drawn.log_u.abs() <= _WINDOW
     if drawn.claimed is not None:
-        axis.plot(drawn.log_u, drawn.claimed, color=_CLAIMED, linewidth=4.5, alpha=0.55, label="claimed")
+        _claimed_curve(axis, drawn.log_u, drawn.claimed)
     style = "-" if report.weight.depends_on_ratio_only else "--"
     axis.plot(drawn.log_u, drawn.weight, style, color=_FOUND, label="recovered")
     ends = [report.weight[key] for key in ("low", "high") if key in report.weight]
@@ -191,19 +186,14 @@ def _generator(drawn: Curves) -> Figure | None:
     sheet, axis = _sheet()
     inside = drawn.generator_log_u.abs() <= 2.0
     if drawn.claimed_generator is not None:
-        label = "claimed"
-        axis.plot(
-            drawn.generator_log_u, drawn.claimed_generator, color=_CLAIMED, linewidth=4.5, alpha=0.55, label=label
-        )
+        _claimed_curve(axis, drawn.generator_log_u, drawn.claimed_generator)
     axis.plot(drawn.generator_log_u, drawn.generator, color=_FOUND, label="implied")
     _heights(axis, [c[inside] for c in (drawn.generator, drawn.claimed_generator) if c is not None])
     _frame(axis, "log u", "V(u)")
     axis.legend(loc="best")
     low = float(drawn.generator.min())
     sign = "it is nowhere negative" if low >= -_ROUNDING else f"it falls to {low:.3g}"
-    return Figure(
-        "Implied generator", f"Generator that the recovered weight belongs to: {sign}.", _svg(sheet, "generator")
-    )
+    return Figure("Implied generator", f"Generator implied by the recovered weight: {sign}.", _svg(sheet, "generator"))
 
 
 def _bias(report: Audit) -> Figure | None:
@@ -258,9 +248,13 @@ def _sheet() -> tuple[Any, Any]:
     return sheet, axis
 
 
+def _claimed_curve(axis: Any, log_u: Tensor, curve: Tensor) -> None:
+    axis.plot(log_u, curve, color=_CLAIMED, linewidth=4.5, alpha=0.55, label="claimed")
+
+
 def _frame(axis: Any, x: str, y: str) -> None:
     axis.set_xlabel(x)
-    # Above the axis, where it reads from left to right and no tick is too wide for it.
+    # Above the axis, so that it is horizontal and clear of wide tick labels.
     axis.text(-0.1, 1.03, y, transform=axis.transAxes, ha="left", va="bottom")
     axis.grid(True, axis="both" if axis.get_xscale() == "linear" else "x")
     axis.set_axisbelow(True)
@@ -284,7 +278,7 @@ def _heights(axis: Any, values: list[Tensor], zero: bool = False) -> None:
 
 
 def _svg(sheet: Any, prefix: str) -> str:
-    # Several figures share one page: their ids must differ, and their colours follow the page's.
+    # Figures share one page: ids must be distinct, and colours come from the page.
     text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}-", svg_of(sheet))
     text = re.sub(r"<metadata>.*?</metadata>\s*|<style.*?</style>\s*", "", text, flags=re.DOTALL)
     text = re.sub(r"font-family: [^;\"]+", "font-family: inherit", text)

@@ -1,14 +1,16 @@
-"""The page of an audit: one self-contained HTML file, without a script and without a request."""
+"""The page of an audit: one self-contained HTML file, without scripts and without requests."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from opdtheory.auditing.report import Audit
+from opdtheory.auditing.checks.numerics import DtypeResult
+from opdtheory.auditing.checks.subject import Check
+from opdtheory.auditing.effects.dependence import Dependence
+from opdtheory.auditing.naming.weight_form import WeightForm
+from opdtheory.auditing.report import Audit, Remedy
 from opdtheory.auditing.views.figures import Curves, curves, figures
 from opdtheory.choices import FAITHFUL, VERDICTS
 from opdtheory.divergences import Divergence
@@ -35,7 +37,7 @@ __all__ = ["render_audit", "write_audit"]
 _SETTINGS = {
     "batch_size": "rollouts in a batch",
     "eos": "end-of-sequence token",
-    "off_policy": "logit noise of the sampler",
+    "off_policy": "logit noise of the sampling policy",
     "gamma": "discount",
     "seed": "seed of the panel",
     "prompts": "prompts",
@@ -45,12 +47,12 @@ _SETTINGS = {
 
 
 def write_audit(report: Audit, path: Path, *, divergence: str | Divergence | None = None) -> Path:
-    """Write the page of an audit, making its folder if need be, and return its path.
+    """Write the page of an audit, creating its folder if necessary, and return the path.
 
     Args:
         report: the audit.
-        path: of the HTML file.
-        divergence: as of `render_audit`.
+        path: path of the HTML file.
+        divergence: as in `render_audit`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,30 +61,32 @@ def write_audit(report: Audit, path: Path, *, divergence: str | Divergence | Non
 
 
 def render_audit(report: Audit, *, divergence: str | Divergence | None = None) -> str:
-    """The page of an audit as HTML: the verdict in words, figures, tables.
+    """The page of an audit as HTML: the verdict in words, figures and tables.
 
-    Figures need matplotlib (extra `plots`) and are left out with a note without it. Everything that a user named
-    is escaped.
+    Figures need matplotlib (extra `plots`); without it, a note takes their place. Every name from a user is escaped.
 
     Args:
         report: the audit.
-        divergence: the claimed one, if its label is not enough to find it, as of a generator of one's own: its weight
-            is then drawn over the recovered one.
+        divergence: the claimed divergence, if the catalogue does not have it; its weight is then drawn behind the
+            recovered one.
     """
     drawn = curves(report, divergence)
-    record = _record(report)
+    record = report.to_dict()
     verdict = report.verdict.replace("_", " ")
     tone = "good" if report.verdict in FAITHFUL else "open" if report.verdict == "undecided" else "bad"
+    exactness = "Every expectation is over all rollouts, without sampling."
+    if report.monte_carlo is not None:
+        exactness = "Expectations are Monte Carlo estimates."
     sections = (
         _facts(report),
-        _remedies(record),
+        _remedies(report.remedies),
         _figures(report, drawn),
         _pairs(record),
-        _form(record),
-        _dependence(record),
-        _checks(record),
-        _numerics(record),
-        _monte_carlo(record),
+        _form(report.form),
+        _dependence(report.dependence),
+        _checks(report.checks),
+        _numerics(report.numerics),
+        _monte_carlo(record["monte_carlo"]),
         _weight_table(report, drawn),
         _settings(record),
     )
@@ -109,27 +113,10 @@ def render_audit(report: Audit, *, divergence: str | Divergence | None = None) -
 {"".join(section for section in sections if section)}
 </main>
 <footer><p>opdtheory {escape(__version__)}. {report.evaluations:,} evaluations of the loss in {report.seconds:.1f} s.
-{_exactness(record)} Log-ratios are in nats, u is teacher over student.</p></footer>
+{exactness} Log-ratios are in nats, u is teacher over student.</p></footer>
 </body>
 </html>
 """
-
-
-def _record(report: Audit) -> dict[str, Any]:
-    """The report as plain values, with infinite numbers as they are."""
-    record = report.to_dict()
-    for key in ("form", "dependence"):
-        part = getattr(report, key)
-        record[key] = None if part is None else asdict(part)
-    for key in ("checks", "numerics", "remedies"):
-        record[key] = [asdict(part) for part in getattr(report, key)]
-    return record
-
-
-def _exactness(record: dict[str, Any]) -> str:
-    if record.get("monte_carlo") is not None:
-        return "Expectations are Monte Carlo estimates."
-    return "Every expectation is over all rollouts, without sampling."
 
 
 def _facts(report: Audit) -> str:
@@ -149,18 +136,18 @@ def _followed(report: Audit) -> str:
     found = report.identified
     if found is None or found.error > report.tolerance:
         return "no catalogue objective"
-    # A signed sum is no catalogue objective, but it is what the loss follows.
+    # A signed sum is not in the catalogue, but it is what the loss follows.
     return f"{report.descends or found.objective} ({found.where})"
 
 
-def _remedies(record: dict[str, Any]) -> str:
+def _remedies(remedies: list[Remedy]) -> str:
     items = []
-    for remedy in record["remedies"]:
+    for remedy in remedies:
         checked = "not verified"
-        if remedy.get("verified"):
-            found = escape(verdict_words(remedy.get("verdict")))
-            checked = f"audited: {found}, relative bias {number(remedy.get('relative_bias'))}"
-        items.append(f"<li>{escape(str(remedy.get('text')))} <span class='note'>({checked})</span></li>")
+        if remedy.verified:
+            found = escape(verdict_words(remedy.verdict))
+            checked = f"audited: {found}, relative bias {number(remedy.relative_bias)}"
+        items.append(f"<li>{escape(remedy.text)} <span class='note'>({checked})</span></li>")
     return section("What would make it right", f"<ul>{''.join(items)}</ul>") if items else ""
 
 
@@ -176,13 +163,13 @@ def _figures(report: Audit, drawn: Curves) -> str:
         how = "the middles of intervals that hold jointly, from drawn rollouts, joined by lines"
     captions = {
         "Weight on a token": "The factor by which the loss raises the log-probability of a token, shifted to zero at "
-        "u = 1: " + how + ", over the one claimed. Drawn up to what |log u| ≤ 2.5 needs." + missing,
+        f"u = 1: {how}, over the claimed one. The height is that of |log u| ≤ 2.5.{missing}",
         "Implied generator": "The generator whose divergence has the recovered weight (T4), against the claimed one, "
-        "both zero with their slope at u = 1." + missing,
-        "Bias by pair": "Length of the error of the expected gradient over that of the exact one, at scale one. "
+        f"both with value and slope zero at u = 1.{missing}",
+        "Bias by pair": "Length of the error of the expected gradient relative to the exact one, at scale one. "
         "Pairs are numbered as in the table.",
-        "Variance by pair": "Trace of the covariance of one batch's gradient, as it is, and of the estimator that sums "
-        "over the vocabulary.",
+        "Variance by pair": "Trace of the covariance of one batch's gradient, for this loss and for the estimator that "
+        "sums over the vocabulary.",
     }
     parts = [
         f"<figure><h3>{escape(f.title)}</h3><div role='img' aria-label='{escape(f.alt, quote=True)}'>{f.svg}</div>"
@@ -207,7 +194,7 @@ def _pairs(record: dict[str, Any]) -> str:
     if not rows:
         return ""
     header = ("", "pair", "relative bias", "cosine", "variance", "whole-vocabulary variance")
-    about = "One row for each student and teacher: how peaked the student is, how far away the teacher."
+    about = "One row for each student and teacher: how peaked the student is, and how far away the teacher."
     return section("Pairs", table(header, rows, about, numbers=(2, 3, 4, 5)) + _lengths(record))
 
 
@@ -221,62 +208,50 @@ def _lengths(record: dict[str, Any]) -> str:
     )
 
 
-def _form(record: dict[str, Any]) -> str:
-    form = record["form"]
+def _form(form: WeightForm | None) -> str:
     if form is None:
         return ""
-    terms = ", ".join(f"{number(value)} × {escape(str(name))}" for name, value in (form.get("terms") or {}).items())
-    # NaN stands for a limit that is not known.
-    limits = {end: value for end, value in (form.get("limits") or {}).items() if value == value}
-    ends = ", ".join(
-        f"{number(value)} as u → {'∞' if end == 'inf' else escape(str(end))}" for end, value in limits.items()
-    )
-    fixed = "<br>".join(prose(point) for point in form.get("fixed_points") or [])
+    terms = ", ".join(f"{number(value)} × {escape(name)}" for name, value in form.terms.items())
+    # An unknown limit is NaN.
+    limits = {end: value for end, value in form.limits.items() if value == value}
+    ends = ", ".join(f"{number(value)} as u → {'∞' if end == 'inf' else end}" for end, value in limits.items())
     rows = [
-        ("name", escape(str(form.get("label") or "none"))),
-        ("combination", terms if len(form.get("terms") or {}) > 1 else ""),
-        ("weight w(u)", formula(form.get("expr"))),
-        ("implied generator V(u)", formula(form.get("generator"))),
-        ("a genuine f-divergence", yes_or_no(form.get("genuine"))),
-        ("fixed at other distributions", fixed),
-        ("slope at the teacher", number(form.get("slope_at_teacher"))),
-        ("the teacher attracts", yes_or_no(form.get("attracts"))),
+        ("name", escape(form.label)),
+        ("combination", terms if len(form.terms) > 1 else ""),
+        ("weight w(u)", formula(form.expr)),
+        ("implied generator V(u)", formula(form.generator)),
+        ("a genuine f-divergence", yes_or_no(form.genuine)),
+        ("fixed at other distributions", "<br>".join(map(prose, form.fixed_points))),
+        ("slope at the teacher", number(form.slope_at_teacher)),
+        ("the teacher attracts", yes_or_no(form.attracts)),
         ("limits of w", ends),
-        ("is plain OPD with the generator of", escape(str(form.get("stop_gradient_of") or ""))),
-        ("growth", prose(form.get("growth"))),
-        ("second moment", prose(form.get("second_moment"))),
-        ("error of the fit", number(form.get("error"))),
-        ("seen for |log u| up to", number(form.get("seen_to")) if form.get("seen_to") else ""),
+        ("is plain OPD with the generator of", escape(form.stop_gradient_of or "")),
+        ("growth", prose(form.growth)),
+        ("second moment", prose(form.second_moment)),
+        ("error of the fit", number(form.error)),
+        ("seen for |log u| up to", number(form.seen_to) if form.seen_to else ""),
     ]
     return section("The weight as a formula", rows_of([row for row in rows if row[1]]))
 
 
-def _dependence(record: dict[str, Any]) -> str:
-    found = record["dependence"]
+def _dependence(found: Dependence | None) -> str:
     if found is None:
         return ""
-    words = "".join(f"<li>{prose(word)}</li>" for word in found.get("words") or [])
+    words = "".join(f"<li>{prose(word)}</li>" for word in found.words)
     rows = [
-        (label, yes_or_no(found[key]))
-        for key, label in (
-            ("ratio_only", "the token's own ratio alone"),
-            ("other_tokens", "other tokens of the rollout"),
-            ("batch", "other rollouts of the batch"),
-            ("sampling_policy", "the policy that sampled"),
-        )
-        if isinstance(found.get(key), bool)
+        ("the token's own ratio alone", yes_or_no(found.ratio_only)),
+        ("other tokens of the rollout", yes_or_no(found.other_tokens)),
+        ("other rollouts of the batch", yes_or_no(found.batch)),
+        ("the sampling policy", yes_or_no(found.sampling_policy)),
+        ("the position", ", ".join(map(number, found.position or []))),
+        ("the top-k set", "" if found.top_k is None else f"k = {found.top_k}"),
+        ("both probabilities", escape(found.student_and_teacher or "")),
     ]
-    if found.get("position"):
-        rows.append(("the position", ", ".join(number(value) for value in found["position"])))
-    if found.get("top_k") is not None:
-        rows.append(("the top tokens", f"the {escape(str(found['top_k']))} of the top"))
-    if found.get("student_and_teacher"):
-        rows.append(("student and teacher apart", escape(str(found["student_and_teacher"]))))
-    body = (f"<ul>{words}</ul>" if words else "") + rows_of(rows)
+    body = (f"<ul>{words}</ul>" if words else "") + rows_of([row for row in rows if row[1]])
     return section("What the weight of a token depends on", body)
 
 
-def _checks(record: dict[str, Any]) -> str:
+def _checks(checks: list[Check]) -> str:
     marks = {
         True: "<span class='good'>holds</span>",
         False: "<span class='bad'>fails</span>",
@@ -284,55 +259,48 @@ def _checks(record: dict[str, Any]) -> str:
     }
     rows = [
         (
-            marks[check.get("passed")],
-            escape(str(check.get("name"))),
-            number(check.get("value")),
-            number(check.get("limit")),
-            prose(check.get("detail")),
+            marks[check.passed],
+            escape(check.name),
+            number(check.value),
+            number(check.limit),
+            prose(check.detail),
         )
-        for check in record["checks"]
+        for check in checks
     ]
     header = ("", "check", "value", "limit", "found")
-    about = "What else holds of a loss that follows its claim."
+    about = "Further properties of a sound loss."
     return section("Checks", table(header, rows, about, numbers=(2, 3))) if rows else ""
 
 
-def _numerics(record: dict[str, Any]) -> str:
+def _numerics(results: list[DtypeResult]) -> str:
     rows = [
         (
-            escape(str(result.get("dtype"))),
-            escape(str(result.get("regime"))),
-            *(_ratios(result.get(key)) for key in ("overflow", "lost_gradient", "sign_changed")),
-            number(result.get("worst_error")),
-            prose(result.get("words")),
+            escape(result.dtype),
+            escape(result.regime),
+            *(_ratios(where) for where in (result.overflow, result.lost_gradient, result.sign_changed)),
+            number(result.worst_error),
+            prose(result.words),
         )
-        for result in record["numerics"]
+        for result in results
     ]
     header = ("dtype", "log-ratios", "overflows at", "loses gradient at", "changes sign at", "worst error", "in words")
     about = "The same loss in lower precision, against float64. Entries are log-ratios."
     return section("Numerics", table(header, rows, about, numbers=(5,))) if rows else ""
 
 
-def _ratios(value: object) -> str:
-    if value is None or value == [] or value is False:
-        return "nowhere"
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        shown = [number(v) for v in value[:4]]
-        return ", ".join(shown) + (" …" if len(value) > 4 else "")
-    return "yes" if value is True else number(value)
+def _ratios(where: list[float] | None) -> str:
+    return ", ".join(map(number, where)) if where else "nowhere"
 
 
-def _monte_carlo(record: dict[str, Any]) -> str:
-    found = record.get("monte_carlo")
+def _monte_carlo(found: dict[str, Any] | None) -> str:
     if found is None:
         return ""
-    words = f"<p>{escape(str(found['words']))}</p>" if found.get("words") else ""
     rows = [
-        (escape(str(key).replace("_", " ")), plain_text(value))
+        (escape(key.replace("_", " ")), plain_text(value))
         for key, value in found.items()
         if key != "words" and value not in (None, "", [])
     ]
-    return section("Monte Carlo", words + rows_of(rows))
+    return section("Monte Carlo", f"<p>{escape(found['words'])}</p>" + rows_of(rows))
 
 
 def _weight_table(report: Audit, drawn: Curves) -> str:
@@ -340,7 +308,7 @@ def _weight_table(report: Audit, drawn: Curves) -> str:
         return ""
     header: tuple[str, ...] = ("log u", "recovered w(u) − w(1)", "claimed")
     claimed = [None] * len(drawn.log_u) if drawn.claimed is None else drawn.claimed.tolist()
-    # On the step beside zero only the slope was taken.
+    # A weight this small is rounding.
     rows: list[tuple[str, ...]] = [
         (number(round(t, 6)), number(w if abs(w) > 1e-12 else 0.0), number(c))
         for t, w, c in zip(drawn.log_u.tolist(), drawn.weight.tolist(), claimed, strict=True)

@@ -1,7 +1,7 @@
 """The JSON Schema (draft 2020-12) of `Audit.to_dict()`; `python -m opdtheory.auditing.views.schema` prints it.
 
-It is derived from the dataclasses of the audit: types from their annotations, descriptions from their docstrings.
-Within one `schema_version` keys are only ever added, so a reader ignores those that it does not know.
+It is derived from the dataclasses of the audit: types from annotations, descriptions from docstrings. Within one
+`schema_version` keys are only ever added, so a reader should ignore unknown ones.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["AUDIT_SCHEMA", "schema_text"]
 _NUMBER_OR_NULL: dict[str, Any] = {"type": ["number", "null"]}
 _PLAIN = {str: "string", bool: "boolean", int: "integer"}
 
-# Keys that came with a later version of the schema, and that older records lack.
+# Keys that were added later, so that older records lack them.
 _LATER = (
     *("form", "dependence", "checks", "numerics", "remedies", "monte_carlo"),
     *("prompts", "environment", "shared_prompt"),
@@ -34,7 +34,7 @@ _LATER = (
 
 
 def _of(hint: Any) -> dict[str, Any]:
-    """The schema of a type; an infinite number is null."""
+    """The schema of a type; infinite numbers are null."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
         return {**_of(parts[0]), **dict(parts[1:])}
@@ -71,7 +71,7 @@ def _object(kind: Any, left_out: tuple[str, ...] = ()) -> dict[str, Any]:
         if each.name in left_out:
             continue
         hint = hints[each.name]
-        if each.metadata.get("absent"):  # never null where it is there
+        if each.metadata.get("absent"):  # never null if it is present
             (hint,) = (part for part in typing.get_args(hint) if part is not type(None))
         elif each.name not in _LATER:
             required.append(each.name)
@@ -84,7 +84,7 @@ def _summary(kind: Any) -> str:
 
 
 def _descriptions(kind: Any) -> dict[str, str]:
-    """What the docstring says of each attribute."""
+    """What the docstring says about each attribute."""
     text = inspect.getdoc(kind).partition("Attributes:\n")[2]  # type: ignore[union-attr]
     found = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", text, re.MULTILINE)
     return {name: " ".join(words.split()) for name, words in found}
@@ -96,8 +96,8 @@ def _described(kind: Any, name: str) -> str:
 
 def _settings() -> dict[str, Any]:
     schema = _object(Scenario)
-    schema["properties"]["gamma"] = {"type": "number", "description": "discount, for `token_return`"}
-    # Every argument of the audit is here, and later versions have more.
+    schema["properties"]["gamma"] = {"type": "number", "description": "discount of `token_return`"}
+    # Later versions may have more arguments.
     return {**schema, "additionalProperties": True, "required": [*schema["required"], "gamma"]}
 
 

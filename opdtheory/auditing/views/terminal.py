@@ -1,4 +1,4 @@
-"""An audit in a terminal, with rich (extra `cli`); as plain text where the output is no terminal."""
+"""An audit in a terminal, with rich (extra `cli`), or as plain text if the output is not a terminal."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _COLOURS = {"exact": "green", "exact_up_to_scale": "green", "undecided": "yellow
 
 
 def print_audit(report: Audit, console: Console | None = None) -> None:
-    """Print an audit: in colour, with tables, if the console is a terminal, else `str(report)`.
+    """Print an audit in colour, with tables, if the console is a terminal; else print `str(report)`.
 
     Args:
         report: the audit.
-        console: rich's; None prints plain text.
+        console: a rich console; None prints plain text.
     """
     if console is None or not console.is_terminal:
         print(report)
@@ -49,7 +49,7 @@ def print_audit(report: Audit, console: Console | None = None) -> None:
 
 
 def _weight(report: Audit) -> list[str]:
-    """The weight as a formula, and what it depends on, a line each."""
+    """The weight as a formula, and what it depends on, one line each."""
     lines = []
     if report.form is not None and report.form.expr:
         lines.append(f"weight w(u) = {report.form.expr}: {report.form.label}")
@@ -67,7 +67,7 @@ def _table(title: str, columns: list[tuple[str, str]], rows: list[list[Any]]) ->
     for name, justify in columns:
         table.add_column(name, justify="right" if justify == "right" else "left", overflow="fold")
     for row in rows:
-        # Names and details are shown as they are: in a plain string rich would read brackets as markup.
+        # `Text`, because rich would read brackets in a plain string as markup.
         table.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
     return table
 

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from opdtheory.auditing import Audit
+from opdtheory.auditing.checks.numerics import DtypeResult
+from opdtheory.auditing.checks.subject import Check
+from opdtheory.auditing.effects.dependence import Dependence
+from opdtheory.auditing.naming.weight_form import WeightForm
 from opdtheory.auditing.records import Identified
+from opdtheory.auditing.report import Remedy
 from opdtheory.auditing.sampling.montecarlo_result import MonteCarloResult
 
 HOSTILE = "<script>document.title='taken'</script>\"'><img src=x onerror=\"document.title='taken'\">$x^"
@@ -42,17 +48,12 @@ def followed(text: str) -> Identified:
     )
 
 
-def record(**fields):
-    """A frozen dataclass of these values, as the optional parts of an audit are."""
-    return dataclasses.make_dataclass("Part", fields, frozen=True)(**fields)
-
-
 def whole(report: Audit, text: str = "x") -> Audit:
     """The report with every optional part there, and a text of the user's wherever there is one."""
     return dataclasses.replace(
         report,
         name=text,
-        form=record(
+        form=WeightForm(
             kind="combination",
             label=text,
             terms={text: 1.5, "forward_kl": -1.0},
@@ -71,7 +72,7 @@ def whole(report: Audit, text: str = "x") -> Audit:
             generator_values=[0.0, float("inf")],
             stop_gradient_of=text,
         ),
-        dependence=record(
+        dependence=Dependence(
             ratio_only=False,
             position=[1.0, 0.5, 0.25],
             position_label=text,
@@ -83,12 +84,12 @@ def whole(report: Audit, text: str = "x") -> Audit:
             words=[text],
         ),
         checks=[
-            record(name=text, passed=True, value=1e-17, limit=1e-9, detail=text),
-            record(name="b", passed=False, value=None, limit=None, detail="d"),
-            record(name="c", passed=None, value=None, limit=None, detail=""),
+            Check(name=text, passed=True, value=1e-17, limit=1e-9, detail=text),
+            Check(name="b", passed=False, value=None, limit=None, detail="d"),
+            Check(name="c", passed=None, value=None, limit=None, detail=""),
         ],
         numerics=[
-            record(
+            DtypeResult(
                 dtype="bfloat16",
                 regime="adversarial",
                 overflow=[11.0, 88.0],
@@ -99,8 +100,8 @@ def whole(report: Audit, text: str = "x") -> Audit:
             )
         ],
         remedies=[
-            record(kind="detach", text=text, verdict="exact", relative_bias=1e-16, verified=True),
-            record(kind="scale", text="multiply", verdict="biased", relative_bias=None, verified=False),
+            Remedy(kind="detach", text=text, verdict="exact", relative_bias=1e-16, verified=True),
+            Remedy(kind="scale", text="multiply", verdict="biased", relative_bias=math.nan, verified=False),
         ],
         monte_carlo=MonteCarloResult(**SAMPLED, words=f"{report.summary()} {text}", follows=followed(text)),
     )

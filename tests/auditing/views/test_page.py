@@ -114,7 +114,7 @@ def test_optional_parts_are_shown(report):
         "11, 88",
         "nowhere",
         "1, 0.5, 0.25",
-        "the 2 of the top",
+        "k = 2",
         "Monte Carlo",
     ):
         assert part in text
