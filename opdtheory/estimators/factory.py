@@ -23,6 +23,7 @@ from opdtheory.estimators.sampled import (
     BoxCox,
     CentredWeight,
     Differentiated,
+    LogRatioFunction,
     PowerAdvantage,
     RatioAdvantage,
     ReturnToGo,
@@ -45,7 +46,7 @@ __all__ = ["ENTRIES", "Entry", "estimator", "estimator_names", "examples", "form
 
 Options = dict[str, Any]
 _Build = Callable[[Divergence, Options], TokenLoss]
-_Formula = Callable[["sympy.Expr", "sympy.Symbol", Options], "sympy.Expr"]
+_Formula = Callable[[Any, "sympy.Expr", "sympy.Symbol", Options], "sympy.Expr"]
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,8 @@ class Entry:
         importance: the importance weights that apply.
         baseline: the baselines that apply.
         examples: calls that `opdtheory verify` audits, as keyword arguments.
-        formula: the local weight as sympy writes it, of the generator, `u` and the options; None where the weight is
-            no function of the ratio, or is listed under another name.
+        formula: the local weight, a function of sympy, the generator, `u` and the options; None where the weight is not
+            a function of the ratio, or is listed under another name.
         claim: the claim of a loss whose kind the derivation of claims does not know, of the divergence and options.
     """
 
@@ -82,7 +83,6 @@ class Entry:
 
 _SCORE = frozenset({"baseline", "baseline_value", "zscore", "eps", "importance", "clip_range", "clip_weight"})
 _RATIO = _SCORE | {"clip_log_ratio"}
-_LOSS = frozenset({"importance", "clip_log_ratio"})
 _TOP = frozenset({"importance", "k", "support"})
 _GROUP_BASELINES = ("constant", "group_mean", "leave_one_out")
 _MODIFIERS = ("clip_weight", "baseline", "baseline_value", "zscore", "eps", "importance", "clip_range")
@@ -96,8 +96,22 @@ def _ratio(function: Callable[[Divergence, Options], Callable[..., Any]]) -> _Bu
     return lambda d, o: _score(RatioAdvantage(function(d, o), o.get("clip_log_ratio")), o)
 
 
-def _differentiated(function: Callable[..., Any]) -> _Build:
-    return lambda d, o: Differentiated(function, o.get("clip_log_ratio"), o.get("importance"))
+def _loss(function: LogRatioFunction, formula: _Formula, descends: str | None = None) -> Entry:
+    """A function of the log-ratio, meant for the reverse KL, that is differentiated."""
+    return Entry(
+        lambda d, o: Differentiated(function, o.get("clip_log_ratio"), o.get("importance")),
+        frozenset({"importance", "clip_log_ratio"}),
+        "T4",
+        "reverse_kl",
+        descends=descends,
+        importance=("token", "prefix", "sequence"),
+        formula=formula,
+    )
+
+
+def _reward(function: LogRatioFunction, formula: _Formula, descends: str | None = None) -> Entry:
+    """A function of the log-ratio, meant for the reverse KL, as a detached reward."""
+    return Entry(_ratio(lambda d, o: function), _RATIO, "T4", "reverse_kl", descends=descends, formula=formula)
 
 
 def _top_k(form: Literal["truncated", "renormalised", "tail"], o: Options) -> TopK:
@@ -119,27 +133,12 @@ def _of(*names: str) -> tuple[Options, ...]:
     return tuple({"divergence": name} for name in names)
 
 
-def _log(u: sympy.Symbol) -> sympy.Expr:
-    import sympy
-
-    return sympy.log(u)
-
-
-def _sign_of(expr: sympy.Expr) -> sympy.Expr:
-    import sympy
-
-    return sympy.sign(expr)
-
-
-def _power_of(u: sympy.Symbol, alpha: float) -> sympy.Expr:
-    import sympy
-
-    order = sympy.Rational(str(alpha))
+def _box_cox_weight(sympy: Any, f: sympy.Expr, u: sympy.Symbol, o: Options) -> sympy.Expr:
+    order = sympy.Rational(str(o["alpha"]))
     return (u**order - 1) / order if order else sympy.log(u)
 
 
 _TOP_TWO: tuple[Options, ...] = ({"divergence": "reverse_kl", "k": 2},)
-_SAMPLED_LOSS = ("token", "prefix", "sequence")
 _WHOLE_ROLLOUT = ("sequence", "ppo")
 ENTRIES: dict[str, Entry] = {
     "opd": Entry(
@@ -147,43 +146,22 @@ ENTRIES: dict[str, Entry] = {
         _RATIO,
         "T2",
         examples=_of("reverse_kl", "forward_kl", "jsd", "chi2"),
-        formula=lambda f, u, o: -f,
+        formula=lambda sympy, f, u, o: -f,
     ),
     "opd_plus": Entry(
         _ratio(lambda d, o: d.weight),
         _RATIO,
         "T1",
         examples=_of("reverse_kl", "forward_kl", "jsd", "chi2", "skew_jsd(beta=0.1)", "alpha(alpha=0.5)"),
-        formula=lambda f, u, o: u * f.diff(u) - f,
+        formula=lambda sympy, f, u, o: u * f.diff(u) - f,
     ),
     "opd_plus_centred": Entry(_ratio(lambda d, o: CentredWeight(d)), _RATIO, "T1, T7a", examples=_of("forward_kl")),
-    "k1_loss": Entry(
-        _differentiated(k1), _LOSS, "T4", "reverse_kl", importance=_SAMPLED_LOSS, formula=lambda f, u, o: 0 * u
-    ),
-    "k2_loss": Entry(
-        _differentiated(k2), _LOSS, "T4", "reverse_kl", importance=_SAMPLED_LOSS, formula=lambda f, u, o: _log(u)
-    ),
-    "k3_loss": Entry(
-        _differentiated(k3),
-        _LOSS,
-        "T4",
-        "reverse_kl",
-        descends="forward_kl",
-        importance=_SAMPLED_LOSS,
-        formula=lambda f, u, o: u,
-    ),
-    "k1_reward": Entry(_ratio(lambda d, o: k1_reward), _RATIO, "T4", "reverse_kl", formula=lambda f, u, o: _log(u)),
-    "k2_reward": Entry(
-        _ratio(lambda d, o: k2_reward), _RATIO, "T4", "reverse_kl", formula=lambda f, u, o: -(_log(u) ** 2) / 2
-    ),
-    "k3_reward": Entry(
-        _ratio(lambda d, o: k3_reward),
-        _RATIO,
-        "T4",
-        "reverse_kl",
-        descends="the reverse KL minus the forward KL",
-        formula=lambda f, u, o: _log(u) - u + 1,
-    ),
+    "k1_loss": _loss(k1, lambda sympy, f, u, o: 0 * u),
+    "k2_loss": _loss(k2, lambda sympy, f, u, o: sympy.log(u)),
+    "k3_loss": _loss(k3, lambda sympy, f, u, o: u, "forward_kl"),
+    "k1_reward": _reward(k1_reward, lambda sympy, f, u, o: sympy.log(u)),
+    "k2_reward": _reward(k2_reward, lambda sympy, f, u, o: -(sympy.log(u) ** 2) / 2),
+    "k3_reward": _reward(k3_reward, lambda sympy, f, u, o: sympy.log(u) - u + 1, "the reverse KL minus the forward KL"),
     "box_cox": Entry(
         _ratio(lambda d, o: BoxCox(o["alpha"])),
         _RATIO | {"alpha"},
@@ -191,7 +169,7 @@ ENTRIES: dict[str, Entry] = {
         "alpha",
         ("alpha",),
         examples=({"alpha": 0.5},),
-        formula=lambda f, u, o: _power_of(u, o["alpha"]),
+        formula=_box_cox_weight,
     ),
     "power": Entry(
         lambda d, o: _score(PowerAdvantage(o["alpha"]), o),
@@ -204,7 +182,11 @@ ENTRIES: dict[str, Entry] = {
     ),
     # No clip_log_ratio: it cannot change a sign.
     "sign": Entry(
-        _ratio(lambda d, o: torch.sign), _SCORE, "T4", "total_variation", formula=lambda f, u, o: _sign_of(u - 1)
+        _ratio(lambda d, o: torch.sign),
+        _SCORE,
+        "T4",
+        "total_variation",
+        formula=lambda sympy, f, u, o: sympy.sign(u - 1),
     ),
     "return_to_go": Entry(
         lambda d, o: _score(ReturnToGo(d, o["gamma"], o.get("discounted", False), o.get("clip_log_ratio")), o),
@@ -261,8 +243,10 @@ def examples() -> Iterator[Estimator]:
 
 def formula_of(name: str, divergence: Divergence, options: Mapping[str, Any]) -> sympy.Expr | None:
     """The local weight of a named estimator as a formula in `u`, without clips; None if its entry has none."""
+    import sympy
+
     formula = ENTRIES[name].formula if name in ENTRIES else None
-    return None if formula is None else formula(divergence.expr, symbol(), dict(options))
+    return None if formula is None else formula(sympy, divergence.expr, symbol(), dict(options))
 
 
 def estimator(

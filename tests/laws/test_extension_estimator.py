@@ -31,7 +31,7 @@ BOUNDED = Entry(
     "reverse_kl",
     descends="the divergence with weight tanh(log u)",
     examples=({}, {"clip_log_ratio": 0.5}),
-    formula=lambda f, u, o: (u**2 - 1) / (u**2 + 1),
+    formula=lambda sympy, f, u, o: (u**2 - 1) / (u**2 + 1),
 )
 
 
