@@ -111,8 +111,7 @@ def judge(report: Audit, known: KnownVerdict | None = None, met: Callable[[str],
         met: whether a verdict is the claimed one (default: whether the loss is faithful).
     """
     as_claimed = report.faithful if met is None else met(report.verdict)
-    found = _words(KnownVerdict.of(report))
-    aside = ""
+    found, aside = _words(KnownVerdict.of(report)), ""
     if known is not None and not known.is_about(report):
         known, aside = None, "; its record is of another claim or other settings"
     if as_claimed:
@@ -127,14 +126,14 @@ def judge(report: Audit, known: KnownVerdict | None = None, met: Callable[[str],
 
 def _against_record(report: Audit, known: KnownVerdict) -> Judgement:
     found = KnownVerdict.of(report)
+    moved = f"it was {_words(known)}, it is {_words(found)}"
     if (found.verdict, found.descends) != (known.verdict, known.descends):
-        return Judgement("changed", f"it was {_words(known)}, it is {_words(found)}")
+        return Judgement("changed", moved)
     worse, better = _compare(found, known, _ROUNDINGS * report.tolerance)
     if worse:
-        return Judgement("grew", f"it was {_words(known)}, it is {_words(found)}")
-    if better:
-        return Judgement("known", f"{_words(found)}; it was {_words(known)}, so the record may be tightened")
-    return Judgement("known", _words(found))
+        return Judgement("grew", moved)
+    tightened = f"; it was {_words(known)}, so the record may be tightened" if better else ""
+    return Judgement("known", _words(found) + tightened)
 
 
 def _compare(found: KnownVerdict, known: KnownVerdict, rounding: float) -> tuple[bool, bool]:

@@ -18,12 +18,14 @@ from opdtheory.choices import FAITHFUL, Verdict
 from opdtheory.objective import Objective
 from opdtheory.rendering import text
 
-__all__ = ["NOT_JSON", "SCHEMA_VERSION", "Audit", "PairResult", "Remedy"]
+__all__ = ["NOT_JSON", "PAIR_COLUMNS", "SCHEMA_VERSION", "Audit", "PairResult", "Remedy"]
 
 SCHEMA_VERSION = 1
 
 # Fields of an audit that JSON splits into objective, granularity and settings.
 NOT_JSON = ("claim", "scenario")
+
+PAIR_COLUMNS = ("pair", "relative bias", "cosine", "variance", "full-vocab variance")
 
 # A slope at the teacher this small, relative to the weight's range, may be the error of a finite difference.
 _FLAT = 1e-6
@@ -51,6 +53,12 @@ class PairResult:
     cosine: float
     variance: float
     full_vocabulary_variance: float
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """The row as text, by `PAIR_COLUMNS`."""
+        variances = (f"{value:.3e}" for value in (self.variance, self.full_vocabulary_variance))
+        return self.label, f"{self.relative_bias:.2e}", f"{self.cosine:+.6f}", *variances
 
 
 @dataclass(frozen=True)
@@ -184,20 +192,9 @@ class Audit:
 
     def __str__(self) -> str:
         rule = f"{self.name}: {self.verdict.replace('_', ' ').upper()}"
-        header = ("pair", "relative bias", "cosine", "variance", "full-vocab variance")
-        rows = [
-            (
-                p.label,
-                f"{p.relative_bias:.2e}",
-                f"{p.cosine:+.6f}",
-                f"{p.variance:.3e}",
-                f"{p.full_vocabulary_variance:.3e}",
-            )
-            for p in self.pairs
-        ]
-        lines = text.table((header, *rows), align="lr")
         parts = [rule, "", text.paragraph(self.summary())]
-        parts += ["", *lines] if rows else []
+        if self.pairs:
+            parts += ["", *text.table((PAIR_COLUMNS, *(pair.cells for pair in self.pairs)), align="lr")]
         if self.remedies:
             parts += ["", "What would make it right:", *(text.item(remedy.text) for remedy in self.remedies)]
         narrow = [f"{r.dtype}: {r.words}" for r in self.numerics if r.regime == "realistic" and _matters(r)]
@@ -266,24 +263,20 @@ class Audit:
         return " ".join(self.dependence.words)
 
     def _lengths(self) -> str:
-        if self.variable_lengths is None:
+        if self.variable_lengths is None or self.variable_lengths.verdict in FAITHFUL:
             return ""
-        if self.variable_lengths.verdict in FAITHFUL:
-            return ""
+        off = _percent(self.variable_lengths.relative_bias)
         return (
             "This holds at fixed length only: when rollouts may end early, it is off by up to "
-            f"{_percent(self.variable_lengths['relative_bias'])} even at the best scale (T11)."
+            f"{off} even at the best scale (T11)."
         )
 
     def _noise(self) -> str:
         """The variance relative to the whole-vocabulary estimator's, if both estimate the same vector up to a scale."""
         if not self.faithful or self.granularity != "token_local":
             return ""
-        ratios = [
-            p.variance / (self.scale**2 * p.full_vocabulary_variance)
-            for p in self.pairs
-            if p.full_vocabulary_variance > 0
-        ]
+        pairs = [pair for pair in self.pairs if pair.full_vocabulary_variance > 0]
+        ratios = [pair.variance / (self.scale**2 * pair.full_vocabulary_variance) for pair in pairs]
         if not ratios or min(ratios) <= 0:
             return ""
         middle = math.exp(sum(map(math.log, ratios)) / len(ratios))

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -120,9 +120,17 @@ def numerics(
         vocabulary = _SMALL_VOCABULARY if _is_slow(loss, batch_size, seed) else _VOCABULARY
         results = []
         for name in dtypes:
-            results.append(_realistic(loss, name, batch_size, vocabulary, seed))
-            results.append(_adversarial(loss, name, batch_size))
+            realistic = functools.partial(_realistic, loss, name, batch_size, vocabulary, seed)
+            results.append(_measured(name, "realistic", realistic))
+            results.append(_measured(name, "adversarial", functools.partial(_adversarial, loss, name, batch_size)))
         return results
+
+
+def _measured(dtype: str, regime: Regime, measure: Callable[[], DtypeResult]) -> DtypeResult:
+    try:
+        return measure()
+    except _RefusalError as error:
+        return DtypeResult(dtype, regime, None, None, None, math.nan, f"In {dtype} the loss raises {error}")
 
 
 @functools.lru_cache(maxsize=4)
@@ -189,10 +197,7 @@ def _realistic_batch(dtype: torch.dtype, batch_size: int, vocabulary: int, seed:
 
 
 def _realistic(loss: Loss, dtype: str, batch_size: int, vocabulary: int, seed: int) -> DtypeResult:
-    try:
-        found = _compare(loss, _realistic_batch(DTYPES[dtype], batch_size, vocabulary, seed), None)
-    except _RefusalError as error:
-        return _refused(dtype, "realistic", str(error))
+    found = _compare(loss, _realistic_batch(DTYPES[dtype], batch_size, vocabulary, seed), None)
     sizes = sorted(token.size for token in found)
     negligible = _NEGLIGIBLE * sizes[len(sizes) // 2] if sizes else 0.0
     return _result(dtype, "realistic", found, negligible, f", over {vocabulary} tokens,")
@@ -200,15 +205,11 @@ def _realistic(loss: Loss, dtype: str, batch_size: int, vocabulary: int, seed: i
 
 def _adversarial(loss: Loss, dtype: str, batch_size: int) -> DtypeResult:
     found: list[_Token] = []
-    try:
-        for likely in _LOG_RATIOS:
-            for t in _LOG_RATIOS[likely]:
-                for sign in (1, -1):
-                    found += _one_token(loss, DTYPES[dtype], sign * t, likely, batch_size)
-        scale = max((token.size for token in found if 0.1 < abs(token.log_u) < 2.0), default=0.0)
-        found += _bisected(loss, DTYPES[dtype], found, batch_size)
-    except _RefusalError as error:
-        return _refused(dtype, "adversarial", str(error))
+    for likely, log_ratios in _LOG_RATIOS.items():
+        for log_u in (sign * t for t in log_ratios for sign in (1, -1)):
+            found += _one_token(loss, DTYPES[dtype], log_u, likely, batch_size)
+    scale = max((token.size for token in found if 0.1 < abs(token.log_u) < 2.0), default=0.0)
+    found += _bisected(loss, DTYPES[dtype], found, batch_size)
     return _result(dtype, "adversarial", found, _NEGLIGIBLE * scale, "")
 
 
@@ -343,7 +344,3 @@ def _nearest(log_u: list[float]) -> list[float] | None:
     """The log-ratio nearest to zero of either sign, in ascending order."""
     below, above = [x for x in log_u if x < 0], [x for x in log_u if x >= 0]
     return ([max(below)] if below else []) + ([min(above)] if above else []) or None
-
-
-def _refused(dtype: str, regime: Regime, reason: str) -> DtypeResult:
-    return DtypeResult(dtype, regime, None, None, None, math.nan, f"In {dtype} the loss raises {reason}")

@@ -14,13 +14,7 @@ _EPSILON = 1e-3
 
 
 def batch_effect(pool: Pool, batch_size: int, limit: float) -> Effect:
-    """How a rollout's gradient depends on the rest of its batch.
-
-    Args:
-        pool: rollouts with the loss.
-        batch_size: number of rollouts that the loss sees at once.
-        limit: relative difference that counts as rounding.
-    """
+    """How a rollout's gradient depends on the rest of its batch."""
     if batch_size == 1:
         return Effect()
     size = max(batch_size, 3)

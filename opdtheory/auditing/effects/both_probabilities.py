@@ -30,15 +30,7 @@ class DistributionEffect:
 
 
 def distribution_effect(loss: Loss, ratio_only: bool, batch_size: int, seed: int, limit: float) -> DistributionEffect:
-    """Whether the loss depends on a top-k set and, if its weight is not a function of the ratio, what it depends on.
-
-    Args:
-        loss: a black box that does not couple rollouts.
-        ratio_only: whether its weight on one step is a function of the ratio.
-        batch_size: number of rollouts that the loss sees at once.
-        seed: seed of the distributions.
-        limit: relative difference that counts as rounding.
-    """
+    """The top-k set that a loss depends on; without one, and unless `ratio_only`, what its weight is a function of."""
     top = _top_k(loss, batch_size, seed, limit)
     if top is not None:
         k, whose = top

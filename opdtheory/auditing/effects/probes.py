@@ -142,12 +142,7 @@ class Pool:
     def sensitivity(
         self, index: Tensor, change: Callable[[Rollouts], Rollouts] | None = None
     ) -> Float[Tensor, "B T V"]:
-        """The gradient of the loss of a batch in its rollouts' logits, times the batch size.
-
-        Args:
-            index: the rollouts.
-            change: applied to the batch before the loss sees it.
-        """
+        """The gradient of the loss of a batch, perhaps changed, in its rollouts' logits, times the batch size."""
         leaf = self.everything.gather_logits(self.everything.student_tables, index).detach().requires_grad_()
         rollouts = self.everything.rollouts(index, leaf)
         with torch.enable_grad():
@@ -157,12 +152,15 @@ class Pool:
 
     def advantages(self, index: Tensor) -> tuple[Float[Tensor, "B T"], bool]:
         r"""The `A` of each token whose logits have the gradient $-A\,(1_y - p)$, and whether that is every token."""
-        sensitivity = self.sensitivity(index)
-        rollouts = self.everything.rollouts(index)
-        score = torch.nn.functional.one_hot(rollouts.tokens, _VOCABULARY) - torch.softmax(rollouts.student_logits, -1)
+        sensitivity, score = self.sensitivity(index), self.score(index)
         found = -(sensitivity * score).sum(-1) / score.square().sum(-1)
         left = sensitivity + found.unsqueeze(-1) * score
         return found, bool(left.abs().max() <= 1e-6 * sensitivity.abs().max().clamp_min(1e-300))
+
+    def score(self, index: Tensor) -> Float[Tensor, "B T V"]:
+        """The gradient of each token's log-probability in its logits."""
+        rollouts = self.everything.rollouts(index)
+        return torch.nn.functional.one_hot(rollouts.tokens, _VOCABULARY) - torch.softmax(rollouts.student_logits, -1)
 
 
 def sampled_by(log_ratio: Tensor) -> Callable[[Rollouts], Rollouts]:

@@ -30,14 +30,7 @@ class TokenEffects:
 
 
 def token_effects(loss: Loss, size: tuple[int, int], batch_size: int, limit: float) -> TokenEffects:
-    """How a token's expected weight depends on its position and on other tokens.
-
-    Args:
-        loss: the black box.
-        size: vocabulary and horizon of the rollouts.
-        batch_size: number of rollouts that the loss sees at once.
-        limit: relative difference that counts as rounding.
-    """
+    """How a token's expected weight depends on its position and on other tokens; `size`: vocabulary and horizon."""
     rows = Rows(*size)
     # With equal rows everywhere, later divergences are the same after every token, hence a baseline.
     alike = expected_weights(loss, rows.pair(lambda n, row: 0), batch_size)

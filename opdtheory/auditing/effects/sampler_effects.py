@@ -23,13 +23,7 @@ _KINDS = {
 
 
 def sampler_effect(pool: Pool, batch_size: int, limit: float) -> Effect:
-    """How the gradient depends on `behavior_logprobs` at unchanged tokens.
-
-    Args:
-        pool: rollouts with the loss.
-        batch_size: number of rollouts that the loss sees at once; a multiple of it is used.
-        limit: relative difference that counts as rounding.
-    """
+    """How the gradient depends on `behavior_logprobs` at unchanged tokens."""
     index = torch.arange(max(len(pool) // batch_size, 1) * batch_size) % len(pool)
     generator = torch.Generator().manual_seed(2)
     noise = 2 * torch.rand(len(index), 2, generator=generator, dtype=torch.float64) - 1
@@ -67,10 +61,9 @@ def _shifted(pool: Pool, index: Tensor, changed: Tensor, before: Tensor, log_rat
     """Whether each token has the weight of a token whose log q/p is its own log q/mu."""
     import numpy as np
 
-    rollouts = pool.everything.rollouts(index)
-    score = torch.nn.functional.one_hot(rollouts.tokens, changed.shape[-1]) - torch.softmax(rollouts.student_logits, -1)
+    score = pool.score(index)
     old, new = (-(x * score).sum(-1) / score.square().sum(-1) for x in (before, changed))
-    log_u = rollouts.log_u.detach()
+    log_u = pool.everything.rollouts(index).log_u.detach()
     order = log_u.flatten().argsort()
     expected = np.interp((log_u + log_ratio).flatten(), log_u.flatten()[order], old.flatten()[order])
     error = np.abs(expected - new.flatten().numpy())

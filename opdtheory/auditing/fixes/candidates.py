@@ -195,12 +195,8 @@ def _importance(facts: Facts, loss: Loss) -> Iterator[Candidate]:
             ("the product of p/mu over the tokens up to n", lambda r: importance_weight(r, "prefix")),
         ]
     why = "the rollouts were not drawn from the student (T8)"
-    for words, ratio in ratios:
-        text = f"Multiply the loss of token n by {words}, detached: {why}."
-        yield Candidate("importance", text, changes.weighted_tokens(loss, ratio))
-    for words, ratio in ratios:
-        text = (
-            f"Form every ratio with the current student, clip none, and multiply the loss of token n by {words}, "
-            f"detached: {why}."
-        )
-        yield Candidate("importance", text, changes.weighted_tokens(changes.on_policy_view(loss), ratio))
+    renewed = "Form every ratio with the current student, clip none, and multiply"
+    for start, changed in (("Multiply", loss), (renewed, changes.on_policy_view(loss))):
+        for words, ratio in ratios:
+            text = f"{start} the loss of token n by {words}, detached: {why}."
+            yield Candidate("importance", text, changes.weighted_tokens(changed, ratio))

@@ -31,6 +31,7 @@ __all__ = [
     "weighted_tokens",
 ]
 
+# Maps rollouts to a number for each token, `(B, T)`.
 PerToken = Callable[[Rollouts], Tensor]
 
 
@@ -60,10 +61,6 @@ def weighted_tokens(loss: Loss, weight: PerToken) -> Loss:
 
     The value is unchanged, and the gradient at each position is multiplied. That is equivalent for every loss in which
     the term of a token depends on the student only through the logits of its position.
-
-    Args:
-        loss: the black box.
-        weight: maps rollouts to the weight of each token, `(B, T)`.
     """
 
     def changed(rollouts: Rollouts) -> Tensor:
@@ -90,12 +87,7 @@ def value_added(loss: Loss, value: PerToken) -> Loss:
 
 
 def advantage_added(loss: Loss, advantage: PerToken) -> Loss:
-    r"""The loss with a detached term added to its advantage, $\ell - \mathrm{sg}(a_n)\log p(y_n|h_n)$ on each token.
-
-    Args:
-        loss: the black box.
-        advantage: maps rollouts to the added term of each token, `(B, T)`.
-    """
+    r"""The loss with a detached term added to its advantage, $\ell - \mathrm{sg}(a_n)\log p(y_n|h_n)$ on each token."""
     return value_added(loss, lambda rollouts: -advantage(rollouts).detach() * rollouts.student_logprobs)
 
 

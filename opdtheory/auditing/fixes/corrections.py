@@ -13,12 +13,14 @@ from torch import Tensor
 from opdtheory.auditing.fixes.changes import PerToken
 from opdtheory.divergences import Divergence
 from opdtheory.exact import OBJECTIVES
-from opdtheory.rollouts import Rollouts
 
 __all__ = ["Correction", "Curve", "between_granularities", "clips", "gauge_shift", "missing_terms"]
 
 # Relative difference of two curves below which a term is worth a trial; larger for a loss in float32.
 _ALIKE = 1e-6
+
+# A function of the log-ratio.
+_Form = Callable[[Tensor], Tensor]
 
 # A longer formula is not shown.
 _LONGEST = 48
@@ -62,7 +64,7 @@ def missing_terms(curve: Curve, divergence: Divergence, granularity: str, gamma:
         granularity: the claimed granularity; for `sequence` the term is that of $U$, for `token_return` discounted.
         gamma: the discount.
     """
-    terms: list[tuple[str, Callable[[], str], Callable[[Tensor], Tensor]]] = [
+    terms: list[tuple[str, Callable[[], str], _Form]] = [
         ("slope", lambda: _slope_words(divergence), divergence.log_slope),
         (
             "advantage",
@@ -75,7 +77,8 @@ def missing_terms(curve: Curve, divergence: Divergence, granularity: str, gamma:
     for kind, words, term in terms:
         factor = _coefficient(curve, divergence.weight, term)
         if factor is not None:
-            yield Correction(kind, _add(factor, words()), _scaled(term, factor, granularity, gamma))
+            scaled = _scaled(term, factor[1], granularity, gamma)
+            yield Correction(kind, _add(factor[1], words()), _of_log_u(scaled))
             return
 
 
@@ -103,7 +106,7 @@ def between_granularities(curve: Curve, divergence: Divergence, granularity: str
                 f"Use the advantage {formula[granularity]} in place of {formula[other]}, with w(u) = u f'(u) - f(u): "
                 f"the loss follows {other}, not {granularity} (T6)."
             )
-            yield Correction("granularity", text, _difference(exact[granularity], exact[other]))
+            yield Correction("granularity", text, _of_log_u(_minus(exact[granularity], exact[other])))
 
 
 def clips(curve: Curve, far: Callable[[], Curve | None], divergence: Divergence) -> Iterator[Correction]:
@@ -116,7 +119,7 @@ def clips(curve: Curve, far: Callable[[], Curve | None], divergence: Divergence)
         far: returns the weight at log-ratios of -12, -8, 0, 8 and 12.
         divergence: the claimed divergence.
     """
-    forms: list[tuple[str, Callable[[], str], Callable[[Tensor], Tensor]]] = [
+    forms: list[tuple[str, Callable[[], str], _Form]] = [
         ("clip", lambda: "Remove", divergence.weight),
         (
             "slope, clip",
@@ -136,7 +139,7 @@ def clips(curve: Curve, far: Callable[[], Curve | None], divergence: Divergence)
                 f"{verb()} the clip that holds log(u) in [{span}], or widen it beyond the log-ratios met: a clipped "
                 "weight descends another divergence (T4)."
             )
-            yield Correction(kind, text, _clipped_away(divergence, form, bounds))
+            yield Correction(kind, text, _of_log_u(_minus(divergence.weight, _clamped(form, bounds))))
             return
 
 
@@ -153,12 +156,10 @@ def gauge_shift(curve: Curve, divergence: Divergence) -> Correction | None:
         f"Shift the gauge, f to f {'-' if limit > 0 else '+'} {abs(limit):.6g} (u - 1): the weight then never falls, "
         "so the loss descends an f-divergence with its minimum at the teacher"
     )
-    return Correction("gauge", text, lambda rollouts: size * limit * torch.expm1(_log_u(rollouts)))
+    return Correction("gauge", text, _of_log_u(lambda log_u: size * limit * torch.expm1(log_u)))
 
 
-def _coefficient(
-    curve: Curve, weight: Callable[[Tensor], Tensor], term: Callable[[Tensor], Tensor]
-) -> tuple[float, float] | None:
+def _coefficient(curve: Curve, weight: _Form, term: _Form) -> tuple[float, float] | None:
     """The least-squares `(s, a)` of `w = s w_f - a t`, near twelfths rounded; None if the fit is bad."""
     columns = torch.stack([_centred(weight, curve.log_u), -_centred(term, curve.log_u)], 1)
     sizes = columns.norm(dim=0)
@@ -174,7 +175,7 @@ def _coefficient(
     return (scale, factor) if scale > curve.alike and abs(factor) > curve.alike else None
 
 
-def _centred(form: Callable[[Tensor], Tensor], log_u: Tensor) -> Tensor:
+def _centred(form: _Form, log_u: Tensor) -> Tensor:
     """A function of the log-ratio minus its value at 0."""
     return form(log_u) - form(torch.zeros(1, dtype=torch.float64))
 
@@ -184,8 +185,7 @@ def _whole(value: float, tolerance: float) -> float:
     return round(12 * value) / 12 if abs(12 * value - round(12 * value)) < 12 * tolerance else value
 
 
-def _add(fit: tuple[float, float], words: str) -> str:
-    factor = fit[1]
+def _add(factor: float, words: str) -> str:
     if factor == 1.0:
         return f"Add to the advantage {words}."
     if factor == -1.0:
@@ -202,23 +202,14 @@ def _slope_words(divergence: Divergence) -> str:
     return f"u f'(u){shown}, which the stop-gradient leaves out (T2)"
 
 
-def _scaled(term: Callable[[Tensor], Tensor], fit: tuple[float, float], granularity: str, gamma: float) -> PerToken:
-    def advantage(rollouts: Rollouts) -> Tensor:
-        log_u = _log_u(rollouts)
+def _scaled(term: _Form, factor: float, granularity: str, gamma: float) -> _Form:
+    def scaled(log_u: Tensor) -> Tensor:
         if granularity == "sequence":
-            return fit[1] * term(log_u.sum(-1, keepdim=True)).expand_as(log_u)
+            return factor * term(log_u.sum(-1, keepdim=True)).expand_as(log_u)
         discount = gamma if granularity == "token_return" else 1.0
-        return fit[1] * discount ** torch.arange(log_u.shape[-1]).to(log_u) * term(log_u)
+        return factor * discount ** torch.arange(log_u.shape[-1]).to(log_u) * term(log_u)
 
-    return advantage
-
-
-def _difference(wanted: Callable[[Tensor], Tensor], had: Callable[[Tensor], Tensor]) -> PerToken:
-    def advantage(rollouts: Rollouts) -> Tensor:
-        log_u = _log_u(rollouts)
-        return wanted(log_u) - had(log_u)
-
-    return advantage
+    return scaled
 
 
 def _return_to_go(divergence: Divergence, log_u: Tensor, gamma: float) -> Tensor:
@@ -232,38 +223,37 @@ def _return_to_go(divergence: Divergence, log_u: Tensor, gamma: float) -> Tensor
     return torch.stack(columns[::-1], dim=-1)
 
 
-def _log_u(rollouts: Rollouts) -> Tensor:
-    return torch.where(rollouts.mask > 0, rollouts.log_u.detach(), torch.zeros_like(rollouts.mask))
+def _minus(wanted: _Form, had: _Form) -> _Form:
+    return lambda log_u: wanted(log_u) - had(log_u)
 
 
-def _clipped_away(divergence: Divergence, form: Callable[[Tensor], Tensor], bounds: tuple[float, float]) -> PerToken:
-    def advantage(rollouts: Rollouts) -> Tensor:
-        log_u = _log_u(rollouts)
-        return divergence.weight(log_u) - form(log_u.clamp(*bounds))
-
-    return advantage
+def _clamped(form: _Form, bounds: tuple[float, float]) -> _Form:
+    return lambda log_u: form(log_u.clamp(*bounds))
 
 
-def _agrees_in_the_middle(curve: Curve, form: Callable[[Tensor], Tensor]) -> bool:
+def _of_log_u(advantage: _Form) -> PerToken:
+    """The advantage of each token from its log-ratios, which are zero where masked."""
+    return lambda r: advantage(torch.where(r.mask > 0, r.log_u.detach(), torch.zeros_like(r.mask)))
+
+
+def _agrees_in_the_middle(curve: Curve, form: _Form) -> bool:
     middle = len(curve.log_u) // 2
     near = slice(middle - 1, middle + 2)
     exact = _centred(form, curve.log_u[near])
     return float((exact - curve.weight[near]).abs().max()) <= 10 * curve.alike * float(exact.abs().max())
 
 
-def _bounds(curve: Curve, beyond: Curve, form: Callable[[Tensor], Tensor]) -> tuple[float, float] | None:
+def _bounds(curve: Curve, beyond: Curve, form: _Form) -> tuple[float, float] | None:
     """The log-ratios between which the weight follows a form, infinite at an end without a stop; None without any."""
     low = _stop(-curve.log_u.flip(0), curve.weight.flip(0), -beyond.log_u.flip(0), beyond.weight.flip(0), form, -1.0)
     high = _stop(curve.log_u, curve.weight, beyond.log_u, beyond.weight, form, 1.0)
     bounds = (-float("inf") if low is None else -low, float("inf") if high is None else high)
     if low is None and high is None:
         return None
-    return bounds if curve.is_near(_centred(lambda log_u: form(log_u.clamp(*bounds)), curve.log_u)) else None
+    return bounds if curve.is_near(_centred(_clamped(form, bounds), curve.log_u)) else None
 
 
-def _stop(
-    log_u: Tensor, weight: Tensor, far_log_u: Tensor, far: Tensor, form: Callable[[Tensor], Tensor], side: float
-) -> float | None:
+def _stop(log_u: Tensor, weight: Tensor, far_log_u: Tensor, far: Tensor, form: _Form, side: float) -> float | None:
     """Where a weight with a far plateau stops following a form, on the side of positive `log_u`."""
 
     def at(point: float) -> float:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from opdtheory.auditing.fixes.corrections import Curve
-from opdtheory.auditing.fixes.trial import Trial, attempt
-from opdtheory.auditing.naming.recover import recover_weight
+from opdtheory.auditing.fixes.trial import Trial
 from opdtheory.auditing.scenario import Scenario
 from opdtheory.exact import Loss
 from opdtheory.objective import Objective
 
-__all__ = ["Candidate", "Facts", "alike", "on_policy_curve"]
+__all__ = ["Candidate", "Facts", "alike"]
 
 
 def alike(tolerance: float) -> float:
@@ -64,11 +63,3 @@ class Facts:
     def variable(self) -> bool:
         """Whether there are masked positions: after an early end, or written by an environment."""
         return self.lengths or self.scenario.masks
-
-
-def on_policy_curve(loss: Loss, scenario: Scenario, tolerance: float) -> Curve | None:
-    """The weight recovered on-policy, or None if it is not a function of the ratio."""
-    found = attempt(lambda: recover_weight(loss, replace(scenario, off_policy=0.0), tolerance))
-    if found is None or not found.depends_on_ratio_only:
-        return None
-    return Curve(found.log_u, found.weight, alike(tolerance))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from opdtheory.auditing.fixes.candidates import candidates, gauge
 from opdtheory.auditing.fixes.corrections import Curve
-from opdtheory.auditing.fixes.facts import Candidate, Facts, alike, on_policy_curve
+from opdtheory.auditing.fixes.facts import Candidate, Facts, alike
 from opdtheory.auditing.fixes.remembered import Remembered
 from opdtheory.auditing.fixes.substitutes import bucket_added, last_resort, topk_form
 from opdtheory.auditing.fixes.trial import Trial, attempt
+from opdtheory.auditing.naming.recover import RecoveredWeight, recover_weight
 from opdtheory.auditing.report import Audit, Remedy
 from opdtheory.choices import Verdict
 from opdtheory.errors import check_integer
@@ -74,11 +76,12 @@ def _facts(loss: Loss, report: Audit, lengths: bool, pairs: int | None) -> Facts
     scenario, tolerance = report.scenario, report.tolerance
     few = {} if pairs is None else {"pairs": pairs}
     trial = Trial(loss, report.claim, scenario, tolerance=tolerance, lengths=lengths, **few)
-    curve = None
+    weight: RecoveredWeight | None = report.weight
     if scenario.off_policy:
-        curve = on_policy_curve(loss, scenario, tolerance)
-    elif report.weight.depends_on_ratio_only:
-        curve = Curve(report.weight.log_u, report.weight.weight, alike(tolerance))
+        weight = attempt(lambda: recover_weight(loss, replace(scenario, off_policy=0.0), tolerance))
+    curve = None
+    if weight is not None and weight.depends_on_ratio_only:
+        curve = Curve(weight.log_u, weight.weight, alike(tolerance))
     return Facts(loss, report.claim, scenario, report.verdict, lengths, curve, trial)
 
 

@@ -78,9 +78,7 @@ class Trial:
     def __call__(self, loss: Loss, *, to_the_end: bool = False) -> tuple[str, float]:
         """`exact`, `exact_up_to_scale`, `zero` or `biased`, and the worst relative bias over the pairs used.
 
-        Args:
-            loss: the variant.
-            to_the_end: whether to use all pairs even after one has refuted it.
+        Unless it goes on `to_the_end`, it stops at the first pair that refutes the loss.
 
         Raises:
             LossError: as `audit`.
@@ -124,16 +122,10 @@ def _kept(scenario: Scenario) -> list[Case]:
 
 
 def _small_cases(scenario: Scenario) -> list[Case]:
-    shapes = ((2, 2), (3, 1), (2, 2))
-    return [_small(shape, scenario, index) for index, shape in enumerate(shapes)]
-
-
-def _small(shape: tuple[int, int], scenario: Scenario, index: int) -> Case:
-    vocab_size, horizon = shape
-    # The end-of-sequence token must be in the vocabulary.
-    vocab_size = vocab_size if scenario.eos is None else max(vocab_size, scenario.eos + 1)
-    seed = 1000 * scenario.seed + index
-    student, teacher = random_pair(
-        vocab_size, horizon, eos=scenario.eos, scale=1.0, distance=1.0 + index / 2, seed=seed + 100
-    )
-    return Case(student, teacher, scenario.behavior(student, seed + 600), f"V={vocab_size}, T={horizon}")
+    cases, eos = [], scenario.eos
+    for index, (vocab_size, horizon) in enumerate(((2, 2), (3, 1), (2, 2))):
+        # The end-of-sequence token must be in the vocabulary.
+        size, seed = max(vocab_size, 0 if eos is None else eos + 1), 1000 * scenario.seed + index
+        student, teacher = random_pair(size, horizon, eos=eos, scale=1.0, distance=1.0 + index / 2, seed=seed + 100)
+        cases.append(Case(student, teacher, scenario.behavior(student, seed + 600), f"V={size}, T={horizon}"))
+    return cases

@@ -39,13 +39,7 @@ def best_combination(
     """Two or three catalogue objectives of one granularity whose signed sum has the given gradients, or None.
 
     Sums with fewer terms come first, then those of the preferred granularity. Jeffreys' divergence is written as the
-    sum of the two KLs.
-
-    Args:
-        gradients: the loss's expected gradient on each pair, flat.
-        exact: the catalogue's gradients on the same pairs.
-        prefer: the granularity to name if several coincide.
-        tolerance: largest error of a match.
+    sum of the two KLs. The arguments are those of `best_match`.
     """
     if any(float(g.norm()) == 0.0 for g in gradients):
         return None

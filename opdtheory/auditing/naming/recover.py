@@ -126,15 +126,7 @@ def _advantage(loss: Loss, case: Case, batch_size: int, origin: int) -> Tensor:
 
 
 def _far(loss: Loss, log_u: Tensor, curve: Tensor, scenario: Scenario, tolerance: float) -> tuple[Tensor, Tensor]:
-    """The weight beyond the grid and near the start of a plateau; nothing if the loss fails there.
-
-    Args:
-        loss: the black box.
-        log_u: the grid.
-        curve: the weight on the grid, whose ends the far weight continues.
-        scenario: a scenario of single rollouts.
-        tolerance: relative error that counts as rounding.
-    """
+    """Log-ratios beyond the grid and near the start of a plateau, and the weight there; nothing if the loss fails."""
     count = len(log_u) // 2
     found: list[tuple[Tensor, Tensor]] = []
     try:

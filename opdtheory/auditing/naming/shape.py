@@ -98,16 +98,10 @@ def shape_of(shape: Shape, found: Formula | None, expr: sympy.Expr | None, gener
 
 
 def _numeric(shape: Shape) -> Properties:
-    known = len(shape.values) == len(shape.log_u)
-    if not known:
-        return Properties(
-            genuine=False,
-            fixed_points=[],
-            limits={"0": math.nan, "inf": math.nan},
-            growth="unknown: the weight is not a function of the ratio alone",
-            second_moment="unknown: the weight is not a function of the ratio alone",
-            generator_values=[],
-        )
+    limits = {"0": math.nan, "inf": math.nan}
+    if len(shape.values) != len(shape.log_u):
+        unknown = "unknown: the weight is not a function of the ratio alone"
+        return Properties(False, [], limits, unknown, unknown, [])
     from scipy.interpolate import PchipInterpolator
 
     low, high = shape.log_u[0], shape.log_u[-1]
@@ -116,7 +110,7 @@ def _numeric(shape: Shape) -> Properties:
     return Properties(
         genuine=shape.non_decreasing,
         fixed_points=[] if curve is None else _fixed_points(curve, shape),
-        limits={"0": math.nan, "inf": math.nan},
+        limits=limits,
         growth=f"known between log u = {low:.3g} and {high:.3g} only: {ends}",
         second_moment=f"unknown beyond |log u| = {high:.3g}",
         generator_values=[] if curve is None else _generator_values(curve, shape, None),

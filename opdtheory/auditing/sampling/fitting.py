@@ -46,10 +46,8 @@ _DIGITS = 7
 def fitted(search: Search) -> list[Objective]:
     """Members of families, discounted entries and signed sums of two, those nearest to the samples first.
 
-    Distances are in units of the intervals' widths. They prove nothing: noise has a nearest objective too.
-
-    Args:
-        search: a search whose intervals are finite.
+    Distances are in units of the intervals' widths, which must be finite. They prove nothing: noise has a nearest
+    objective too.
     """
     seen = _Seen.of(search)
     tried = [*_members(seen), *_discounted(seen), *_sums(seen)]

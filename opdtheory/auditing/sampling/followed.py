@@ -46,13 +46,7 @@ class Named:
 
 
 def small_batch(loss: BlackBox, granularity: str, scenario: Scenario) -> Scout | None:
-    """The exact findings at the smallest batch size that the loss accepts, below the requested one; None if none does.
-
-    Args:
-        loss: the black box.
-        granularity: the granularity to name if several coincide.
-        scenario: a scenario with the requested batch size.
-    """
+    """The exact findings at the smallest batch size that the loss accepts, below the scenario's; None if none does."""
     for size in (s for s in SIZES if s < scenario.batch_size):
         smaller = replace(scenario, batch_size=size)
         try:

@@ -149,6 +149,8 @@ class Search:
         verdict: the latest verdict.
     """
 
+    @one_thread()
+    @torch.no_grad()
     def __init__(
         self,
         loss: Loss,
@@ -161,12 +163,6 @@ class Search:
     ) -> None:
         self._start = time.perf_counter()
         self._most, self._seconds, self.seed = max_batches, seconds, scenario.seed
-        with one_thread(), torch.no_grad():
-            self._prepare(loss, cases, objective, scenario, confidence)
-
-    def _prepare(
-        self, loss: Loss, cases: Sequence[Case], objective: Objective, scenario: Scenario, confidence: float
-    ) -> None:
         self.generator = torch.Generator().manual_seed(self.seed)
         samplers = [Sampler.build(c.student, c.teacher, c.behavior, TABLE_BUDGET) for c in cases]
         for sampler in samplers:
@@ -187,24 +183,26 @@ class Search:
         self.batches = self.rollouts = 0
         self.verdict: Verdict = "undecided"
 
+    @one_thread()
+    @torch.no_grad()
     def run(self, margin: float) -> Verdict:
         """Draw until the verdict on the objective is certain or the budget ends, and return the verdict."""
-        with one_thread(), torch.no_grad():
-            while self.batches < self._most and not self._late():
-                self.advance(margin, self._most)
-                self.verdict = self.judge(margin)
-                if self.verdict != "undecided":
-                    break
+        while self.batches < self._most and not self._late():
+            self.advance(margin, self._most)
+            self.verdict = self.judge(margin)
+            if self.verdict != "undecided":
+                break
         return self.verdict
 
+    @one_thread()
+    @torch.no_grad()
     def plain_name(self, margin: float) -> Identified | None:
         """The catalogue objective without a parameter that the loss follows, after further draws if they may help."""
         last = min(self._most, int(_NAMING * self.batches))
-        with one_thread(), torch.no_grad():
-            while (name := self.follows(margin)) is None and self.nameable():
-                if self.batches >= last or self._late():
-                    break
-                self.advance(margin, last)
+        while (name := self.follows(margin)) is None and self.nameable():
+            if self.batches >= last or self._late():
+                break
+            self.advance(margin, last)
         return name
 
     def _late(self) -> bool:

@@ -57,13 +57,7 @@ class MonteCarloResult(Keyed):
 
 
 def worded(result: MonteCarloResult, claim: str, pairs: int) -> MonteCarloResult:
-    """The result with its findings in sentences, which say no more than was certified.
-
-    Args:
-        result: the result without words.
-        claim: the claimed objective.
-        pairs: number of pairs.
-    """
+    """The result with its findings in sentences, which say no more than was certified on so many pairs."""
     sure, margin = f"{100 * result.confidence:g}%", f"{100 * result.margin:g}%"
     low, high = result.relative_bias
     where = f"{result.directions} directions on {pairs} pair{'s' if pairs > 1 else ''}"

@@ -263,7 +263,7 @@ def fit_controls(observed: Float[Tensor, "n K"], known: Float[Tensor, "n I K"], 
 def pilot(
     look: Look, basis: Float[Tensor, "K RV"], found: list[Control], generator: torch.Generator
 ) -> tuple[Float[Tensor, "n K"], Float[Tensor, "n I K"], float]:
-    """Projections of the loss's gradient and of the controls, to fit factors to, and the largest entry of a gradient."""
+    """Projections of the loss's gradient and of the controls, to fit factors to, and the gradient's largest entry."""
     sampler, means = look.sampler, torch.stack([c.mean for c in found])
     observed, known, largest = [], [], 0.0
     for _ in range(PILOT):

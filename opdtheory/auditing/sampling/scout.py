@@ -38,14 +38,7 @@ class Scout:
 
 
 def scouted(loss: BlackBox, cases: list[Case], granularity: str, scenario: Scenario) -> Scout | None:
-    """The findings at one batch size; None if the loss fails there.
-
-    Args:
-        loss: the black box.
-        cases: a few small pairs.
-        granularity: the granularity to name if several coincide.
-        scenario: a scenario with the smaller batch size.
-    """
+    """The findings on a few small pairs at the scenario's batch size; None if the loss fails there."""
     try:
         moments = [scenario.moments(loss, case) for case in cases]
         weight = recover_weight(loss, scenario, loss.tolerance, students=2)

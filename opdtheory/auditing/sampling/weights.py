@@ -88,7 +88,7 @@ class SampledWeight:
         )
 
     def holds(self, weight: Tensor) -> float | None:
-        """A factor at which a weight on the grid, zero at `u = 1`, lies in every interval; None unless one is positive."""
+        """A positive factor at which a weight on the grid, zero at `u = 1`, lies in all intervals, or None."""
         low, high = 0.0, math.inf
         for value, a, b in zip(weight.tolist(), self.low.tolist(), self.high.tolist(), strict=True):
             if abs(value) <= 1e-12 * float(weight.abs().max()):

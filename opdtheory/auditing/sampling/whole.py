@@ -32,14 +32,8 @@ def sampled(
 ) -> tuple[MonteCarloResult, RecoveredWeight]:
     """Compare a loss with its claim by sampling, name what it follows instead, and recover its weight.
 
-    Args:
-        loss: the black box.
-        objective: the claimed objective.
-        scenario: what the rollouts look like.
-        weigh: whether to recover the weight.
-
     Returns:
-        The verdict with its intervals and the confirmed objective, if any; and the weight.
+        The verdict with its intervals and the confirmed objective, if any; and the weight, if it is to be recovered.
 
     Raises:
         InvalidArgumentError: as `monte_carlo_compare`.

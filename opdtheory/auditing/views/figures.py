@@ -200,16 +200,13 @@ def _bias(report: Audit) -> Figure | None:
     values = [max(pair.relative_bias, _SMALLEST) for pair in report.pairs if math.isfinite(pair.relative_bias)]
     if not values or len(values) < len(report.pairs):
         return None
-    sheet, axis = _sheet()
-    rows = list(range(1, len(values) + 1))
-    axis.set_xscale("log")
+    sheet, axis, rows = _rows(len(values))
     axis.hlines(rows, _SMALLEST, values, color=_FOUND, linewidth=2.5, alpha=0.45)
     axis.plot(values, rows, "o", color=_FOUND, markersize=7)
     axis.axvline(report.tolerance, color=_CLAIMED, linestyle="--", linewidth=1.4)
     axis.text(report.tolerance, 0.3, "rounding", ha="center", va="bottom", color=_INK, fontsize=9)
     axis.set_xlim(_SMALLEST, max(10.0, 3.0 * max(values)))
     axis.set_xticks([1e-16, 1e-12, 1e-8, 1e-4, 1.0])
-    _rows(axis, rows)
     _frame(axis, "relative bias", "pair")
     alt = f"Relative bias of {len(values)} pairs, from {min(values):.1e} to {max(values):.1e}; "
     alt += f"up to {report.tolerance:.0e} is rounding."
@@ -220,14 +217,11 @@ def _variance(report: Audit) -> Figure | None:
     pairs = [(pair.variance, pair.full_vocabulary_variance) for pair in report.pairs]
     if not pairs or not all(0.0 < value < math.inf for pair in pairs for value in pair):
         return None
-    sheet, axis = _sheet()
-    rows = list(range(1, len(pairs) + 1))
-    own, whole = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-    axis.set_xscale("log")
+    sheet, axis, rows = _rows(len(pairs))
+    own, whole = zip(*pairs, strict=True)
     axis.hlines(rows, whole, own, color=_MUTED, linewidth=1.2, alpha=0.6)
     axis.plot(whole, rows, "D", color=_CLAIMED, markersize=6, label="whole vocabulary")
     axis.plot(own, rows, "o", color=_FOUND, markersize=7, label="this loss")
-    _rows(axis, rows)
     _frame(axis, "variance of one batch's gradient", "pair")
     axis.legend(loc="lower center", bbox_to_anchor=(0.5, 0.98), ncols=2, handletextpad=0.4, borderpad=0.0)
     ratios = [a / b for a, b in pairs]
@@ -261,10 +255,15 @@ def _frame(axis: Any, x: str, y: str) -> None:
     axis.minorticks_off()
 
 
-def _rows(axis: Any, rows: list[int]) -> None:
+def _rows(count: int) -> tuple[Any, Any, list[int]]:
+    """A sheet with a logarithmic axis and one row per pair."""
+    sheet, axis = _sheet()
+    rows = list(range(1, count + 1))
+    axis.set_xscale("log")
     axis.set_yticks(rows, [str(row) for row in rows])
-    axis.set_ylim(len(rows) + 0.6, 0.4)
+    axis.set_ylim(count + 0.6, 0.4)
     axis.tick_params(axis="y", length=0)
+    return sheet, axis, rows
 
 
 def _heights(axis: Any, values: list[Tensor], zero: bool = False) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from opdtheory.auditing.report import Audit
+from opdtheory.auditing.report import PAIR_COLUMNS, Audit
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -16,12 +16,7 @@ _COLOURS = {"exact": "green", "exact_up_to_scale": "green", "undecided": "yellow
 
 
 def print_audit(report: Audit, console: Console | None = None) -> None:
-    """Print an audit in colour, with tables, if the console is a terminal; else print `str(report)`.
-
-    Args:
-        report: the audit.
-        console: a rich console; None prints plain text.
-    """
+    """Print an audit in colour, with tables, on a rich console that is a terminal; else print `str(report)`."""
     if console is None or not console.is_terminal:
         print(report)
         return
@@ -77,21 +72,11 @@ def _pairs(report: Audit) -> Any:
 
     rows: list[list[Any]] = []
     for pair in report.pairs:
+        label, bias, cosine, *variances = pair.cells
         good = report.faithful or pair.relative_bias <= report.tolerance
-        rows.append(
-            [
-                pair.label,
-                Text(f"{pair.relative_bias:.2e}", style="green" if good else "red"),
-                Text(f"{pair.cosine:+.6f}", style="bold red" if pair.cosine < 0 else ""),
-                f"{pair.variance:.3e}",
-                f"{pair.full_vocabulary_variance:.3e}",
-            ]
-        )
-    columns = [
-        ("pair", "left"),
-        *((c, "right") for c in ("relative bias", "cosine", "variance", "full-vocab variance")),
-    ]
-    return _table("Pairs", columns, rows)
+        shown = Text(bias, style="green" if good else "red"), Text(cosine, style="bold red" if pair.cosine < 0 else "")
+        rows.append([label, *shown, *variances])
+    return _table("Pairs", [(name, "left" if name == "pair" else "right") for name in PAIR_COLUMNS], rows)
 
 
 def _checks(report: Audit) -> Any:
