@@ -22,8 +22,6 @@ from opdtheory.theorems.theorem import Cases, Identity, Step, Theorem, close, ho
 
 __all__ = ["theorems"]
 
-Coefficient = Callable[[Moments], Fraction]
-
 
 def theorems() -> list[Theorem]:
     """T11 and T11b."""
@@ -225,7 +223,7 @@ def _check_covariance(sign: int) -> Cases:
             yield same(mean, m.n / m.l + sign * covariance / m.l, atoms, f"B {size}")
 
 
-def _check_rate(claim: tuple[Coefficient, ...]) -> Cases:
+def _check_rate(claim: tuple[Callable[[Moments], Fraction], ...]) -> Cases:
     """Doubling the batch divides what the expansion leaves by `2^(terms + 1)`, on exact means."""
     for atoms in _atoms():
         m, left = Moments.of(atoms), []

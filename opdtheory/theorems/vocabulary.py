@@ -33,7 +33,6 @@ __all__ = ["theorems"]
 
 Detached = Literal["nothing", "outer p", "ratio"]
 End = Literal[0, 1]
-Claims = Callable[["sympy.Expr"], "sympy.Expr"]
 
 
 def theorems() -> list[Theorem]:
@@ -253,7 +252,7 @@ def _check_generator(claim: Callable[[Any, Any], Any]) -> Cases:
         yield holds(sympy.simplify(sympy.expand_log(rest, force=True)) == 0, f"beta {value} of the catalogue")
 
 
-def _check_ends(end: End, claim: Claims) -> Cases:
+def _check_ends(end: End, claim: Callable[[sympy.Expr], sympy.Expr]) -> Cases:
     r"""The series of $f_\beta/\beta$ at 0, or of $f_\beta/(1-\beta)$ at 1, to first order, up to a gauge."""
     u, small, c = sympy.symbols("u epsilon c", positive=True)
     beta = small if end == 0 else 1 - small

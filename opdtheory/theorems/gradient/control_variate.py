@@ -144,14 +144,12 @@ def _check_control_variate(sign: float) -> Cases:
 
 # Rigorous forms.
 
-Best = Callable[[Sequence[Any], Sequence[Any], Sequence[Any]], Any]
-
 
 def _variance(p: Sequence[Any], values: Sequence[Any]) -> Any:
     return expectation(p, [v**2 for v in centred(p, values)])
 
 
-def _check_optimum(best: Best) -> Cases:
+def _check_optimum(best: Callable[[Sequence[Any], Sequence[Any], Sequence[Any]], Any]) -> Cases:
     """The variance at any other constant is that at `c*` plus a square."""
     for divergence, student, teacher in irrational_cases():
         p, at = intervals(student), [interval(r) for r in ratios(student, teacher)]

@@ -35,8 +35,6 @@ from opdtheory.theorems.theorem import Cases, Identity, Step, Theorem, close, ho
 
 __all__ = ["theorems"]
 
-SymbolicWeight = Callable[["sympy.Expr", "sympy.Symbol"], "sympy.Expr"]
-
 
 def theorems() -> list[Theorem]:
     """T2."""
@@ -205,7 +203,7 @@ def _flat_at_one(divergence: Divergence) -> bool:
 # Exact and rigorous forms.
 
 
-def _check_rational(bias: SymbolicWeight) -> Cases:
+def _check_rational(bias: Callable[[sympy.Expr, sympy.Symbol], sympy.Expr]) -> Cases:
     r"""$g_{sg} - g_{exact}$ in fractions: one term of $p f(q/p)$ differentiated with the ratio frozen, and in full."""
     u, frozen = divergences.symbol(), sympy.Symbol("frozen", positive=True)
     for divergence, student, teacher in rational_cases():

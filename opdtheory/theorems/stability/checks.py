@@ -30,11 +30,7 @@ from opdtheory.theorems.theorem import Cases, Identity, close, holds, same
 
 __all__ = ["AT_TEACHER", "identities", "local_weight", "smooth", "symbolic_weight"]
 
-# The slope w'(1) of an estimator's local weight, from its generator.
-SymbolicSlope = Callable[[str, "sympy.Expr", "sympy.Symbol"], "sympy.Expr"]
 NumericSlope = Callable[[str, Divergence], float]
-JacobianForm = Callable[[list["sympy.Expr"], "sympy.Expr"], "sympy.Matrix"]
-
 _ESTIMATORS = ("opd", "opd_plus")
 AT_TEACHER = torch.zeros(1, dtype=torch.float64)  # log u there
 
@@ -187,7 +183,7 @@ def _derived_jacobians() -> tuple[tuple[Any, ...], ...]:
     return tuple(found)
 
 
-def _check_jacobian(form: JacobianForm) -> Cases:
+def _check_jacobian(form: Callable[[list[sympy.Expr], sympy.Expr], sympy.Matrix]) -> Cases:
     """The flow's Jacobian at rational teachers, differentiated by sympy, against the closed form."""
     for name, estimator, q, slope, derived in _derived_jacobians():
         yield same(derived, tuple(form(q, slope)), name, estimator, q)
@@ -214,7 +210,7 @@ def _check_spectrum(sign: int) -> Cases:
 # Enclosed.
 
 
-def _check_distance(slope: SymbolicSlope) -> Cases:
+def _check_distance(slope: Callable[[str, sympy.Expr, sympy.Symbol], sympy.Expr]) -> Cases:
     r"""The pull $\mathrm{Cov}_p(\log u, w) = -\frac12\frac{d}{dt}\lVert z - \log q\rVert^2$ has the sign of $w'(1)$.
 
     The students are a thousandth of the way from each teacher to another distribution.

@@ -41,11 +41,6 @@ from opdtheory.theorems.theorem import Cases, Identity, close, holds, overlap, s
 
 __all__ = ["ABOVE", "BELOW", "clamp", "identities"]
 
-# Whether the teacher is the only fixed point under clamp(w, a, b), given a, b and w(1).
-ClampRule = Callable[[Fraction, Fraction, Fraction], bool]
-# The same under w(clamp(log u, log low, log high)).
-RangeRule = Callable[[Fraction, Fraction], bool]
-
 BELOW = tuple(map(Fraction, ("1/50", "1/4", "1/2", "3/4", "19/20", "99/100")))
 ABOVE = tuple(map(Fraction, ("101/100", "21/20", "5/4", "3/2", "2", "4", "30")))
 
@@ -169,8 +164,8 @@ def _only_teacher_rests(weights: Mapping[Fraction, Fraction]) -> bool:
     return all(_force(below, above, weights) != 0 for below in BELOW for above in ABOVE)
 
 
-def _check_clamp(only: ClampRule) -> Cases:
-    """Students of two tokens in fractions, under a clamped weight."""
+def _check_clamp(only: Callable[[Fraction, Fraction, Fraction], bool]) -> Cases:
+    """Students of two tokens in fractions, under a weight clamped to an interval; its ends and w(1) decide."""
     u = divergences.symbol()
     for name, w in _increasing().items():
         at = {r: values_of(w, {u: r}) for r in (*BELOW, Fraction(1), *ABOVE)}
@@ -180,8 +175,8 @@ def _check_clamp(only: ClampRule) -> Cases:
             yield holds(alone == only(low, high, at[Fraction(1)]), name, f"w in [{low}, {high}]")
 
 
-def _check_range(only: RangeRule) -> Cases:
-    """The same with the ratio clamped before the weight."""
+def _check_range(only: Callable[[Fraction, Fraction], bool]) -> Cases:
+    """The same with the ratio clamped before the weight; the ends of the interval decide."""
     u = divergences.symbol()
     ends = (("1/2", "2"), ("99/100", "101/100"), ("1", "2"), ("1/2", "1"), ("11/10", "3"), ("1/3", "9/10"))
     for name, w in _increasing().items():

@@ -192,16 +192,13 @@ def _check_catalogue(sign: float) -> Cases:
             yield close(torch.tensor(float(found)), torch.tensor(claimed), divergence, "value")
 
 
-ClippedThreshold = Callable[[Divergence, float], float]
-
-
 def _clipped_threshold(divergence: Divergence, clip: float) -> float:
     r"""$-f'(e^C)$."""
     at = torch.tensor([clip], dtype=torch.float64)
     return -float(divergence.log_slope(at) * (-at).exp())
 
 
-def _check_clipped(threshold: ClippedThreshold) -> Cases:
+def _check_clipped(threshold: Callable[[Divergence, float], float]) -> Cases:
     r"""The slope of the weight on $\log u \le C$ under the largest curing `c`: zero at the clip, positive below."""
     for divergence in smooth():
         for clip in (0.5, 2.0, 6.0):

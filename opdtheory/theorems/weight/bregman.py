@@ -18,8 +18,6 @@ from opdtheory.theorems.theorem import Cases, Identity, Step, Theorem, close, ho
 __all__ = ["theorems"]
 
 Potential = Callable[["sympy.Expr"], "sympy.Expr"]
-SymbolicAdvantage = Callable[[Potential, "sympy.Symbol", "sympy.Symbol"], "sympy.Expr"]
-
 # Convex potentials that take fractions to fractions: a square, a cube, and two that are not powers.
 _POTENTIALS: tuple[Potential, ...] = (
     lambda x: x**2 / 2,
@@ -152,7 +150,7 @@ def _divergence(phi: Potential, p: sympy.Symbol, q: sympy.Symbol) -> sympy.Expr:
     return phi(p) - phi(q) - _slope(phi, q) * (p - q)
 
 
-def _check_rational(advantage: SymbolicAdvantage) -> Cases:
+def _check_rational(advantage: Callable[[Potential, sympy.Symbol, sympy.Symbol], sympy.Expr]) -> Cases:
     r"""In fractions: the slope of $\sum_a H(p_a, q_a)$ in the logits is $-p_a (A_a - E_p A)$."""
     p, q = _symbols()
     for phi in _POTENTIALS:

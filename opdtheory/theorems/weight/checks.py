@@ -39,8 +39,6 @@ from opdtheory.theorems.weight.corollaries import (
 
 __all__ = ["identities", "never_falls"]
 
-SymbolicWeight = Callable[["sympy.Expr", "sympy.Symbol"], "sympy.Expr"]
-
 # Catalogue generators whose implied generators sympy finds quickly.
 _CLOSED = ("reverse_kl", "forward_kl", "jsd", "chi2", "neyman_chi2", "hellinger", "le_cam", "jeffreys")
 
@@ -155,7 +153,7 @@ def identities() -> tuple[Identity, ...]:
     )
 
 
-def _check_inverse(back: SymbolicWeight) -> Cases:
+def _check_inverse(back: Callable[[sympy.Expr, sympy.Symbol], sympy.Expr]) -> Cases:
     r"""$w_{V[w]} - w$ is constant, symbolically, for the smooth weights of the corollary table."""
     u = divergences.symbol()
     for name, row in _smooth_rows():
