@@ -1,4 +1,4 @@
-"""Estimators of the distillation gradient: losses of a batch of rollouts, each carrying a claim."""
+"""Estimators of the distillation gradient: losses of a batch of rollouts, each with a claim."""
 
 from opdtheory.estimators.base import Claim, Estimator
 from opdtheory.estimators.factory import estimator, estimator_names

@@ -1,4 +1,4 @@
-"""What every estimator is made of: the claim it carries, its reduction, and the loss of each token."""
+"""What every estimator consists of: a claim, a reduction, and the loss of each token."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ Sampler = Literal["any", "on_policy", "on_policy_or_one_step"]
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What must hold of the rollouts, or occur in them, for a claim's verdict to be right.
+    """Assumptions on the rollouts under which a claim's verdict is right.
 
     Attributes:
-        sampler: who samples: `any` policy, or the student (`on_policy`), which is needed at one step too or, for
-            `on_policy_or_one_step`, beyond one step only.
-        fixed_length: whether all rollouts are of one length.
-        batch_size: rollouts that a batch has at least.
-        several_steps: whether there is more than one step.
+        sampler: the sampling policy: `any`; the student (`on_policy`); or the student unless rollouts have one step
+            only (`on_policy_or_one_step`).
+        fixed_length: whether all rollouts have one length.
+        batch_size: smallest number of rollouts in a batch.
+        several_steps: whether rollouts have more than one step.
         vocabulary_above: a number of tokens that the vocabulary exceeds.
         log_ratio_beyond: a bound on `|log u|` that some tokens exceed.
-        advantage_outside: an interval that some advantages lie outside of.
+        advantage_outside: an interval outside which some advantages lie.
     """
 
     sampler: Sampler = "any"
@@ -53,7 +53,7 @@ class Assumptions:
 
     @property
     def words(self) -> tuple[str, ...]:
-        """Each assumption as text."""
+        """The assumptions as text."""
         found = [] if self.sampler == "any" else [self.sampler.replace("_", " ").replace("on policy", "on-policy")]
         found += ["fixed length"] if self.fixed_length else []
         found += [f"batch of at least {self.batch_size}"] if self.batch_size > 1 else []
@@ -70,20 +70,20 @@ class Assumptions:
 
 @dataclass(frozen=True)
 class Claim:
-    r"""What an estimator says of its expected gradient, for an audit to confirm or refute.
+    r"""What an estimator claims about its expected gradient, for an audit to confirm or refute.
 
-    The statement: if every assumption holds, the expected gradient stands in the relation `verdict` to the exact
-    gradient of the objective (`divergence`, `granularity`, `gamma`). A declared bias is part of the claim: an audit
-    that finds none under the assumptions refutes it too.
+    It says that under the assumptions, the expected gradient has the relation `verdict` to the exact gradient of the
+    objective (`divergence`, `granularity`, `gamma`). A declared bias is part of the claim: an audit that finds none
+    refutes it too.
 
     Attributes:
-        divergence: what the loss is nominally for.
+        divergence: the divergence that the loss is for.
         granularity: `token_local`, `token_return` or `sequence`, as in `exact_gradient(objective=...)`.
         verdict: `exact`, `exact_up_to_scale`, `other_objective`, `zero` or `biased`.
-        theorem: the statements of the theory that say so.
-        descends: what the loss descends instead, in words or as a catalogue name; None where nothing is known.
-        gamma: the discount of `token_return`.
-        assumptions: under which the verdict holds.
+        theorem: the theorems that prove the verdict.
+        descends: what the loss descends instead, in words or as a catalogue name; None if unknown.
+        gamma: discount of `token_return`.
+        assumptions: assumptions of the verdict.
     """
 
     divergence: Divergence
@@ -105,7 +105,7 @@ class Claim:
         return replace(self, assumptions=replace(self.assumptions, **more))
 
     def to_dict(self) -> dict[str, object]:
-        """The claim as plain JSON values, the divergence as its label."""
+        """The claim as plain JSON values, with the label of the divergence."""
         return {
             "divergence": self.divergence.label,
             "granularity": self.granularity,
@@ -130,15 +130,15 @@ class Claim:
 class Estimator:
     r"""A loss with a claim: `estimator(rollouts)` is a 0-d tensor to minimise, $\mathrm{reduce}_{b,n}\, \ell_{bn}$.
 
-    Only the gradient of a sampled-token loss means something: its value is $-\sum_n A_n \log p(y_n|h_n)$, a surrogate.
-    Made by `opdtheory.estimators.estimator`.
+    The value of a sampled-token loss, $-\sum_n A_n \log p(y_n|h_n)$, is a surrogate: only its gradient means something.
+    Use `opdtheory.estimators.estimator` to make one.
 
     Attributes:
-        name: as given to `estimator`.
-        claim: what the expected gradient is, see `Claim`.
+        name: name given to `estimator`.
+        claim: claim about the expected gradient.
         token_loss: maps rollouts to the loss of each token, `(B, T)`, before the reduction.
         reduction: `token_sum` (sum over tokens, mean over rollouts), `token_mean` or `sequence_mean`.
-        options: the options given, in the order of the signature.
+        options: options given, in the order of the signature.
     """
 
     name: str
@@ -156,18 +156,18 @@ class Estimator:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The options that it was made with, by name."""
+        """The options given, by name."""
         return dict(self.options)
 
     @property
     def is_token_local(self) -> bool:
-        """Whether a token's weight depends on its own history and probabilities alone, batches aside."""
+        """Whether a token's weight depends on its own history and probabilities only, apart from the batch."""
         advantage = getattr(self.token_loss, "advantage", None)
         return not getattr(advantage, "looks_ahead", False)
 
     @property
     def label(self) -> str:
-        """The estimator as tables name it: `opd(jsd, clip_log_ratio=6.0)`."""
+        """The name in tables, such as `opd(jsd, clip_log_ratio=6.0)`."""
         shown = (str(value) if key == "divergence" else f"{key}={value}" for key, value in self.options)
         return f"{self.name}({', '.join(shown)})" if self.options else self.name
 
@@ -178,9 +178,9 @@ class Estimator:
 
 
 def unmasked(rollouts: Rollouts, values: Tensor, fill: float = 0.0) -> Tensor:
-    """The values with `fill` at masked positions, whose gradient is then exactly zero; any trailing axes.
+    """The values with `fill` at masked positions, where the gradient is then exactly zero; any trailing axes.
 
-    Masked values are cleaned before anything is computed from them: an overflow there would come back as 0 * inf.
+    Use it before computing anything from masked values: an overflow there would come back as 0 * inf.
     """
     mask = rollouts.mask.reshape(*rollouts.mask.shape, *(1 for _ in range(values.ndim - rollouts.mask.ndim)))
     return torch.where(mask > 0, values, torch.full_like(values, fill))

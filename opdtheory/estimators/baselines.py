@@ -1,4 +1,4 @@
-r"""Baselines and the z-score: what is taken from an advantage before it multiplies the score (T7)."""
+r"""Baselines and the z-score: what is subtracted from an advantage before it multiplies the score (T7)."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ __all__ = ["group_mean", "leave_one_out", "vocabulary_mean", "z_score"]
 
 
 def group_mean(advantages: Float[Tensor, "B T"], rollouts: Rollouts) -> Float[Tensor, "1 T"]:
-    r"""Mean over the rollouts that are unmasked at this position, each itself included.
+    r"""The mean over all rollouts that are unmasked at a position.
 
     $$b_n = \frac{\sum_b m_{bn} A_{bn}}{\sum_b m_{bn}}$$
 
-    The own term scales the expected gradient by $(G-1)/G$ when all $G$ rollouts have one length (T7e).
+    As it includes the rollout itself, it scales the expected gradient by $(G-1)/G$ if all $G$ rollouts have one length
+    (T7e).
     """
     alive = rollouts.mask.sum(0, keepdim=True).clamp_min(1)
     return unmasked(rollouts, advantages).sum(0, keepdim=True) / alive
 
 
 def leave_one_out(advantages: Float[Tensor, "B T"], rollouts: Rollouts) -> Float[Tensor, "B T"]:
-    r"""Mean over the *other* rollouts that are unmasked at this position, zero where there is none.
+    r"""The mean over the *other* rollouts that are unmasked at a position, zero if there is none.
 
     $$b_{in} = \frac{\sum_{j \ne i} m_{jn} A_{jn}}{\sum_{j \ne i} m_{jn}}$$
 
-    It does not depend on rollout $i$, hence never biases (T7e; RLOO, 2402.14740).
+    It does not depend on rollout $i$, so it never biases (T7e; RLOO, 2402.14740).
     """
     own = unmasked(rollouts, advantages)
     others = rollouts.mask.sum(0, keepdim=True) - rollouts.mask
@@ -42,8 +43,8 @@ def leave_one_out(advantages: Float[Tensor, "B T"], rollouts: Rollouts) -> Float
 def vocabulary_mean(advantage_at: Callable[[Tensor, Tensor], Tensor], rollouts: Rollouts) -> Float[Tensor, "B T"]:
     r"""The expected advantage given the history, $b_n = \sum_a p(a|h_n)\, A(p_a, q_a)$, from the logits (T7b, vOPD).
 
-    Tokens of (nearly) zero probability, or whose advantage is not finite, are left out of the sum: whatever depends
-    on the history alone is an unbiased baseline.
+    Tokens of (nearly) zero probability, or with an advantage that is not finite, are left out of the sum: any function
+    of the history is an unbiased baseline.
 
     Args:
         advantage_at: maps `log p` and `log q`, both `(B, T, V)`, to the advantage of each token.
@@ -60,7 +61,7 @@ def vocabulary_mean(advantage_at: Callable[[Tensor, Tensor], Tensor], rollouts: 
 
 
 def z_score(advantages: Float[Tensor, "B T"], rollouts: Rollouts, eps: float) -> Float[Tensor, "B T"]:
-    r"""Centred and scaled within the group at each position (GRPO, 2402.03300): biased in direction (T7e).
+    r"""Advantages centred and scaled within the group at each position (GRPO, 2402.03300): a biased direction (T7e).
 
     $$\frac{A_{bn} - \bar A_n}{\sigma_n + \epsilon},\qquad
       \sigma_n^2 = \frac{\sum_b m_{bn}(A_{bn} - \bar A_n)^2}{\max(1, \sum_b m_{bn} - 1)}$$

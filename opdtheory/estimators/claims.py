@@ -1,6 +1,6 @@
 r"""The claim of an estimator, derived from the theory: local weights (T1, T4), sequences (T6), modifiers (T7-T11).
 
-Nothing here enumerates policies: an audit does that, and must agree.
+Nothing here enumerates policies. An audit does, and must agree.
 """
 
 from __future__ import annotations
@@ -14,11 +14,7 @@ from torch import Tensor
 from opdtheory.choices import Verdict
 from opdtheory.divergences import Divergence, divergence
 from opdtheory.divergences.registry import parameter_free
-from opdtheory.estimators.base import (
-    Claim,
-    Sampler,
-    TokenLoss,
-)
+from opdtheory.estimators.base import Claim, Sampler, TokenLoss
 from opdtheory.estimators.sampled import (
     Differentiated,
     PowerAdvantage,
@@ -37,14 +33,14 @@ _WIDE = torch.linspace(-30, 30, 601, dtype=torch.float64)
 
 
 def claim_of(loss: TokenLoss, nominal: Divergence, reduction: str, theorem: str, descends: str | None = None) -> Claim:
-    """The claim of a loss of each token under a reduction.
+    """The claim of a token loss under a reduction.
 
     Args:
         loss: a `ScoreFunction`, `Differentiated` or `VocabularyLoss`.
-        nominal: the divergence that the loss is meant for.
+        nominal: the divergence that the loss is for.
         reduction: as in `Estimator`.
-        theorem: where the verdict of the unmodified estimator comes from.
-        descends: what it descends, if that is not `nominal`.
+        theorem: the theorem that proves the verdict of the unmodified estimator.
+        descends: what the loss descends, if not `nominal`.
     """
     if isinstance(loss, VocabularyLoss):
         claim = _of_vocabulary(loss, nominal, theorem)
@@ -59,9 +55,9 @@ def claim_of(loss: TokenLoss, nominal: Divergence, reduction: str, theorem: str,
 
 
 def local_weight(function: Callable[[Tensor], Tensor], log_u: Tensor) -> Tensor:
-    r"""The local weight $\kappa'(\log u)$ of a loss $\kappa$ that is differentiated (T4).
+    r"""The local weight $\kappa'(\log u)$ of a differentiated loss $\kappa$ (T4).
 
-    $\partial \kappa(\log q - \log p)/\partial \log p = -\kappa'$, and an estimator descends $-A\,s$.
+    Indeed $\partial \kappa(\log q - \log p)/\partial \log p = -\kappa'$, and an estimator descends $-A\,s$.
     """
     leaf = log_u.detach().clone().requires_grad_()
     (slope,) = torch.autograd.grad(function(leaf).sum(), leaf)
@@ -69,9 +65,9 @@ def local_weight(function: Callable[[Tensor], Tensor], log_u: Tensor) -> Tensor:
 
 
 def relation(weight: Tensor, nominal: Tensor) -> Verdict:
-    """How two local weights on one grid of log-ratios relate, constants being baselines (T4).
+    """The relation of two local weights on one grid of log-ratios, where constants are baselines (T4).
 
-    `exact` if they differ by a constant, `exact_up_to_scale` if one is a positive multiple of the other but for a
+    It is `exact` if they differ by a constant, `exact_up_to_scale` if one is a positive multiple of the other up to a
     constant, `zero` if the weight is constant, else `biased`.
     """
     weight, nominal = weight - weight.mean(), nominal - nominal.mean()
@@ -102,13 +98,13 @@ def _of_advantage(advantage: object, nominal: Divergence, theorem: str, descends
     if isinstance(advantage, ReturnToGo):
         return _of_return_to_go(advantage, nominal)
     if isinstance(advantage, SequenceWeight):
-        # Each token's ratio is clipped, and the sum of clipped log-ratios is no function of the sum: never harmless.
+        # The sum of clipped log-ratios is not a function of the sum of log-ratios, so a clip always biases.
         return _clipped(Claim(nominal, "sequence", "exact", theorem), advantage.clip_log_ratio)
     raise TypeError(f"no claim can be derived for the advantage {type(advantage).__name__}")
 
 
 def _other_divergence(weight: Tensor, nominal: Divergence) -> str | None:
-    """The label of the catalogue's divergence whose local weight this is, up to a positive scale."""
+    """The label of the catalogue divergence with this local weight, up to a positive scale."""
     candidates = list(parameter_free())
     if nominal.name == "skew_reverse_kl":
         # V[-f] = skew_jsd(1 - lam) / lam: plain OPD with this generator descends the generalised JSD.
@@ -122,7 +118,7 @@ def _other_divergence(weight: Tensor, nominal: Divergence) -> str | None:
 def _of_return_to_go(advantage: ReturnToGo, nominal: Divergence) -> Claim:
     if advantage.gamma == 0:
         claim = Claim(nominal, "token_local", "exact", "T1")
-        if advantage.discounted:  # gamma^(n-1) leaves the first token alone
+        if advantage.discounted:  # gamma^(n-1) leaves only the first token
             claim = Claim(nominal, "token_return", "exact", "T6", gamma=0.0)
         functions = [nominal.weight]
     else:
@@ -140,7 +136,7 @@ def _of_differentiated(loss: Differentiated, nominal: Divergence, theorem: str, 
     if verdict == "biased" and descends is not None:
         verdict = "other_objective"
     claim = Claim(nominal, "token_local", verdict, theorem, descends)
-    # The clamp leaves no gradient outside, where each of these losses has one.
+    # Outside the clamp there is no gradient, where each of these losses has one.
     return _clipped(claim, loss.clip_log_ratio)
 
 
@@ -153,7 +149,7 @@ def _of_vocabulary(loss: VocabularyLoss, nominal: Divergence, theorem: str) -> C
     if form == "tail":
         what = f"the divergence of the distributions on {k} tokens and one bucket"
         return Claim(nominal, "token_local", "biased", theorem, what).assuming(vocabulary_above=k + 1)
-    # At the teacher the terms on S pull by -f'(1) q (1_S - q(S)): a matter of the gauge.
+    # At the teacher, the gradient of the terms on S is -f'(1) q (1_S - q(S)), which depends on the gauge.
     rests = abs(float(nominal.log_slope(torch.zeros((), dtype=torch.float64)))) < _TOLERANCE
     what = {
         "truncated": f"the terms of {k} tokens" + ("" if rests else ": the teacher is no fixed point"),
@@ -163,7 +159,7 @@ def _of_vocabulary(loss: VocabularyLoss, nominal: Divergence, theorem: str) -> C
 
 
 def _clipped(claim: Claim, bound: float | None, *functions: Callable[[Tensor], Tensor]) -> Claim:
-    """The claim after the log-ratio is clamped to `bound`, unless all functions of it that enter are flat beyond."""
+    """The claim after the log-ratio is clamped to `bound`, unless all given functions of it are flat beyond."""
     if bound is None or (functions and all(_is_flat_beyond(bound, function) for function in functions)):
         return claim
     claim = replace(claim, verdict="biased", descends=None, theorem=_and(claim.theorem, "T4"))
@@ -185,7 +181,7 @@ def _modified(claim: Claim, loss: ScoreFunction) -> Claim:
         claim = replace(claim, theorem=_and(claim.theorem, "T7e"))
         values = _as_function_of_ratio(loss)
         if values is not None and _is_two_valued(values):
-            # In groups of 2 or 3 the spread of two values rescales the mean gradient by a constant, nothing more.
+            # In groups of 2 or 3, the standard deviation of two values only rescales the mean gradient.
             return claim.assuming(batch_size=4, several_steps=True)
         return claim.assuming(batch_size=2)
     if loss.baseline == "group_mean":
@@ -218,7 +214,7 @@ def _weight_clipped(claim: Claim, loss: ScoreFunction) -> Claim:
 
 
 def _as_function_of_ratio(loss: ScoreFunction) -> Tensor | None:
-    """The advantage before the clamp on a wide grid of the log-ratio, of one token or of the whole rollout."""
+    """The unclamped advantage on a wide grid of the log-ratio, of one token or of the whole rollout."""
     if isinstance(loss.advantage, RatioAdvantage):
         return loss.advantage.of_log_u(_WIDE)
     if isinstance(loss.advantage, SequenceWeight):
@@ -227,27 +223,27 @@ def _as_function_of_ratio(loss: ScoreFunction) -> Tensor | None:
 
 
 def _is_two_valued(values: Tensor) -> bool:
-    """Whether there is one value for u > 1 and one for u < 1: clamped or scaled, it stays so up to an affine map."""
+    """Whether there is one value for u > 1 and one for u < 1, as remains true when it is clamped or scaled."""
     return all(
         bool((part - part[0]).abs().max() <= _TOLERANCE) for part in (values[_WIDE > 0.01], values[_WIDE < -0.01])
     )
 
 
 def _sampler(loss: object, claim: Claim) -> Sampler:
-    """Who must have sampled the rollouts, given the importance weights (T8)."""
+    """Who may have sampled the rollouts, given the importance weights (T8)."""
     importance = getattr(loss, "importance", None)
     if isinstance(loss, VocabularyLoss):
         return "any" if importance == "prefix" else "on_policy_or_one_step"
     if importance == "sequence" or (importance == "prefix" and claim.granularity == "token_local"):
         return "any"
     if importance == "token" and claim.granularity == "token_local":
-        # A gradient that is zero at every history is zero whatever distribution the histories have.
+        # A gradient that is zero at every history is zero for any distribution of histories.
         return "any" if claim.verdict == "zero" else "on_policy_or_one_step"
     return "on_policy"
 
 
 def divided_by_length(claim: Claim, reduction: str) -> Claim:
-    """The claim of a token sum under another reduction: a scale at fixed length, and a bias at variable length (T11)."""
+    """The claim of a token sum under another reduction: a scale at fixed length, a bias at variable length (T11)."""
     if reduction == "token_sum":
         return claim
     claim = replace(claim, theorem=_and(claim.theorem, "T11"))

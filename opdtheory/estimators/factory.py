@@ -1,4 +1,4 @@
-r"""The one door: `estimator(name, divergence, **options)` composes a loss from its parts and states its claim."""
+r"""The entry point: `estimator(name, divergence, **options)` composes a loss from its parts and derives its claim."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from opdtheory.choices import REDUCTIONS, Reduction
 from opdtheory.divergences import Divergence, symbol
 from opdtheory.divergences import divergence as divergence_of
-from opdtheory.errors import InvalidArgumentError
+from opdtheory.errors import InvalidArgumentError, check_between, check_integer
 from opdtheory.estimators.base import Claim, Estimator, TokenLoss
 from opdtheory.estimators.claims import claim_of, divided_by_length
 from opdtheory.estimators.offpolicy import Importance
@@ -38,6 +38,7 @@ from opdtheory.estimators.sampled import (
     k3_reward,
 )
 from opdtheory.estimators.vocabulary import Support, TopK, TopKReward, VocabularyLoss
+from opdtheory.objective import check_discount
 
 if TYPE_CHECKING:
     import sympy
@@ -51,21 +52,21 @@ _Formula = Callable[[Any, "sympy.Expr", "sympy.Symbol", Options], "sympy.Expr"]
 
 @dataclass(frozen=True)
 class Entry:
-    """How one named estimator is built, which options it takes and what the theory says of its unmodified form.
+    """How one named estimator is built, which options it takes, and what the theory says about its unmodified form.
 
     Attributes:
         build: makes the loss of each token from the divergence and the options.
-        options: the options that apply.
-        theorem: the statement of the theory behind the claim.
-        nominal: the divergence that it is for; None where the caller names one.
+        options: options that apply.
+        theorem: theorem behind the claim.
+        nominal: the divergence that the estimator is for; None if the caller names one.
         required: options that must be given.
-        descends: what it descends, where that is another objective and cannot be derived.
-        importance: the importance weights that apply.
-        baseline: the baselines that apply.
+        descends: what the estimator descends, if that is another objective and cannot be derived.
+        importance: importance weights that apply.
+        baseline: baselines that apply.
         examples: calls that `opdtheory verify` audits, as keyword arguments.
-        formula: the local weight, a function of sympy, the generator, `u` and the options; None where the weight is not
-            a function of the ratio, or is listed under another name.
-        claim: the claim of a loss whose kind the derivation of claims does not know, of the divergence and options.
+        formula: the local weight, a function of sympy, the generator, `u` and the options; None if the weight is not a
+            function of the ratio, or is listed under another name.
+        claim: the claim, from the divergence and the options, if it cannot be derived from the kind of the loss.
     """
 
     build: _Build
@@ -97,7 +98,7 @@ def _ratio(function: Callable[[Divergence, Options], Callable[..., Any]]) -> _Bu
 
 
 def _loss(function: LogRatioFunction, formula: _Formula, descends: str | None = None) -> Entry:
-    """A function of the log-ratio, meant for the reverse KL, that is differentiated."""
+    """A differentiated function of the log-ratio, for the reverse KL."""
     return Entry(
         lambda d, o: Differentiated(function, o.get("clip_log_ratio"), o.get("importance")),
         frozenset({"importance", "clip_log_ratio"}),
@@ -110,7 +111,7 @@ def _loss(function: LogRatioFunction, formula: _Formula, descends: str | None = 
 
 
 def _reward(function: LogRatioFunction, formula: _Formula, descends: str | None = None) -> Entry:
-    """A function of the log-ratio, meant for the reverse KL, as a detached reward."""
+    """A function of the log-ratio as a detached reward, for the reverse KL."""
     return Entry(_ratio(lambda d, o: function), _RATIO, "T4", "reverse_kl", descends=descends, formula=formula)
 
 
@@ -180,7 +181,7 @@ ENTRIES: dict[str, Entry] = {
         descends="a density-power (Bregman) divergence",
         examples=({"alpha": 0.5},),
     ),
-    # No clip_log_ratio: it cannot change a sign.
+    # No clip_log_ratio: it does not change a sign.
     "sign": Entry(
         _ratio(lambda d, o: torch.sign),
         _SCORE,
@@ -230,12 +231,12 @@ ENTRIES: dict[str, Entry] = {
 
 
 def estimator_names() -> tuple[str, ...]:
-    """The names that `estimator` knows."""
+    """The names that `estimator` accepts."""
     return tuple(ENTRIES)
 
 
 def examples() -> Iterator[Estimator]:
-    """Every named estimator in the forms that its entry lists."""
+    """Every named estimator, with the options of each example in its entry."""
     for name, entry in ENTRIES.items():
         for options in entry.examples:
             yield estimator(name, **options)
@@ -269,9 +270,9 @@ def estimator(
     support: Support | None = None,
     **unknown: object,
 ) -> Estimator:
-    r"""An estimator of the distillation gradient by name: a callable `loss(rollouts)` that carries a claim.
+    r"""An estimator of the distillation gradient by name: a callable `loss(rollouts)` with a claim.
 
-    Every sampled-token form descends $-\sum_n A_n s_n$ with $s_n = \nabla\log p(y_n|h_n)$ and
+    Every estimator of the sampled token descends $-\sum_n A_n s_n$ with $s_n = \nabla\log p(y_n|h_n)$ and
     $u_n = q(y_n|h_n)/p(y_n|h_n)$:
 
     | name | advantage $A_n$, or loss | divergence |
@@ -292,27 +293,27 @@ def estimator(
 
     Args:
         name: one of `estimator_names()`.
-        divergence: a catalogue name or a `Divergence`, where the table says "any".
+        divergence: a catalogue name or a `Divergence`, if the table says "any".
         reduction: `token_sum` (the objectives of the theory), `token_mean` or `sequence_mean` (T11).
         baseline: `constant` (with `baseline_value`), `group_mean`, `leave_one_out` or `vocabulary` (T7).
         baseline_value: the constant, in the unit of the advantage.
-        zscore: centre and scale by the group's standard deviation plus `eps`, in place of a baseline.
-        eps: added to the standard deviation; 1e-6 by default.
-        importance: weight by $\rho = p/\mu$ of this `token`, of the `prefix` up to it or of the whole `sequence`, or
-            `ppo` for the clipped surrogate (T8). Exact only if $\mu$ gives probability to all that $p$ does.
-        clip_range: of `ppo`; 0.2 by default.
-        clip_log_ratio: clamp $\log u$ to $[-C, C]$ nats first.
-        clip_weight: clamp the advantage to $[a, b]$, before the baseline.
-        gamma: the discount of `return_to_go`, in [0, 1].
-        discounted: `return_to_go` with the outer $\gamma^{n-1}$ that makes it exact.
-        alpha: the order of `box_cox`; the power, positive, of `power`.
-        k: how many tokens.
-        support: whose `k` likeliest tokens, `teacher` (default) or `student`.
-        **unknown: refused by name.
+        zscore: whether to centre and scale by the group's standard deviation plus `eps`, instead of a baseline.
+        eps: added to the standard deviation (default: 1e-6).
+        importance: weight by $\rho = p/\mu$ of the `token`, of the `prefix` up to it or of the whole `sequence`, or
+            `ppo` for the clipped surrogate (T8). Exact only if $\mu$ gives probability to everything that $p$ does.
+        clip_range: clip range of `ppo` (default: 0.2).
+        clip_log_ratio: bound $C$; $\log u$ is clamped to $[-C, C]$ nats first.
+        clip_weight: interval to which the advantage is clamped, before the baseline.
+        gamma: discount of `return_to_go`, in [0, 1].
+        discounted: whether `return_to_go` has the outer $\gamma^{n-1}$ that makes it exact.
+        alpha: order of `box_cox`, or positive power of `power`.
+        k: number of tokens.
+        support: which of the two ranks the `k` likeliest tokens, `teacher` or `student` (default: `teacher`).
+        **unknown: any other option, which raises an error.
 
     Raises:
-        InvalidArgumentError: a `ValueError` naming an unknown name or option, an option that does not apply to this
-            estimator, one that is missing, or a value out of range.
+        InvalidArgumentError: the name or an option is unknown, an option does not apply to this estimator or is
+            missing, or a value is out of range.
 
     References:
         OPD+ 2606.01039; GRPO 2402.03300; PPO 1707.06347; PowerOPD 2606.17199; Schulman, *Approximating KL divergence*.
@@ -341,7 +342,7 @@ def estimator(
         "support": support,
     }
     for option in unknown:
-        raise InvalidArgumentError(option, f"is no option of estimator(){_nearest(option, ('reduction', *given))}")
+        raise InvalidArgumentError(option, f"is not an option of estimator(){_nearest(option, ('reduction', *given))}")
     _choice("reduction", reduction, REDUCTIONS)
     options = {key: value for key, value in given.items() if value is not None}
     _check_applicable(name, entry, options)
@@ -368,7 +369,7 @@ def _claim(entry: Entry, loss: TokenLoss, nominal: Divergence, reduction: str, o
 def _nominal(name: str, entry: Entry, divergence: str | Divergence | None, options: Options) -> Divergence:
     if entry.nominal is None:
         if divergence is None:
-            raise InvalidArgumentError("divergence", f"estimator {name!r} needs one, such as 'reverse_kl'")
+            raise InvalidArgumentError("divergence", f"must be given for estimator {name!r}, such as 'reverse_kl'")
         return divergence_of(divergence)
     if divergence is not None:
         raise InvalidArgumentError("divergence", f"does not apply to estimator {name!r}, which is for {entry.nominal}")
@@ -382,18 +383,20 @@ def _check_applicable(name: str, entry: Entry, options: Options) -> None:
             raise InvalidArgumentError(option, f"does not apply to estimator {name!r}, which takes {takes}")
     for option in entry.required:
         if option not in options:
-            raise InvalidArgumentError(option, f"estimator {name!r} needs it")
+            raise InvalidArgumentError(option, f"must be given for estimator {name!r}")
     for option, allowed in (("importance", entry.importance), ("baseline", entry.baseline)):
         if option in options:
             _choice(option, options[option], allowed, f" for estimator {name!r}")
     _check_together(options, "baseline_value", "baseline", "constant")
     _check_together(options, "clip_range", "importance", "ppo")
     if options.get("baseline") == "constant" and "baseline_value" not in options:
-        raise InvalidArgumentError("baseline_value", "baseline='constant' needs it")
+        raise InvalidArgumentError("baseline_value", "must be given for baseline='constant'")
     if "eps" in options and "zscore" not in options:
         raise InvalidArgumentError("eps", "applies to zscore=True only")
     if "zscore" in options and "baseline" in options:
-        raise InvalidArgumentError("zscore", f"centres by the group mean itself; drop baseline={options['baseline']!r}")
+        raise InvalidArgumentError(
+            "zscore", f"subtracts the group mean itself and takes no baseline, got baseline={options['baseline']!r}"
+        )
 
 
 def _check_together(options: Options, option: str, other: str, value: str) -> None:
@@ -404,49 +407,48 @@ def _check_together(options: Options, option: str, other: str, value: str) -> No
 def _checked(name: str, option: str, value: object) -> object:
     if option in ("zscore", "discounted"):
         if not isinstance(value, bool):
-            raise InvalidArgumentError(option, f"got {value!r}; True or False is needed")
+            raise InvalidArgumentError(option, f"must be True or False, got {value!r}")
         return value
     if option == "support":
         return _choice(option, value, ("teacher", "student"))
     if option == "k":
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InvalidArgumentError("k", f"got {value!r}; a positive whole number of tokens is needed")
+        check_integer("k", value)
         return value
     if option == "clip_weight":
         return _interval(option, value)
     if option in ("baseline_value", "alpha", "gamma", "eps", "clip_range", "clip_log_ratio"):
         number = _finite(option, value)
-        if option == "gamma" and not 0 <= number <= 1:
-            raise InvalidArgumentError(option, f"got {number:g}; a discount in [0, 1] is needed")
-        if (option in ("eps", "clip_range", "clip_log_ratio") or (option, name) == ("alpha", "power")) and number <= 0:
-            raise InvalidArgumentError(option, f"got {number:g}; a positive number is needed")
+        if option == "gamma":
+            check_discount(number)
+        if option in ("eps", "clip_range", "clip_log_ratio") or (option, name) == ("alpha", "power"):
+            check_between(option, number)
         return number
     return value
 
 
 def _finite(option: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-        raise InvalidArgumentError(option, f"got {value!r}; a finite number is needed")
+        raise InvalidArgumentError(option, f"must be a finite number, got {value!r}")
     return float(value)
 
 
 def _interval(option: str, value: object) -> tuple[float, float]:
     if not isinstance(value, (tuple, list)) or len(value) != 2:
-        raise InvalidArgumentError(option, f"got {value!r}; a pair (low, high) is needed")
+        raise InvalidArgumentError(option, f"must be a pair (low, high), got {value!r}")
     low, high = _finite(option, value[0]), _finite(option, value[1])
     if low >= high:
-        raise InvalidArgumentError(option, f"got ({low:g}, {high:g}); low must be below high")
+        raise InvalidArgumentError(option, f"must have low below high, got ({low:g}, {high:g})")
     return low, high
 
 
 def _choice(argument: str, value: object, allowed: Iterable[str], where: str = "") -> str:
     allowed = tuple(allowed)
     if not isinstance(value, str) or value not in allowed:
-        known = ", ".join(allowed)
-        raise InvalidArgumentError(argument, f"got {value!r}{_nearest(value, allowed)}; known{where}: {known}")
+        wanted = f"must be one of {', '.join(allowed)}{where}"
+        raise InvalidArgumentError(argument, f"{wanted}, got {value!r}{_nearest(value, allowed)}")
     return value
 
 
 def _nearest(value: object, known: Iterable[str]) -> str:
     found = difflib.get_close_matches(str(value), list(known), n=1)
-    return f", did you mean {found[0]!r}?" if found else ""
+    return f"; did you mean {found[0]!r}?" if found else ""

@@ -14,7 +14,7 @@ __all__ = ["Importance", "importance_weight", "ppo_surrogate", "prefix_weight", 
 
 
 def importance_weight(rollouts: Rollouts, kind: Importance) -> Float[Tensor, "B T"]:
-    r"""The detached weight of each token, with $\rho_n = p(y_n|h_n) / \mu(y_n|h_n)$ and 1 at masked positions.
+    r"""The detached weight of each token, from $\rho_n = p(y_n|h_n) / \mu(y_n|h_n)$, which is 1 at masked positions.
 
     `token`: $\rho_n$; `prefix`: $\prod_{m \le n} \rho_m$; `sequence`: $\prod_m \rho_m$ over the whole rollout.
     """
@@ -27,14 +27,14 @@ def importance_weight(rollouts: Rollouts, kind: Importance) -> Float[Tensor, "B 
 
 
 def prefix_weight(rollouts: Rollouts) -> Float[Tensor, "B T"]:
-    r"""The detached weight of each *history*, $\prod_{m < n} \rho_m$: for losses that sum over the next token."""
+    r"""The detached weight of each *history*, $\prod_{m < n} \rho_m$, for losses that sum over the next token."""
     log_ratio = _log_ratio(rollouts).detach()
     before = torch.cat([torch.zeros_like(log_ratio[:, :1]), log_ratio[:, :-1]], dim=-1)
     return before.cumsum(-1).exp()
 
 
 def weighted(values: Float[Tensor, "B T"], weight: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """The product, with zero where the weight is zero even if the value is infinite: p = 0 < mu contributes nothing."""
+    """The product, which is zero where the weight is zero even if the value is infinite: p = 0 < mu adds nothing."""
     impossible = weight == 0
     return torch.where(impossible, torch.zeros_like(values), weight * values.masked_fill(impossible, 0.0))
 
@@ -42,7 +42,7 @@ def weighted(values: Float[Tensor, "B T"], weight: Float[Tensor, "B T"]) -> Floa
 def ppo_surrogate(advantages: Float[Tensor, "B T"], rollouts: Rollouts, clip_range: float) -> Float[Tensor, "B T"]:
     r"""PPO's loss of each token, $-\min(\rho A,\ \mathrm{clip}(\rho, 1-\epsilon, 1+\epsilon) A)$ (1707.06347).
 
-    $\rho$ is differentiated; where $p = \mu$ the gradient is $-A\, s$, elsewhere clipping makes it biased (T8).
+    $\rho$ is differentiated. The gradient is $-A\, s$ where $p = \mu$; elsewhere, clipping biases it (T8).
     """
     ratio = _log_ratio(rollouts).exp()
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)

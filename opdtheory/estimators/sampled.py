@@ -59,12 +59,12 @@ def k3(log_u: Tensor) -> Tensor:
 
 
 def k1_reward(log_u: Tensor) -> Tensor:
-    r"""The advantage $-k_1 = \log u$: correct for the reverse KL (T4)."""
+    r"""The advantage $-k_1 = \log u$: exact for the reverse KL (T4)."""
     return log_u
 
 
 def k2_reward(log_u: Tensor) -> Tensor:
-    r"""The advantage $-k_2 = -\frac12 \log^2 u$: not monotone, hence no f-divergence (T4)."""
+    r"""The advantage $-k_2 = -\frac12 \log^2 u$: not monotone, so it follows no f-divergence (T4)."""
     return -k2(log_u)
 
 
@@ -75,7 +75,7 @@ def k3_reward(log_u: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class StopGradientReward:
-    r"""The advantage $-f(u)$ of plain OPD, whose gradient leaves the outer $p$ out (T2)."""
+    r"""The advantage $-f(u)$ of plain OPD, whose gradient omits the ratio's own dependence on $p$ (T2)."""
 
     divergence: Divergence
 
@@ -108,7 +108,7 @@ class BoxCox:
 
 @runtime_checkable
 class TokenAdvantage(Protocol):
-    """An advantage that depends on the two probabilities of one token alone, so that it extends to the vocabulary."""
+    """An advantage of the two probabilities of one token, which therefore extends to the vocabulary."""
 
     def __call__(self, rollouts: Rollouts) -> Tensor:
         """The advantage of each sampled token, `(B, T)`."""
@@ -121,7 +121,7 @@ class TokenAdvantage(Protocol):
 
 @dataclass(frozen=True)
 class RatioAdvantage:
-    r"""The advantage $A_n = a(\mathrm{clamp}(\log u_n, -C, C))$, a function of the ratio alone."""
+    r"""The advantage $A_n = a(\mathrm{clamp}(\log u_n, -C, C))$, a function of the ratio only."""
 
     function: LogRatioFunction
     clip_log_ratio: float | None = None
@@ -163,8 +163,8 @@ class ReturnToGo:
 
     $$A_n = w_f(u_n) - \sum_{m>n} \gamma^{m-n} f(u_m)$$
 
-    over the unmasked later tokens; distances count columns. `discounted` multiplies it by $\gamma^{n-1}$, which makes
-    it the exact gradient of `token_return`; without it, and for $0<\gamma<1$, it is the gradient of no objective.
+    The sum is over unmasked later tokens, and distances count columns. `discounted` multiplies it by $\gamma^{n-1}$,
+    which makes it exact for `token_return`; without it, for $0<\gamma<1$, it is the gradient of no objective.
     """
 
     divergence: Divergence
@@ -216,11 +216,11 @@ class SequenceWeight:
 class ScoreFunction:
     r"""The score-function loss of each token, $\ell_n = -\rho_n\, \mathrm{sg}(A_n - b_n) \log p(y_n|h_n)$.
 
-    Tokens that the student itself cannot write contribute nothing.
-    The order is: advantage, clamp to `clip_weight`, baseline, z-score, importance weight.
+    Tokens of student probability zero add nothing. The order of the steps is: advantage, clamp to `clip_weight`,
+    baseline, z-score, importance weight.
 
     Raises:
-        InvalidArgumentError: when called with one rollout and a group baseline or a z-score.
+        InvalidArgumentError: called with one rollout and a group baseline or a z-score.
     """
 
     advantage: Advantage
@@ -244,7 +244,7 @@ class ScoreFunction:
 
     @torch.no_grad()
     def advantages(self, rollouts: Rollouts) -> Float[Tensor, "B T"]:
-        """The detached advantages after clamp, baseline and z-score, before importance weights; zero where masked."""
+        """The detached advantages after clamp, baseline and z-score, without importance weights; zero where masked."""
         advantages = self._clamped(self.advantage(rollouts))
         if self.zscore or self.baseline in ("group_mean", "leave_one_out"):
             self._check_group(rollouts)
@@ -265,7 +265,7 @@ class ScoreFunction:
 
     def _clamped_at(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         if not isinstance(self.advantage, TokenAdvantage):
-            raise InvalidArgumentError("baseline", "'vocabulary' needs an advantage that depends on one token alone")
+            raise InvalidArgumentError("baseline", "'vocabulary' needs an advantage that depends on one token only")
         return self._clamped(self.advantage.at(log_p, log_q))
 
     def _check_group(self, rollouts: Rollouts) -> None:
@@ -276,9 +276,9 @@ class ScoreFunction:
 
 @dataclass(frozen=True)
 class Differentiated:
-    r"""A per-token loss $\ell_n = \rho_n\, \kappa(\log u_n)$ differentiated through the student's log-probability.
+    r"""The loss of each token $\ell_n = \rho_n\, \kappa(\log u_n)$, differentiated in the student's log-probability.
 
-    Its local weight is $\kappa'$ (T4). Outside `clip_log_ratio` the clamp leaves no gradient.
+    Its local weight is $\kappa'$ (T4). Outside `clip_log_ratio` there is no gradient.
     """
 
     function: LogRatioFunction
@@ -294,7 +294,7 @@ class Differentiated:
 
 
 def _possible(rollouts: Rollouts) -> Tensor:
-    """Whether a token counts; one that the student cannot write (off-policy, log p = -inf) has no score."""
+    """Whether a token counts: it is unmasked, and the student can write it (off-policy, log p may be -inf)."""
     return (rollouts.mask > 0) & (rollouts.student_logprobs > -torch.inf)
 
 

@@ -27,10 +27,10 @@ _LARGEST_LOG_U = 700.0  # beyond, u itself overflows
 def perspective(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> Tensor:
     r"""The term $p f(q/p)$ of each token, differentiable in `log_p`, with T10's conventions at zero probability.
 
-    $p = 0 < q$ gives $f'(\infty)\, q$ and $p > 0 = q$ gives $p f(0)$; both zero give 0. A term that is infinite has the
-    value inf and no gradient, as has one whose $f(u)$ overflows, beyond $u = 10^{154}$ for $\chi^2$. Where $u$ is so
-    large that $p$ may underflow, the term is $q \cdot f(u)/u$. Narrow dtypes
-    are evaluated in float64 and rounded once: $f(u)$ alone leaves float16 where $p f(u)$ does not.
+    $p = 0 < q$ gives $f'(\infty)\, q$, $p > 0 = q$ gives $p f(0)$, and both zero give 0. An infinite term has the value
+    inf and no gradient, and so has one whose $f(u)$ overflows, beyond $u = 10^{154}$ for $\chi^2$. If $u$ is so large
+    that $p$ may underflow, the term is computed as $q \cdot f(u)/u$. Narrow dtypes are evaluated in float64 and rounded
+    once: $f(u)$ may overflow float16 where $p f(u)$ does not.
 
     Args:
         divergence: the generator $f$.
@@ -59,7 +59,7 @@ def perspective(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def _is_plain(log_p: Tensor, log_q: Tensor) -> bool:
-    """Whether no probability is zero and no ratio is far from one, as nearly always."""
+    """Whether no probability is zero and no ratio is far from one, the usual case."""
     return log_p.numel() > 0 and float((log_q - log_p).abs().max()) < _FARTHEST_LOG_U
 
 
@@ -67,8 +67,9 @@ def _is_plain(log_p: Tensor, log_q: Tensor) -> bool:
 class TopK:
     r"""The divergence on the `k` likeliest tokens $S$ of the teacher or the student, with $S$ held fixed (T9).
 
-    `truncated`: $\sum_S p f(q/p)$; `renormalised`: $D_f$ of the two distributions conditioned on $S$; `tail`: $D_f$ of the distributions
-    on $S$ and one bucket for the rest. `k` at least the vocabulary's size gives the whole divergence.
+    `truncated`: $\sum_S p f(q/p)$; `renormalised`: $D_f$ of the two distributions conditioned on $S$; `tail`: $D_f$ of
+    the two distributions on $S$ and one bucket for the rest. `k` of the vocabulary's size or more gives the whole
+    divergence.
     """
 
     k: int
@@ -76,7 +77,7 @@ class TopK:
     support: Support = "teacher"
 
     def coarse(self, log_p: Float[Tensor, "B T V"], log_q: Float[Tensor, "B T V"]) -> tuple[Tensor, Tensor]:
-        """The log-probabilities that the divergence is taken of, each `(B, T, K)`."""
+        """The log-probabilities that enter the divergence, each `(B, T, K)`."""
         if self.k >= log_p.shape[-1]:
             return log_p, log_q
         chosen = (log_q if self.support == "teacher" else log_p.detach()).topk(self.k, dim=-1).indices
@@ -89,9 +90,11 @@ class TopK:
         if self.form == "tail":
             rest = log_p.scatter(-1, chosen, -torch.inf)
             return torch.cat([kept, _log_sum_exp(rest)], dim=-1)
-        # Under vmap values cannot be looked at: such a row is NaN there, and `rollout_gradients` refuses it.
+        # Under vmap values cannot be inspected: such a row becomes NaN, which `rollout_gradients` refuses.
         if not transforms_active() and bool((kept == -torch.inf).all(-1).any()):
-            raise InvalidArgumentError("support", f"the {whose} gives all {self.k} chosen tokens probability zero")
+            raise InvalidArgumentError(
+                "support", f"must hold a token that the {whose} can write, got {self.k} of probability zero"
+            )
         return torch.log_softmax(kept, dim=-1)
 
 
@@ -99,10 +102,10 @@ class TopK:
 class VocabularyLoss:
     r"""The loss $\ell_n = \sum_a p(a|h_n) f(q(a|h_n)/p(a|h_n))$ of each history, by autograd (T12).
 
-    The value means something: it is $D_f$ at the sampled history, in nats. With `importance="prefix"` it is weighted by
-    $\prod_{m<n} p/\mu$, which makes the sum over histories exact off-policy. If the true value is infinite, so is this
-    one (see `perspective`). Logits of a narrow dtype are taken to float64 first, and the value of a history is rounded
-    once: in bfloat16 a log-probability of -20 is off by 6 %, and so would be its token's part.
+    The value is $D_f$ at the sampled history, in nats; it is infinite if the true one is (see `perspective`). With
+    `importance="prefix"` it is weighted by $\prod_{m<n} p/\mu$, which makes the sum over histories exact off-policy.
+    Logits of a narrow dtype are converted to float64 first, and the value of a history is rounded once: in bfloat16, a
+    log-probability of -20 is off by 6 %, and so would be the term of its token.
     """
 
     divergence: Divergence
@@ -132,7 +135,7 @@ class TopKReward:
 
 
 def _generator_over_u(divergence: Divergence, log_u: Tensor) -> Tensor:
-    """f(u)/u, continued linearly in log u where u overflows (exact for the forward KL); inf where f(u) is too large."""
+    """f(u)/u, continued linearly in log u where u overflows (exact for the forward KL); inf where f(u) overflows."""
     near = log_u.clamp(max=_LARGEST_LOG_U)
     overflows = torch.isinf(divergence.generator(near).detach())
     near = torch.where(overflows, 0.0, near)
@@ -143,12 +146,12 @@ def _generator_over_u(divergence: Divergence, log_u: Tensor) -> Tensor:
 
 def _boundary(where: Tensor, log_mass: Tensor, limit: float) -> Tensor:
     mass = torch.where(where, log_mass, torch.full_like(log_mass, -torch.inf)).exp()
-    # 0 * inf must be 0, and an infinite term can have no gradient.
+    # 0 * inf must be 0, and an infinite term has no gradient.
     return mass * limit if math.isfinite(limit) else torch.zeros_like(mass).masked_fill(where, limit)
 
 
 def _log_sum_exp(log_p: Tensor) -> Tensor:
-    """Over the last axis, kept; -inf with zero gradient, not NaN, where every entry is -inf."""
+    """The log-sum-exp over the last axis, kept; -inf with zero gradient, not NaN, where every entry is -inf."""
     empty = (log_p == -torch.inf).all(-1, keepdim=True)
     total = torch.logsumexp(torch.where(empty, torch.zeros_like(log_p), log_p), dim=-1, keepdim=True)
     return total.masked_fill(empty, -torch.inf)

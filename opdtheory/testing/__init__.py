@@ -1,6 +1,6 @@
-"""For the tests of a project that writes losses: assertions, the mark of the pytest plugin, hypothesis strategies.
+"""Test tools for projects with losses of their own: assertions, the mark of the pytest plugin, hypothesis strategies.
 
-The assertions need nothing beyond opdtheory and load torch at their first use; the strategies need hypothesis.
+The assertions need only opdtheory and import torch at their first use; the strategies need hypothesis.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from opdtheory.testing.strategies import policy_pairs as policy_pairs
     from opdtheory.testing.strategies import rollouts as rollouts
 
-# The pytest plugin lives in this package and must load in milliseconds, so nothing here imports torch by itself.
+# The pytest plugin is in this package and must load in milliseconds, so nothing here imports torch eagerly.
 _HOMES = {
     "assert_claim": "assertions",
     "assert_minimises": "assertions",
@@ -35,19 +35,7 @@ _HOMES = {
     "rollouts": "strategies",
 }
 
-__all__ = [
-    "assert_claim",
-    "assert_minimises",
-    "assert_same_gradient",
-    "assert_unbiased",
-    "claim_settings",
-    "divergences",
-    "gradient_gap",
-    "opd_loss",
-    "policies",
-    "policy_pairs",
-    "rollouts",
-]
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Assertions about losses: what one minimises, whether two agree, whether an estimator keeps its claim.
+"""Assertions about losses: what a loss minimises, whether two agree, whether an estimator keeps its claim.
 
 They need no test framework.
 """
@@ -30,7 +30,7 @@ __all__ = [
     "gradient_gap",
 ]
 
-# Noise on the sampling policy's logits where a claim does not ask for on-policy rollouts.
+# Noise on the logits of the sampling policy if a claim allows off-policy rollouts.
 _OFF_POLICY = 0.3
 
 
@@ -46,17 +46,17 @@ def assert_unbiased(
 
     Args:
         loss: a function `loss(rollouts) -> scalar tensor`.
-        objective: the divergence it should minimise, an object or a catalogue name.
+        objective: the divergence that it should minimise, an object or a catalogue name.
         granularity: `token_local`, `token_return` or `sequence`.
         up_to_scale: whether a constant positive factor is allowed.
-        **audit_settings: as of `opdtheory.audit`: `batch_size`, `eos`, `off_policy`, `gamma`, `seed`, `name`. With
-            `eos=0` rollouts may end early; the default asks about fixed lengths.
+        **audit_settings: arguments of `opdtheory.audit`, such as `batch_size`, `eos`, `off_policy`, `gamma`, `seed` and
+            `name`. With `eos=0` rollouts may end early; by default their length is fixed.
 
     Returns:
-        The audit that found it so.
+        The audit.
 
     Raises:
-        AssertionError: it is not; the message is the audit.
+        AssertionError: the loss is biased; the message includes the audit.
         InvalidArgumentError: as `opdtheory.audit`.
         LossError: as `opdtheory.audit`.
 
@@ -81,20 +81,20 @@ def assert_minimises(
 ) -> Audit:
     r"""Assert that a loss's expected gradient is a positive multiple of the exact one, $E[\nabla\ell] = c\,\nabla J$.
 
-    One multiple $c > 0$ must serve every pair of policies. An optimiser that adapts its steps, such as Adam,
-    treats such a loss and the exact one alike.
+    The multiple $c > 0$ must be the same for every pair of policies. An optimiser with adaptive steps, such as Adam,
+    treats such a loss like the exact one.
 
     Args:
         loss: a function `loss(rollouts) -> scalar tensor`.
-        divergence: what it should minimise, an object or a catalogue name.
+        divergence: the divergence that it should minimise, an object or a catalogue name.
         granularity: `token_local`, `token_return` or `sequence`.
-        **audit_settings: as of `assert_unbiased`.
+        **audit_settings: as in `assert_unbiased`.
 
     Returns:
-        The audit that found it so; `.scale` is $c$.
+        The audit; its `.scale` is $c$.
 
     Raises:
-        AssertionError: it is not; the message has the numbers and the audit.
+        AssertionError: the loss does not minimise it; the message includes the numbers and the audit.
         InvalidArgumentError: as `opdtheory.audit`.
         LossError: as `opdtheory.audit`.
 
@@ -129,18 +129,18 @@ def assert_same_gradient(
 ) -> float:
     r"""Assert that two losses have the same expected gradient, $\|E g_1 - E g_2\| \le \epsilon \max_i \|E g_i\|$.
 
-    Their values and their variances may differ. Gradients are compared pair by pair on the audit's panel; two that
-    are both rounding against their own noise count as equal.
+    Their values and variances may differ. Gradients are compared pair by pair on the audit's panel; two that are both
+    rounding, relative to their own noise, count as equal.
 
     Args:
         first: a function `loss(rollouts) -> scalar tensor`.
-        second: another.
-        tolerance: the relative difference allowed; by default 1e-9, or 1e-4 for float32 and 2e-2 below.
-        batch_size: rollouts that a loss sees at once.
-        eos: the token that ends a rollout early; None for fixed length.
-        off_policy: standard deviation of the noise on the logits of the policy that samples.
-        seed: of the panel.
-        prompts: number of prompts that rollouts may have.
+        second: another one.
+        tolerance: largest relative difference (default: 1e-9, 1e-4 for float32, 2e-2 for narrower dtypes).
+        batch_size: number of rollouts that a loss sees at once.
+        eos: the token that ends a rollout early; None for a fixed length.
+        off_policy: standard deviation of the noise on the logits of the sampling policy.
+        seed: seed of the panel.
+        prompts: number of prompts.
         environment: positions of the response, counted from 0, that an environment writes.
         shared_prompt: whether the rollouts of a batch answer one prompt.
 
@@ -148,10 +148,10 @@ def assert_same_gradient(
         The largest relative difference over the panel.
 
     Raises:
-        AssertionError: they differ; the message lists the pairs.
-        InvalidArgumentError: a negative tolerance, or a setting out of range.
+        AssertionError: the gradients differ; the message lists the pairs.
+        InvalidArgumentError: the tolerance is negative, or a setting is out of range.
         LossError: as `opdtheory.audit`.
-        BudgetExceededError: the batch size is too large to enumerate.
+        BudgetExceededError: batches of this size are too many to enumerate.
 
     Example:
         >>> def k2(rollouts):
@@ -182,21 +182,21 @@ def assert_same_gradient(
 
 
 def assert_claim(estimator: Estimator, *, seed: int = 0) -> Audit:
-    """Assert that an audit finds what an estimator claims: the verdict, and the divergence that it descends instead.
+    """Assert that an audit finds what an estimator claims: its verdict, and the divergence that it descends instead.
 
-    The audit's settings are the widest that the claim's assumptions leave (`claim_settings`), so a declared bias
-    must be there, and an exactness must survive what the claim does not exclude.
+    The settings of the audit are the widest that the claim's assumptions allow (`claim_settings`), so a declared bias
+    must show, and an exact loss must be exact wherever the claim says so.
 
     Args:
         estimator: a loss with a claim.
-        seed: of the audit's panel.
+        seed: seed of the audit's panel.
 
     Returns:
         The audit.
 
     Raises:
-        AssertionError: claim and audit differ; the message is the audit.
-        InvalidArgumentError: an assumption that the audit's policies do not meet, such as a larger vocabulary.
+        AssertionError: claim and audit differ; the message includes the audit.
+        InvalidArgumentError: the audit's policies do not meet an assumption, such as a larger vocabulary.
 
     Example:
         >>> from opdtheory.estimators import estimator
@@ -222,10 +222,10 @@ def assert_claim(estimator: Estimator, *, seed: int = 0) -> Audit:
 
 
 def claim_settings(claim: Claim) -> dict[str, Any]:
-    """The settings of an audit under which a claim's assumptions hold, and as little else as possible.
+    """The widest settings of an audit under which the assumptions of a claim hold.
 
-    Rollouts vary in length unless the claim asks for a fixed one, and come from another policy than the student
-    unless it asks for on-policy ones.
+    Rollouts vary in length unless the claim assumes a fixed one, and another policy than the student samples unless the
+    claim assumes on-policy rollouts.
     """
     scenario = _scenario_of(claim)
     names = ("batch_size", "eos", "off_policy")
@@ -247,14 +247,14 @@ def gradient_gap(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
 
     Args:
         actual: tensors of any shapes, such as a gradient by level.
-        expected: the same number of tensors of the same shapes.
+        expected: as many tensors of the same shapes.
 
     Raises:
         InvalidArgumentError: the lists differ in length or in a shape.
     """
     shapes = [[tuple(level.shape) for level in levels] for levels in (actual, expected)]
     if shapes[0] != shapes[1]:
-        raise InvalidArgumentError("actual", f"has shapes {shapes[0]}, expected has {shapes[1]}")
+        raise InvalidArgumentError("actual", f"must have shapes {shapes[1]}, got {shapes[0]}")
     if not shapes[0]:
         return 0.0
     size = max(1.0, *(float(e.detach().abs().max()) for e in expected))
@@ -271,20 +271,20 @@ def _gap(first: GradientMoments, second: GradientMoments) -> tuple[float, tuple[
 
 
 def _check_met(claim: Claim, scenario: Scenario) -> None:
-    """Raise for a claim that the audit's policies say nothing about."""
+    """Raise if the audit's policies do not meet the assumptions of a claim."""
     cases, given = scenario.pairs(), claim.assumptions
     largest_ratio = max(_largest_log_ratio(case.student, case.teacher) for case in cases)
     vocabulary = max(case.student.vocab_size for case in cases)
     if given.log_ratio_beyond is not None and given.log_ratio_beyond >= largest_ratio:
         raise InvalidArgumentError(
             "estimator",
-            f"claims something given that log-ratios beyond {given.log_ratio_beyond:g} occur; the audit's log-ratios "
-            f"end at {largest_ratio:.3g}",
+            f"must not assume that log-ratios beyond {given.log_ratio_beyond:g} occur; the audit's log-ratios end at "
+            f"{largest_ratio:.3g}",
         )
     if given.vocabulary_above is not None and given.vocabulary_above >= vocabulary:
         raise InvalidArgumentError(
             "estimator",
-            f"claims something given a vocabulary above {given.vocabulary_above}; the audit's policies have "
+            f"must not assume a vocabulary above {given.vocabulary_above}; the audit's policies have "
             f"{vocabulary} tokens",
         )
 
@@ -296,7 +296,7 @@ def _largest_log_ratio(student: TabularPolicy, teacher: TabularPolicy) -> float:
 
 
 def _catalogue_entry(label: str | None) -> Divergence | None:
-    """The divergence of a label such as `skew_jsd(beta=0.1)`; None for words."""
+    """The divergence with a label such as `skew_jsd(beta=0.1)`; None for other words."""
     try:
         return None if label is None else as_divergence(label)
     except ValueError:

@@ -1,6 +1,6 @@
-"""`opd_loss`: say beside a loss what it is meant to minimise, for `pytest --opd-audit` to check.
+"""`opd_loss`: a mark that says what a loss should minimise, for `pytest --opd-audit` to check.
 
-Nothing here imports torch, so that a trainer's module may carry the mark at no cost.
+Nothing here imports torch, so a trainer's module can use the mark at no cost.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class LossClaim:
     """One `opd_loss` mark.
 
     Attributes:
-        claims: the divergence that the loss is meant to minimise, an object or a catalogue name.
+        claims: the divergence that the loss should minimise, an object or a catalogue name.
         granularity: `token_local`, `token_return` or `sequence`.
-        verdict: what the audit is to find.
-        settings: the other arguments of `opdtheory.audit`.
+        verdict: the verdict that the audit should find.
+        settings: other arguments of `opdtheory.audit`.
     """
 
     claims: str | Divergence
@@ -45,26 +45,26 @@ class LossClaim:
         return "-".join([name, self.granularity, *(f"{key}={value}" for key, value in sorted(self.settings.items()))])
 
     def is_met_by(self, verdict: str) -> bool:
-        """Whether a verdict is the one asked for; `exact` is one of `exact_up_to_scale`, with the scale one."""
+        """Whether a verdict is the claimed one; `exact` also meets `exact_up_to_scale`."""
         return verdict == self.verdict or (self.verdict == "exact_up_to_scale" and verdict == "exact")
 
 
 def opd_loss(
     claims: str | Divergence, granularity: str = "token_local", verdict: str = "exact", **settings: Any
 ) -> Callable[[F], F]:
-    """Mark a function `loss(rollouts) -> scalar` with what it is meant to minimise; `pytest --opd-audit` audits it.
+    """Mark a function `loss(rollouts) -> scalar` with what it should minimise, for `pytest --opd-audit` to audit.
 
-    The function itself is returned unchanged. Several marks on one function are several audits.
+    The function itself is returned unchanged. A function with several marks is audited once for each.
 
     Args:
-        claims: the divergence that the loss is meant to minimise, an object or a catalogue name.
+        claims: the divergence that the loss should minimise, an object or a catalogue name.
         granularity: `token_local`, `token_return` or `sequence`.
-        verdict: what the audit is to find: `exact`; `exact_up_to_scale`, which `exact` meets too; or, of a loss
-            that is known to do something else, `other_objective`, `zero` or `biased`.
+        verdict: the verdict that the audit should find: `exact`; `exact_up_to_scale`, which `exact` meets too; or, for
+            a loss that is known to do something else, `other_objective`, `zero` or `biased`.
         **settings: other arguments of `opdtheory.audit`: `batch_size`, `eos`, `off_policy`, `gamma`, `seed`, `name`.
 
     Raises:
-        InvalidArgumentError: an unknown granularity or verdict, or something that cannot carry a mark.
+        InvalidArgumentError: the granularity or verdict is unknown, or the marked object cannot carry a mark.
 
     Example:
         >>> @opd_loss(claims="reverse_kl")
@@ -84,11 +84,12 @@ def opd_loss(
 
     def mark(loss: F) -> F:
         try:
-            # The decorator nearest to the function runs first, and the topmost is read first.
+            # The decorator nearest to the function runs first, but the topmost one is listed first.
             setattr(loss, _ATTRIBUTE, (claim, *claims_of(loss)))
         except AttributeError:
             raise InvalidArgumentError(
-                "loss", f"is a {type(loss).__name__}, which takes no attribute; mark a function that calls it"
+                "loss",
+                f"must be an object that takes attributes, got {type(loss).__name__}; mark a function that calls it",
             ) from None
         return loss
 
@@ -96,7 +97,7 @@ def opd_loss(
 
 
 def claims_of(loss: object) -> tuple[LossClaim, ...]:
-    """The marks that a function carries, topmost first; none of anything else."""
-    # Of the object's own: an object that answers to every name, such as a mock, carries no mark.
+    """The marks of a function, the topmost first; anything else has none."""
+    # From the object's own dictionary: a mock, which answers to every name, has no mark.
     found = getattr(loss, "__dict__", {}).get(_ATTRIBUTE, ()) if not isinstance(loss, type) else ()
     return found if isinstance(found, tuple) else ()

@@ -28,19 +28,19 @@ __all__ = ["divergences", "policies", "policy_pairs", "rollouts"]
 Size: TypeAlias = int | tuple[int, int]
 Draw: TypeAlias = Callable[..., Any]  # hypothesis' own protocol cannot be checked at run time
 
-# Logits are drawn one by one, which shrinks best, up to this many; beyond it, a seed is drawn.
+# Up to this many logits are drawn one by one, which shrinks best; for more, a seed is drawn.
 _DRAWN_LOGITS = 96
 
-# Logits this many nats apart leave the other tokens of a row a probability of about 1e-13.
+# A logit this many nats above the others leaves them a probability of about 1e-13.
 _SHARP = 30.0
 
 
 def divergences(*, families: bool = True, smooth: bool = False) -> st.SearchStrategy[Divergence]:
-    """Every entry of the catalogue, families with a drawn parameter; shrinks to `reverse_kl`.
+    """Catalogue entries, families with a drawn parameter; shrinks to `reverse_kl`.
 
     Args:
         families: whether to draw `skew_jsd`, `alpha` and the skew KLs too.
-        smooth: whether to leave out generators with a kink, such as that of `total_variation`.
+        smooth: whether to exclude generators with a kink, such as that of `total_variation`.
     """
     kept = [each for each in entries() if families or isinstance(each, Divergence)]
     kept = [each for each in kept if not (smooth and _kinked(each))]
@@ -61,14 +61,14 @@ def policies(
 
     Args:
         draw: given by hypothesis.
-        vocab_size: number of tokens, or the ends of an interval of them.
-        horizon: length cap, likewise.
+        vocab_size: number of tokens, or the smallest and the largest.
+        horizon: largest length, likewise.
         eos: a token that ends a sequence, None for fixed lengths, or "any" for None or token 0.
-        zeros: number of tokens, the last ones, of zero probability everywhere; at most `vocab_size - 1`.
+        zeros: number of tokens, the last ones, with probability zero everywhere, likewise; at most `vocab_size - 1`.
         sharp: whether some rows may be nearly deterministic.
 
     Raises:
-        InvalidArgumentError: a size is below one or an interval is empty.
+        InvalidArgumentError: a size is below one, or an interval is empty.
     """
     size, length, end, absent = _dimensions(draw, vocab_size, horizon, eos, zeros)
     return TabularPolicy(_tables(draw, size, length, absent, sharp), eos=end)
@@ -86,8 +86,8 @@ def policy_pairs(
 ) -> tuple[TabularPolicy, TabularPolicy]:
     r"""A student and a teacher over the same sequences; shrinks to two equal uniform bandits.
 
-    The teacher's logits are the student's plus noise in $[-2, 2]$ times one of 1, 1e-2 and 1e-5: far, near
-    or nearly equal. Tokens of zero probability are shared.
+    The teacher's logits are the student's plus noise in $[-2, 2]$ times 1, 1e-2 or 1e-5: far, near or nearly equal.
+    Both give probability zero to the same tokens.
 
     Args:
         draw: given by hypothesis.
@@ -99,7 +99,7 @@ def policy_pairs(
         distinct: whether to exclude pairs with a row in which the two agree.
 
     Raises:
-        InvalidArgumentError: as `policies`; or `distinct` with fewer than two tokens of positive probability.
+        InvalidArgumentError: as `policies`, or `distinct` with fewer than two tokens of positive probability.
     """
     size, length, end, absent = _dimensions(draw, vocab_size, horizon, eos, zeros)
     student = _tables(draw, size, length, absent, sharp)
@@ -107,9 +107,9 @@ def policy_pairs(
     noise = _tables(draw, size, length, 0, False)
     if distinct:
         if size - absent < 2:
-            raise InvalidArgumentError("distinct", "one token of positive probability leaves no two distinct rows")
+            raise InvalidArgumentError("distinct", "must have two tokens of positive probability, got one")
         for level in noise:
-            # One token is moved away from its neighbour wherever the noise came out flat.
+            # If the noise of two tokens is nearly equal, one is moved away.
             level[:, 0] += torch.where((level[:, 0] - level[:, 1]).abs() < 0.05, 0.5, 0.0)
     teacher = [logits + distance * moved for logits, moved in zip(student, noise, strict=True)]
     return TabularPolicy(student, eos=end), TabularPolicy(teacher, eos=end)
@@ -129,15 +129,15 @@ def rollouts(
 
     Args:
         draw: given by hypothesis.
-        vocab_size: number of tokens, or the ends of an interval of them.
+        vocab_size: number of tokens, or the smallest and the largest.
         horizon: number of positions, likewise.
         batch_size: number of rollouts, likewise.
-        masked: whether rollouts may end early and hold tokens that an environment wrote.
+        masked: whether rollouts may end early and have tokens that an environment wrote.
         off_policy: whether another policy than the student may have sampled.
-        dtype: of everything but the tokens.
+        dtype: dtype of everything but the tokens.
 
     Raises:
-        InvalidArgumentError: a size is below one or an interval is empty.
+        InvalidArgumentError: a size is below one, or an interval is empty.
     """
     size, length = _size(draw, "vocab_size", vocab_size), _size(draw, "horizon", horizon)
     count = _size(draw, "batch_size", batch_size)
@@ -162,7 +162,7 @@ def _kinked(entry: Divergence | Family) -> bool:
 
 
 def _member(entry: Divergence | Family) -> st.SearchStrategy[Divergence]:
-    """The divergence, or a family with a parameter in hundredths, which print short; shrinks to zero or the middle."""
+    """The divergence, or a member of the family with a parameter in hundredths; shrinks to zero or the middle."""
     if isinstance(entry, Divergence):
         return st.just(entry)
     low, high = (round(100 * end) for end in entry.drawn)
@@ -182,7 +182,9 @@ def _dimensions(
 def _size(draw: Draw, name: str, wanted: Size, lowest: int = 1) -> int:
     low, high = (wanted, wanted) if isinstance(wanted, int) else wanted
     if not lowest <= low <= high:
-        raise InvalidArgumentError(name, f"is {wanted!r}; an integer of at least {lowest}, or an interval, is needed")
+        raise InvalidArgumentError(
+            name, f"must be an integer of at least {lowest}, or a pair (low, high) of them, got {wanted!r}"
+        )
     return int(draw(st.integers(low, high), label=name))
 
 
@@ -202,7 +204,7 @@ def _logits(draw: Draw, shape: tuple[int, ...], label: str) -> Tensor:
     if count <= _DRAWN_LOGITS:
         tenths = draw(st.lists(st.integers(-20, 20), min_size=count, max_size=count), label=f"{label}, tenths")
         return torch.tensor(tenths, dtype=torch.float64).view(shape) / 10
-    # A spread of zero, to which this shrinks, is the uniform policy whatever the seed.
+    # It shrinks to a spread of zero, the uniform policy for every seed.
     spread = draw(st.integers(0, 20), label=f"{label}, spread in tenths") / 10
     seed = draw(st.integers(0, 2**16), label=f"{label}, seed")
     generator = torch.Generator().manual_seed(seed)
