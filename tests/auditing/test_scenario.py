@@ -6,10 +6,11 @@ import pytest
 import torch
 
 import opdtheory as opd
-from opdtheory import estimator, exact_gradient
+from opdtheory import divergence, estimator, exact_gradient
 from opdtheory.auditing.scenario import Scenario
-from opdtheory.errors import InvalidArgumentError
-from opdtheory.exact import expected_gradient, random_pair
+from opdtheory.errors import BudgetExceededError, InvalidArgumentError
+from opdtheory.exact import expected_gradient, gradient_moments, random_pair
+from opdtheory.objective import Objective
 from opdtheory.testing import gradient_gap
 from tests.tolerances import ENUMERATION
 
@@ -66,3 +67,65 @@ def test_panel_pairs_differ_in_distance_and_length() -> None:
         assert all(case.student.eos == eos for case in cases)
         distances = [float(opd.exact_value(case.student, case.teacher, "jsd")) for case in cases]
         assert max(distances) > 100 * min(distances)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 0}, "batch_size: must be an integer of at least 1, got 0"),
+        ({"batch_size": True}, "batch_size: must be an integer of at least 1, got True"),
+        ({"seed": -1}, "seed: must be an integer of at least 0, got -1"),
+        ({"prompts": 1.5}, "prompts: must be an integer of at least 1, got 1.5"),
+        ({"environment": (0, 3)}, r"environment: must be an integer in \[0, 2\], got 3"),
+        ({"off_policy": -0.1}, "off_policy: must be a finite number of at least 0, got -0.1"),
+        ({"off_policy": float("inf")}, "off_policy: must be a finite number of at least 0, got inf"),
+    ],
+)
+@pytest.mark.bad_input
+def test_a_scenario_out_of_range_is_refused(settings, message):
+    with pytest.raises(InvalidArgumentError, match=f"^{message}$"):
+        Scenario(**settings)
+
+
+def test_more_rollouts_than_can_be_enumerated_are_refused():
+    with pytest.raises(BudgetExceededError, match="batches of 64 rollouts .* smaller batch_size"):
+        Scenario(64).pairs()
+
+
+def test_what_a_scenario_says_of_its_rollouts():
+    grouped = Scenario(4, eos=1, off_policy=0.2, seed=3, prompts=2, environment=(1,), shared_prompt=True)
+    assert grouped.coupled and not Scenario().coupled and not grouped.single.coupled
+    assert grouped.single == Scenario(1, 1, 0.2, 3, 2, (1,), True)
+    assert grouped.to_dict()["environment"] == (1,) and Scenario(**grouped.to_dict()) == grouped
+    assert not Scenario(3).masks
+    for masking in ({"eos": 0}, {"prompts": 2}, {"environment": (0,)}):
+        assert Scenario(**masking).masks
+    student = Scenario().pairs()[0].student
+    assert Scenario().behavior(student, 1) is None
+    noisy = grouped.behavior(student, 1)
+    assert noisy is not None and all(map(torch.equal, noisy.logits, student.perturbed(0.2, seed=1).logits))
+
+
+@pytest.mark.parametrize("scenario", [Scenario(2, off_policy=0.3), Scenario(2, prompts=2, shared_prompt=True)])
+def test_moments_are_those_of_the_gradient(scenario):
+    case = scenario.pairs()[3]
+    loss = estimator("opd", "jsd", baseline="group_mean")
+    found = scenario.moments(loss, case)
+    policies = (case.student, case.teacher)
+    exact = gradient_moments(loss, *policies, 2, case.behavior, shared_prompt=scenario.shared_prompt)
+    assert gradient_gap(found.mean, exact.mean) == 0.0 and found.variance == exact.variance
+    # Another sampling policy, or other groups, make other moments.
+    other = gradient_moments(loss, *policies, 2, shared_prompt=not scenario.shared_prompt and scenario.prompts > 1)
+    assert found.variance != other.variance
+    with pytest.raises(BudgetExceededError):
+        scenario.moments(loss, case, budget=10)
+
+
+def test_the_gradient_of_a_sum_is_the_sum_of_gradients():
+    case = Scenario().pairs()[2]
+    terms = ((2.0, divergence("reverse_kl")), (-0.5, divergence("jsd")))
+    found = case.exact(Objective(terms, "sequence"))
+    parts = [exact_gradient(case.student, case.teacher, d, "sequence") for _, d in terms]
+    expected = [2.0 * a - 0.5 * b for a, b in zip(*parts, strict=True)]
+    assert gradient_gap(found, expected) <= ENUMERATION
+    assert gradient_gap(case.exact(Objective(terms)), expected) > 1e-3

@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from opdtheory.auditing.sampling.bounds import Bounds, Target, relative_bias, scale_range
+from opdtheory.auditing.sampling.bounds import (
+    Bounds,
+    Target,
+    best_scale,
+    certified_scale,
+    excluded,
+    relative_bias,
+    scale_range,
+)
 
 
 def test_the_whole_bias_is_bounded_by_what_the_directions_and_the_length_say() -> None:
@@ -35,3 +43,33 @@ def test_bounds_contain_what_they_bound() -> None:
     assert scale_range([bound], [target]) is None
     wide = Bounds(truth[:2] - 0.6, truth[:2] + 0.6, truth, truth[:2], 0.0)
     assert scale_range([wide], [target]) == pytest.approx((0.2, 0.8))
+
+
+def at(middle: float, half: float) -> Bounds:
+    """Intervals of one half-width around a multiple of (2, 1)."""
+    truth = middle * torch.tensor([2.0, 1.0], dtype=torch.float64)
+    return Bounds(truth - half, truth + half, truth, truth, half)
+
+
+TARGET = Target.of(torch.tensor([2.0, 1.0], dtype=torch.float64), torch.eye(2, dtype=torch.float64))
+
+
+def test_the_best_scale_is_one_where_one_is_allowed() -> None:
+    assert best_scale((0.5, 2.5)) == best_scale((1.0, 1.0)) == 1.0
+    assert best_scale((2.0, 3.0)) == 2.5 and best_scale((-1.0, 0.5)) == -0.25
+
+
+def test_a_certified_scale_is_positive_and_bounds_the_bias() -> None:
+    found = certified_scale([at(3.0, 0.5), at(3.2, 0.5)], [TARGET, TARGET])
+    assert found is not None and found[0] == pytest.approx(3.1)
+    # The widest interval ends 0.7 from 3.1 times the first entry of the target, and |(2, 1)| is the root of 5.
+    assert found[1] == pytest.approx((0.5 + 0.2) / (3.1 * 5**0.5))
+    for bound in (at(-3.0, 0.5), at(0.1, 0.5), at(3.0, float("inf"))):
+        assert certified_scale([bound], [TARGET]) is None
+    assert certified_scale([at(3.0, 0.5), at(6.0, 0.5)], [TARGET, TARGET]) is None
+
+
+def test_what_only_a_negative_multiple_explains_is_excluded() -> None:
+    assert excluded([at(-3.0, 0.5)], [TARGET]) and not excluded([at(3.0, 0.5)], [TARGET])
+    assert excluded([at(3.0, 0.5), at(6.0, 0.5)], [TARGET, TARGET])
+    assert not excluded([at(-0.1, 0.5)], [TARGET])
