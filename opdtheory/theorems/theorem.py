@@ -61,12 +61,13 @@ Cases: TypeAlias = Iterator[Comparison]
 def close(left: Any, right: Any, *where: object) -> Comparison:
     """Compare two tensors, or two lists of tensors, that should be equal in float64.
 
-    The error is relative to the largest number on the right, or to one if all are smaller; NaN is infinitely far.
+    The error is relative to the largest number on the right, or to one if all are smaller; NaN is infinitely far, and
+    so are tensors of different shapes.
     """
     lefts, rights = (left, right) if isinstance(left, list) else ([left], [right])
     error = 0.0
     for a, b in zip(lefts, rights, strict=True):
-        gap = float((a - b).abs().max()) / max(1.0, float(b.abs().max()))
+        gap = float((a - b).abs().max()) / max(1.0, float(b.abs().max())) if a.shape == b.shape else math.inf
         error = max(error, gap if gap == gap else math.inf)
     return Comparison(error, where)
 

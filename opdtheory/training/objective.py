@@ -76,7 +76,8 @@ def divergence_text(given: Divergence) -> str:
     """
     if not isinstance(given, Divergence):
         raise InvalidArgumentError("divergence", f"must be a name, an expression in u or a Divergence, got {given!r}")
-    return given.label if given.name in names() else str(given.expr)
+    # A generator of the user's own may carry a name of the catalogue.
+    return given.label if given._own_expr is None else str(given.expr)
 
 
 def objective(

@@ -45,12 +45,14 @@ def test_labels_name_what_has_a_short_name(where, label):
     assert Comparison(0.0, where).label == label
 
 
-def test_errors_are_relative_to_the_right_side_and_nan_is_infinitely_far():
+def test_errors_are_relative_and_nan_and_other_shapes_are_infinitely_far():
     one = torch.tensor([1.0, 10.0], dtype=torch.float64)
     assert close(one + 1e-3, one, "a").error == pytest.approx(1e-4)
     assert close([one, one / 100 + 1e-3], [one, one / 100]).error == pytest.approx(1e-3)
     assert close(one * math.nan, one).error == math.inf
     assert close(one, one * math.nan).error == math.inf
+    # No broadcasting: a column equal to each entry of a row is another tensor.
+    assert close(torch.ones(2, 1), torch.ones(1, 2)).error == close(one[:1], one[0]).error == math.inf
     assert same([1, Fraction(1, 2)], (1, Fraction(1, 2))).error == 0.0
     assert same([1], [1, 2]).error == same(1, 2).error == holds(False).error == math.inf
     assert holds(True).error == 0.0
