@@ -48,10 +48,10 @@ def test_groups_of_one_prompt_keep_the_larger_policies():
     [
         ("prompts", {"prompts": 0}),
         ("prompts", {"prompts": 5}),
-        ("prompts", {"prompts": 1.5}),
+        pytest.param("prompts", {"prompts": 1.5}, marks=pytest.mark.bad_input),
         ("environment", {"environment": (-1,)}),
         ("environment", {"environment": (3,)}),
-        ("environment", {"environment": ("1",)}),
+        pytest.param("environment", {"environment": ("1",)}, marks=pytest.mark.bad_input),
     ],
 )
 def test_panels_out_of_range_are_refused(argument, settings):

@@ -154,7 +154,7 @@ def bounded_interval(total: int | float, count: int, alpha: float) -> tuple[floa
     return low, high
 
 
-def _crossing(total: float, count: int, limit: float, inside: float, outside: float) -> float:
+def _crossing(total: int | float, count: int, limit: float, inside: float, outside: float) -> float:
     """Where the log-wealth of the mixture, convex in the mean and least at `inside`, reaches its limit."""
     for _ in range(_HALVINGS):
         middle = (inside + outside) / 2.0
@@ -165,7 +165,7 @@ def _crossing(total: float, count: int, limit: float, inside: float, outside: fl
     return outside
 
 
-def _cross_entropy(total: float, count: int, mean: float) -> float:
+def _cross_entropy(total: int | float, count: int, mean: float) -> float:
     value = 0.0
     for part, probability in ((total, mean), (count - total, 1.0 - mean)):
         if part > 0:

@@ -6,6 +6,7 @@ import pytest
 
 import opdtheory as opd
 from opdtheory.auditing.naming.knob import knob_of
+from opdtheory.auditing.naming.recover import RecoveredWeight
 from opdtheory.auditing.sampling.followed import Named, _coincident, name_followed
 from opdtheory.auditing.sampling.montecarlo import Search
 from opdtheory.auditing.sampling.scout import Scout
@@ -46,7 +47,7 @@ def test_names_from_samples_alone(loss: Loss, label: str, granularity: str, gamm
 
 def test_a_loss_of_no_objective_is_not_named() -> None:
     """T6: without the outer discount; and a wrong conjecture is not believed."""
-    wrong = Scout(2, Objective.of(opd.divergence("forward_kl")), None, None)  # type: ignore[arg-type]
+    wrong = Scout(2, Objective.of(opd.divergence("forward_kl")), RecoveredWeight.unknown(), None)
     assert named(opd.estimator("return_to_go", "jsd", gamma=0.5), "jsd", wrong) is None
 
 

@@ -92,8 +92,9 @@ def test_names_what_is_followed_instead() -> None:
     assert "follows forward_kl" in result.words
 
 
+@pytest.mark.bad_input
 def test_sequences_that_nobody_can_enumerate() -> None:
-    """32**16 sequences in groups of 8."""
+    """32**16 sequences in groups of 8, of policies that `Case` is not annotated for."""
     case = long_case()
     for options, verdict in (
         ({"baseline": "leave_one_out"}, "exact"),

@@ -87,14 +87,16 @@ def test_ids_are_unique_and_found(report):
 def test_names_are_escaped_wherever_they_stand(report):
     claim = Objective.of(opd.Divergence.from_expr(opd.divergence("jsd").expr, name=HOSTILE))
     scenario = dataclasses.replace(report.scenario)
-    # Neither is checked again once it is there.
+    identified = dataclasses.replace(report.identified, objective=HOSTILE)
+    # Nothing is checked again once it is there.
     object.__setattr__(claim, "granularity", HOSTILE)
     object.__setattr__(scenario, "eos", HOSTILE)
+    object.__setattr__(identified, "granularity", HOSTILE)
     hostile = dataclasses.replace(
         whole(report, HOSTILE),
         claim=claim,
         scenario=scenario,
-        identified=dataclasses.replace(report.identified, objective=HOSTILE, granularity=HOSTILE),
+        identified=identified,
         pairs=[dataclasses.replace(report.pairs[0], label=HOSTILE), *report.pairs[1:]],
     )
     page = Page(render_audit(hostile))

@@ -76,6 +76,7 @@ def test_what_is_no_report_breaks_the_schema(report, change):
         jsonschema.validate(wrong, AUDIT_SCHEMA, cls=jsonschema.Draft202012Validator)
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("field", "value"),
     [("scale", "1"), ("tolerance", float("nan")), ("verdict", "fine"), ("pairs", None), ("evaluations", 1.5)],
