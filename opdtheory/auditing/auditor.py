@@ -259,9 +259,8 @@ def _details(
 def _by_sampling(loss: BlackBox, claim: Objective, scenario: Scenario, name: str, details: bool) -> Audit:
     """The audit where batches are too many to enumerate."""
     result, weight = sampled(loss, claim, scenario, weigh=details)
-    verdict: Verdict = result.verdict
-    if verdict == "biased" and result.follows is not None:
-        verdict = "other_objective"
+    # Only a biased loss is found to follow another objective.
+    verdict: Verdict = result.verdict if result.follows is None else "other_objective"
     low, high = result.relative_bias
     scale = result.scale or (float("nan"), float("nan"))
     return Audit(
