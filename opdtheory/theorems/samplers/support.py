@@ -118,7 +118,7 @@ def _check_limits(claim: Limits) -> Cases:
         found = (sympy.limit(term, q, 0, "+") / p, sympy.limit(term, p, 0, "+") / q)
         for vanishing, limit, claimed in zip("qp", found, claim(divergence), strict=True):
             value = float(sympy.simplify(limit))
-            finite = (torch.tensor(x if abs(x) < torch.inf else -1.0).double() for x in (value, claimed))
+            finite = (torch.tensor(x if abs(x) < torch.inf else -1.0, dtype=torch.float64) for x in (value, claimed))
             yield close(*finite, divergence, f"{vanishing} to 0")
 
 
