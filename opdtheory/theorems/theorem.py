@@ -302,7 +302,3 @@ class TheoremResult:
     def passed(self) -> bool:
         """Whether every step and identity holds and every twin is refuted."""
         return all(step.holds for step in self.steps) and all(result.passed for result in self.identities)
-
-    def of(self, kind: Kind) -> list[IdentityResult]:
-        """The checks of one kind."""
-        return [result for result in self.identities if result.kind == kind]

@@ -20,11 +20,7 @@ __all__ = ["theorems"]
 
 def theorems() -> list[Theorem]:
     """T8c."""
-    return [_clipping()]
-
-
-def _clipping() -> Theorem:
-    return Theorem(
+    theorem = Theorem(
         number="T8c",
         name="PPO's clipping",
         statement=r"E_\mu[\nabla \ell_{\mathrm{PPO}}] = -E_p[1_{\mathrm{kept}}\,A\,s],\quad "
@@ -66,6 +62,7 @@ def _clipping() -> Theorem:
             ),
         ),
     )
+    return [theorem]
 
 
 @functools.cache

@@ -38,11 +38,7 @@ Factor = Callable[[Fraction, int], Fraction]
 
 def theorems() -> list[Theorem]:
     """T6g."""
-    return [_no_objective()]
-
-
-def _no_objective() -> Theorem:
-    return Theorem(
+    theorem = Theorem(
         number="T6g",
         name="the practised return-to-go descends nothing",
         statement=r"G = -E_p\Big[\sum_n s_n\big(w_f(u_n) - \sum_{m>n}\gamma^{m-n} f(u_m)\big)\Big] \text{ is the "
@@ -106,6 +102,7 @@ def _no_objective() -> Theorem:
             ),
         ),
     )
+    return [theorem]
 
 
 def _few_trees() -> tuple[RationalTree, ...]:

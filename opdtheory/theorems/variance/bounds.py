@@ -38,11 +38,7 @@ __all__ = ["theorems"]
 
 def theorems() -> list[Theorem]:
     """T7h."""
-    return [_lower_bound()]
-
-
-def _lower_bound() -> Theorem:
-    return Theorem(
+    theorem = Theorem(
         number="T7h",
         name="how quiet a forward-KL estimator can be",
         statement=r"\mathrm{Var}[-(u-b)s] \ge \chi^2(q\|p)(1+|p|^2) - 3|p-q|^2 - "
@@ -185,6 +181,7 @@ def _lower_bound() -> Theorem:
             ),
         ),
     )
+    return [theorem]
 
 
 def _check_centred_variance(value: OfPair) -> Cases:

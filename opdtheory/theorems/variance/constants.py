@@ -37,12 +37,8 @@ __all__ = ["theorems"]
 
 def theorems() -> list[Theorem]:
     """T7a."""
-    return [_constants()]
-
-
-def _constants() -> Theorem:
     half = Fraction(1, 2)
-    return Theorem(
+    theorem = Theorem(
         number="T7a",
         name="constant baselines",
         statement=r"E_p[(w-b)s] = E_p[w s]; \quad \mathrm{Var}(b) = \mathrm{Var}(b^*) + (b-b^*)^2 E_p|s|^2, \quad "
@@ -146,6 +142,7 @@ def _constants() -> Theorem:
             ),
         ),
     )
+    return [theorem]
 
 
 def _check_any_constant(baseline: OfPair) -> Cases:

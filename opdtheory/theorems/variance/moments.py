@@ -35,11 +35,7 @@ _FAR_DISTRIBUTIONS = tuple(
 
 def theorems() -> list[Theorem]:
     """T7d."""
-    return [_second_moments()]
-
-
-def _second_moments() -> Theorem:
-    return Theorem(
+    theorem = Theorem(
         number="T7d",
         name="second moments in closed form",
         statement=r"w = u:\ E_p[w^2] = 1 + \chi^2(q\|p); \quad w = u - 1:\ \chi^2(q\|p); "
@@ -119,6 +115,7 @@ def _second_moments() -> Theorem:
             ),
         ),
     )
+    return [theorem]
 
 
 def _check_forward_moment(value: OfPair) -> Cases:

@@ -34,11 +34,7 @@ SMOOTH_RATIONAL = ("forward_kl", "chi2", "neyman_chi2", "le_cam")
 
 def theorems() -> list[Theorem]:
     """T7g."""
-    return [_optimal_baselines()]
-
-
-def _optimal_baselines() -> Theorem:
-    return Theorem(
+    theorem = Theorem(
         number="T7g",
         name="which baseline is optimal for which divergence",
         statement=r"b^* = f'(1) + f''(1)\,\frac{E_p[(u-1)|s|^2]}{E_p|s|^2} + O(\epsilon^2), \quad "
@@ -138,6 +134,7 @@ def _optimal_baselines() -> Theorem:
             ),
         ),
     )
+    return [theorem]
 
 
 def _check_two_tokens(baseline: OfPair) -> Cases:
