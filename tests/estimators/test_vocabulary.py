@@ -74,7 +74,8 @@ def test_top_k_by_hand() -> None:
 
 def test_renormalising_over_impossible_tokens_is_refused() -> None:
     rollouts = with_zeros([0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 0.5, 0.5])
-    with pytest.raises(InvalidArgumentError, match="support: must hold a token that the student can write, got 2 of probability zero"):
+    words = "support: must hold a token that the student can write, got 2 of probability zero"
+    with pytest.raises(InvalidArgumentError, match=words):
         estimator("topk_renormalised", "jsd", k=2)(rollouts)
 
 

@@ -1,4 +1,4 @@
-"""CONTRIBUTING's promise: an estimator is its part, its entry and its test; with these everything else serves it too."""
+"""CONTRIBUTING's promise: an estimator is its part, its entry and its test; with these all else serves it too."""
 
 from __future__ import annotations
 

@@ -244,7 +244,8 @@ def with_the_rest(distribution: torch.Tensor, top: torch.Tensor) -> torch.Tensor
     return torch.cat([distribution[top], 1 - distribution[top].sum().unsqueeze(0)])
 
 
-# What each follows, with the set of tokens held fixed: the divergence, of which part of the distributions, and whose top 2.
+# What each follows, with the set of tokens held fixed: the divergence, of which part of the
+# distributions, and whose top 2.
 TRUNCATED = {
     "sdpo_top_2": ("reverse_kl", within, "student"),
     "sdpo_top_2_tail": ("reverse_kl", with_the_rest, "student"),
