@@ -35,7 +35,14 @@ def compiled_values(
 _apart = torch.compiler.disable(differentiable_values)
 
 
-@torch.library.custom_op("opdtheory::fused_divergence", mutates_args=())
+# Written out, as torch cannot read annotations that are checked at run time.
+_SCHEMA = (
+    "(Tensor student, Tensor teacher, Tensor? weights, str label, float temperature, SymInt? chunk_size, bool wanted)"
+    " -> (Tensor, Tensor)"
+)
+
+
+@torch.library.custom_op("opdtheory::fused_divergence", mutates_args=(), schema=_SCHEMA)
 def _operator(
     student: Tensor,
     teacher: Tensor,

@@ -21,6 +21,7 @@ def test_the_states_of_an_ngram_are_its_last_tokens():
         assert torch.equal(level[number], policy.table[4 + number % 9])
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [

@@ -106,7 +106,7 @@ def test_a_loss_that_cannot_be_mapped_is_refused(loss, said):
         rollout_gradients(loss, sample_rollouts(*random_pair(3, 2), 4))
 
 
-@pytest.mark.parametrize("rollouts", [1, 2.0, True])
+@pytest.mark.parametrize("rollouts", [1, pytest.param(2.0, marks=pytest.mark.bad_input), True])
 def test_a_variance_needs_two_rollouts(rollouts):
     with pytest.raises(InvalidArgumentError, match="rollouts"):
         sampled_moments(opd.estimator("opd_plus", "jsd"), *random_pair(3, 2), rollouts)

@@ -238,7 +238,10 @@ def test_pairs_of_different_seeds_differ_in_both_policies():
     assert not torch.equal(random_pair(3, 1, seed=0)[0].logits[0], random_pair(3, 1, seed=1)[0].logits[0])
 
 
-@pytest.mark.parametrize("position", [-1, 3, 1.0, True, "0"])
+OTHER = [pytest.param(other, marks=pytest.mark.bad_input) for other in (1.0, "0")]
+
+
+@pytest.mark.parametrize("position", [-1, 3, True, *OTHER])
 def test_what_is_no_position_is_refused(position):
     with pytest.raises(InvalidArgumentError, match="environment.*position") as caught:
         TabularPolicy.random(2, 3, environment=(position,))

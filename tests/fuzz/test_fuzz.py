@@ -16,6 +16,7 @@ from tests.fuzz.calls import Call, judged
 CALLS = 2160
 
 
+@pytest.mark.bad_input
 def test_every_call_is_right_or_refused_by_name():
     counts, failures = fuzzed(7, range(CALLS))
     assert not failures
@@ -98,6 +99,7 @@ def test_every_other_fault_is_a_failure():
         assert outcome.kind == "failed" and said in outcome.why, said
 
 
+@pytest.mark.bad_input
 def test_the_table_counts_the_calls(capsys):
     assert main(["--calls", "36", "--seed", "2"]) == 0
     assert "36 calls, 0 failed" in capsys.readouterr().out
@@ -130,6 +132,7 @@ def test_rollouts_on_two_devices_are_refused():
         opd.Rollouts.from_logits(fields["tokens"].to("meta"), fields["student_logits"], fields["student_logits"])
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("named", "arguments"),
     [
@@ -147,12 +150,14 @@ def test_no_table_is_refused_by_name(named, arguments):
         opd.TabularPolicy(**{"logits": [torch.zeros(1, 2).double()], **arguments})
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize("gamma", ["1", None, True, float("nan")])
 def test_no_discount_is_refused_by_name(gamma):
     with pytest.raises(InvalidArgumentError, match="gamma"):
         opd.exact_value(*opd.random_pair(2, 2), "jsd", "token_return", gamma)
 
 
+@pytest.mark.bad_input
 def test_no_loss_is_refused_by_name():
     with pytest.raises(InvalidArgumentError, match="loss"):
         opd.expected_gradient(3, *opd.random_pair(2, 2))
