@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,10 +34,12 @@ number = 3
 
 
 @pytest.fixture
-def losses(tmp_path: Path) -> str:
+def losses(tmp_path: Path) -> Iterator[str]:
     path = tmp_path / "my_losses.py"
     path.write_text(SOURCE)
-    return str(path)
+    yield str(path)
+    # The tutorial, which other tests run in this process, has a module of this name too.
+    sys.modules.pop(path.stem, None)
 
 
 def test_audit_of_a_file(losses: str, capsys: pytest.CaptureFixture[str]) -> None:
