@@ -96,6 +96,8 @@ def write_page(path: Path, outcomes: list[Outcome], asked: int) -> None:
     known = explanations()
     alive = sorted((o for o in outcomes if not o.dead), key=lambda o: (o.module, o.line))
     packages = sorted({"/".join(o.module.split("/")[:2]) for o in outcomes})
+    *others, last = (f"`{package.split('/')[1]}`" for package in packages)
+    in_words = f"{', '.join(others)} and {last}" if others else last
     table = [
         "| package | mutants | killed | rate | survivors that compute the same |",
         "| --- | --- | --- | --- | --- |",
@@ -112,8 +114,8 @@ def write_page(path: Path, outcomes: list[Outcome], asked: int) -> None:
         "",
         "<!-- Written by `make mutation`; edit tests/mutation/ instead. -->",
         "",
-        "Every sum in `divergences`, `exact` and `theorems` is broken, one term at a time: its sign turned, or either",
-        "term dropped. A mutant is killed when a step or an identity of a theorem, or a test, fails on it.",
+        f"Every sum in {in_words} is broken, one term at a time: its sign turned, or either term dropped. A mutant is",
+        "killed when a step or an identity of a theorem, or a test, fails on it.",
         "",
         *table,
         "",
