@@ -117,3 +117,10 @@ def test_the_curvature_slopes_at_its_ends_as_it_grows(d: Divergence) -> None:
     (slope,) = torch.autograd.grad(curvature.sum(), ends)
     sides = zip((-INF, INF), curvature.tolist(), strict=True)
     assert slope.tolist() == [side if math.isinf(value) else 0.0 for side, value in sides]
+
+
+def test_a_curvature_that_diverges_at_zero_slopes_down_from_there() -> None:
+    # A member made here, not with the catalogue.
+    end = torch.tensor(-INF, dtype=torch.float64, requires_grad=True)
+    divergences.alpha(-2.25).curvature(end).backward()
+    assert end.grad == -INF
