@@ -32,6 +32,7 @@ __all__ = [
     "parameter_free",
     "parametric",
     "register",
+    "summands",
 ]
 
 _INF = math.inf
@@ -182,6 +183,11 @@ def entries() -> tuple[Divergence | Family, ...]:
 def parameter_free() -> tuple[Divergence, ...]:
     """The entries without a parameter."""
     return tuple(each for each in entries() if isinstance(each, Divergence))
+
+
+def summands() -> tuple[Divergence, ...]:
+    """The entries of `parameter_free` that sums are written in: not Jeffreys' divergence, the sum of both KLs."""
+    return tuple(each for each in parameter_free() if each.name != "jeffreys")
 
 
 def parametric() -> tuple[Family, ...]:

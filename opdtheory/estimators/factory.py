@@ -7,19 +7,17 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Real
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
-from opdtheory.choices import REDUCTIONS, Reduction
+from opdtheory.choices import REDUCTIONS, Baseline, Importance, Reduction, Support
 from opdtheory.divergences import Divergence, symbol
 from opdtheory.divergences import divergence as divergence_of
 from opdtheory.errors import InvalidArgumentError, check_between, check_integer
 from opdtheory.estimators.base import Claim, Estimator, TokenLoss
 from opdtheory.estimators.claims import claim_of, divided_by_length
-from opdtheory.estimators.offpolicy import Importance
 from opdtheory.estimators.sampled import (
-    Baseline,
     BoxCox,
     CentredWeight,
     Differentiated,
@@ -37,7 +35,7 @@ from opdtheory.estimators.sampled import (
     k3,
     k3_reward,
 )
-from opdtheory.estimators.vocabulary import Support, TopK, TopKReward, VocabularyLoss
+from opdtheory.estimators.vocabulary import TopK, TopKReward, VocabularyLoss
 from opdtheory.objective import check_discount
 
 if TYPE_CHECKING:
@@ -410,7 +408,7 @@ def _checked(name: str, option: str, value: object) -> object:
             raise InvalidArgumentError(option, f"must be True or False, got {value!r}")
         return value
     if option == "support":
-        return _choice(option, value, ("teacher", "student"))
+        return _choice(option, value, get_args(Support))
     if option == "k":
         check_integer("k", value)
         return value

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from opdtheory.choices import Baseline
+from opdtheory.choices import Baseline, Importance
 from opdtheory.divergences import Divergence
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.estimators import baselines, offpolicy
@@ -229,7 +229,7 @@ class ScoreFunction:
     baseline_value: float = 0.0
     zscore: bool = False
     eps: float = 1e-6
-    importance: offpolicy.Importance | None = None
+    importance: Importance | None = None
     clip_range: float = 0.2
 
     def __call__(self, rollouts: Rollouts) -> Float[Tensor, "B T"]:
@@ -283,7 +283,7 @@ class Differentiated:
 
     function: LogRatioFunction
     clip_log_ratio: float | None = None
-    importance: offpolicy.Importance | None = None
+    importance: Importance | None = None
 
     def __call__(self, rollouts: Rollouts) -> Float[Tensor, "B T"]:
         """The loss of each token; its gradient at masked positions is exactly zero."""

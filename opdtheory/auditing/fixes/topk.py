@@ -9,9 +9,10 @@ from torch import Tensor
 
 from opdtheory.auditing.fixes import changes
 from opdtheory.auditing.naming.fit import fit_scale
+from opdtheory.choices import Support
 from opdtheory.divergences import Divergence
 from opdtheory.estimators import estimator
-from opdtheory.estimators.vocabulary import Support, perspective
+from opdtheory.estimators.vocabulary import perspective
 from opdtheory.exact import Enumeration, Loss, TabularPolicy
 from opdtheory.rollouts import Rollouts
 

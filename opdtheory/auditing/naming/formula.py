@@ -12,7 +12,7 @@ import numpy as np
 from opdtheory import divergences
 from opdtheory.auditing.naming.atoms import PARAMETRIC, Atom, as_number, catalogue_atom, catalogue_atoms, fixed_atoms
 from opdtheory.auditing.naming.sparse import Curve, Subset, all_matter, best_subset, fit, fit_parameter, snap
-from opdtheory.divergences.registry import Family, parametric
+from opdtheory.divergences.registry import Family, parametric, summands
 from opdtheory.objective import label_of_terms
 
 if TYPE_CHECKING:
@@ -94,8 +94,9 @@ def find_formula(curve: Curve, tolerance: float) -> Formula | None:
 
 
 def _independent() -> tuple[Atom, ...]:
-    """The catalogue's weights without Jeffreys' divergence, the sum of the two KLs."""
-    return tuple(atom for atom in catalogue_atoms() if atom.label != "jeffreys")
+    """The catalogue's weights that sums are written in."""
+    labels = {entry.label for entry in summands()}
+    return tuple(atom for atom in catalogue_atoms() if atom.label in labels)
 
 
 def columns_of(atoms: tuple[Atom, ...], points: Array) -> Array:

@@ -16,7 +16,7 @@ from opdtheory.auditing.naming.knob import Knob, discount_basis, discount_nodes
 from opdtheory.auditing.sampling.montecarlo import Search
 from opdtheory.choices import GRANULARITIES
 from opdtheory.divergences import Divergence
-from opdtheory.divergences.registry import Family, parameter_free, parametric
+from opdtheory.divergences.registry import Family, parameter_free, parametric, summands
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.exact.oracle import tree_gradient
 from opdtheory.exact.tree import Tree
@@ -182,8 +182,7 @@ def _sums(seen: _Seen) -> list[tuple[float, Objective]]:
     """The nearest signed sum of two entries without a parameter, by granularity."""
     found = []
     for where in seen.order:
-        entries = [entry for entry in parameter_free() if entry.name != "jeffreys"]
-        columns = [(entry, along) for entry in entries if (along := seen.along(entry, where)) is not None]
+        columns = [(entry, along) for entry in summands() if (along := seen.along(entry, where)) is not None]
         best: tuple[float, Objective] | None = None
         for (one, a), (other, b) in itertools.combinations(columns, 2):
             sizes = torch.stack([a.norm(), b.norm()])

@@ -18,6 +18,7 @@ from torch import Tensor
 from opdtheory.auditing.black_box import INSISTS
 from opdtheory.auditing.sampling.confidence import Moments
 from opdtheory.auditing.scenario import Case
+from opdtheory.choices import Importance
 from opdtheory.divergences import Divergence
 from opdtheory.divergences import divergence as as_divergence
 from opdtheory.errors import LossError
@@ -186,8 +187,8 @@ def controls(
     else:
         claimed = RatioAdvantage(divergence.weight)
     off_policy = sampler.behavior is not sampler.student
-    whole: offpolicy.Importance | None = "sequence" if off_policy else None
-    prefix: offpolicy.Importance | None = "prefix" if off_policy else None
+    whole: Importance | None = "sequence" if off_policy else None
+    prefix: Importance | None = "prefix" if off_policy else None
     own = prefix if granularity == "token_local" else whole
     found = [Control(_score(sampler, claimed, own), mean(divergence, granularity, gamma))]
     for entry in (as_divergence("reverse_kl"), as_divergence("forward_kl"), as_divergence("jsd")):
@@ -315,7 +316,7 @@ class Residuals:
 def _score(
     sampler: Sampler,
     advantage: Callable[[Rollouts], Tensor],
-    importance: offpolicy.Importance | None,
+    importance: Importance | None,
     group: int | None = None,
 ) -> Callable[[Sample], Tensor]:
     """The gradient of a score-function loss, or of what a leave-one-out baseline within groups subtracts from it."""
