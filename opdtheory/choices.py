@@ -6,13 +6,17 @@ from typing import Literal, get_args
 
 __all__ = [
     "FAITHFUL",
+    "CLAIMED_REDUCTIONS",
     "GRANULARITIES",
+    "LENGTHS",
     "REDUCTIONS",
     "VERDICTS",
     "Baseline",
+    "ClaimedReduction",
     "Control",
     "Granularity",
     "Importance",
+    "Lengths",
     "Reduction",
     "Support",
     "Verdict",
@@ -25,6 +29,14 @@ GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
 # How the losses of tokens become one number (T11).
 Reduction = Literal["token_sum", "token_mean", "sequence_mean"]
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
+
+# What a claim may say of the reduction: one of them, or that any of them will do.
+ClaimedReduction = Literal["token_sum", "token_mean", "sequence_mean", "any"]
+CLAIMED_REDUCTIONS: tuple[ClaimedReduction, ...] = get_args(ClaimedReduction)
+
+# Whether rollouts of a fixed length are asked about, of lengths that vary, or both.
+Lengths = Literal["both", "fixed", "variable"]
+LENGTHS: tuple[Lengths, ...] = get_args(Lengths)
 
 # How an expected gradient relates to that of an objective; `undecided`: sampling ran out of budget.
 Verdict = Literal["exact", "exact_up_to_scale", "other_objective", "zero", "biased", "undecided"]

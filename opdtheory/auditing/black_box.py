@@ -8,10 +8,7 @@ from torch import Tensor
 from opdtheory.exact import Loss
 from opdtheory.rollouts import Rollouts
 
-__all__ = ["INSISTS", "ZERO", "BlackBox", "name_of"]
-
-# A gradient this small relative to its own noise counts as zero.
-ZERO = 1e-12
+__all__ = ["INSISTS", "BlackBox", "name_of"]
 
 # What a loss that insists on its batch size may raise at another one.
 INSISTS = (AssertionError, IndexError, RuntimeError, TypeError, ValueError)

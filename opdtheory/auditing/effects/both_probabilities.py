@@ -12,7 +12,7 @@ from opdtheory.auditing.effects.probes import differ, one_step_weights
 from opdtheory.auditing.naming.sparse import refined, shortest
 from opdtheory.exact import Loss
 
-__all__ = ["DistributionEffect", "distribution_effect"]
+__all__ = ["DistributionEffect", "distribution_effect", "likeliest_kept"]
 
 # Tokens of the step on which a top-k set is searched for; a larger k is not found.
 _VOCABULARY = 256
@@ -31,7 +31,7 @@ class DistributionEffect:
 
 def distribution_effect(loss: Loss, ratio_only: bool, batch_size: int, seed: int, limit: float) -> DistributionEffect:
     """The top-k set that a loss depends on; without one, and unless `ratio_only`, what its weight is a function of."""
-    top = _top_k(loss, batch_size, seed, limit)
+    top = likeliest_kept(loss, batch_size, seed, limit)
     if top is not None:
         k, whose = top
         return DistributionEffect(
@@ -43,7 +43,7 @@ def distribution_effect(loss: Loss, ratio_only: bool, batch_size: int, seed: int
     return DistributionEffect(None, named, words)
 
 
-def _top_k(loss: Loss, batch_size: int, seed: int, limit: float) -> tuple[int, str] | None:
+def likeliest_kept(loss: Loss, batch_size: int, seed: int, limit: float) -> tuple[int, str] | None:
     """The size k of the top-k set, and whether student or teacher ranks it, if two pairs of distributions agree."""
     first = _sets(loss, batch_size, 31 + 2 * seed, limit)
     if not any(first.values()):

@@ -28,7 +28,10 @@ from opdtheory.estimators.offpolicy import importance_weight, prefix_weight
 from opdtheory.exact import Loss, gradient_moments
 from opdtheory.rollouts import Rollouts
 
-__all__ = ["candidates", "gauge"]
+__all__ = ["SUMMED", "candidates", "gauge"]
+
+_SUM = "Sum over tokens and divide by the number of rollouts, in place of"
+SUMMED = f"{_SUM} the mean over the batch's tokens, which divides by a random length: loss * mask.sum() / B (T11)."
 
 # Log-ratios beyond the grid of the recovered weight, to find a clip of up to 8 nats.
 _FAR = (-12.0, -8.0, 0.0, 8.0, 12.0)
@@ -165,15 +168,10 @@ def _level_factors(facts: Facts) -> list[float] | None:
 
 
 def _reductions(facts: Facts) -> Iterator[Candidate]:
-    why = "Sum over tokens and divide by the number of rollouts, in place of"
+    yield Candidate("reduction", SUMMED, changes.averaged_over_rollouts(facts.loss))
     yield Candidate(
         "reduction",
-        f"{why} the mean over the batch's tokens, which divides by a random length: loss * mask.sum() / B (T11).",
-        changes.averaged_over_rollouts(facts.loss),
-    )
-    yield Candidate(
-        "reduction",
-        f"{why} the mean over each rollout's tokens, which weights short rollouts more (T11).",
+        f"{_SUM} the mean over each rollout's tokens, which weights short rollouts more (T11).",
         changes.weighted_tokens(facts.loss, changes.rollout_lengths),
     )
 

@@ -139,11 +139,9 @@ def token_values(loss: Loss, rollouts: Rollouts, known: dict[bytes, float] | Non
 
 
 def _gate(values: Tensor, weights: Tensor) -> Tensor:
-    if not values.requires_grad:
-        return values
-    same = values.clone()
-    same.register_hook(lambda gradient: gradient * weights)
-    return same
+    """The values themselves, with gradients multiplied by weights; -inf has none."""
+    moved = torch.where(torch.isfinite(values), values - values.detach(), 0.0)
+    return values.detach() + weights * moved
 
 
 def _up_to(rollouts: Rollouts, b: int, n: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from opdtheory.auditing.report import Audit, Remedy
 from opdtheory.choices import Verdict
 from opdtheory.errors import check_integer
 from opdtheory.exact import Loss
-from opdtheory.exact.threads import one_thread
+from opdtheory.exact.modes import plain_modes
 
 __all__ = ["remedies"]
 
@@ -66,7 +66,7 @@ def remedies(
     lengths = report.variable_lengths is not None and report.variable_lengths.verdict not in _RANK
     if report.verdict == "undecided" or (report.verdict == "exact" and not lengths):
         return []
-    with one_thread():
+    with plain_modes():
         facts = _facts(Remembered(loss), report, lengths, pairs)
         found = _Search(verdict or facts.trial, _WRONG if lengths else _RANK.get(report.verdict, _WRONG), facts)
         return found.run(report, limit)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from opdtheory.auditing.black_box import ZERO
 from opdtheory.auditing.naming.fit import fit_scale, flat
 from opdtheory.auditing.scenario import Case, Scenario, count_batches
 from opdtheory.exact import Enumeration, Loss, random_pair
@@ -70,8 +68,7 @@ class Trial:
     def gradient(self, loss: Loss, index: int) -> list[Tensor]:
         """The expected gradient of a loss on one pair, by level; exactly zero if it is rounding."""
         moments = self.scenario.moments(loss, self.cases[index])
-        size = math.sqrt(sum(float(level.square().sum()) for level in moments.mean))
-        if size <= ZERO * math.sqrt(moments.second_moment):
+        if moments.is_zero:
             return [level * 0.0 for level in moments.mean]
         return moments.mean
 

@@ -164,6 +164,8 @@ def explains_panel(weight: RecoveredWeight, gradients: list[Tensor], cases: list
     The weight comes from one-step policies. Over several tokens, a loss may also weight a token by its position or by
     the ratios of others. None if the grid is too coarse to tell.
     """
+    if not len(weight.log_u):
+        return None
     spacing, limit = float(weight.log_u[-1] - weight.log_u[-2]), float(weight.log_u[-1])
     if spacing > _FINE_GRID or limit < 1.0:
         return None

@@ -39,8 +39,8 @@ from opdtheory.auditing.scenario import Case, Scenario
 from opdtheory.choices import GRANULARITIES, Granularity, Verdict
 from opdtheory.errors import BudgetExceededError, InvalidArgumentError, check_between, check_integer
 from opdtheory.exact import Loss
+from opdtheory.exact.modes import plain_modes
 from opdtheory.exact.sampling import Sample, Sampler
-from opdtheory.exact.threads import one_thread
 from opdtheory.objective import Objective
 
 __all__ = ["MonteCarloResult", "Search", "monte_carlo_compare"]
@@ -149,7 +149,7 @@ class Search:
         verdict: the latest verdict.
     """
 
-    @one_thread()
+    @plain_modes()
     @torch.no_grad()
     def __init__(
         self,
@@ -183,7 +183,7 @@ class Search:
         self.batches = self.rollouts = 0
         self.verdict: Verdict = "undecided"
 
-    @one_thread()
+    @plain_modes()
     @torch.no_grad()
     def run(self, margin: float) -> Verdict:
         """Draw until the verdict on the objective is certain or the budget ends, and return the verdict."""
@@ -194,7 +194,7 @@ class Search:
                 break
         return self.verdict
 
-    @one_thread()
+    @plain_modes()
     @torch.no_grad()
     def plain_name(self, margin: float) -> Identified | None:
         """The catalogue objective without a parameter that the loss follows, after further draws if they may help."""

@@ -16,8 +16,8 @@ from opdtheory.auditing.sampling.confidence import asymptotic_interval, bounded_
 from opdtheory.auditing.sampling.projections import PILOT, TABLE_BUDGET, Look, Residuals, controls, fit_controls, pilot
 from opdtheory.auditing.scenario import Case, Scenario
 from opdtheory.exact import Loss
+from opdtheory.exact.modes import plain_modes
 from opdtheory.exact.sampling import Sampler
-from opdtheory.exact.threads import one_thread
 from opdtheory.objective import Objective
 
 __all__ = ["SampledWeight", "sampled_weight"]
@@ -147,7 +147,7 @@ def sampled_weight(
     generator = torch.Generator().manual_seed(scenario.seed)
     cases = bandits(log_u, scenario)[::2]
     alpha = (1.0 - confidence) / (len(cases) * (len(log_u) - 1))
-    with one_thread(), torch.no_grad():
+    with plain_modes(), torch.no_grad():
         found = [
             _intervals(loss, case, objective, scenario.batch_size, generator, alpha, most, deadline) for case in cases
         ]
