@@ -48,7 +48,7 @@ class Rollouts:
 
     def __post_init__(self) -> None:
         # Under `torch.func.vmap` values cannot be looked at; they were when the rollouts were made.
-        if any(is_batchedtensor(getattr(self, field.name)) for field in fields(self)):
+        if any(_is_mapped(getattr(self, field.name)) for field in fields(self)):
             return
         _check_tokens(self.tokens)
         shape = tuple(self.tokens.shape)
@@ -163,7 +163,7 @@ class Rollouts:
             InvalidArgumentError: `ids` has a wrong shape or dtype, or holds something that is not a token.
         """
         _check_int64("ids", ids, (*self.tokens.shape, "k"))
-        if not is_batchedtensor(ids):
+        if not _is_mapped(ids):
             _check_range("ids", ids, self.student_logits.shape[-1])
         values = torch.log_softmax(self.student_logits, dim=-1).gather(-1, ids)
         return torch.where((self.mask == 0).unsqueeze(-1) & torch.isneginf(values), 0.0, values)
@@ -191,6 +191,11 @@ class Rollouts:
             )
         # `where`, not a product: a non-finite value at a masked position must not leak as 0 * inf.
         return torch.where(self.mask > 0, values, torch.zeros_like(values))
+
+
+def _is_mapped(value: object) -> bool:
+    """Whether a tensor is one of a batch that `torch.func.vmap` maps over, whose values are not to be had."""
+    return isinstance(value, Tensor) and bool(is_batchedtensor(value))
 
 
 def gather_logprobs(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:

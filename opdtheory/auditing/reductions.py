@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
-from opdtheory.auditing.fixes.changes import averaged_over_rollouts, rollout_lengths, weighted_tokens
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
 from opdtheory.auditing.naming.fit import fit_scale, flat
 from opdtheory.auditing.records import Keyed, Positive
 from opdtheory.auditing.scenario import Scenario
@@ -12,8 +16,21 @@ from opdtheory.choices import Reduction
 from opdtheory.exact import Loss
 from opdtheory.exact.token_mean import token_mean_moments
 from opdtheory.objective import Objective
+from opdtheory.rollouts import Rollouts
 
-__all__ = ["WORDS", "AgainstSum", "against_sum", "undone"]
+__all__ = [
+    "WORDS",
+    "AgainstSum",
+    "PerToken",
+    "against_sum",
+    "averaged_over_rollouts",
+    "rollout_lengths",
+    "undone",
+    "weighted_tokens",
+]
+
+# Maps rollouts to a number for each token, `(B, T)`.
+PerToken = Callable[[Rollouts], Tensor]
 
 WORDS = {
     "token_sum": "a sum over tokens and mean over rollouts",
@@ -72,3 +89,45 @@ def against_sum(loss: Loss, reduction: Reduction, objective: Objective, scenario
         fit = fit_scale([flat(moments.mean)], [exact])
         found.append(AgainstSum(size, fit.errors[0], fit.cosine[0], fit.scale))
     return found
+
+
+def averaged_over_rollouts(loss: Loss) -> Loss:
+    r"""A mean over the batch's tokens made a sum over tokens and mean over rollouts, $\ell\,\sum m / B$ (T11)."""
+
+    def averaged(rollouts: Rollouts) -> Tensor:
+        value = loss(rollouts)
+        # In the loss's own dtype, which determines what counts as rounding.
+        return (value * (rollouts.mask.sum() / rollouts.mask.shape[0])).to(value.dtype)
+
+    return averaged
+
+
+def rollout_lengths(rollouts: Rollouts) -> Float[Tensor, "B T"]:
+    """The number of unmasked tokens of each rollout, at least 1, for each of its positions."""
+    return rollouts.mask.sum(-1, keepdim=True).clamp_min(1).expand_as(rollouts.mask)
+
+
+def weighted_tokens(loss: Loss, weight: PerToken) -> Loss:
+    r"""The loss with the term of each token multiplied by a detached weight, $\sum_n \mathrm{sg}(c_n)\,\ell_n$.
+
+    The value is unchanged, and the gradient at each position is multiplied. That is equivalent for every loss in which
+    the term of a token depends on the student only through the logits of its position.
+    """
+
+    def changed(rollouts: Rollouts) -> Tensor:
+        weights = weight(rollouts).detach()
+        return loss(
+            replace(
+                rollouts,
+                student_logits=_gate(rollouts.student_logits, weights.unsqueeze(-1)),
+                student_logprobs=_gate(rollouts.student_logprobs, weights),
+            )
+        )
+
+    return changed
+
+
+def _gate(values: Tensor, weights: Tensor) -> Tensor:
+    """The values themselves, with gradients multiplied by weights; -inf has none."""
+    moved = torch.where(torch.isfinite(values), values - values.detach(), 0.0)
+    return values.detach() + weights * moved

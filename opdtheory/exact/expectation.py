@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,11 +12,11 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from opdtheory.errors import BudgetExceededError, InvalidArgumentError, LossError, check_integer
+from opdtheory.errors import BudgetExceededError, InvalidArgumentError, check_integer
 from opdtheory.exact.enumeration import SEQUENCE_BUDGET, Enumeration
 from opdtheory.exact.modes import plain_modes
 from opdtheory.exact.policies import Policy
-from opdtheory.rollouts import Rollouts
+from opdtheory.exact.probe import Loss, Probe
 
 __all__ = [
     "BATCH_BUDGET",
@@ -29,8 +28,6 @@ __all__ = [
     "own_gradients",
 ]
 
-Loss = Callable[[Rollouts], Tensor]
-
 # Evaluations of a loss that one expectation may take: about half a minute at 0.5 ms each.
 BATCH_BUDGET = 60_000
 
@@ -40,19 +37,6 @@ _SEPARABILITY_SAMPLE = 8
 # Up to this many batches are all evaluated, since a sample of so few may be all alike.
 _EVERY_COMPANY = 16
 
-# A mapped loss and single calls differ by rounding in the dtype of the loss.
-_MAPPED_ALIKE = {torch.float64: 1e-10, torch.float32: 1e-4}
-_MAPPED_ALIKE_NARROW = 2e-2
-
-# The share of the terms of a sum that rounding leaves of a sum that is zero.
-_ZERO = {torch.float64: 1e-12, torch.float32: 1e-6}
-_ZERO_NARROW = 1e-3
-
-# Two evaluations of one separable loss differ only by rounding in the dtype that it returns, unless that is too narrow
-# for the difference to tell anything. A tenth of what an audit takes for rounding of the expectation itself.
-_SAME = {torch.float32: 1e-5}
-_SAME_IN_FLOAT64 = 1e-10
-
 # Entries of gradients that are held at once: 32 MiB.
 _HELD = 2**22
 
@@ -60,9 +44,6 @@ _HELD = 2**22
 # microseconds each, and of one that it cannot.
 _MOST_MAPPED = 20_000
 _MOST_CALLED = 1_000
-
-# Nodes of a graph whose incoming gradient is the one in log-probabilities, before a softmax centres it.
-_SOFTMAXES = ("LogSoftmax", "Softmax", "Logsumexp")
 
 # What was left to a sample of batches: nothing, the order of rollouts in a batch, or the rollouts beside each other.
 Sampled = Literal["", "order", "company"]
@@ -171,7 +152,7 @@ def gradient_moments(
     with plain_modes():
         everything = Enumeration.build(student, teacher, behavior, min(budget, SEQUENCE_BUDGET))
         groups = _groups(everything, shared_prompt)
-        probe = _Probe(loss, everything)
+        probe = Probe(loss, everything)
         probe.check(groups[0])
         if thorough:
             most = min(budget, _MOST_MAPPED if probe.maps(groups[0][:1].expand(2, batch_size)) else _MOST_CALLED)
@@ -239,7 +220,7 @@ def own_gradients(loss: Loss, student: Policy, teacher: Policy, behavior: Policy
     """
     with plain_modes():
         everything = Enumeration.build(student, teacher, behavior)
-        probe = _Probe(loss, everything)
+        probe = Probe(loss, everything)
         every = torch.arange(len(everything))
         probe.check(every)
         shares = probe.sensitivities(every.view(-1, 1)).squeeze(1).double()
@@ -256,143 +237,7 @@ def _groups(everything: Enumeration, shared_prompt: bool) -> list[Tensor]:
     return [(prompts == prompt).nonzero().squeeze(-1) for prompt in prompts.unique()]
 
 
-class _Probe:
-    """Evaluates a loss on batches of enumerated sequences and reads its sensitivity to every logit."""
-
-    def __init__(self, loss: Loss, everything: Enumeration) -> None:
-        self.loss = loss
-        self.everything = everything
-        self.logits = everything.gather_logits([t.detach() for t in everything.student_tables])
-        self.evaluations = 0
-        self.same = _SAME_IN_FLOAT64
-        self.terms = 0.0
-        self._close = _MAPPED_ALIKE[torch.float64]
-        self.rounding = _ZERO[torch.float64]
-        self._mapped: bool | None = None
-
-    def check(self, group: Tensor) -> None:
-        """Raise if the loss differs between two identical calls on some sequences of a group."""
-        index = group[:4]
-        first, second = self.value_and_sensitivity(index, measured=True), self.value_and_sensitivity(index)
-        for name, a, b in zip(("value", "gradient"), first, second, strict=True):
-            if not torch.equal(a, b):
-                raise LossError(
-                    f"the loss is not deterministic: its {name} changed by {float((a - b).abs().max()):.3g} between "
-                    "two identical calls; seed or remove its randomness, and keep no state between calls"
-                )
-
-    def sensitivity(self, index: Tensor) -> Float[Tensor, "B T V"]:
-        """The gradient of the loss of a batch in each of its rollouts' logits."""
-        return self.value_and_sensitivity(index)[1]
-
-    def value_and_sensitivity(self, index: Tensor, measured: bool = False) -> tuple[Tensor, Tensor]:
-        """The loss of a batch and its gradient in each rollout's logits; `measured`: note the size of its terms."""
-        self.evaluations += 1
-        leaf = self.logits[index].requires_grad_()
-        value = self.loss(self.everything.rollouts(index, leaf))
-        _check_value(value)
-        self.same = _SAME.get(value.dtype, _SAME_IN_FLOAT64)
-        self._close = _MAPPED_ALIKE.get(value.dtype, _MAPPED_ALIKE_NARROW)
-        self.rounding = _ZERO.get(value.dtype, _ZERO_NARROW)
-        arriving = _record_terms(value) if measured else []
-        (gradient,) = torch.autograd.grad(value, leaf, allow_unused=True)
-        if gradient is None:
-            raise LossError(
-                "the loss has no gradient: its value does not depend on student_logits or student_logprobs; "
-                "is everything detached?"
-            )
-        _check_gradient(gradient)
-        if arriving:
-            self.terms = len(index) * max(arriving)
-        return value.detach(), gradient
-
-    def maps(self, batches: Int64[Tensor, "M B"]) -> bool:
-        """Whether `torch.func.vmap` maps the loss over batches, with the gradients of single calls."""
-        if self._mapped is None:
-            try:
-                self._mapped = self._agrees(batches, self._map(batches))
-            except Exception:  # whatever the loss does that cannot be mapped
-                self._mapped = False
-        return self._mapped
-
-    def sensitivities(self, batches: Int64[Tensor, "M B"]) -> Float[Tensor, "M B T V"]:
-        """The sensitivities of many batches, by one mapped call if the loss can be mapped."""
-        if self.maps(batches):
-            found = self._map(batches)
-            if self._agrees(batches[[0, len(batches) // 2, -1]], found[[0, len(batches) // 2, -1]]):
-                return found
-            self._mapped = False
-        return torch.stack([self.sensitivity(batch) for batch in batches])
-
-    def _agrees(self, batches: Tensor, found: Tensor) -> bool:
-        """Whether the mapped sensitivities are those of single calls."""
-        for batch, mapped in zip(batches, found, strict=True):
-            alone = self.sensitivity(batch)
-            scale = max(float(alone.abs().max()), self.terms, 1e-300)
-            if not float((alone - mapped).abs().max()) <= self._close * scale:
-                return False
-        return True
-
-    def _map(self, batches: Int64[Tensor, "M B"]) -> Float[Tensor, "M B T V"]:
-        self.evaluations += 1
-        leaf = self.logits[batches].requires_grad_()
-        fields = vars(self.everything.rollouts(batches.flatten(), leaf.flatten(0, 1)))
-        mapped = {name: x.unflatten(0, batches.shape) for name, x in fields.items() if isinstance(x, Tensor)}
-        fixed = {name: x for name, x in fields.items() if not isinstance(x, Tensor)}
-        with warnings.catch_warnings():
-            # Of operations that are mapped slowly.
-            warnings.simplefilter("ignore")
-            values = torch.func.vmap(lambda some: self.loss(Rollouts.unchecked(**some, **fixed)))(mapped)
-        _check_value(values[int((~torch.isfinite(values)).nonzero()[0])] if not values.isfinite().all() else values[0])
-        (gradient,) = torch.autograd.grad(values.sum(), leaf)
-        _check_gradient(gradient)
-        return gradient
-
-
-def _record_terms(value: Tensor) -> list[float]:
-    """A list that a backward pass of the value fills with the sizes of the gradients that enter a softmax."""
-    sizes: list[float] = []
-    pending, visited = [value.grad_fn], set()
-    while pending:
-        node = pending.pop()
-        if node is None or node in visited:
-            continue
-        visited.add(node)
-        if any(name in node.name() for name in _SOFTMAXES):
-            node.register_prehook(
-                lambda gradients: sizes.extend(float(g.detach().abs().max()) for g in gradients if g is not None)
-            )
-        pending.extend(parent for parent, _ in node.next_functions)
-    return sizes
-
-
-def _check_gradient(gradient: Tensor) -> None:
-    # A sum is finite only if its terms are, and takes one operation.
-    bad = 0 if math.isfinite(gradient.sum()) else int((~torch.isfinite(gradient)).sum())
-    if bad:
-        raise LossError(
-            f"the loss's gradient holds {bad} NaN or inf among {gradient.numel()} entries "
-            "although its value is finite; look for inf * 0 in its backward pass"
-        )
-
-
-def _check_value(value: object) -> None:
-    if not isinstance(value, Tensor):
-        raise LossError(f"the loss must return a scalar tensor, got {type(value).__name__}")
-    if value.ndim != 0:
-        raise LossError(
-            f"the loss must return a scalar tensor, got shape {tuple(value.shape)}; reduce it, for example by "
-            "rollouts.token_sum(values)"
-        )
-    if not value.dtype.is_floating_point:
-        raise LossError(f"the loss must return a floating-point dtype, got {value.dtype}")
-    if not math.isfinite(value.detach()):
-        raise LossError(f"the loss's value must be finite, got {float(value.detach())} on an enumerated batch")
-    if not value.requires_grad:
-        raise LossError("the loss has no gradient: its value does not require grad; is everything detached?")
-
-
-def _separable_shares(probe: _Probe, groups: list[Tensor], batch_size: int) -> Tensor | None:
+def _separable_shares(probe: Probe, groups: list[Tensor], batch_size: int) -> Tensor | None:
     """Each rollout's own gradient `(N, T, V)`, or None unless a batch's loss is the mean of its rollouts' losses.
 
     Each rollout is evaluated in different company: in the batch of its whole group, of a random half and of a random
@@ -428,7 +273,7 @@ def _companies(count: int, batch_size: int) -> list[Tensor]:
     return companies
 
 
-def _from_singles(probe: _Probe, shares: Tensor, groups: list[Tensor], batch_size: int) -> GradientMoments:
+def _from_singles(probe: Probe, shares: Tensor, groups: list[Tensor], batch_size: int) -> GradientMoments:
     table, probability = _Table(probe.everything), probe.everything.probability
     mean, within, between = table.zeros(), 0.0, 0.0
     for group in groups:
@@ -475,7 +320,7 @@ def _check_budget(groups: list[Tensor], batch_size: int, ordered: bool, budget: 
         )
 
 
-def _from_batches(probe: _Probe, groups: list[Tensor], batch_size: int, ordered: bool) -> GradientMoments | None:
+def _from_batches(probe: Probe, groups: list[Tensor], batch_size: int, ordered: bool) -> GradientMoments | None:
     """The moments from every batch; None if, `ordered` being false, another order gives another gradient.
 
     Each batch is then evaluated in two orders, ascending and by chance.
@@ -518,13 +363,13 @@ def _chunks(batches: Tensor, weights: Tensor, entries: int) -> Iterator[tuple[Te
     yield from zip(batches.split(chunk), weights.split(chunk), strict=True)
 
 
-def _same_in_other_orders(probe: _Probe, batches: Tensor, found: Tensor, generator: torch.Generator) -> bool:
+def _same_in_other_orders(probe: Probe, batches: Tensor, found: Tensor, generator: torch.Generator) -> bool:
     order = torch.rand(batches.shape, generator=generator).argsort(-1)
     again = probe.sensitivities(batches.gather(-1, order))
     return _alike(probe, found.gather(1, order[..., None, None].expand_as(found)), again)
 
 
-def _alike(probe: _Probe, first: Tensor, second: Tensor) -> bool:
+def _alike(probe: Probe, first: Tensor, second: Tensor) -> bool:
     """Whether sensitivities are equal, batch by batch, up to rounding."""
     sizes = torch.maximum(first.abs().amax((1, 2, 3)), second.abs().amax((1, 2, 3))).clamp_min(1e-300)
     return bool(((first - second).abs().amax((1, 2, 3)) <= probe.same * sizes).all())
@@ -546,7 +391,7 @@ def _batches(count: int, batch_size: int, ordered: bool) -> tuple[Int64[Tensor, 
     return batches, orderings
 
 
-def _symmetric(probe: _Probe, group: Tensor, batch_size: int) -> bool:
+def _symmetric(probe: Probe, group: Tensor, batch_size: int) -> bool:
     """Whether the loss treats the rollouts of a batch alike, judged by a few shuffled batches."""
     generator = torch.Generator().manual_seed(1)
     # A rotation and an exchange of two generate every order; a loss may be unchanged by either one alone.

@@ -5,7 +5,6 @@ Only the inputs and outputs of the loss are changed, so no source is needed. Eve
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
 
@@ -14,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from opdtheory.auditing.fixes.remembered import content
+from opdtheory.auditing.reductions import PerToken, averaged_over_rollouts, rollout_lengths, weighted_tokens
 from opdtheory.exact import Loss
 from opdtheory.rollouts import Rollouts
 
@@ -31,49 +31,10 @@ __all__ = [
     "weighted_tokens",
 ]
 
-# Maps rollouts to a number for each token, `(B, T)`.
-PerToken = Callable[[Rollouts], Tensor]
-
 
 def scaled(loss: Loss, factor: float) -> Loss:
     """The loss times a constant."""
     return lambda rollouts: factor * loss(rollouts)
-
-
-def averaged_over_rollouts(loss: Loss) -> Loss:
-    r"""A mean over the batch's tokens made a sum over tokens and mean over rollouts, $\ell\,\sum m / B$ (T11)."""
-
-    def averaged(rollouts: Rollouts) -> Tensor:
-        value = loss(rollouts)
-        # In the loss's own dtype, which determines what counts as rounding.
-        return (value * (rollouts.mask.sum() / rollouts.mask.shape[0])).to(value.dtype)
-
-    return averaged
-
-
-def rollout_lengths(rollouts: Rollouts) -> Float[Tensor, "B T"]:
-    """The number of unmasked tokens of each rollout, at least 1, for each of its positions."""
-    return rollouts.mask.sum(-1, keepdim=True).clamp_min(1).expand_as(rollouts.mask)
-
-
-def weighted_tokens(loss: Loss, weight: PerToken) -> Loss:
-    r"""The loss with the term of each token multiplied by a detached weight, $\sum_n \mathrm{sg}(c_n)\,\ell_n$.
-
-    The value is unchanged, and the gradient at each position is multiplied. That is equivalent for every loss in which
-    the term of a token depends on the student only through the logits of its position.
-    """
-
-    def changed(rollouts: Rollouts) -> Tensor:
-        weights = weight(rollouts).detach()
-        return loss(
-            replace(
-                rollouts,
-                student_logits=_gate(rollouts.student_logits, weights.unsqueeze(-1)),
-                student_logprobs=_gate(rollouts.student_logprobs, weights),
-            )
-        )
-
-    return changed
 
 
 def value_added(loss: Loss, value: PerToken) -> Loss:
@@ -136,12 +97,6 @@ def token_values(loss: Loss, rollouts: Rollouts, known: dict[bytes, float] | Non
             known[key] = float(loss(replace(rollouts, **alone)).detach())
         values[b, n] = known[key]
     return values
-
-
-def _gate(values: Tensor, weights: Tensor) -> Tensor:
-    """The values themselves, with gradients multiplied by weights; -inf has none."""
-    moved = torch.where(torch.isfinite(values), values - values.detach(), 0.0)
-    return values.detach() + weights * moved
 
 
 def _up_to(rollouts: Rollouts, b: int, n: int) -> dict[str, Any]:
