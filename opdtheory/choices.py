@@ -7,6 +7,7 @@ from typing import Literal, get_args
 __all__ = [
     "FAITHFUL",
     "GRANULARITIES",
+    "METHODS",
     "REDUCTIONS",
     "VERDICTS",
     "Baseline",
@@ -25,6 +26,9 @@ GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
 # How the losses of tokens become one number (T11).
 Reduction = Literal["token_sum", "token_mean", "sequence_mean"]
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
+
+# How an audit computes expectations: all batches, draws of them, or whichever serves.
+METHODS = ("auto", "exact", "monte_carlo")
 
 # How an expected gradient relates to that of an objective; `undecided`: sampling ran out of budget.
 Verdict = Literal["exact", "exact_up_to_scale", "other_objective", "zero", "biased", "undecided"]

@@ -24,7 +24,7 @@ from opdtheory.auditing.records import Identified, VariableLengths
 from opdtheory.auditing.report import Audit, PairResult
 from opdtheory.auditing.sampling.whole import sampled
 from opdtheory.auditing.scenario import Case, Scenario
-from opdtheory.choices import FAITHFUL, Verdict
+from opdtheory.choices import FAITHFUL, METHODS, Verdict
 from opdtheory.divergences import Divergence
 from opdtheory.divergences import divergence as as_divergence
 from opdtheory.errors import BudgetExceededError, InvalidArgumentError, LossError
@@ -33,9 +33,7 @@ from opdtheory.exact.oracle import full_vocabulary_variance
 from opdtheory.exact.threads import one_thread
 from opdtheory.objective import Objective
 
-__all__ = ["METHODS", "audit", "quick_verdict"]
-
-METHODS = ("auto", "exact", "monte_carlo")
+__all__ = ["audit", "quick_verdict"]
 
 # Only to learn that rollouts are coupled, no more batches than this are enumerated.
 _FEW_BATCHES = 300

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opdtheory.auditing import VERDICTS, Audit, audit
+from opdtheory.auditing import Audit, audit
 from opdtheory.auditing.black_box import ZERO, BlackBox, name_of
 from opdtheory.auditing.naming.fit import flat
 from opdtheory.auditing.scenario import Scenario
@@ -20,6 +20,7 @@ from opdtheory.divergences import divergence as as_divergence
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.estimators import Claim, Estimator
 from opdtheory.exact import GradientMoments, Loss, TabularPolicy
+from opdtheory.testing.failures import reason, shortened
 
 __all__ = [
     "assert_claim",
@@ -67,11 +68,10 @@ def assert_unbiased(
         'exact'
     """
     report = audit(loss, objective, granularity, **audit_settings)
-    if report.verdict != "exact" and not (up_to_scale and report.verdict == "exact_up_to_scale"):
+    if not _passes(report) or not (up_to_scale or report.verdict == "exact"):
         wanted = "unbiased up to scale" if up_to_scale else "unbiased"
-        raise AssertionError(
-            f"{report.name} is not {wanted} for {report.objective} ({report.granularity}): {VERDICTS[report.verdict]}."
-            f"\n\n{report}"
+        raise _failed(
+            f"{report.name} is not {wanted} for {report.objective} ({report.granularity}): {reason(report)}.", report
         )
     return report
 
@@ -105,11 +105,11 @@ def assert_minimises(
         0.33
     """
     report = audit(loss, divergence, granularity, **audit_settings)
-    if not report.faithful:
-        raise AssertionError(
-            f"{report.name} does not minimise {report.objective} ({report.granularity}): {VERDICTS[report.verdict]}; "
-            f"relative bias {report.relative_bias:.3g}, cosine {report.cosine:.6g}, best scale {report.scale:.6g}."
-            f"\n\n{report}"
+    if not _passes(report):
+        raise _failed(
+            f"{report.name} does not minimise {report.objective} ({report.granularity}): {reason(report)}; "
+            f"relative bias {report.relative_bias:.3g}, cosine {report.cosine:.6g}, best scale {report.scale:.6g}.",
+            report,
         )
     return report
 
@@ -174,10 +174,10 @@ def assert_same_gradient(
     allowed = tolerance if tolerance is not None else max(loss.tolerance for loss in losses)
     if not worst <= allowed:
         names = " and ".join(name_of(loss) for loss in (first, second))
-        raise AssertionError(
-            f"the expected gradients of {names} differ by {worst:.3g} of the longer one, more than {allowed:.3g}:\n"
-            + "\n".join(rows)
+        first_line = (
+            f"the expected gradients of {names} differ by {worst:.3g} of the longer one, more than {allowed:.3g}"
         )
+        raise AssertionError(shortened("\n".join([f"{first_line}:", *rows])))
     return worst
 
 
@@ -209,15 +209,12 @@ def assert_claim(estimator: Estimator, *, seed: int = 0) -> Audit:
         estimator, claim.divergence, claim.granularity, seed=seed, name=repr(estimator), details=False, **settings
     )
     if report.verdict != claim.verdict:
-        raise AssertionError(
-            f"{estimator!r} claims {claim.verdict!r}, the audit finds {report.verdict!r}. The claim: {claim}."
-            f"\n\n{report}"
+        raise _failed(
+            f"{estimator!r} claims {claim.verdict!r}, the audit finds {report.verdict!r}. The claim: {claim}.", report
         )
     other = _catalogue_entry(claim.descends) if claim.verdict == "other_objective" else None
     if other is not None and not _descends(report, other):
-        raise AssertionError(
-            f"{estimator!r} claims to descend {other.label}, the audit finds {report.descends}.\n\n{report}"
-        )
+        raise _failed(f"{estimator!r} claims to descend {other.label}, the audit finds {report.descends}.", report)
     return report
 
 
@@ -260,6 +257,16 @@ def gradient_gap(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     size = max(1.0, *(float(e.detach().abs().max()) for e in expected))
     gaps = [float((a.detach() - e.detach()).abs().max()) / size for a, e in zip(actual, expected, strict=True)]
     return max(gap if gap == gap else float("inf") for gap in gaps)
+
+
+def _passes(report: Audit) -> bool:
+    """Whether the loss does what it claims, up to a constant factor."""
+    return report.faithful
+
+
+def _failed(problem: str, report: Audit) -> AssertionError:
+    """The error with the problem and the audit, at most 40 lines."""
+    return AssertionError(shortened(f"{problem}\n\n{report}"))
 
 
 def _gap(first: GradientMoments, second: GradientMoments) -> tuple[float, tuple[float, float]]:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-import importlib
 import json
 import math
-import sys
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from opdtheory.choices import Baseline, Control, Importance, Reduction, Support
 from opdtheory.errors import InvalidArgumentError
+from opdtheory.toml import read_toml
 
 if TYPE_CHECKING:
     from opdtheory.estimators import Estimator
@@ -179,7 +178,7 @@ class TrainConfig:
         Raises:
             InvalidArgumentError: the file is missing or is not valid TOML, or as for the class.
         """
-        written = {name: None if value == "none" else value for name, value in _read_toml(Path(path)).items()}
+        written = {name: None if value == "none" else value for name, value in read_toml("config", Path(path)).items()}
         return cls.from_dict({**written, **overrides})
 
     def to_dict(self) -> dict[str, Any]:
@@ -244,20 +243,6 @@ def _check_names(values: Iterable[str]) -> None:
             near = difflib.get_close_matches(str(name), known, n=1)
             hint = f", did you mean {near[0]!r}?" if near else f"; the fields are {', '.join(known)}"
             raise InvalidArgumentError(str(name), f"is not a field of TrainConfig{hint}")
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        parser = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
-    except ImportError:
-        raise InvalidArgumentError("config", 'TOML needs Python 3.11 or pip install "opdtheory[train]"') from None
-    try:
-        values: dict[str, Any] = parser.loads(path.read_text(encoding="utf-8"))
-        return values
-    except OSError as error:
-        raise InvalidArgumentError("config", f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:  # neither TOML nor UTF-8
-        raise InvalidArgumentError("config", f"{path} is not valid TOML: {error}") from None
 
 
 def _checked(name: str, value: Any, kind: Any, optional: bool, limits: Mapping[str, Any]) -> Any:

@@ -1,0 +1,31 @@
+"""The message of a failing assertion: short enough to read in a log."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from opdtheory.choices import FAITHFUL, VERDICTS
+
+if TYPE_CHECKING:
+    from opdtheory.auditing import Audit
+
+__all__ = ["LONGEST", "reason", "shortened"]
+
+# Lines of a message.
+LONGEST = 40
+
+
+def shortened(message: str) -> str:
+    """The message, cut to 40 lines; the last one says how many are left out and how to see them."""
+    lines = message.splitlines()
+    if len(lines) <= LONGEST:
+        return message
+    kept, left = lines[: LONGEST - 1], len(lines) - LONGEST + 1
+    return "\n".join([*kept, f"[{left} more lines: print(report) for the rest, where report is opdtheory.audit(...)]"])
+
+
+def reason(report: Audit) -> str:
+    """Why an audit does not pass, in a clause."""
+    if report.verdict in FAITHFUL and not report.faithful:
+        return f"{VERDICTS[report.verdict]}, but a check of soundness fails"
+    return VERDICTS[report.verdict]
