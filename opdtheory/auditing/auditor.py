@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from opdtheory.auditing.advice import advised
 from opdtheory.auditing.black_box import INSISTS, ZERO, BlackBox, name_of
 from opdtheory.auditing.checks.numerics import numerics
 from opdtheory.auditing.checks.soundness import soundness
@@ -100,7 +101,7 @@ def audit(
         raise InvalidArgumentError("method", f"must be one of {', '.join(METHODS)}, got {method!r}")
     scenario = Scenario(batch_size, eos, off_policy, seed, prompts, tuple(environment), shared_prompt)
     counted, name, start = BlackBox(loss), name or name_of(loss), time.perf_counter()
-    with one_thread():
+    with one_thread(), advised(loss):
         cases = None if method == "monte_carlo" else _cases(counted, scenario, method)
         if cases is None:
             report = _by_sampling(counted, claim, scenario, name, details)

@@ -11,7 +11,13 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from opdtheory.errors import BudgetExceededError, InvalidArgumentError, LossError, check_integer
+from opdtheory.errors import (
+    BudgetExceededError,
+    InvalidArgumentError,
+    LossError,
+    NotFiniteError,
+    check_integer,
+)
 from opdtheory.exact.enumeration import SEQUENCE_BUDGET, Enumeration
 from opdtheory.exact.policies import Policy
 from opdtheory.exact.threads import one_thread
@@ -164,7 +170,7 @@ class _Probe:
         leaf = self.logits[index].requires_grad_()
         with torch.enable_grad():
             value = self.loss(self.everything.rollouts(index, leaf))
-        _check_value(value)
+        _check_value(value, tuple(leaf.shape))
         self.same = _SAME.get(value.dtype, _SAME_IN_FLOAT64)
         (gradient,) = torch.autograd.grad(value, leaf, allow_unused=True)
         if gradient is None:
@@ -175,14 +181,15 @@ class _Probe:
         # A sum is finite only if its terms are, and takes one operation.
         bad = 0 if math.isfinite(gradient.sum()) else int((~torch.isfinite(gradient)).sum())
         if bad:
-            raise LossError(
-                f"the loss's gradient holds {bad} NaN or inf among {gradient.numel()} entries "
-                "although its value is finite; look for inf * 0 in its backward pass"
+            raise NotFiniteError(
+                f"the loss's gradient holds {bad} NaN or inf among {gradient.numel()} entries although its value is "
+                f"finite; look for inf * 0 in its backward pass; the batch has shape (B, T, V) = {tuple(leaf.shape)}",
+                tuple(leaf.shape),
             )
         return value.detach(), gradient
 
 
-def _check_value(value: object) -> None:
+def _check_value(value: object, shape: tuple[int, ...]) -> None:
     if not isinstance(value, Tensor):
         raise LossError(f"the loss must return a scalar tensor, got {type(value).__name__}")
     if value.ndim != 0:
@@ -193,7 +200,10 @@ def _check_value(value: object) -> None:
     if not value.dtype.is_floating_point:
         raise LossError(f"the loss must return a floating-point dtype, got {value.dtype}")
     if not math.isfinite(value.detach()):
-        raise LossError(f"the loss's value must be finite, got {float(value.detach())} on an enumerated batch")
+        found = float(value.detach())
+        raise NotFiniteError(
+            f"the loss's value must be finite, got {found} on a batch of shape (B, T, V) = {shape}", shape
+        )
     if not value.requires_grad:
         raise LossError("the loss has no gradient: its value does not require grad; is everything detached?")
 

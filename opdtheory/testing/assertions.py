@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from opdtheory.auditing import Audit, audit
+from opdtheory.auditing.advice import advised
 from opdtheory.auditing.black_box import ZERO, BlackBox, name_of
 from opdtheory.auditing.naming.fit import flat
-from opdtheory.auditing.scenario import Scenario
+from opdtheory.auditing.scenario import Case, Scenario
 from opdtheory.divergences import Divergence
 from opdtheory.divergences import divergence as as_divergence
 from opdtheory.errors import InvalidArgumentError
@@ -167,7 +168,7 @@ def assert_same_gradient(
     losses = (BlackBox(first), BlackBox(second))
     rows, worst = [], 0.0
     for case in scenario.pairs():
-        moments = [scenario.moments(loss, case) for loss in losses]
+        moments = [_moments(loss, scenario, case) for loss in losses]
         gap, sizes = _gap(*moments)
         worst = max(worst, gap)
         rows.append(f"  {case.label}: differs by {gap:.3g}; lengths {sizes[0]:.6g} and {sizes[1]:.6g}")
@@ -257,6 +258,11 @@ def gradient_gap(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     size = max(1.0, *(float(e.detach().abs().max()) for e in expected))
     gaps = [float((a.detach() - e.detach()).abs().max()) / size for a, e in zip(actual, expected, strict=True)]
     return max(gap if gap == gap else float("inf") for gap in gaps)
+
+
+def _moments(loss: BlackBox, scenario: Scenario, case: Case) -> GradientMoments:
+    with advised(loss):
+        return scenario.moments(loss, case)
 
 
 def _passes(report: Audit) -> bool:

@@ -7,6 +7,7 @@ import difflib
 import functools
 import json
 import math
+import re
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +21,14 @@ from opdtheory.toml import read_toml
 
 if TYPE_CHECKING:
     from opdtheory.estimators import Estimator
+
+# No count or seed of a run is larger; torch and numpy refuse larger seeds.
+_LARGEST = 2**32 - 1
+
+# Characters of a wrong value that an error shows.
+_LONGEST = 60
+
+_UNUSABLE = re.compile("[\0\ud800-\udfff]")
 
 # No torch here: the command line reads the fields for its help.
 __all__ = ["ESTIMATOR_OPTIONS", "RUNTIME", "TrainConfig", "field_kinds"]
@@ -113,7 +122,7 @@ class TrainConfig:
     # The machine
     device: str = _field("auto", "cpu, cuda, cuda:1; auto uses a GPU if there is one")
     dtype: Literal["float32", "float64"] = _field("float32", "dtype of parameters and arithmetic")
-    threads: int | None = _runtime(None, "number of torch's threads on the CPU", low=1)
+    threads: int | None = _runtime(None, "number of torch's threads on the CPU", low=1, high=1024)
     check_rollouts: bool = _runtime(True, "validate every batch: cheap on a CPU, a few waits for the device on a GPU")
     # What is kept
     out: str | None = _runtime(
@@ -190,8 +199,7 @@ class TrainConfig:
         """The fields that differ from their default, as `from_toml` reads them."""
         given = self.to_dict()
         changed = {each.name: given[each.name] for each in dataclasses.fields(self) if given[each.name] != each.default}
-        lines = (f"{name} = {json.dumps('none' if value is None else value)}" for name, value in changed.items())
-        return "".join(f"{line}\n" for line in lines)
+        return "".join(f"{name} = {_as_toml('none' if value is None else value)}\n" for name, value in changed.items())
 
     def identity(self) -> dict[str, Any]:
         """The fields that the trained parameters depend on: all but those in `RUNTIME`."""
@@ -242,7 +250,12 @@ def _check_names(values: Iterable[str]) -> None:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)
             hint = f", did you mean {near[0]!r}?" if near else f"; the fields are {', '.join(known)}"
-            raise InvalidArgumentError(str(name), f"is not a field of TrainConfig{hint}")
+            raise InvalidArgumentError(str(name) or '""', f"is not a field of TrainConfig{hint}")
+
+
+def _as_toml(value: Any) -> str:
+    """A value as TOML writes it: like JSON, but with characters as they are, except for DEL."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _checked(name: str, value: Any, kind: Any, optional: bool, limits: Mapping[str, Any]) -> Any:
@@ -255,24 +268,49 @@ def _checked(name: str, value: Any, kind: Any, optional: bool, limits: Mapping[s
             raise InvalidArgumentError(name, f"must be one of {', '.join(allowed)}, got {value!r}")
         return value
     if typing.get_origin(kind) is tuple:
-        return tuple(value) if isinstance(value, list) else value  # the estimator checks it
+        # The estimator checks how many there are.
+        return tuple(_number(name, each, float, {}) for each in value) if isinstance(value, list | tuple) else value
     if kind in (int, float):
         return _number(name, value, kind, limits)
     if not isinstance(value, kind) or value == "":
         needed = "True or False" if kind is bool else "a non-empty string"
         raise InvalidArgumentError(name, f"must be {needed}, got {value!r}")
+    if kind is str and _UNUSABLE.search(value):
+        # No path has the character NUL, and half a surrogate pair cannot be written to a file.
+        raise InvalidArgumentError(name, f"must be a string without NUL that UTF-8 can encode, got {value!r}")
     return value
 
 
 def _number(name: str, value: Any, kind: type, limits: Mapping[str, Any]) -> int | float:
-    right = isinstance(value, int if kind is int else Real) and not isinstance(value, bool) and math.isfinite(value)
-    if not right:
-        raise InvalidArgumentError(name, f"must be {'an integer' if kind is int else 'a finite number'}, got {value!r}")
+    right = isinstance(value, int) if kind is int else isinstance(value, Real) and _is_finite(value)
+    if not right or isinstance(value, bool):
+        wanted = "an integer" if kind is int else "a finite number"
+        raise InvalidArgumentError(name, f"must be {wanted}, got {_shown(value)}")
+    if kind is int:
+        limits = {"high": _LARGEST, **limits}
     for limit, holds, words in (
         ("low", lambda bound: value >= bound, "at least"),
         ("above", lambda bound: value > bound, "greater than"),
         ("below", lambda bound: value < bound, "less than"),
+        ("high", lambda bound: value <= bound, "at most"),
     ):
         if limit in limits and not holds(limits[limit]):
-            raise InvalidArgumentError(name, f"must be {words} {limits[limit]:g}, got {value!r}")
+            raise InvalidArgumentError(name, f"must be {words} {limits[limit]:.10g}, got {_shown(value)}")
     return int(value) if kind is int else float(value)
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether a number is finite as a float; an integer may be too large for one."""
+    try:
+        return math.isfinite(float(value))
+    except OverflowError:
+        return False
+
+
+def _shown(value: object) -> str:
+    """A value as an error shows it; thousands of digits say no more than their number."""
+    try:
+        text = repr(value)
+    except ValueError:  # more digits than Python converts
+        return "a huge integer"
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({len(text)} characters)"
