@@ -196,7 +196,7 @@ class _Watched:
     def __call__(self, rollouts: Rollouts) -> Any:
         """The loss's value."""
         self.shape, self.raised = tuple(rollouts.student_logits.shape), None
-        with importable(self.target.folder, None if self.target.file is None else self.target.file.stem):
+        with importable(self.target.folder, self.target.stem):
             try:
                 return self.loss(rollouts)
             except BaseException as error:

@@ -34,11 +34,13 @@ class Target:
         function: the function.
         file: the file that defines its module, as a path to show, or None if it is not known.
         folder: the folder whose modules the function's own imports find, as `python FILE` and `python -m` do.
+        stem: the name of the file where it was named by its path, else None.
     """
 
     function: Callable[..., Any]
     file: Path | None
     folder: Path
+    stem: str | None
 
 
 def find(target: str) -> Target:
@@ -55,13 +57,14 @@ def find(target: str) -> Target:
     if path is not None and not path.is_file():
         raise UsageError(f"there is no file {path}")
     folder = Path.cwd() if path is None else path.resolve().parent
-    with importable(folder, None if path is None else path.stem):
+    stem = None if path is None else path.stem
+    with importable(folder, stem):
         module = _imported(where, path)
         file = path or _shown(getattr(module, "__file__", None))
         found = _attribute(module, name, where, file)
     if not callable(found):
         raise UsageError(f"{target} must be a function of rollouts, got {type(found).__name__}")
-    return Target(found, file, folder)
+    return Target(found, file, folder, stem)
 
 
 def _imported(where: str, path: Path | None) -> ModuleType:
