@@ -46,7 +46,8 @@ class LossClaim:
     def label(self) -> str:
         """The claim and its settings in one line, such as `forward_kl-token_local-eos=0`."""
         name = self.claims if self.claims is None or isinstance(self.claims, str) else self.claims.label
-        settings = (f"{key}={value}" for key, value in sorted(self.settings.items()))
+        # A label is one line, whatever the values are.
+        settings = (" ".join(f"{key}={value}".split()) for key, value in sorted(self.settings.items()))
         return "-".join([name or "no objective", self.granularity or "token_local", *settings])
 
     def within(self, project: Mapping[str, Any]) -> LossClaim:

@@ -118,16 +118,20 @@ class LossAudit(pytest.Item):
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
         """The audit's text instead of a traceback; for a loss that cannot be audited, the reason."""
         from opdtheory.errors import OpdTheoryError
-        from opdtheory.testing.failures import shortened
+        from opdtheory.testing.failures import LONGEST, shortened, shortened_traceback
 
         if isinstance(excinfo.value, _AuditFailed):
             return shortened(str(excinfo.value))
         if isinstance(excinfo.value, OpdTheoryError):
             return shortened(f"{self.name} cannot be audited: {excinfo.value}")
         # The frames of the user's code, without those of pytest and of the audit above.
-        own = excinfo.traceback.filter(lambda entry: not str(entry.path).startswith(_PACKAGE))
-        excinfo.traceback = own.filter(lambda entry: "_pytest" not in Path(entry.path).parts) or excinfo.traceback
-        return super().repr_failure(excinfo, style)
+        below = excinfo.traceback.cut(path=__file__)
+        if not self.config.getoption("fulltrace"):
+            excinfo.traceback = below.filter(lambda entry: not str(entry.path).startswith(_PACKAGE)) or below
+        whole = super().repr_failure(excinfo, style)
+        if self.config.getoption("fulltrace") or len(str(whole).splitlines()) <= LONGEST:
+            return whole
+        return shortened_traceback(str(super().repr_failure(excinfo, "short")))
 
     def reportinfo(self) -> tuple[Path, int | None, str]:
         """Where the marked function is defined."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from opdtheory.auditing import VERDICTS, audit
-from opdtheory.testing.failures import LONGEST, reason, shortened
+from opdtheory.testing.failures import LONGEST, reason, shortened, shortened_traceback
 from tests.losses import k2, k3
 
 
@@ -23,6 +23,13 @@ def test_what_does_not_fit_is_cut_and_says_so(count):
     assert lines[-1].startswith(f"[{count - LONGEST + 1} more lines: print(report) for the rest")
 
 
+def test_the_end_of_a_traceback_is_kept():
+    text = "\n".join(map(str, range(LONGEST)))
+    assert shortened_traceback(text) == text
+    lines = shortened_traceback(f"{text}\nlast").splitlines()
+    assert len(lines) == LONGEST and lines[-1] == "last" and lines[1] == "2" and lines[0].startswith("[2 more lines")
+
+
 def no_mask(r):
     return (r.log_u.square() / 2).sum() / len(r.tokens)
 
@@ -31,5 +38,4 @@ def test_the_reason_is_the_verdict_or_the_check_that_fails():
     assert reason(audit(k3, "reverse_kl")) == VERDICTS["other_objective"]
     assert reason(audit(k2, "reverse_kl")) == VERDICTS["exact"]
     report = audit(no_mask, "reverse_kl")
-    if report.verdict == "exact":
-        assert reason(report) == f"{VERDICTS['exact']}, but a check of soundness fails"
+    assert report.verdict != "exact" or reason(report) == f"{VERDICTS['exact']}, but a check of soundness fails"
