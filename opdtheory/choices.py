@@ -9,6 +9,7 @@ __all__ = [
     "CLAIMED_REDUCTIONS",
     "GRANULARITIES",
     "LENGTHS",
+    "METHODS",
     "REDUCTIONS",
     "VERDICTS",
     "Baseline",
@@ -37,6 +38,9 @@ CLAIMED_REDUCTIONS: tuple[ClaimedReduction, ...] = get_args(ClaimedReduction)
 # Whether rollouts of a fixed length are asked about, of lengths that vary, or both.
 Lengths = Literal["both", "fixed", "variable"]
 LENGTHS: tuple[Lengths, ...] = get_args(Lengths)
+
+# How an audit computes expectations: all batches, draws of them, or whichever serves.
+METHODS = ("auto", "exact", "monte_carlo")
 
 # How an expected gradient relates to that of an objective; `undecided`: sampling ran out of budget.
 Verdict = Literal["exact", "exact_up_to_scale", "other_objective", "zero", "biased", "undecided"]

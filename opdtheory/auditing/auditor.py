@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from opdtheory.auditing.advice import advised
 from opdtheory.auditing.black_box import INSISTS, BlackBox, name_of
 from opdtheory.auditing.checks.numerics import numerics
 from opdtheory.auditing.checks.soundness import soundness
@@ -29,19 +30,17 @@ from opdtheory.auditing.report import Audit, PairResult, Remedy
 from opdtheory.auditing.sampling.whole import sampled
 from opdtheory.auditing.scenario import Case, Scenario
 from opdtheory.auditing.worlds import Asked, ask
-from opdtheory.choices import FAITHFUL, REDUCTIONS, Reduction, Verdict
+from opdtheory.choices import FAITHFUL, METHODS, REDUCTIONS, Reduction, Verdict
 from opdtheory.divergences import Divergence
 from opdtheory.divergences import divergence as as_divergence
-from opdtheory.errors import BudgetExceededError, InvalidArgumentError, LossError
+from opdtheory.errors import BudgetExceededError, InvalidArgumentError, LossError, check_between
 from opdtheory.exact import GradientMoments, Loss
 from opdtheory.exact.modes import plain_modes
 from opdtheory.exact.oracle import full_vocabulary_variance
 from opdtheory.exact.token_mean import token_mean_moments
 from opdtheory.objective import Objective
 
-__all__ = ["METHODS", "audit", "quick_verdict"]
-
-METHODS = ("auto", "exact", "monte_carlo")
+__all__ = ["audit", "quick_verdict"]
 
 # Only to learn that rollouts are coupled, no more batches than this are enumerated.
 _FEW_BATCHES = 300
@@ -64,6 +63,7 @@ def audit(
     reduction: str = "token_sum",
     lengths: str = "both",
     vocabulary: int | None = None,
+    tolerance: float | None = None,
     method: str = "auto",
     details: bool = True,
 ) -> Audit:
@@ -95,6 +95,8 @@ def audit(
         lengths: `both`, `fixed` or `variable`: the lengths of rollouts that the claim is about.
         vocabulary: number of the panel's tokens (default: 4, or as many as batches allow, and more for a loss that
             keeps only the k likeliest).
+        tolerance: relative error that counts as rounding (default: 1e-9, 1e-4 for a loss in float32, 2e-2 for narrower
+            dtypes).
         method: `exact`, `monte_carlo`, or `auto`: exact where batches can be enumerated.
         details: whether to report more than verdict and name: the weight as a formula, what it depends on, soundness
             checks, narrow dtypes, remedies.
@@ -116,11 +118,13 @@ def audit(
     claim = Objective.of(as_divergence(objective), granularity, gamma, reduction)
     if method not in METHODS:
         raise InvalidArgumentError("method", f"must be one of {', '.join(METHODS)}, got {method!r}")
+    if tolerance is not None:
+        check_between("tolerance", tolerance, 0.0, 1.0)
     scenario = Scenario(
         batch_size, eos, off_policy, seed, prompts, tuple(environment), shared_prompt, lengths, vocabulary
     )
-    counted, name, start = BlackBox(loss), name or name_of(loss), time.perf_counter()
-    with plain_modes():
+    counted, name, start = BlackBox(loss, tolerance), name or name_of(loss), time.perf_counter()
+    with plain_modes(), advised(loss):
         panel = None if method == "monte_carlo" else _panel(counted, scenario, method)
         if panel is None:
             report = _by_sampling(counted, claim, scenario, name, details)

@@ -21,8 +21,9 @@ _COARSE = 2e-2
 class BlackBox:
     """A loss that counts its calls and remembers the dtype of its value."""
 
-    def __init__(self, loss: Loss) -> None:
+    def __init__(self, loss: Loss, tolerance: float | None = None) -> None:
         self.loss = loss
+        self.stated = tolerance
         self.calls = 0
         self._dtype = torch.float64
 
@@ -36,7 +37,9 @@ class BlackBox:
 
     @property
     def tolerance(self) -> float:
-        """Relative error that counts as rounding in the dtype of the last value."""
+        """Relative error that counts as rounding: the stated one, else by the dtype of the last value."""
+        if self.stated is not None:
+            return self.stated
         return _TOLERANCE.get(self._dtype, _COARSE)
 
 

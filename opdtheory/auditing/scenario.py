@@ -12,7 +12,7 @@ from torch import Tensor
 
 from opdtheory.auditing.records import Count, Finite, Positive
 from opdtheory.choices import LENGTHS
-from opdtheory.errors import BudgetExceededError, InvalidArgumentError, check_integer
+from opdtheory.errors import BudgetExceededError, InvalidArgumentError, NotFiniteError, check_integer
 from opdtheory.exact import GradientMoments, Loss, TabularPolicy, exact_gradient, gradient_moments, random_pair
 from opdtheory.exact.expectation import BATCH_BUDGET
 from opdtheory.objective import Objective
@@ -219,9 +219,13 @@ class Scenario:
             BudgetExceededError: there are more batches than the budget allows.
             LossError: as `gradient_moments`.
         """
-        return gradient_moments(
-            loss, case.student, case.teacher, self.batch_size, case.behavior, budget, self.shared_prompt, thorough
-        )
+        try:
+            return gradient_moments(
+                loss, case.student, case.teacher, self.batch_size, case.behavior, budget, self.shared_prompt, thorough
+            )
+        except NotFiniteError as error:
+            where = f", on the pair {case.label!r}" if case.label else ""
+            raise NotFiniteError(f"{error}{where}", error.shape) from None
 
 
 def count_batches(sequences: int, batch_size: int) -> int:

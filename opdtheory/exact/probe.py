@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from opdtheory.errors import LossError
+from opdtheory.errors import LossError, NotFiniteError
 from opdtheory.exact.enumeration import Enumeration
 from opdtheory.rollouts import Rollouts
 
@@ -69,7 +69,7 @@ class Probe:
         self.evaluations += 1
         leaf = self.logits[index].requires_grad_()
         value = self.loss(self.everything.rollouts(index, leaf))
-        _check_value(value)
+        _check_value(value, tuple(leaf.shape))
         self.same = _SAME.get(value.dtype, _SAME_IN_FLOAT64)
         self._close = _MAPPED_ALIKE.get(value.dtype, _MAPPED_ALIKE_NARROW)
         self.rounding = _ZERO.get(value.dtype, _ZERO_NARROW)
@@ -80,7 +80,7 @@ class Probe:
                 "the loss has no gradient: its value does not depend on student_logits or student_logprobs; "
                 "is everything detached?"
             )
-        _check_gradient(gradient)
+        _check_gradient(gradient, tuple(leaf.shape))
         if arriving:
             self.terms = len(index) * max(arriving)
         return value.detach(), gradient
@@ -122,9 +122,10 @@ class Probe:
             # Of operations that are mapped slowly.
             warnings.simplefilter("ignore")
             values = torch.func.vmap(lambda some: self.loss(Rollouts.unchecked(**some, **fixed)))(mapped)
-        _check_value(values[int((~torch.isfinite(values)).nonzero()[0])] if not values.isfinite().all() else values[0])
+        bad = (~torch.isfinite(values)).nonzero()
+        _check_value(values[int(bad[0]) if len(bad) else 0], tuple(leaf.shape[1:]))
         (gradient,) = torch.autograd.grad(values.sum(), leaf)
-        _check_gradient(gradient)
+        _check_gradient(gradient, tuple(leaf.shape[1:]))
         return gradient
 
 
@@ -145,17 +146,18 @@ def _record_terms(value: Tensor) -> list[float]:
     return sizes
 
 
-def _check_gradient(gradient: Tensor) -> None:
+def _check_gradient(gradient: Tensor, shape: tuple[int, ...]) -> None:
     # A sum is finite only if its terms are, and takes one operation.
     bad = 0 if math.isfinite(gradient.sum()) else int((~torch.isfinite(gradient)).sum())
     if bad:
-        raise LossError(
-            f"the loss's gradient holds {bad} NaN or inf among {gradient.numel()} entries "
-            "although its value is finite; look for inf * 0 in its backward pass"
+        raise NotFiniteError(
+            f"the loss's gradient holds {bad} NaN or inf among {gradient.numel()} entries although its value is "
+            f"finite; look for inf * 0 in its backward pass; the batch has shape (B, T, V) = {shape}",
+            shape,
         )
 
 
-def _check_value(value: object) -> None:
+def _check_value(value: object, shape: tuple[int, ...]) -> None:
     if not isinstance(value, Tensor):
         raise LossError(f"the loss must return a scalar tensor, got {type(value).__name__}")
     if value.ndim != 0:
@@ -166,6 +168,9 @@ def _check_value(value: object) -> None:
     if not value.dtype.is_floating_point:
         raise LossError(f"the loss must return a floating-point dtype, got {value.dtype}")
     if not math.isfinite(value.detach()):
-        raise LossError(f"the loss's value must be finite, got {float(value.detach())} on an enumerated batch")
+        found = float(value.detach())
+        raise NotFiniteError(
+            f"the loss's value must be finite, got {found} on a batch of shape (B, T, V) = {shape}", shape
+        )
     if not value.requires_grad:
         raise LossError("the loss has no gradient: its value does not require grad; is everything detached?")
