@@ -22,12 +22,13 @@ from opdtheory.auditing.naming.recover import RecoveredWeight, explains_panel, r
 from opdtheory.auditing.naming.weight_form import describe
 from opdtheory.auditing.records import Identified, VariableLengths
 from opdtheory.auditing.report import Audit, PairResult
+from opdtheory.auditing.sampling.montecarlo import ALPHA
 from opdtheory.auditing.sampling.whole import sampled
 from opdtheory.auditing.scenario import Case, Scenario
 from opdtheory.choices import FAITHFUL, Verdict
 from opdtheory.divergences import Divergence
 from opdtheory.divergences import divergence as as_divergence
-from opdtheory.errors import BudgetExceededError, InvalidArgumentError, LossError
+from opdtheory.errors import BudgetExceededError, InvalidArgumentError, LossError, check_between
 from opdtheory.exact import GradientMoments, Loss
 from opdtheory.exact.oracle import full_vocabulary_variance
 from opdtheory.exact.threads import one_thread
@@ -57,6 +58,7 @@ def audit(
     shared_prompt: bool = False,
     method: str = "auto",
     details: bool = True,
+    alpha: float = ALPHA,
 ) -> Audit:
     """Find out what a loss really minimises, by exact expectation over enumerated policies.
 
@@ -82,6 +84,7 @@ def audit(
         method: `exact`, `monte_carlo`, or `auto`: exact where batches can be enumerated.
         details: whether to report more than verdict and name: the weight as a formula, what it depends on, soundness
             checks, narrow dtypes, remedies.
+        alpha: where batches are sampled, the probability that any statement of the audit is wrong, between 0 and 1/2.
 
     Returns:
         An `Audit`; `print` it, or take `.verdict`, `.identified`, `.weight`, `.remedies` and `.to_dict()`.
@@ -100,12 +103,13 @@ def audit(
     claim = Objective.of(as_divergence(objective), granularity, gamma)
     if method not in METHODS:
         raise InvalidArgumentError("method", f"must be one of {', '.join(METHODS)}, got {method!r}")
+    check_between("alpha", alpha, 0.0, 0.5)
     scenario = Scenario(batch_size, eos, off_policy, seed, prompts, tuple(environment), shared_prompt)
     counted, name, start = BlackBox(loss), name or name_of(loss), time.perf_counter()
     with one_thread():
         cases = None if method == "monte_carlo" else _cases(counted, scenario, method)
         if cases is None:
-            report = _by_sampling(counted, claim, scenario, name, details)
+            report = _by_sampling(counted, claim, scenario, name, details, alpha)
         else:
             report = _exactly(counted, claim, scenario, cases, name, details)
         if details and report.monte_carlo is None:
@@ -256,9 +260,11 @@ def _details(
     }
 
 
-def _by_sampling(loss: BlackBox, claim: Objective, scenario: Scenario, name: str, details: bool) -> Audit:
+def _by_sampling(
+    loss: BlackBox, claim: Objective, scenario: Scenario, name: str, details: bool, alpha: float
+) -> Audit:
     """The audit where batches are too many to enumerate."""
-    result, weight = sampled(loss, claim, scenario, weigh=details)
+    result, weight = sampled(loss, claim, scenario, weigh=details, alpha=alpha)
     # Only a biased loss is found to follow another objective.
     verdict: Verdict = result.verdict if result.follows is None else "other_objective"
     low, high = result.relative_bias

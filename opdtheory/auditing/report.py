@@ -142,8 +142,9 @@ class Audit:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The arguments of `audit`: the fields of the scenario, and `gamma`."""
-        return {**self.scenario.to_dict(), "gamma": self.claim.gamma}
+        """The arguments of `audit`: the fields of the scenario, `gamma`, and `alpha` if it was sampled."""
+        found = {**self.scenario.to_dict(), "gamma": self.claim.gamma}
+        return found if self.monte_carlo is None else {**found, "alpha": self.monte_carlo.alpha}
 
     @property
     def faithful(self) -> bool:

@@ -29,6 +29,7 @@ _PLAIN = {str: "string", bool: "boolean", int: "integer"}
 _LATER = (
     *("form", "dependence", "checks", "numerics", "remedies", "monte_carlo"),
     *("prompts", "environment", "shared_prompt"),
+    *("least_bias", "by_pair", "unseen", "alpha"),
     *("explains_panel", "far_log_u", "far_weight", "generator_values", "stop_gradient_of", "seen_to"),
 )
 
@@ -97,6 +98,7 @@ def _described(kind: Any, name: str) -> str:
 def _settings() -> dict[str, Any]:
     schema = _object(Scenario)
     schema["properties"]["gamma"] = {"type": "number", "description": "discount of `token_return`"}
+    schema["properties"]["alpha"] = {"type": "number", "description": "error rate of a sampled audit; else absent"}
     # Later versions may have more arguments.
     return {**schema, "additionalProperties": True, "required": [*schema["required"], "gamma"]}
 
