@@ -260,9 +260,7 @@ def _details(
     }
 
 
-def _by_sampling(
-    loss: BlackBox, claim: Objective, scenario: Scenario, name: str, details: bool, alpha: float
-) -> Audit:
+def _by_sampling(loss: BlackBox, claim: Objective, scenario: Scenario, name: str, details: bool, alpha: float) -> Audit:
     """The audit where batches are too many to enumerate."""
     result, weight = sampled(loss, claim, scenario, weigh=details, alpha=alpha)
     # Only a biased loss is found to follow another objective.

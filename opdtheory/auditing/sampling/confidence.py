@@ -63,7 +63,7 @@ class Moments:
         before, count = self.count, self.count + 1
         gap = observation - self.mean
         step = gap / count
-        grown = gap * step * before
+        grown = gap * before * step
         cubes = self.cubes + step * (grown * (before - 1) - 3.0 * self.squares)
         return Moments(count, self.mean + step, self.squares + grown, cubes)
 

@@ -67,7 +67,7 @@ class MonteCarloResult(Keyed):
 
     @property
     def same_direction(self) -> bool:
-        """Whether every pair's gradient is certified, within the margin, to be some positive multiple of the exact one."""
+        """Whether each pair's gradient is certified, within the margin, to be some multiple of the exact one."""
         return all(pair.seen <= self.margin for pair in self.by_pair)
 
 
@@ -123,7 +123,9 @@ def _biased(result: MonteCarloResult, claim: str) -> str:
         at_one = f"{100 * result.relative_bias[0]:.3g}%"
         return f"The expected gradient is not that of {claim} at any scale: it points uphill, off by at least {at_one}."
     text = f"The expected gradient is not that of {claim} at any scale: at the best one it is "
-    return f"{text}off by at least {_percent(result.least_bias)}, and at scale one by {_percent(result.relative_bias[0])}."
+    return (
+        f"{text}off by at least {_percent(result.least_bias)}, and at scale one by {_percent(result.relative_bias[0])}."
+    )
 
 
 def _direction(result: MonteCarloResult, claim: str, where: str) -> str:

@@ -186,12 +186,12 @@ def _intervals(
     factors = fit_controls(seen / size, known / size, _SAME)
     # The rounding of the gradient itself, whose entries are weights times probabilities.
     stream = Residuals(look, basis, found, factors, _SAME * largest)
-    aimed, look = max(_FEWEST, first_count(each)), 0
+    aimed, looks = max(_FEWEST, first_count(each)), 0
     while True:
         while stream.projections.count < aimed:
             stream.observe(generator)
-        look += 1
-        low, high = interval(stream.projections, each * share_of_look(look))
+        looks += 1
+        low, high = interval(stream.projections, each * share_of_look(looks))
         at = basis @ stream.known
         low, high = at + low - _SAME * size, at + high + _SAME * size
         middle = (low + high) / 2.0

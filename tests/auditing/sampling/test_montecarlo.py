@@ -190,7 +190,8 @@ def test_words_claim_what_was_certified() -> None:
     [
         ({"batch_size": 0}, "batch_size"),
         ({"margin": 0.0}, "margin"),
-        ({"confidence": 1.0}, "confidence"),
+        ({"alpha": 0.0}, "alpha"),
+        ({"alpha": 0.5}, "alpha"),
         ({"max_batches": 0}, "max_batches"),
         ({"seconds": 0.0}, "seconds"),
         ({"divergence": opd.divergences.skew_jsd(0.0)}, "objective: must have a nonzero gradient"),
