@@ -93,7 +93,7 @@ def worded(result: MonteCarloResult, claim: str) -> MonteCarloResult:
             sentences.append(_followed(result.follows))
     else:
         low = result.relative_bias[0]
-        found = f" It is off by at least {100 * low:.3g}% at scale one, perhaps only by a factor." if low > 0 else ""
+        found = f" It is off by at least {_percent(low)} at scale one, perhaps only by a factor." if low > 0 else ""
         sentences.append(f"The budget ended before a verdict on {claim} was certain.{found}")
     if math.isfinite(high) and result.verdict in ("exact", "undecided"):
         sentences.append(f"The bias as a whole vector is below {100 * high:.2g}% of the exact gradient.")
@@ -120,7 +120,7 @@ def odds(alpha: float) -> str:
 def _biased(result: MonteCarloResult, claim: str) -> str:
     """How far the gradient is from every multiple of the claimed one."""
     if result.cosine[1] <= 0.0:
-        at_one = f"{100 * result.relative_bias[0]:.3g}%"
+        at_one = _percent(result.relative_bias[0])
         return f"The expected gradient is not that of {claim} at any scale: it points uphill, off by at least {at_one}."
     text = f"The expected gradient is not that of {claim} at any scale: at the best one it is "
     return (
@@ -146,7 +146,7 @@ def _direction(result: MonteCarloResult, claim: str, where: str) -> str:
 
 
 def _percent(ratio: float) -> str:
-    return f"{100 * ratio:.3g}%"
+    return f"{100 * ratio:.3g}%" if ratio < 10.0 else f"{100 * ratio:,.0f}%"
 
 
 def _cosine(value: float) -> str:
