@@ -38,7 +38,7 @@ from opdtheory.objective import Objective  # noqa: E402
 SEED = 20261128
 RATES = (0.2, 0.05, ALPHA)
 PAIRS = 3
-MARGIN, CALLS = 0.05, 1000
+MARGIN, OBSERVATIONS = 0.05, 160
 
 # What rounding may add to a number that is compared with an interval, relative to the exact gradient.
 ROUNDING = 1e-9
@@ -205,13 +205,14 @@ class Count:
 def audited(subject: Subject, number: int, alpha: float, seed: int) -> Count:
     """One audit: drawn until the verdict is certain, with every interval at every look compared with the truth."""
     claim, scenario = Objective.of(opd.divergence("reverse_kl")), Scenario(subject.batch_size, seed=seed)
-    search = Search(subject.loss, [pair(number)], claim, scenario, alpha, CALLS, math.inf)
+    search = Search(subject.loss, [pair(number)], claim, scenario, alpha, 1, math.inf)
+    calls = OBSERVATIONS * search.pairs[0].stream.look.calls
     true, count, verdict = Truth.of(search, subject, number), Count(audits=1), "undecided"
     missed = naive = False
     with torch.no_grad():
-        while verdict == "undecided" and search.batches < CALLS:
+        while verdict == "undecided" and search.batches < calls:
             before = search.pairs[0].looks
-            search.advance(MARGIN, CALLS)
+            search.advance(MARGIN, calls)
             if search.pairs[0].looks == before:
                 break
             out, intervals = true.misses(search)
@@ -266,7 +267,7 @@ def page(found: dict[tuple[str, float], Count]) -> str:
     total = sum(found.values(), Count())
     about = (
         f"{total.audits:,} audits of {len(SUBJECTS)} losses on {PAIRS} pairs (three tokens, two steps, an end), "
-        f"seed {SEED}, margin {100 * MARGIN:g} %, at most {CALLS} calls each: {total.looks:,} looks, "
+        f"seed {SEED}, margin {100 * MARGIN:g} %, at most {OBSERVATIONS} observations each: {total.looks:,} looks, "
         f"{total.intervals:,} intervals, of which {total.out} leave out the truth. In brackets: Clopper-Pearson "
         "intervals at 99 %."
     )

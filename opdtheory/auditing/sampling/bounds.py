@@ -220,12 +220,12 @@ def least_bias(bounds: Sequence[Bounds], targets: Sequence[Target]) -> float:
             for b, t in zip(bounds, targets, strict=True)
         )
 
-    if not all(math.isfinite(float(b.low[0])) for b in bounds):
+    if not excluded(bounds, targets):
         return 0.0
     shortest = [float(torch.maximum(b.low, -b.high).clamp_min(0.0).norm()) for b in bounds]
     ends = [2.0 * t.size / size for size, t in zip(shortest, targets, strict=True) if size > 0.0]
     if not ends:
         return 0.0
     # At the end, some pair's gradient is twice as long as its target, so the bias is above that at the other end, one.
-    found = minimize_scalar(worst, bounds=(0.0, min(ends)), method="bounded", options={"xatol": 1e-9 * min(ends)})
+    found = minimize_scalar(worst, bounds=(0.0, min(ends)), method="bounded", options={"xatol": 1e-12 * min(ends)})
     return min(1.0, float(found.fun))

@@ -171,7 +171,7 @@ def _named(found: _Confirmation, source: str, batch_size: int, spent: int) -> Na
     search, objective = found.search, found.search.objective
     evidence = f"{source}; confirmed at batch size {batch_size} on {search.rollouts:,} fresh rollouts"
     if search.hidden is not None:
-        evidence += f", where a difference in fewer than {100 * search.hidden:.2g}% of observations may be unseen"
+        evidence += f", where a difference in fewer than {100 * search.unseen:.2g}% of calls may be unseen"
     identified = replace(Identified.of(objective, found.scale, found.error), evidence=evidence)
     if (knob := knob_of(objective)) is not None:
         identified = replace(identified, fitted=knob.name, fitted_range=knob_range(search, knob))

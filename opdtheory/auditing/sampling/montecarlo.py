@@ -58,8 +58,9 @@ _GROWTH = 1.25
 _LOGITS_AT_ONCE = 2**15
 _ROLLOUTS_AT_ONCE = 256
 
-# The number of rollouts for the test whether a loss is the mean of the losses of its batches.
-_TRIED = 16
+# The number of rollouts for the test whether a loss of one rollout takes many as their mean. Larger batches are always
+# drawn apart: rollouts that are coupled in few batches, such as groups of equal returns, would pass any such test.
+_TRIED = 64
 
 # If each batch needs its own call, one observation is the mean of this many, which is closer to normal, but of no more
 # than this many rollouts, as the mean of a large batch is close to normal already.
@@ -181,18 +182,20 @@ class Search:
                     "a Monte Carlo audit's table", sampler.student.numel(), TABLE_BUDGET, "lower the vocabulary"
                 )
         self.same = _ROUNDING.get(_value_dtype(loss, samplers[0].draw(scenario.batch_size, self.generator)), _COARSE)
-        few = max(2, _TRIED // scenario.batch_size)
+        few = _TRIED if scenario.batch_size == 1 else 2
         looks = [Look(loss, sampler, scenario.batch_size, few, False, scenario.shared_prompt) for sampler in samplers]
-        self.separable = all(splits_into_batches(look, self.generator, self.same) for look in looks)
+        splits = [splits_into_batches(look, self.generator, self.same) for look in looks]
+        self.separable = scenario.batch_size == 1 and all(splits)
         self.objective, self.cases = objective, list(cases)
         self.pairs = [self._pair(case, _sized(look, self.separable)) for case, look in zip(cases, looks, strict=True)]
         self.alpha = alpha
-        # A stream for each direction and for the length of each pair, and one that counts what differs.
-        self.each = alpha / (sum(len(pair.basis) + 1 for pair in self.pairs) + 1)
+        # A stream for each direction and for the length of each pair, and two that count what differs or is not seen.
+        self.each = alpha / (sum(len(pair.basis) + 1 for pair in self.pairs) + 2)
         # Products of successive observations are half as many.
         self.first = max(_FEWEST, 2 * first_count(self.each))
         self.batches = self.rollouts = 0
         self.verdict: Verdict = "undecided"
+        self._decisive: list[Bounds] = []
 
     @one_thread()
     @torch.no_grad()
@@ -202,6 +205,7 @@ class Search:
             self.advance(margin, self._most)
             self.verdict = self.judge(margin)
             if self.verdict != "undecided":
+                self._decisive = self.all_bounds()
                 break
         return self.verdict
 
@@ -362,11 +366,13 @@ class Search:
 
     def _hidden(self) -> tuple[int, float]:
         different = sum(pair.stream.different for pair in self.pairs)
-        return different, bounded_interval(different, self._observations, self.each)[1]
+        observations = sum(pair.stream.projections.count for pair in self.pairs)
+        return different, bounded_interval(different, observations, self.each)[1]
 
     @property
-    def _observations(self) -> int:
-        return sum(pair.stream.projections.count for pair in self.pairs)
+    def unseen(self) -> float:
+        """The largest probability per call of any one event that no call showed."""
+        return bounded_interval(0, self.batches, self.each)[1]
 
     def result(
         self, verdict: Verdict, follows: Identified | None, margin: float, alpha: float | None = None
@@ -374,6 +380,9 @@ class Search:
         """The findings, also in words, with the error rate of the whole audit that this search is a part of."""
         alpha = self.alpha if alpha is None else alpha
         bounds, targets = self.all_bounds(), self.claimed
+        # Later looks are more precise, but may exclude a little less; the words should fit the verdict.
+        if verdict == "biased" and self._decisive and not excluded(bounds, targets):
+            bounds = self._decisive
         biases = [relative_bias(b, t) for b, t in zip(bounds, targets, strict=True)]
         cosines = [b.cosine(t) for b, t in zip(bounds, targets, strict=True)]
         bias = (max(low for low, _ in biases), max(high for _, high in biases))
@@ -389,7 +398,7 @@ class Search:
             directions=sum(len(pair.basis) for pair in self.pairs),
             identical=self.hidden is not None,
             hidden=self._hidden()[1],
-            unseen=bounded_interval(0, self._observations, self.each)[1],
+            unseen=self.unseen,
             batches=self.batches,
             rollouts=self.rollouts,
             separable=self.separable,

@@ -31,11 +31,11 @@ class MonteCarloResult(Keyed):
         identical: whether the loss's gradient was that of one combination of library estimators on all rollouts.
         hidden: nonasymptotic upper bound on the probability that an observation (a call, or a few batches of a loss
             that couples its rollouts) differs from that combination, averaged over the pairs.
-        unseen: nonasymptotic upper bound on the probability of any one event that no observation showed, averaged over
-            the pairs.
+        unseen: nonasymptotic upper bound on the probability per call of any one event that no call showed, such as a
+            difference if `identical`, averaged over the pairs.
         batches: number of calls of the loss over all pairs, without those of the pilot.
         rollouts: number of rollouts in these calls.
-        separable: whether the loss is the mean of the losses of its batches, so that many were drawn at once.
+        separable: whether the loss sees one rollout and takes many as their mean, so that many were drawn at once.
         alpha: error rate: the probability that any statement of the audit is wrong.
         confidence: one minus `alpha`, the joint level over statements, pairs, directions and all times.
         margin: bias, relative to the exact gradient, below which a verdict counts as certain.
@@ -104,10 +104,10 @@ def worded(result: MonteCarloResult, claim: str) -> MonteCarloResult:
     if result.identical:
         sentences.append(
             "On all of them the gradient was that of a fixed combination of estimators of known expectation; a "
-            f"difference that shows in fewer than {100 * result.hidden:.2g}% of observations may have gone unseen."
+            f"difference that shows in fewer than {100 * result.unseen:.2g}% of calls may have gone unseen."
         )
     else:
-        sentences.append(f"An event in fewer than {100 * result.unseen:.2g}% of observations may have gone unseen.")
+        sentences.append(f"An event in fewer than {100 * result.unseen:.2g}% of calls may have gone unseen.")
     return replace(result, words=" ".join(sentences))
 
 

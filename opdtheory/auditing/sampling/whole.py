@@ -2,7 +2,7 @@ r"""A sampled audit as a whole: the verdict, the name of what the loss follows, 
 
 The error rate $\alpha$ bounds the probability that any statement of the audit is wrong. Half of it goes to the search
 for the verdict, a quarter to the fresh draws that confirm a name, in equal parts, and a quarter to the weight. The
-union bound adds them up, so the parts need not be independent. Within each part, `confidence` divides it further.
+union bound adds them up, so the parts need not be independent. The module `confidence` says how each part is divided.
 """
 
 from __future__ import annotations
