@@ -27,6 +27,7 @@ from opdtheory.auditing.naming.weight_form import WeightForm, describe
 from opdtheory.auditing.records import Identified, VariableLengths
 from opdtheory.auditing.reductions import against_sum, undone
 from opdtheory.auditing.report import Audit, PairResult, Remedy
+from opdtheory.auditing.sampling.montecarlo import ALPHA
 from opdtheory.auditing.sampling.whole import sampled
 from opdtheory.auditing.scenario import Case, Scenario
 from opdtheory.auditing.worlds import Asked, ask
@@ -66,6 +67,7 @@ def audit(
     tolerance: float | None = None,
     method: str = "auto",
     details: bool = True,
+    alpha: float = ALPHA,
 ) -> Audit:
     """Find out what a loss really minimises, by exact expectation over enumerated policies.
 
@@ -100,6 +102,7 @@ def audit(
         method: `exact`, `monte_carlo`, or `auto`: exact where batches can be enumerated.
         details: whether to report more than verdict and name: the weight as a formula, what it depends on, soundness
             checks, narrow dtypes, remedies.
+        alpha: where batches are sampled, the probability that any statement of the audit is wrong, between 0 and 1/2.
 
     Returns:
         An `Audit`; `print` it, or take `.verdict`, `.identified`, `.weight`, `.remedies` and `.to_dict()`.
@@ -120,6 +123,7 @@ def audit(
         raise InvalidArgumentError("method", f"must be one of {', '.join(METHODS)}, got {method!r}")
     if tolerance is not None:
         check_between("tolerance", tolerance, 0.0, 1.0)
+    check_between("alpha", alpha, 0.0, 0.5)
     scenario = Scenario(
         batch_size, eos, off_policy, seed, prompts, tuple(environment), shared_prompt, lengths, vocabulary
     )
@@ -127,7 +131,7 @@ def audit(
     with plain_modes(), advised(loss):
         panel = None if method == "monte_carlo" else _panel(counted, scenario, method)
         if panel is None:
-            report = _by_sampling(counted, claim, scenario, name, details)
+            report = _by_sampling(counted, claim, scenario, name, details, alpha)
         else:
             report = _exactly(counted, claim, scenario, panel, name, details)
             kept = _kept_of_a_larger_vocabulary(counted, report)
@@ -398,9 +402,9 @@ def _details(
     }
 
 
-def _by_sampling(loss: BlackBox, claim: Objective, scenario: Scenario, name: str, details: bool) -> Audit:
+def _by_sampling(loss: BlackBox, claim: Objective, scenario: Scenario, name: str, details: bool, alpha: float) -> Audit:
     """The audit where batches are too many to enumerate."""
-    result, weight = sampled(loss, claim, scenario, weigh=details)
+    result, weight = sampled(loss, claim, scenario, weigh=details, alpha=alpha)
     # Only a biased loss is found to follow another objective.
     verdict: Verdict = result.verdict if result.follows is None else "other_objective"
     low, high = result.relative_bias

@@ -158,8 +158,9 @@ class Audit:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The arguments of `audit`: the fields of the scenario, `gamma` and the claimed `reduction`."""
-        return {**self.scenario.to_dict(), "gamma": self.claim.gamma, "reduction": self.claim.reduction}
+        """The arguments of `audit`: the fields of the scenario, `gamma`, `reduction`, and `alpha` if it was sampled."""
+        found = {**self.scenario.to_dict(), "gamma": self.claim.gamma, "reduction": self.claim.reduction}
+        return found if self.monte_carlo is None else {**found, "alpha": self.monte_carlo.alpha}
 
     @property
     def passes(self) -> bool:

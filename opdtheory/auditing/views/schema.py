@@ -30,6 +30,7 @@ _LATER = (
     *("form", "dependence", "checks", "numerics", "remedies", "monte_carlo"),
     *("prompts", "environment", "shared_prompt", "lengths", "vocabulary"),
     *("passes", "limits", "reduction", "against_sum", "worlds", "varies", "sampled"),
+    *("least_bias", "by_pair", "unseen", "alpha"),
     *("explains_panel", "far_log_u", "far_weight", "generator_values", "stop_gradient_of", "seen_to"),
 )
 
@@ -99,6 +100,7 @@ def _settings() -> dict[str, Any]:
     schema = _object(Scenario)
     schema["properties"]["gamma"] = {"type": "number", "description": "discount of `token_return`"}
     schema["properties"]["reduction"] = {"enum": list(CLAIMED_REDUCTIONS), "description": "the claimed reduction"}
+    schema["properties"]["alpha"] = {"type": "number", "description": "error rate of a sampled audit; else absent"}
     # Later versions may have more arguments.
     return {**schema, "additionalProperties": True, "required": [*schema["required"], "gamma"]}
 
