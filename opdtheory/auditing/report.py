@@ -66,12 +66,13 @@ class Remedy:
     """A change to a loss that is not faithful to its claim.
 
     Attributes:
-        kind: `sign scale position reduction padding importance slope advantage granularity clip detach differentiate k2
-            tail vocabulary baseline`, two of them joined by a comma, `claim`, `gauge` or `replace`.
+        kind: `sign scale position reduction padding importance slope advantage granularity clip mask detach temperature
+            shift differentiate k2 tail vocabulary baseline reward`, two of them joined by a comma, `claim`, `gauge` or `replace`.
         text: the change as an imperative sentence, with the formula and the theorem.
         verdict: verdict on the changed loss against the claim; for `claim`, against the other claim.
         relative_bias: relative bias of the changed loss, at scale one.
         verified: whether an audit of the changed loss found it faithful.
+        cause: what is wrong by name, in a sentence; empty if the change alone says it.
     """
 
     kind: str
@@ -79,6 +80,7 @@ class Remedy:
     verdict: str
     relative_bias: float
     verified: bool
+    cause: str = ""
 
 
 @dataclass(frozen=True)
@@ -181,6 +183,7 @@ class Audit:
             return self.monte_carlo.words
         sentences = (
             self._claim(),
+            self._cause(),
             self._follows(),
             self._shape(),
             self._depends(),
@@ -196,7 +199,7 @@ class Audit:
         if self.pairs:
             parts += ["", *text.table((PAIR_COLUMNS, *(pair.cells for pair in self.pairs)), align="lr")]
         if self.remedies:
-            parts += ["", "What would make it right:", *(text.item(remedy.text) for remedy in self.remedies)]
+            parts += ["", "What would make it right:", *(text.item(_told(remedy)) for remedy in self.remedies)]
         narrow = [f"{r.dtype}: {r.words}" for r in self.numerics if r.regime == "realistic" and _matters(r)]
         if narrow:
             parts += ["", "On realistic logits in narrow dtypes:", *map(text.item, narrow)]
@@ -220,6 +223,10 @@ class Audit:
             f"The expected gradient is not that of {claim}: it is off by up to {_percent(self.relative_bias)} "
             f"of the exact gradient's length, with a cosine down to {self.cosine:.4f}{turn}."
         )
+
+    def _cause(self) -> str:
+        """What is wrong by name, if a remedy names it."""
+        return next((remedy.cause for remedy in self.remedies if remedy.cause), "")
 
     def _follows(self) -> str:
         found = self.identified
@@ -283,6 +290,10 @@ class Audit:
         if abs(middle - 1.0) < 1e-6:
             return "Its variance is that of the whole-vocabulary estimator."
         return f"At equal scale its variance is {middle:.3g} times that of the whole-vocabulary estimator."
+
+
+def _told(remedy: Remedy) -> str:
+    return remedy.text if remedy.verified else f"{remedy.text} (Not verified.)"
 
 
 def _percent(ratio: float) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from opdtheory.auditing.fixes import changes
+from opdtheory.auditing.fixes.causes import attached, clipped
 from opdtheory.auditing.fixes.changes import PerToken
 from opdtheory.auditing.fixes.corrections import (
     Correction,
@@ -20,9 +21,12 @@ from opdtheory.auditing.fixes.corrections import (
     missing_terms,
 )
 from opdtheory.auditing.fixes.facts import Candidate, Facts, alike
+from opdtheory.auditing.fixes.steps import steps
 from opdtheory.auditing.fixes.substitutes import backpropagated, unstandardised, value_as_reward, whole_vocabulary
+from opdtheory.auditing.fixes.temperatures import temperatures
 from opdtheory.auditing.fixes.trial import attempt
 from opdtheory.auditing.naming.bandits import bandits
+from opdtheory.auditing.naming.recover import recover_weight
 from opdtheory.auditing.scenario import Scenario
 from opdtheory.estimators.offpolicy import importance_weight, prefix_weight
 from opdtheory.exact import Loss, gradient_moments
@@ -40,6 +44,9 @@ def candidates(facts: Facts) -> Iterator[Candidate]:
     # Neither a factor that varies nor a mask changes a gradient that is zero.
     reduced = [] if facts.verdict == "zero" else [*_reductions(facts), *_padding(facts)]
     yield from _constants(facts)
+    # What is wrong by name: a detach, a temperature, a clamp, a step.
+    named = [*attached(facts), *temperatures(facts), *clipped(facts)]
+    yield from named
     # At fixed length, another reduction is a constant factor.
     if facts.variable or facts.scenario.coupled:
         yield from reduced
@@ -50,7 +57,27 @@ def candidates(facts: Facts) -> Iterator[Candidate]:
     yield from backpropagated(facts)
     yield from whole_vocabulary(facts)
     yield from unstandardised(facts)
+    yield from steps(facts)
+    for cause in named:
+        yield from _together(cause, _after(facts, cause.loss))
     yield from _pairs(facts, corrections, reduced)
+
+
+def _after(facts: Facts, loss: Loss) -> Iterator[Candidate]:
+    """What a loss may still need after a cause by name is gone."""
+    if attempt(lambda: facts.trial.gradient(loss, 0)) is None:
+        return
+    weight = attempt(lambda: recover_weight(loss, replace(facts.scenario, off_policy=0.0), facts.trial.tolerance))
+    curve = None
+    if weight is not None and weight.depends_on_ratio_only:
+        curve = Curve(weight.log_u, weight.weight, alike(facts.trial.tolerance))
+    rest = replace(facts, loss=loss, curve=curve)
+    yield from _constants(rest)
+    yield from _importance(rest, loss)
+    for correction in _corrections(rest):
+        yield _added(correction, loss)
+    if facts.variable or facts.scenario.coupled:
+        yield from _reductions(rest)
 
 
 def _pairs(facts: Facts, corrections: list[Correction], reduced: list[Candidate]) -> Iterator[Candidate]:
@@ -96,7 +123,8 @@ def _added(correction: Correction, loss: Loss) -> Candidate:
 
 def _together(first: Candidate, then: Iterator[Candidate]) -> Iterator[Candidate]:
     for second in then:
-        yield Candidate(f"{first.kind}, {second.kind}", f"{first.text} {second.text}", second.loss)
+        cause = " ".join(each.cause for each in (first, second) if each.cause)
+        yield Candidate(f"{first.kind}, {second.kind}", f"{first.text} {second.text}", second.loss, cause)
 
 
 def _constants(facts: Facts) -> Iterator[Candidate]:
@@ -166,16 +194,25 @@ def _level_factors(facts: Facts) -> list[float] | None:
 
 def _reductions(facts: Facts) -> Iterator[Candidate]:
     why = "Sum over tokens and divide by the number of rollouts, in place of"
-    yield Candidate(
-        "reduction",
-        f"{why} the mean over the batch's tokens, which divides by a random length: loss * mask.sum() / B (T11).",
-        changes.averaged_over_rollouts(facts.loss),
-    )
-    yield Candidate(
-        "reduction",
-        f"{why} the mean over each rollout's tokens, which weights short rollouts more (T11).",
-        changes.weighted_tokens(facts.loss, changes.rollout_lengths),
-    )
+    kinds = [
+        (
+            "the mean over the batch's tokens, which divides by a random length: loss * mask.sum() / B (T11)",
+            "The loss is a mean over the batch's tokens: rollouts weigh by 1/N, N the tokens of their batch (T11)",
+            changes.averaged_over_rollouts(facts.loss),
+        ),
+        (
+            "the mean over each rollout's tokens, which weights short rollouts more (T11)",
+            "The loss is a mean over each rollout's tokens: rollouts weigh by the inverse of their own length (T11)",
+            changes.weighted_tokens(facts.loss, changes.rollout_lengths),
+        ),
+        (
+            "a division by the longest rollout of the batch: loss * mask.sum(-1).max() (T17)",
+            "The loss divides by the length of the batch's longest rollout, which the samples decide (T17)",
+            changes.times_longest(facts.loss),
+        ),
+    ]
+    for text, cause, loss in kinds:
+        yield Candidate("reduction", f"{why} {text}.", loss, f"{cause}.")
 
 
 def _padding(facts: Facts) -> Iterator[Candidate]:

@@ -25,6 +25,7 @@ __all__ = [
     "padding_hidden",
     "rollout_lengths",
     "scaled",
+    "times_longest",
     "token_values",
     "value_added",
     "value_as_reward",
@@ -49,6 +50,16 @@ def averaged_over_rollouts(loss: Loss) -> Loss:
         return (value * (rollouts.mask.sum() / rollouts.mask.shape[0])).to(value.dtype)
 
     return averaged
+
+
+def times_longest(loss: Loss) -> Loss:
+    r"""A loss that divides by the longest rollout, times that length, $\ell\,\max_b \sum_n m_{bn}$ (T17)."""
+
+    def changed(rollouts: Rollouts) -> Tensor:
+        value = loss(rollouts)
+        return (value * rollouts.mask.sum(-1).max()).to(value.dtype)
+
+    return changed
 
 
 def rollout_lengths(rollouts: Rollouts) -> Float[Tensor, "B T"]:

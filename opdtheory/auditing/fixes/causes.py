@@ -1,0 +1,82 @@
+"""What is wrong in a loss by name, each with the one-line change that undoes it: a detach, a clamp, a mask (T4, T8)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from opdtheory.auditing.fixes import operations
+from opdtheory.auditing.fixes.facts import Candidate, Facts
+from opdtheory.auditing.fixes.operations import Rule
+from opdtheory.auditing.fixes.remembered import Remembered
+from opdtheory.auditing.fixes.trial import attempt
+from opdtheory.exact import Enumeration, Loss
+from opdtheory.rollouts import Rollouts
+
+__all__ = ["attached", "clipped"]
+
+_REWARD = (
+    "Detach the reward, for example (teacher_logprobs - student_logprobs).detach(), before it multiplies log p (T4).",
+    "The reward is not detached: the gradient also flows through it, which adds log p times its derivative (T4).",
+)
+_RATIO = (
+    "Detach the importance ratio, (student_logprobs - behavior_logprobs).exp().detach(), which multiplies log p (T8).",
+    "The importance ratio is not detached although log p is differentiated beside it, which adds log p times its "
+    "derivative (T8).",
+)
+
+
+def attached(facts: Facts) -> Iterator[Candidate]:
+    """A missing detach of the reward or of the importance ratio: the loss with it in place."""
+    reward = _rewritten(facts, facts.original, operations.reward_detached)
+    if reward is not None:
+        yield Candidate("detach", _REWARD[0], *_cause(reward[0], _REWARD[1]))
+    meeting = _rewritten(facts, facts.original, operations.difference_detached)
+    if meeting is not None:
+        yield Candidate("detach", _REWARD[0], *_cause(meeting[0], _REWARD[1]))
+    ratio = _rewritten(facts, facts.original, operations.ratio_detached)
+    if ratio is None:
+        return
+    yield Candidate("detach", _RATIO[0], *_cause(ratio[0], _RATIO[1]))
+    both = _rewritten(facts, ratio[0], operations.reward_detached)
+    if both is not None:
+        yield Candidate("detach", f"{_REWARD[0]} {_RATIO[0]}", *_cause(both[0], f"{_REWARD[1]} {_RATIO[1]}"))
+
+
+def clipped(facts: Facts) -> Iterator[Candidate]:
+    """A clamp of what comes from the policies, or a mask by a comparison with it: the loss without it."""
+    seen: list[list[str]] = []
+    for rule in (operations.unclamped, operations.unmasked(True), operations.unmasked(False)):
+        found = _rewritten(facts, facts.original, rule)
+        if found is None or found[1] in seen:
+            continue
+        seen += [found[1]] if rule is operations.unclamped else []
+        what = " and ".join(found[1])
+        kind = "mask" if "mask" in what else "clip"
+        theorem = "T14" if "importance ratios" in what else "T4"
+        text = f"Remove {what}, or widen it beyond the values met ({theorem})."
+        cause = f"{what[0].upper()}{what[1:]} changes the gradient: beyond it a token gets another weight ({theorem})."
+        yield Candidate(kind, text, *_cause(found[0], cause))
+
+
+def _cause(loss: Loss, cause: str) -> tuple[Loss, str]:
+    return Remembered(loss), cause
+
+
+def _rewritten(facts: Facts, loss: Loss, rule: Rule) -> tuple[Loss, list[str]] | None:
+    """The loss with its operations changed, if that changes something and the loss still runs."""
+    return attempt(lambda: operations.rewritten(loss, rule, _batches(facts)))
+
+
+def _batches(facts: Facts) -> list[Rollouts]:
+    """Batches of the size of the claim that hold every sequence of the first pair, or many of them."""
+    case, size = facts.trial.cases[-1 if facts.scenario.coupled else 0], facts.scenario.batch_size
+    everything = Enumeration.build(case.student, case.teacher, case.behavior)
+    index = torch.arange(max(size, min(len(everything), 64))) % len(everything)
+    batches = []
+    for some in index.split(size):
+        if len(some) == size:
+            logits = everything.gather_logits(everything.student_tables, some).detach().requires_grad_()
+            batches.append(everything.rollouts(some, logits))
+    return batches
