@@ -197,6 +197,7 @@ def _exactly(
     found = _compare(loss, claim, scenario, cases)
     fit, tolerance, verdict = found.fit, found.tolerance, found.verdict
     weight = recover_weight(loss, scenario, tolerance)
+    weight = replace(weight, explains_panel=explains_panel(loss, weight, found.gradients, cases, scenario))
     match: Match | None = None
     identified: Identified | None = None
     if verdict in FAITHFUL:
@@ -227,7 +228,7 @@ def _exactly(
         scale=fit.scale,
         tolerance=tolerance,
         identified=identified,
-        weight=replace(weight, explains_panel=explains_panel(weight, found.gradients, cases)),
+        weight=weight,
         pairs=[
             PairResult(
                 label=case.label,

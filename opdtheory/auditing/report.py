@@ -30,6 +30,9 @@ PAIR_COLUMNS = ("pair", "relative bias", "cosine", "variance", "full-vocab varia
 # A slope at the teacher this small, relative to the weight's range, may be the error of a finite difference.
 _FLAT = 1e-6
 
+# An objective this far off is not the nearest but one of many that are not near.
+_NONE_NEAR = 0.98
+
 # Checks that repeat the verdict, and checks of extreme numbers, which are about range and not about the claim.
 _OF_THE_VERDICT = ("stationary at the teacher", "one common scale", "error at the best scale")
 _OF_THE_RANGE = ("finite at probability 1e-30", "finite where the teacher gives zero", "extreme padding is ignored")
@@ -234,6 +237,11 @@ class Audit:
             return ""
         where = f"{found.label} ({found.granularity})"
         if found.error > self.tolerance:
+            # What is wrong by name says more than what is near.
+            if self._cause():
+                return ""
+            if found.error >= _NONE_NEAR:
+                return "No catalogue objective is near."
             near = "" if found.error < 0.5 else " and far from it"
             return f"The nearest catalogue objective is {where}, off by {_percent(found.error)} at best scale{near}."
         times = "" if abs(found.scale - 1.0) <= self.tolerance else f" times {found.scale:.6g}"
@@ -244,7 +252,7 @@ class Audit:
             return ""
         if not self.weight.depends_on_ratio_only:
             return "The weight on a token is not a function of the ratio u = teacher/student alone."
-        if self.descends is None and self.weight.explains_panel is False:
+        if self.descends is None and not self.weight.explains_panel:
             return (
                 "On one-step policies the weight on a token is a function of the ratio u = teacher/student; over "
                 "several tokens it depends on more than the token's own ratio."
@@ -254,6 +262,9 @@ class Audit:
             sentences.append(f"The weight on a token is {self.form.expr}, up to a scale and a constant.")
         if not self.weight.non_decreasing:
             sentences.append(f"The weight falls {_intervals(self.weight)}, so no f-divergence is minimised (T4).")
+        elif self.form is not None and self.form.expr is not None and not self.form.genuine:
+            far = f"|log u| > {float(self.weight.log_u[-1]):.3g}"
+            sentences.append(f"The weight falls where {far}, so no f-divergence is minimised there (T4).")
         elif self.descends is None:
             sentences.append("The weight never falls as u grows, so some f-divergence is minimised (T4).")
         slope, span = self.weight.slope_at_teacher, float(self.weight.weight.abs().max())

@@ -29,8 +29,14 @@ class DistributionEffect:
     words: list[str] = field(default_factory=list)
 
 
-def distribution_effect(loss: Loss, ratio_only: bool, batch_size: int, seed: int, limit: float) -> DistributionEffect:
-    """The top-k set that a loss depends on; without one, and unless `ratio_only`, what its weight is a function of."""
+def distribution_effect(
+    loss: Loss, ratio_only: bool, batch_size: int, seed: int, limit: float, *, local: bool = True
+) -> DistributionEffect:
+    """The top-k set that a loss depends on; without one, and unless `ratio_only`, what its weight is a function of.
+
+    Unless the loss is `local`, its gradient over several tokens is not that of one step at each of them, and what its
+    weight would follow on one step is not what the loss follows.
+    """
     top = _top_k(loss, batch_size, seed, limit)
     if top is not None:
         k, whose = top
@@ -40,6 +46,9 @@ def distribution_effect(loss: Loss, ratio_only: bool, batch_size: int, seed: int
     if ratio_only:
         return DistributionEffect()
     named, words = _of_both(loss, batch_size, limit)
+    if named is not None and not local:
+        text = "On one-step policies that sample for themselves, a token's weight is a function of its two probabilities"
+        return DistributionEffect(words=[f"{text}; over the panel's rollouts it depends on more."])
     return DistributionEffect(None, named, words)
 
 

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
-
 from opdtheory.auditing.fixes import operations
 from opdtheory.auditing.fixes.facts import Candidate, Facts
 from opdtheory.auditing.fixes.operations import Rule
 from opdtheory.auditing.fixes.remembered import Remembered
 from opdtheory.auditing.fixes.trial import attempt
-from opdtheory.exact import Enumeration, Loss
-from opdtheory.rollouts import Rollouts
+from opdtheory.exact import Loss
 
-__all__ = ["attached", "clipped"]
+__all__ = ["attached", "clipped", "ratio_cut"]
 
 _REWARD = (
     "Detach the reward, for example (teacher_logprobs - student_logprobs).detach(), before it multiplies log p (T4).",
@@ -60,23 +57,17 @@ def clipped(facts: Facts) -> Iterator[Candidate]:
         yield Candidate(kind, text, *_cause(found[0], cause))
 
 
+def ratio_cut(facts: Facts) -> str:
+    """The cause by name if the loss clips or masks importance ratios, whatever else it needs; else nothing."""
+    if not facts.off_policy:
+        return ""
+    return next((candidate.cause for candidate in clipped(facts) if "importance ratios" in candidate.text), "")
+
+
 def _cause(loss: Loss, cause: str) -> tuple[Loss, str]:
     return Remembered(loss), cause
 
 
 def _rewritten(facts: Facts, loss: Loss, rule: Rule) -> tuple[Loss, list[str]] | None:
     """The loss with its operations changed, if that changes something and the loss still runs."""
-    return attempt(lambda: operations.rewritten(loss, rule, _batches(facts)))
-
-
-def _batches(facts: Facts) -> list[Rollouts]:
-    """Batches of the size of the claim that hold every sequence of the first pair, or many of them."""
-    case, size = facts.trial.cases[-1 if facts.scenario.coupled else 0], facts.scenario.batch_size
-    everything = Enumeration.build(case.student, case.teacher, case.behavior)
-    index = torch.arange(max(size, min(len(everything), 64))) % len(everything)
-    batches = []
-    for some in index.split(size):
-        if len(some) == size:
-            logits = everything.gather_logits(everything.student_tables, some).detach().requires_grad_()
-            batches.append(everything.rollouts(some, logits))
-    return batches
+    return attempt(lambda: operations.rewritten(loss, rule, facts.trial.batches()))

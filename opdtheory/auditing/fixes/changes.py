@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from opdtheory.auditing.fixes.remembered import content
+from opdtheory.choices import REDUCTIONS
 from opdtheory.exact import Loss
 from opdtheory.rollouts import Rollouts
 
@@ -23,6 +24,7 @@ __all__ = [
     "averaged_over_rollouts",
     "on_policy_view",
     "padding_hidden",
+    "reduction_of_values",
     "rollout_lengths",
     "scaled",
     "times_longest",
@@ -124,10 +126,33 @@ def padding_hidden(loss: Loss) -> Loss:
     return weighted_tokens(hidden, lambda rollouts: rollouts.mask)
 
 
-def value_as_reward(loss: Loss) -> Loss:
-    r"""The loss's detached value of each token as a reward: $\mathrm{sg}(v_n)\log p(y_n|h_n)$ instead of $v_n$ (T4)."""
+def value_as_reward(loss: Loss, reduction: str = "token_sum") -> Loss:
+    r"""The loss's detached value of each token as a reward: $\mathrm{sg}(v_n)\log p(y_n|h_n)$ instead of $v_n$ (T4).
+
+    Args:
+        loss: the black box.
+        reduction: the reduction of its values, see `reduction_of_values`.
+    """
     known: dict[bytes, float] = {}
-    return lambda rollouts: rollouts.token_sum(token_values(loss, rollouts, known) * rollouts.student_logprobs)
+
+    def rewarded(rollouts: Rollouts) -> Tensor:
+        values = token_values(loss, rollouts, known) * rollouts.student_logprobs
+        reduced: Tensor = getattr(rollouts, reduction)(values)
+        return reduced
+
+    return rewarded
+
+
+def reduction_of_values(loss: Loss, batches: list[Rollouts], limit: float) -> str | None:
+    """The reduction by which the loss of every batch is that of its tokens' own values; None if there is none."""
+    known: dict[bytes, float] = {}
+    values = [token_values(loss, rollouts, known) for rollouts in batches]
+    whole = torch.stack([loss(rollouts).detach().double() for rollouts in batches])
+    for reduction in REDUCTIONS:
+        parts = torch.stack([getattr(r, reduction)(v).double() for r, v in zip(batches, values, strict=True)])
+        if float((parts - whole).abs().max()) <= limit * float(whole.abs().max()):
+            return reduction
+    return None
 
 
 def token_values(loss: Loss, rollouts: Rollouts, known: dict[bytes, float] | None = None) -> Float[Tensor, "B T"]:

@@ -28,12 +28,11 @@ def length_push(reduction: str) -> Loss:
 def remainder(facts: Facts) -> Candidate | None:
     """The cause, and what to do about it, if the teacher has no part in the expected gradient; else None."""
     cases = facts.trial.cases[-_PAIRS:] if facts.scenario.coupled else facts.trial.cases[:_PAIRS]
+    if attempt(lambda: all(_ignores(facts.loss, case, facts.scenario.batch_size) for case in cases)):
+        zero = ": the student is compared with a copy of itself" if facts.verdict == "zero" else ", neither value nor gradient"
+        return _reward_added(facts, f"The teacher does not enter the loss{zero} (T18).", "Compare with the teacher")
     if facts.verdict == "zero":
-        unseen = attempt(lambda: all(_ignores(facts.loss, case, facts.scenario.batch_size) for case in cases))
-        if not unseen:
-            return None
-        cause = "The teacher does not enter the loss: the student is compared with a copy of itself (T18)."
-        return _reward_added(facts, cause, "Compare with the teacher instead")
+        return None
     if not attempt(lambda: all(_same_gradient(facts, case) for case in cases)):
         return None
     for reduction, words in (("token_mean", "of the batch"), ("sequence_mean", "of the rollout")):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from opdtheory.auditing.fixes.candidates import candidates, gauge
+from opdtheory.auditing.fixes.causes import ratio_cut
 from opdtheory.auditing.fixes.corrections import Curve
 from opdtheory.auditing.fixes.facts import Candidate, Facts, alike
 from opdtheory.auditing.fixes.remainder import remainder
@@ -156,6 +157,8 @@ class _Search:
 
     def _named(self, found: list[Remedy]) -> list[Remedy]:
         """The remedies with a cause that has no cure of its own, said with the first of them or alone."""
+        if (ratio := ratio_cut(self.facts)) and found:
+            return [replace(found[0], cause=ratio), *found[1:]]
         cause = remainder(self.facts)
         judged = None if cause is None else attempt(lambda: self.facts.trial(cause.loss, to_the_end=True))
         if cause is None or judged is None:

@@ -62,12 +62,18 @@ def value_as_reward(facts: Facts) -> Iterator[Candidate]:
     if not facts.token_local or facts.off_policy:
         return
     read = _values_on_grid(facts)
-    if read is not None and _multiple(-read[1], facts.claim.divergence.weight(read[0]), alike(facts.trial.tolerance)):
+    near = alike(facts.trial.tolerance)
+    if read is not None and _multiple(-read[1], facts.claim.divergence.weight(read[0]), near):
+        # Otherwise the loss has terms that no single token shows, such as a reward relative to the others'.
+        reduction = attempt(lambda: changes.reduction_of_values(facts.original, facts.trial.batches(), near))
+        if reduction is None:
+            return
         text = (
             "Detach the loss's value of each token and use it as a reward, sg(v_n) * log p(y_n|h_n), in place of "
             "backpropagating through the value (T4)."
         )
-        yield Candidate("detach", text, changes.value_as_reward(facts.loss))
+        cause = "The loss is backpropagated through a value that is right as a detached reward only (T4)."
+        yield Candidate("detach", text, changes.value_as_reward(facts.loss, reduction), cause)
 
 
 def _values_on_grid(facts: Facts) -> tuple[Tensor, Tensor] | None:

@@ -20,8 +20,12 @@ __all__ = ["TopKForm", "recognise", "tail_bucket"]
 
 _FORMS = ("topk_truncated", "topk_renormalised", "topk_tail")
 _SUPPORTS: tuple[Support, ...] = ("teacher", "student")
-# Logits of student and teacher whose k likeliest tokens differ for every k.
-_ROWS = ((1.3, 0.9, 0.2, -0.5, -0.7), (-1.1, -0.2, 0.1, 0.6, 1.4))
+# Two pairs of logits of student and teacher. The k likeliest tokens of the first differ for every k; in the second, the
+# student's likeliest are not those that the teacher likes less.
+_ROWS = (
+    ((1.3, 0.9, 0.2, -0.5, -0.7), (-1.1, -0.2, 0.1, 0.6, 1.4)),
+    ((0.5, -0.4, 1.1, 0.2, -1.0), (0.9, 1.2, -0.3, 0.1, -0.6)),
+)
 _VOCABULARY = 5
 _ALIKE = 1e-6
 
@@ -43,17 +47,20 @@ class TopKForm:
 
 def recognise(loss: Loss, divergence: Divergence) -> TopKForm | None:
     """The form of a loss that is backpropagated through the k likeliest of five tokens; None if it is another loss."""
-    student, teacher = (TabularPolicy([torch.tensor([row], dtype=torch.float64)]) for row in _ROWS)
-    everything = Enumeration.build(student, teacher)
-    rows = [_gradient(loss, everything, token) for token in range(_VOCABULARY)]
-    # Such a loss depends on the history only, not on the token drawn.
-    if float(rows[0].norm()) == 0.0 or any(float((row - rows[0]).abs().max()) > 1e-12 for row in rows):
-        return None
+    pairs, gradients = [], []
+    for pair in _ROWS:
+        student, teacher = (TabularPolicy([torch.tensor([row], dtype=torch.float64)]) for row in pair)
+        pairs.append(Enumeration.build(student, teacher))
+        rows = [_gradient(loss, pairs[-1], token) for token in range(_VOCABULARY)]
+        # Such a loss depends on the history only, not on the token drawn.
+        if float(rows[0].norm()) == 0.0 or any(float((row - rows[0]).abs().max()) > 1e-12 for row in rows):
+            return None
+        gradients.append(rows[0])
     candidates = [TopKForm(form, k, support) for form in _FORMS for support in _SUPPORTS for k in range(1, _VOCABULARY)]
     for candidate in candidates:
         named = estimator(candidate.form, divergence, k=candidate.k, support=candidate.support)
-        row = _gradient(named, everything, 0)
-        if float(row.norm()) > 1e-12 and fit_scale([rows[0]], [row]).worst_error < _ALIKE:
+        expected = [_gradient(named, everything, 0) for everything in pairs]
+        if min(float(g.norm()) for g in expected) > 1e-12 and fit_scale(gradients, expected).worst_error < _ALIKE:
             return candidate
     return None
 

@@ -14,6 +14,7 @@ from opdtheory.auditing.naming.fit import fit_scale, flat
 from opdtheory.auditing.scenario import Case, Scenario, count_batches
 from opdtheory.exact import Enumeration, Loss, random_pair
 from opdtheory.objective import Objective
+from opdtheory.rollouts import Rollouts
 
 __all__ = ["Trial", "attempt"]
 
@@ -21,6 +22,9 @@ Found = TypeVar("Found")
 
 # The pairs of a panel, those that refute most first: far apart, but not so far that one token decides.
 _ORDER = (3, 5, 1, 4, 2, 0)
+
+# The number of rollouts for a closer look, and the step between them.
+_BATCHES, _STRIDE = 64, 7
 
 # The most batches of coupled rollouts in one trial on the panel's pairs.
 _PANEL_BATCHES = 600
@@ -74,6 +78,18 @@ class Trial:
         if size <= ZERO * math.sqrt(moments.second_moment):
             return [level * 0.0 for level in moments.mean]
         return moments.mean
+
+    def batches(self) -> list[Rollouts]:
+        """Batches of the size of the claim that hold many sequences of one pair, for a closer look."""
+        case, size = self.cases[-1 if self.scenario.coupled else 0], self.scenario.batch_size
+        everything = Enumeration.build(case.student, case.teacher, case.behavior)
+        # A step that shares no factor with most counts: first and last sequences meet.
+        index = torch.arange(size * max(1, _BATCHES // size)) * _STRIDE % len(everything)
+        leaves = [
+            everything.gather_logits(everything.student_tables, some).detach().requires_grad_()
+            for some in index.split(size)
+        ]
+        return [everything.rollouts(some, leaf) for some, leaf in zip(index.split(size), leaves, strict=True)]
 
     def __call__(self, loss: Loss, *, to_the_end: bool = False) -> tuple[str, float]:
         """`exact`, `exact_up_to_scale`, `zero` or `biased`, and the worst relative bias over the pairs used.
