@@ -70,7 +70,8 @@ class Remedy:
 
     Attributes:
         kind: `sign scale position reduction padding importance slope advantage granularity clip mask detach temperature
-            shift differentiate k2 tail vocabulary baseline reward`, two of them joined by a comma, `claim`, `gauge` or `replace`.
+            shift differentiate k2 tail vocabulary baseline reward`, two of them joined by a comma, `claim`, `gauge` or
+            `replace`.
         text: the change as an imperative sentence, with the formula and the theorem.
         verdict: verdict on the changed loss against the claim; for `claim`, against the other claim.
         relative_bias: relative bias of the changed loss, at scale one.

@@ -47,7 +47,9 @@ def distribution_effect(
         return DistributionEffect()
     named, words = _of_both(loss, batch_size, limit)
     if named is not None and not local:
-        text = "On one-step policies that sample for themselves, a token's weight is a function of its two probabilities"
+        text = (
+            "On one-step policies that sample for themselves, a token's weight is a function of its two probabilities"
+        )
         return DistributionEffect(words=[f"{text}; over the panel's rollouts it depends on more."])
     return DistributionEffect(None, named, words)
 

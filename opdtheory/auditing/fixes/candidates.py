@@ -26,10 +26,11 @@ from opdtheory.auditing.fixes.substitutes import backpropagated, unstandardised,
 from opdtheory.auditing.fixes.temperatures import temperatures
 from opdtheory.auditing.fixes.trial import attempt
 from opdtheory.auditing.naming.bandits import bandits
+from opdtheory.auditing.naming.fit import fit_scale, flat
 from opdtheory.auditing.naming.recover import recover_weight
-from opdtheory.auditing.scenario import Scenario
+from opdtheory.auditing.scenario import Case, Scenario
 from opdtheory.estimators.offpolicy import importance_weight, prefix_weight
-from opdtheory.exact import Loss, gradient_moments
+from opdtheory.exact import Loss, gradient_moments, random_pair
 from opdtheory.rollouts import Rollouts
 
 __all__ = ["candidates", "gauge"]
@@ -51,13 +52,13 @@ def candidates(facts: Facts) -> Iterator[Candidate]:
     if facts.variable or facts.scenario.coupled:
         yield from reduced
     yield from _importance(facts, facts.loss)
+    yield from steps(facts)
     for correction in corrections:
         yield _added(correction, facts.loss)
     yield from value_as_reward(facts)
     yield from backpropagated(facts)
     yield from whole_vocabulary(facts)
     yield from unstandardised(facts)
-    yield from steps(facts)
     for cause in named:
         yield from _together(cause, _after(facts, cause.loss))
     yield from _pairs(facts, corrections, reduced)
@@ -160,6 +161,8 @@ def _constant(facts: Facts, factor: float) -> Candidate:
     group, simple = facts.scenario.batch_size, Fraction(factor).limit_denominator(64)
     if abs(float(simple) - factor) <= max(10 * facts.trial.tolerance, 1e-12) * abs(factor):
         factor = float(simple)
+    if group == 1 and (padded := _padded(facts, factor)) is not None:
+        return padded
     shown = str(simple) if float(simple) == factor else f"{factor:.6g}"
     changed = changes.scaled(facts.loss, factor)
     if factor == -1.0:
@@ -173,6 +176,25 @@ def _constant(facts: Facts, factor: float) -> Candidate:
         )
         return Candidate("baseline", text, changed)
     return Candidate("scale", f"Multiply the loss by {shown}: its direction is right.", changed)
+
+
+def _padded(facts: Facts, factor: float) -> Candidate | None:
+    """The division by the padded length, if that is what a constant factor is."""
+    case = facts.trial.cases[0]
+    length = case.student.horizon
+    if length < 2 or abs(factor - length) > facts.trial.tolerance * length:
+        return None
+    loss, eos = changes.times_padded(facts.loss), facts.scenario.eos
+    student, teacher = random_pair(case.student.vocab_size, length - 1, eos=eos, seed=7)
+    shorter = Case(student, teacher, facts.scenario.behavior(student, 8), "shorter")
+    found = attempt(lambda: flat(facts.scenario.moments(loss, shorter).mean))
+    if found is None or fit_scale([found], [flat(shorter.exact(facts.claim))]).relative_bias[0] > facts.trial.tolerance:
+        return None
+    text = (
+        "Sum over tokens and divide by the number of rollouts, in place of the padded length too: loss * mask.shape[1]"
+    )
+    cause = "The loss divides by the padded length: its scale changes with the padding of the batch (T17)."
+    return Candidate("reduction", f"{text} (T17).", loss, cause)
 
 
 def _level_factors(facts: Facts) -> list[float] | None:

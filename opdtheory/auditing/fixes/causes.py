@@ -26,26 +26,21 @@ _RATIO = (
 
 def attached(facts: Facts) -> Iterator[Candidate]:
     """A missing detach of the reward or of the importance ratio: the loss with it in place."""
-    reward = _rewritten(facts, facts.original, operations.reward_detached)
-    if reward is not None:
-        yield Candidate("detach", _REWARD[0], *_cause(reward[0], _REWARD[1]))
-    meeting = _rewritten(facts, facts.original, operations.difference_detached)
-    if meeting is not None:
-        yield Candidate("detach", _REWARD[0], *_cause(meeting[0], _REWARD[1]))
-    ratio = _rewritten(facts, facts.original, operations.ratio_detached)
-    if ratio is None:
-        return
-    yield Candidate("detach", _RATIO[0], *_cause(ratio[0], _RATIO[1]))
-    both = _rewritten(facts, ratio[0], operations.reward_detached)
-    if both is not None:
-        yield Candidate("detach", f"{_REWARD[0]} {_RATIO[0]}", *_cause(both[0], f"{_REWARD[1]} {_RATIO[1]}"))
+    reward = _rewritten(facts, operations.difference_detached)
+    ratio = _rewritten(facts, operations.ratio_detached)
+    either = _rewritten(facts, operations.reward_detached)
+    named = [words for words, found in ((_REWARD, reward), (_RATIO, ratio)) if found is not None]
+    tried = [(_REWARD, reward), (_RATIO, ratio), (tuple(map(" ".join, zip(*named or [_REWARD], strict=True))), either)]
+    for (text, cause), found in tried:
+        if found is not None:
+            yield Candidate("detach", text, Remembered(found[0]), cause)
 
 
 def clipped(facts: Facts) -> Iterator[Candidate]:
     """A clamp of what comes from the policies, or a mask by a comparison with it: the loss without it."""
     seen: list[list[str]] = []
     for rule in (operations.unclamped, operations.unmasked(True), operations.unmasked(False)):
-        found = _rewritten(facts, facts.original, rule)
+        found = _rewritten(facts, rule)
         if found is None or found[1] in seen:
             continue
         seen += [found[1]] if rule is operations.unclamped else []
@@ -54,7 +49,7 @@ def clipped(facts: Facts) -> Iterator[Candidate]:
         theorem = "T14" if "importance ratios" in what else "T4"
         text = f"Remove {what}, or widen it beyond the values met ({theorem})."
         cause = f"{what[0].upper()}{what[1:]} changes the gradient: beyond it a token gets another weight ({theorem})."
-        yield Candidate(kind, text, *_cause(found[0], cause))
+        yield Candidate(kind, text, Remembered(found[0]), cause)
 
 
 def ratio_cut(facts: Facts) -> str:
@@ -64,10 +59,6 @@ def ratio_cut(facts: Facts) -> str:
     return next((candidate.cause for candidate in clipped(facts) if "importance ratios" in candidate.text), "")
 
 
-def _cause(loss: Loss, cause: str) -> tuple[Loss, str]:
-    return Remembered(loss), cause
-
-
-def _rewritten(facts: Facts, loss: Loss, rule: Rule) -> tuple[Loss, list[str]] | None:
+def _rewritten(facts: Facts, rule: Rule) -> tuple[Loss, list[str]] | None:
     """The loss with its operations changed, if that changes something and the loss still runs."""
-    return attempt(lambda: operations.rewritten(loss, rule, facts.trial.batches()))
+    return attempt(lambda: operations.rewritten(facts.original, rule, facts.trial.batches()))

@@ -28,6 +28,7 @@ __all__ = [
     "rollout_lengths",
     "scaled",
     "times_longest",
+    "times_padded",
     "token_values",
     "value_added",
     "value_as_reward",
@@ -52,6 +53,11 @@ def averaged_over_rollouts(loss: Loss) -> Loss:
         return (value * (rollouts.mask.sum() / rollouts.mask.shape[0])).to(value.dtype)
 
     return averaged
+
+
+def times_padded(loss: Loss) -> Loss:
+    """A loss that divides by the padded length, times that length (T17)."""
+    return lambda rollouts: rollouts.mask.shape[1] * loss(rollouts)
 
 
 def times_longest(loss: Loss) -> Loss:

@@ -49,6 +49,7 @@ class Facts:
         curve: the recovered weight, or None if it is not a function of the ratio.
         trial: the judge of changed losses.
         local: whether the gradient over several tokens is that of one step at each of them; None if unknown.
+        top_k: number of tokens of a top-k loss, if the panel has no more tokens than that; None for another loss.
     """
 
     loss: Loss
@@ -59,6 +60,7 @@ class Facts:
     curve: Curve | None
     trial: Trial
     local: bool | None = None
+    top_k: int | None = None
 
     @property
     def original(self) -> Loss:

@@ -29,6 +29,9 @@ _ORIGINS = {
     "behavior_logprobs": _SAMPLER,
 }
 
+# The relative change of a gradient that is rounding.
+_SAME = 1e-9
+
 _PRODUCTS = ("mul", "multiply", "rmul", "imul", "div", "divide", "true_divide", "matmul", "rmatmul", "einsum", "dot")
 _DIFFERENCES = ("sub", "subtract", "rsub", "isub", "div", "divide", "true_divide", "rdiv", "rtruediv", "kl_div")
 _CLAMPS = ("clamp", "clip", "clamp_min", "clamp_max", "hardtanh")
@@ -82,14 +85,28 @@ Rule = Callable[[_Call, list[str]], Any]
 
 
 def rewritten(loss: Loss, rule: Rule, batches: list[Rollouts]) -> tuple[Loss, list[str]] | None:
-    """The loss with a rule applied to its operations, and what that changes on some batches; None if nothing.
+    """The loss with a rule applied to its operations, and what that changes on some batches.
 
-    None too if no gradient is left.
+    None if it changes no gradient, as where both branches of a formula are the same function, or leaves none.
     """
     changed: list[str] = []
-    if not all(_applied(loss, rule, changed)(rollouts).requires_grad for rollouts in batches):
-        return None
-    return (_applied(loss, rule, []), changed) if changed else None
+    differs = False
+    for rollouts in batches:
+        value = _applied(loss, rule, changed)(rollouts)
+        if not value.requires_grad:
+            return None
+        if changed and not differs:
+            before, after = (_gradient(each, rollouts) for each in (loss(rollouts), value))
+            differs = float((after - before).abs().max()) > _SAME * float(before.abs().max())
+    return (_applied(loss, rule, []), changed) if differs else None
+
+
+def _gradient(value: Tensor, rollouts: Rollouts) -> Tensor:
+    # The log-probabilities of the batch are in the graph of every loss of it.
+    (found,) = torch.autograd.grad(
+        value, rollouts.student_logits, allow_unused=True, materialize_grads=True, retain_graph=True
+    )
+    return found
 
 
 def _applied(loss: Loss, rule: Rule, changed: list[str]) -> Loss:

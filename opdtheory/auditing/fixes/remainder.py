@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import torch
@@ -29,14 +30,18 @@ def remainder(facts: Facts) -> Candidate | None:
     """The cause, and what to do about it, if the teacher has no part in the expected gradient; else None."""
     cases = facts.trial.cases[-_PAIRS:] if facts.scenario.coupled else facts.trial.cases[:_PAIRS]
     if attempt(lambda: all(_ignores(facts.loss, case, facts.scenario.batch_size) for case in cases)):
-        zero = ": the student is compared with a copy of itself" if facts.verdict == "zero" else ", neither value nor gradient"
+        zero = (
+            ": the student is compared with a copy of itself"
+            if facts.verdict == "zero"
+            else ", neither value nor gradient"
+        )
         return _reward_added(facts, f"The teacher does not enter the loss{zero} (T18).", "Compare with the teacher")
     if facts.verdict == "zero":
         return None
     if not attempt(lambda: all(_same_gradient(facts, case) for case in cases)):
         return None
     for reduction, words in (("token_mean", "of the batch"), ("sequence_mean", "of the rollout")):
-        sign = attempt(lambda reduction=reduction: _multiple(facts, reduction, cases))
+        sign = attempt(functools.partial(_multiple, facts, reduction, cases))
         if sign:
             way = "longer" if sign > 0 else "shorter"
             cause = (

@@ -12,9 +12,11 @@ from opdtheory.auditing.fixes.facts import Candidate, Facts, alike
 from opdtheory.auditing.fixes.remainder import remainder
 from opdtheory.auditing.fixes.remembered import Remembered
 from opdtheory.auditing.fixes.substitutes import bucket_added, last_resort, topk_form
+from opdtheory.auditing.fixes.topk import wide_pair
 from opdtheory.auditing.fixes.trial import Trial, attempt
 from opdtheory.auditing.naming.recover import RecoveredWeight, recover_weight
 from opdtheory.auditing.report import Audit, Remedy
+from opdtheory.auditing.scenario import Case
 from opdtheory.choices import Verdict
 from opdtheory.errors import check_integer
 from opdtheory.exact import Loss
@@ -66,12 +68,24 @@ def remedies(
     if pairs is not None:
         check_integer("pairs", pairs)
     lengths = report.variable_lengths is not None and report.variable_lengths.verdict not in _RANK
-    if report.verdict == "undecided" or (report.verdict == "exact" and not lengths):
+    top_k = _beyond_the_panel(report)
+    if report.verdict == "undecided" or (report.verdict == "exact" and not lengths and top_k is None):
         return []
     with one_thread():
-        facts = _facts(Remembered(loss), report, lengths, pairs)
-        found = _Search(verdict or facts.trial, _WRONG if lengths else _RANK.get(report.verdict, _WRONG), facts)
+        facts = replace(_facts(Remembered(loss), report, lengths, pairs), top_k=top_k)
+        if top_k is not None:
+            facts.trial.cases.insert(0, Case(*wide_pair(top_k), None, f"V={top_k} and more"))
+        narrow = lengths or top_k is not None
+        found = _Search(verdict or facts.trial, _WRONG if narrow else _RANK.get(report.verdict, _WRONG), facts)
         return found.run(report, limit)
+
+
+def _beyond_the_panel(report: Audit) -> int | None:
+    """The k of a top-k loss to which the panel shows the whole vocabulary; None for another loss."""
+    found, scenario = report.dependence, report.scenario
+    if found is None or found.top_k is None or scenario.coupled or scenario.off_policy:
+        return None
+    return found.top_k if found.top_k >= scenario.pairs()[0].student.vocab_size else None
 
 
 def _facts(loss: Loss, report: Audit, lengths: bool, pairs: int | None) -> Facts:

@@ -106,9 +106,11 @@ def _fitted(facts: Facts) -> tuple[float, float, float] | None:
     for start in sorted(starts, key=lambda logs: float(np.linalg.norm(residual(logs))))[:2]:
         solution = least_squares(residual, start, bounds=(-4.0, 4.0), xtol=1e-13, ftol=1e-13, gtol=1e-13)
         student, teacher = (_short(float(t)) for t in np.exp(solution.x))
-        if float(np.linalg.norm(residual(np.log([student, teacher])))) <= _FITS:
-            scale = fit_scale(actual(student, teacher), exact).scale
-            return (student, teacher, scale) if scale > 0 and max(abs(student - 1), abs(teacher - 1)) > _ONE else None
+        # A side that the loss does not read has any temperature, so none.
+        for pair in ((1.0, teacher), (student, 1.0), (teacher, teacher), (student, teacher)):
+            if max(abs(t - 1.0) for t in pair) > _ONE and float(np.linalg.norm(residual(np.log(pair)))) <= _FITS:
+                scale = fit_scale(actual(*pair), exact).scale
+                return (*pair, scale) if scale > 0 else None
     return None
 
 

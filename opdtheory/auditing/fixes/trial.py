@@ -23,8 +23,8 @@ Found = TypeVar("Found")
 # The pairs of a panel, those that refute most first: far apart, but not so far that one token decides.
 _ORDER = (3, 5, 1, 4, 2, 0)
 
-# The number of rollouts for a closer look, and the step between them.
-_BATCHES, _STRIDE = 64, 7
+# The number of rollouts for a closer look.
+_ROLLOUTS = 64
 
 # The most batches of coupled rollouts in one trial on the panel's pairs.
 _PANEL_BATCHES = 600
@@ -83,8 +83,8 @@ class Trial:
         """Batches of the size of the claim that hold many sequences of one pair, for a closer look."""
         case, size = self.cases[-1 if self.scenario.coupled else 0], self.scenario.batch_size
         everything = Enumeration.build(case.student, case.teacher, case.behavior)
-        # A step that shares no factor with most counts: first and last sequences meet.
-        index = torch.arange(size * max(1, _BATCHES // size)) * _STRIDE % len(everything)
+        generator = torch.Generator().manual_seed(0)
+        index = torch.randint(len(everything), (size * max(1, _ROLLOUTS // size),), generator=generator)
         leaves = [
             everything.gather_logits(everything.student_tables, some).detach().requires_grad_()
             for some in index.split(size)

@@ -164,7 +164,7 @@ def _far(loss: Loss, log_u: Tensor, curve: Tensor, scenario: Scenario, tolerance
 def explains_panel(
     loss: Loss, weight: RecoveredWeight, gradients: list[Tensor], cases: list[Case], scenario: Scenario
 ) -> bool | None:
-    """Whether a loss treats several tokens like one at a time, with the recovered weight if there is one, up to a scale.
+    """Whether a loss treats several tokens like one at a time, with the recovered weight if any, up to a scale.
 
     The weight comes from one-step policies. Over several tokens, a loss may also weight a token by its position, by the
     ratios of others, by lengths or by the sampling policy. None if the loss fails on the steps of the panel alone.
@@ -193,9 +193,9 @@ def _step_by_step(loss: Loss, case: Case, scenario: Scenario) -> list[Tensor]:
     for n, logits in enumerate(case.student.logits):
         level = torch.zeros_like(logits)
         for row in (tree.reach(n) > 0).nonzero().flatten().tolist() if n not in case.student.environment else []:
-            policies = (case.student, case.teacher, case.behavior)
-            step = [None if p is None else TabularPolicy([p.logits[n][row : row + 1]]) for p in policies]
-            mean = gradient_moments(loss, step[0], step[1], scenario.batch_size, step[2]).mean[0]
+            student, teacher = (TabularPolicy([p.logits[n][row : row + 1]]) for p in (case.student, case.teacher))
+            behavior = None if case.behavior is None else TabularPolicy([case.behavior.logits[n][row : row + 1]])
+            mean = gradient_moments(loss, student, teacher, scenario.batch_size, behavior).mean[0]
             level[row] = tree.reach(n)[row] * mean[0]
         levels.append(level)
     return levels
