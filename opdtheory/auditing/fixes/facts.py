@@ -28,12 +28,14 @@ class Candidate:
         text: the change as an imperative sentence.
         loss: the changed loss.
         cause: what the change says is wrong, in a sentence; empty if the text says it.
+        follows: what the loss follows for that cause, in a sentence that holds only if nothing else is wrong.
     """
 
     kind: str
     text: str
     loss: Loss
     cause: str = ""
+    follows: str = ""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from opdtheory.auditing.fixes.facts import Candidate, Facts
 from opdtheory.auditing.fixes.trial import attempt
 from opdtheory.auditing.naming.fit import fit_scale, flat
 from opdtheory.auditing.scenario import Case
-from opdtheory.exact import Enumeration, Loss
+from opdtheory.exact import Loss
+from opdtheory.rollouts import gather_logprobs
 
 __all__ = ["length_push", "remainder"]
 
@@ -29,7 +30,7 @@ def length_push(reduction: str) -> Loss:
 def remainder(facts: Facts) -> Candidate | None:
     """The cause, and what to do about it, if the teacher has no part in the expected gradient; else None."""
     cases = facts.trial.cases[-_PAIRS:] if facts.scenario.coupled else facts.trial.cases[:_PAIRS]
-    if attempt(lambda: all(_ignores(facts.loss, case, facts.scenario.batch_size) for case in cases)):
+    if attempt(lambda: _ignores(facts)):
         zero = (
             ": the student is compared with a copy of itself"
             if facts.verdict == "zero"
@@ -65,17 +66,24 @@ def _reward_added(facts: Facts, cause: str, text: str) -> Candidate:
     return Candidate("reward", f"{text}{words}{end}", loss, cause)
 
 
-def _ignores(loss: Loss, case: Case, size: int) -> bool:
-    """Whether value and gradient are the same for another teacher on some batch."""
-    found = []
-    for teacher in (case.teacher, case.teacher.perturbed(_FAR, seed=1)):
-        everything = Enumeration.build(case.student, teacher, case.behavior)
-        index = torch.arange(size) % len(everything)
-        logits = everything.gather_logits(everything.student_tables, index).detach().requires_grad_()
-        value = loss(everything.rollouts(index, logits))
-        (gradient,) = torch.autograd.grad(value, logits)
-        found.append(torch.cat([value.detach().reshape(1), gradient.flatten()]))
-    return float((found[0] - found[1]).abs().max()) <= 1e-12 * max(float(found[0].abs().max()), 1e-300)
+def _ignores(facts: Facts) -> bool:
+    """Whether no value and no gradient of many batches changes with the teacher."""
+    for rollouts in facts.trial.batches():
+        noise = torch.randn(rollouts.teacher_logits.shape, generator=torch.Generator().manual_seed(1)).double()
+        logits = torch.where(torch.isinf(rollouts.teacher_logits), 0.0, rollouts.teacher_logits) + noise
+        other = replace(
+            rollouts,
+            teacher_logits=logits,
+            teacher_logprobs=gather_logprobs(logits, rollouts.tokens, rollouts.mask),
+        )
+        found = []
+        for each in (rollouts, other):
+            value = facts.original(each)
+            (gradient,) = torch.autograd.grad(value, rollouts.student_logits, retain_graph=True)
+            found.append(torch.cat([value.detach().reshape(1), gradient.flatten()]))
+        if float((found[0] - found[1]).abs().max()) > 1e-12 * max(float(found[0].abs().max()), 1e-300):
+            return False
+    return True
 
 
 def _same_gradient(facts: Facts, case: Case) -> bool:

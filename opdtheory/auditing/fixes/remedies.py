@@ -144,7 +144,8 @@ class _Search:
             return None
         if not self._holds_in_batches(candidate):
             return None
-        return Remedy(candidate.kind, candidate.text, *judged, verified=True, cause=candidate.cause)
+        cause = f"{candidate.cause} {candidate.follows}".strip()
+        return Remedy(candidate.kind, candidate.text, *judged, verified=True, cause=cause)
 
     def _holds_in_batches(self, candidate: Candidate) -> bool:
         """Whether another reduction is right in batches of two too: of one rollout, all means are the same."""

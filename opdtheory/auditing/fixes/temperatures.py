@@ -49,34 +49,28 @@ def temperatures(facts: Facts) -> Iterator[Candidate]:
     loss = heated(facts.loss, student, teacher)
     claim = facts.claim.label
     if abs(student - teacher) <= _ONE:
-        times = f"times {scale / student:.6g}"
         text = f"Do not divide the logits by {student:.6g}, on both sides"
-        cause = (
-            f"Student and teacher are softened by a temperature of {student:.6g}: the loss follows the {claim} of the "
-            f"softened distributions, softmax(logits / {student:.6g}), {times} (T16)."
+        cause = f"Student and teacher are softened by a temperature of {student:.6g} (T16)."
+        follows = (
+            f"The loss follows the {claim} of the softened distributions, softmax(logits / {student:.6g}), times "
+            f"{scale / student:.6g}."
         )
     elif abs(student - 1.0) <= _ONE:
         text = f"Do not divide the teacher's logits by {teacher:.6g}"
-        cause = (
-            f"The teacher alone is softened by a temperature of {teacher:.6g}: the loss follows the {claim} to "
-            f"softmax(teacher_logits / {teacher:.6g}), not to the teacher (T16)."
-        )
+        cause = f"The teacher alone is softened by a temperature of {teacher:.6g} (T16)."
+        follows = f"The loss follows the {claim} to softmax(teacher_logits / {teacher:.6g}), not to the teacher."
     elif abs(teacher - 1.0) <= _ONE:
         text = f"Do not divide the student's logits by {student:.6g}"
-        cause = (
-            f"The student alone is softened by a temperature of {student:.6g}: the loss follows the {claim} of "
-            f"softmax(student_logits / {student:.6g}), at rest where that is the teacher, and not the student (T16)."
-        )
+        cause = f"The student alone is softened by a temperature of {student:.6g} (T16)."
+        follows = f"The loss is at rest where softmax(student_logits / {student:.6g}) is the teacher."
     else:
         text = f"Do not divide the student's logits by {student:.6g} and the teacher's by {teacher:.6g}"
-        cause = (
-            f"The student is softened by a temperature of {student:.6g} and the teacher by {teacher:.6g}: the loss "
-            f"follows the {claim} of these two distributions, at rest where they agree, not at the teacher (T16)."
-        )
+        cause = f"The student is softened by a temperature of {student:.6g} and the teacher by {teacher:.6g} (T16)."
+        follows = "The loss is at rest where the two softened distributions agree, not at the teacher."
     if abs(scale - 1.0) > _ONE:
         text += f", and drop the factor {scale:.6g}, a convention that belongs to the temperature"
         loss = _times(loss, 1.0 / scale)
-    yield Candidate("temperature", f"{text} (T16).", loss, cause)
+    yield Candidate("temperature", f"{text} (T16).", loss, cause, follows)
 
 
 def _times(loss: Loss, factor: float) -> Loss:
