@@ -54,7 +54,7 @@ class Trial:
         lengths: bool = False,
         pairs: int = len(_ORDER),
     ) -> None:
-        self.claim, self.scenario, self.tolerance = claim, scenario, tolerance
+        self.loss, self.claim, self.scenario, self.tolerance = loss, claim, scenario, tolerance
         self.cases: list[Case] = []
         # A loss may need a prompt or an environment's tokens, which small pairs lack.
         if scenario.coupled and scenario.prompts == 1 and not scenario.environment:
@@ -80,8 +80,10 @@ class Trial:
         return moments.mean
 
     def batches(self) -> list[Rollouts]:
-        """Batches of the size of the claim that hold many sequences of one pair, for a closer look."""
+        """Many sequences of one pair for a closer look, in batches of the claim's size, or in one if that is 1."""
         case, size = self.cases[-1 if self.scenario.coupled else 0], self.scenario.batch_size
+        if size == 1 and _runs(self.loss, case, _ROLLOUTS):
+            size = _ROLLOUTS
         everything = Enumeration.build(case.student, case.teacher, case.behavior)
         generator = torch.Generator().manual_seed(0)
         index = torch.randint(len(everything), (size * max(1, _ROLLOUTS // size),), generator=generator)
