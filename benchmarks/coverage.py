@@ -32,7 +32,7 @@ from opdtheory.auditing.sampling.bounds import OnPair, least_bias, relative_bias
 from opdtheory.auditing.sampling.montecarlo import ALPHA, Search  # noqa: E402
 from opdtheory.auditing.scenario import Case, Scenario  # noqa: E402
 from opdtheory.exact import random_pair  # noqa: E402
-from opdtheory.exact.threads import one_thread  # noqa: E402
+from opdtheory.exact.modes import plain_modes  # noqa: E402
 from opdtheory.objective import Objective  # noqa: E402
 
 SEED = 20261128
@@ -201,7 +201,7 @@ class Count:
         return Count(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(self)))
 
 
-@one_thread()
+@plain_modes()
 def audited(subject: Subject, number: int, alpha: float, seed: int) -> Count:
     """One audit: drawn until the verdict is certain, with every interval at every look compared with the truth."""
     claim, scenario = Objective.of(opd.divergence("reverse_kl")), Scenario(subject.batch_size, seed=seed)

@@ -292,6 +292,8 @@ def _exactly(loss: BlackBox, claim: Objective, scenario: Scenario, panel: _Panel
             seen = _see(_compare(loss, claim, scenario, panel, asked.reduction), claim, weight)
         reduction = asked.reduction or reduction
     found, fit, verdict = seen.found, seen.found.fit, seen.verdict
+    explained = explains_panel(alike, weight, found.gradients, panel.cases, alone)
+    weight = replace(weight, explains_panel=explained)
     cosine = [0.0] * len(panel.cases) if verdict == "zero" else fit.cosine
     mean = follows is not None and reduction in ("token_mean", "sequence_mean")
     lengths = None
@@ -307,7 +309,7 @@ def _exactly(loss: BlackBox, claim: Objective, scenario: Scenario, panel: _Panel
         scale=fit.scale,
         tolerance=found.tolerance,
         identified=seen.identified,
-        weight=replace(weight, explains_panel=explains_panel(weight, found.gradients, panel.cases)),
+        weight=weight,
         pairs=[
             PairResult(
                 label=case.label,

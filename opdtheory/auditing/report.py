@@ -37,6 +37,9 @@ PAIR_COLUMNS = ("pair", "relative bias", "cosine", "variance", "full-vocab varia
 # A slope at the teacher this small, relative to the weight's range, may be the error of a finite difference.
 _FLAT = 1e-6
 
+# An objective this far off is not the nearest but one of many that are not near.
+_NONE_NEAR = 0.98
+
 # Checks that repeat the verdict, and checks of extreme numbers, which are about range and not about the claim.
 _OF_THE_VERDICT = ("stationary at the teacher", "one common scale", "error at the best scale")
 _OF_THE_RANGE = ("finite at probability 1e-30", "finite where the teacher gives zero", "extreme padding is ignored")
@@ -73,12 +76,14 @@ class Remedy:
     """A change to a loss that is not faithful to its claim.
 
     Attributes:
-        kind: `sign scale position reduction padding importance slope advantage granularity clip detach differentiate k2
-            tail vocabulary baseline`, two of them joined by a comma, `claim`, `gauge` or `replace`.
+        kind: `sign scale position reduction padding importance slope advantage granularity clip mask detach temperature
+            shift differentiate k2 tail vocabulary baseline reward`, two of them joined by a comma, `claim`, `gauge` or
+            `replace`.
         text: the change as an imperative sentence, with the formula and the theorem.
         verdict: verdict on the changed loss against the claim; for `claim`, against the other claim.
         relative_bias: relative bias of the changed loss, at scale one.
         verified: whether an audit of the changed loss found it faithful.
+        cause: what is wrong by name, in a sentence; empty if the change alone says it.
     """
 
     kind: str
@@ -86,6 +91,7 @@ class Remedy:
     verdict: str
     relative_bias: float
     verified: bool
+    cause: str = ""
 
 
 @dataclass(frozen=True)
@@ -212,6 +218,7 @@ class Audit:
         sentences = (
             self._as_mean(),
             self._claim(),
+            self._cause(),
             self._follows(),
             self._shape(),
             self._depends(),
@@ -227,7 +234,7 @@ class Audit:
         if self.pairs:
             parts += ["", *text.table((PAIR_COLUMNS, *(pair.cells for pair in self.pairs)), align="lr")]
         if self.remedies:
-            parts += ["", "What would make it right:", *(text.item(remedy.text) for remedy in self.remedies)]
+            parts += ["", "What would make it right:", *(text.item(_told(remedy)) for remedy in self.remedies)]
         narrow = [f"{r.dtype}: {r.words}" for r in self.numerics if r.regime == "realistic" and _matters(r)]
         if narrow:
             parts += ["", "On realistic logits in narrow dtypes:", *map(text.item, narrow)]
@@ -285,12 +292,21 @@ class Audit:
             f"of the exact gradient's length, with a cosine down to {self.cosine:.4f}{turn}."
         )
 
+    def _cause(self) -> str:
+        """What is wrong by name, if a remedy names it."""
+        return next((remedy.cause for remedy in self.remedies if remedy.cause), "")
+
     def _follows(self) -> str:
         found = self.identified
         if found is None or self.verdict in ("zero", *FAITHFUL) or self._follows_claim:
             return ""
         where = f"{found.label} ({found.granularity})"
         if found.error > self.tolerance:
+            # What is wrong by name says more than what is near.
+            if self._cause():
+                return ""
+            if found.error >= _NONE_NEAR:
+                return "No catalogue objective is near."
             near = "" if found.error < 0.5 else " and far from it"
             return f"The nearest catalogue objective is {where}, off by {_percent(found.error)} at best scale{near}."
         times = "" if abs(found.scale - 1.0) <= self.tolerance else f" times {found.scale:.6g}"
@@ -301,7 +317,7 @@ class Audit:
             return ""
         if not self.weight.depends_on_ratio_only:
             return "The weight on a token is not a function of the ratio u = teacher/student alone."
-        if self.descends is None and self.weight.explains_panel is False:
+        if self.descends is None and not self.weight.explains_panel:
             return (
                 "On one-step policies the weight on a token is a function of the ratio u = teacher/student; over "
                 "several tokens it depends on more than the token's own ratio."
@@ -311,6 +327,9 @@ class Audit:
             sentences.append(f"The weight on a token is {self.form.expr}, up to a scale and a constant.")
         if not self.weight.non_decreasing:
             sentences.append(f"The weight falls {_intervals(self.weight)}, so no f-divergence is minimised (T4).")
+        elif self.form is not None and self.form.expr is not None and not self.form.genuine:
+            far = f"|log u| > {float(self.weight.log_u[-1]):.3g}"
+            sentences.append(f"The weight falls where {far}, so no f-divergence is minimised there (T4).")
         elif self.descends is None:
             sentences.append("The weight never falls as u grows, so some f-divergence is minimised (T4).")
         slope, span = self.weight.slope_at_teacher, float(self.weight.weight.abs().max())
@@ -351,6 +370,10 @@ class Audit:
 def _listed(parts: list[str]) -> str:
     """The parts with commas, and the last one after `and`."""
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def _told(remedy: Remedy) -> str:
+    return remedy.text if remedy.verified else f"{remedy.text} (Not verified.)"
 
 
 def _percent(ratio: float) -> str:

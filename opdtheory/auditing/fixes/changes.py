@@ -14,6 +14,7 @@ from torch import Tensor
 
 from opdtheory.auditing.fixes.remembered import content
 from opdtheory.auditing.reductions import PerToken, averaged_over_rollouts, rollout_lengths, weighted_tokens
+from opdtheory.choices import REDUCTIONS
 from opdtheory.exact import Loss
 from opdtheory.rollouts import Rollouts
 
@@ -23,8 +24,11 @@ __all__ = [
     "averaged_over_rollouts",
     "on_policy_view",
     "padding_hidden",
+    "reduction_of_values",
     "rollout_lengths",
     "scaled",
+    "times_longest",
+    "times_padded",
     "token_values",
     "value_added",
     "value_as_reward",
@@ -35,6 +39,21 @@ __all__ = [
 def scaled(loss: Loss, factor: float) -> Loss:
     """The loss times a constant."""
     return lambda rollouts: factor * loss(rollouts)
+
+
+def times_padded(loss: Loss) -> Loss:
+    """A loss that divides by the padded length, times that length (T17)."""
+    return lambda rollouts: rollouts.mask.shape[1] * loss(rollouts)
+
+
+def times_longest(loss: Loss) -> Loss:
+    r"""A loss that divides by the longest rollout, times that length, $\ell\,\max_b \sum_n m_{bn}$ (T17)."""
+
+    def changed(rollouts: Rollouts) -> Tensor:
+        value = loss(rollouts)
+        return (value * rollouts.mask.sum(-1).max()).to(value.dtype)
+
+    return changed
 
 
 def value_added(loss: Loss, value: PerToken) -> Loss:
@@ -74,10 +93,33 @@ def padding_hidden(loss: Loss) -> Loss:
     return weighted_tokens(hidden, lambda rollouts: rollouts.mask)
 
 
-def value_as_reward(loss: Loss) -> Loss:
-    r"""The loss's detached value of each token as a reward: $\mathrm{sg}(v_n)\log p(y_n|h_n)$ instead of $v_n$ (T4)."""
+def value_as_reward(loss: Loss, reduction: str = "token_sum") -> Loss:
+    r"""The loss's detached value of each token as a reward: $\mathrm{sg}(v_n)\log p(y_n|h_n)$ instead of $v_n$ (T4).
+
+    Args:
+        loss: the black box.
+        reduction: the reduction of its values, see `reduction_of_values`.
+    """
     known: dict[bytes, float] = {}
-    return lambda rollouts: rollouts.token_sum(token_values(loss, rollouts, known) * rollouts.student_logprobs)
+
+    def rewarded(rollouts: Rollouts) -> Tensor:
+        values = token_values(loss, rollouts, known) * rollouts.student_logprobs
+        reduced: Tensor = getattr(rollouts, reduction)(values)
+        return reduced
+
+    return rewarded
+
+
+def reduction_of_values(loss: Loss, batches: list[Rollouts], limit: float) -> str | None:
+    """The reduction by which the loss of every batch is that of its tokens' own values; None if there is none."""
+    known: dict[bytes, float] = {}
+    values = [token_values(loss, rollouts, known) for rollouts in batches]
+    whole = torch.stack([loss(rollouts).detach().double() for rollouts in batches])
+    for reduction in REDUCTIONS:
+        parts = torch.stack([getattr(r, reduction)(v).double() for r, v in zip(batches, values, strict=True)])
+        if float((parts - whole).abs().max()) <= limit * float(whole.abs().max()):
+            return reduction
+    return None
 
 
 def token_values(loss: Loss, rollouts: Rollouts, known: dict[bytes, float] | None = None) -> Float[Tensor, "B T"]:

@@ -220,7 +220,7 @@ class Search:
             self.advance(margin, last)
         return name
 
-    @one_thread()
+    @plain_modes()
     @torch.no_grad()
     def settle(self, margin: float) -> None:
         """After a verdict of bias, draw on while each pair may follow a multiple of its own that is not certain yet."""
