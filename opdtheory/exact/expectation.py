@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from opdtheory.errors import BudgetExceededError, InvalidArgumentError, check_integer
+from opdtheory.errors import BudgetExceededError, InvalidArgumentError, LossError, check_integer
 from opdtheory.exact.enumeration import SEQUENCE_BUDGET, Enumeration
 from opdtheory.exact.modes import plain_modes
 from opdtheory.exact.policies import Policy
@@ -153,7 +153,7 @@ def gradient_moments(
         everything = Enumeration.build(student, teacher, behavior, min(budget, SEQUENCE_BUDGET))
         groups = _groups(everything, shared_prompt)
         probe = Probe(loss, everything)
-        probe.check(groups[0])
+        probe.check(groups[0], batch_size)
         if thorough:
             most = min(budget, _MOST_MAPPED if probe.maps(groups[0][:1].expand(2, batch_size)) else _MOST_CALLED)
             for ordered in (True, False):
@@ -161,7 +161,7 @@ def gradient_moments(
                     found = _from_batches(probe, groups, batch_size, ordered)
                     if found is not None:
                         return found
-        shares = _separable_shares(probe, groups, batch_size)
+        shares = _shares_if_separable(probe, groups, batch_size)
         if shares is not None:
             return _from_singles(probe, shares, groups, batch_size)
         ordered = batch_size > 1 and not all(_symmetric(probe, group, batch_size) for group in groups)
@@ -222,7 +222,7 @@ def own_gradients(loss: Loss, student: Policy, teacher: Policy, behavior: Policy
         everything = Enumeration.build(student, teacher, behavior)
         probe = Probe(loss, everything)
         every = torch.arange(len(everything))
-        probe.check(every)
+        probe.check(every, 1)
         shares = probe.sensitivities(every.view(-1, 1)).squeeze(1).double()
         lengths = everything.mask.sum(-1).long()
         table, probability = _Table(everything), everything.probability
@@ -235,6 +235,16 @@ def _groups(everything: Enumeration, shared_prompt: bool) -> list[Tensor]:
         return [torch.arange(len(everything))]
     prompts = everything.prompts
     return [(prompts == prompt).nonzero().squeeze(-1) for prompt in prompts.unique()]
+
+
+def _shares_if_separable(probe: Probe, groups: list[Tensor], batch_size: int) -> Tensor | None:
+    """As `_separable_shares`; None for a loss that refuses batches of another size."""
+    try:
+        return _separable_shares(probe, groups, batch_size)
+    except LossError:
+        raise
+    except Exception:  # whatever the loss raises
+        return None
 
 
 def _separable_shares(probe: Probe, groups: list[Tensor], batch_size: int) -> Tensor | None:

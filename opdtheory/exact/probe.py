@@ -31,6 +31,9 @@ _ZERO_NARROW = 1e-3
 _SAME = {torch.float32: 1e-5}
 _SAME_IN_FLOAT64 = 1e-10
 
+# Rollouts of the batch on which a loss is called twice.
+_SEVERAL = 4
+
 # Nodes of a graph whose incoming gradient is the one in log-probabilities, before a softmax centres it.
 _SOFTMAXES = ("LogSoftmax", "Softmax", "Logsumexp")
 
@@ -49,10 +52,17 @@ class Probe:
         self.rounding = _ZERO[torch.float64]
         self._mapped: bool | None = None
 
-    def check(self, group: Tensor) -> None:
-        """Raise if the loss differs between two identical calls on some sequences of a group."""
-        index = group[:4]
-        first, second = self.value_and_sensitivity(index, measured=True), self.value_and_sensitivity(index)
+    def check(self, group: Tensor, batch_size: int) -> None:
+        """Raise if the loss differs between two identical calls on a batch of a group's sequences."""
+        try:
+            first = self.value_and_sensitivity(_spaced(group, max(batch_size, _SEVERAL)), measured=True)
+            size = max(batch_size, _SEVERAL)
+        except LossError:
+            raise
+        except Exception:  # a loss may insist on its batch size
+            first = self.value_and_sensitivity(_spaced(group, batch_size), measured=True)
+            size = batch_size
+        second = self.value_and_sensitivity(_spaced(group, size))
         for name, a, b in zip(("value", "gradient"), first, second, strict=True):
             if not torch.equal(a, b):
                 raise LossError(
@@ -82,7 +92,7 @@ class Probe:
             )
         _check_gradient(gradient, tuple(leaf.shape))
         if arriving:
-            self.terms = len(index) * max(arriving)
+            self.terms = max(self.terms, len(index) * max(arriving))
         return value.detach(), gradient
 
     def maps(self, batches: Int64[Tensor, "M B"]) -> bool:
@@ -127,6 +137,11 @@ class Probe:
         (gradient,) = torch.autograd.grad(values.sum(), leaf)
         _check_gradient(gradient, tuple(leaf.shape[1:]))
         return gradient
+
+
+def _spaced(group: Tensor, count: int) -> Tensor:
+    """So many sequences of a group, evenly spaced, some repeated if there are fewer."""
+    return group[torch.arange(count) * len(group) // count]
 
 
 def _record_terms(value: Tensor) -> list[float]:

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from opdtheory.auditing.black_box import INSISTS
 from opdtheory.auditing.naming.fit import flat
 from opdtheory.auditing.scenario import Case, Scenario
 from opdtheory.exact import Enumeration, GradientMoments, Loss, random_pair
@@ -120,11 +121,24 @@ class Subject:
         return everything.gather_logits([t.detach() for t in everything.student_tables], index)
 
     def evaluate(self, everything: Enumeration, index: Tensor, logits: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The loss of a batch and its gradient in the student's logits, finite or not."""
+        """The loss of a batch and its gradient in the student's logits, finite or not.
+
+        A loss that insists on its batch size is called on batches of that size, and their mean is taken.
+        """
         rows = self.rows(everything, index) if logits is None else logits
+        try:
+            return self._evaluate(everything, index, rows)
+        except INSISTS:
+            if len(index) == self.scenario.batch_size:
+                raise
+        size = self.scenario.batch_size
+        parts = [self._evaluate(everything, i, z) for i, z in zip(index.split(size), rows.split(size), strict=True)]
+        values, gradients = zip(*parts, strict=True)
+        return torch.stack(values).mean(), torch.cat(gradients) / len(parts)
+
+    def _evaluate(self, everything: Enumeration, index: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         leaf = rows.detach().clone().requires_grad_()
-        with torch.enable_grad():
-            value = self.loss(everything.rollouts(index, leaf))
+        value = self.loss(everything.rollouts(index, leaf))
         (gradient,) = torch.autograd.grad(value, leaf, allow_unused=True)
         return value.detach(), torch.zeros_like(leaf) if gradient is None else gradient
 

@@ -55,7 +55,7 @@ def experiment(notes: list[str], what: str) -> Iterator[None]:
         yield
     except (OpdTheoryError, RuntimeError, ValueError, IndexError, TypeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        notes.append(f"{what} could not be looked at: {reason}")
+        notes.append(f"{what} could not be looked at: {reason.rstrip(chr(46))}.")
 
 
 def size_for(batch_size: int) -> tuple[int, int] | None:

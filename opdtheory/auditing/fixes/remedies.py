@@ -153,7 +153,8 @@ class _Search:
             return True
         if self._of_two is None:
             facts = self.facts
-            scenario = replace(facts.scenario, batch_size=2, eos=facts.scenario.eos or 0, prompts=1, environment=())
+            lengths = facts.scenario if facts.scenario.lengths == "fixed" else facts.scenario.ending
+            scenario = replace(lengths, batch_size=2, prompts=1, environment=())
             self._of_two = Trial(facts.original, facts.claim, scenario, tolerance=facts.trial.tolerance, pairs=0)
         of_two = self._of_two
         if not of_two.cases:
