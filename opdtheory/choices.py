@@ -5,13 +5,17 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 __all__ = [
+    "ACCUMULATIONS",
     "FAITHFUL",
     "GRANULARITIES",
+    "HISTORIES",
     "REDUCTIONS",
     "VERDICTS",
+    "Accumulation",
     "Baseline",
     "Control",
     "Granularity",
+    "Histories",
     "Importance",
     "Reduction",
     "Support",
@@ -25,6 +29,14 @@ GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
 # How the losses of tokens become one number (T11).
 Reduction = Literal["token_sum", "token_mean", "sequence_mean"]
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
+
+# Whose histories an objective is about: the student's, or those of the policy that sampled (T15).
+Histories = Literal["student", "sampler"]
+HISTORIES: tuple[Histories, ...] = get_args(Histories)
+
+# How the gradients of micro-batches become one (T17).
+Accumulation = Literal["mean", "sum"]
+ACCUMULATIONS: tuple[Accumulation, ...] = get_args(Accumulation)
 
 # How an expected gradient relates to that of an objective; `undecided`: sampling ran out of budget.
 Verdict = Literal["exact", "exact_up_to_scale", "other_objective", "zero", "biased", "undecided"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Int64
@@ -10,9 +10,49 @@ from torch import Tensor
 
 from opdtheory.errors import InvalidArgumentError, check_integer
 
-__all__ = ["Rollouts", "gather_logprobs"]
+__all__ = ["Extras", "Rollouts", "Scored", "gather_logprobs"]
 
 _IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True)
+class Scored:
+    r"""What one frozen policy gives to the tokens of rollouts.
+
+    Attributes:
+        logits: `(B, T, V)`, detached.
+        logprobs: $\log q(y_n | h_n)$ of the sampled tokens, `(B, T)`, in nats; finite where masked.
+    """
+
+    logits: Float[Tensor, "B T V"]
+    logprobs: Float[Tensor, "B T"]
+
+    def to(self, device: torch.device | str) -> Scored:
+        """The same on another device."""
+        return Scored(self.logits.to(device), self.logprobs.to(device))
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What rollouts hold besides student, teacher and sampler if a setting of an audit asks for it.
+
+    Attributes:
+        teachers: the teachers after the first one (`teachers=K`: K - 1 of them); empty where there is one teacher.
+        base: a third, frozen policy (`base=True`), or None.
+        rewards: a task's reward of each whole rollout (`reward=True`), `(B,)`, or None.
+    """
+
+    teachers: tuple[Scored, ...] = ()
+    base: Scored | None = None
+    rewards: Float[Tensor, " B"] | None = None
+
+    def to(self, device: torch.device | str) -> Extras:
+        """The same on another device."""
+        return Extras(
+            tuple(teacher.to(device) for teacher in self.teachers),
+            None if self.base is None else self.base.to(device),
+            None if self.rewards is None else self.rewards.to(device),
+        )
 
 
 @dataclass(frozen=True)
@@ -31,6 +71,8 @@ class Rollouts:
         student_logprobs: `log p(y_n | h_n)`, `(B, T)`, differentiable.
         teacher_logprobs: `log q(y_n | h_n)`, `(B, T)`.
         behavior_logprobs: `log mu(y_n | h_n)` of the policy that sampled, `(B, T)`, detached.
+        extras: further teachers, a base policy and rewards, which `teachers`, `base_logits`, `base_logprobs` and
+            `rewards` read; None where there are none.
 
     Raises:
         InvalidArgumentError: a field, which the message names, has a wrong shape, dtype or value.
@@ -43,6 +85,7 @@ class Rollouts:
     student_logprobs: Float[Tensor, "B T"]
     teacher_logprobs: Float[Tensor, "B T"]
     behavior_logprobs: Float[Tensor, "B T"]
+    extras: Extras | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         _check_tokens(self.tokens)
@@ -59,6 +102,11 @@ class Rollouts:
         _check_mask(self.mask)
         for name in ("student_logprobs", "teacher_logprobs", "behavior_logprobs"):
             _check_logprobs(name, getattr(self, name), self.mask)
+        if self.extras is None:
+            # `vars` of rollouts then holds tensors only; the class's default is still read.
+            vars(self).pop("extras", None)
+        else:
+            _check_extras(self.extras, self.student_logits, self.mask)
 
     @classmethod
     def from_logits(
@@ -98,15 +146,62 @@ class Rollouts:
         )
 
     @classmethod
-    def unchecked(cls, **fields: Tensor) -> Rollouts:
+    def unchecked(cls, **fields: Tensor | Extras | None) -> Rollouts:
         """Rollouts of tensors that are known to be valid, without a check: for loops over many batches."""
         rollouts = object.__new__(cls)
         rollouts.__dict__.update(fields)
+        if fields.get("extras", rollouts) is None:
+            del rollouts.__dict__["extras"]
         return rollouts
 
     def to(self, device: torch.device | str) -> Rollouts:
         """The rollouts on another device, differentiable in these tensors, to audit a loss that runs there."""
-        return Rollouts.unchecked(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+        return Rollouts.unchecked(**{name: value.to(device) for name, value in vars(self).items()})
+
+    @property
+    def teachers(self) -> tuple[Scored, ...]:
+        """Every teacher's `.logits` and `.logprobs`; the first one is the teacher of the other fields (T16).
+
+        Raises:
+            InvalidArgumentError: there is only one teacher.
+        """
+        if self.extras is None or not self.extras.teachers:
+            raise _absent("teachers", "teachers=2")
+        return Scored(self.teacher_logits, self.teacher_logprobs), *self.extras.teachers
+
+    @property
+    def base_logits(self) -> Float[Tensor, "B T V"]:
+        """The logits of a third, frozen policy.
+
+        Raises:
+            InvalidArgumentError: there is no such policy.
+        """
+        return self._base("base_logits").logits
+
+    @property
+    def base_logprobs(self) -> Float[Tensor, "B T"]:
+        """The log-probabilities of a third, frozen policy, in nats.
+
+        Raises:
+            InvalidArgumentError: there is no such policy.
+        """
+        return self._base("base_logprobs").logprobs
+
+    @property
+    def rewards(self) -> Float[Tensor, " B"]:
+        """A task's reward of each whole rollout.
+
+        Raises:
+            InvalidArgumentError: there is no reward.
+        """
+        if self.extras is None or self.extras.rewards is None:
+            raise _absent("rewards", "reward=True")
+        return self.extras.rewards
+
+    def _base(self, name: str) -> Scored:
+        if self.extras is None or self.extras.base is None:
+            raise _absent(name, "base=True")
+        return self.extras.base
 
     @property
     def log_u(self) -> Float[Tensor, "B T"]:
@@ -183,6 +278,25 @@ def gather_logprobs(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
     """Log-probabilities of the tokens, with 0 in place of `-inf` at masked positions."""
     logprobs = torch.log_softmax(logits, dim=-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     return torch.where((mask == 0) & torch.isneginf(logprobs), 0.0, logprobs)
+
+
+def _absent(name: str, setting: str) -> InvalidArgumentError:
+    return InvalidArgumentError(name, f"must be supplied: audit with {setting}, or give the rollouts `extras`")
+
+
+def _check_extras(extras: Extras, logits: Tensor, mask: Tensor) -> None:
+    if not isinstance(extras, Extras):
+        raise InvalidArgumentError("extras", f"must be Extras, got {type(extras).__name__}")
+    named = {f"teachers[{k + 1}]": scored for k, scored in enumerate(extras.teachers)}
+    if extras.base is not None:
+        named["base"] = extras.base
+    for name, scored in named.items():
+        _check_floating(f"{name}.logits", scored.logits, tuple(logits.shape), logits.device)
+        _check_rows(f"{name}.logits", scored.logits)
+        _check_floating(f"{name}.logprobs", scored.logprobs, tuple(mask.shape), logits.device)
+        _check_logprobs(f"{name}.logprobs", scored.logprobs, mask)
+    if extras.rewards is not None:
+        _check_floating("rewards", extras.rewards, (mask.shape[0],), logits.device)
 
 
 def _check_tokens(tokens: Tensor) -> None:

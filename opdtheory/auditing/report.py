@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from opdtheory.auditing.accompanied import RewardPart
 from opdtheory.auditing.checks.numerics import DtypeResult
 from opdtheory.auditing.checks.subject import Check
 from opdtheory.auditing.effects.dependence import Dependence
@@ -105,6 +106,7 @@ class Audit:
         numerics: the same loss in lower precision.
         remedies: changes that would make the loss do what it claims, each with its verdict.
         monte_carlo: intervals and sample sizes if the expectation was estimated; None if it is exact.
+        reward: the policy gradient of a task's reward, set apart; None without `reward=True`.
         evaluations: number of calls of the loss.
         seconds: duration of the audit.
     """
@@ -127,6 +129,7 @@ class Audit:
     numerics: list[DtypeResult] = field(default_factory=list)
     remedies: list[Remedy] = field(default_factory=list)
     monte_carlo: MonteCarloResult | None = None
+    reward: RewardPart | None = None
     evaluations: Count = 0
     seconds: Finite = 0.0
 
@@ -180,6 +183,7 @@ class Audit:
         if self.monte_carlo is not None:
             return self.monte_carlo.words
         sentences = (
+            "" if self.reward is None else self.reward.words,
             self._claim(),
             self._follows(),
             self._shape(),
@@ -203,7 +207,7 @@ class Audit:
         return "\n".join(parts)
 
     def _claim(self) -> str:
-        claim = f"{self.objective} ({self.granularity})"
+        claim = f"{self.objective} ({self.granularity}{self.scenario.about})"
         if self.verdict == "exact":
             return f"The expected gradient is exactly that of {claim}."
         if self.verdict == "exact_up_to_scale":
@@ -233,7 +237,7 @@ class Audit:
         return f"Its expected gradient is that of {where}{times}, to {found.error:.0e}."
 
     def _shape(self) -> str:
-        if self.verdict == "zero":
+        if self.verdict == "zero" or not (self.weight.depends_on_ratio_only or self.scenario.one_teacher):
             return ""
         if not self.weight.depends_on_ratio_only:
             return "The weight on a token is not a function of the ratio u = teacher/student alone."
