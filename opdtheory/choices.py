@@ -7,16 +7,21 @@ from typing import Literal, get_args
 __all__ = [
     "ACCUMULATIONS",
     "FAITHFUL",
+    "CLAIMED_REDUCTIONS",
     "GRANULARITIES",
     "HISTORIES",
+    "LENGTHS",
+    "METHODS",
     "REDUCTIONS",
     "VERDICTS",
     "Accumulation",
     "Baseline",
+    "ClaimedReduction",
     "Control",
     "Granularity",
     "Histories",
     "Importance",
+    "Lengths",
     "Reduction",
     "Support",
     "Verdict",
@@ -37,6 +42,16 @@ HISTORIES: tuple[Histories, ...] = get_args(Histories)
 # How the gradients of micro-batches become one (T17).
 Accumulation = Literal["mean", "sum"]
 ACCUMULATIONS: tuple[Accumulation, ...] = get_args(Accumulation)
+# What a claim may say of the reduction: one of them, or that any of them will do.
+ClaimedReduction = Literal["token_sum", "token_mean", "sequence_mean", "any"]
+CLAIMED_REDUCTIONS: tuple[ClaimedReduction, ...] = get_args(ClaimedReduction)
+
+# Whether rollouts of a fixed length are asked about, of lengths that vary, or both.
+Lengths = Literal["both", "fixed", "variable"]
+LENGTHS: tuple[Lengths, ...] = get_args(Lengths)
+
+# How an audit computes expectations: all batches, draws of them, or whichever serves.
+METHODS = ("auto", "exact", "monte_carlo")
 
 # How an expected gradient relates to that of an objective; `undecided`: sampling ran out of budget.
 Verdict = Literal["exact", "exact_up_to_scale", "other_objective", "zero", "biased", "undecided"]

@@ -36,6 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OpdTheoryError as error:
         complain(options, error)
         return FAILS if isinstance(error, TrainingError) else USAGE
+    except OSError as error:
+        # A file that is a folder, a folder that is a file, a disk that is full.
+        complain(options, f"{error.filename or 'a file'} cannot be read or written: {error.strerror or error}")
+        return USAGE
     return status
 
 

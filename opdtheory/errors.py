@@ -37,6 +37,14 @@ class LossError(OpdTheoryError, ValueError):
     """A loss under audit is not a deterministic, differentiable scalar; the message names the cause."""
 
 
+class NotFiniteError(LossError):
+    """The value of a loss, or its gradient, is NaN or infinite; `shape` is that of the batch, `(B, T, V)`."""
+
+    def __init__(self, message: str, shape: tuple[int, ...]) -> None:
+        super().__init__(message)
+        self.shape = shape
+
+
 class TrainingError(OpdTheoryError, RuntimeError):
     """A training step cannot be taken: a loss, gradient or rollout is unusable; `path` is the file that holds it."""
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor
 
 from opdtheory.errors import InvalidArgumentError, check_integer
 
@@ -27,10 +29,6 @@ class Scored:
     logits: Float[Tensor, "B T V"]
     logprobs: Float[Tensor, "B T"]
 
-    def to(self, device: torch.device | str) -> Scored:
-        """The same on another device."""
-        return Scored(self.logits.to(device), self.logprobs.to(device))
-
 
 @dataclass(frozen=True)
 class Extras:
@@ -46,12 +44,16 @@ class Extras:
     base: Scored | None = None
     rewards: Float[Tensor, " B"] | None = None
 
-    def to(self, device: torch.device | str) -> Extras:
-        """The same on another device."""
+    def each(self, change: Callable[[Tensor], Tensor], change_rewards: Callable[[Tensor], Tensor]) -> Extras:
+        """The same with every tensor of the tokens changed by one function and the rewards by another."""
+
+        def changed(scored: Scored) -> Scored:
+            return Scored(change(scored.logits), change(scored.logprobs))
+
         return Extras(
-            tuple(teacher.to(device) for teacher in self.teachers),
-            None if self.base is None else self.base.to(device),
-            None if self.rewards is None else self.rewards.to(device),
+            tuple(map(changed, self.teachers)),
+            None if self.base is None else changed(self.base),
+            None if self.rewards is None else change_rewards(self.rewards),
         )
 
 
@@ -88,6 +90,9 @@ class Rollouts:
     extras: Extras | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
+        # Under `torch.func.vmap` values cannot be looked at; they were when the rollouts were made.
+        if any(_is_mapped(getattr(self, each.name)) for each in fields(self) if each.name != "extras"):
+            return
         _check_tokens(self.tokens)
         shape = tuple(self.tokens.shape)
         device = self.tokens.device
@@ -154,9 +159,20 @@ class Rollouts:
             del rollouts.__dict__["extras"]
         return rollouts
 
-    def to(self, device: torch.device | str) -> Rollouts:
-        """The rollouts on another device, differentiable in these tensors, to audit a loss that runs there."""
-        return Rollouts.unchecked(**{name: value.to(device) for name, value in vars(self).items()})
+    def to(self, target: torch.device | str | torch.dtype) -> Rollouts:
+        """The rollouts on another device or in another floating-point dtype, differentiable in these tensors."""
+        cast = isinstance(target, torch.dtype)
+        change = lambda x: x if cast and not x.dtype.is_floating_point else x.to(target)  # noqa: E731
+        return self._each(change, change)
+
+    def cut(self, length: int) -> Rollouts:
+        """The first `length` positions of every rollout."""
+        return self._each(lambda x: x[:, :length], lambda rewards: rewards)
+
+    def _each(self, change: Callable[[Tensor], Tensor], change_rewards: Callable[[Tensor], Tensor]) -> Rollouts:
+        changed = {name: change(value) for name, value in vars(self).items() if name != "extras"}
+        extras = None if self.extras is None else self.extras.each(change, change_rewards)
+        return Rollouts.unchecked(**changed, extras=extras)
 
     @property
     def teachers(self) -> tuple[Scored, ...]:
@@ -245,7 +261,8 @@ class Rollouts:
             InvalidArgumentError: `ids` has a wrong shape or dtype, or holds something that is not a token.
         """
         _check_int64("ids", ids, (*self.tokens.shape, "k"))
-        _check_range("ids", ids, self.student_logits.shape[-1])
+        if not _is_mapped(ids):
+            _check_range("ids", ids, self.student_logits.shape[-1])
         values = torch.log_softmax(self.student_logits, dim=-1).gather(-1, ids)
         return torch.where((self.mask == 0).unsqueeze(-1) & torch.isneginf(values), 0.0, values)
 
@@ -272,6 +289,11 @@ class Rollouts:
             )
         # `where`, not a product: a non-finite value at a masked position must not leak as 0 * inf.
         return torch.where(self.mask > 0, values, torch.zeros_like(values))
+
+
+def _is_mapped(value: object) -> bool:
+    """Whether a tensor is one of a batch that `torch.func.vmap` maps over, whose values are not to be had."""
+    return isinstance(value, Tensor) and bool(is_batchedtensor(value))
 
 
 def gather_logprobs(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opdtheory.auditing.black_box import ZERO, BlackBox
+from opdtheory.auditing.black_box import BlackBox
 from opdtheory.auditing.naming.fit import flat
 from opdtheory.auditing.records import Finite, Keyed
 from opdtheory.auditing.scenario import Case, Scenario
@@ -17,11 +17,14 @@ from opdtheory.rollouts import Extras, Rollouts, Scored, gather_logprobs
 
 __all__ = ["RewardPart", "accompanied", "reward_part", "without_reward"]
 
+# A change this small relative to the noise of the gradient is rounding.
+_ZERO = 1e-12
+
 # Pairs of the panel on which the reward's part is measured.
 _MEASURED = slice(1, 4, 2)
 
 
-def accompanied(loss: Loss, scenario: Scenario, reward_seed: int = 0) -> Loss:
+def accompanied(loss: Loss, scenario: Scenario, reward_seed: int = 0, sign: float = 1.0) -> Loss:
     r"""The loss of a micro-batch under a scenario's settings; the loss itself if they add nothing.
 
     Rollouts get the extras that the scenario asks for. Micro-batches are independent and alike, so that the mean of
@@ -32,20 +35,23 @@ def accompanied(loss: Loss, scenario: Scenario, reward_seed: int = 0) -> Loss:
         loss: a function of rollouts that returns a scalar.
         scenario: the settings.
         reward_seed: another one gives another reward.
+        sign: the factor of the reward.
     """
     called = loss
     if scenario.teachers > 1 or scenario.base or scenario.reward:
         others, base = scenario.companions()
         seed = 1000 * scenario.seed + reward_seed if scenario.reward else None
-        called = _with_extras(called, others, base, seed)
+        called = _with_extras(called, others, base, seed, sign)
     if scenario.microbatches > 1 and scenario.accumulate == "sum":
         return lambda r: scenario.microbatches * called(r)
     return called
 
 
-def _with_extras(loss: Loss, others: tuple[PrefixPolicy, ...], base: PrefixPolicy | None, seed: int | None) -> Loss:
+def _with_extras(
+    loss: Loss, others: tuple[PrefixPolicy, ...], base: PrefixPolicy | None, seed: int | None, sign: float
+) -> Loss:
     def called(r: Rollouts) -> Tensor:
-        rewards = None if seed is None else random_rewards(r.tokens, r.mask, seed).to(r.mask.dtype)
+        rewards = None if seed is None else sign * random_rewards(r.tokens, r.mask, seed).to(r.mask.dtype)
         scored = Extras(tuple(_scored(r, each) for each in others), None if base is None else _scored(r, base), rewards)
         # Unchecked: a loss is called thousands of times.
         return loss(Rollouts.unchecked(**{**vars(r), "extras": scored}))
@@ -54,7 +60,7 @@ def _with_extras(loss: Loss, others: tuple[PrefixPolicy, ...], base: PrefixPolic
 
 
 def _scored(r: Rollouts, policy: PrefixPolicy) -> Scored:
-    logits = policy.logits(r.tokens, r.teacher_logits.shape[-1]).to(r.teacher_logits.dtype)
+    logits = policy.logits(r.tokens, r.mask, r.teacher_logits.shape[-1]).to(r.teacher_logits.dtype)
     return Scored(logits, gather_logprobs(logits, r.tokens, r.mask))
 
 
@@ -109,22 +115,39 @@ def reward_part(loss: Loss, scenario: Scenario, cases: list[Case], tolerance: fl
         slopes.append(flat(rewarded[0].mean) - flat(rewarded[1].mean))
         noise = max(noise, *(m.second_moment for m in moments))
     shift, slope = torch.cat(shifts), torch.cat(slopes)
-    if float(shift.norm()) <= ZERO * noise**0.5:
+    if float(shift.norm()) <= _ZERO * noise**0.5:
         return RewardPart(0.0, 0.0, tolerance)
     coefficient = float(shift @ slope) / float(slope @ slope)
     return RewardPart(coefficient, float((shift - coefficient * slope).norm() / shift.norm()), tolerance)
 
 
-def without_reward(loss: BlackBox, scenario: Scenario, part: RewardPart) -> BlackBox:
-    """The loss minus the reward's policy gradient, as a black box that goes on counting."""
+def without_reward(loss: Loss, scenario: Scenario, part: RewardPart, counted: BlackBox) -> BlackBox:
+    r"""What a loss is beside the reward's policy gradient, as a black box that goes on counting.
+
+    A policy gradient changes its sign with the reward, whatever its baseline and its multiple at other batch sizes, so
+    that $\frac12[\ell(R) + \ell(-R)]$ is the rest. Of a reward that enters otherwise, the nearest policy gradient is
+    subtracted, and what is left of it is an error of the loss.
+
+    Args:
+        loss: the loss as its author wrote it.
+        scenario: the settings.
+        part: what `reward_part` found.
+        counted: the loss as the settings call it, whose calls and tolerance go on.
+    """
+    if part.coefficient == 0.0 and part.error == 0.0:
+        return counted
+    opposite = accompanied(loss, scenario, sign=-1.0)
     surrogate = accompanied(lambda r: part.coefficient * _reinforce(r), scenario)
 
-    def called(r: Rollouts) -> Tensor:
-        value = loss(r)
+    def averaged(r: Rollouts) -> Tensor:
+        return (counted(r) + opposite(r)) / 2
+
+    def subtracted(r: Rollouts) -> Tensor:
+        value = counted(r)
         return value - surrogate(r).to(value.dtype)
 
-    rest = BlackBox(called)
-    rest.calls = loss.calls
+    rest = BlackBox(averaged if part.error <= part.tolerance else subtracted, counted.stated)
+    rest.calls = counted.calls
     return rest
 
 

@@ -108,16 +108,16 @@ def judge(report: Audit, known: KnownVerdict | None = None, met: Callable[[str],
     Args:
         report: the audit.
         known: the record of the loss, if there is one; a record of another claim or other settings is ignored.
-        met: whether a verdict is the claimed one (default: whether the loss is faithful).
+        met: whether a verdict is the claimed one (default: whether the audit passes).
     """
-    as_claimed = report.faithful if met is None else met(report.verdict)
+    as_claimed = report.passes if met is None else met(report.verdict)
     found, aside = _words(KnownVerdict.of(report)), ""
     if known is not None and not known.is_about(report):
         known, aside = None, "; its record is of another claim or other settings"
     if as_claimed:
-        if known is not None and report.faithful and known.verdict not in FAITHFUL:
+        if known is not None and report.passes and known.verdict not in FAITHFUL:
             return Judgement("vanished", f"it was {_words(known)}, it is {found}; update the file of known biases")
-        if known is None or known.verdict != report.verdict or report.faithful:
+        if known is None or known.verdict != report.verdict or report.passes:
             return Judgement("as_claimed", found)
     if known is None:
         return Judgement("new", found + aside)
@@ -154,10 +154,10 @@ def read_known(path: Path) -> dict[str, KnownVerdict]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InvalidArgumentError("baseline", f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidArgumentError("baseline", f"{path} is not JSON: {error}") from None
     version = content.get("baseline_version") if isinstance(content, dict) else None
-    if version != BASELINE_VERSION:
+    if version != BASELINE_VERSION or isinstance(version, bool):
         raise InvalidArgumentError("baseline", f"{path} must have baseline_version {BASELINE_VERSION}, got {version!r}")
     losses = content.get("losses")
     if not isinstance(losses, dict):
@@ -191,12 +191,17 @@ def _record(path: Path, name: str, values: object) -> KnownVerdict:
     try:
         assert isinstance(values, dict)
         found = {each.name: values[each.name] for each in fields(KnownVerdict)}
-        bias = math.inf if found["relative_bias"] is None else float(found["relative_bias"])
-        return KnownVerdict(
-            **{**found, "relative_bias": bias, "cosine": float(found["cosine"]), "settings": dict(found["settings"])}
-        )
-    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        bias = math.inf if found["relative_bias"] is None else _number(found["relative_bias"])
+        cosine, settings = _number(found["cosine"]), dict(found["settings"])
+        return KnownVerdict(**{**found, "relative_bias": bias, "cosine": cosine, "settings": settings})
+    except (AssertionError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise InvalidArgumentError("baseline", f"{path}: the record of {name!r} is incomplete: {error!r}") from None
+
+
+def _number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{value!r} is not a number")
+    return float(value)
 
 
 def _words(record: KnownVerdict) -> str:

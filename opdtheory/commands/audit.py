@@ -3,25 +3,131 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import inspect
 import json
-import sys
+import shlex
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opdtheory.choices import GRANULARITIES
-from opdtheory.commands.console import FAILS, HOLDS, UsageError, aside, console
+from opdtheory.choices import CLAIMED_REDUCTIONS, GRANULARITIES, LENGTHS, METHODS
+from opdtheory.commands.console import FAILS, HOLDS, UsageError, aside, console, or_none, output_apart
+from opdtheory.commands.targets import Target, failure, find, importable
+from opdtheory.errors import LossError, OpdTheoryError
 
 if TYPE_CHECKING:
     from opdtheory.auditing import Audit
     from opdtheory.auditing.known_biases import KnownVerdict
     from opdtheory.commands.console import Commands
-    from opdtheory.divergences import Divergence
     from opdtheory.rollouts import Rollouts
 
-__all__ = ["add_parser", "load_loss", "run"]
+__all__ = ["add_parser", "run"]
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """One argument of `opdtheory.audit` as an option.
+
+    Attributes:
+        name: the argument.
+        default: its value if nothing sets it.
+        help: what it means.
+        shown: the default in words (default: its value).
+        reader: how argparse reads it.
+    """
+
+    name: str
+    default: Any
+    help: str
+    shown: str = ""
+    reader: dict[str, Any] = field(default_factory=dict)
+
+
+def _positions(text: str) -> tuple[int, ...]:
+    return tuple(int(each) for each in text.split(",") if each.strip())
+
+
+_positions.__name__ = "position,..."  # for the message of argparse
+
+
+# Each is passed to the audit under its name; the loss's own claim and the project's settings override these defaults.
+SETTINGS = (
+    _Setting(
+        "objective",
+        "reverse_kl",
+        "claimed divergence, such as jsd or 'skew_jsd(beta=0.1)'",
+        reader={"metavar": "NAME"},
+    ),
+    _Setting("granularity", "token_local", "claimed granularity", reader={"choices": GRANULARITIES}),
+    _Setting("gamma", 1.0, "discount of token_return", reader={"type": float, "metavar": "G"}),
+    _Setting("batch_size", 1, "number of rollouts that the loss sees at once", reader={"type": int, "metavar": "B"}),
+    _Setting(
+        "eos",
+        None,
+        "token that ends rollouts early, or none",
+        "none, a fixed length",
+        {"type": or_none(int), "metavar": "TOKEN"},
+    ),
+    _Setting(
+        "off_policy",
+        0.0,
+        "size of the noise on the logits of the sampling policy",
+        reader={"type": float, "metavar": "S"},
+    ),
+    _Setting(
+        "prompts",
+        1,
+        "number of prompts; from 2 on, one of them precedes every response",
+        reader={"type": int, "metavar": "N"},
+    ),
+    _Setting(
+        "environment",
+        (),
+        "positions of the response that an environment writes, such as 0,2",
+        "none",
+        {"type": _positions, "metavar": "N,..."},
+    ),
+    _Setting(
+        "shared_prompt",
+        False,
+        "the rollouts of a batch answer one prompt, as a group of GRPO does",
+        "no",
+        {"action": argparse.BooleanOptionalAction},
+    ),
+    _Setting(
+        "reduction",
+        "any",
+        "how the losses of tokens become one number, or any of these ways",
+        reader={"choices": CLAIMED_REDUCTIONS},
+    ),
+    _Setting(
+        "lengths",
+        "both",
+        "which lengths of rollouts the claim is about: fixed, variable or both",
+        reader={"choices": LENGTHS},
+    ),
+    _Setting(
+        "vocabulary",
+        None,
+        "number of tokens of the policies, or none",
+        "none, 4 or what batches allow",
+        {"type": or_none(int), "metavar": "V"},
+    ),
+    _Setting(
+        "tolerance",
+        None,
+        "relative error that counts as rounding, or none",
+        "none, by the dtype of the loss",
+        {"type": or_none(float), "metavar": "R"},
+    ),
+    _Setting(
+        "method",
+        "auto",
+        "enumerate every batch, sample batches, or enumerate where that is possible",
+        reader={"choices": METHODS},
+    ),
+    _Setting("seed", 0, "seed of the panel of policies", reader={"type": int, "metavar": "N"}),
+)
 
 
 def add_parser(commands: Commands) -> None:
@@ -29,40 +135,25 @@ def add_parser(commands: Commands) -> None:
     parser = commands.add_parser(
         "audit",
         help="find out what a loss really minimises",
-        description="Audit loss(rollouts) -> scalar, named as PATH.py:FUNCTION or package.module:FUNCTION.",
+        description="Audit loss(rollouts) -> scalar, named as PATH.py:FUNCTION or package.module:FUNCTION. The loss, "
+        "its module and the expression of --call run as Python code. Options win over the claim that a loss carries, "
+        "which wins over [tool.opdtheory] in the nearest pyproject.toml.",
         epilog="exit status: 0 if the loss follows its claim or has a known bias, 1 if not, 2 if the loss or a file "
-        "cannot be found, read, written or audited",
+        "cannot be found, imported, run, read, written or audited",
     )
     parser.add_argument("loss", metavar="LOSS", help="PATH.py:FUNCTION or package.module:FUNCTION")
+    for each in SETTINGS:
+        flag, shown = f"--{each.name.replace('_', '-')}", each.shown or each.default
+        # Without the option, the value comes from elsewhere.
+        text = f"{each.help} (default: {shown})"
+        parser.add_argument(flag, default=argparse.SUPPRESS, help=text, **each.reader)
     parser.add_argument(
         "--call",
         metavar="EXPR",
         help="how to call a function that does not take rollouts alone: an expression of f, the function, and r, the "
-        "rollouts, such as 'r.token_sum(f(r.teacher_logprobs, r.student_logprobs))'",
+        "rollouts, such as 'r.token_sum(f(r.teacher_logprobs, r.student_logprobs))'; it may use opdtheory and torch",
     )
-    parser.add_argument(
-        "--objective",
-        help="claimed divergence, such as jsd or 'skew_jsd(beta=0.1)' (default: the claim's, else reverse_kl)",
-    )
-    parser.add_argument(
-        "--granularity", choices=GRANULARITIES, help="claimed granularity (default: the claim's, else token_local)"
-    )
-    parser.add_argument("--gamma", type=float, help="discount of token_return (default: the claim's, else 1)")
-    parser.add_argument(
-        "--batch-size", type=int, default=1, metavar="B", help="number of rollouts that the loss sees at once"
-    )
-    parser.add_argument(
-        "--eos", type=int, metavar="TOKEN", help="token that ends rollouts early (default: fixed length)"
-    )
-    parser.add_argument(
-        "--off-policy",
-        type=float,
-        default=0.0,
-        metavar="S",
-        help="size of the noise on the logits of the sampling policy",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the panel of policies")
-    parser.add_argument("--json", action="store_true", help="print the audit as JSON")
+    parser.add_argument("--json", action="store_true", help="print the audit as JSON, and nothing else")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the audit as a self-contained HTML page")
     parser.add_argument(
         "--baseline", type=Path, metavar="FILE", help="file of known biases, which do not fail unless they grew"
@@ -70,20 +161,20 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--write-baseline", type=Path, metavar="FILE", help="add the result to the known biases in FILE"
     )
+    parser.add_argument("--traceback", action="store_true", help="show the whole traceback of what fails")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Audit the loss and return the exit status."""
-    from opdtheory.auditing import audit
     from opdtheory.auditing.known_biases import judge, read_known
     from opdtheory.auditing.views.terminal import print_audit
 
     known = {} if options.baseline is None else read_known(options.baseline)
-    loss = _as_loss(load_loss(options.loss), options.call)
-    claim = _claim(options, loss)
-    report = audit(loss, name=options.loss, **claim)
-    written, recorded = _write_files(options, report, claim["objective"])
+    # What the loss and its module print is no part of the JSON.
+    with output_apart(options.json):
+        report = _audited(options)
+    written, recorded = _write_files(options, report)
     if options.json:
         print(json.dumps(report.to_dict(), indent=2))
     else:
@@ -96,9 +187,94 @@ def run(options: argparse.Namespace) -> int:
     return HOLDS if judgement.passes else FAILS
 
 
-def _write_files(
-    options: argparse.Namespace, report: Audit, objective: str | Divergence
-) -> tuple[list[Path], dict[str, KnownVerdict]]:
+def _audited(options: argparse.Namespace) -> Audit:
+    """The audit of the loss that the options name.
+
+    Raises:
+        UsageError: the loss cannot be imported, called or run.
+    """
+    from opdtheory.auditing import audit
+    from opdtheory.testing.calls import called
+    from opdtheory.testing.project import project_settings
+
+    project = project_settings(Path.cwd())
+    target = find(options.loss)
+    if options.call is None:
+        _check_takes_rollouts(target)
+    settings = _settings(options, project, target.function)
+    loss = _Watched(called(target.function, options.call), target)
+    try:
+        return audit(loss, name=options.loss, **settings)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise _unable(error, loss, options) from error
+
+
+class _Watched:
+    """A loss that finds the modules beside its own, and remembers what it raised and on what."""
+
+    def __init__(self, loss: Callable[[Rollouts], Any], target: Target) -> None:
+        self.loss, self.target = loss, target
+        self.shape: tuple[int, ...] = ()
+        self.raised: BaseException | None = None
+
+    def __call__(self, rollouts: Rollouts) -> Any:
+        """The loss's value."""
+        self.shape, self.raised = tuple(rollouts.student_logits.shape), None
+        with importable(self.target.folder, self.target.stem):
+            try:
+                return self.loss(rollouts)
+            except BaseException as error:
+                self.raised = error
+                raise
+
+
+def _unable(error: BaseException, loss: _Watched, options: argparse.Namespace) -> OpdTheoryError:
+    """What to say of an exception that ends an audit."""
+    name, on = options.loss, f"on a batch of shape (B, T, V) = {loss.shape}"
+    if error is loss.raised:
+        said = failure(f"{name} raises {on}", error, loss.target.file)
+        hint = None if options.call is not None else _hint(loss.target.function)
+        if hint is None or "..." in hint:
+            return said
+        return UsageError(f"{str(said).splitlines()[0]}\n{hint} (--traceback shows where it raises)")
+    if isinstance(error, LossError):
+        return UsageError(f"{name} cannot be audited: {error}\nfound {on} (--traceback shows where)")
+    if isinstance(error, OpdTheoryError):
+        return error
+    return failure(f"{name} cannot be audited", error, loss.target.file)
+
+
+def _check_takes_rollouts(target: Target) -> None:
+    from opdtheory.testing.hints import signature_of, takes_rollouts_alone
+
+    if takes_rollouts_alone(target.function):
+        return
+    hint = _hint(target.function) or "say how to call it with --call, an expression of f and r"
+    raise UsageError(f"{signature_of(target.function)} does not take rollouts alone\n{hint}")
+
+
+def _hint(function: Callable[..., Any]) -> str | None:
+    from opdtheory.testing.hints import suggestion
+
+    found = suggestion(function)
+    # A function of rollouts is called as it should be.
+    return None if found is None or "f(r)" in found.call else f"{found.words}: --call {shlex.quote(found.call)}"
+
+
+def _settings(options: argparse.Namespace, project: dict[str, Any], loss: object) -> dict[str, Any]:
+    """The arguments of the audit: of the options, the loss's claim, the project and the defaults, the first."""
+    claim = getattr(loss, "claim", None)
+    claimed = {}
+    if claim is not None:
+        claimed = {"objective": claim.divergence, "granularity": claim.granularity, "gamma": claim.gamma}
+    defaults = {each.name: each.default for each in SETTINGS}
+    given = {name: value for name, value in vars(options).items() if name in defaults}
+    return {**defaults, **project, **claimed, **given}
+
+
+def _write_files(options: argparse.Namespace, report: Audit) -> tuple[list[Path], dict[str, KnownVerdict]]:
     """Write the page and the record that the options name, and return their paths and the record."""
     from opdtheory.auditing.known_biases import KnownVerdict, write_known
     from opdtheory.auditing.views import write_audit
@@ -109,7 +285,7 @@ def _write_files(
         if recorded:
             written.append(write_known(options.write_baseline, recorded))
         if options.html is not None:
-            written.append(write_audit(report, options.html, divergence=objective))
+            written.append(write_audit(report, options.html, divergence=report.claim.divergence))
     except OSError as error:
         raise UsageError(f"{error.filename} cannot be written: {error.strerror}") from None
     return written, recorded
@@ -118,84 +294,3 @@ def _write_files(
 def _key(target: str, report: Audit) -> str:
     """The name of an audit in a file of known biases: one loss may be held to several claims."""
     return f"{target} for {report.objective} ({report.granularity})"
-
-
-def _claim(options: argparse.Namespace, loss: object) -> dict[str, Any]:
-    """The settings of the audit: those of the command line, else those of the loss's claim, else the defaults."""
-    claim = getattr(loss, "claim", None)
-    stated = {"objective": "reverse_kl", "granularity": "token_local", "gamma": 1.0}
-    if claim is not None:
-        stated = {"objective": claim.divergence, "granularity": claim.granularity, "gamma": claim.gamma}
-    given = {name: getattr(options, name) for name in (*stated, "batch_size", "eos", "off_policy", "seed")}
-    return {**given, **{name: value for name, value in stated.items() if given[name] is None}}
-
-
-def _as_loss(function: Callable[..., Any], call: str | None) -> Callable[[Rollouts], Any]:
-    """The function itself if it takes rollouts alone, else the expression that calls it."""
-    if call is not None:
-        try:
-            code = compile(call, "--call", "eval")
-        except SyntaxError as error:
-            raise UsageError(f"--call {call!r} is not an expression: {error.msg}") from None
-        return lambda rollouts: eval(code, {"f": function, "r": rollouts})
-    try:
-        inspect.signature(function).bind(None)
-    except TypeError:
-        raise UsageError(
-            f"{getattr(function, '__name__', function)}{inspect.signature(function)} does not take rollouts alone; say "
-            "how to call it, such as --call 'r.token_sum(f(r.teacher_logprobs, r.student_logprobs))'"
-        ) from None
-    except ValueError:
-        pass  # a builtin without a signature
-    return function
-
-
-def load_loss(target: str) -> Callable[[Rollouts], Any]:
-    """Import the function that `PATH.py:FUNCTION` or `package.module:FUNCTION` names.
-
-    Raises:
-        UsageError: there is no such file, module or function, or it is not callable.
-    """
-    where, colon, name = target.rpartition(":")
-    if not colon or not where or not name:
-        raise UsageError(f"the loss must be PATH.py:FUNCTION or package.module:FUNCTION, got {target!r}")
-    module = _load_file(Path(where)) if where.endswith(".py") else _load_module(where)
-    try:
-        found = module
-        for part in name.split("."):
-            found = getattr(found, part)
-    except AttributeError:
-        functions = sorted(n for n, value in vars(module).items() if callable(value) and not n.startswith("_"))
-        raise UsageError(f"{where} has no {name!r}; it has {', '.join(functions) or 'no function'}") from None
-    if not callable(found):
-        raise UsageError(f"{target} must be a function of rollouts, got {type(found).__name__}")
-    loss: Callable[[Rollouts], Any] = found
-    return loss
-
-
-def _load_file(path: Path) -> Any:
-    if not path.is_file():
-        raise UsageError(f"there is no file {path}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise UsageError(f"{path} cannot be imported as Python")
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses and pickles look the module up by name; its own imports are found next to it.
-    sys.modules[path.stem] = module
-    sys.path.insert(0, str(path.parent))
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(path.parent))
-    return module
-
-
-def _load_module(name: str) -> Any:
-    # A module in the working directory is found, as `python -m` finds it.
-    sys.path.insert(0, "")
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise UsageError(f"module {name!r} cannot be imported: {error}") from None
-    finally:
-        sys.path.remove("")

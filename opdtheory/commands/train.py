@@ -7,10 +7,9 @@ import dataclasses
 import json
 import os
 import typing
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
-from opdtheory.commands.console import FAILS, HOLDS, complain
+from opdtheory.commands.console import FAILS, HOLDS, complain, or_none
 from opdtheory.rendering import text
 from opdtheory.training.config import TrainConfig, field_kinds
 
@@ -110,12 +109,4 @@ def _reader(kind: Any, optional: bool) -> dict[str, Any]:
     if typing.get_origin(kind) is tuple:
         return {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")}
     metavar = {int: "N", float: "X", str: "TEXT"}[kind]
-    return {"type": _or_none(kind) if optional else kind, "metavar": metavar}
-
-
-def _or_none(kind: type) -> Callable[[str], Any]:
-    def read(text: str) -> Any:
-        return None if text == "none" else kind(text)
-
-    read.__name__ = kind.__name__  # for the message of argparse
-    return read
+    return {"type": or_none(kind) if optional else kind, "metavar": metavar}

@@ -28,30 +28,32 @@ _STEP, _FIRST, _SECOND, _SPREAD = 48_271, 44_485_709, 950_706_376, 742_938_285
 class PrefixPolicy:
     r"""A policy whose logits are Gaussian, of standard deviation `scale`, independent for each prefix and token.
 
+    It reads what the student wrote, and not which tokens an environment wrote, such as a prompt.
+
     Attributes:
         seed: equal seeds give equal policies.
         scale: the standard deviation of the logits.
-        unread: positions whose tokens, written by an environment, it does not read.
 
     Example:
         >>> policy, student = PrefixPolicy(1), TabularPolicy.random(3, 2)
         >>> tokens = torch.tensor([[2, 0]])
-        >>> bool((policy.logits(tokens, 3)[0, 1] == policy.table(student).logits[1][2]).all())
+        >>> bool((policy.logits(tokens, torch.ones(1, 2), 3)[0, 1] == policy.table(student).logits[1][2]).all())
         True
     """
 
     seed: int
     scale: float = 1.0
-    unread: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         check_integer("seed", self.seed, 0)
 
-    def logits(self, tokens: Int64[Tensor, "B T"], vocab_size: int) -> Float[Tensor, "B T V"]:
-        """The logits at every position, float64; position `n` reads the tokens before it."""
+    def logits(
+        self, tokens: Int64[Tensor, "B T"], mask: Float[Tensor, "B T"], vocab_size: int
+    ) -> Float[Tensor, "B T V"]:
+        """The logits at every position, float64; position `n` reads the unmasked tokens before it."""
         states = [torch.full_like(tokens[:, 0], self._start)]
         for n in range(tokens.shape[1] - 1):
-            states.append(self._after(states[-1], tokens[:, n], n))
+            states.append(_after(states[-1], torch.where(mask[:, n] > 0, tokens[:, n] + 1, 0)))
         return self._rows(torch.stack(states, 1), vocab_size)
 
     def table(self, like: TabularPolicy) -> TabularPolicy:
@@ -64,16 +66,13 @@ class PrefixPolicy:
             tokens = prefixes(like.vocab_size, n)
             state = torch.full((len(tokens),), self._start, dtype=torch.int64)
             for m in range(n):
-                state = self._after(state, tokens[:, m], m)
+                state = _after(state, torch.zeros_like(state) if m in like.environment else tokens[:, m] + 1)
             levels.append(self._rows(state, like.vocab_size))
         return TabularPolicy(levels, eos=like.eos, environment=like.environment)
 
     @property
     def _start(self) -> int:
         return (_STEP * (self.seed + 1)) % _PRIME
-
-    def _after(self, state: Tensor, token: Tensor, position: int) -> Tensor:
-        return _mixed(state * _STEP + (0 if position in self.unread else token + 1))
 
     def _rows(self, states: Tensor, vocab_size: int) -> Tensor:
         each = torch.arange(1, vocab_size + 1, device=states.device) * _SPREAD
@@ -84,7 +83,7 @@ def random_rewards(tokens: Int64[Tensor, "B T"], mask: Float[Tensor, "B T"], see
     """A Gaussian reward of each rollout, a fixed function of the tokens that the student wrote; float64."""
     state = torch.full_like(tokens[:, 0], (_STEP * (seed + 1)) % _PRIME)
     for n in range(tokens.shape[1]):
-        state = torch.where(mask[:, n] > 0, _mixed(state * _STEP + tokens[:, n] + 1), state)
+        state = torch.where(mask[:, n] > 0, _after(state, tokens[:, n] + 1), state)
     return _normal(_mixed(state))
 
 
@@ -94,6 +93,11 @@ def softened(policy: TabularPolicy, temperature: float) -> TabularPolicy:
         return policy
     levels = [z if n in policy.environment else z / temperature for n, z in enumerate(policy.logits)]
     return TabularPolicy(levels, eos=policy.eos, environment=policy.environment)
+
+
+def _after(state: Tensor, read: Tensor) -> Tensor:
+    """The state after one more token: its number from 1 on, or 0 if it is not read."""
+    return _mixed(state * _STEP + read)
 
 
 def _mixed(values: Tensor) -> Tensor:

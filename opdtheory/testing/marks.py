@@ -5,15 +5,17 @@ Nothing here imports torch, so a trainer's module can use the mark at no cost.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from opdtheory.choices import GRANULARITIES, VERDICTS
+from opdtheory.choices import FAITHFUL, GRANULARITIES, VERDICTS
 from opdtheory.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
+    from opdtheory.auditing import Audit
     from opdtheory.divergences import Divergence
+    from opdtheory.testing.calls import Call
 
 __all__ = ["LossClaim", "claims_of", "opd_loss"]
 
@@ -27,44 +29,74 @@ class LossClaim:
     """One `opd_loss` mark.
 
     Attributes:
-        claims: the divergence that the loss should minimise, an object or a catalogue name.
-        granularity: `token_local`, `token_return` or `sequence`.
+        claims: the divergence that the loss should minimise, an object or a catalogue name; None for the project's.
+        granularity: `token_local`, `token_return` or `sequence`; None for the project's, else `token_local`.
         verdict: the verdict that the audit should find.
         settings: other arguments of `opdtheory.audit`.
+        call: how to call a function that does not take rollouts alone, or None.
     """
 
-    claims: str | Divergence
-    granularity: str
+    claims: str | Divergence | None
+    granularity: str | None
     verdict: str
     settings: dict[str, Any] = field(default_factory=dict)
+    call: Call | None = None
 
     @property
     def label(self) -> str:
         """The claim and its settings in one line, such as `forward_kl-token_local-eos=0`."""
-        name = self.claims if isinstance(self.claims, str) else self.claims.label
-        return "-".join([name, self.granularity, *(f"{key}={value}" for key, value in sorted(self.settings.items()))])
+        name = self.claims if self.claims is None or isinstance(self.claims, str) else self.claims.label
+        # A label is one line, whatever the values are.
+        settings = (" ".join(f"{key}={value}".split()) for key, value in sorted(self.settings.items()))
+        return "-".join([name or "no objective", self.granularity or "token_local", *settings])
 
-    def is_met_by(self, verdict: str) -> bool:
-        """Whether a verdict is the claimed one; `exact` also meets `exact_up_to_scale`."""
-        return verdict == self.verdict or (self.verdict == "exact_up_to_scale" and verdict == "exact")
+    def within(self, project: Mapping[str, Any]) -> LossClaim:
+        """The mark with the settings of its project, over which its own win."""
+        others = {name: value for name, value in project.items() if name not in ("objective", "granularity")}
+        return replace(
+            self,
+            claims=project.get("objective") if self.claims is None else self.claims,
+            granularity=project.get("granularity", "token_local") if self.granularity is None else self.granularity,
+            settings={**others, **self.settings},
+        )
+
+    def is_met_by(self, report: Audit) -> bool:
+        """Whether an audit finds what is claimed, and no unsound loss if it is one that minimises its objective.
+
+        The verdict `exact` also meets `exact_up_to_scale`.
+        """
+        met = report.verdict == self.verdict or (self.verdict == "exact_up_to_scale" and report.verdict == "exact")
+        return met and (self.verdict not in FAITHFUL or report.passes)
 
 
 def opd_loss(
-    claims: str | Divergence, granularity: str = "token_local", verdict: str = "exact", **settings: Any
+    claims: str | Divergence | None = None,
+    granularity: str | None = None,
+    verdict: str = "exact",
+    *,
+    call: Call | None = None,
+    **settings: Any,
 ) -> Callable[[F], F]:
     """Mark a function `loss(rollouts) -> scalar` with what it should minimise, for `pytest --opd-audit` to audit.
 
-    The function itself is returned unchanged. A function with several marks is audited once for each.
+    The function itself is returned unchanged. A function with several marks is audited once for each. A method is
+    audited on an instance of its class that is made without arguments; a static method needs none.
 
     Args:
-        claims: the divergence that the loss should minimise, an object or a catalogue name.
-        granularity: `token_local`, `token_return` or `sequence`.
+        claims: the divergence that the loss should minimise, an object or a catalogue name (default: the objective in
+            `[tool.opdtheory]` of `pyproject.toml`).
+        granularity: `token_local`, `token_return` or `sequence` (default: that of `[tool.opdtheory]`, else
+            `token_local`).
         verdict: the verdict that the audit should find: `exact`; `exact_up_to_scale`, which `exact` meets too; or, for
             a loss that is known to do something else, `other_objective`, `zero` or `biased`.
+        call: how to call a function that does not take rollouts alone: a function of `(f, rollouts)`, or an expression
+            of `f`, `r`, `opdtheory` and `torch` as for `opdtheory audit --call`; `f` is what the class has under the
+            name of the method, without an instance.
         **settings: other arguments of `opdtheory.audit`: `batch_size`, `eos`, `off_policy`, `gamma`, `seed`, `name`.
 
     Raises:
-        InvalidArgumentError: the granularity or verdict is unknown, or the marked object cannot carry a mark.
+        InvalidArgumentError: the granularity, the verdict or the call makes no sense, or the marked object is a class
+            or cannot carry a mark.
 
     Example:
         >>> @opd_loss(claims="reverse_kl")
@@ -77,12 +109,19 @@ def opd_loss(
     if callable(claims):
         raise InvalidArgumentError("claims", f"must be a divergence, as in @opd_loss(claims=...), got {claims!r}")
     claimable = tuple(each for each in VERDICTS if each != "undecided")
-    for name, value, allowed in (("granularity", granularity, GRANULARITIES), ("verdict", verdict, claimable)):
+    for name, value, allowed in (("granularity", granularity, (*GRANULARITIES, None)), ("verdict", verdict, claimable)):
         if value not in allowed:
-            raise InvalidArgumentError(name, f"must be one of {', '.join(allowed)}, got {value!r}")
-    claim = LossClaim(claims, granularity, verdict, settings)
+            words = ", ".join(each for each in allowed if each is not None)
+            raise InvalidArgumentError(name, f"must be one of {words}, got {value!r}")
+    if call is not None:
+        from opdtheory.testing.calls import checked_call
+
+        checked_call(call)
+    claim = LossClaim(claims, granularity, verdict, settings, call)
 
     def mark(loss: F) -> F:
+        if isinstance(loss, type):
+            raise InvalidArgumentError("loss", f"must be a function, got class {loss.__name__}; mark its method")
         try:
             # The decorator nearest to the function runs first, but the topmost one is listed first.
             setattr(loss, _ATTRIBUTE, (claim, *claims_of(loss)))
@@ -97,7 +136,11 @@ def opd_loss(
 
 
 def claims_of(loss: object) -> tuple[LossClaim, ...]:
-    """The marks of a function, the topmost first; anything else has none."""
+    """The marks of a function, or of a static or class method, the topmost first; anything else has none."""
+    if isinstance(loss, type):
+        return ()
     # From the object's own dictionary: a mock, which answers to every name, has no mark.
-    found = getattr(loss, "__dict__", {}).get(_ATTRIBUTE, ()) if not isinstance(loss, type) else ()
+    found = getattr(loss, "__dict__", {}).get(_ATTRIBUTE)
+    if found is None and isinstance(loss, staticmethod | classmethod):
+        return claims_of(loss.__func__)
     return found if isinstance(found, tuple) else ()

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +19,16 @@ import pytest
 if TYPE_CHECKING:
     from opdtheory.auditing import Audit
     from opdtheory.auditing.known_biases import Judgement, KnownVerdict
+    from opdtheory.rollouts import Rollouts
     from opdtheory.testing.marks import LossClaim
 
 __all__ = ["LossAudit", "pytest_addoption", "pytest_configure"]
 
 # Keys under which an item passes its finding to the process that reports, which may be another one (pytest-xdist).
 _STATUS, _DETAIL, _RECORD = "opd_status", "opd_detail", "opd_record"
+
+# Frames of this package say nothing of the user's code.
+_PACKAGE = f"{Path(__file__).resolve().parents[1]}{os.sep}"
 
 _SHORT = {
     "known": ("known", "k", "KNOWN"),
@@ -62,26 +67,21 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class LossAudit(pytest.Item):
-    """One audit: a marked function with one of its marks."""
+    """One audit: a marked function, or a method of a class, with one of its marks."""
 
-    def __init__(self, *, loss: Any, claim: LossClaim, audits: _Audits, **kwargs: Any) -> None:
+    def __init__(
+        self, *, loss: Any, claim: LossClaim, audits: _Audits, owner: type | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
-        self.loss, self.claim, self.audits = loss, claim, audits
+        self.loss, self.claim, self.audits, self.owner = loss, claim, audits, owner
         self.add_marker("opd_audit")
 
     def runtest(self) -> None:
         """Audit the loss and compare the verdict with the mark and with the record."""
         from opdtheory.auditing import audit
-        from opdtheory.errors import InvalidArgumentError
 
         claim = self.claim
-        settings = {"name": self.name.partition("[")[0], **claim.settings}
-        unknown = sorted(set(settings) - set(inspect.signature(audit).parameters))
-        if unknown:
-            raise InvalidArgumentError(
-                "opd_loss", f"must hold settings of opdtheory.audit only, got {', '.join(unknown)}"
-            )
-        report = audit(self.loss, claim.claims, claim.granularity, **settings)
+        report = audit(self._callable(), **{"name": self.plain_name, **_arguments(claim)})
         judgement = self.audits.judge(self.nodeid, report, claim)
         self.user_properties.append((_STATUS, judgement.status if judgement.status in _SHORT else ""))
         self.user_properties.append((_DETAIL, judgement.detail))
@@ -90,21 +90,53 @@ class LossAudit(pytest.Item):
         if not judgement.passes:
             raise _AuditFailed(_failure(report, claim, judgement))
 
+    @property
+    def plain_name(self) -> str:
+        """The name of the function, after that of its class if it has one."""
+        return self.name.partition("[")[0]
+
+    def _callable(self) -> Callable[[Rollouts], Any]:
+        """The loss of rollouts that the mark speaks of.
+
+        Raises:
+            InvalidArgumentError: the class of a method cannot be made without arguments, or the function does not take
+                rollouts alone and the mark does not say how to call it.
+        """
+        from opdtheory.errors import InvalidArgumentError
+        from opdtheory.testing.calls import called
+        from opdtheory.testing.hints import signature_of, suggestion, takes_rollouts_alone
+
+        call, function = self.claim.call, self.loss
+        if self.owner is not None:
+            function = _member(self.owner, self.plain_name.rpartition(".")[2], bound=call is None)
+        if call is not None or takes_rollouts_alone(function):
+            return called(function, call)
+        found = suggestion(function)
+        hint = "say how to call it with call=..." if found is None else f"{found.words}: call={found.call!r}"
+        raise InvalidArgumentError("opd_loss", f"{signature_of(function)} does not take rollouts alone; {hint}")
+
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
         """The audit's text instead of a traceback; for a loss that cannot be audited, the reason."""
         from opdtheory.errors import OpdTheoryError
+        from opdtheory.testing.failures import LONGEST, shortened, shortened_traceback
 
         if isinstance(excinfo.value, _AuditFailed):
-            return str(excinfo.value)
+            return shortened(str(excinfo.value))
         if isinstance(excinfo.value, OpdTheoryError):
-            return f"{self.name} cannot be audited: {excinfo.value}"
-        # The frames from the audit on, without those of pytest above.
-        excinfo.traceback = excinfo.traceback.cut(path=__file__)
-        return super().repr_failure(excinfo, style)
+            return shortened(f"{self.name} cannot be audited: {excinfo.value}")
+        # The frames of the user's code, without those of pytest and of the audit above.
+        below = excinfo.traceback.cut(path=__file__)
+        if not self.config.getoption("fulltrace"):
+            excinfo.traceback = below.filter(lambda entry: not str(entry.path).startswith(_PACKAGE)) or below
+        whole = super().repr_failure(excinfo, style)
+        if self.config.getoption("fulltrace") or len(str(whole).splitlines()) <= LONGEST:
+            return whole
+        return shortened_traceback(str(super().repr_failure(excinfo, "short")))
 
     def reportinfo(self) -> tuple[Path, int | None, str]:
         """Where the marked function is defined."""
-        line = getattr(getattr(self.loss, "__code__", None), "co_firstlineno", None)
+        function = getattr(self.loss, "__func__", self.loss)
+        line = getattr(getattr(function, "__code__", None), "co_firstlineno", None)
         return self.path, None if line is None else line - 1, f"opd-audit {self.name}"
 
 
@@ -121,40 +153,64 @@ class _Audits:
         self.written_file = _path(config, "opd_write_baseline")
         self.pages = _path(config, "opd_report")
         self.known: dict[str, KnownVerdict] = {}
+        self.project: dict[str, Any] = {}
         self.found: dict[str, tuple[str, str, str]] = {}
 
     def pytest_sessionstart(self) -> None:
-        """Read the file of known biases before anything is audited: a wrong file is a usage error."""
+        """Read the project's settings and the known biases first: a wrong file is a usage error."""
+        from opdtheory.errors import InvalidArgumentError
+        from opdtheory.testing.project import project_settings
+
+        try:
+            self.project = project_settings(self.config.rootpath)
+        except InvalidArgumentError as error:
+            raise pytest.UsageError(str(error)) from None
         if self.known_file is None:
             return
         from opdtheory.auditing.known_biases import read_known
-        from opdtheory.errors import InvalidArgumentError
 
         try:
             self.known = read_known(self.known_file)
         except InvalidArgumentError as error:
             raise pytest.UsageError(f"--opd-{error}") from None
 
-    def pytest_pycollect_makeitem(self, collector: pytest.Collector, name: str, obj: object) -> Any:
-        """Collect one item for each mark of a function in a module."""
+    @pytest.hookimpl(wrapper=True)
+    def pytest_pycollect_makeitem(
+        self, collector: pytest.Collector, name: str, obj: object
+    ) -> Generator[None, Any, Any]:
+        """Collect one item for each mark of a function in a module, or of a method of a class in it."""
+        collected = yield
+        if not isinstance(collector, pytest.Module):
+            return collected
+        if not isinstance(obj, type):
+            return list(self._items(collector, name, obj, None)) or collected
+        found = [
+            item
+            for qualified, member, owner in _marked_members(name, obj)
+            for item in self._items(collector, qualified, member, owner)
+        ]
+        if not found:
+            return collected
+        # The tests of the class are still tests.
+        others = [collected] if isinstance(collected, pytest.Collector | pytest.Item) else collected or []
+        return [*others, *found]
+
+    def _items(self, collector: pytest.Module, name: str, loss: object, owner: type | None) -> Iterator[LossAudit]:
         from opdtheory.testing.marks import claims_of
 
-        claims = claims_of(obj) if isinstance(collector, pytest.Module) else ()
-        if not claims:
-            return None
+        claims = [claim.within(self.project) for claim in claims_of(loss)]
         labels = [claim.label for claim in claims]
         if len(set(labels)) < len(labels):
             labels = [f"{label}-{i}" for i, label in enumerate(labels)]
-        return [
-            LossAudit.from_parent(collector, name=f"{name}[{label}]", loss=obj, claim=claim, audits=self)
-            for label, claim in zip(labels, claims, strict=True)
-        ]
+        for label, claim in zip(labels, claims, strict=True):
+            full = f"{name}[{label}]"
+            yield LossAudit.from_parent(collector, name=full, loss=loss, claim=claim, owner=owner, audits=self)
 
     def judge(self, key: str, report: Audit, claim: LossClaim) -> Judgement:
         """Compare the audit with its mark and with the record of that name."""
         from opdtheory.auditing.known_biases import Judgement, judge
 
-        judgement = judge(report, self.known.get(key), claim.is_met_by)
+        judgement = judge(report, self.known.get(key), lambda _: claim.is_met_by(report))
         if self.written_file is not None and not judgement.passes:
             return Judgement("recorded", judgement.detail)
         return judgement
@@ -214,12 +270,72 @@ class _Audits:
             yield f"wrote {len(self.found)} pages to {self.pages}"
 
 
+def _arguments(claim: LossClaim) -> dict[str, Any]:
+    """The arguments of `audit` that a mark states.
+
+    Raises:
+        InvalidArgumentError: a setting is not an argument of `audit`, or there is no objective.
+    """
+    from opdtheory.auditing import audit
+    from opdtheory.errors import InvalidArgumentError
+
+    known = set(inspect.signature(audit).parameters) - {"loss", "objective", "granularity"}
+    unknown = sorted(set(claim.settings) - known)
+    if unknown:
+        raise InvalidArgumentError("opd_loss", f"must hold settings of opdtheory.audit only, got {', '.join(unknown)}")
+    if claim.claims is None:
+        raise InvalidArgumentError(
+            "claims", "must be given, by the mark or as objective in [tool.opdtheory] of pyproject.toml"
+        )
+    return {
+        "objective": claim.claims,
+        "granularity": claim.granularity or "token_local",
+        "reduction": "any",
+        **claim.settings,
+    }
+
+
+def _marked_members(name: str, owner: type) -> Iterator[tuple[str, object, type]]:
+    """The marked members of a class and of the classes inside it: qualified name, member, class."""
+    from opdtheory.testing.marks import claims_of
+
+    seen: dict[str, object] = {}
+    for base in owner.__mro__:
+        for key, member in list(vars(base).items()):
+            seen.setdefault(key, member)
+    for key, member in seen.items():
+        if claims_of(member):
+            yield f"{name}.{key}", member, owner
+        elif isinstance(member, type) and key in vars(owner) and member.__qualname__ == f"{owner.__qualname__}.{key}":
+            yield from _marked_members(f"{name}.{key}", member)
+
+
+def _member(owner: type, name: str, bound: bool) -> Any:
+    """What a class has under a name; a method is `bound` to an instance that is made without arguments."""
+    from opdtheory.errors import InvalidArgumentError
+
+    if not bound or isinstance(inspect.getattr_static(owner, name), staticmethod | classmethod):
+        return getattr(owner, name)
+    try:
+        instance = owner()
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InvalidArgumentError(
+            "opd_loss",
+            f"must mark a method of a class that can be made without arguments, got {owner.__qualname__}.{name} "
+            f"({reason}); mark a static method, or say in call=... how to call it",
+        ) from None
+    return getattr(instance, name)
+
+
 def _failure(report: Audit, claim: LossClaim, judgement: Judgement) -> str:
     from opdtheory.auditing.known_biases import STATUSES
+    from opdtheory.testing.failures import reason
 
     return (
         f"{STATUSES[judgement.status]}: {judgement.detail}\n"
-        f"claimed: {claim.verdict} for {report.objective} ({report.granularity})\n\n{report}"
+        f"claimed: {claim.verdict} for {report.objective} ({report.granularity})\n"
+        f"found: {reason(report)}\n\n{report}"
     )
 
 

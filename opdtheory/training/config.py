@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-import importlib
 import json
 import math
-import sys
+import re
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -18,9 +17,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from opdtheory.choices import Baseline, Control, Importance, Reduction, Support
 from opdtheory.errors import InvalidArgumentError
+from opdtheory.toml import read_toml
 
 if TYPE_CHECKING:
     from opdtheory.estimators import Estimator
+
+# No count or seed of a run is larger; torch and numpy refuse larger seeds.
+_LARGEST = 2**32 - 1
+
+# Characters of a wrong value that an error shows.
+_LONGEST = 60
+
+_UNUSABLE = re.compile("[\0\ud800-\udfff]")
 
 # No torch here: the command line reads the fields for its help.
 __all__ = ["ESTIMATOR_OPTIONS", "RUNTIME", "TrainConfig", "field_kinds"]
@@ -114,7 +122,7 @@ class TrainConfig:
     # The machine
     device: str = _field("auto", "cpu, cuda, cuda:1; auto uses a GPU if there is one")
     dtype: Literal["float32", "float64"] = _field("float32", "dtype of parameters and arithmetic")
-    threads: int | None = _runtime(None, "number of torch's threads on the CPU", low=1)
+    threads: int | None = _runtime(None, "number of torch's threads on the CPU", low=1, high=1024)
     check_rollouts: bool = _runtime(True, "validate every batch: cheap on a CPU, a few waits for the device on a GPU")
     # What is kept
     out: str | None = _runtime(
@@ -179,7 +187,7 @@ class TrainConfig:
         Raises:
             InvalidArgumentError: the file is missing or is not valid TOML, or as for the class.
         """
-        written = {name: None if value == "none" else value for name, value in _read_toml(Path(path)).items()}
+        written = {name: None if value == "none" else value for name, value in read_toml("config", Path(path)).items()}
         return cls.from_dict({**written, **overrides})
 
     def to_dict(self) -> dict[str, Any]:
@@ -191,8 +199,7 @@ class TrainConfig:
         """The fields that differ from their default, as `from_toml` reads them."""
         given = self.to_dict()
         changed = {each.name: given[each.name] for each in dataclasses.fields(self) if given[each.name] != each.default}
-        lines = (f"{name} = {json.dumps('none' if value is None else value)}" for name, value in changed.items())
-        return "".join(f"{line}\n" for line in lines)
+        return "".join(f"{name} = {_as_toml('none' if value is None else value)}\n" for name, value in changed.items())
 
     def identity(self) -> dict[str, Any]:
         """The fields that the trained parameters depend on: all but those in `RUNTIME`."""
@@ -243,21 +250,12 @@ def _check_names(values: Iterable[str]) -> None:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)
             hint = f", did you mean {near[0]!r}?" if near else f"; the fields are {', '.join(known)}"
-            raise InvalidArgumentError(str(name), f"is not a field of TrainConfig{hint}")
+            raise InvalidArgumentError(str(name) or '""', f"is not a field of TrainConfig{hint}")
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        parser = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
-    except ImportError:
-        raise InvalidArgumentError("config", 'TOML needs Python 3.11 or pip install "opdtheory[train]"') from None
-    try:
-        values: dict[str, Any] = parser.loads(path.read_text(encoding="utf-8"))
-        return values
-    except OSError as error:
-        raise InvalidArgumentError("config", f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:  # neither TOML nor UTF-8
-        raise InvalidArgumentError("config", f"{path} is not valid TOML: {error}") from None
+def _as_toml(value: Any) -> str:
+    """A value as TOML writes it: like JSON, but with characters as they are, except for DEL."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _checked(name: str, value: Any, kind: Any, optional: bool, limits: Mapping[str, Any]) -> Any:
@@ -270,24 +268,49 @@ def _checked(name: str, value: Any, kind: Any, optional: bool, limits: Mapping[s
             raise InvalidArgumentError(name, f"must be one of {', '.join(allowed)}, got {value!r}")
         return value
     if typing.get_origin(kind) is tuple:
-        return tuple(value) if isinstance(value, list) else value  # the estimator checks it
+        # The estimator checks how many there are.
+        return tuple(_number(name, each, float, {}) for each in value) if isinstance(value, list | tuple) else value
     if kind in (int, float):
         return _number(name, value, kind, limits)
     if not isinstance(value, kind) or value == "":
         needed = "True or False" if kind is bool else "a non-empty string"
         raise InvalidArgumentError(name, f"must be {needed}, got {value!r}")
+    if kind is str and _UNUSABLE.search(value):
+        # No path has the character NUL, and half a surrogate pair cannot be written to a file.
+        raise InvalidArgumentError(name, f"must be a string without NUL that UTF-8 can encode, got {value!r}")
     return value
 
 
 def _number(name: str, value: Any, kind: type, limits: Mapping[str, Any]) -> int | float:
-    right = isinstance(value, int if kind is int else Real) and not isinstance(value, bool) and math.isfinite(value)
-    if not right:
-        raise InvalidArgumentError(name, f"must be {'an integer' if kind is int else 'a finite number'}, got {value!r}")
+    right = isinstance(value, int) if kind is int else isinstance(value, Real) and _is_finite(value)
+    if not right or isinstance(value, bool):
+        wanted = "an integer" if kind is int else "a finite number"
+        raise InvalidArgumentError(name, f"must be {wanted}, got {_shown(value)}")
+    if kind is int:
+        limits = {"high": _LARGEST, **limits}
     for limit, holds, words in (
         ("low", lambda bound: value >= bound, "at least"),
         ("above", lambda bound: value > bound, "greater than"),
         ("below", lambda bound: value < bound, "less than"),
+        ("high", lambda bound: value <= bound, "at most"),
     ):
         if limit in limits and not holds(limits[limit]):
-            raise InvalidArgumentError(name, f"must be {words} {limits[limit]:g}, got {value!r}")
+            raise InvalidArgumentError(name, f"must be {words} {limits[limit]:.10g}, got {_shown(value)}")
     return int(value) if kind is int else float(value)
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether a number is finite as a float; an integer may be too large for one."""
+    try:
+        return math.isfinite(float(value))
+    except OverflowError:
+        return False
+
+
+def _shown(value: object) -> str:
+    """A value as an error shows it; thousands of digits say no more than their number."""
+    try:
+        text = repr(value)
+    except ValueError:  # more digits than Python converts
+        return "a huge integer"
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({len(text)} characters)"

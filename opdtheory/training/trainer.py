@@ -165,10 +165,13 @@ def train(
             the metrics.
 
     Raises:
-        InvalidArgumentError: the models and the task do not fit together, or the folder holds another run.
+        InvalidArgumentError: the models and the task do not fit together, the folder holds another run, or it is a
+            file.
         TrainingError: a step fails because a rollout is empty, or a loss or gradient is not finite. The error names a
             file with the prompts and the tokens.
     """
+    for name, path in (("out", config.out), ("cache", config.cache)):
+        _check_folder(name, path)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     folder = None if config.out is None else Path(config.out)
@@ -188,6 +191,16 @@ def train(
                 row |= observer(run, step + 1)
             finish_step(run, step + 1, row)
         return TrainResult(run.student, config, run.metrics.rows)
+
+
+def _check_folder(name: str, path: str | None) -> None:
+    """Raise if a folder cannot be made because there is a file in its place; models take minutes to train first."""
+    try:
+        there = None if path is None else next((p for p in (Path(path), *Path(path).parents) if p.exists()), None)
+    except OSError as error:  # such as a name that is too long
+        raise InvalidArgumentError(name, f"must be a folder, got {path!r}: {error.strerror}") from None
+    if there is not None and not there.is_dir():
+        raise InvalidArgumentError(name, f"must be a folder, got {path!r}, where {there} is a file")
 
 
 @contextlib.contextmanager

@@ -98,7 +98,7 @@ def test_what_is_set_apart_is_the_gradient_of_the_expected_reward(coefficient, s
     part = reward_part(loss, scenario, cases, 1e-9)
     assert part.coefficient == pytest.approx(coefficient, rel=1e-9) and part.error <= 1e-9
     assert "Set apart" in part.words and "%" not in part.words
-    rest = without_reward(BlackBox(accompanied(loss, scenario)), scenario, part)
+    rest = without_reward(loss, scenario, part, BlackBox(accompanied(loss, scenario)))
     for case in cases[::3]:
         everything = Enumeration.build(case.student, case.teacher)
         leaves = [z.clone().requires_grad_() for z in case.student.logits]

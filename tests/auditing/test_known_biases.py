@@ -14,6 +14,11 @@ from opdtheory.errors import InvalidArgumentError
 from tests.auditing.verdicts import audit
 from tests.losses import k2, k3
 
+RECORD = (
+    '{"baseline_version": 1, "losses": {"k3": {"objective": "jsd", "granularity": "token_local", "verdict": "biased", '
+    '"descends": null, "relative_bias": %s, "cosine": %s, "settings": %s}}}'
+)
+
 
 @pytest.fixture(scope="module")
 def faithful() -> Audit:
@@ -112,6 +117,13 @@ def test_an_infinite_bias_is_recorded(tmp_path, other):
         ('{"baseline_version": 1}', "must have an object 'losses', got None"),
         ('{"baseline_version": 1, "losses": {"k3": {"objective": "jsd"}}}', "'k3' is incomplete"),
         ('{"baseline_version": 1, "losses": {"k3": []}}', "'k3' is incomplete"),
+        ('{"baseline_version": true, "losses": {}}', "must have baseline_version 1, got True"),
+        (RECORD % ("true", "1.0", "{}"), "True is not a number"),
+        (RECORD % ("0.5", '"1.0"', "{}"), "'1.0' is not a number"),
+        (RECORD % ("1" + "0" * 400, "1.0", "{}"), "'k3' is incomplete"),
+        (RECORD % ("0.5", "[1.0]", "{}"), "is not a number"),
+        (RECORD % ("0.5", "1.0", "3"), "'k3' is incomplete"),
+        ("[" * 100_000, "is not JSON"),
     ],
 )
 def test_what_is_no_file_of_known_biases_is_refused(tmp_path, text, message, other):

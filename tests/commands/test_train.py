@@ -55,3 +55,41 @@ def test_command_fails_where_a_step_cannot_be_taken(
     command = ["train", "--divergence", "jsd", *OPTIONS, "--eval-examples", "0", "--out", str(tmp_path)]
     assert cli.main(command) == 1
     assert str(tmp_path / "failure_step_00000001_rank_0.json") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('out = "a\\u0000b"', "out: must be a string without NUL"),
+        ('out = "{file}"', "out: must be a folder, got"),
+        ('cache = "{file}/below"', "cache: must be a folder, got"),
+        ("steps = 1" + "0" * 400, "steps: must be at most"),
+        ("steps = 1" + "0" * 5000, "is not valid TOML"),
+        ("learning_rate = 1" + "0" * 400, "learning_rate: must be a finite number"),
+        ("seed = true", "seed: must be an integer, got True"),
+        ("clip_weight = [true, 1]", "clip_weight: must be a finite number, got True"),
+        ("clip_weight = [1]", "clip_weight: must be a pair"),
+        ("dtype = 32", "dtype: must be one of"),
+        ("[divergence]\nname = 'jsd'", "divergence: must be"),
+        ("\0", "is not valid TOML"),
+        ("a = " + "[" * 20_000, "is not valid TOML: it is nested too deeply"),
+        ("'' = 1", '"": is not a field of TrainConfig'),
+    ],
+)
+def test_a_configuration_file_is_refused_without_a_traceback(
+    text: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, path = tmp_path / "file", tmp_path / "run.toml"
+    file.write_text("kept")
+    path.write_text(text.replace("{file}", str(file)), encoding="utf-8")
+    fixed = [] if "divergence" in text else ["--divergence", "jsd"]
+    assert cli.main(["train", "--config", str(path), *fixed]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("opdtheory train: ") and words in captured.err
+    assert len(captured.err.splitlines()) <= 2 and "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize("path", [".", "a\0b", "a" * 300])
+def test_what_is_no_configuration_file_is_refused(path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--config", path, "--divergence", "jsd"]) == 2
+    assert capsys.readouterr().err.startswith("opdtheory train: config: ")

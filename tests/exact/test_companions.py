@@ -12,14 +12,16 @@ from opdtheory.exact.companions import PrefixPolicy, random_rewards, softened
 @pytest.mark.parametrize(("eos", "environment"), [(None, ()), (0, ()), (2, (0,)), (None, (1,))])
 def test_tokens_and_table_give_the_same_logits(eos, environment):
     student, teacher = random_pair(3, 4, eos=eos, environment=environment)
-    policy = PrefixPolicy(3, scale=1.5, unread=environment)
+    policy = PrefixPolicy(3, scale=1.5)
     everything = Enumeration.build(student, policy.table(teacher))
-    by_tokens = policy.logits(everything.tokens, 3)
+    by_tokens = policy.logits(everything.tokens, everything.mask, 3)
     written = everything.mask > 0
     assert torch.equal(by_tokens[written], everything.teacher_logits[written])
-    # The twin reads what an environment wrote.
+    # Other masked tokens change nothing; the twin reads what an environment wrote.
+    changed = torch.where(written, everything.tokens, (everything.tokens + 1) % 3)
+    assert torch.equal(policy.logits(changed, everything.mask, 3)[written], by_tokens[written])
     if environment:
-        other = PrefixPolicy(3, scale=1.5).logits(everything.tokens, 3)
+        other = policy.logits(everything.tokens, torch.ones_like(everything.mask), 3)
         assert not torch.equal(other[written], by_tokens[written])
 
 
@@ -35,7 +37,7 @@ def test_every_prefix_has_logits_of_its_own():
 
 def test_a_large_vocabulary_needs_no_table():
     tokens = torch.randint(50_000, (2, 64), generator=torch.Generator().manual_seed(0))
-    logits = PrefixPolicy(7).logits(tokens, 50_000)
+    logits = PrefixPolicy(7).logits(tokens, torch.ones(2, 64), 50_000)
     assert logits.shape == (2, 64, 50_000) and bool(torch.isfinite(logits).all())
 
 

@@ -236,3 +236,49 @@ def test_what_cannot_be_compared_is_an_error():
     with pytest.raises(LossError, match="scalar"):
         assert_same_gradient(k2, lambda r: r.log_u)
     assert torch.get_default_dtype() == torch.float32
+
+
+def unmasked(r):
+    return (r.log_u.square() / 2).sum() / len(r.tokens)
+
+
+def unmasked_mean(r):
+    return (r.log_u.square() / 2).mean()
+
+
+@pytest.mark.parametrize("loss", [unmasked, unmasked_mean])
+def test_a_loss_that_counts_padding_passes_no_assertion(loss):
+    with pytest.raises(AssertionError, match="is not unbiased up to scale for reverse_kl"):
+        assert_unbiased(loss, "reverse_kl", up_to_scale=True)
+    with pytest.raises(AssertionError, match="does not minimise reverse_kl"):
+        assert_minimises(loss, "reverse_kl")
+    with pytest.raises(AssertionError, match="is not unbiased for reverse_kl"):
+        assert_unbiased(loss, "reverse_kl")
+
+
+class Long:
+    """A loss whose name has as many lines as the repr of a large module."""
+
+    def __init__(self, loss):
+        self.loss = loss
+
+    def __call__(self, r):
+        return self.loss(r)
+
+    def __repr__(self):
+        return "\n".join(f"(layer {n})" for n in range(60))
+
+
+def test_failures_are_at_most_forty_lines():
+    failing = [
+        lambda: assert_unbiased(Long(k3), "reverse_kl"),
+        lambda: assert_minimises(Long(k3), "reverse_kl"),
+        lambda: assert_same_gradient(Long(k3), k2),
+    ]
+    for fails in failing:
+        with pytest.raises(AssertionError) as caught:
+            fails()
+        lines = str(caught.value).splitlines()
+        assert len(lines) == 40 and "print(report) for the rest" in lines[-1]
+    # The report itself is whole.
+    assert len(str(audit(Long(k3), "reverse_kl")).splitlines()) > 60

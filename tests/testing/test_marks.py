@@ -12,6 +12,8 @@ from opdtheory.testing import (
 from opdtheory.testing.marks import claims_of
 from tests.losses import k2
 
+REPORTS = {scale: opd.audit(lambda r, scale=scale: scale * k2(r), "reverse_kl") for scale in (0.0, 1.0, 2.0)}
+
 
 def test_marks_leave_the_function_alone_and_add_up():
     def loss(r):
@@ -37,7 +39,63 @@ def test_which_verdicts_meet_a_mark(asked, met):
         return r
 
     (claim,) = claims_of(loss)
-    assert {verdict for verdict in ("exact", "exact_up_to_scale", "biased", "zero") if claim.is_met_by(verdict)} == met
+    reports = {"exact": REPORTS[1.0], "exact_up_to_scale": REPORTS[2.0], "zero": REPORTS[0.0]}
+    assert {name: report.verdict for name, report in reports.items()} == {name: name for name in reports}
+    assert {name for name, report in reports.items() if claim.is_met_by(report)} == met
+
+
+def unmasked(r):
+    """Right at fixed length, and padding is counted as text."""
+    return (r.log_u.square() / 2).sum() / len(r.tokens)
+
+
+def test_an_unsound_loss_meets_no_claim_of_exactness():
+    report = opd.audit(unmasked, "reverse_kl")
+    assert not report.faithful
+    for verdict in ("exact", "exact_up_to_scale"):
+        (claim,) = claims_of(opd_loss("reverse_kl", verdict=verdict)(lambda r: r))
+        assert not claim.is_met_by(report)
+    # What is said to be wrong is: a claim of the verdict that was found.
+    (claim,) = claims_of(opd_loss("jsd", verdict="biased")(lambda r: r))
+    assert claim.is_met_by(opd.audit(lambda r: r.token_sum(r.log_u**3), "jsd"))
+
+
+def test_the_projects_settings_fill_in_what_a_mark_leaves_out():
+    project = {"objective": "jsd", "granularity": "sequence", "eos": 0, "seed": 3}
+    (bare,) = claims_of(opd_loss()(lambda r: r))
+    (own,) = claims_of(opd_loss("chi2", "token_local", eos=None, batch_size=2)(lambda r: r))
+    assert bare.within(project).label == "jsd-sequence-eos=0-seed=3"
+    assert own.within(project).label == "chi2-token_local-batch_size=2-eos=None-seed=3"
+    assert bare.within({}).label == "no objective-token_local" and own.within({}) == own
+
+
+def test_marks_of_static_and_class_methods_are_found_in_either_order():
+    class Losses:
+        @opd_loss("jsd")
+        @staticmethod
+        def above(r):
+            return r
+
+        @staticmethod
+        @opd_loss("jsd")
+        def below(r):
+            return r
+
+        @opd_loss("chi2")
+        @classmethod
+        @opd_loss("jsd")
+        def both(cls, r):
+            return r
+
+        @staticmethod
+        def unmarked(r):
+            return r
+
+    found = {name: [claim.claims for claim in claims_of(member)] for name, member in vars(Losses).items()}
+    assert {name: found[name] for name in ("above", "below", "both", "unmarked")} == {
+        **{"above": ["jsd"], "below": ["jsd"]},
+        **{"both": ["chi2", "jsd"], "unmarked": []},
+    }
 
 
 def test_marks_that_make_no_sense_are_refused():
@@ -46,5 +104,9 @@ def test_marks_that_make_no_sense_are_refused():
             opd_loss("jsd", **arguments)
     with pytest.raises(InvalidArgumentError, match="claims"):
         opd_loss(k2)
+    with pytest.raises(InvalidArgumentError, match="loss: must be a function, got class Losses; mark its method"):
+        opd_loss("jsd")(type("Losses", (), {}))
+    with pytest.raises(InvalidArgumentError, match="call: must be an expression"):
+        opd_loss("jsd", call="f(")
     with pytest.raises(InvalidArgumentError, match="Estimator"):
         opd_loss("jsd")(opd.estimator("opd_plus", "jsd"))

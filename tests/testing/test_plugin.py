@@ -104,6 +104,7 @@ def test_marked_functions_of_test_files_are_audited(pytester):
             "*::test_own PASSED*",
             "the audit does not find what was claimed: other objective, forward_kl (token_local), with*",
             "claimed: exact for reverse_kl (token_local)",
+            "found: it descends another objective than the one claimed",
             "k3: OTHER OBJECTIVE",
             "The loss does not descend reverse_kl*",
         ]
@@ -229,3 +230,258 @@ def test_findings_reach_the_process_that_reports(pytester):
     result.stdout.fnmatch_lines(["RECORDED test_losses.py::k3*", "*1 recorded*"])
     known = json.loads((pytester.path / "known.json").read_text(encoding="utf-8"))
     assert list(known["losses"]) == ["test_losses.py::k3[reverse_kl-token_local]"]
+
+
+METHODS = """
+import unittest
+import torch
+import opdtheory as opd
+from opdtheory.testing import opd_loss
+
+def k2_of_two(teacher, student):
+    return (teacher - student).square() / 2
+
+class Losses:
+    @opd_loss(claims="reverse_kl")
+    def bound(self, r):
+        return r.token_sum(r.log_u.square() / 2) * self.one
+
+    one = 1.0
+
+    @opd_loss(claims="reverse_kl")
+    @staticmethod
+    def static(r):
+        return r.token_sum(r.log_u.square() / 2)
+
+    @classmethod
+    @opd_loss(claims="reverse_kl", verdict="exact_up_to_scale")
+    def of_the_class(cls, r):
+        return 2 * cls.static(r)
+
+    def unmarked(self, r):
+        raise AssertionError
+
+    class Inner:
+        @opd_loss(claims="reverse_kl")
+        def wrong(self, r):
+            return r.token_sum(r.log_u.expm1() - r.log_u)
+
+class Child(Losses):
+    one = 2.0
+
+class Module(torch.nn.Module):
+    @opd_loss(claims="reverse_kl", call="r.token_sum(f(opdtheory, r.student_logits, r.teacher_logits))")
+    def forward(self, student, teacher):
+        log_p, log_q = student.log_softmax(-1), teacher.log_softmax(-1)
+        return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+class Trainer:
+    def __init__(self, scale):
+        self.scale = scale
+
+    @opd_loss(claims="reverse_kl")
+    def unmakeable(self, r):
+        return r.token_sum(r.log_u.square() / 2)
+
+    @opd_loss(claims="reverse_kl", call=lambda f, r: r.token_sum(opd.bind(f, scale=1.0)(r.log_u)))
+    def called(self, log_u):
+        return self.scale * log_u.square() / 2
+
+class TestOwn:
+    @opd_loss(claims="reverse_kl")
+    def loss(self, r):
+        return r.token_sum(r.log_u.square() / 2)
+
+    def test_one(self):
+        pass
+
+class OfUnittest(unittest.TestCase):
+    @opd_loss(claims="reverse_kl")
+    def loss(self, r):
+        return r.token_sum(r.log_u.square() / 2)
+
+    def test_two(self):
+        pass
+"""
+
+
+def test_marked_methods_of_classes_are_audited(pytester):
+    pytester.makepyfile(test_methods=METHODS)
+    result = run(pytester, "--opd-audit", "-v")
+    outcomes = {
+        "Losses.bound": "PASSED",
+        "Losses.static": "PASSED",
+        "Losses.of_the_class": "PASSED",
+        "Losses.Inner.wrong": "FAILED",
+        "Child.bound": "FAILED",
+        "Child.static": "PASSED",
+        "Child.of_the_class": "PASSED",
+        "Module.forward": "PASSED",
+        "Trainer.unmakeable": "FAILED",
+        "Trainer.called": "PASSED",
+        "TestOwn.loss": "PASSED",
+        "OfUnittest.loss": "PASSED",
+    }
+    for name, outcome in outcomes.items():
+        result.stdout.fnmatch_lines([f"test_methods.py::{name}?reverse_kl-token_local? {outcome}*"])
+    # The classes' own tests are collected as without the option.
+    result.stdout.fnmatch_lines(["test_methods.py::TestOwn::test_one PASSED*"])
+    result.stdout.fnmatch_lines(["test_methods.py::OfUnittest::test_two PASSED*"])
+    result.assert_outcomes(passed=11, failed=3)
+    result.stdout.fnmatch_lines(
+        [
+            "Trainer.unmakeable?reverse_kl-token_local? cannot be audited: opd_loss: must mark a method of a class "
+            "that can be made without arguments, got Trainer.unmakeable (TypeError: *scale*"
+        ]
+    )
+    run(pytester).assert_outcomes(passed=2)
+
+
+def test_a_mark_says_how_to_call_a_function(pytester):
+    pytester.makepyfile(
+        test_calls="""
+        from opdtheory.testing import opd_loss
+
+        @opd_loss(claims="reverse_kl", call="r.token_sum(f(r.teacher_logprobs, r.student_logprobs))")
+        def text(teacher, student):
+            return (teacher - student).square() / 2
+
+        @opd_loss(claims="reverse_kl", call=lambda f, r: r.token_sum(f(r.log_u)))
+        def function(log_u):
+            return log_u.square() / 2
+
+        @opd_loss(claims="reverse_kl", call="f(r, 3.0)", verdict="exact_up_to_scale")
+        @opd_loss(claims="reverse_kl", call="f(r, -1.0)")
+        def scaled(r, scale):
+            return scale * r.token_sum(r.log_u.square() / 2)
+
+        @opd_loss(claims="reverse_kl")
+        def silent(teacher, student):
+            return (teacher - student).square() / 2
+
+        @opd_loss(claims="reverse_kl", call="f(r).no_such")
+        def broken(r):
+            return r.token_sum(r.log_u.square() / 2)
+        """
+    )
+    result = run(pytester, "--opd-audit", "-v")
+    result.assert_outcomes(passed=3, failed=3)
+    result.stdout.fnmatch_lines(
+        [
+            "*::text?reverse_kl-token_local? PASSED*",
+            "*::function?reverse_kl-token_local? PASSED*",
+            "*::scaled?reverse_kl-token_local-0? PASSED*",
+            "*::scaled?reverse_kl-token_local-1? FAILED*",
+            "*::silent?reverse_kl-token_local? FAILED*",
+            "silent?reverse_kl-token_local? cannot be audited: opd_loss: silent(teacher, student) does not take "
+            "rollouts alone; say how to call it: call='r.token_sum(f(r.teacher_logprobs, r.student_logprobs))'",
+            "E*AttributeError: 'Tensor' object has no attribute 'no_such'",
+        ]
+    )
+
+
+def test_an_unsound_loss_fails_its_mark(pytester):
+    pytester.makepyfile(
+        test_losses="""
+        from opdtheory.testing import opd_loss
+
+        @opd_loss(claims="reverse_kl")
+        def unmasked(r):
+            return (r.log_u.square() / 2).sum() / len(r.tokens)
+
+        @opd_loss(claims="reverse_kl", verdict="exact_up_to_scale")
+        def unmasked_mean(r):
+            return (r.log_u.square() / 2).mean()
+        """
+    )
+    run(pytester, "--opd-audit").assert_outcomes(failed=2)
+
+
+def test_failures_are_short(pytester):
+    pytester.makepyfile(
+        test_losses="""
+        from opdtheory.testing import opd_loss
+
+        @opd_loss(claims="reverse_kl", name="\\n".join(f"line {n}" for n in range(100)))
+        def long(r):
+            return r.token_sum(r.log_u)
+
+        def deeper(n):
+            return deeper(n - 1) if n else 1 / 0
+
+        @opd_loss(claims="reverse_kl")
+        def broken(r):
+            return deeper(2)
+
+        def left(n):
+            return right(n - 1) if n else 1 / 0
+
+        def right(n):
+            return left(n - 1) if n else 1 / 0
+
+        @opd_loss(claims="reverse_kl")
+        def deep(r):
+            return left(50)
+        """
+    )
+    result = run(pytester, "--opd-audit")
+    lines = result.stdout.lines
+    names = [n for n, line in enumerate(lines) if line.startswith("_ opd-audit long[")]
+    headers = [n for n, line in enumerate(lines) if line.startswith("____") or line.startswith("=====")]
+    for name in (" long[", " broken[", " deep["):
+        start = next(n for n in headers + names if name in lines[n])
+        end = next(n for n in headers if n > start)
+        assert 3 < end - start - 1 <= 40
+    assert any(line.endswith("print(report) for the rest, where report is opdtheory.audit(...)]") for line in lines)
+    # A failing loss shows the user's own lines, not those of the audit.
+    assert any("ZeroDivisionError" in line for line in lines) and not any("expectation.py" in line for line in lines)
+
+
+def test_the_projects_settings_hold_and_a_mark_wins_over_them(pytester):
+    (pytester.path / "pyproject.toml").write_text("[tool.opdtheory]\nobjective = 'forward_kl'\neos = 0\n")
+    pytester.makepyfile(
+        test_losses="""
+        from opdtheory.testing import opd_loss
+
+        @opd_loss()
+        @opd_loss("reverse_kl", eos=None, verdict="other_objective")
+        def k3(r):
+            return r.token_sum(r.log_u.expm1() - r.log_u)
+        """
+    )
+    result = run(pytester, "--opd-audit", "-v")
+    result.assert_outcomes(passed=2)
+    result.stdout.fnmatch_lines(["*::k3?forward_kl-token_local-eos=0? *", "*::k3?reverse_kl-token_local-eos=None? *"])
+    (pytester.path / "pyproject.toml").write_text("[tool.opdtheory]\neos = 0\n")
+    result = run(pytester, "--opd-audit", "-k", "objective")
+    result.assert_outcomes(failed=1, deselected=1)
+    result.stdout.fnmatch_lines(["*cannot be audited: claims: must be given, by the mark or as objective in*"])
+
+
+def test_a_wrong_project_file_is_a_usage_error(pytester):
+    pytester.makepyfile(test_losses=SOURCE)
+    for text, words in (
+        ("objetive = 'jsd'", "*objetive: is not a setting of*pyproject.toml; did you mean 'objective'?"),
+        ("eos = '0'", "*eos: must be an integer*pyproject.toml, got '0'"),
+    ):
+        (pytester.path / "pyproject.toml").write_text(f"[tool.opdtheory]\n{text}\n")
+        refused = run(pytester, "--opd-audit")
+        assert refused.ret == pytest.ExitCode.USAGE_ERROR
+        refused.stderr.fnmatch_lines([words])
+        # Without the option the plugin reads nothing.
+        run(pytester).assert_outcomes()
+
+
+def test_settings_that_the_mark_states_otherwise_are_refused(pytester):
+    pytester.makepyfile(
+        test_losses="""
+        from opdtheory.testing import opd_loss
+
+        @opd_loss("reverse_kl", objective="jsd")
+        def twice(r):
+            return r.token_sum(r.log_u)
+        """
+    )
+    result = run(pytester, "--opd-audit")
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["*must hold settings of opdtheory.audit only, got objective*"])

@@ -67,6 +67,62 @@ def test_wrong_fields_are_named(fields: dict[str, object], named: str) -> None:
     assert caught.value.argument == named
 
 
+HUGE = 10**400
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("out", "a\0b", "must be a string without NUL that UTF-8 can encode, got 'a\\x00b'"),
+        ("cache", "\0", "must be a string without NUL"),
+        ("student", "smollm2\0", "must be a string without NUL"),
+        ("out", "a\ud800b", "must be a string without NUL that UTF-8 can encode"),
+        ("task", "\udcff", "must be a string without NUL that UTF-8 can encode"),
+        ("steps", HUGE, "must be at most 4294967295, got 1000"),
+        ("steps", 10**5000, "must be at most 4294967295, got a huge integer"),
+        ("seed", 2**32, "must be at most 4294967295, got 4294967296"),
+        ("pair_seed", 10**30, "must be at most 4294967295"),
+        ("k", 10**30, "must be at most 4294967295"),
+        ("threads", 10**6, "must be at most 1024, got 1000000"),
+        ("learning_rate", HUGE, "must be a finite number, got 1000"),
+        ("temperature", HUGE, "must be a finite number"),
+        ("baseline_value", -HUGE, "must be a finite number"),
+        ("clip_weight", [HUGE, 1], "must be a finite number"),
+        ("clip_weight", [True, 1], "must be a finite number, got True"),
+        ("clip_weight", ["a", 1], "must be a finite number, got 'a'"),
+        ("clip_weight", [[1, 2], [3, 4]], "must be a finite number, got [1, 2]"),
+        ("clip_weight", {"low": 1}, "must be a pair"),
+        ("clip_weight", "ab", "must be a pair"),
+        ("learning_rate", True, "must be a finite number, got True"),
+        ("alpha", False, "must be a finite number, got False"),
+        ("k", True, "must be an integer, got True"),
+        ("steps", 2.0, "must be an integer, got 2.0"),
+        ("gamma", "0.5", "must be a finite number, got '0.5'"),
+        ("dtype", 32, "must be one of float32, float64, got 32"),
+        ("reduction", ["token_sum"], "must be one of"),
+        ("task", {"name": "arithmetic"}, "must be a non-empty string"),
+        ("progress", "yes", "must be True or False"),
+    ],
+    # Python prints no integer of thousands of digits.
+    ids=lambda value: value if isinstance(value, str) and value.isidentifier() else "",
+)
+def test_values_at_the_borders_are_refused_in_one_short_line(field: str, value: object, words: str) -> None:
+    with pytest.raises(InvalidArgumentError) as caught:
+        TrainConfig.from_dict({"divergence": "jsd", field: value})
+    said = str(caught.value)
+    assert caught.value.argument == field and words in said
+    assert "\n" not in said and len(said) < 300 and "\0" not in said
+
+
+@pytest.mark.parametrize("name", ["a\x7fb", "ü/日本", "emoji \U0001f600", 'quotes " and \\ and \t', "plain"])
+def test_every_usable_name_survives_toml(name: str, tmp_path: Path) -> None:
+    before = TrainConfig(divergence="jsd", out=name, learning_rate=1e-5, seed=2**32 - 1)
+    path = tmp_path / "run.toml"
+    path.write_text(before.to_toml(), encoding="utf-8")
+    assert TrainConfig.from_toml(path) == before
+
+
 def test_toml_and_overrides(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     before = TrainConfig(divergence="u*log(u)-7*(u-1)", estimator="opd", clip_weight=(-1.0, 2.0), clip_gradient=None)

@@ -139,3 +139,21 @@ def test_observers_join_the_metrics() -> None:
     settings = config(steps=2)
     result = opd.train(settings, student=model(0), teacher=model(1, 24), task=TASK, observers=[observer])
     assert seen == [1, 2] and result.rows[0]["parameters"] > 0
+
+
+@pytest.mark.parametrize("name", ["out", "cache"])
+def test_a_file_in_the_place_of_a_folder_is_refused_before_anything_is_trained(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_models(*_: object) -> None:
+        raise AssertionError("no model should be loaded")
+
+    monkeypatch.setattr(trainer, "load_models", load_models)
+    file = tmp_path / "file"
+    file.write_text("kept")
+    for path in (file, file / "below", file / "deep" / "below"):
+        with pytest.raises(InvalidArgumentError, match=f"^{name}: must be a folder, got .* where .*file is a file"):
+            opd.train(config(**{name: str(path)}))
+    with pytest.raises(InvalidArgumentError, match=f"^{name}: must be a folder, .*: File name too long"):
+        opd.train(config(**{name: str(tmp_path / ("a" * 300))}))
+    assert file.read_text() == "kept"

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from opdtheory.auditing.black_box import INSISTS
 from opdtheory.auditing.naming.fit import flat
 from opdtheory.auditing.scenario import Case, Scenario
 from opdtheory.exact import Enumeration, GradientMoments, Loss, random_pair
@@ -120,25 +121,38 @@ class Subject:
         return everything.gather_logits([t.detach() for t in everything.student_tables], index)
 
     def evaluate(self, everything: Enumeration, index: Tensor, logits: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The loss of a batch and its gradient in the student's logits, finite or not."""
+        """The loss of a batch and its gradient in the student's logits, finite or not.
+
+        A loss that insists on its batch size is called on batches of that size, and their mean is taken.
+        """
         rows = self.rows(everything, index) if logits is None else logits
+        try:
+            return self._evaluate(everything, index, rows)
+        except INSISTS:
+            if len(index) == self.scenario.batch_size:
+                raise
+        size = self.scenario.batch_size
+        parts = [self._evaluate(everything, i, z) for i, z in zip(index.split(size), rows.split(size), strict=True)]
+        values, gradients = zip(*parts, strict=True)
+        return torch.stack(values).mean(), torch.cat(gradients) / len(parts)
+
+    def _evaluate(self, everything: Enumeration, index: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         leaf = rows.detach().clone().requires_grad_()
-        with torch.enable_grad():
-            value = self.loss(everything.rollouts(index, leaf))
+        value = self.loss(everything.rollouts(index, leaf))
         (gradient,) = torch.autograd.grad(value, leaf, allow_unused=True)
         return value.detach(), torch.zeros_like(leaf) if gradient is None else gradient
 
     def moved(self, before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) -> float:
         """The change of value and gradient, relative to the larger of them; inf if anything is not finite."""
         change = float((after[0].double() - before[0].double()).abs())
-        size = max(float(before[1].abs().max()), float(before[0].abs()), self._floor)
+        size = max(float(before[1].abs().max()), float(before[0].abs()), self._floor(before[1]))
         if not math.isfinite(change):
             return math.inf
         return max(change / size, self.gradient_moved(before[1], after[1]))
 
     def gradient_moved(self, before: Tensor, after: Tensor) -> float:
         """The largest change of an entry, relative to the largest entry; inf if anything is not finite."""
-        change = float((after - before).abs().max()) / max(float(before.abs().max()), self._floor)
+        change = float((after - before).abs().max()) / max(float(before.abs().max()), self._floor(before))
         return change if math.isfinite(change) else math.inf
 
     def held(self, value: float, holds: str, fails: str, failed: bool | None = False) -> Finding:
@@ -146,10 +160,10 @@ class Subject:
         within = value <= self.tolerance
         return (True if within else failed), value, self.tolerance, holds if within else fails
 
-    @property
-    def _floor(self) -> float:
-        """The size of a gradient whose rounding would count as a change."""
-        return next(eps for limit, eps in _ROUNDING if self.tolerance <= limit) / self.tolerance
+    def _floor(self, gradient: Tensor) -> float:
+        """The size of an entry of a batch's gradient whose rounding would count as a change."""
+        rounding = next(eps for limit, eps in _ROUNDING if self.tolerance <= limit) / self.tolerance
+        return rounding * max(m.terms for m in self.moments) / len(gradient)
 
     @cached_property
     def against_claim(self) -> tuple[list[Tensor], list[Tensor]] | None:
