@@ -5,17 +5,21 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 __all__ = [
+    "ACCUMULATIONS",
     "FAITHFUL",
     "CLAIMED_REDUCTIONS",
     "GRANULARITIES",
+    "HISTORIES",
     "LENGTHS",
     "METHODS",
     "REDUCTIONS",
     "VERDICTS",
+    "Accumulation",
     "Baseline",
     "ClaimedReduction",
     "Control",
     "Granularity",
+    "Histories",
     "Importance",
     "Lengths",
     "Reduction",
@@ -31,6 +35,13 @@ GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
 Reduction = Literal["token_sum", "token_mean", "sequence_mean"]
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 
+# Whose histories an objective is about: the student's, or those of the policy that sampled (T15).
+Histories = Literal["student", "sampler"]
+HISTORIES: tuple[Histories, ...] = get_args(Histories)
+
+# How the gradients of micro-batches become one (T17).
+Accumulation = Literal["mean", "sum"]
+ACCUMULATIONS: tuple[Accumulation, ...] = get_args(Accumulation)
 # What a claim may say of the reduction: one of them, or that any of them will do.
 ClaimedReduction = Literal["token_sum", "token_mean", "sequence_mean", "any"]
 CLAIMED_REDUCTIONS: tuple[ClaimedReduction, ...] = get_args(ClaimedReduction)

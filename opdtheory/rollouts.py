@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import torch
 from jaxtyping import Float, Int64
@@ -12,9 +12,49 @@ from torch._C._functorch import is_batchedtensor
 
 from opdtheory.errors import InvalidArgumentError, check_integer
 
-__all__ = ["Rollouts", "gather_logprobs"]
+__all__ = ["Extras", "Rollouts", "Scored", "gather_logprobs"]
 
 _IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True)
+class Scored:
+    r"""What one frozen policy gives to the tokens of rollouts.
+
+    Attributes:
+        logits: `(B, T, V)`, detached.
+        logprobs: $\log q(y_n | h_n)$ of the sampled tokens, `(B, T)`, in nats; finite where masked.
+    """
+
+    logits: Float[Tensor, "B T V"]
+    logprobs: Float[Tensor, "B T"]
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What rollouts hold besides student, teacher and sampler if a setting of an audit asks for it.
+
+    Attributes:
+        teachers: the teachers after the first one (`teachers=K`: K - 1 of them); empty where there is one teacher.
+        base: a third, frozen policy (`base=True`), or None.
+        rewards: a task's reward of each whole rollout (`reward=True`), `(B,)`, or None.
+    """
+
+    teachers: tuple[Scored, ...] = ()
+    base: Scored | None = None
+    rewards: Float[Tensor, " B"] | None = None
+
+    def each(self, change: Callable[[Tensor], Tensor], change_rewards: Callable[[Tensor], Tensor]) -> Extras:
+        """The same with every tensor of the tokens changed by one function and the rewards by another."""
+
+        def changed(scored: Scored) -> Scored:
+            return Scored(change(scored.logits), change(scored.logprobs))
+
+        return Extras(
+            tuple(map(changed, self.teachers)),
+            None if self.base is None else changed(self.base),
+            None if self.rewards is None else change_rewards(self.rewards),
+        )
 
 
 @dataclass(frozen=True)
@@ -33,6 +73,8 @@ class Rollouts:
         student_logprobs: `log p(y_n | h_n)`, `(B, T)`, differentiable.
         teacher_logprobs: `log q(y_n | h_n)`, `(B, T)`.
         behavior_logprobs: `log mu(y_n | h_n)` of the policy that sampled, `(B, T)`, detached.
+        extras: further teachers, a base policy and rewards, which `teachers`, `base_logits`, `base_logprobs` and
+            `rewards` read; None where there are none.
 
     Raises:
         InvalidArgumentError: a field, which the message names, has a wrong shape, dtype or value.
@@ -45,10 +87,11 @@ class Rollouts:
     student_logprobs: Float[Tensor, "B T"]
     teacher_logprobs: Float[Tensor, "B T"]
     behavior_logprobs: Float[Tensor, "B T"]
+    extras: Extras | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         # Under `torch.func.vmap` values cannot be looked at; they were when the rollouts were made.
-        if any(_is_mapped(getattr(self, field.name)) for field in fields(self)):
+        if any(_is_mapped(getattr(self, each.name)) for each in fields(self) if each.name != "extras"):
             return
         _check_tokens(self.tokens)
         shape = tuple(self.tokens.shape)
@@ -64,6 +107,11 @@ class Rollouts:
         _check_mask(self.mask)
         for name in ("student_logprobs", "teacher_logprobs", "behavior_logprobs"):
             _check_logprobs(name, getattr(self, name), self.mask)
+        if self.extras is None:
+            # `vars` of rollouts then holds tensors only; the class's default is still read.
+            vars(self).pop("extras", None)
+        else:
+            _check_extras(self.extras, self.student_logits, self.mask)
 
     @classmethod
     def from_logits(
@@ -103,23 +151,73 @@ class Rollouts:
         )
 
     @classmethod
-    def unchecked(cls, **fields: Tensor) -> Rollouts:
+    def unchecked(cls, **fields: Tensor | Extras | None) -> Rollouts:
         """Rollouts of tensors that are known to be valid, without a check: for loops over many batches."""
         rollouts = object.__new__(cls)
         rollouts.__dict__.update(fields)
+        if fields.get("extras", rollouts) is None:
+            del rollouts.__dict__["extras"]
         return rollouts
 
     def to(self, target: torch.device | str | torch.dtype) -> Rollouts:
         """The rollouts on another device or in another floating-point dtype, differentiable in these tensors."""
         cast = isinstance(target, torch.dtype)
-        return self._each(lambda x: x if cast and not x.dtype.is_floating_point else x.to(target))
+        change = lambda x: x if cast and not x.dtype.is_floating_point else x.to(target)  # noqa: E731
+        return self._each(change, change)
 
     def cut(self, length: int) -> Rollouts:
         """The first `length` positions of every rollout."""
-        return self._each(lambda x: x[:, :length])
+        return self._each(lambda x: x[:, :length], lambda rewards: rewards)
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Rollouts:
-        return Rollouts.unchecked(**{field.name: change(getattr(self, field.name)) for field in fields(self)})
+    def _each(self, change: Callable[[Tensor], Tensor], change_rewards: Callable[[Tensor], Tensor]) -> Rollouts:
+        changed = {name: change(value) for name, value in vars(self).items() if name != "extras"}
+        extras = None if self.extras is None else self.extras.each(change, change_rewards)
+        return Rollouts.unchecked(**changed, extras=extras)
+
+    @property
+    def teachers(self) -> tuple[Scored, ...]:
+        """Every teacher's `.logits` and `.logprobs`; the first one is the teacher of the other fields (T16).
+
+        Raises:
+            InvalidArgumentError: there is only one teacher.
+        """
+        if self.extras is None or not self.extras.teachers:
+            raise _absent("teachers", "teachers=2")
+        return Scored(self.teacher_logits, self.teacher_logprobs), *self.extras.teachers
+
+    @property
+    def base_logits(self) -> Float[Tensor, "B T V"]:
+        """The logits of a third, frozen policy.
+
+        Raises:
+            InvalidArgumentError: there is no such policy.
+        """
+        return self._base("base_logits").logits
+
+    @property
+    def base_logprobs(self) -> Float[Tensor, "B T"]:
+        """The log-probabilities of a third, frozen policy, in nats.
+
+        Raises:
+            InvalidArgumentError: there is no such policy.
+        """
+        return self._base("base_logprobs").logprobs
+
+    @property
+    def rewards(self) -> Float[Tensor, " B"]:
+        """A task's reward of each whole rollout.
+
+        Raises:
+            InvalidArgumentError: there is no reward.
+        """
+        if self.extras is None or self.extras.rewards is None:
+            raise _absent("rewards", "reward=True")
+        return self.extras.rewards
+
+    def _base(self, name: str) -> Scored:
+        if self.extras is None or self.extras.base is None:
+            raise _absent(name, "base=True")
+        return self.extras.base
 
     @property
     def log_u(self) -> Float[Tensor, "B T"]:
@@ -202,6 +300,25 @@ def gather_logprobs(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
     """Log-probabilities of the tokens, with 0 in place of `-inf` at masked positions."""
     logprobs = torch.log_softmax(logits, dim=-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     return torch.where((mask == 0) & torch.isneginf(logprobs), 0.0, logprobs)
+
+
+def _absent(name: str, setting: str) -> InvalidArgumentError:
+    return InvalidArgumentError(name, f"must be supplied: audit with {setting}, or give the rollouts `extras`")
+
+
+def _check_extras(extras: Extras, logits: Tensor, mask: Tensor) -> None:
+    if not isinstance(extras, Extras):
+        raise InvalidArgumentError("extras", f"must be Extras, got {type(extras).__name__}")
+    named = {f"teachers[{k + 1}]": scored for k, scored in enumerate(extras.teachers)}
+    if extras.base is not None:
+        named["base"] = extras.base
+    for name, scored in named.items():
+        _check_floating(f"{name}.logits", scored.logits, tuple(logits.shape), logits.device)
+        _check_rows(f"{name}.logits", scored.logits)
+        _check_floating(f"{name}.logprobs", scored.logprobs, tuple(mask.shape), logits.device)
+        _check_logprobs(f"{name}.logprobs", scored.logprobs, mask)
+    if extras.rewards is not None:
+        _check_floating("rewards", extras.rewards, (mask.shape[0],), logits.device)
 
 
 def _check_tokens(tokens: Tensor) -> None:

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from opdtheory import bind
 from opdtheory.errors import InvalidArgumentError, OpdTheoryError
-from opdtheory.rollouts import Rollouts
+from opdtheory.rollouts import Extras, Rollouts, Scored
 from opdtheory.testing import gradient_gap, rollouts
 from tests.tolerances import ALGEBRA
 
 B, T, V = 2, 3, 4
-FIELDS = [field.name for field in dataclasses.fields(Rollouts)]
+FIELDS = [field.name for field in dataclasses.fields(Rollouts) if field.name != "extras"]
 
 
 def make(**changes) -> Rollouts:
@@ -328,3 +328,71 @@ def test_they_move_to_another_device_and_gradients_come_back():
     assert {getattr(batch.to("meta"), name).device.type for name in FIELDS} == {"meta"}
     (gradient,) = torch.autograd.grad(moved.student_logits.square().sum(), batch.student_logits)
     assert torch.equal(gradient, 2 * batch.student_logits)
+
+
+def scored(seed: int) -> Scored:
+    logits = torch.randn(B, T, V, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return Scored(logits, logits.log_softmax(-1)[..., 0])
+
+
+def extras() -> Extras:
+    return Extras((scored(1), scored(2)), scored(3), torch.tensor([0.5, -1.0], dtype=torch.float64))
+
+
+def test_extras_are_read_by_name():
+    batch, given_ = make(extras=extras()), extras()
+    assert len(batch.teachers) == 3
+    assert torch.equal(batch.teachers[0].logits, batch.teacher_logits)
+    assert torch.equal(batch.teachers[0].logprobs, batch.teacher_logprobs)
+    assert torch.equal(batch.teachers[2].logprobs, given_.teachers[1].logprobs)
+    assert torch.equal(batch.base_logits, given_.base.logits)
+    assert torch.equal(batch.base_logprobs, given_.base.logprobs)
+    assert torch.equal(batch.rewards, given_.rewards)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        ("teachers", "teachers=2"),
+        ("base_logits", "base=True"),
+        ("base_logprobs", "base=True"),
+        ("rewards", "reward=True"),
+    ],
+)
+@pytest.mark.parametrize("given_", [None, Extras()])
+def test_what_rollouts_lack_names_the_setting_that_supplies_it(name, setting, given_):
+    with pytest.raises(InvalidArgumentError, match=setting) as caught:
+        getattr(make(extras=given_), name)
+    assert caught.value.argument == name
+
+
+def test_extras_go_along():
+    batch = make(extras=extras())
+    copies = (batch.to("cpu"), dataclasses.replace(batch, mask=batch.mask), Rollouts.unchecked(**vars(batch)))
+    for copy in copies:
+        assert torch.equal(copy.rewards, batch.rewards) and torch.equal(copy.base_logits, batch.base_logits)
+        assert torch.equal(copy.teachers[1].logits, batch.teachers[1].logits)
+    # Without extras, every field is a tensor, in a copy too.
+    for plain in (
+        make(),
+        make().to("cpu"),
+        dataclasses.replace(make()),
+        Rollouts.unchecked(**vars(make()), extras=None),
+    ):
+        assert plain.extras is None and set(vars(plain)) == set(FIELDS)
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("argument", "wrong"),
+    [
+        ("extras", (scored(1),)),
+        ("teachers[1].logits", Extras((Scored(scored(1).logits[..., 1:], scored(1).logprobs),))),
+        ("base.logprobs", Extras(base=Scored(scored(1).logits, scored(1).logprobs[:, 1:]))),
+        ("base.logits", Extras(base=Scored(scored(1).logits * torch.nan, scored(1).logprobs))),
+        ("rewards", Extras(rewards=torch.zeros(B, T))),
+        ("rewards", Extras(rewards=torch.zeros(B, dtype=torch.int64))),
+    ],
+)
+def test_wrong_extras_are_refused_by_name(argument, wrong):
+    refused(argument, extras=wrong)

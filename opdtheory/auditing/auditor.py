@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from opdtheory.auditing.accompanied import RewardPart, accompanied, reward_part, without_reward
 from opdtheory.auditing.advice import advised
 from opdtheory.auditing.black_box import INSISTS, BlackBox, name_of
 from opdtheory.auditing.checks.numerics import numerics
@@ -31,13 +32,12 @@ from opdtheory.auditing.sampling.montecarlo import ALPHA
 from opdtheory.auditing.sampling.whole import sampled
 from opdtheory.auditing.scenario import Case, Scenario
 from opdtheory.auditing.worlds import Asked, ask
-from opdtheory.choices import FAITHFUL, METHODS, REDUCTIONS, Reduction, Verdict
+from opdtheory.choices import FAITHFUL, METHODS, REDUCTIONS, Accumulation, Histories, Reduction, Verdict
 from opdtheory.divergences import Divergence
 from opdtheory.divergences import divergence as as_divergence
 from opdtheory.errors import BudgetExceededError, InvalidArgumentError, LossError, check_between
 from opdtheory.exact import GradientMoments, Loss
 from opdtheory.exact.modes import plain_modes
-from opdtheory.exact.oracle import full_vocabulary_variance
 from opdtheory.exact.token_mean import token_mean_moments
 from opdtheory.objective import Objective
 
@@ -68,8 +68,19 @@ def audit(
     method: str = "auto",
     details: bool = True,
     alpha: float = ALPHA,
+    student_temperature: float = 1.0,
+    teacher_temperature: float = 1.0,
+    sampling_temperature: float = 1.0,
+    histories: Histories = "student",
+    teachers: int = 1,
+    teacher_weights: Iterable[float] = (),
+    base: bool = False,
+    extrapolation: float | None = None,
+    microbatches: int = 1,
+    accumulate: Accumulation = "mean",
+    reward: bool = False,
 ) -> Audit:
-    """Find out what a loss really minimises, by exact expectation over enumerated policies.
+    r"""Find out what a loss really minimises, by exact expectation over enumerated policies.
 
     The loss is run on every batch of rollouts that small random policies can produce. Its expected gradient is
     compared with the exact gradients of the claimed objective and of every catalogue entry, and the weight that it puts
@@ -80,7 +91,8 @@ def audit(
 
     Args:
         loss: a function `loss(rollouts) -> scalar tensor`, deterministic and stateless.
-        objective: the divergence that it claims to minimise, an object or a catalogue name.
+        objective: the divergence that it claims to minimise: an object, a catalogue name, or a weighted sum of these
+            such as `"9*reverse_kl + forward_kl"`.
         granularity: `token_local`, `token_return` or `sequence`.
         batch_size: number of rollouts that the loss sees at once; at least 2 for losses that compare rollouts.
         eos: the token, one of the panel's vocabulary, that ends a rollout early; None for a panel of fixed length,
@@ -103,6 +115,24 @@ def audit(
         details: whether to report more than verdict and name: the weight as a formula, what it depends on, soundness
             checks, narrow dtypes, remedies.
         alpha: where batches are sampled, the probability that any statement of the audit is wrong, between 0 and 1/2.
+        student_temperature: the claim is about the student softened by it, $D_f(q_\sigma\|p_\tau)$ with
+            $p_\tau = \mathrm{softmax}(z_p/\tau)$; the gradient is the one in $z_p$ and carries $1/\tau$ (T16). The
+            claim is then token-local, at the histories that `histories` names.
+        teacher_temperature: $\sigma$, the same for the teacher.
+        sampling_temperature: the temperature of the student's logits at which rollouts are sampled.
+        histories: whose prefixes a token-local claim is about: the `student`'s at the sampling temperature, or those of
+            the `sampler`, which differ if it is off-policy (T15).
+        teachers: number of teachers; `r.teachers[k]` has their `.logits` and `.logprobs`. The claim is the weighted sum
+            of the divergences to each of them (T16).
+        teacher_weights: the weights of that sum (default: equal, with sum one).
+        base: whether rollouts hold a third, frozen policy, as `r.base_logits` and `r.base_logprobs`.
+        extrapolation: with `base=True`, $\lambda$ of the extrapolated teacher $m \propto q^\lambda b^{1-\lambda}$ that
+            takes the place of the teacher in the claim (T16).
+        microbatches: number of equal parts of a batch on which the loss is called, one after the other (T17). They
+            are independent of each other; with `shared_prompt`, each is a group of its own prompt.
+        accumulate: whether the parts' gradients are averaged (`mean`) or added up (`sum`).
+        reward: whether rollouts hold a task's reward of each rollout, `r.rewards`. Its policy gradient, at the multiple
+            at which the loss holds it, is set apart, and the claim is about the rest.
 
     Returns:
         An `Audit`; `print` it, or take `.verdict`, `.identified`, `.weight`, `.remedies` and `.to_dict()`.
@@ -124,21 +154,47 @@ def audit(
     if tolerance is not None:
         check_between("tolerance", tolerance, 0.0, 1.0)
     check_between("alpha", alpha, 0.0, 0.5)
-    scenario = Scenario(
-        batch_size, eos, off_policy, seed, prompts, tuple(environment), shared_prompt, lengths, vocabulary
+    scenario = Scenario.of(
+        batch_size,
+        microbatches,
+        eos=eos,
+        off_policy=off_policy,
+        seed=seed,
+        prompts=prompts,
+        environment=tuple(environment),
+        shared_prompt=shared_prompt,
+        lengths=lengths,
+        vocabulary=vocabulary,
+        student_temperature=student_temperature,
+        teacher_temperature=teacher_temperature,
+        sampling_temperature=sampling_temperature,
+        histories=histories,
+        teachers=teachers,
+        teacher_weights=tuple(teacher_weights),
+        base=base,
+        extrapolation=extrapolation,
+        accumulate=accumulate,
+        reward=reward,
     )
-    counted, name, start = BlackBox(loss, tolerance), name or name_of(loss), time.perf_counter()
+    if method == "monte_carlo":
+        _check_sampled(scenario)
+    counted, name, start = BlackBox(accompanied(loss, scenario), tolerance), name or name_of(loss), time.perf_counter()
     with plain_modes(), advised(loss):
         panel = None if method == "monte_carlo" else _panel(counted, scenario, method)
         if panel is None:
             report = _by_sampling(counted, claim, scenario, name, details, alpha)
         else:
+            part: RewardPart | None = None
+            if scenario.reward:
+                part = reward_part(loss, scenario, panel.cases, counted.tolerance)
+                counted = without_reward(loss, scenario, part, counted)
             report = _exactly(counted, claim, scenario, panel, name, details)
             kept = _kept_of_a_larger_vocabulary(counted, report)
             if kept is not None:
                 scenario = replace(scenario, vocabulary=kept + 2)
                 panel = _Panel(scenario.pairs())
                 report = _exactly(counted, claim, scenario, panel, name, details)
+            report = replace(report, reward=part)
         if panel is not None and panel.mean_of:
             report = replace(report, remedies=_as_sum(counted, claim, scenario, panel, report))
         elif details and report.monte_carlo is None:
@@ -156,8 +212,11 @@ def quick_verdict(
     off_policy: float = 0.0,
     gamma: float = 1.0,
     seed: int = 0,
+    **settings: Any,
 ) -> str:
     """The verdict of `audit`, without a search for what else the loss might descend.
+
+    The arguments are those of `audit`; `settings` are further fields of `Scenario`, such as `teachers` or `histories`.
 
     Returns:
         `exact`, `exact_up_to_scale`, `zero` or `biased`; `other_objective` counts as `biased`.
@@ -166,10 +225,14 @@ def quick_verdict(
         InvalidArgumentError: as `audit`.
         LossError: as `audit`.
     """
-    scenario = Scenario(batch_size, eos, off_policy, seed)
+    scenario = Scenario.of(batch_size, eos=eos, off_policy=off_policy, seed=seed, **settings)
     with plain_modes():
-        claim = Objective.of(as_divergence(objective), granularity, gamma)
-        return _compare(BlackBox(loss), claim, scenario, _Panel(scenario.pairs())).verdict
+        claim, cases = Objective.of(as_divergence(objective), granularity, gamma), scenario.pairs()
+        counted = BlackBox(accompanied(loss, scenario))
+        if scenario.reward:
+            part = reward_part(loss, scenario, cases, counted.tolerance)
+            counted = without_reward(loss, scenario, part, counted)
+        return _compare(counted, claim, scenario, _Panel(cases)).verdict
 
 
 @dataclass(frozen=True)
@@ -230,12 +293,23 @@ def _panel(loss: Loss, scenario: Scenario, method: str) -> _Panel | None:
         # The law of the other rollouts' lengths is that of independent ones.
         if not scenario.shared_prompt and _is_separable(undone(loss, "token_mean"), scenario):
             return _Panel(scenario.single.pairs(), mean_of=True)
-        if method == "exact":
+        if method == "exact" or scenario.exact_only is not None:
             raise
         return None
+    if scenario.exact_only is not None:
+        return _Panel(cases)
     if method == "auto" and is_expensive(scenario.batch_size) and not _is_separable(loss, scenario, cases[:1]):
         return None
     return _Panel(cases)
+
+
+def _check_sampled(scenario: Scenario) -> None:
+    """Raise if a setting needs batches that can be enumerated."""
+    if scenario.exact_only is not None:
+        name = scenario.exact_only.partition("=")[0]
+        raise InvalidArgumentError(
+            name, f"must be left out of a sampled audit, got {scenario.exact_only}; take method='exact'"
+        )
 
 
 def _is_separable(loss: Loss, scenario: Scenario, cases: list[Case] | None = None) -> bool:
@@ -315,9 +389,9 @@ def _exactly(loss: BlackBox, claim: Objective, scenario: Scenario, panel: _Panel
                 label=case.label,
                 relative_bias=bias,
                 cosine=cos,
-                variance=moments.variance,
-                full_vocabulary_variance=full_vocabulary_variance(case.student, case.teacher, claim.divergence)
-                / scenario.batch_size,
+                variance=moments.variance / scenario.microbatches,
+                full_vocabulary_variance=case.full_vocabulary_variance(claim.divergence)
+                / (scenario.batch_size * scenario.microbatches),
             )
             for case, bias, cos, moments in zip(panel.cases, fit.relative_bias, cosine, found.moments, strict=True)
         ],
@@ -394,7 +468,7 @@ def _details(
     """What an audit reports beyond verdict and name, as fields of `Audit`."""
     form: WeightForm | None = describe(weight, found.tolerance) if weight.depends_on_ratio_only else None
     depends: Dependence | None = None
-    if len(weight.log_u):
+    if len(weight.log_u) and scenario.one_teacher:
         depends = dependence(alike, weight, alone, found.tolerance)
     return {
         "form": form,

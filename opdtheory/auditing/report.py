@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from opdtheory.auditing.accompanied import RewardPart
 from opdtheory.auditing.checks.numerics import DtypeResult
 from opdtheory.auditing.checks.subject import Check
 from opdtheory.auditing.effects.dependence import Dependence
@@ -123,6 +124,7 @@ class Audit:
         numerics: the same loss in lower precision.
         remedies: changes that would make the loss do what it claims, each with its verdict.
         monte_carlo: intervals and sample sizes if the expectation was estimated; None if it is exact.
+        reward: the policy gradient of a task's reward, set apart; None without `reward=True`.
         evaluations: number of calls of the loss.
         seconds: duration of the audit.
     """
@@ -149,6 +151,7 @@ class Audit:
     numerics: list[DtypeResult] = field(default_factory=list)
     remedies: list[Remedy] = field(default_factory=list)
     monte_carlo: MonteCarloResult | None = None
+    reward: RewardPart | None = None
     evaluations: Count = 0
     seconds: Finite = 0.0
 
@@ -217,6 +220,7 @@ class Audit:
             return self.monte_carlo.words
         sentences = (
             self._as_mean(),
+            "" if self.reward is None else self.reward.words,
             self._claim(),
             self._cause(),
             self._follows(),
@@ -271,7 +275,7 @@ class Audit:
         return self.verdict == "biased" and self.reduction is not None
 
     def _claim(self) -> str:
-        claim = f"{self.objective} ({self.granularity})"
+        claim = f"{self.objective} ({self.granularity}{self.scenario.about})"
         if self.verdict == "exact":
             return f"The expected gradient is exactly that of {claim}."
         if self.verdict == "exact_up_to_scale":
@@ -314,6 +318,8 @@ class Audit:
 
     def _shape(self) -> str:
         if self.verdict == "zero" or self._follows_claim or not len(self.weight.log_u):
+            return ""
+        if not self.weight.depends_on_ratio_only and not self.scenario.one_teacher:
             return ""
         if not self.weight.depends_on_ratio_only:
             return "The weight on a token is not a function of the ratio u = teacher/student alone."

@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from opdtheory.auditing.case import Case
 from opdtheory.auditing.records import Count, Finite, Positive
-from opdtheory.choices import LENGTHS
-from opdtheory.errors import BudgetExceededError, InvalidArgumentError, NotFiniteError, check_integer
-from opdtheory.exact import GradientMoments, Loss, TabularPolicy, exact_gradient, gradient_moments, random_pair
+from opdtheory.choices import ACCUMULATIONS, HISTORIES, LENGTHS, Accumulation, Histories
+from opdtheory.errors import BudgetExceededError, InvalidArgumentError, NotFiniteError, check_between, check_integer
+from opdtheory.exact import GradientMoments, Loss, TabularPolicy, gradient_moments, random_pair
+from opdtheory.exact.companions import PrefixPolicy, softened
 from opdtheory.exact.expectation import BATCH_BUDGET
-from opdtheory.objective import Objective
 
 __all__ = ["Case", "Scenario", "count_batches"]
 
@@ -39,45 +39,11 @@ _LAST_WRITTEN = 2
 
 
 @dataclass(frozen=True)
-class Case:
-    """One pair of the panel.
-
-    Attributes:
-        student: the policy that is trained.
-        teacher: the policy that scores.
-        behavior: the policy that samples, or None for the student.
-        label: what distinguishes the pair, for tables.
-    """
-
-    student: TabularPolicy
-    teacher: TabularPolicy
-    behavior: TabularPolicy | None
-    label: str
-
-    def exact(self, objective: Objective) -> list[Tensor]:
-        """The exact gradient of an objective, by level.
-
-        Raises:
-            InvalidArgumentError: the gradient is infinite on this pair.
-        """
-        parts = [
-            [
-                c * level
-                for level in exact_gradient(
-                    self.student, self.teacher, divergence, objective.granularity, gamma=objective.gamma
-                )
-            ]
-            for c, divergence in objective.terms
-        ]
-        return [sum(levels[1:], levels[0]) for levels in zip(*parts, strict=True)]
-
-
-@dataclass(frozen=True)
 class Scenario:
     """What the rollouts look like on which a loss is audited.
 
     Attributes:
-        batch_size: rollouts that the loss sees at once.
+        batch_size: rollouts that the loss sees at once: those of one micro-batch.
         eos: the token that ends a rollout early; None for a fixed length.
         off_policy: standard deviation of the noise on the logits of the sampling policy; 0: the student samples.
         seed: seed of the panel.
@@ -89,9 +55,23 @@ class Scenario:
         lengths: which lengths are asked about: `both`, `fixed` or `variable`. With `variable`, rollouts may end early
             everywhere, by token 0 unless `eos` says another.
         vocabulary: number of the panel's tokens; None for 4, or as many as batches allow.
+        student_temperature: the claim is about the student softened by it, `softmax(z / tau)` (T16).
+        teacher_temperature: the same for every teacher.
+        sampling_temperature: temperature at which rollouts are sampled.
+        histories: whose prefixes a token-local claim is about: those of the student, at the sampling temperature, or
+            those of the policy that sampled (T15).
+        teachers: number of teachers; the claim is the weighted sum of the divergences to each of them (T16).
+        teacher_weights: the weight of each; empty: equal weights that sum to one.
+        base: whether rollouts hold a third, frozen policy.
+        extrapolation: lambda of the extrapolated teacher `q^lambda b^(1 - lambda)`, up to a factor, with `b` the base,
+            which takes the teacher's place in the claim (T16); None: the teacher itself.
+        microbatches: number of micro-batches in a batch, on each of which the loss is called. They are independent, so
+            that the expected gradient is that of one of them, or `microbatches` times that if they are added up (T17).
+        accumulate: whether the parts' gradients are averaged (`mean`) or added up (`sum`).
+        reward: whether rollouts hold a task's reward, whose policy gradient is set apart.
 
     Raises:
-        InvalidArgumentError: a value is out of range.
+        InvalidArgumentError: a value is out of range, or two settings exclude each other.
     """
 
     batch_size: Positive = 1
@@ -103,6 +83,17 @@ class Scenario:
     shared_prompt: bool = False
     lengths: str = "both"
     vocabulary: int | None = None
+    student_temperature: Finite = 1.0
+    teacher_temperature: Finite = 1.0
+    sampling_temperature: Finite = 1.0
+    histories: Histories = "student"
+    teachers: Positive = 1
+    teacher_weights: tuple[Finite, ...] = ()
+    base: bool = False
+    extrapolation: float | None = None
+    microbatches: Positive = 1
+    accumulate: Accumulation = "mean"
+    reward: bool = False
 
     def __post_init__(self) -> None:
         for name, lowest in (("batch_size", 1), ("seed", 0), ("prompts", 1)):
@@ -119,6 +110,73 @@ class Scenario:
             raise InvalidArgumentError("off_policy", f"must be a finite number of at least 0, got {self.off_policy!r}")
         for n in self.environment:
             check_integer("environment", n, 0, _LAST_WRITTEN)
+        for name in ("student_temperature", "teacher_temperature", "sampling_temperature"):
+            check_between(name, getattr(self, name), 0.0, math.inf)
+        for name, allowed in (("histories", HISTORIES), ("accumulate", ACCUMULATIONS)):
+            if getattr(self, name) not in allowed:
+                raise InvalidArgumentError(name, f"must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        self._check_teachers()
+        check_integer("microbatches", self.microbatches)
+        if self.reward and self.student_temperature != 1.0:
+            raise InvalidArgumentError(
+                "reward", "must be left out with a student_temperature: whose policy gradient is it to set apart?"
+            )
+
+    def _check_teachers(self) -> None:
+        check_integer("teachers", self.teachers)
+        weights = self.teacher_weights
+        if weights:
+            if len(weights) != self.teachers:
+                raise InvalidArgumentError(
+                    "teacher_weights", f"must hold one weight for each of {self.teachers} teachers, got {len(weights)}"
+                )
+            for weight in weights:
+                check_between("teacher_weights", weight, 0.0, math.inf)
+        if self.extrapolation is None:
+            return
+        if not self.base or self.teachers > 1:
+            raise InvalidArgumentError("extrapolation", "must come with base=True and one teacher")
+        if not math.isfinite(self.extrapolation):
+            raise InvalidArgumentError("extrapolation", f"must be a finite number, got {self.extrapolation!r}")
+
+    @property
+    def rests_at_teacher(self) -> bool:
+        """Whether a sound loss has no gradient where the student equals the (first) teacher."""
+        return self.one_teacher and self.student_temperature == self.teacher_temperature
+
+    @property
+    def one_teacher(self) -> bool:
+        """Whether the claim is about the ratio to one teacher, the one of the pair."""
+        return self.teachers == 1 and self.extrapolation is None
+
+    @property
+    def of_any_sampler(self) -> bool:
+        """Whether the claim is about histories that do not depend on the policy that samples."""
+        return self.histories == "student" and self.sampling_temperature == 1.0
+
+    @property
+    def about(self) -> str:
+        """What the claim is about if not student and teacher as they are, in words that follow the granularity."""
+        softened = self.student_temperature != 1.0 or self.teacher_temperature != 1.0
+        several = f"the sum over {self.teachers} teachers" if self.teachers > 1 else ""
+        parts = (
+            f"student at temperature {self.student_temperature:g} and teacher at {self.teacher_temperature:g}"
+            if softened
+            else "",
+            several,
+            f"teacher extrapolated to {self.extrapolation:g} from the base" if self.extrapolation is not None else "",
+            "histories of the sampler" if self.histories == "sampler" else "",
+            f"histories at temperature {self.sampling_temperature:g}" if self.sampling_temperature != 1.0 else "",
+        )
+        return "".join(f"; {part}" for part in parts if part)
+
+    @property
+    def exact_only(self) -> str | None:
+        """A setting that only the enumeration of batches serves, or None."""
+        changed = {
+            name: value for name, value in vars(self).items() if name in _EXACT_ONLY and value != _DEFAULTS[name]
+        }
+        return next((f"{name}={value!r}" for name, value in changed.items()), None)
 
     @property
     def single(self) -> Scenario:
@@ -141,12 +199,53 @@ class Scenario:
         return self.eos is not None or self.prompts > 1 or bool(self.environment)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields by name."""
-        return dict(vars(self))
+        """The fields by name, as arguments of `audit`: the batch size is that of all micro-batches together."""
+        return {**vars(self), "batch_size": self.microbatches * self.batch_size}
+
+    @classmethod
+    def of(cls, batch_size: int, microbatches: int = 1, **fields: Any) -> Scenario:
+        """The scenario of a batch that is cut into equal micro-batches.
+
+        Raises:
+            InvalidArgumentError: as the class, or the batch cannot be cut into so many equal parts.
+        """
+        check_integer("batch_size", batch_size)
+        check_integer("microbatches", microbatches)
+        if batch_size % microbatches:
+            raise InvalidArgumentError(
+                "microbatches", f"must divide batch_size={batch_size} into equal parts, got {microbatches}"
+            )
+        return cls(batch_size // microbatches, microbatches=microbatches, **fields)
 
     def behavior(self, student: TabularPolicy, seed: int) -> TabularPolicy | None:
         """The policy that samples instead of the student, or None on-policy."""
-        return student.perturbed(self.off_policy, seed=seed) if self.off_policy else None
+        if not self.off_policy and self.sampling_temperature == 1.0:
+            return None
+        return softened(student.perturbed(self.off_policy, seed=seed), self.sampling_temperature)
+
+    def companions(self) -> tuple[tuple[PrefixPolicy, ...], PrefixPolicy | None]:
+        """The teachers after the first one, and the base policy or None: the same for every pair of the panel."""
+        first = 10 * self.seed
+        others = tuple(PrefixPolicy(first + 10_000_019 * k) for k in range(1, self.teachers))
+        return others, PrefixPolicy(first + 5) if self.base else None
+
+    def case(self, student: TabularPolicy, teacher: TabularPolicy, behavior: TabularPolicy | None, label: str) -> Case:
+        """A pair with the teachers, temperatures and histories that the claim is about."""
+        histories = softened(student, self.sampling_temperature) if self.sampling_temperature != 1.0 else None
+        if self.histories == "sampler":
+            histories = behavior
+        others, base = self.companions()
+        targets: tuple[tuple[float, TabularPolicy], ...] = ()
+        if self.teachers > 1:
+            weights = self.teacher_weights or (1.0 / self.teachers,) * self.teachers
+            targets = tuple(zip(weights, (teacher, *(other.table(teacher) for other in others)), strict=True))
+        elif self.teacher_weights:
+            targets = ((self.teacher_weights[0], teacher),)
+        elif base is not None and self.extrapolation is not None:
+            targets = ((1.0, _extrapolated(teacher, base.table(teacher), self.extrapolation)),)
+        return Case(
+            student, teacher, behavior, label, targets, histories, self.student_temperature, self.teacher_temperature
+        )
 
     def pairs(self) -> list[Case]:
         """The panel: six pairs, from nearly equal to far apart, small enough for the batch size.
@@ -182,7 +281,7 @@ class Scenario:
         if self.prompts > 1:
             student, teacher = _with_prompts(student, self.prompts), _with_prompts(teacher, self.prompts)
         behavior = self.behavior(student, 1000 * self.seed + 500 + i)
-        return Case(student, teacher, behavior, f"sharpness {scale:g}, distance {distance:g}")
+        return self.case(student, teacher, behavior, f"sharpness {scale:g}, distance {distance:g}")
 
     def _size(self) -> tuple[int, int]:
         """The largest vocabulary and horizon whose batches can be enumerated."""
@@ -226,6 +325,23 @@ class Scenario:
         except NotFiniteError as error:
             where = f", on the pair {case.label!r}" if case.label else ""
             raise NotFiniteError(f"{error}{where}", error.shape) from None
+
+
+# What a sampled audit refuses, and the values without effect.
+_EXACT_ONLY = (
+    *("student_temperature", "teacher_temperature", "sampling_temperature", "histories", "teachers"),
+    *("teacher_weights", "base", "reward"),
+)
+_DEFAULTS = vars(Scenario())
+
+
+def _extrapolated(teacher: TabularPolicy, base: TabularPolicy, extrapolation: float) -> TabularPolicy:
+    r"""The policy $m \propto q^\lambda b^{1-\lambda}$ (T16), with the environment's distribution as it is."""
+    levels = [
+        z if n in teacher.environment else extrapolation * z + (1.0 - extrapolation) * b
+        for n, (z, b) in enumerate(zip(teacher.logits, base.logits, strict=True))
+    ]
+    return TabularPolicy(levels, eos=teacher.eos, environment=teacher.environment)
 
 
 def count_batches(sequences: int, batch_size: int) -> int:

@@ -18,7 +18,7 @@ from opdtheory.errors import InvalidArgumentError
 if TYPE_CHECKING:
     import sympy
 
-__all__ = ["Divergence", "Form", "Parameters"]
+__all__ = ["Divergence", "Form", "Parameters", "check_weight", "weighted_sum"]
 
 # The derivative of each form in log u, as a sum of forms: that of w is u^2 f'', that of u f' is u f' + u^2 f''.
 _DERIVATIVES: dict[str, tuple[str, ...]] = {
@@ -112,6 +112,7 @@ class Divergence:
     _make_expr: Callable[[], sympy.Expr] = field(compare=False)
     _remake: tuple[Callable[..., Divergence], tuple[Any, ...]] = field(compare=False)  # for pickling
     _own_expr: Any = None  # the generator given to `from_expr`, which the name does not identify
+    _terms: tuple[tuple[float, Divergence], ...] = field(default=(), compare=False)  # of a weighted sum
 
     @classmethod
     def from_expr(cls, expr: sympy.Expr, name: str = "custom") -> Divergence:
@@ -180,6 +181,24 @@ class Divergence:
         At a kink of the generator it is zero by convention.
         """
         return self._evaluate("curvature", log_u)
+
+    @property
+    def terms(self) -> tuple[tuple[float, Divergence], ...]:
+        """Weights and divergences of a sum; of any other divergence, itself with weight one."""
+        return self._terms or ((1.0, self),)
+
+    def __add__(self, other: Divergence) -> Divergence:
+        r"""The sum of two divergences, the divergence of the generator $f + g$, since $D_f$ is linear in $f$."""
+        return weighted_sum((*self.terms, *other.terms)) if isinstance(other, Divergence) else NotImplemented
+
+    def __rmul__(self, weight: float) -> Divergence:
+        r"""The divergence times a weight of at least 0, the one of the generator $c f$."""
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+            return NotImplemented
+        check_weight(weight)
+        return weighted_sum(tuple((weight * c, d) for c, d in self.terms))
+
+    __mul__ = __rmul__
 
     def _evaluate(self, kind: str, log_u: Tensor) -> Tensor:
         if not isinstance(log_u, Tensor):
@@ -287,3 +306,77 @@ def _from_checked(generator: sympy.Expr, name: str) -> Divergence:
         _remake=(_from_checked, (generator, name)),
         _own_expr=generator,
     )
+
+
+def check_weight(weight: float) -> None:
+    """Raise unless a weight of a sum is a finite number of at least 0: else it is no f-divergence.
+
+    Raises:
+        InvalidArgumentError: the weight is negative, infinite or NaN.
+    """
+    if not 0.0 <= weight < math.inf:
+        raise InvalidArgumentError("divergence", f"must have finite weights of at least 0, got {weight!r}")
+
+
+def weighted_sum(terms: tuple[tuple[float, Divergence], ...]) -> Divergence:
+    r"""The f-divergence $\sum_i c_i D_{f_i}$, whose generator is $\sum_i c_i f_i$.
+
+    Terms of weight zero are left out, and equal divergences are added up.
+
+    Args:
+        terms: weights of at least 0, at least one of them positive, and divergences.
+
+    Raises:
+        InvalidArgumentError: a weight is negative or not finite, or none is positive.
+    """
+    weights: dict[Divergence, float] = {}
+    for weight, term in terms:
+        check_weight(weight)
+        if weight > 0:
+            weights[term] = weights.get(term, 0.0) + float(weight)
+    if not weights:
+        raise InvalidArgumentError("divergence", "must have a positive weight, got none")
+    kept = tuple((weight, term) for term, weight in weights.items())
+    if len(kept) == 1 and kept[0][0] == 1.0:
+        return kept[0][1]
+    own = tuple(term._own_expr for _, term in kept)
+    slope = sum(weight * term.slope_at_infinity for weight, term in kept)
+    kinds = [kind for kind in kept[0][1]._forms if all(kind in term._forms for _, term in kept)]
+    return Divergence(
+        name=" + ".join(f"{_coefficient(weight)}{term.label}" for weight, term in kept),
+        parameters=Parameters(),
+        reference="; ".join(dict.fromkeys(term.reference for _, term in kept if term.reference)),
+        _forms={kind: _summed([(w, term._forms[kind]) for w, term in kept], slope) for kind in kinds},
+        _slope_at_infinity=slope,
+        _make_expr=lambda: _summed_expr(kept),
+        _remake=(weighted_sum, (kept,)),
+        _own_expr=own if any(expr is not None for expr in own) else None,
+        _terms=kept,
+    )
+
+
+def _coefficient(weight: float) -> str:
+    """A weight before its name, in as many digits as give it back."""
+    if weight == 1.0:
+        return ""
+    return f"{int(weight)}*" if weight.is_integer() and weight < 1e15 else f"{weight!r}*"
+
+
+def _summed(forms: list[tuple[float, Form]], slope: float) -> Form:
+    def function(t: Tensor) -> Tensor:
+        total = forms[0][0] * forms[0][1].function(t)
+        for weight, form in forms[1:]:
+            total = total + weight * form.function(t)
+        return total
+
+    at_infinity = sum(weight * form.at_infinity for weight, form in forms)
+    if math.isnan(at_infinity) and slope != 0.0:
+        # Of terms that grow with opposite signs, the faster one decides: f(u) and u f' go as f'(inf) u.
+        at_infinity = math.copysign(math.inf, slope)
+    return Form(function, sum(weight * form.at_zero for weight, form in forms), at_infinity)
+
+
+def _summed_expr(terms: tuple[tuple[float, Divergence], ...]) -> sympy.Expr:
+    import sympy
+
+    return sympy.Add(*(sympy.Rational(repr(weight)) * term.expr for weight, term in terms))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 
-from opdtheory.divergences.divergence import Divergence, Form, Parameters
+from opdtheory.divergences.divergence import Divergence, Form, Parameters, weighted_sum
 from opdtheory.divergences.transform import symbol
 from opdtheory.errors import InvalidArgumentError
 
@@ -156,8 +156,13 @@ def _from_names(name: str, parameters: dict[str, float]) -> Divergence:
     return divergence(name, **parameters)
 
 
+_NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?"
+
 # How a member of a family prints.
-_LABEL = re.compile(r"\s*(\w+)\(\s*(\w+)\s*=\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)\s*\)\s*", re.IGNORECASE)
+_LABEL = re.compile(rf"\s*(\w+)\(\s*(\w+)\s*=\s*([-+]?{_NUMBER})\s*\)\s*", re.IGNORECASE)
+
+# One term of a weighted sum, with the sign that goes on.
+_TERM = re.compile(rf"\s*(?:({_NUMBER})\s*\*)?\s*([a-z_]\w*\s*(?:\([^()]*\))?)\s*(\+|$)", re.IGNORECASE)
 
 
 def names() -> tuple[str, ...]:
@@ -196,18 +201,22 @@ def parametric() -> tuple[Family, ...]:
 
 
 def divergence(name: str | Divergence, **parameters: float) -> Divergence:
-    """A divergence of the catalogue by name or label; a `Divergence` passes through unchanged.
+    """A divergence of the catalogue by name or label, or a sum of several; a `Divergence` passes through unchanged.
 
     Args:
-        name: one of `names()`, a label such as `"alpha(alpha=0.5)"`, or a `Divergence`.
+        name: one of `names()`, a label such as `"alpha(alpha=0.5)"`, a weighted sum of these such as
+            `"9*reverse_kl + forward_kl"`, or a `Divergence`.
         parameters: the family's parameter: `beta` for `skew_jsd`, `alpha` for `alpha`, `lam` for the skew KLs.
 
     Raises:
-        InvalidArgumentError: an unknown name, or a parameter that is missing, unexpected or out of range.
+        InvalidArgumentError: an unknown name, a parameter that is missing, unexpected or out of range, or a sum with
+            another form than weights of at least 0 times names.
 
     Example:
         >>> divergence("skew_jsd", beta=0.1) == divergence("skew_jsd(beta=0.1)")
         True
+        >>> divergence("9*reverse_kl + forward_kl").expr
+        u*log(u) - 9*log(u)
     """
     if isinstance(name, Divergence):
         if parameters:
@@ -216,6 +225,8 @@ def divergence(name: str | Divergence, **parameters: float) -> Divergence:
             )
         return name
     label = _LABEL.fullmatch(name) if isinstance(name, str) and not parameters else None
+    if label is None and isinstance(name, str) and not parameters and ("*" in name or "+" in name):
+        return _sum(name)
     given = {label[2]: float(label[3])} if label else parameters
     found = _found(label[1] if label else name)
     wanted = (found.parameter,) if isinstance(found, Family) else ()
@@ -229,6 +240,24 @@ def divergence(name: str | Divergence, **parameters: float) -> Divergence:
     if isinstance(found, Divergence):
         return found
     return _kept(found, given[found.parameter]) if label else found(**given)
+
+
+@functools.lru_cache(maxsize=256)
+def _sum(text: str) -> Divergence:
+    """A weighted sum from its text, such as `9*reverse_kl + 0.5*skew_jsd(beta=0.1)`."""
+    terms: list[tuple[float, Divergence]] = []
+    place = 0
+    while place < len(text) or (terms and text.rstrip().endswith("+")):
+        term = _TERM.match(text, place)
+        if term is None:
+            raise InvalidArgumentError(
+                "divergence",
+                f"must be weights of at least 0 times names, such as '9*reverse_kl + forward_kl', got {text!r}; "
+                f"the part {text[place:].strip()!r} is not",
+            )
+        terms.append((float(term[1] or 1.0), divergence(term[2].strip())))
+        place = term.end()
+    return weighted_sum(tuple(terms))
 
 
 @functools.lru_cache(maxsize=256)

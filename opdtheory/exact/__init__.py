@@ -3,6 +3,7 @@
 from opdtheory.exact.enumeration import Enumeration, enumerated_value
 from opdtheory.exact.expectation import GradientMoments, Loss, expected_gradient, gradient_moments
 from opdtheory.exact.finite_state import FiniteStatePolicy, MarkovPolicy
+from opdtheory.exact.histories import local_gradient
 from opdtheory.exact.oracle import OBJECTIVES, exact_gradient, exact_value
 from opdtheory.exact.per_rollout import SampledMoments, rollout_gradients, sampled_moments
 from opdtheory.exact.policies import ModulePolicy, Policy, TabularPolicy, random_pair
@@ -25,6 +26,7 @@ __all__ = [
     "exact_value",
     "expected_gradient",
     "gradient_moments",
+    "local_gradient",
     "random_pair",
     "rollout_gradients",
     "rollout_moments",

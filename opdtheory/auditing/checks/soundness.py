@@ -76,6 +76,8 @@ def _stationary(s: Subject) -> Finding:
     typical = sorted(norm(m) for m in s.moments)[len(s.moments) // 2]
     if all(m.is_zero for m in s.moments):
         return None, 0.0, s.tolerance, "The expected gradient is zero everywhere, at the teacher too."
+    if not s.scenario.rests_at_teacher:
+        return None, None, s.tolerance, "The claimed objective is not at rest where student and teacher are equal."
     student = s.case.student
     found = _moments(s, student, student.perturbed(0.0), s.case.behavior)
     value = norm(found) / typical
@@ -130,7 +132,7 @@ def _teacher(s: Subject) -> Finding:
 
 
 def _other_policy(s: Subject) -> Finding:
-    case, claimed = s.case, s.scenario.off_policy > 0
+    case, claimed = s.case, s.scenario.off_policy > 0 and s.scenario.of_any_sampler
     behavior = None if claimed else case.student.perturbed(_OTHER_POLICY, seed=1000 * s.scenario.seed + 903)
     found = _moments(s, case.student, case.teacher, behavior)
     before = s.moments[s.middle]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -59,7 +60,7 @@ class Trial:
             self.cases += [case for case in _small_cases(scenario) if _runs(loss, case, scenario.batch_size)]
         self.cases += _kept(scenario)[:pairs]
         if lengths and scenario.eos is None and not scenario.coupled:
-            ending = Scenario(eos=0, off_policy=scenario.off_policy, seed=scenario.seed)
+            ending = replace(scenario, eos=0, prompts=1, environment=(), shared_prompt=False)
             self.cases += ending.pairs()[1:4:2]
         self._exact: dict[int, list[Tensor]] = {}
 
@@ -142,5 +143,5 @@ def _small_cases(scenario: Scenario) -> list[Case]:
         # The end-of-sequence token must be in the vocabulary.
         size, seed = max(vocab_size, 0 if eos is None else eos + 1), 1000 * scenario.seed + index
         student, teacher = random_pair(size, horizon, eos=eos, scale=1.0, distance=1.0 + index / 2, seed=seed + 100)
-        cases.append(Case(student, teacher, scenario.behavior(student, seed + 600), f"V={size}, T={horizon}"))
+        cases.append(scenario.case(student, teacher, scenario.behavior(student, seed + 600), f"V={size}, T={horizon}"))
     return cases

@@ -85,25 +85,27 @@ def far_bandit(log_u: Float[Tensor, " points"], scenario: Scenario) -> Case:
     share = torch.full_like(log_u, _FAR_SHARE)
     p, q = (share * (-log_u).exp(), share) if bool((log_u > 0).all()) else (share, share * log_u.exp())
     student, teacher = (
-        TabularPolicy([torch.cat([row, 1.0 - row.sum(0, keepdim=True)]).log().unsqueeze(0)]) for row in (p, q)
+        TabularPolicy([tau * torch.cat([row, 1.0 - row.sum(0, keepdim=True)]).log().unsqueeze(0)])
+        for tau, row in ((scenario.student_temperature, p), (scenario.teacher_temperature, q))
     )
     behavior = scenario.behavior(student, scenario.seed + 1)
-    return Case(student, teacher, behavior, "far bandit")
+    return scenario.case(student, teacher, behavior, "far bandit")
 
 
 def bandits(log_u: Float[Tensor, " points"], scenario: Scenario) -> list[Case]:
     r"""One-step pairs with one token per grid point, whose log-ratios are exactly the grid.
 
     With $p_a \propto r_a e^{-t_a/2}$, $q_a \propto r_a e^{t_a/2}$ and both $t$ and $r$ symmetric about the
-    middle, the normalisers agree and $\log u_a = t_a$. Different $r$ vary $p$ at the same $u$.
+    middle, the normalisers agree and $\log u_a = t_a$. Different $r$ vary $p$ at the same $u$. Where a claim is about
+    softened distributions, these are the softened ones.
     """
     generator = torch.Generator().manual_seed(scenario.seed)
     cases = []
     for spread in (0.0, 0.7, 1.4):
         noise = spread * torch.randn(log_u.shape, generator=generator, dtype=torch.float64)
         log_r = (noise + noise.flip(0)) / 2
-        student = TabularPolicy([(log_r - log_u / 2).unsqueeze(0)])
-        teacher = TabularPolicy([(log_r + log_u / 2).unsqueeze(0)])
+        student = TabularPolicy([scenario.student_temperature * (log_r - log_u / 2).unsqueeze(0)])
+        teacher = TabularPolicy([scenario.teacher_temperature * (log_r + log_u / 2).unsqueeze(0)])
         behavior = scenario.behavior(student, scenario.seed + 1)
-        cases.append(Case(student, teacher, behavior, f"bandit, spread {spread:g}"))
+        cases.append(scenario.case(student, teacher, behavior, f"bandit, spread {spread:g}"))
     return cases

@@ -11,7 +11,6 @@ from torch import Tensor
 from opdtheory import divergences
 from opdtheory.auditing.naming.identify import ExactGradients
 from opdtheory.divergences.registry import summands
-from opdtheory.exact import OBJECTIVES
 from opdtheory.objective import Objective, simple_ratios
 
 __all__ = ["Combination", "best_combination"]
@@ -43,7 +42,7 @@ def best_combination(
     """
     if any(float(g.norm()) == 0.0 for g in gradients):
         return None
-    order = sorted(OBJECTIVES, key=lambda granularity: granularity != prefer)
+    order = sorted(exact.granularities, key=lambda granularity: granularity != prefer)
     names = [entry.name for entry in summands()]
     designs = {granularity: _design(gradients, exact, names, granularity) for granularity in order}
     target = torch.cat([g / g.norm() for g in gradients])

@@ -9,15 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from opdtheory.auditing.case import Case
 from opdtheory.auditing.naming.fit import FLOOR, Fit, fit_scale, flat
 from opdtheory.auditing.naming.knob import discount_basis, discount_nodes
 from opdtheory.auditing.naming.recover import RecoveredWeight
 from opdtheory.auditing.naming.sparse import STARTS, refined, shortest
-from opdtheory.auditing.scenario import Case
 from opdtheory.divergences import Divergence
 from opdtheory.divergences.registry import Family, parameter_free, parametric
 from opdtheory.errors import InvalidArgumentError
-from opdtheory.exact import OBJECTIVES
 from opdtheory.exact.oracle import tree_gradient
 from opdtheory.exact.tree import Tree
 from opdtheory.objective import Objective
@@ -55,14 +54,21 @@ class ExactGradients:
     """The exact gradients of catalogue objectives on every pair of a panel, flat, each computed once."""
 
     def __init__(self, cases: list[Case]) -> None:
-        self.trees = [Tree.build(case.student, case.teacher) for case in cases]
+        self.cases = cases
+        self.granularities = cases[0].granularities
+        self.plain = all(case.plain for case in cases)
+        self.trees = [Tree.build(case.student, case.teacher) for case in cases] if self.plain else []
         self._found: dict[tuple[Divergence, str], list[Tensor]] = {}
 
     def of(self, divergence: Divergence, granularity: str) -> list[Tensor]:
         """The gradients of one objective without a discount."""
         key = (divergence, granularity)
         if key not in self._found:
-            self._found[key] = [flat(tree_gradient(tree, divergence, granularity)) for tree in self.trees]
+            self._found[key] = (
+                [flat(tree_gradient(tree, divergence, granularity)) for tree in self.trees]
+                if self.plain
+                else [flat(case.gradient(divergence, granularity)) for case in self.cases]
+            )
         return self._found[key]
 
 
@@ -81,7 +87,7 @@ def best_match(
         prefer: the granularity to name if several coincide.
         tolerance: largest error of a match.
     """
-    order = sorted(OBJECTIVES, key=lambda granularity: granularity != prefer)
+    order = sorted(exact.granularities, key=lambda granularity: granularity != prefer)
     plain = list(parameter_free())
     best = _nearest(gradients, exact, itertools.product(plain, order), tolerance)
     if (best is None or best.fit.worst_error > tolerance) and weight.depends_on_ratio_only:
@@ -90,7 +96,7 @@ def best_match(
         # A plain name that serves nearly as well is not replaced.
         if other is not None and (best is None or _serves_better(other.fit, best.fit, tolerance)):
             best = other
-        if best is None or best.fit.worst_error > tolerance:
+        if exact.plain and (best is None or best.fit.worst_error > tolerance):
             discounted = (_fit_discount(gradients, exact.trees, entry) for entry in _alike(plain + fitted, weight))
             best = next((m for m in discounted if m is not None and m.fit.worst_error <= tolerance), best)
     return best

@@ -124,7 +124,8 @@ def _curves(loss: Loss, log_u: Tensor, scenario: Scenario, students: int) -> Ten
 
 def _advantage(loss: Loss, case: Case, batch_size: int, origin: int) -> Tensor:
     gradient = gradient_moments(loss, case.student, case.teacher, batch_size, case.behavior).mean[0][0]
-    advantage = -gradient / torch.softmax(case.student.logits[0][0], -1)
+    tau = case.student_temperature
+    advantage = -tau * gradient / torch.softmax(case.student.logits[0][0] / tau, -1)
     return advantage - advantage[origin]
 
 
@@ -206,7 +207,7 @@ def _step_by_step(loss: Loss, case: Case, scenario: Scenario) -> list[Tensor]:
 def _interpolates(weight: RecoveredWeight, gradients: list[Tensor], cases: list[Case]) -> bool | None:
     """Whether the recovered curve gives the gradients; None if the grid is too coarse to tell."""
     spacing, limit = float(weight.log_u[-1] - weight.log_u[-2]), float(weight.log_u[-1])
-    if spacing > _FINE_GRID or limit < 1.0:
+    if spacing > _FINE_GRID or limit < 1.0 or not all(case.plain for case in cases):
         return None
     from scipy.interpolate import PchipInterpolator
 

@@ -44,6 +44,17 @@ _SETTINGS = {
     "prompts": "prompts",
     "environment": "positions that an environment writes",
     "shared_prompt": "one prompt for a batch",
+    "student_temperature": "temperature of the student in the claim",
+    "teacher_temperature": "temperature of the teacher in the claim",
+    "sampling_temperature": "temperature of sampling",
+    "histories": "whose histories the claim is about",
+    "teachers": "teachers",
+    "teacher_weights": "weights of the teachers",
+    "base": "a base policy",
+    "extrapolation": "extrapolation of the teacher from the base",
+    "microbatches": "micro-batches in a batch",
+    "accumulate": "how micro-batches are put together",
+    "reward": "a task's reward",
 }
 
 

@@ -28,7 +28,10 @@ _PLAIN = {str: "string", bool: "boolean", int: "integer"}
 # Keys that were added later, so that older records lack them.
 _LATER = (
     *("form", "dependence", "checks", "numerics", "remedies", "monte_carlo"),
-    *("prompts", "environment", "shared_prompt", "lengths", "vocabulary"),
+    *("prompts", "environment", "shared_prompt", "reward"),
+    *("student_temperature", "teacher_temperature", "sampling_temperature", "histories"),
+    *("teachers", "teacher_weights", "base", "extrapolation", "microbatches", "accumulate"),
+    *("lengths", "vocabulary"),
     *("passes", "limits", "reduction", "against_sum", "worlds", "varies", "sampled"),
     *("least_bias", "by_pair", "unseen", "alpha"),
     *("explains_panel", "far_log_u", "far_weight", "generator_values", "stop_gradient_of", "seen_to"),
