@@ -67,7 +67,7 @@ def find(target: str) -> Target:
     return Target(found, file, folder, stem)
 
 
-def _imported(where: str, path: Path | None) -> ModuleType:
+def _imported(where: str, path: Path | None) -> Any:
     try:
         return importlib.import_module(where) if path is None else _loaded(path)
     except KeyboardInterrupt:
@@ -79,7 +79,7 @@ def _imported(where: str, path: Path | None) -> ModuleType:
         raise failure(f"{where} cannot be imported", error, path) from error
 
 
-def _attribute(module: ModuleType, name: str, where: str, file: Path | None) -> Any:
+def _attribute(module: Any, name: str, where: str, file: Path | None) -> Any:
     found: Any = module
     try:
         for part in name.split("."):
@@ -185,7 +185,7 @@ def _shown(filename: str | None) -> Path | None:
     return path.relative_to(here) if path.is_relative_to(here) else path
 
 
-def _loaded(path: Path) -> ModuleType:
+def _loaded(path: Path) -> Any:
     """The module of a file, under a name that no other module has; dataclasses and pickles find it there."""
     digest = hashlib.sha256(str(path.resolve()).encode(errors="surrogateescape")).hexdigest()[:12]
     name = f"_opdtheory_loss_{digest}"
@@ -207,6 +207,6 @@ def _names(module: str, error: ModuleNotFoundError) -> bool:
     return error.name is not None and f"{module}.".startswith(f"{error.name}.")
 
 
-def _functions(module: ModuleType) -> str:
+def _functions(module: Any) -> str:
     members = getattr(module, "__dict__", {})
     return ", ".join(sorted(n for n, value in members.items() if callable(value) and n[:1] != "_")) or "no function"

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["LossClaim", "claims_of", "opd_loss"]
 
-F = TypeVar("F", bound=Callable[..., Any])
+# A function, or a static or class method, which is not itself callable.
+F = TypeVar("F")
 
 _ATTRIBUTE = "__opd_claims__"
 
