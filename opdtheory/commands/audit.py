@@ -239,9 +239,11 @@ def _hint(function: Callable[..., Any]) -> str | None:
 
 def _settings(options: argparse.Namespace, project: dict[str, Any], loss: object) -> dict[str, Any]:
     """The arguments of the audit: of the options, the loss's claim, the project and the defaults, the first."""
+    from opdtheory.estimators import Claim
+
     claim = getattr(loss, "claim", None)
     claimed = {}
-    if claim is not None:
+    if isinstance(claim, Claim):
         claimed = {"objective": claim.divergence, "granularity": claim.granularity, "gamma": claim.gamma}
     defaults = {each.name: each.default for each in SETTINGS}
     given = {name: value for name, value in vars(options).items() if name in defaults}

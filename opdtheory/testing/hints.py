@@ -313,8 +313,10 @@ def _shape(function: Callable[..., Any], call: str) -> tuple[int, ...] | None:
         try:
             value = called(function, call)(_batch())
             return tuple(value.shape) if value.requires_grad else None
+        except KeyboardInterrupt:
+            raise
         # Whatever a function does that was called on a guess, only the guess is wrong.
-        except (Exception, SystemExit):
+        except BaseException:
             return None
 
 

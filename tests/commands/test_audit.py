@@ -196,6 +196,17 @@ def interrupts(r):
 def wrong_sum(r):
     return r.token_sum(r.mask[0])
 
+def k2_that_claims(r):
+    return r.token_sum(r.log_u.square() / 2)
+
+k2_that_claims.claim = "the best loss"
+
+class Stop(BaseException):
+    pass
+
+def stops(teacher, student):
+    raise Stop
+
 def of_log_u(log_u):
     return log_u.square() / 2
 
@@ -266,6 +277,20 @@ def test_a_file_that_exits_is_refused_and_an_interrupt_passes(hard: str, capsys:
     assert "SystemExit: it exits with status 0\nat exits.py:" in capsys.readouterr().err
     with pytest.raises(KeyboardInterrupt):
         cli.main(["audit", f"{hard}:interrupts"])
+
+
+def test_a_function_that_stops_when_it_is_tried_is_told_how_to_call_it(
+    hard: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["audit", f"{hard}:stops"]) == 2
+    err = capsys.readouterr().err.splitlines()
+    assert err[0] == "opdtheory audit: stops(teacher, student) does not take rollouts alone"
+    assert err[1].startswith("say how to call it, though this failed when it was tried: --call 'r.token_sum(f(")
+
+
+def test_a_claim_of_another_kind_is_none(hard: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["audit", f"{hard}:k2_that_claims"]) == 0
+    assert "reverse_kl" in capsys.readouterr().out
 
 
 def test_json_is_alone_on_standard_output(hard: str, capfd: pytest.CaptureFixture[str]) -> None:
