@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -412,3 +414,19 @@ def test_a_wrong_project_file_is_a_usage_error(losses: str, capsys: pytest.Captu
 def test_seeds_out_of_range_are_usage_errors(losses: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["audit", f"{losses}:k3", "--seed", value]) == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["copy", "torch", "statistics"])
+def test_a_file_named_after_a_module_is_audited_by_python_m_too(name: str, losses: str) -> None:
+    folder = Path(losses).parent
+    (folder / f"{name}.py").write_text(f"import {name} as real\nassert real.__file__ != __file__\n{SOURCE}")
+    done = subprocess.run(
+        [sys.executable, "-m", "opdtheory", "audit", f"{name}.py:k2", "--json"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(Path(opd.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["verdict"] == "exact"
