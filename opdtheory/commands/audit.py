@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from opdtheory.choices import GRANULARITIES, METHODS
 from opdtheory.commands.console import FAILS, HOLDS, UsageError, aside, console, or_none, output_apart
 from opdtheory.commands.targets import Target, failure, find, importable
-from opdtheory.errors import LossError, OpdTheoryError
+from opdtheory.errors import LossError, NotFiniteError, OpdTheoryError
 
 if TYPE_CHECKING:
     from opdtheory.auditing import Audit
@@ -213,6 +213,8 @@ def _unable(error: BaseException, loss: _Watched, options: argparse.Namespace) -
         if hint is None or "..." in hint:
             return said
         return UsageError(f"{str(said).splitlines()[0]}\n{hint} (--traceback shows where it raises)")
+    if isinstance(error, NotFiniteError):  # names the batch
+        return UsageError(f"{name} cannot be audited: {error}\n--traceback shows where this was found")
     if isinstance(error, LossError):
         return UsageError(f"{name} cannot be audited: {error}\nfound {on} (--traceback shows where)")
     if isinstance(error, OpdTheoryError):

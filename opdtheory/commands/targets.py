@@ -19,7 +19,7 @@ from opdtheory.commands.console import UsageError
 
 __all__ = ["Target", "failure", "find", "importable"]
 
-# The packages of the machinery, whose frames say nothing of the user's code.
+# The frames of this package say nothing of the user's code.
 _MACHINERY = f"{Path(__file__).resolve().parents[1]}{os.sep}"
 
 # Characters of an exception's text or of a line of code that are shown.
@@ -95,9 +95,9 @@ def _attribute(module: Any, name: str, where: str, file: Path | None) -> Any:
 
 @contextmanager
 def importable(folder: Path, stem: str | None = None) -> Iterator[None]:
-    """Let imports find the modules of a folder, but for one whose name `stem` another module has.
+    """Let imports find the modules of a folder, except a module `stem` that exists elsewhere too.
 
-    A file named `copy.py` stands for itself on the command line; `import copy` still means the standard library.
+    Where the loss is in a file named `copy.py`, `import copy` still means the standard library.
     """
     entry = str(folder)
     finder = None if stem is None else _Elsewhere(stem, entry)

@@ -101,6 +101,13 @@ def test_where_no_setting_helps_none_is_named(loss):
     assert "batch_size=" not in said and "shifted" not in said
 
 
+def test_a_sampled_audit_gives_the_same_advice():
+    with pytest.raises(LossError, match=r"drawn batch of shape \(B, T, V\) = \(1, .*batch_size=2"):
+        audit(normalised, method="monte_carlo")
+    with pytest.raises(LossError, match="has NaN or inf although its value is finite, on a drawn batch of shape"):
+        audit(no_gradient_at_zero, method="monte_carlo")
+
+
 def test_assertions_pass_the_advice_on():
     with pytest.raises(LossError, match="batch_size=2"):
         assert_minimises(normalised, "reverse_kl")

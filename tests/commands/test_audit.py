@@ -192,6 +192,11 @@ def vector(r):
 def not_finite(r):
     return r.token_sum(r.log_u) * float("nan")
 
+def of_a_group(r):
+    rewards = (r.log_u.detach() * r.mask).sum(-1)
+    spread = ((rewards - rewards.mean()) ** 2).sum() / float("nan" if len(rewards) == 1 else len(rewards))
+    return r.token_sum(-(rewards / (spread + 1e-6)).unsqueeze(-1) * r.student_logprobs)
+
 def interrupts(r):
     raise KeyboardInterrupt
 
