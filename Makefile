@@ -7,7 +7,7 @@ INPUTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help verify test test-slow lint format typecheck-runtime gallery mutation fuzz device bench accuracy docs wheel clean
+.PHONY: help verify test test-slow lint format typecheck-runtime gallery mutation fuzz device bench accuracy coverage docs wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -89,6 +89,9 @@ bench: $(VENV)/.installed-dev ## compare time and memory with TRL (medians of al
 accuracy: $(VENV)/.installed-dev ## measure every function's error in units in the last place; writes docs/accuracy.md
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target build/accuracy "python-flint>=0.8"
 	PYTHONPATH=build/accuracy $(BIN)/python benchmarks/accuracy.py --write docs/accuracy.md
+
+coverage: $(VENV)/.installed-dev ## measure how often sampled audits are wrong; writes docs/coverage.md
+	$(BIN)/python benchmarks/coverage.py --write docs/coverage.md
 
 docs: $(VENV)/.installed-dev ## build the documentation in site/
 	$(BIN)/mkdocs build --strict

@@ -253,8 +253,8 @@ def from_top_k(
         >>> def forward_kl(student_logits, ids, logprobs, labels):
         ...     log_p = student_logits.log_softmax(-1).gather(-1, ids)
         ...     return (logprobs.exp() * (logprobs - log_p)).sum(-1)
-        >>> opd.audit(from_top_k(forward_kl, 4), "forward_kl").verdict  # the whole vocabulary of the audit
-        'exact'
+        >>> opd.audit(from_top_k(forward_kl, 4), "forward_kl").verdict  # over a vocabulary of six tokens (T9a)
+        'biased'
         >>> opd.audit(from_top_k(forward_kl, 2), "forward_kl").verdict
         'biased'
     """

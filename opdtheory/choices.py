@@ -6,14 +6,18 @@ from typing import Literal, get_args
 
 __all__ = [
     "FAITHFUL",
+    "CLAIMED_REDUCTIONS",
     "GRANULARITIES",
+    "LENGTHS",
     "METHODS",
     "REDUCTIONS",
     "VERDICTS",
     "Baseline",
+    "ClaimedReduction",
     "Control",
     "Granularity",
     "Importance",
+    "Lengths",
     "Reduction",
     "Support",
     "Verdict",
@@ -26,6 +30,14 @@ GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
 # How the losses of tokens become one number (T11).
 Reduction = Literal["token_sum", "token_mean", "sequence_mean"]
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
+
+# What a claim may say of the reduction: one of them, or that any of them will do.
+ClaimedReduction = Literal["token_sum", "token_mean", "sequence_mean", "any"]
+CLAIMED_REDUCTIONS: tuple[ClaimedReduction, ...] = get_args(ClaimedReduction)
+
+# Whether rollouts of a fixed length are asked about, of lengths that vary, or both.
+Lengths = Literal["both", "fixed", "variable"]
+LENGTHS: tuple[Lengths, ...] = get_args(Lengths)
 
 # How an audit computes expectations: all batches, draws of them, or whichever serves.
 METHODS = ("auto", "exact", "monte_carlo")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from opdtheory.choices import GRANULARITIES
+from opdtheory.choices import CLAIMED_REDUCTIONS, GRANULARITIES
 from opdtheory.divergences import Divergence
 from opdtheory.errors import InvalidArgumentError
 
@@ -25,9 +25,12 @@ class Objective:
         terms: pairs of a coefficient and its divergence.
         granularity: `token_local`, `token_return` or `sequence`.
         gamma: discount of `token_return`.
+        reduction: how the losses of tokens become one number (T11): `token_sum` (sum over tokens, mean over rollouts),
+            `token_mean`, `sequence_mean`, or `any` of them.
 
     Raises:
-        InvalidArgumentError: the granularity is unknown, or the discount is out of range or does not apply.
+        InvalidArgumentError: the granularity or reduction is unknown, or the discount is out of range or does not
+            apply.
 
     Example:
         >>> from opdtheory.divergences import divergence
@@ -38,14 +41,25 @@ class Objective:
     terms: tuple[tuple[float, Divergence], ...]
     granularity: str = "token_local"
     gamma: float = 1.0
+    reduction: str = "token_sum"
 
     def __post_init__(self) -> None:
         check_objective(self.granularity, self.gamma)
+        if self.reduction not in CLAIMED_REDUCTIONS:
+            raise InvalidArgumentError(
+                "reduction", f"must be one of {', '.join(CLAIMED_REDUCTIONS)}, got {self.reduction!r}"
+            )
 
     @classmethod
-    def of(cls, divergence: Divergence, granularity: str = "token_local", gamma: float = 1.0) -> Objective:
+    def of(
+        cls,
+        divergence: Divergence,
+        granularity: str = "token_local",
+        gamma: float = 1.0,
+        reduction: str = "token_sum",
+    ) -> Objective:
         """The objective of one divergence."""
-        return cls(((1.0, divergence),), granularity, gamma)
+        return cls(((1.0, divergence),), granularity, gamma, reduction)
 
     @property
     def divergence(self) -> Divergence:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor
 
 from opdtheory.errors import InvalidArgumentError, check_integer
 
@@ -45,6 +47,9 @@ class Rollouts:
     behavior_logprobs: Float[Tensor, "B T"]
 
     def __post_init__(self) -> None:
+        # Under `torch.func.vmap` values cannot be looked at; they were when the rollouts were made.
+        if any(_is_mapped(getattr(self, field.name)) for field in fields(self)):
+            return
         _check_tokens(self.tokens)
         shape = tuple(self.tokens.shape)
         device = self.tokens.device
@@ -104,9 +109,17 @@ class Rollouts:
         rollouts.__dict__.update(fields)
         return rollouts
 
-    def to(self, device: torch.device | str) -> Rollouts:
-        """The rollouts on another device, differentiable in these tensors, to audit a loss that runs there."""
-        return Rollouts.unchecked(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+    def to(self, target: torch.device | str | torch.dtype) -> Rollouts:
+        """The rollouts on another device or in another floating-point dtype, differentiable in these tensors."""
+        cast = isinstance(target, torch.dtype)
+        return self._each(lambda x: x if cast and not x.dtype.is_floating_point else x.to(target))
+
+    def cut(self, length: int) -> Rollouts:
+        """The first `length` positions of every rollout."""
+        return self._each(lambda x: x[:, :length])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Rollouts:
+        return Rollouts.unchecked(**{field.name: change(getattr(self, field.name)) for field in fields(self)})
 
     @property
     def log_u(self) -> Float[Tensor, "B T"]:
@@ -150,7 +163,8 @@ class Rollouts:
             InvalidArgumentError: `ids` has a wrong shape or dtype, or holds something that is not a token.
         """
         _check_int64("ids", ids, (*self.tokens.shape, "k"))
-        _check_range("ids", ids, self.student_logits.shape[-1])
+        if not _is_mapped(ids):
+            _check_range("ids", ids, self.student_logits.shape[-1])
         values = torch.log_softmax(self.student_logits, dim=-1).gather(-1, ids)
         return torch.where((self.mask == 0).unsqueeze(-1) & torch.isneginf(values), 0.0, values)
 
@@ -177,6 +191,11 @@ class Rollouts:
             )
         # `where`, not a product: a non-finite value at a masked position must not leak as 0 * inf.
         return torch.where(self.mask > 0, values, torch.zeros_like(values))
+
+
+def _is_mapped(value: object) -> bool:
+    """Whether a tensor is one of a batch that `torch.func.vmap` maps over, whose values are not to be had."""
+    return isinstance(value, Tensor) and bool(is_batchedtensor(value))
 
 
 def gather_logprobs(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:

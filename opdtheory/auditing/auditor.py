@@ -10,28 +10,35 @@ from typing import Any
 from torch import Tensor
 
 from opdtheory.auditing.advice import advised
-from opdtheory.auditing.black_box import INSISTS, ZERO, BlackBox, name_of
+from opdtheory.auditing.black_box import INSISTS, BlackBox, name_of
 from opdtheory.auditing.checks.numerics import numerics
 from opdtheory.auditing.checks.soundness import soundness
-from opdtheory.auditing.effects.dependence import dependence
+from opdtheory.auditing.effects.both_probabilities import likeliest_kept
+from opdtheory.auditing.effects.dependence import Dependence, dependence
+from opdtheory.auditing.fixes.candidates import SUMMED
 from opdtheory.auditing.fixes.remedies import remedies
+from opdtheory.auditing.fixes.trial import attempt
 from opdtheory.auditing.naming.bandits import is_expensive
 from opdtheory.auditing.naming.combine import best_combination
 from opdtheory.auditing.naming.fit import Fit, fit_scale, flat
 from opdtheory.auditing.naming.identify import ExactGradients, Match, best_match
 from opdtheory.auditing.naming.recover import RecoveredWeight, explains_panel, recover_weight
-from opdtheory.auditing.naming.weight_form import describe
+from opdtheory.auditing.naming.weight_form import WeightForm, describe
 from opdtheory.auditing.records import Identified, VariableLengths
-from opdtheory.auditing.report import Audit, PairResult
+from opdtheory.auditing.reductions import against_sum, undone
+from opdtheory.auditing.report import Audit, PairResult, Remedy
+from opdtheory.auditing.sampling.montecarlo import ALPHA
 from opdtheory.auditing.sampling.whole import sampled
 from opdtheory.auditing.scenario import Case, Scenario
-from opdtheory.choices import FAITHFUL, METHODS, Verdict
+from opdtheory.auditing.worlds import Asked, ask
+from opdtheory.choices import FAITHFUL, METHODS, REDUCTIONS, Reduction, Verdict
 from opdtheory.divergences import Divergence
 from opdtheory.divergences import divergence as as_divergence
-from opdtheory.errors import BudgetExceededError, InvalidArgumentError, LossError
+from opdtheory.errors import BudgetExceededError, InvalidArgumentError, LossError, check_between
 from opdtheory.exact import GradientMoments, Loss
+from opdtheory.exact.modes import plain_modes
 from opdtheory.exact.oracle import full_vocabulary_variance
-from opdtheory.exact.threads import one_thread
+from opdtheory.exact.token_mean import token_mean_moments
 from opdtheory.objective import Objective
 
 __all__ = ["audit", "quick_verdict"]
@@ -54,23 +61,30 @@ def audit(
     prompts: int = 1,
     environment: Iterable[int] = (),
     shared_prompt: bool = False,
+    reduction: str = "token_sum",
+    lengths: str = "both",
+    vocabulary: int | None = None,
+    tolerance: float | None = None,
     method: str = "auto",
     details: bool = True,
+    alpha: float = ALPHA,
 ) -> Audit:
     """Find out what a loss really minimises, by exact expectation over enumerated policies.
 
     The loss is run on every batch of rollouts that small random policies can produce. Its expected gradient is
     compared with the exact gradients of the claimed objective and of every catalogue entry, and the weight that it puts
     on a token is recovered as a function of `u = teacher/student`. Batches too large to enumerate are sampled until the
-    verdict is certain.
+    verdict is certain. A loss that follows an objective there is then asked whether it does so in other worlds: where
+    rollouts end early, after a prompt, in batches of other sizes, over a larger vocabulary, more steps, larger
+    log-ratios, in float32. `report.passes` is true only if it does; `report.limits` says what was not asked.
 
     Args:
         loss: a function `loss(rollouts) -> scalar tensor`, deterministic and stateless.
         objective: the divergence that it claims to minimise, an object or a catalogue name.
         granularity: `token_local`, `token_return` or `sequence`.
         batch_size: number of rollouts that the loss sees at once; at least 2 for losses that compare rollouts.
-        eos: the token, one of the panel's vocabulary, that ends a rollout early; None for a fixed length, where two
-            more pairs with an end-of-sequence token show whether the finding holds at variable lengths too.
+        eos: the token, one of the panel's vocabulary, that ends a rollout early; None for a panel of fixed length,
+            beside which `lengths` says what else is asked.
         off_policy: standard deviation of the noise on the logits of the sampling policy.
         gamma: discount of `token_return`.
         seed: seed of the panel.
@@ -78,9 +92,17 @@ def audit(
         prompts: number of prompts; from 2 on, position 0 of every rollout holds one of them, masked.
         environment: positions of the response, from 0 to 2, that an environment writes, such as a tool's result.
         shared_prompt: whether the rollouts of a batch answer one prompt, as a group of GRPO does.
+        reduction: the claimed reduction (T11): `token_sum` (sum over tokens, mean over rollouts), `token_mean`,
+            `sequence_mean`, or `any`. A loss is exact as a mean if it is exact once the mean is made a sum.
+        lengths: `both`, `fixed` or `variable`: the lengths of rollouts that the claim is about.
+        vocabulary: number of the panel's tokens (default: 4, or as many as batches allow, and more for a loss that
+            keeps only the k likeliest).
+        tolerance: relative error that counts as rounding (default: 1e-9, 1e-4 for a loss in float32, 2e-2 for narrower
+            dtypes).
         method: `exact`, `monte_carlo`, or `auto`: exact where batches can be enumerated.
         details: whether to report more than verdict and name: the weight as a formula, what it depends on, soundness
             checks, narrow dtypes, remedies.
+        alpha: where batches are sampled, the probability that any statement of the audit is wrong, between 0 and 1/2.
 
     Returns:
         An `Audit`; `print` it, or take `.verdict`, `.identified`, `.weight`, `.remedies` and `.to_dict()`.
@@ -96,18 +118,30 @@ def audit(
         >>> audit(k3, "reverse_kl").descends
         'forward_kl'
     """
-    claim = Objective.of(as_divergence(objective), granularity, gamma)
+    claim = Objective.of(as_divergence(objective), granularity, gamma, reduction)
     if method not in METHODS:
         raise InvalidArgumentError("method", f"must be one of {', '.join(METHODS)}, got {method!r}")
-    scenario = Scenario(batch_size, eos, off_policy, seed, prompts, tuple(environment), shared_prompt)
-    counted, name, start = BlackBox(loss), name or name_of(loss), time.perf_counter()
-    with one_thread(), advised(loss):
-        cases = None if method == "monte_carlo" else _cases(counted, scenario, method)
-        if cases is None:
-            report = _by_sampling(counted, claim, scenario, name, details)
+    if tolerance is not None:
+        check_between("tolerance", tolerance, 0.0, 1.0)
+    check_between("alpha", alpha, 0.0, 0.5)
+    scenario = Scenario(
+        batch_size, eos, off_policy, seed, prompts, tuple(environment), shared_prompt, lengths, vocabulary
+    )
+    counted, name, start = BlackBox(loss, tolerance), name or name_of(loss), time.perf_counter()
+    with plain_modes(), advised(loss):
+        panel = None if method == "monte_carlo" else _panel(counted, scenario, method)
+        if panel is None:
+            report = _by_sampling(counted, claim, scenario, name, details, alpha)
         else:
-            report = _exactly(counted, claim, scenario, cases, name, details)
-        if details and report.monte_carlo is None:
+            report = _exactly(counted, claim, scenario, panel, name, details)
+            kept = _kept_of_a_larger_vocabulary(counted, report)
+            if kept is not None:
+                scenario = replace(scenario, vocabulary=kept + 2)
+                panel = _Panel(scenario.pairs())
+                report = _exactly(counted, claim, scenario, panel, name, details)
+        if panel is not None and panel.mean_of:
+            report = replace(report, remedies=_as_sum(counted, claim, scenario, panel, report))
+        elif details and report.monte_carlo is None:
             report = replace(report, remedies=remedies(counted, report=report))
         return replace(report, evaluations=counted.calls, seconds=time.perf_counter() - start)
 
@@ -133,9 +167,21 @@ def quick_verdict(
         LossError: as `audit`.
     """
     scenario = Scenario(batch_size, eos, off_policy, seed)
-    with one_thread():
+    with plain_modes():
         claim = Objective.of(as_divergence(objective), granularity, gamma)
-        return _compare(BlackBox(loss), claim, scenario, scenario.pairs()).verdict
+        return _compare(BlackBox(loss), claim, scenario, _Panel(scenario.pairs())).verdict
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """The pairs of an audit and how the expectation over their batches is taken.
+
+    `mean_of`: the loss is a token mean of a loss that treats each rollout alone, so that its expectation follows from
+    single rollouts at any batch size.
+    """
+
+    cases: list[Case]
+    mean_of: bool = False
 
 
 @dataclass(frozen=True)
@@ -150,31 +196,46 @@ class _Comparison:
     verdict: Verdict
 
 
-def _compare(loss: BlackBox, claim: Objective, scenario: Scenario, cases: list[Case]) -> _Comparison:
-    exact = [flat(case.exact(claim)) for case in cases]
+def _compare(
+    loss: BlackBox, claim: Objective, scenario: Scenario, panel: _Panel, reduction: Reduction = "token_sum"
+) -> _Comparison:
+    """The loss with a reduction undone, compared with the exact gradients of the claim."""
+    exact = [flat(case.exact(claim)) for case in panel.cases]
     if any(float(g.norm()) == 0.0 for g in exact):
         raise InvalidArgumentError("objective", f"must have a nonzero gradient somewhere, got {claim.label}")
-    moments = [scenario.moments(loss, case) for case in cases]
+    if panel.mean_of and reduction == "token_sum":
+        summed = undone(loss, "token_mean")
+        moments = [
+            token_mean_moments(summed, case.student, case.teacher, scenario.batch_size, case.behavior)
+            for case in panel.cases
+        ]
+    else:
+        changed = undone(loss, reduction)
+        moments = [scenario.moments(changed, case, thorough=True) for case in panel.cases]
     gradients = [flat(m.mean) for m in moments]
     fit = fit_scale(gradients, exact)
-    tolerance = loss.tolerance
-    zero = all(float(g.norm()) <= ZERO * m.second_moment**0.5 for g, m in zip(gradients, moments, strict=True))
-    return _Comparison(cases, moments, gradients, fit, tolerance, "zero" if zero else fit.verdict(tolerance))
+    zero = all(m.is_zero for m in moments)
+    return _Comparison(
+        panel.cases, moments, gradients, fit, loss.tolerance, "zero" if zero else fit.verdict(loss.tolerance)
+    )
 
 
-def _cases(loss: Loss, scenario: Scenario, method: str) -> list[Case] | None:
+def _panel(loss: Loss, scenario: Scenario, method: str) -> _Panel | None:
     """Pairs whose batches can be enumerated in seconds; None if batches are better sampled."""
     try:
         cases = scenario.pairs()
     except BudgetExceededError:
         if _is_separable(loss, scenario):
-            return scenario.single.pairs()
+            return _Panel(scenario.single.pairs())
+        # The law of the other rollouts' lengths is that of independent ones.
+        if not scenario.shared_prompt and _is_separable(undone(loss, "token_mean"), scenario):
+            return _Panel(scenario.single.pairs(), mean_of=True)
         if method == "exact":
             raise
         return None
     if method == "auto" and is_expensive(scenario.batch_size) and not _is_separable(loss, scenario, cases[:1]):
         return None
-    return cases
+    return _Panel(cases)
 
 
 def _is_separable(loss: Loss, scenario: Scenario, cases: list[Case] | None = None) -> bool:
@@ -190,32 +251,54 @@ def _is_separable(loss: Loss, scenario: Scenario, cases: list[Case] | None = Non
         return False
 
 
-def _exactly(
-    loss: BlackBox, claim: Objective, scenario: Scenario, cases: list[Case], name: str, details: bool
-) -> Audit:
-    found = _compare(loss, claim, scenario, cases)
-    fit, tolerance, verdict = found.fit, found.tolerance, found.verdict
-    weight = recover_weight(loss, scenario, tolerance)
-    match: Match | None = None
-    identified: Identified | None = None
-    if verdict in FAITHFUL:
-        match = Match(claim, fit)
-    elif verdict == "biased":
-        catalogue = ExactGradients(cases)
-        match = best_match(found.gradients, catalogue, weight, claim.granularity, tolerance)
-        if match is not None and match.fit.worst_error <= tolerance:
-            verdict = "other_objective"
-        else:
-            combination = best_combination(found.gradients, catalogue, claim.granularity, tolerance)
-            if combination is not None:
-                identified = Identified.of(combination.objective, 1.0, combination.error)
-    if match is not None and identified is None:
-        identified = Identified.of(match.objective, match.fit.scale, match.error(tolerance))
+@dataclass(frozen=True)
+class _Seen:
+    """What the panel shows of a loss: numbers, verdict and name, with one reduction undone."""
 
+    found: _Comparison
+    verdict: Verdict
+    match: Match | None
+    identified: Identified | None
+
+    @property
+    def follows(self) -> Objective | None:
+        """The objective whose gradient is that of the loss, to rounding."""
+        exact = self.match is not None and self.match.fit.worst_error <= self.found.tolerance
+        return self.match.objective if exact and self.match is not None else None
+
+
+def _exactly(loss: BlackBox, claim: Objective, scenario: Scenario, panel: _Panel, name: str, details: bool) -> Audit:
+    first: Reduction = next((r for r in REDUCTIONS if r == claim.reduction), "token_sum")
+    looked = _compare(loss, claim, scenario, panel, first)
+    # Where a token mean couples its rollouts, single ones show the same weight.
+    alike, alone = (undone(loss, "token_mean"), scenario.single) if panel.mean_of else (loss, scenario)
+    weight = _recovered(alike, alone, loss)
+    seen = _see(looked, claim, weight)
+    reduction: Reduction | None = first if scenario.eos is not None and seen.follows is not None else None
+    follows = seen.follows
+    if scenario.eos is not None and follows is None and seen.verdict != "zero":
+        for other in (r for r in REDUCTIONS if r != first):
+            again = _see(_compare(loss, claim, scenario, panel, other), claim, weight)
+            if again.follows is not None:
+                reduction, follows = other, again.follows
+                seen = again if claim.reduction == "any" else seen
+                break
+    asked = Asked()
+    if follows is not None:
+        scale = seen.match.fit.scale if seen.match is not None else 1.0
+        asked = ask(loss, follows, scenario, claim.reduction, scale, seen.found.tolerance, everything=details)
+        # One rollout of varying length cannot tell the two means apart; other batch sizes can.
+        if claim.reduction == "any" and asked.reduction and asked.reduction != (reduction or "token_sum"):
+            seen = _see(_compare(loss, claim, scenario, panel, asked.reduction), claim, weight)
+        reduction = asked.reduction or reduction
+    found, fit, verdict = seen.found, seen.found.fit, seen.verdict
+    explained = explains_panel(alike, weight, found.gradients, panel.cases, alone)
+    weight = replace(weight, explains_panel=explained)
+    cosine = [0.0] * len(panel.cases) if verdict == "zero" else fit.cosine
+    mean = follows is not None and reduction in ("token_mean", "sequence_mean")
     lengths = None
-    if scenario.eos is None and not scenario.coupled and match is not None and match.fit.worst_error <= tolerance:
-        lengths = _with_lengths(loss, match.objective, scenario, tolerance)
-    cosine = [0.0] * len(cases) if verdict == "zero" else fit.cosine
+    if scenario.eos is None and scenario.lengths != "fixed" and not scenario.coupled and follows is not None:
+        lengths = attempt(lambda: _with_lengths(loss, follows, scenario, found.tolerance))
     return Audit(
         name=name,
         claim=claim,
@@ -224,9 +307,9 @@ def _exactly(
         relative_bias=max(fit.relative_bias),
         cosine=min(cosine),
         scale=fit.scale,
-        tolerance=tolerance,
-        identified=identified,
-        weight=replace(weight, explains_panel=explains_panel(weight, found.gradients, cases)),
+        tolerance=found.tolerance,
+        identified=seen.identified,
+        weight=weight,
         pairs=[
             PairResult(
                 label=case.label,
@@ -236,28 +319,94 @@ def _exactly(
                 full_vocabulary_variance=full_vocabulary_variance(case.student, case.teacher, claim.divergence)
                 / scenario.batch_size,
             )
-            for case, bias, cos, moments in zip(cases, fit.relative_bias, cosine, found.moments, strict=True)
+            for case, bias, cos, moments in zip(panel.cases, fit.relative_bias, cosine, found.moments, strict=True)
         ],
         variable_lengths=lengths,
-        **(_details(loss, weight, found, claim, scenario) if details else {}),
+        reduction=reduction,
+        against_sum=against_sum(loss, reduction, follows, scenario) if mean and reduction and follows else [],
+        worlds=asked.worlds,
+        sampled=next((m.sampled for m in found.moments if m.sampled), ""),
+        **(_details(loss, alike, alone, weight, found, claim, scenario) if details else {}),
     )
 
 
+def _as_sum(loss: BlackBox, claim: Objective, scenario: Scenario, panel: _Panel, report: Audit) -> list[Remedy]:
+    """The sum over tokens in place of a token mean of batches too large to enumerate, if that is what is wrong."""
+    if report.passes:
+        return []
+    changed = _compare(loss, claim, scenario, panel, "token_mean")
+    if changed.verdict not in FAITHFUL:
+        return []
+    return [Remedy("reduction", SUMMED, changed.verdict, max(changed.fit.relative_bias), verified=True)]
+
+
+def _see(found: _Comparison, claim: Objective, weight: RecoveredWeight) -> _Seen:
+    """A comparison with the claim, and if the loss does not follow that, with the catalogue."""
+    if found.verdict in FAITHFUL:
+        match = Match(claim, found.fit)
+        named = Identified.of(claim, found.fit.scale, match.error(found.tolerance))
+        return _Seen(found, found.verdict, match, named)
+    if found.verdict == "zero":
+        return _Seen(found, "zero", None, None)
+    catalogue = ExactGradients(found.cases)
+    nearest = best_match(found.gradients, catalogue, weight, claim.granularity, found.tolerance)
+    if nearest is not None and nearest.fit.worst_error <= found.tolerance:
+        named = Identified.of(nearest.objective, nearest.fit.scale, nearest.error(found.tolerance))
+        return _Seen(found, "other_objective", nearest, named)
+    combination = best_combination(found.gradients, catalogue, claim.granularity, found.tolerance)
+    if combination is not None:
+        return _Seen(found, "biased", nearest, Identified.of(combination.objective, 1.0, combination.error))
+    if nearest is None:
+        return _Seen(found, "biased", None, None)
+    named = Identified.of(nearest.objective, nearest.fit.scale, nearest.error(found.tolerance))
+    return _Seen(found, "biased", nearest, named)
+
+
+def _recovered(loss: Loss, scenario: Scenario, box: BlackBox) -> RecoveredWeight:
+    """The recovered weight, unknown for a loss that insists on its panel."""
+    try:
+        return recover_weight(loss, scenario, box.tolerance)
+    except LossError:
+        raise
+    except INSISTS:
+        return RecoveredWeight.unknown()
+
+
+def _kept_of_a_larger_vocabulary(loss: Loss, report: Audit) -> int | None:
+    """The number of likeliest tokens that a loss keeps, if the panel has too few to show it."""
+    fails = any(world.name.endswith(" tokens") and world.holds is False for world in report.worlds)
+    if report.scenario.vocabulary is not None or not fails:
+        return None
+    scenario, limit = report.scenario, max(1e-6, 10 * report.tolerance)
+    kept = attempt(lambda: likeliest_kept(loss, scenario.batch_size, scenario.seed, limit))
+    return None if kept is None else kept[0]
+
+
 def _details(
-    loss: BlackBox, weight: RecoveredWeight, found: _Comparison, claim: Objective, scenario: Scenario
+    loss: BlackBox,
+    alike: Loss,
+    alone: Scenario,
+    weight: RecoveredWeight,
+    found: _Comparison,
+    claim: Objective,
+    scenario: Scenario,
 ) -> dict[str, Any]:
     """What an audit reports beyond verdict and name, as fields of `Audit`."""
+    form: WeightForm | None = describe(weight, found.tolerance) if weight.depends_on_ratio_only else None
+    depends: Dependence | None = None
+    if len(weight.log_u):
+        depends = dependence(alike, weight, alone, found.tolerance)
     return {
-        "form": describe(weight, found.tolerance) if weight.depends_on_ratio_only else None,
-        "dependence": dependence(loss, weight, scenario, found.tolerance),
+        "form": form,
+        "dependence": depends,
         "checks": soundness(loss, found.cases, found.moments, claim, scenario, found.tolerance),
         "numerics": numerics(loss, batch_size=scenario.batch_size, seed=scenario.seed),
     }
 
 
-def _by_sampling(loss: BlackBox, claim: Objective, scenario: Scenario, name: str, details: bool) -> Audit:
+def _by_sampling(loss: BlackBox, claim: Objective, scenario: Scenario, name: str, details: bool, alpha: float) -> Audit:
     """The audit where batches are too many to enumerate."""
-    result, weight = sampled(loss, claim, scenario, weigh=details)
+    result, weight = sampled(loss, claim, scenario, weigh=details, alpha=alpha)
     # Only a biased loss is found to follow another objective.
     verdict: Verdict = result.verdict if result.follows is None else "other_objective"
     low, high = result.relative_bias

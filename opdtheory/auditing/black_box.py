@@ -8,10 +8,7 @@ from torch import Tensor
 from opdtheory.exact import Loss
 from opdtheory.rollouts import Rollouts
 
-__all__ = ["INSISTS", "ZERO", "BlackBox", "name_of"]
-
-# A gradient this small relative to its own noise counts as zero.
-ZERO = 1e-12
+__all__ = ["INSISTS", "BlackBox", "name_of"]
 
 # What a loss that insists on its batch size may raise at another one.
 INSISTS = (AssertionError, IndexError, RuntimeError, TypeError, ValueError)
@@ -24,8 +21,9 @@ _COARSE = 2e-2
 class BlackBox:
     """A loss that counts its calls and remembers the dtype of its value."""
 
-    def __init__(self, loss: Loss) -> None:
+    def __init__(self, loss: Loss, tolerance: float | None = None) -> None:
         self.loss = loss
+        self.stated = tolerance
         self.calls = 0
         self._dtype = torch.float64
 
@@ -39,7 +37,9 @@ class BlackBox:
 
     @property
     def tolerance(self) -> float:
-        """Relative error that counts as rounding in the dtype of the last value."""
+        """Relative error that counts as rounding: the stated one, else by the dtype of the last value."""
+        if self.stated is not None:
+            return self.stated
         return _TOLERANCE.get(self._dtype, _COARSE)
 
 

@@ -108,16 +108,16 @@ def judge(report: Audit, known: KnownVerdict | None = None, met: Callable[[str],
     Args:
         report: the audit.
         known: the record of the loss, if there is one; a record of another claim or other settings is ignored.
-        met: whether a verdict is the claimed one (default: whether the loss is faithful).
+        met: whether a verdict is the claimed one (default: whether the audit passes).
     """
-    as_claimed = report.faithful if met is None else met(report.verdict)
+    as_claimed = report.passes if met is None else met(report.verdict)
     found, aside = _words(KnownVerdict.of(report)), ""
     if known is not None and not known.is_about(report):
         known, aside = None, "; its record is of another claim or other settings"
     if as_claimed:
-        if known is not None and report.faithful and known.verdict not in FAITHFUL:
+        if known is not None and report.passes and known.verdict not in FAITHFUL:
             return Judgement("vanished", f"it was {_words(known)}, it is {found}; update the file of known biases")
-        if known is None or known.verdict != report.verdict or report.faithful:
+        if known is None or known.verdict != report.verdict or report.passes:
             return Judgement("as_claimed", found)
     if known is None:
         return Judgement("new", found + aside)

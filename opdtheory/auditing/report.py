@@ -9,26 +9,36 @@ from typing import Any
 from opdtheory.auditing.checks.numerics import DtypeResult
 from opdtheory.auditing.checks.subject import Check
 from opdtheory.auditing.effects.dependence import Dependence
+from opdtheory.auditing.limits import limits
 from opdtheory.auditing.naming.recover import RecoveredWeight
 from opdtheory.auditing.naming.weight_form import WeightForm
 from opdtheory.auditing.records import Count, Finite, Identified, VariableLengths, plain
+from opdtheory.auditing.reductions import WORDS, AgainstSum
 from opdtheory.auditing.sampling.montecarlo_result import MonteCarloResult
 from opdtheory.auditing.scenario import Scenario
-from opdtheory.choices import FAITHFUL, Verdict
+from opdtheory.auditing.worlds import World
+from opdtheory.choices import FAITHFUL, Reduction, Verdict
+from opdtheory.exact.expectation import Sampled
 from opdtheory.objective import Objective
 from opdtheory.rendering import text
 
-__all__ = ["NOT_JSON", "PAIR_COLUMNS", "SCHEMA_VERSION", "Audit", "PairResult", "Remedy"]
+__all__ = ["COMPUTED", "NOT_JSON", "PAIR_COLUMNS", "SCHEMA_VERSION", "Audit", "PairResult", "Remedy"]
 
 SCHEMA_VERSION = 1
 
 # Fields of an audit that JSON splits into objective, granularity and settings.
 NOT_JSON = ("claim", "scenario")
 
+# Properties that JSON holds beside the fields.
+COMPUTED = ("objective", "granularity", "passes", "faithful", "limits", "descends", "settings")
+
 PAIR_COLUMNS = ("pair", "relative bias", "cosine", "variance", "full-vocab variance")
 
 # A slope at the teacher this small, relative to the weight's range, may be the error of a finite difference.
 _FLAT = 1e-6
+
+# An objective this far off is not the nearest but one of many that are not near.
+_NONE_NEAR = 0.98
 
 # Checks that repeat the verdict, and checks of extreme numbers, which are about range and not about the claim.
 _OF_THE_VERDICT = ("stationary at the teacher", "one common scale", "error at the best scale")
@@ -66,12 +76,14 @@ class Remedy:
     """A change to a loss that is not faithful to its claim.
 
     Attributes:
-        kind: `sign scale position reduction padding importance slope advantage granularity clip detach differentiate k2
-            tail vocabulary baseline`, two of them joined by a comma, `claim`, `gauge` or `replace`.
+        kind: `sign scale position reduction padding importance slope advantage granularity clip mask detach temperature
+            shift differentiate k2 tail vocabulary baseline reward`, two of them joined by a comma, `claim`, `gauge` or
+            `replace`.
         text: the change as an imperative sentence, with the formula and the theorem.
         verdict: verdict on the changed loss against the claim; for `claim`, against the other claim.
         relative_bias: relative bias of the changed loss, at scale one.
         verified: whether an audit of the changed loss found it faithful.
+        cause: what is wrong by name, in a sentence; empty if the change alone says it.
     """
 
     kind: str
@@ -79,6 +91,7 @@ class Remedy:
     verdict: str
     relative_bias: float
     verified: bool
+    cause: str = ""
 
 
 @dataclass(frozen=True)
@@ -98,6 +111,11 @@ class Audit:
         weight: the weight that the loss puts on a token, as a function of the ratio.
         pairs: one row per pair of the panel.
         variable_lengths: whether the finding holds when rollouts may end early; None if not examined.
+        reduction: the reduction as which the loss is exact where lengths vary; None if as none, or if not examined.
+        against_sum: what that reduction costs against the sum over tokens; empty for the sum itself.
+        worlds: whether the finding holds beside the panel: other lengths, batches, vocabularies, steps, ratios, dtypes.
+        sampled: what a sample of batches had to judge, because there are too many to enumerate: `company`, `order`, or
+            nothing, an empty string.
         form: the recovered weight as a formula, with the divergence it implies and its behaviour (T4, T5, T7d); None
             if not examined.
         dependence: what else a token's weight depends on besides its own ratio; None if not examined.
@@ -121,6 +139,10 @@ class Audit:
     weight: RecoveredWeight
     pairs: list[PairResult]
     variable_lengths: VariableLengths | None = None
+    reduction: Reduction | None = None
+    against_sum: list[AgainstSum] = field(default_factory=list)
+    worlds: list[World] = field(default_factory=list)
+    sampled: Sampled = ""
     form: WeightForm | None = None
     dependence: Dependence | None = None
     checks: list[Check] = field(default_factory=list)
@@ -142,14 +164,28 @@ class Audit:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The arguments of `audit`: the fields of the scenario, and `gamma`."""
-        return {**self.scenario.to_dict(), "gamma": self.claim.gamma}
+        """The arguments of `audit`: the fields of the scenario, `gamma`, `reduction`, and `alpha` if it was sampled."""
+        found = {**self.scenario.to_dict(), "gamma": self.claim.gamma, "reduction": self.claim.reduction}
+        return found if self.monte_carlo is None else {**found, "alpha": self.monte_carlo.alpha}
+
+    @property
+    def passes(self) -> bool:
+        """Whether the loss does what it claims, up to a constant factor, in every world asked, and is sound."""
+        unsound = [check for check in self._failed() if check.name not in _OF_THE_RANGE]
+        return self.verdict in FAITHFUL and not unsound and not self._fails_in()
 
     @property
     def faithful(self) -> bool:
-        """Whether the loss does what it claims, up to a constant factor, and passes every check of soundness."""
-        unsound = [check for check in self._failed() if check.name not in _OF_THE_RANGE]
-        return self.verdict in FAITHFUL and not unsound
+        """Another name of `passes`."""
+        return self.passes
+
+    @property
+    def limits(self) -> tuple[str, ...]:
+        """What was not asked, and which setting asks it, in sentences."""
+        return limits(self.scenario, self.worlds, self.sampled, self.monte_carlo is not None)
+
+    def _fails_in(self) -> list[World]:
+        return [world for world in self.worlds if world.holds is False]
 
     def _failed(self) -> list[Check]:
         """The failed checks that say more than the verdict."""
@@ -170,7 +206,7 @@ class Audit:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values that `json.dumps` takes; infinite numbers and NaN become None."""
-        computed = {key: getattr(self, key) for key in ("objective", "granularity", "faithful", "descends", "settings")}
+        computed = {key: getattr(self, key) for key in COMPUTED}
         measured = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in NOT_JSON}
         record: dict[str, Any] = plain({"schema_version": SCHEMA_VERSION, **computed, **measured})
         return record
@@ -180,40 +216,75 @@ class Audit:
         if self.monte_carlo is not None:
             return self.monte_carlo.words
         sentences = (
+            self._as_mean(),
             self._claim(),
+            self._cause(),
             self._follows(),
             self._shape(),
             self._depends(),
-            self._lengths(),
+            self._elsewhere(),
             *(check.detail for check in self._failed()),
             self._noise(),
         )
         return " ".join(sentence for sentence in sentences if sentence)
 
     def __str__(self) -> str:
-        rule = f"{self.name}: {self.verdict.replace('_', ' ').upper()}"
+        rule = f"{self.name}: {self.headline}"
         parts = [rule, "", text.paragraph(self.summary())]
         if self.pairs:
             parts += ["", *text.table((PAIR_COLUMNS, *(pair.cells for pair in self.pairs)), align="lr")]
         if self.remedies:
-            parts += ["", "What would make it right:", *(text.item(remedy.text) for remedy in self.remedies)]
+            parts += ["", "What would make it right:", *(text.item(_told(remedy)) for remedy in self.remedies)]
         narrow = [f"{r.dtype}: {r.words}" for r in self.numerics if r.regime == "realistic" and _matters(r)]
         if narrow:
             parts += ["", "On realistic logits in narrow dtypes:", *map(text.item, narrow)]
+        if self.limits:
+            parts += ["", "What was not asked:", *map(text.item, self.limits)]
         return "\n".join(parts)
+
+    @property
+    def headline(self) -> str:
+        """The verdict in capitals, and that the loss fails beyond the panel if it does."""
+        words = self.verdict.replace("_", " ").upper()
+        if self.verdict not in FAITHFUL or self.passes:
+            return words
+        return f"FAILS ({words} ON THE PANEL)"
+
+    def _as_mean(self) -> str:
+        """As which mean a loss is exact, and what that costs against the sum over tokens (T11)."""
+        if self.reduction not in ("token_mean", "sequence_mean") or not self.against_sum:
+            return ""
+        how = "rollouts weigh by 1/N within a batch" if self.reduction == "token_mean" else "short rollouts weigh more"
+        exact = "Exact" if self.verdict in FAITHFUL or self._follows_claim else "Exact for what it follows"
+        costs = _listed([f"{_percent(row.error)} at batches of {row.batch_size}" for row in self.against_sum])
+        if self.reduction == "sequence_mean":
+            costs = f"{_percent(self.against_sum[0].error)} at every batch size"
+        least = min(row.cosine for row in self.against_sum)
+        return (
+            f"{exact}, as {WORDS[self.reduction]}: {how} (T11). Against the sum over tokens, at the best scale, it is "
+            f"off by {costs}, with a cosine of at least {least:.4g}."
+        )
+
+    @property
+    def _follows_claim(self) -> bool:
+        """Whether the loss follows the claimed objective as some reduction, if not as the claimed one."""
+        return self.verdict == "biased" and self.reduction is not None
 
     def _claim(self) -> str:
         claim = f"{self.objective} ({self.granularity})"
         if self.verdict == "exact":
             return f"The expected gradient is exactly that of {claim}."
         if self.verdict == "exact_up_to_scale":
-            return f"The expected gradient is exactly that of {claim}, times {self.scale:.6g}."
+            subject = "At fixed length the" if self._as_mean() and self.scenario.eos is None else "The"
+            return f"{subject} expected gradient is exactly that of {claim}, times {self.scale:.6g}."
         if self.verdict == "zero":
             return (
                 f"The expected gradient is zero: in expectation this loss descends neither {claim} nor anything else."
             )
         if self.verdict == "other_objective":
             return f"The loss does not descend {claim}."
+        if self._follows_claim:
+            return ""
         uphill = sum(pair.cosine < 0 for pair in self.pairs)
         turn = f", uphill on {uphill} of {len(self.pairs)} pairs" if uphill else ""
         return (
@@ -221,23 +292,32 @@ class Audit:
             f"of the exact gradient's length, with a cosine down to {self.cosine:.4f}{turn}."
         )
 
+    def _cause(self) -> str:
+        """What is wrong by name, if a remedy names it."""
+        return next((remedy.cause for remedy in self.remedies if remedy.cause), "")
+
     def _follows(self) -> str:
         found = self.identified
-        if found is None or self.verdict in ("zero", *FAITHFUL):
+        if found is None or self.verdict in ("zero", *FAITHFUL) or self._follows_claim:
             return ""
         where = f"{found.label} ({found.granularity})"
         if found.error > self.tolerance:
+            # What is wrong by name says more than what is near.
+            if self._cause():
+                return ""
+            if found.error >= _NONE_NEAR:
+                return "No catalogue objective is near."
             near = "" if found.error < 0.5 else " and far from it"
             return f"The nearest catalogue objective is {where}, off by {_percent(found.error)} at best scale{near}."
         times = "" if abs(found.scale - 1.0) <= self.tolerance else f" times {found.scale:.6g}"
         return f"Its expected gradient is that of {where}{times}, to {found.error:.0e}."
 
     def _shape(self) -> str:
-        if self.verdict == "zero":
+        if self.verdict == "zero" or self._follows_claim or not len(self.weight.log_u):
             return ""
         if not self.weight.depends_on_ratio_only:
             return "The weight on a token is not a function of the ratio u = teacher/student alone."
-        if self.descends is None and self.weight.explains_panel is False:
+        if self.descends is None and not self.weight.explains_panel:
             return (
                 "On one-step policies the weight on a token is a function of the ratio u = teacher/student; over "
                 "several tokens it depends on more than the token's own ratio."
@@ -247,6 +327,9 @@ class Audit:
             sentences.append(f"The weight on a token is {self.form.expr}, up to a scale and a constant.")
         if not self.weight.non_decreasing:
             sentences.append(f"The weight falls {_intervals(self.weight)}, so no f-divergence is minimised (T4).")
+        elif self.form is not None and self.form.expr is not None and not self.form.genuine:
+            far = f"|log u| > {float(self.weight.log_u[-1]):.3g}"
+            sentences.append(f"The weight falls where {far}, so no f-divergence is minimised there (T4).")
         elif self.descends is None:
             sentences.append("The weight never falls as u grows, so some f-divergence is minimised (T4).")
         slope, span = self.weight.slope_at_teacher, float(self.weight.weight.abs().max())
@@ -262,14 +345,13 @@ class Audit:
             return ""
         return " ".join(self.dependence.words)
 
-    def _lengths(self) -> str:
-        if self.variable_lengths is None or self.variable_lengths.verdict in FAITHFUL:
+    def _elsewhere(self) -> str:
+        """The worlds in which the finding does not hold, but for those that differ by the reduction alone."""
+        fails = [w for w in self._fails_in() if not (self._as_mean() and w.varies)]
+        if not fails:
             return ""
-        off = _percent(self.variable_lengths.relative_bias)
-        return (
-            "This holds at fixed length only: when rollouts may end early, it is off by up to "
-            f"{off} even at the best scale (T11)."
-        )
+        where = _listed([w.name if w.error is None else f"{w.name} (off by {_percent(w.error)})" for w in fails])
+        return f"Beyond the panel it does not hold, even at the best scale, with {where}."
 
     def _noise(self) -> str:
         """The variance relative to the whole-vocabulary estimator's, if both estimate the same vector up to a scale."""
@@ -283,6 +365,15 @@ class Audit:
         if abs(middle - 1.0) < 1e-6:
             return "Its variance is that of the whole-vocabulary estimator."
         return f"At equal scale its variance is {middle:.3g} times that of the whole-vocabulary estimator."
+
+
+def _listed(parts: list[str]) -> str:
+    """The parts with commas, and the last one after `and`."""
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def _told(remedy: Remedy) -> str:
+    return remedy.text if remedy.verified else f"{remedy.text} (Not verified.)"
 
 
 def _percent(ratio: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from opdtheory.auditing.records import Count, Finite, Positive
+from opdtheory.choices import LENGTHS
 from opdtheory.errors import BudgetExceededError, InvalidArgumentError, NotFiniteError, check_integer
 from opdtheory.exact import GradientMoments, Loss, TabularPolicy, exact_gradient, gradient_moments, random_pair
 from opdtheory.exact.expectation import BATCH_BUDGET
@@ -27,6 +29,10 @@ _BATCHED = ((3, 2), (2, 2))
 # Evaluations of a coupled loss that one pair should take, and may take at most.
 _PAIR_EVALUATIONS = 1_000
 _MOST_EVALUATIONS = 5_000
+
+# The largest vocabulary of a panel, and the most sequences for which it has more than one step.
+_LARGEST_VOCABULARY = 512
+_MOST_SEQUENCES = 700
 
 # The last position of the response that an environment may write.
 _LAST_WRITTEN = 2
@@ -80,6 +86,9 @@ class Scenario:
         environment: positions of the response, counted from 0 after the prompt, whose tokens an environment writes.
             The response is lengthened if the student would not write its last token.
         shared_prompt: whether the rollouts of a batch answer one prompt, as a group of GRPO does.
+        lengths: which lengths are asked about: `both`, `fixed` or `variable`. With `variable`, rollouts may end early
+            everywhere, by token 0 unless `eos` says another.
+        vocabulary: number of the panel's tokens; None for 4, or as many as batches allow.
 
     Raises:
         InvalidArgumentError: a value is out of range.
@@ -92,10 +101,20 @@ class Scenario:
     prompts: Positive = 1
     environment: tuple[Count, ...] = ()
     shared_prompt: bool = False
+    lengths: str = "both"
+    vocabulary: int | None = None
 
     def __post_init__(self) -> None:
         for name, lowest in (("batch_size", 1), ("seed", 0), ("prompts", 1)):
             check_integer(name, getattr(self, name), lowest)
+        if self.vocabulary is not None:
+            check_integer("vocabulary", self.vocabulary, 2, _LARGEST_VOCABULARY)
+        if self.lengths not in LENGTHS:
+            raise InvalidArgumentError("lengths", f"must be one of {', '.join(LENGTHS)}, got {self.lengths!r}")
+        if self.lengths == "fixed" and self.eos is not None:
+            raise InvalidArgumentError("lengths", f"must not be fixed where eos={self.eos} ends rollouts early")
+        if self.lengths == "variable" and self.eos is None:
+            object.__setattr__(self, "eos", 0)
         if not 0.0 <= self.off_policy < float("inf"):
             raise InvalidArgumentError("off_policy", f"must be a finite number of at least 0, got {self.off_policy!r}")
         for n in self.environment:
@@ -105,6 +124,11 @@ class Scenario:
     def single(self) -> Scenario:
         """The same scenario, one rollout at a time."""
         return replace(self, batch_size=1)
+
+    @property
+    def ending(self) -> Scenario:
+        """The same scenario with rollouts that may end early, by token 0 unless another one ends them already."""
+        return self if self.eos is not None else replace(self, eos=0, lengths="both")
 
     @property
     def coupled(self) -> bool:
@@ -131,11 +155,18 @@ class Scenario:
             InvalidArgumentError: there are more prompts than tokens.
             BudgetExceededError: batches of this size cannot be enumerated even on the smallest pair.
         """
-        vocab_size, horizon = self._size()
+        return self.sized(*self._size())
+
+    def sized(self, vocab_size: int, horizon: int, chosen: Sequence[int] = range(len(_PAIRS))) -> list[Case]:
+        """Chosen pairs of the panel with another vocabulary and number of steps of the response.
+
+        Raises:
+            InvalidArgumentError: there are more prompts than tokens, or `eos` is no token.
+        """
         levels = tuple(self.environment)
         if self.prompts > 1:
             levels = (0, *(1 + n for n in levels))
-        return [self._pair(i, vocab_size, horizon, levels) for i in range(len(_PAIRS))]
+        return [self._pair(i, vocab_size, horizon, levels) for i in chosen]
 
     def _pair(self, i: int, vocab_size: int, horizon: int, levels: tuple[int, ...]) -> Case:
         scale, distance = _PAIRS[i]
@@ -156,7 +187,11 @@ class Scenario:
     def _size(self) -> tuple[int, int]:
         """The largest vocabulary and horizon whose batches can be enumerated."""
         longest = 2 + max(self.environment, default=-1)
-        sizes = [(v, max(horizon, longest)) for v, horizon in (_BATCHED if self.coupled else (_SINGLE,))]
+        usual = _BATCHED if self.coupled else (_SINGLE,)
+        if self.vocabulary is not None:
+            steps = max((n for n in (2, 3) if self.vocabulary**n <= _MOST_SEQUENCES), default=1)
+            usual = ((self.vocabulary, min(steps, usual[0][1])), (self.vocabulary, 1))
+        sizes = [(v, max(horizon, longest)) for v, horizon in usual]
         counts = {size: self._batches(*size) for size in sizes}
         size = next((size for size in sizes if counts[size] <= _PAIR_EVALUATIONS), sizes[-1])
         if counts[size] > _MOST_EVALUATIONS:
@@ -177,8 +212,8 @@ class Scenario:
             return self.prompts * count_batches(sequences, self.batch_size)
         return count_batches(self.prompts * sequences, self.batch_size)
 
-    def moments(self, loss: Loss, case: Case, budget: int = BATCH_BUDGET) -> GradientMoments:
-        """The exact moments of the loss's gradient on a pair.
+    def moments(self, loss: Loss, case: Case, budget: int = BATCH_BUDGET, thorough: bool = False) -> GradientMoments:
+        """The exact moments of the loss's gradient on a pair; `thorough` as in `gradient_moments`.
 
         Raises:
             BudgetExceededError: there are more batches than the budget allows.
@@ -186,7 +221,7 @@ class Scenario:
         """
         try:
             return gradient_moments(
-                loss, case.student, case.teacher, self.batch_size, case.behavior, budget, self.shared_prompt
+                loss, case.student, case.teacher, self.batch_size, case.behavior, budget, self.shared_prompt, thorough
             )
         except NotFiniteError as error:
             where = f", on the pair {case.label!r}" if case.label else ""

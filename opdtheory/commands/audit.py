@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opdtheory.choices import GRANULARITIES, METHODS
+from opdtheory.choices import CLAIMED_REDUCTIONS, GRANULARITIES, LENGTHS, METHODS
 from opdtheory.commands.console import FAILS, HOLDS, UsageError, aside, console, or_none, output_apart
 from opdtheory.commands.targets import Target, failure, find, importable
 from opdtheory.errors import LossError, NotFiniteError, OpdTheoryError
@@ -95,10 +95,42 @@ SETTINGS = (
         {"action": argparse.BooleanOptionalAction},
     ),
     _Setting(
+        "reduction",
+        "any",
+        "how the losses of tokens become one number, or any of these ways",
+        reader={"choices": CLAIMED_REDUCTIONS},
+    ),
+    _Setting(
+        "lengths",
+        "both",
+        "which lengths of rollouts the claim is about: fixed, variable or both",
+        reader={"choices": LENGTHS},
+    ),
+    _Setting(
+        "vocabulary",
+        None,
+        "number of tokens of the policies, or none",
+        "none, 4 or what batches allow",
+        {"type": or_none(int), "metavar": "V"},
+    ),
+    _Setting(
+        "tolerance",
+        None,
+        "relative error that counts as rounding, or none",
+        "none, by the dtype of the loss",
+        {"type": or_none(float), "metavar": "R"},
+    ),
+    _Setting(
         "method",
         "auto",
         "enumerate every batch, sample batches, or enumerate where that is possible",
         reader={"choices": METHODS},
+    ),
+    _Setting(
+        "alpha",
+        1e-6,
+        "where batches are sampled, the probability that any statement of the audit is wrong",
+        reader={"type": float, "metavar": "P"},
     ),
     _Setting("seed", 0, "seed of the panel of policies", reader={"type": int, "metavar": "N"}),
 )

@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from opdtheory.errors import (
-    BudgetExceededError,
-    InvalidArgumentError,
-    LossError,
-    NotFiniteError,
-    check_integer,
-)
+from opdtheory.errors import BudgetExceededError, InvalidArgumentError, check_integer
 from opdtheory.exact.enumeration import SEQUENCE_BUDGET, Enumeration
+from opdtheory.exact.modes import plain_modes
 from opdtheory.exact.policies import Policy
-from opdtheory.exact.threads import one_thread
-from opdtheory.rollouts import Rollouts
+from opdtheory.exact.probe import Loss, Probe
 
-__all__ = ["BATCH_BUDGET", "GradientMoments", "Loss", "expected_gradient", "gradient_moments"]
-
-Loss = Callable[[Rollouts], Tensor]
+__all__ = [
+    "BATCH_BUDGET",
+    "GradientMoments",
+    "Loss",
+    "OwnGradients",
+    "expected_gradient",
+    "gradient_moments",
+    "own_gradients",
+]
 
 # Evaluations of a loss that one expectation may take: about half a minute at 0.5 ms each.
 BATCH_BUDGET = 60_000
@@ -36,13 +37,16 @@ _SEPARABILITY_SAMPLE = 8
 # Up to this many batches are all evaluated, since a sample of so few may be all alike.
 _EVERY_COMPANY = 16
 
-# Two evaluations of one separable loss differ only by rounding in the dtype that it returns, unless that is too narrow
-# for the difference to tell anything. A tenth of what an audit takes for rounding of the expectation itself.
-_SAME = {torch.float32: 1e-5}
-_SAME_IN_FLOAT64 = 1e-10
-
 # Entries of gradients that are held at once: 32 MiB.
 _HELD = 2**22
+
+# Every batch is evaluated up to these numbers: of a loss that `torch.func.vmap` can map over batches, which then costs
+# microseconds each, and of one that it cannot.
+_MOST_MAPPED = 20_000
+_MOST_CALLED = 1_000
+
+# What was left to a sample of batches: nothing, the order of rollouts in a batch, or the rollouts beside each other.
+Sampled = Literal["", "order", "company"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,11 @@ class GradientMoments:
         second_moment: `E |g|^2` of one batch's gradient.
         separable: whether the loss of a batch is the mean of its rollouts' own losses.
         evaluations: the number of calls of the loss.
+        terms: the largest gradient that enters a softmax; what is much smaller than this cancels to zero.
+        rounding: the share of `size` up to which a mean is zero, by the dtype of the loss.
+        sampled: what was judged by a sample of batches, because there are too many to evaluate each: `company` (which
+            rollouts meet in a batch: the loss is then taken to treat each alone), `order` (of the rollouts in a
+            batch), or nothing, an empty string.
     """
 
     mean: list[Tensor]
@@ -62,6 +71,20 @@ class GradientMoments:
     second_moment: float
     separable: bool
     evaluations: int
+    terms: float = 0.0
+    sampled: Sampled = ""
+    rounding: float = 1e-12
+
+    @property
+    def size(self) -> float:
+        """What the mean is compared with to tell whether it is zero: the noise, or the terms that cancel."""
+        return max(math.sqrt(self.second_moment), self.terms)
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether the mean is zero, up to rounding of what cancels."""
+        norm = math.sqrt(sum(float(level.square().sum()) for level in self.mean))
+        return norm <= self.rounding * self.size
 
 
 def expected_gradient(
@@ -75,8 +98,10 @@ def expected_gradient(
 ) -> list[Tensor]:
     r"""The exact expectation $E_{y_1,\dots,y_B\sim\mu}[\nabla_\theta\,\mathrm{loss}]$ of a loss's gradient.
 
-    The expectation is over every batch of `batch_size` rollouts that the behaviour policy $\mu$ can sample: batch by
-    batch, up to symmetry, if the loss couples its rollouts, and from single rollouts if it is found not to.
+    The expectation is over every batch of `batch_size` rollouts that the behaviour policy $\mu$ can sample, in every
+    order. Where these are more than 20,000 (1,000 for a loss that `torch.func.vmap` cannot map), a loss that treats
+    each rollout alone on a sample of batches is taken to do so on all, and one whose value does not change with the
+    order of the rollouts on a sample is evaluated in one order; `gradient_moments(...).sampled` says so.
 
     Args:
         loss: a function of `Rollouts` that returns a differentiable scalar.
@@ -109,8 +134,12 @@ def gradient_moments(
     behavior: Policy | None = None,
     budget: int = BATCH_BUDGET,
     shared_prompt: bool = False,
+    thorough: bool = True,
 ) -> GradientMoments:
     """Mean and variance of a loss's gradient in the student's table of logits; see `expected_gradient`.
+
+    With `thorough=False` a sample of batches decides whether rollouts are coupled, however few batches there are: for
+    searches, whose result is examined afterwards.
 
     Raises:
         InvalidArgumentError: the policies do not match, or `batch_size` is below one.
@@ -120,15 +149,84 @@ def gradient_moments(
     if not callable(loss):
         raise InvalidArgumentError("loss", f"must be a function of Rollouts, got {type(loss).__name__}")
     check_integer("batch_size", batch_size)
-    with one_thread():
+    with plain_modes():
         everything = Enumeration.build(student, teacher, behavior, min(budget, SEQUENCE_BUDGET))
         groups = _groups(everything, shared_prompt)
-        probe = _Probe(loss, everything)
+        probe = Probe(loss, everything)
         probe.check(groups[0])
+        if thorough:
+            most = min(budget, _MOST_MAPPED if probe.maps(groups[0][:1].expand(2, batch_size)) else _MOST_CALLED)
+            for ordered in (True, False):
+                if _count(groups, batch_size, ordered) <= most:
+                    found = _from_batches(probe, groups, batch_size, ordered)
+                    if found is not None:
+                        return found
         shares = _separable_shares(probe, groups, batch_size)
         if shares is not None:
             return _from_singles(probe, shares, groups, batch_size)
-        return _from_batches(probe, groups, batch_size, budget)
+        ordered = batch_size > 1 and not all(_symmetric(probe, group, batch_size) for group in groups)
+        _check_budget(groups, batch_size, ordered, budget)
+        found = _from_batches(probe, groups, batch_size, ordered)
+        if found is None:  # an order that the sample missed
+            _check_budget(groups, batch_size, True, budget)
+            found = _from_batches(probe, groups, batch_size, True)
+        assert found is not None
+        return found
+
+
+@dataclass(frozen=True)
+class OwnGradients:
+    """The gradient of each rollout's own loss, with the rollout's length and probability.
+
+    Attributes:
+        shares: the gradients in the logits, `(N, T, V)`.
+        lengths: the number of unmasked tokens, `(N,)`.
+        probability: the probability of each rollout, `(N,)`.
+        table: sums gradients in logits by row of the student's table.
+        evaluations: the number of calls of the loss.
+        terms: as in `GradientMoments`.
+        rounding: as in `GradientMoments`.
+    """
+
+    shares: Float[Tensor, "N T V"]
+    lengths: Int64[Tensor, " N"]
+    probability: Float[Tensor, " N"]
+    table: _Table
+    evaluations: int
+    terms: float
+    rounding: float
+
+    def expected(self, weight: Float[Tensor, " N"]) -> Tensor:
+        """The expected gradient with each rollout multiplied by a weight, rows of all levels stacked."""
+        weighted = (self.probability * weight).view(-1, 1, 1) * self.shares
+        return self.table.gradients(torch.arange(len(weight)).view(1, -1), weighted.unsqueeze(0))[0]
+
+    @property
+    def squared_norms(self) -> Float[Tensor, " N"]:
+        """The squared length of each rollout's gradient; its positions are different rows of the table."""
+        return self.shares.square().sum((1, 2))
+
+    def levels(self, gradient: Float[Tensor, "R V"]) -> list[Tensor]:
+        """A gradient by level."""
+        return self.table.levels(gradient)
+
+
+def own_gradients(loss: Loss, student: Policy, teacher: Policy, behavior: Policy | None = None) -> OwnGradients:
+    """The gradient of each single rollout's loss.
+
+    Raises:
+        InvalidArgumentError: the policies do not match.
+        LossError: as `expected_gradient`.
+    """
+    with plain_modes():
+        everything = Enumeration.build(student, teacher, behavior)
+        probe = Probe(loss, everything)
+        every = torch.arange(len(everything))
+        probe.check(every)
+        shares = probe.sensitivities(every.view(-1, 1)).squeeze(1).double()
+        lengths = everything.mask.sum(-1).long()
+        table, probability = _Table(everything), everything.probability
+        return OwnGradients(shares, lengths, probability, table, probe.evaluations, probe.terms, probe.rounding)
 
 
 def _groups(everything: Enumeration, shared_prompt: bool) -> list[Tensor]:
@@ -139,76 +237,7 @@ def _groups(everything: Enumeration, shared_prompt: bool) -> list[Tensor]:
     return [(prompts == prompt).nonzero().squeeze(-1) for prompt in prompts.unique()]
 
 
-class _Probe:
-    """Evaluates a loss on batches of enumerated sequences and reads its sensitivity to every logit."""
-
-    def __init__(self, loss: Loss, everything: Enumeration) -> None:
-        self.loss = loss
-        self.everything = everything
-        self.logits = everything.gather_logits([t.detach() for t in everything.student_tables])
-        self.evaluations = 0
-        self.same = _SAME_IN_FLOAT64
-
-    def check(self, group: Tensor) -> None:
-        """Raise if the loss differs between two identical calls on some sequences of a group."""
-        index = group[:4]
-        first, second = self.value_and_sensitivity(index), self.value_and_sensitivity(index)
-        for name, a, b in zip(("value", "gradient"), first, second, strict=True):
-            if not torch.equal(a, b):
-                raise LossError(
-                    f"the loss is not deterministic: its {name} changed by {float((a - b).abs().max()):.3g} between "
-                    "two identical calls; seed or remove its randomness, and keep no state between calls"
-                )
-
-    def sensitivity(self, index: Tensor) -> Float[Tensor, "B T V"]:
-        """The gradient of the loss of a batch in each of its rollouts' logits."""
-        return self.value_and_sensitivity(index)[1]
-
-    def value_and_sensitivity(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss of a batch and its gradient in each rollout's logits."""
-        self.evaluations += 1
-        leaf = self.logits[index].requires_grad_()
-        with torch.enable_grad():
-            value = self.loss(self.everything.rollouts(index, leaf))
-        _check_value(value, tuple(leaf.shape))
-        self.same = _SAME.get(value.dtype, _SAME_IN_FLOAT64)
-        (gradient,) = torch.autograd.grad(value, leaf, allow_unused=True)
-        if gradient is None:
-            raise LossError(
-                "the loss has no gradient: its value does not depend on student_logits or student_logprobs; "
-                "is everything detached?"
-            )
-        # A sum is finite only if its terms are, and takes one operation.
-        bad = 0 if math.isfinite(gradient.sum()) else int((~torch.isfinite(gradient)).sum())
-        if bad:
-            raise NotFiniteError(
-                f"the loss's gradient holds {bad} NaN or inf among {gradient.numel()} entries although its value is "
-                f"finite; look for inf * 0 in its backward pass; the batch has shape (B, T, V) = {tuple(leaf.shape)}",
-                tuple(leaf.shape),
-            )
-        return value.detach(), gradient
-
-
-def _check_value(value: object, shape: tuple[int, ...]) -> None:
-    if not isinstance(value, Tensor):
-        raise LossError(f"the loss must return a scalar tensor, got {type(value).__name__}")
-    if value.ndim != 0:
-        raise LossError(
-            f"the loss must return a scalar tensor, got shape {tuple(value.shape)}; reduce it, for example by "
-            "rollouts.token_sum(values)"
-        )
-    if not value.dtype.is_floating_point:
-        raise LossError(f"the loss must return a floating-point dtype, got {value.dtype}")
-    if not math.isfinite(value.detach()):
-        found = float(value.detach())
-        raise NotFiniteError(
-            f"the loss's value must be finite, got {found} on a batch of shape (B, T, V) = {shape}", shape
-        )
-    if not value.requires_grad:
-        raise LossError("the loss has no gradient: its value does not require grad; is everything detached?")
-
-
-def _separable_shares(probe: _Probe, groups: list[Tensor], batch_size: int) -> Tensor | None:
+def _separable_shares(probe: Probe, groups: list[Tensor], batch_size: int) -> Tensor | None:
     """Each rollout's own gradient `(N, T, V)`, or None unless a batch's loss is the mean of its rollouts' losses.
 
     Each rollout is evaluated in different company: in the batch of its whole group, of a random half and of a random
@@ -244,7 +273,7 @@ def _companies(count: int, batch_size: int) -> list[Tensor]:
     return companies
 
 
-def _from_singles(probe: _Probe, shares: Tensor, groups: list[Tensor], batch_size: int) -> GradientMoments:
+def _from_singles(probe: Probe, shares: Tensor, groups: list[Tensor], batch_size: int) -> GradientMoments:
     table, probability = _Table(probe.everything), probe.everything.probability
     mean, within, between = table.zeros(), 0.0, 0.0
     for group in groups:
@@ -260,34 +289,90 @@ def _from_singles(probe: _Probe, shares: Tensor, groups: list[Tensor], batch_siz
     norm = float(mean.square().sum())
     # One group has no spread of means, not even by rounding.
     variance = within / batch_size + (max(between - norm, 0.0) if len(groups) > 1 else 0.0)
-    return GradientMoments(table.levels(mean), variance, variance + norm, True, probe.evaluations)
+    return GradientMoments(
+        table.levels(mean),
+        variance,
+        variance + norm,
+        True,
+        probe.evaluations,
+        probe.terms,
+        "company",
+        probe.rounding,
+    )
 
 
-def _from_batches(probe: _Probe, groups: list[Tensor], batch_size: int, budget: int) -> GradientMoments:
-    ordered = batch_size > 1 and not all(_symmetric(probe, group, batch_size) for group in groups)
-    counts = [len(group) for group in groups]
-    evaluations = sum(n**batch_size if ordered else math.comb(n + batch_size - 1, batch_size) for n in counts)
+def _count(groups: list[Tensor], batch_size: int, ordered: bool) -> int:
+    """The number of batches, in every order or in one."""
+    counts = map(len, groups)
+    return sum(n**batch_size if ordered else math.comb(n + batch_size - 1, batch_size) for n in counts)
+
+
+def _check_budget(groups: list[Tensor], batch_size: int, ordered: bool, budget: int) -> None:
+    evaluations = _count(groups, batch_size, ordered)
     if evaluations > budget:
-        out_of = f"{max(counts)} sequences" + (f" for each of {len(groups)} prompts" if len(groups) > 1 else "")
+        out_of = f"{max(map(len, groups))} sequences"
+        out_of += f" for each of {len(groups)} prompts" if len(groups) > 1 else ""
         raise BudgetExceededError(
             f"the expectation over {'ordered ' if ordered else ''}batches of {batch_size} out of {out_of}",
             evaluations,
             budget,
             "lower the batch size, the vocabulary or the horizon, or raise budget",
         )
+
+
+def _from_batches(probe: Probe, groups: list[Tensor], batch_size: int, ordered: bool) -> GradientMoments | None:
+    """The moments from every batch; None if, `ordered` being false, another order gives another gradient.
+
+    Each batch is then evaluated in two orders, ascending and by chance.
+    """
     table, probability = _Table(probe.everything), probe.everything.probability
-    mean, second_moment = table.zeros(), 0.0
+    mean, second_moment, separable = table.zeros(), 0.0, True
+    one_order = batch_size > 1 and not ordered
+    generator = torch.Generator().manual_seed(1)
     for group in groups:
         batches, orderings = _batches(len(group), batch_size, ordered)
         total = float(probability[group].sum())
         weights = total * orderings * (probability[group] / total)[batches].prod(-1)
-        chunk = max(1, _HELD // mean.numel())
-        for some, weight in zip(group[batches].split(chunk), weights.split(chunk), strict=True):
-            gradients = table.gradients(some, torch.stack([probe.sensitivity(batch) for batch in some]))
+        # A batch of copies shows a rollout's own gradient if the loss treats each rollout alone.
+        own = torch.zeros_like(probe.logits)
+        own[group] = probe.sensitivities(group.view(-1, 1).expand(-1, batch_size)).sum(1).to(own.dtype)
+        for some, weight in _chunks(group[batches], weights, mean.numel()):
+            found = probe.sensitivities(some)
+            if one_order and not _same_in_other_orders(probe, some, found, generator):
+                return None
+            separable = separable and _alike(probe, batch_size * found, own[some])
+            gradients = table.gradients(some, found)
             mean += torch.einsum("m,mrv->rv", weight, gradients)
             second_moment += float(weight @ gradients.square().sum((1, 2)))
     norm = float(mean.square().sum())
-    return GradientMoments(table.levels(mean), max(second_moment - norm, 0.0), second_moment, False, probe.evaluations)
+    return GradientMoments(
+        table.levels(mean),
+        max(second_moment - norm, 0.0),
+        second_moment,
+        separable,
+        probe.evaluations,
+        probe.terms,
+        "order" if one_order else "",
+        probe.rounding,
+    )
+
+
+def _chunks(batches: Tensor, weights: Tensor, entries: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches with their weights, as many at a time as gradients of so many entries may be held."""
+    chunk = max(1, _HELD // entries)
+    yield from zip(batches.split(chunk), weights.split(chunk), strict=True)
+
+
+def _same_in_other_orders(probe: Probe, batches: Tensor, found: Tensor, generator: torch.Generator) -> bool:
+    order = torch.rand(batches.shape, generator=generator).argsort(-1)
+    again = probe.sensitivities(batches.gather(-1, order))
+    return _alike(probe, found.gather(1, order[..., None, None].expand_as(found)), again)
+
+
+def _alike(probe: Probe, first: Tensor, second: Tensor) -> bool:
+    """Whether sensitivities are equal, batch by batch, up to rounding."""
+    sizes = torch.maximum(first.abs().amax((1, 2, 3)), second.abs().amax((1, 2, 3))).clamp_min(1e-300)
+    return bool(((first - second).abs().amax((1, 2, 3)) <= probe.same * sizes).all())
 
 
 def _batches(count: int, batch_size: int, ordered: bool) -> tuple[Int64[Tensor, "M B"], Float[Tensor, " M"]]:
@@ -306,7 +391,7 @@ def _batches(count: int, batch_size: int, ordered: bool) -> tuple[Int64[Tensor, 
     return batches, orderings
 
 
-def _symmetric(probe: _Probe, group: Tensor, batch_size: int) -> bool:
+def _symmetric(probe: Probe, group: Tensor, batch_size: int) -> bool:
     """Whether the loss treats the rollouts of a batch alike, judged by a few shuffled batches."""
     generator = torch.Generator().manual_seed(1)
     # A rotation and an exchange of two generate every order; a loss may be unchanged by either one alone.

@@ -265,11 +265,14 @@ class ModulePolicy(Policy):
         for n, level in enumerate(levels):
             for start in range(0, len(level), PREFIXES_AT_ONCE):
                 some = level[start : start + PREFIXES_AT_ONCE]
-                with torch.enable_grad():
+                with torch.inference_mode(False), torch.enable_grad():
                     rows = self.rows(n, start, start + len(some))
-                if not rows.requires_grad:
-                    continue
-                found = torch.autograd.grad(rows, parameters, some, allow_unused=True, materialize_grads=True)
+                    if not rows.requires_grad:
+                        continue
+                    # A copy, as one made in inference mode is no part of a graph.
+                    found = torch.autograd.grad(
+                        rows, parameters, some.clone(), allow_unused=True, materialize_grads=True
+                    )
                 for whole, part in zip(total, found, strict=True):
                     whole += part
         return total

@@ -35,6 +35,6 @@ def shortened_traceback(text: str) -> str:
 
 def reason(report: Audit) -> str:
     """Why an audit does not pass, in a clause."""
-    if report.verdict in FAITHFUL and not report.faithful:
-        return f"{VERDICTS[report.verdict]}, but a check of soundness fails"
+    if report.verdict in FAITHFUL and not report.passes:
+        return f"{VERDICTS[report.verdict]} on the panel, but it is wrong beyond it or unsound"
     return VERDICTS[report.verdict]

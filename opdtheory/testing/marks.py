@@ -67,7 +67,7 @@ class LossClaim:
         The verdict `exact` also meets `exact_up_to_scale`.
         """
         met = report.verdict == self.verdict or (self.verdict == "exact_up_to_scale" and report.verdict == "exact")
-        return met and (self.verdict not in FAITHFUL or report.faithful)
+        return met and (self.verdict not in FAITHFUL or report.passes)
 
 
 def opd_loss(

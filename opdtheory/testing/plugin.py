@@ -307,7 +307,12 @@ def _arguments(claim: LossClaim) -> dict[str, Any]:
         raise InvalidArgumentError(
             "claims", "must be given, by the mark or as objective in [tool.opdtheory] of pyproject.toml"
         )
-    return {"objective": claim.claims, "granularity": claim.granularity or "token_local", **claim.settings}
+    return {
+        "objective": claim.claims,
+        "granularity": claim.granularity or "token_local",
+        "reduction": "any",
+        **claim.settings,
+    }
 
 
 def _marked_members(name: str, owner: type) -> Iterator[tuple[str, object, type]]:

@@ -167,7 +167,7 @@ def _recovered_figure(figure: Any, results: list[EstimatorResult]) -> Any:
     for axis, r in zip(axes, results, strict=False):
         weight = r.audit.weight
         style = "-" if weight["depends_on_ratio_only"] else "--"
-        axis.plot(weight["log_u"], weight["weight"], style, color="tab:blue" if r.audit.faithful else "tab:red")
+        axis.plot(weight["log_u"], weight["weight"], style, color="tab:blue" if r.audit.passes else "tab:red")
         title = textwrap.fill(r.label, width=32)
         _decorate(axis, f"{title}\n{r.audit.verdict.replace('_', ' ')}")
         axis.title.set_fontsize(7)

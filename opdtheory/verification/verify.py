@@ -15,7 +15,7 @@ from opdtheory.auditing import Audit, audit, quick_verdict
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.estimators import Claim, Estimator, estimator
 from opdtheory.estimators.factory import examples
-from opdtheory.exact.threads import one_thread
+from opdtheory.exact.modes import plain_modes
 from opdtheory.rollouts import Rollouts
 from opdtheory.testing.assertions import assert_claim, claim_settings
 from opdtheory.theorems import IdentityResult, TheoremResult, theorems
@@ -177,7 +177,7 @@ def _tasks(select: Sequence[str]) -> list[tuple[str, int]]:
 
 def _run(task: tuple[str, int]) -> TheoremResult | EstimatorResult:
     kind, index = task
-    with one_thread():
+    with plain_modes():
         if kind == "theorem":
             return theorems()[index].run()
         return check_estimator(list(shipped_estimators())[index])

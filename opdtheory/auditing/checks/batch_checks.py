@@ -13,7 +13,7 @@ from opdtheory.auditing.checks.subject import Finding, Subject, ratio
 from opdtheory.exact import Enumeration, TabularPolicy, random_pair
 from opdtheory.rollouts import Rollouts
 
-__all__ = ["BATCH_CHECKS"]
+__all__ = ["BATCH_CHECKS", "PADDING_CHECKS"]
 
 _RARE = math.log(1e-30)
 
@@ -225,6 +225,8 @@ def _finite(s: Subject, everything: Enumeration, what: str, infinite: bool = Fal
         return None, bad / total, 0.0, f"With {what} {found}; the claimed divergence is infinite there."
     return False, bad / total, 0.0, f"With {what} {found}."
 
+
+PADDING_CHECKS = ("no gradient on padding", "padding values are ignored", "extreme padding is ignored")
 
 BATCH_CHECKS = {
     "no gradient on padding": padding_gradient,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from opdtheory.errors import InvalidArgumentError, check_integer
 from opdtheory.exact import Loss
-from opdtheory.exact.threads import one_thread
+from opdtheory.exact.modes import plain_modes
 from opdtheory.rollouts import Rollouts
 
 __all__ = ["DTYPES", "DtypeResult", "numerics", "realistic_logits"]
@@ -116,7 +116,7 @@ def numerics(
         if name not in DTYPES:
             raise InvalidArgumentError("dtypes", f"must be among {', '.join(DTYPES)}, got {name!r}")
     check_integer("batch_size", batch_size)
-    with one_thread():
+    with plain_modes():
         vocabulary = _SMALL_VOCABULARY if _is_slow(loss, batch_size, seed) else _VOCABULARY
         results = []
         for name in dtypes:

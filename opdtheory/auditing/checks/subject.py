@@ -131,14 +131,14 @@ class Subject:
     def moved(self, before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) -> float:
         """The change of value and gradient, relative to the larger of them; inf if anything is not finite."""
         change = float((after[0].double() - before[0].double()).abs())
-        size = max(float(before[1].abs().max()), float(before[0].abs()), self._floor)
+        size = max(float(before[1].abs().max()), float(before[0].abs()), self._floor(before[1]))
         if not math.isfinite(change):
             return math.inf
         return max(change / size, self.gradient_moved(before[1], after[1]))
 
     def gradient_moved(self, before: Tensor, after: Tensor) -> float:
         """The largest change of an entry, relative to the largest entry; inf if anything is not finite."""
-        change = float((after - before).abs().max()) / max(float(before.abs().max()), self._floor)
+        change = float((after - before).abs().max()) / max(float(before.abs().max()), self._floor(before))
         return change if math.isfinite(change) else math.inf
 
     def held(self, value: float, holds: str, fails: str, failed: bool | None = False) -> Finding:
@@ -146,10 +146,10 @@ class Subject:
         within = value <= self.tolerance
         return (True if within else failed), value, self.tolerance, holds if within else fails
 
-    @property
-    def _floor(self) -> float:
-        """The size of a gradient whose rounding would count as a change."""
-        return next(eps for limit, eps in _ROUNDING if self.tolerance <= limit) / self.tolerance
+    def _floor(self, gradient: Tensor) -> float:
+        """The size of an entry of a batch's gradient whose rounding would count as a change."""
+        rounding = next(eps for limit, eps in _ROUNDING if self.tolerance <= limit) / self.tolerance
+        return rounding * max(m.terms for m in self.moments) / len(gradient)
 
     @cached_property
     def against_claim(self) -> tuple[list[Tensor], list[Tensor]] | None:

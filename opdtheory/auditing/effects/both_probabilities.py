@@ -12,7 +12,7 @@ from opdtheory.auditing.effects.probes import differ, one_step_weights
 from opdtheory.auditing.naming.sparse import refined, shortest
 from opdtheory.exact import Loss
 
-__all__ = ["DistributionEffect", "distribution_effect"]
+__all__ = ["DistributionEffect", "distribution_effect", "likeliest_kept"]
 
 # Tokens of the step on which a top-k set is searched for; a larger k is not found.
 _VOCABULARY = 256
@@ -29,9 +29,15 @@ class DistributionEffect:
     words: list[str] = field(default_factory=list)
 
 
-def distribution_effect(loss: Loss, ratio_only: bool, batch_size: int, seed: int, limit: float) -> DistributionEffect:
-    """The top-k set that a loss depends on; without one, and unless `ratio_only`, what its weight is a function of."""
-    top = _top_k(loss, batch_size, seed, limit)
+def distribution_effect(
+    loss: Loss, ratio_only: bool, batch_size: int, seed: int, limit: float, *, local: bool = True
+) -> DistributionEffect:
+    """The top-k set that a loss depends on; without one, and unless `ratio_only`, what its weight is a function of.
+
+    Unless the loss is `local`, its gradient over several tokens is not that of one step at each of them, and what its
+    weight would follow on one step is not what the loss follows.
+    """
+    top = likeliest_kept(loss, batch_size, seed, limit)
     if top is not None:
         k, whose = top
         return DistributionEffect(
@@ -40,10 +46,15 @@ def distribution_effect(loss: Loss, ratio_only: bool, batch_size: int, seed: int
     if ratio_only:
         return DistributionEffect()
     named, words = _of_both(loss, batch_size, limit)
+    if named is not None and not local:
+        text = (
+            "On one-step policies that sample for themselves, a token's weight is a function of its two probabilities"
+        )
+        return DistributionEffect(words=[f"{text}; over the panel's rollouts it depends on more."])
     return DistributionEffect(None, named, words)
 
 
-def _top_k(loss: Loss, batch_size: int, seed: int, limit: float) -> tuple[int, str] | None:
+def likeliest_kept(loss: Loss, batch_size: int, seed: int, limit: float) -> tuple[int, str] | None:
     """The size k of the top-k set, and whether student or teacher ranks it, if two pairs of distributions agree."""
     first = _sets(loss, batch_size, 31 + 2 * seed, limit)
     if not any(first.values()):
@@ -121,18 +132,20 @@ def _separated(of_q: np.ndarray, of_p: np.ndarray, axis: np.ndarray, close: floa
         return "a function of the student alone", [
             "The weight depends on the student's probability alone: the teacher does not enter it."
         ]
-    alpha = _power(g, axis, close)
+    alpha, other = _power(g, axis, close), _power(h, axis, close)
     shape = None if alpha is None else f"a multiple of {'log' if alpha == 0 else f'the power {alpha:.6g}'}"
+    # A weight that falls as the teacher's probability grows goes the other way.
+    falls = float(g[-1]) < 0
+    way, sign = ("ascends", "minus ") if falls else ("follows", "")
     if np.abs(g - h).max() <= close:
         if alpha is None:
-            return "Bregman divergence", [f"{text} with g = h = phi': it follows the Bregman divergence of phi (T4)."]
+            text = f"{text} with g = h = phi': it {way} the Bregman divergence of phi (T4)."
+            return f"{sign}Bregman divergence", [text]
         name = f"density-power divergence, alpha={alpha:.6g}"
         extra = "; at alpha=1 the squared difference of the probabilities" if alpha == 1 else ""
-        return name, [
-            f"{text} with g = h = phi' {shape}: it follows the Bregman divergence of phi, the {name} (T4){extra}."
-        ]
-    other = _power(h, axis, close)
-    if alpha == 0 and other == 0:
+        text = f"{text} with g = h = phi' {shape}: it {way} the Bregman divergence of phi, the {name} (T4){extra}."
+        return f"{sign}{name}", [text]
+    if alpha == 0 and other == 0 and not falls:
         ratio = float(h @ g / (g @ g))
         name = f"KL(p||q) plus {ratio - 1:.6g} times the negative entropy of p"
         return name, [

@@ -55,7 +55,8 @@ def dependence(loss: Loss, weight: RecoveredWeight, scenario: Scenario, toleranc
 
     Args:
         loss: a function `loss(rollouts) -> scalar tensor`.
-        weight: its recovered weight, from `recover_weight`.
+        weight: its recovered weight, from `recover_weight`; if that does not explain the panel, nothing is said to be
+            followed.
         scenario: only its batch size and seed are used.
         tolerance: relative error of the loss's gradient that counts as rounding.
 
@@ -96,7 +97,12 @@ def dependence(loss: Loss, weight: RecoveredWeight, scenario: Scenario, toleranc
     if not group.found:
         with experiment(words, "The two distributions"):
             distributions = both_probabilities.distribution_effect(
-                loss, weight.depends_on_ratio_only, batch_size, scenario.seed, limit
+                loss,
+                weight.depends_on_ratio_only,
+                batch_size,
+                scenario.seed,
+                limit,
+                local=weight.explains_panel is not False,
             )
     words += distributions.words
     ratio_only = (

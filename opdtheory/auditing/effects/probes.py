@@ -80,8 +80,13 @@ class Rows:
     vocabulary: int
     horizon: int
 
-    def pair(self, variant: Callable[[int, int], int]) -> tuple[TabularPolicy, TabularPolicy]:
-        """Student and teacher whose prefix number `row` of level `n` has the rows of kind `variant(n, row)`."""
+    def pair(
+        self, variant: Callable[[int, int], int], alike: Callable[[int], bool] = lambda n: False
+    ) -> tuple[TabularPolicy, TabularPolicy]:
+        """Student and teacher whose prefix number `row` of level `n` has the rows of kind `variant(n, row)`.
+
+        On levels that are `alike`, the teacher is the student.
+        """
         generator = torch.Generator().manual_seed(11)
         kinds = 1 + self.vocabulary
         student = torch.randn(kinds, self.vocabulary, generator=generator, dtype=torch.float64)
@@ -89,7 +94,8 @@ class Rows:
         noise = torch.randn(kinds, self.vocabulary, generator=generator, dtype=torch.float64)
         teacher = student + noise * (0.6 + 0.3 * torch.arange(kinds, dtype=torch.float64)).unsqueeze(-1)
         index = [torch.tensor([variant(n, row) for row in range(self.vocabulary**n)]) for n in range(self.horizon)]
-        return TabularPolicy([student[i] for i in index]), TabularPolicy([teacher[i] for i in index])
+        theirs = [(student if alike(n) else teacher)[i] for n, i in enumerate(index)]
+        return TabularPolicy([student[i] for i in index]), TabularPolicy(theirs)
 
     def first_token(self, level: int, row: int) -> int:
         """The first token of a prefix."""

@@ -49,7 +49,10 @@ def token_effects(loss: Loss, size: tuple[int, int], batch_size: int, limit: flo
         return TokenEffects(None, None, True, [text])
     position, label = _positions([level[0] for level in alike], limit)
     words = [] if position is None else [_position_words(position, label)]
-    if from_later:
+    if from_later and _without_ratios(loss, rows, batch_size, limit * size_of):
+        text = "A token's weight depends on the tokens after it, whatever their ratios, as the return of a reward does."
+        words.append(text)
+    elif from_later:
         words.append(_later_words(later, position, label, limit * size_of))
     elif (factor := _by_length(loss, size, batch_size, alike[0], limit)) is not None:
         words.append(factor)
@@ -60,6 +63,17 @@ def _effect(loss: Loss, rows: Rows, batch_size: int, level: int, alike: list[Ten
     """The change of the first row's weights when the rows of a later level depend on the first token."""
     pair = rows.pair(lambda n, row: 1 + rows.first_token(n, row) if n == level else 0)
     return expected_weights(loss, pair, batch_size)[0][0] - alike[0][0]
+
+
+def _without_ratios(loss: Loss, rows: Rows, batch_size: int, limit: float) -> bool:
+    """Whether later tokens change the first weights even where student and teacher agree on them."""
+
+    def first(level: int) -> Tensor:
+        pair = rows.pair(lambda n, row: 1 + rows.first_token(n, row) if n == level else 0, lambda n: n > 0)
+        return expected_weights(loss, pair, batch_size)[0][0]
+
+    plain = first(rows.horizon)
+    return any(differ(first(level), plain, limit) for level in range(1, rows.horizon))
 
 
 def _positions(rows: list[Tensor], limit: float) -> tuple[list[float] | None, str | None]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from opdtheory.auditing.fixes import changes
+from opdtheory.auditing.fixes.causes import attached, clipped
 from opdtheory.auditing.fixes.changes import PerToken
 from opdtheory.auditing.fixes.corrections import (
     Correction,
@@ -20,15 +21,22 @@ from opdtheory.auditing.fixes.corrections import (
     missing_terms,
 )
 from opdtheory.auditing.fixes.facts import Candidate, Facts, alike
+from opdtheory.auditing.fixes.steps import steps
 from opdtheory.auditing.fixes.substitutes import backpropagated, unstandardised, value_as_reward, whole_vocabulary
+from opdtheory.auditing.fixes.temperatures import temperatures
 from opdtheory.auditing.fixes.trial import attempt
 from opdtheory.auditing.naming.bandits import bandits
-from opdtheory.auditing.scenario import Scenario
+from opdtheory.auditing.naming.fit import fit_scale, flat
+from opdtheory.auditing.naming.recover import recover_weight
+from opdtheory.auditing.scenario import Case, Scenario
 from opdtheory.estimators.offpolicy import importance_weight, prefix_weight
-from opdtheory.exact import Loss, gradient_moments
+from opdtheory.exact import Loss, gradient_moments, random_pair
 from opdtheory.rollouts import Rollouts
 
-__all__ = ["candidates", "gauge"]
+__all__ = ["SUMMED", "candidates", "gauge"]
+
+_SUM = "Sum over tokens and divide by the number of rollouts, in place of"
+SUMMED = f"{_SUM} the mean over the batch's tokens, which divides by a random length: loss * mask.sum() / B (T11)."
 
 # Log-ratios beyond the grid of the recovered weight, to find a clip of up to 8 nats.
 _FAR = (-12.0, -8.0, 0.0, 8.0, 12.0)
@@ -40,17 +48,40 @@ def candidates(facts: Facts) -> Iterator[Candidate]:
     # Neither a factor that varies nor a mask changes a gradient that is zero.
     reduced = [] if facts.verdict == "zero" else [*_reductions(facts), *_padding(facts)]
     yield from _constants(facts)
+    # What is wrong by name: a detach, a temperature, a clamp, a step.
+    named = [*attached(facts), *temperatures(facts), *clipped(facts)]
+    yield from named
     # At fixed length, another reduction is a constant factor.
     if facts.variable or facts.scenario.coupled:
         yield from reduced
     yield from _importance(facts, facts.loss)
+    yield from steps(facts)
     for correction in corrections:
         yield _added(correction, facts.loss)
     yield from value_as_reward(facts)
     yield from backpropagated(facts)
     yield from whole_vocabulary(facts)
     yield from unstandardised(facts)
+    for cause in named:
+        yield from _together(cause, _after(facts, cause.loss))
     yield from _pairs(facts, corrections, reduced)
+
+
+def _after(facts: Facts, loss: Loss) -> Iterator[Candidate]:
+    """What a loss may still need after a cause by name is gone."""
+    if attempt(lambda: facts.trial.gradient(loss, 0)) is None:
+        return
+    weight = attempt(lambda: recover_weight(loss, replace(facts.scenario, off_policy=0.0), facts.trial.tolerance))
+    curve = None
+    if weight is not None and weight.depends_on_ratio_only:
+        curve = Curve(weight.log_u, weight.weight, alike(facts.trial.tolerance))
+    rest = replace(facts, loss=loss, curve=curve)
+    yield from _constants(rest)
+    yield from _importance(rest, loss)
+    for correction in _corrections(rest):
+        yield _added(correction, loss)
+    if facts.variable or facts.scenario.coupled:
+        yield from _reductions(rest)
 
 
 def _pairs(facts: Facts, corrections: list[Correction], reduced: list[Candidate]) -> Iterator[Candidate]:
@@ -96,7 +127,8 @@ def _added(correction: Correction, loss: Loss) -> Candidate:
 
 def _together(first: Candidate, then: Iterator[Candidate]) -> Iterator[Candidate]:
     for second in then:
-        yield Candidate(f"{first.kind}, {second.kind}", f"{first.text} {second.text}", second.loss)
+        cause = " ".join(each.cause for each in (first, second) if each.cause)
+        yield Candidate(f"{first.kind}, {second.kind}", f"{first.text} {second.text}", second.loss, cause)
 
 
 def _constants(facts: Facts) -> Iterator[Candidate]:
@@ -132,6 +164,8 @@ def _constant(facts: Facts, factor: float) -> Candidate:
     group, simple = facts.scenario.batch_size, Fraction(factor).limit_denominator(64)
     if abs(float(simple) - factor) <= max(10 * facts.trial.tolerance, 1e-12) * abs(factor):
         factor = float(simple)
+    if group == 1 and (padded := _padded(facts, factor)) is not None:
+        return padded
     shown = str(simple) if float(simple) == factor else f"{factor:.6g}"
     changed = changes.scaled(facts.loss, factor)
     if factor == -1.0:
@@ -145,6 +179,25 @@ def _constant(facts: Facts, factor: float) -> Candidate:
         )
         return Candidate("baseline", text, changed)
     return Candidate("scale", f"Multiply the loss by {shown}: its direction is right.", changed)
+
+
+def _padded(facts: Facts, factor: float) -> Candidate | None:
+    """The division by the padded length, if that is what a constant factor is."""
+    case = facts.trial.cases[0]
+    length = case.student.horizon
+    if length < 2 or abs(factor - length) > facts.trial.tolerance * length:
+        return None
+    loss, eos = changes.times_padded(facts.loss), facts.scenario.eos
+    student, teacher = random_pair(case.student.vocab_size, length - 1, eos=eos, seed=7)
+    shorter = Case(student, teacher, facts.scenario.behavior(student, 8), "shorter")
+    found = attempt(lambda: flat(facts.scenario.moments(loss, shorter).mean))
+    if found is None or fit_scale([found], [flat(shorter.exact(facts.claim))]).relative_bias[0] > facts.trial.tolerance:
+        return None
+    text = (
+        "Sum over tokens and divide by the number of rollouts, in place of the padded length too: loss * mask.shape[1]"
+    )
+    cause = "The loss divides by the padded length: its scale changes with the padding of the batch (T17)."
+    return Candidate("reduction", f"{text} (T17).", loss, cause)
 
 
 def _level_factors(facts: Facts) -> list[float] | None:
@@ -165,17 +218,25 @@ def _level_factors(facts: Facts) -> list[float] | None:
 
 
 def _reductions(facts: Facts) -> Iterator[Candidate]:
-    why = "Sum over tokens and divide by the number of rollouts, in place of"
-    yield Candidate(
-        "reduction",
-        f"{why} the mean over the batch's tokens, which divides by a random length: loss * mask.sum() / B (T11).",
-        changes.averaged_over_rollouts(facts.loss),
-    )
-    yield Candidate(
-        "reduction",
-        f"{why} the mean over each rollout's tokens, which weights short rollouts more (T11).",
-        changes.weighted_tokens(facts.loss, changes.rollout_lengths),
-    )
+    kinds = [
+        (
+            SUMMED,
+            "The loss is a mean over the batch's tokens: rollouts weigh by 1/N, N the tokens of their batch (T11)",
+            changes.averaged_over_rollouts(facts.loss),
+        ),
+        (
+            f"{_SUM} the mean over each rollout's tokens, which weights short rollouts more (T11).",
+            "The loss is a mean over each rollout's tokens: rollouts weigh by the inverse of their own length (T11)",
+            changes.weighted_tokens(facts.loss, changes.rollout_lengths),
+        ),
+        (
+            f"{_SUM} a division by the longest rollout of the batch: loss * mask.sum(-1).max() (T17).",
+            "The loss divides by the length of the batch's longest rollout, which the samples decide (T17)",
+            changes.times_longest(facts.loss),
+        ),
+    ]
+    for text, cause, loss in kinds:
+        yield Candidate("reduction", text, loss, f"{cause}.")
 
 
 def _padding(facts: Facts) -> Iterator[Candidate]:

@@ -5,7 +5,6 @@ Only the inputs and outputs of the loss are changed, so no source is needed. Eve
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
 
@@ -14,6 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from opdtheory.auditing.fixes.remembered import content
+from opdtheory.auditing.reductions import PerToken, averaged_over_rollouts, rollout_lengths, weighted_tokens
+from opdtheory.choices import REDUCTIONS
 from opdtheory.exact import Loss
 from opdtheory.rollouts import Rollouts
 
@@ -23,16 +24,16 @@ __all__ = [
     "averaged_over_rollouts",
     "on_policy_view",
     "padding_hidden",
+    "reduction_of_values",
     "rollout_lengths",
     "scaled",
+    "times_longest",
+    "times_padded",
     "token_values",
     "value_added",
     "value_as_reward",
     "weighted_tokens",
 ]
-
-# Maps rollouts to a number for each token, `(B, T)`.
-PerToken = Callable[[Rollouts], Tensor]
 
 
 def scaled(loss: Loss, factor: float) -> Loss:
@@ -40,38 +41,17 @@ def scaled(loss: Loss, factor: float) -> Loss:
     return lambda rollouts: factor * loss(rollouts)
 
 
-def averaged_over_rollouts(loss: Loss) -> Loss:
-    r"""A mean over the batch's tokens made a sum over tokens and mean over rollouts, $\ell\,\sum m / B$ (T11)."""
-
-    def averaged(rollouts: Rollouts) -> Tensor:
-        value = loss(rollouts)
-        # In the loss's own dtype, which determines what counts as rounding.
-        return (value * (rollouts.mask.sum() / rollouts.mask.shape[0])).to(value.dtype)
-
-    return averaged
+def times_padded(loss: Loss) -> Loss:
+    """A loss that divides by the padded length, times that length (T17)."""
+    return lambda rollouts: rollouts.mask.shape[1] * loss(rollouts)
 
 
-def rollout_lengths(rollouts: Rollouts) -> Float[Tensor, "B T"]:
-    """The number of unmasked tokens of each rollout, at least 1, for each of its positions."""
-    return rollouts.mask.sum(-1, keepdim=True).clamp_min(1).expand_as(rollouts.mask)
-
-
-def weighted_tokens(loss: Loss, weight: PerToken) -> Loss:
-    r"""The loss with the term of each token multiplied by a detached weight, $\sum_n \mathrm{sg}(c_n)\,\ell_n$.
-
-    The value is unchanged, and the gradient at each position is multiplied. That is equivalent for every loss in which
-    the term of a token depends on the student only through the logits of its position.
-    """
+def times_longest(loss: Loss) -> Loss:
+    r"""A loss that divides by the longest rollout, times that length, $\ell\,\max_b \sum_n m_{bn}$ (T17)."""
 
     def changed(rollouts: Rollouts) -> Tensor:
-        weights = weight(rollouts).detach()
-        return loss(
-            replace(
-                rollouts,
-                student_logits=_gate(rollouts.student_logits, weights.unsqueeze(-1)),
-                student_logprobs=_gate(rollouts.student_logprobs, weights),
-            )
-        )
+        value = loss(rollouts)
+        return (value * rollouts.mask.sum(-1).max()).to(value.dtype)
 
     return changed
 
@@ -113,10 +93,33 @@ def padding_hidden(loss: Loss) -> Loss:
     return weighted_tokens(hidden, lambda rollouts: rollouts.mask)
 
 
-def value_as_reward(loss: Loss) -> Loss:
-    r"""The loss's detached value of each token as a reward: $\mathrm{sg}(v_n)\log p(y_n|h_n)$ instead of $v_n$ (T4)."""
+def value_as_reward(loss: Loss, reduction: str = "token_sum") -> Loss:
+    r"""The loss's detached value of each token as a reward: $\mathrm{sg}(v_n)\log p(y_n|h_n)$ instead of $v_n$ (T4).
+
+    Args:
+        loss: the black box.
+        reduction: the reduction of its values, see `reduction_of_values`.
+    """
     known: dict[bytes, float] = {}
-    return lambda rollouts: rollouts.token_sum(token_values(loss, rollouts, known) * rollouts.student_logprobs)
+
+    def rewarded(rollouts: Rollouts) -> Tensor:
+        values = token_values(loss, rollouts, known) * rollouts.student_logprobs
+        reduced: Tensor = getattr(rollouts, reduction)(values)
+        return reduced
+
+    return rewarded
+
+
+def reduction_of_values(loss: Loss, batches: list[Rollouts], limit: float) -> str | None:
+    """The reduction by which the loss of every batch is that of its tokens' own values; None if there is none."""
+    known: dict[bytes, float] = {}
+    values = [token_values(loss, rollouts, known) for rollouts in batches]
+    whole = torch.stack([loss(rollouts).detach().double() for rollouts in batches])
+    for reduction in REDUCTIONS:
+        parts = torch.stack([getattr(r, reduction)(v).double() for r, v in zip(batches, values, strict=True)])
+        if float((parts - whole).abs().max()) <= limit * float(whole.abs().max()):
+            return reduction
+    return None
 
 
 def token_values(loss: Loss, rollouts: Rollouts, known: dict[bytes, float] | None = None) -> Float[Tensor, "B T"]:
@@ -136,14 +139,6 @@ def token_values(loss: Loss, rollouts: Rollouts, known: dict[bytes, float] | Non
             known[key] = float(loss(replace(rollouts, **alone)).detach())
         values[b, n] = known[key]
     return values
-
-
-def _gate(values: Tensor, weights: Tensor) -> Tensor:
-    if not values.requires_grad:
-        return values
-    same = values.clone()
-    same.register_hook(lambda gradient: gradient * weights)
-    return same
 
 
 def _up_to(rollouts: Rollouts, b: int, n: int) -> dict[str, Any]:

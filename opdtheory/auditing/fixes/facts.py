@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opdtheory.auditing.fixes.corrections import Curve
+from opdtheory.auditing.fixes.remembered import Remembered
 from opdtheory.auditing.fixes.trial import Trial
 from opdtheory.auditing.scenario import Scenario
 from opdtheory.exact import Loss
@@ -20,11 +21,21 @@ def alike(tolerance: float) -> float:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A changed loss, with the change as an imperative sentence and its kind."""
+    """A changed loss.
+
+    Attributes:
+        kind: the kind of change, see `Remedy`.
+        text: the change as an imperative sentence.
+        loss: the changed loss.
+        cause: what the change says is wrong, in a sentence; empty if the text says it.
+        follows: what the loss follows for that cause, in a sentence that holds only if nothing else is wrong.
+    """
 
     kind: str
     text: str
     loss: Loss
+    cause: str = ""
+    follows: str = ""
 
 
 @dataclass(frozen=True)
@@ -39,6 +50,8 @@ class Facts:
         lengths: whether what holds at fixed length fails at variable length.
         curve: the recovered weight, or None if it is not a function of the ratio.
         trial: the judge of changed losses.
+        local: whether the gradient over several tokens is that of one step at each of them; None if unknown.
+        top_k: number of tokens of a top-k loss, if the panel has no more tokens than that; None for another loss.
     """
 
     loss: Loss
@@ -48,6 +61,13 @@ class Facts:
     lengths: bool
     curve: Curve | None
     trial: Trial
+    local: bool | None = None
+    top_k: int | None = None
+
+    @property
+    def original(self) -> Loss:
+        """The loss itself: what is remembered of a batch is not changed by a change of its operations."""
+        return self.loss.loss if isinstance(self.loss, Remembered) else self.loss
 
     @property
     def token_local(self) -> bool:

@@ -6,17 +6,21 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from opdtheory.auditing.fixes.candidates import candidates, gauge
+from opdtheory.auditing.fixes.causes import ratio_cut
 from opdtheory.auditing.fixes.corrections import Curve
 from opdtheory.auditing.fixes.facts import Candidate, Facts, alike
+from opdtheory.auditing.fixes.remainder import remainder
 from opdtheory.auditing.fixes.remembered import Remembered
 from opdtheory.auditing.fixes.substitutes import bucket_added, last_resort, topk_form
+from opdtheory.auditing.fixes.topk import wide_pair
 from opdtheory.auditing.fixes.trial import Trial, attempt
 from opdtheory.auditing.naming.recover import RecoveredWeight, recover_weight
 from opdtheory.auditing.report import Audit, Remedy
+from opdtheory.auditing.scenario import Case
 from opdtheory.choices import Verdict
 from opdtheory.errors import check_integer
 from opdtheory.exact import Loss
-from opdtheory.exact.threads import one_thread
+from opdtheory.exact.modes import plain_modes
 
 __all__ = ["remedies"]
 
@@ -28,7 +32,7 @@ _WRONG = 2
 _BLIND = ("reduction", "padding", "importance")
 
 # The most changes tried for one loss; most cost the expectation on one pair.
-_TRIALS = 40
+_TRIALS = 80
 _COUPLED_TRIALS = 14
 
 
@@ -64,12 +68,24 @@ def remedies(
     if pairs is not None:
         check_integer("pairs", pairs)
     lengths = report.variable_lengths is not None and report.variable_lengths.verdict not in _RANK
-    if report.verdict == "undecided" or (report.verdict == "exact" and not lengths):
+    top_k = _beyond_the_panel(report)
+    if report.verdict == "undecided" or (report.verdict == "exact" and not lengths and top_k is None):
         return []
-    with one_thread():
-        facts = _facts(Remembered(loss), report, lengths, pairs)
-        found = _Search(verdict or facts.trial, _WRONG if lengths else _RANK.get(report.verdict, _WRONG), facts)
+    with plain_modes():
+        facts = replace(_facts(Remembered(loss), report, lengths, pairs), top_k=top_k)
+        if top_k is not None:
+            facts.trial.cases.insert(0, Case(*wide_pair(top_k), None, f"V={top_k} and more"))
+        narrow = lengths or top_k is not None
+        found = _Search(verdict or facts.trial, _WRONG if narrow else _RANK.get(report.verdict, _WRONG), facts)
         return found.run(report, limit)
+
+
+def _beyond_the_panel(report: Audit) -> int | None:
+    """The k of a top-k loss to which the panel shows the whole vocabulary; None for another loss."""
+    found, scenario = report.dependence, report.scenario
+    if found is None or found.top_k is None or scenario.coupled or scenario.off_policy:
+        return None
+    return found.top_k if found.top_k >= scenario.pairs()[0].student.vocab_size else None
 
 
 def _facts(loss: Loss, report: Audit, lengths: bool, pairs: int | None) -> Facts:
@@ -82,7 +98,7 @@ def _facts(loss: Loss, report: Audit, lengths: bool, pairs: int | None) -> Facts
     curve = None
     if weight is not None and weight.depends_on_ratio_only:
         curve = Curve(weight.log_u, weight.weight, alike(tolerance))
-    return Facts(loss, report.claim, scenario, report.verdict, lengths, curve, trial)
+    return Facts(loss, report.claim, scenario, report.verdict, lengths, curve, trial, report.weight.explains_panel)
 
 
 class _Search:
@@ -90,6 +106,7 @@ class _Search:
 
     def __init__(self, verdict: Callable[[Loss], tuple[str, float]], rank: int, facts: Facts) -> None:
         self.verdict, self.rank, self.facts = verdict, rank, facts
+        self._of_two: Trial | None = None
 
     def run(self, report: Audit, limit: int) -> list[Remedy]:
         """The remedies, smallest change first."""
@@ -97,8 +114,10 @@ class _Search:
         # Verifying a fix is expensive if rollouts are coupled, so one is enough.
         most = 1 if self.facts.scenario.coupled else limit - (claim is not None and limit > 1)
         found = self._verified(most)
-        if not found:
-            found = [r for r in [self.tried(last_resort(self.facts))] if r is not None]
+        if not any(remedy.cause for remedy in found):
+            found = self._named(found)
+        if not any(remedy.verified for remedy in found):
+            found += [r for r in [self.tried(last_resort(self.facts))] if r is not None]
         if claim is not None:
             found.append(claim)
         found += [r for r in (self._gauge(), self._tail(report, found)) if r is not None]
@@ -123,7 +142,24 @@ class _Search:
         judged = self._judged(candidate)
         if judged is None or _RANK.get(judged[0], _WRONG) >= self.rank:
             return None
-        return Remedy(candidate.kind, candidate.text, *judged, verified=True)
+        if not self._holds_in_batches(candidate):
+            return None
+        cause = f"{candidate.cause} {candidate.follows}".strip()
+        return Remedy(candidate.kind, candidate.text, *judged, verified=True, cause=cause)
+
+    def _holds_in_batches(self, candidate: Candidate) -> bool:
+        """Whether another reduction is right in batches of two too: of one rollout, all means are the same."""
+        if "reduction" not in candidate.kind or self.facts.scenario.coupled:
+            return True
+        if self._of_two is None:
+            facts = self.facts
+            scenario = replace(facts.scenario, batch_size=2, eos=facts.scenario.eos or 0, prompts=1, environment=())
+            self._of_two = Trial(facts.original, facts.claim, scenario, tolerance=facts.trial.tolerance, pairs=0)
+        of_two = self._of_two
+        if not of_two.cases:
+            return True
+        judged = attempt(lambda: of_two(candidate.loss))
+        return judged is not None and judged[0] in _RANK
 
     def _gauge(self) -> Remedy | None:
         candidate = gauge(self.facts)
@@ -133,6 +169,18 @@ class _Search:
         verified = judged[0] in _RANK
         end = " (T5b)." if verified else ", though of another divergence than the one claimed (T5b)."
         return Remedy("gauge", candidate.text + end, *judged, verified=verified)
+
+    def _named(self, found: list[Remedy]) -> list[Remedy]:
+        """The remedies with a cause that has no cure of its own, said with the first of them or alone."""
+        if (ratio := ratio_cut(self.facts)) and found:
+            return [replace(found[0], cause=ratio), *found[1:]]
+        cause = remainder(self.facts)
+        judged = None if cause is None else attempt(lambda: self.facts.trial(cause.loss, to_the_end=True))
+        if cause is None or judged is None:
+            return found
+        if found:
+            return [replace(found[0], cause=cause.cause), *found[1:]]
+        return [Remedy(cause.kind, cause.text, *judged, verified=judged[0] in _RANK, cause=cause.cause)]
 
     def _tail(self, report: Audit, found: list[Remedy]) -> Remedy | None:
         """The tail bucket if it brings a truncated loss nearer without curing it."""

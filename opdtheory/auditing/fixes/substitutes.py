@@ -35,8 +35,11 @@ _AS_LOSS = {
 }
 
 _LEFT_OUT = {
-    "topk_truncated": "left out, the other tokens move the minimiser away from the teacher (T9a, T9b)",
-    "topk_renormalised": "renormalised, the loss leaves the other tokens free (T9c)",
+    "topk_truncated": "truncated, so that it is not at rest at the teacher (T9a, T9b)",
+    "topk_renormalised": (
+        "renormalised, so that it is at rest wherever the student has the teacher's conditional distribution on them, "
+        "whatever the mass of the others (T9c)"
+    ),
     "topk_tail": "with one bucket for the rest it is the divergence of a coarser distribution (T9d)",
 }
 
@@ -62,12 +65,18 @@ def value_as_reward(facts: Facts) -> Iterator[Candidate]:
     if not facts.token_local or facts.off_policy:
         return
     read = _values_on_grid(facts)
-    if read is not None and _multiple(-read[1], facts.claim.divergence.weight(read[0]), alike(facts.trial.tolerance)):
+    near = alike(facts.trial.tolerance)
+    if read is not None and _multiple(-read[1], facts.claim.divergence.weight(read[0]), near):
+        # Otherwise the loss has terms that no single token shows, such as a reward relative to the others'.
+        reduction = attempt(lambda: changes.reduction_of_values(facts.original, facts.trial.batches(), near))
+        if reduction is None:
+            return
         text = (
             "Detach the loss's value of each token and use it as a reward, sg(v_n) * log p(y_n|h_n), in place of "
             "backpropagating through the value (T4)."
         )
-        yield Candidate("detach", text, changes.value_as_reward(facts.loss))
+        cause = "The loss is backpropagated through a value that is right as a detached reward only (T4)."
+        yield Candidate("detach", text, changes.value_as_reward(facts.loss, reduction), cause)
 
 
 def _values_on_grid(facts: Facts) -> tuple[Tensor, Tensor] | None:
@@ -122,7 +131,8 @@ def whole_vocabulary(facts: Facts) -> Iterator[Candidate]:
         if found.form == "topk_truncated":
             yield bucket_added(facts, found)
         text = f"Sum p f(q/p) over the whole vocabulary in place of the {found.support}'s {found.k} likeliest tokens"
-        yield Candidate("vocabulary", f"{text}: {_LEFT_OUT[found.form]}.", whole)
+        cause = f"The loss sees the {found.support}'s {found.k} likeliest tokens only: {_LEFT_OUT[found.form]}."
+        yield Candidate("vocabulary", f"{text} (T12).", whole, cause)
     elif facts.verdict == "zero":
         text = "Backpropagate the divergence over the whole vocabulary, sum_a p_a f(q_a / p_a), through p: the expected"
         yield Candidate("vocabulary", f"{text} gradient of this loss is zero (T9e, T12).", whole)
@@ -130,9 +140,9 @@ def whole_vocabulary(facts: Facts) -> Iterator[Candidate]:
 
 def topk_form(facts: Facts) -> TopKForm | None:
     """The form of a loss of the k likeliest tokens, or None if it is another loss."""
-    if facts.curve is not None or not facts.token_local or facts.scenario.coupled:
+    if (facts.curve is not None and facts.top_k is None) or not facts.token_local or facts.scenario.coupled:
         return None
-    return attempt(lambda: recognise(facts.loss, facts.claim.divergence))
+    return attempt(lambda: recognise(facts.loss, facts.claim.divergence, facts.top_k))
 
 
 def bucket_added(facts: Facts, found: TopKForm) -> Candidate:

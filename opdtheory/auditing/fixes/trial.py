@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from opdtheory.auditing.black_box import ZERO
 from opdtheory.auditing.naming.fit import fit_scale, flat
 from opdtheory.auditing.scenario import Case, Scenario, count_batches
 from opdtheory.exact import Enumeration, Loss, random_pair
 from opdtheory.objective import Objective
+from opdtheory.rollouts import Rollouts
 
 __all__ = ["Trial", "attempt"]
 
@@ -21,6 +20,9 @@ Found = TypeVar("Found")
 
 # The pairs of a panel, those that refute most first: far apart, but not so far that one token decides.
 _ORDER = (3, 5, 1, 4, 2, 0)
+
+# The number of rollouts for a closer look.
+_ROLLOUTS = 64
 
 # The most batches of coupled rollouts in one trial on the panel's pairs.
 _PANEL_BATCHES = 600
@@ -50,7 +52,7 @@ class Trial:
         lengths: bool = False,
         pairs: int = len(_ORDER),
     ) -> None:
-        self.claim, self.scenario, self.tolerance = claim, scenario, tolerance
+        self.loss, self.claim, self.scenario, self.tolerance = loss, claim, scenario, tolerance
         self.cases: list[Case] = []
         # A loss may need a prompt or an environment's tokens, which small pairs lack.
         if scenario.coupled and scenario.prompts == 1 and not scenario.environment:
@@ -70,10 +72,23 @@ class Trial:
     def gradient(self, loss: Loss, index: int) -> list[Tensor]:
         """The expected gradient of a loss on one pair, by level; exactly zero if it is rounding."""
         moments = self.scenario.moments(loss, self.cases[index])
-        size = math.sqrt(sum(float(level.square().sum()) for level in moments.mean))
-        if size <= ZERO * math.sqrt(moments.second_moment):
+        if moments.is_zero:
             return [level * 0.0 for level in moments.mean]
         return moments.mean
+
+    def batches(self) -> list[Rollouts]:
+        """Many sequences of one pair for a closer look, in batches of the claim's size, or in one if that is 1."""
+        case, size = self.cases[-1 if self.scenario.coupled else 0], self.scenario.batch_size
+        if size == 1 and _runs(self.loss, case, _ROLLOUTS):
+            size = _ROLLOUTS
+        everything = Enumeration.build(case.student, case.teacher, case.behavior)
+        generator = torch.Generator().manual_seed(0)
+        index = torch.randint(len(everything), (size * max(1, _ROLLOUTS // size),), generator=generator)
+        leaves = [
+            everything.gather_logits(everything.student_tables, some).detach().requires_grad_()
+            for some in index.split(size)
+        ]
+        return [everything.rollouts(some, leaf) for some, leaf in zip(index.split(size), leaves, strict=True)]
 
     def __call__(self, loss: Loss, *, to_the_end: bool = False) -> tuple[str, float]:
         """`exact`, `exact_up_to_scale`, `zero` or `biased`, and the worst relative bias over the pairs used.

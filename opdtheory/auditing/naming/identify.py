@@ -27,6 +27,9 @@ __all__ = ["ExactGradients", "Match", "best_match"]
 # Relative misfit at which a short decimal replaces a fitted parameter.
 _SHORT = 1e-10
 
+# The share of a plain entry's error below which a fitted member of a family is named in its place.
+_CLEARLY = 0.95
+
 # A weight this near to an entry's, relative to its size, may be that of the entry under a discount.
 _ALIKE = 1e-3
 
@@ -84,13 +87,20 @@ def best_match(
     if (best is None or best.fit.worst_error > tolerance) and weight.depends_on_ratio_only:
         fitted = [entry for each in parametric() if (entry := _fit_family(each, weight)) is not None]
         other = _nearest(gradients, exact, itertools.product(fitted, order), tolerance)
-        # A member that equals the best entry does not replace it.
-        if other is not None and (best is None or other.fit.typical_error < (1 - 1e-6) * best.fit.typical_error):
+        # A plain name that serves nearly as well is not replaced.
+        if other is not None and (best is None or _serves_better(other.fit, best.fit, tolerance)):
             best = other
         if best is None or best.fit.worst_error > tolerance:
             discounted = (_fit_discount(gradients, exact.trees, entry) for entry in _alike(plain + fitted, weight))
             best = next((m for m in discounted if m is not None and m.fit.worst_error <= tolerance), best)
     return best
+
+
+def _serves_better(fitted: Fit, plain: Fit, tolerance: float) -> bool:
+    """Whether a fitted member matches where the plain entry does not, or is nearer by more than a few per cent."""
+    if fitted.worst_error <= tolerance:
+        return plain.worst_error > tolerance
+    return fitted.typical_error < _CLEARLY * plain.typical_error
 
 
 def _alike(entries: list[Divergence], recovered: RecoveredWeight) -> list[Divergence]:

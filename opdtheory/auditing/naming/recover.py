@@ -14,7 +14,7 @@ from opdtheory.auditing.naming.fit import fit_scale, flat
 from opdtheory.auditing.records import ABSENT, FINITE_ITEMS, Keyed
 from opdtheory.auditing.scenario import Case, Scenario
 from opdtheory.errors import OpdTheoryError
-from opdtheory.exact import Loss, gradient_moments
+from opdtheory.exact import Loss, TabularPolicy, gradient_moments
 from opdtheory.exact.tree import Tree
 
 __all__ = ["RecoveredWeight", "explains_panel", "recover_weight"]
@@ -28,6 +28,9 @@ _FINE_GRID = 0.5
 
 # Far log-ratios in one bandit.
 _TOGETHER = 4
+
+# The largest error of a gradient composed of single steps, relative to it: rounding of a loss in float32 included.
+_STEP_BY_STEP = 1e-3
 
 # Rounds in which the cell where a far plateau begins is narrowed, and the points that each adds to it.
 _ROUNDS, _INSIDE = 4, 12
@@ -48,8 +51,8 @@ class RecoveredWeight(Keyed):
         slope_at_teacher: $dw/d\log u$ at $u = 1$ by a five-point difference; positive: the teacher attracts (T5).
         far_log_u: log-ratios beyond the grid and near the start of a plateau, ascending, for single rollouts.
         far_weight: the weight there, each from one pair of policies.
-        explains_panel: whether this weight of each token's own ratio also gives the gradient over several tokens; None
-            if that cannot be determined.
+        explains_panel: whether the gradient over several tokens is that of one step at each of them, with this weight
+            if it is one of the ratio, up to a scale; None if that cannot be determined.
         low: lower ends of intervals that hold jointly, in a sampled audit.
         high: upper ends of these intervals.
     """
@@ -158,12 +161,50 @@ def _far(loss: Loss, log_u: Tensor, curve: Tensor, scenario: Scenario, tolerance
     return far_log_u, torch.cat([values for _, values in found])[order]
 
 
-def explains_panel(weight: RecoveredWeight, gradients: list[Tensor], cases: list[Case]) -> bool | None:
-    """Whether the recovered weight of each token's own ratio gives the loss's gradients, up to one scale.
+def explains_panel(
+    loss: Loss, weight: RecoveredWeight, gradients: list[Tensor], cases: list[Case], scenario: Scenario
+) -> bool | None:
+    """Whether a loss treats several tokens like one at a time, with the recovered weight if any, up to a scale.
 
-    The weight comes from one-step policies. Over several tokens, a loss may also weight a token by its position or by
-    the ratios of others. None if the grid is too coarse to tell.
+    The weight comes from one-step policies. Over several tokens, a loss may also weight a token by its position, by the
+    ratios of others, by lengths or by the sampling policy. None if the loss fails on the steps of the panel alone.
+
+    Args:
+        loss: the black box.
+        weight: its recovered weight.
+        gradients: its expected gradient on each pair, flat.
+        cases: the pairs.
+        scenario: what their rollouts look like.
     """
+    if not len(weight.log_u):
+        return None
+    if weight.depends_on_ratio_only and _interpolates(weight, gradients, cases) is False:
+        return False
+    chosen = [len(cases) // 2, len(cases) - 1]
+    try:
+        alone = [flat(_step_by_step(loss, cases[i], scenario)) for i in chosen]
+    except (OpdTheoryError, RuntimeError, ValueError, IndexError, TypeError, AssertionError):
+        return None
+    return fit_scale([gradients[i] for i in chosen], alone).worst_error < _STEP_BY_STEP
+
+
+def _step_by_step(loss: Loss, case: Case, scenario: Scenario) -> list[Tensor]:
+    """The gradient that a loss would have if it saw each step of a pair alone, as often as the student gets there."""
+    tree = Tree.build(case.student, case.teacher)
+    levels = []
+    for n, logits in enumerate(case.student.logits):
+        level = torch.zeros_like(logits)
+        for row in (tree.reach(n) > 0).nonzero().flatten().tolist() if n not in case.student.environment else []:
+            student, teacher = (TabularPolicy([p.logits[n][row : row + 1]]) for p in (case.student, case.teacher))
+            behavior = None if case.behavior is None else TabularPolicy([case.behavior.logits[n][row : row + 1]])
+            mean = gradient_moments(loss, student, teacher, scenario.batch_size, behavior).mean[0]
+            level[row] = tree.reach(n)[row] * mean[0]
+        levels.append(level)
+    return levels
+
+
+def _interpolates(weight: RecoveredWeight, gradients: list[Tensor], cases: list[Case]) -> bool | None:
+    """Whether the recovered curve gives the gradients; None if the grid is too coarse to tell."""
     spacing, limit = float(weight.log_u[-1] - weight.log_u[-2]), float(weight.log_u[-1])
     if spacing > _FINE_GRID or limit < 1.0:
         return None

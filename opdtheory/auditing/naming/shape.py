@@ -23,8 +23,10 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 _WIDE = np.linspace(-30.0, 30.0, 2401)
 _FALLS = 1e-9
 
-# The first of three log-ratios, each twice the one before, from which growth is measured.
-_FAR = 100
+# Growth is measured between three log-ratios, each twice the one before. From the second of these starts only, if both
+# can be used: further out a small leading term leads. Each nat takes digits, so that 1 + 1/u differs from 1.
+_FARS = (100, 1000)
+_DIGITS = 3
 _EXAMPLES = 3
 
 
@@ -87,6 +89,7 @@ def shape_of(shape: Shape, found: Formula | None, expr: sympy.Expr | None, gener
     wide, size = found.values(_WIDE), found.size(_WIDE)
     falls = bool((np.diff(wide) < -_FALLS * np.maximum(size[1:], size[:-1])).any())
     ends = {key: _growth(expr, key) for key in ("0", "inf")}
+    falls = falls or ends["0"].limit == math.inf or ends["inf"].limit == -math.inf
     return Properties(
         genuine=shape.non_decreasing and not falls,
         fixed_points=_fixed_points(lambda t: found.values(t), shape),
@@ -139,17 +142,52 @@ def _mpmath(expr: sympy.Expr) -> Any:
 
 
 def _growth(expr: sympy.Expr, end: str) -> Growth:
-    """The leading behaviour towards one end, from three far points with as many digits as that takes."""
+    """The leading behaviour towards one end: of its terms `c u^a log^b u`, or measured at far points."""
+    found = _leading(expr, end)
+    if found is not None:
+        return found
+    for far in _FARS:
+        found = _growth_at(_mpmath(expr), 1 if end == "inf" else -1, far) or found
+        if found is not None and found.bounded:
+            break
+    return found or Growth(math.nan)
+
+
+def _leading(expr: sympy.Expr, end: str) -> Growth | None:
+    """The leading behaviour of a sum of terms `c u^a log^b u`; None for another weight."""
+    import sympy
+
+    u, terms = symbol(), []
+    for term in sympy.Add.make_args(sympy.expand(expr)):
+        coefficient, rest = term.as_independent(u)
+        powers = rest.as_powers_dict()
+        power, log_power = sympy.S(powers.pop(u, 0)), sympy.S(powers.pop(sympy.log(u), 0))
+        powers.pop(sympy.Integer(1), None)
+        if powers or not (power.is_number and log_power.is_Integer and log_power >= 0):
+            return None
+        terms.append((float(power), int(log_power), float(coefficient)))
+    sign = 1 if end == "inf" else -1
+    power, log_power, coefficient = max(terms, key=lambda term: (sign * term[0], term[1]))
+    if (sign * power, log_power) <= (0.0, 0):
+        constant = sum(c for a, b, c in terms if a == b == 0)
+        limit = constant - sum(c for _, b, c in terms if b == 0)
+        return Growth(limit if abs(limit) > 1e-100 else 0.0)
+    return Growth(math.copysign(math.inf, coefficient * sign**log_power), _near_fraction(power), float(log_power))
+
+
+def _growth_at(function: Any, sign: int, far: int) -> Growth | None:
+    """The behaviour between three far points, each twice as far as the one before; None where the weight is zero."""
     import mpmath
 
-    function, sign = _mpmath(expr), (1 if end == "inf" else -1)
-    with mpmath.workdps(600):
-        values = [mpmath.re(function(mpmath.exp(sign * k * _FAR))) for k in (1, 2, 4)]
+    with mpmath.workdps(_DIGITS * far):
+        values = [mpmath.re(function(mpmath.exp(sign * k * far))) for k in (1, 2, 4)]
         if abs(values[2] - values[1]) <= mpmath.mpf(10) ** -12 * (1 + abs(values[2])):
             limit = float(values[2] - mpmath.re(function(mpmath.mpf(1))))
             return Growth(limit if abs(limit) > 1e-100 else 0.0)
+        if 0 in values:
+            return None
         first, second = (mpmath.log(abs(b / a)) for a, b in ((values[0], values[1]), (values[1], values[2])))
-        power = float((second - first) / _FAR) * sign
+        power = float((second - first) / far) * sign
         log_power = float((2 * first - second) / mpmath.log(2))
     rounded = round(log_power)
     # The power of the logarithm is an integer; the rest is a slow correction to the leading term.

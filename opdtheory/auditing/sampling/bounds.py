@@ -9,14 +9,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from opdtheory.auditing.records import Interval, Keyed
+
 __all__ = [
     "Bounds",
+    "OnPair",
     "Target",
     "best_scale",
     "certified",
     "certified_scale",
     "certified_whole",
     "excluded",
+    "least_bias",
     "relative_bias",
     "scale_range",
 ]
@@ -63,6 +67,12 @@ class Bounds:
     along: Tensor
     unseen: float
 
+    @classmethod
+    def unknown(cls, known: Tensor, basis: Tensor) -> Bounds:
+        """The bounds before the first look: none."""
+        endless = torch.full((len(basis),), math.inf, dtype=basis.dtype)
+        return cls(-endless, endless, known, basis @ known, math.inf)
+
     def distance(self, vector: Tensor, along: Tensor) -> float:
         r"""Upper bound on the distance from a vector with projections `along`, in all dimensions.
 
@@ -86,16 +96,24 @@ class Bounds:
         low, high = float(self.low[0]), float(self.high[0])
         if not math.isfinite(low):
             return -1.0, 1.0
-        # The gradient is at least as long as its other projections, and at most as long as all dimensions allow.
-        others = float(torch.maximum(self.low, -self.high)[1:].clamp_min(0.0).norm())
-        longest = self.distance(torch.zeros_like(self.known), torch.zeros_like(self.along))
-        least = low / longest if low > 0.0 else _leg(low, others)
-        most = high / longest if high < 0.0 else _leg(high, others)
-        return max(-1.0, least), min(1.0, most)
+        # What is across the target is at least as long as its projections, and at most as long as all dimensions allow.
+        least, most = self.across(target)
+        return _leg(low, most if low > 0.0 else least), _leg(high, most if high < 0.0 else least)
+
+    def across(self, target: Target) -> tuple[float, float]:
+        """The interval of the distance from the nearest multiple of a target that lies along the first direction."""
+        least = float(torch.maximum(self.low, -self.high)[1:].clamp_min(0.0).norm())
+        middle = float(self.low[0] + self.high[0]) / 2.0 / target.size
+        if not math.isfinite(middle):
+            return 0.0, math.inf
+        return least, max(least, self.distance(middle * target.vector, middle * target.along))
 
 
 def _leg(along: float, across: float) -> float:
-    return along / math.hypot(along, across) if across > 0.0 else math.copysign(1.0, along)
+    """The cosine of a vector with these two legs; a vector of length zero may point anywhere."""
+    if across == 0.0:
+        return math.copysign(1.0, along)
+    return along / math.hypot(along, across) if math.isfinite(across) else math.copysign(0.0, along)
 
 
 def scale_range(bounds: Sequence[Bounds], targets: Sequence[Target]) -> tuple[float, float] | None:
@@ -155,3 +173,59 @@ def relative_bias(bound: Bounds, target: Target) -> tuple[float, float]:
     """The interval of the length of the bias at scale one, relative to the target's."""
     beyond = torch.maximum(bound.low - target.along, target.along - bound.high).clamp_min(0.0)
     return float(beyond.norm()) / target.size, bound.distance(target.vector, target.along) / target.size
+
+
+@dataclass(frozen=True, eq=False)
+class OnPair(Keyed):
+    """The expected gradient on one pair beside the multiple of the exact gradient that is nearest on that pair.
+
+    Attributes:
+        label: name of the student-teacher pair.
+        scale: interval of that multiple.
+        error: interval of the distance from it, relative to it: the low end from the directions, the high end in all
+            dimensions.
+        seen: upper bound on the same distance along each direction.
+        cosine: interval of the cosine with the exact gradient.
+    """
+
+    label: str
+    scale: Interval
+    error: Interval
+    seen: float
+    cosine: Interval
+
+    @classmethod
+    def of(cls, label: str, bound: Bounds, target: Target) -> OnPair:
+        """The record of a pair whose target lies along the first direction."""
+        scale = float(bound.low[0]) / target.size, float(bound.high[0]) / target.size
+        if scale[0] <= 0.0:  # The nearest multiple may be zero.
+            return cls(label, scale, (0.0, math.inf), math.inf, bound.cosine(target))
+        shortest, longest = (target.size * end for end in scale)
+        least, most = bound.across(target)
+        seen = float(torch.maximum(bound.low.abs(), bound.high.abs())[1:].max()) if len(bound.low) > 1 else 0.0
+        return cls(label, scale, (least / longest, most / shortest), seen / shortest, bound.cosine(target))
+
+
+def least_bias(bounds: Sequence[Bounds], targets: Sequence[Target]) -> float:
+    """Lower bound on the bias against every common positive multiple of the targets, relative to that multiple.
+
+    With `k` the inverse of the multiple, the bias on a pair is the distance of the target from `k` times the gradient.
+    Its lower bound is the distance from `k` times a box, which is convex in `k`; so is its maximum over the pairs.
+    """
+    from scipy.optimize import minimize_scalar
+
+    def worst(inverse: float) -> float:
+        return max(
+            float(torch.maximum(inverse * b.low - t.along, t.along - inverse * b.high).clamp_min(0.0).norm()) / t.size
+            for b, t in zip(bounds, targets, strict=True)
+        )
+
+    if not excluded(bounds, targets):
+        return 0.0
+    shortest = [float(torch.maximum(b.low, -b.high).clamp_min(0.0).norm()) for b in bounds]
+    ends = [2.0 * t.size / size for size, t in zip(shortest, targets, strict=True) if size > 0.0]
+    if not ends:
+        return 0.0
+    # At the end, some pair's gradient is twice as long as its target, so the bias is above that at the other end, one.
+    found = minimize_scalar(worst, bounds=(0.0, min(ends)), method="bounded", options={"xatol": 1e-12 * min(ends)})
+    return min(1.0, float(found.fun))

@@ -1,11 +1,20 @@
-r"""Confidence sequences: intervals for a mean that hold at all sample sizes at once, so sampling may stop at any time.
+r"""Intervals for a mean, and how one error rate is shared by all of them.
 
-There are two kinds. The *asymptotic* one needs only a finite variance and holds at its level from a start time on, in
-the limit of a late start. The *bounded* one holds at every sample size, for observations in [0, 1].
+A sampled statement rests on many intervals. Each *stream*, the projections of one pair on one direction, is *looked* at
+whenever a pair has a given number of observations, and nowhere else. With `m` streams, the interval of each at its
+$k$-th look has the level $\alpha / (m\,k(k+1))$. As $\sum_k 1/(k(k+1)) = 1$, the union bound makes all intervals of all
+streams at all looks hold jointly with probability at least $1 - \alpha$, whatever decides when to stop. The counts at
+which looks happen are fixed beforehand; a count that depends on the draws would break the bound.
+
+There are two kinds of interval. `interval` needs no bound on the observations: its level is exact for noise that is
+symmetric about its mean, at every number of observations, and correct to second order for other noise of finite
+variance. It can't cover events that are too rare to have been seen; `bounded_interval` says how rare these are, and
+holds without any assumption.
 
 References:
-    Waudby-Smith, Arbour, Sinha, Kennedy & Ramdas, *Time-uniform central limit theory and asymptotic confidence
-    sequences*, 2103.06476; Robbins (1970) and Howard, Ramdas, McAuliffe & Sekhon, 1810.08240, for mixtures.
+    Efron, *Student's t-test under symmetry conditions* (1969), for the symmetric case; Hall, *The Bootstrap and
+    Edgeworth Expansion* (1992), section 2.6, for the correction; Robbins (1970) and Howard, Ramdas, McAuliffe & Sekhon,
+    1810.08240, for mixtures.
 """
 
 from __future__ import annotations
@@ -16,9 +25,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opdtheory.errors import InvalidArgumentError, check_between
+from opdtheory.errors import InvalidArgumentError, check_between, check_integer
 
-__all__ = ["Moments", "asymptotic_interval", "bounded_interval", "mixture_radius", "tightest_rho"]
+__all__ = ["Moments", "bounded_interval", "first_count", "interval", "share_of_look"]
+
+# At the first look, an interval is at most this many standard deviations wide on either side.
+_WIDEST = 4.0
 
 # Halvings of an interval of length one: below the rounding of its ends.
 _HALVINGS = 60
@@ -26,29 +38,34 @@ _HALVINGS = 60
 
 @dataclass(frozen=True)
 class Moments:
-    """Count, mean and sum of squared deviations of a stream of vectors, updated one vector at a time (Welford).
+    """Count, mean and sums of powers of the deviations of a stream of vectors, updated one vector at a time (Welford).
 
     Attributes:
         count: number of observations.
         mean: mean, `(K,)`.
         squares: sum of squared deviations from the mean, `(K,)`.
+        cubes: sum of their third powers, `(K,)`.
     """
 
     count: int
     mean: Tensor
     squares: Tensor
+    cubes: Tensor
 
     @classmethod
     def empty(cls, size: int) -> Moments:
         """The moments before the first observation of `size` numbers."""
         zeros = torch.zeros(size, dtype=torch.float64)
-        return cls(0, zeros, zeros)
+        return cls(0, zeros, zeros, zeros)
 
     def add(self, observation: Tensor) -> Moments:
         """The moments with one more observation, `(K,)`."""
-        count, step = self.count + 1, observation - self.mean
-        mean = self.mean + step / count
-        return Moments(count, mean, self.squares + step * (observation - mean))
+        before, count = self.count, self.count + 1
+        gap = observation - self.mean
+        step = gap / count
+        grown = gap * before * step
+        cubes = self.cubes + step * (grown * (before - 1) - 3.0 * self.squares)
+        return Moments(count, self.mean + step, self.squares + grown, cubes)
 
     @property
     def deviation(self) -> Tensor:
@@ -56,72 +73,67 @@ class Moments:
         return (self.squares / max(self.count - 1, 1)).sqrt()
 
 
-def mixture_radius(count: Tensor | int | float, alpha: float, rho: float) -> Tensor:
-    r"""Half the width of the interval, in standard deviations.
+def share_of_look(look: int) -> float:
+    r"""The share $1/(k(k+1))$ of an error rate that the $k$-th look may spend; the shares of all looks sum to one.
 
-    $$\sqrt{\frac{n\rho^2+1}{n^2\rho^2}\log\frac{n\rho^2+1}{\alpha^2}}$$
+    Raises:
+        InvalidArgumentError: `look` is not a whole number of at least 1.
+    """
+    check_integer("look", look)
+    return 1.0 / (look * (look + 1))
 
-    From a normal mixture over alternatives of size $\rho$: by Ville's inequality, a sum of standard normals ever leaves
-    the interval with probability at most $\alpha$.
+
+def first_count(alpha: float) -> int:
+    """The number of observations at the first look, from which `interval` is narrow enough to be of use.
 
     Args:
-        count: number of observations `n`, at least 1, of any shape.
-        alpha: two-sided probability that some interval of the sequence misses.
-        rho: determines the count at which the interval is tightest, see `tightest_rho`.
+        alpha: level of one stream over all looks.
 
     Raises:
-        InvalidArgumentError: `alpha` is outside (0, 1), or `rho` is not positive.
+        InvalidArgumentError: `alpha` is outside (0, 1).
     """
     check_between("alpha", alpha, 0.0, 1.0)
-    check_between("rho", rho, 0.0, math.inf)
-    n = torch.as_tensor(count, dtype=torch.float64)
-    grown = n * rho**2 + 1.0
-    return (grown / (n * n * rho**2) * (grown.log() - 2.0 * math.log(alpha))).sqrt()
+    return math.ceil(_spread(alpha * share_of_look(1)) * (1.0 + _WIDEST**-2))
 
 
-def tightest_rho(count: int | float, alpha: float) -> float:
-    r"""The $\rho$ that makes `mixture_radius` smallest at `count` observations.
+def interval(moments: Moments, alpha: float) -> tuple[Tensor, Tensor]:
+    r"""The self-normalised interval for each mean, for one look at a stream.
 
-    It solves $x = \log((x+1)/\alpha^2)$ with $x = n\rho^2$.
+    $$\hat\mu \pm \Big(\hat\sigma\sqrt{\frac{c}{1-c}} + \hat\sigma|\hat\gamma|\frac{c}{3}\Big),
+      \qquad c = \frac{2\log(2/\alpha)}{n}$$
 
-    Raises:
-        InvalidArgumentError: `count` is not positive, or `alpha` is outside (0, 1).
-    """
-    check_between("alpha", alpha, 0.0, 1.0)
-    check_between("count", count, 0.0, math.inf)
-    x = -2.0 * math.log(alpha)
-    for _ in range(50):  # The slope of the right-hand side is 1/(x+1) < 1.
-        x = math.log1p(x) - 2.0 * math.log(alpha)
-    return math.sqrt(x / count)
+    with $\hat\sigma^2 = \frac1n\sum_i(x_i-\hat\mu)^2$ and the sample skewness $\hat\gamma$. Proof for symmetric noise:
+    given the sizes $|x_i-\mu|$, the signs are fair coins, so by Hoeffding's inequality
+    $|\sum_i(x_i-\mu)| > \sqrt{2\log(2/\alpha)\sum_i(x_i-\mu)^2}$ has a probability of at most $\alpha$. With
+    $\sum_i(x_i-\mu)^2 = n\hat\sigma^2 + n(\hat\mu-\mu)^2$ this is the first term. The second one is the shift of a
+    Studentised mean's quantile by skewness, to leading order.
 
-
-def asymptotic_interval(moments: Moments, alpha: float, rho: float, start: int) -> tuple[Tensor, Tensor]:
-    r"""The asymptotic confidence sequence $\hat\mu_n \pm \hat\sigma_n\,\mathrm{radius}(n)$ for each mean.
-
-    For i.i.d. observations with slightly more than two finite moments, the probability that some interval from `start`
-    on misses tends to at most `alpha` as `start` grows. It says nothing about few observations: it does not cover
-    events too rare to have been seen.
+    A stream without variance has an interval of length zero, its constant.
 
     Args:
         moments: moments of the stream so far.
         alpha: level of each component; several share a joint level by a union bound.
-        rho: as in `mixture_radius`, fixed before the stream begins.
-        start: number of observations from which the intervals hold, at least 2.
 
     Returns:
-        `(low, high)`, each `(K,)`; infinite before `start`.
+        `(low, high)`, each `(K,)`; infinite if there are no more than $2\log(2/\alpha)$ observations.
 
     Raises:
-        InvalidArgumentError: `start` is below 2, or as `mixture_radius`.
+        InvalidArgumentError: `alpha` is outside (0, 1).
     """
-    if start < 2:
-        raise InvalidArgumentError("start", f"must be at least 2, for a standard deviation, got {start!r}")
-    radius = mixture_radius(float(max(moments.count, 1)), alpha, rho)
-    if moments.count < start:
+    check_between("alpha", alpha, 0.0, 1.0)
+    spread, count = _spread(alpha), moments.count
+    if count <= spread:
         endless = torch.full_like(moments.mean, math.inf)
         return -endless, endless
-    width = moments.deviation * radius
+    # The deviation times the skewness is the ratio of the sums; a constant stream has neither.
+    skew = torch.where(moments.squares > 0.0, moments.cubes / moments.squares, 0.0).abs()
+    width = (moments.squares / count).sqrt() * math.sqrt(spread / (count - spread)) + skew * spread / (3.0 * count)
     return moments.mean - width, moments.mean + width
+
+
+def _spread(alpha: float) -> float:
+    """The square of the normalised sum that fair signs exceed with a probability of at most `alpha`."""
+    return 2.0 * math.log(2.0 / alpha)
 
 
 def bounded_interval(total: int | float, count: int, alpha: float) -> tuple[float, float]:

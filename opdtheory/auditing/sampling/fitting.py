@@ -31,6 +31,9 @@ _DISCOUNTS = 41
 # Tolerance of a fitted number, which further rounds of samples sharpen.
 _NEAR = 1e-6
 
+# A finite misfit that stands for an infinite one while a number is fitted.
+_HOPELESS = 1e100
+
 # Halvings in the search for the end of an interval.
 _HALVINGS = 12
 
@@ -201,5 +204,9 @@ def _sums(seen: _Seen) -> list[tuple[float, Objective]]:
 def _least(of: Callable[[float], float], low: float, high: float) -> tuple[float, float]:
     from scipy.optimize import minimize_scalar
 
-    solution = minimize_scalar(of, bounds=(low, high), method="bounded", options={"xatol": _NEAR})
-    return float(solution.x), float(solution.fun)
+    # Differences of infinite misfits are undefined.
+    solution = minimize_scalar(
+        lambda x: min(of(x), _HOPELESS), bounds=(low, high), method="bounded", options={"xatol": _NEAR}
+    )
+    misfit = float(solution.fun)
+    return float(solution.x), math.inf if misfit >= _HOPELESS else misfit

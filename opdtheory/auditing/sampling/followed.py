@@ -17,11 +17,15 @@ from opdtheory.choices import FAITHFUL, GRANULARITIES
 from opdtheory.errors import InvalidArgumentError, OpdTheoryError
 from opdtheory.objective import Objective
 
-__all__ = ["Named", "name_followed", "small_batch"]
+__all__ = ["CONFIRMATIONS", "Named", "name_followed", "small_batch"]
 
 # The most fresh streams for conjectures fitted to samples, and the most conjectures tried per fit.
 _ROUNDS = 4
 _TRIED = 3
+
+# The most fresh streams of one audit: for the conjecture from small batches and those that coincide with it, for the
+# nearest catalogue entry, and for what is fitted.
+CONFIRMATIONS = len(GRANULARITIES) + 1 + _ROUNDS
 
 # A bias certified below this, as of noise-free samples, leaves no room for a neighbour.
 _SHARP = 1e-6
@@ -165,10 +169,9 @@ def _candidate(search: Search) -> Objective | None:
 
 def _named(found: _Confirmation, source: str, batch_size: int, spent: int) -> Named:
     search, objective = found.search, found.search.objective
-    sure = f"{100 * search.confidence:g}%"
-    evidence = f"{source}; confirmed at batch size {batch_size} on {search.rollouts:,} fresh rollouts at {sure}"
+    evidence = f"{source}; confirmed at batch size {batch_size} on {search.rollouts:,} fresh rollouts"
     if search.hidden is not None:
-        evidence += f", where a difference in fewer than {100 * search.hidden:.2g}% of observations may be unseen"
+        evidence += f", where a difference in fewer than {100 * search.unseen:.2g}% of calls may be unseen"
     identified = replace(Identified.of(objective, found.scale, found.error), evidence=evidence)
     if (knob := knob_of(objective)) is not None:
         identified = replace(identified, fitted=knob.name, fitted_range=knob_range(search, knob))

@@ -14,16 +14,18 @@ from opdtheory import divergences
 from opdtheory.auditing.records import Identified
 from opdtheory.auditing.sampling.bounds import (
     Bounds,
+    OnPair,
     Target,
     best_scale,
     certified,
     certified_scale,
     certified_whole,
     excluded,
+    least_bias,
     relative_bias,
     scale_range,
 )
-from opdtheory.auditing.sampling.confidence import asymptotic_interval, bounded_interval, tightest_rho
+from opdtheory.auditing.sampling.confidence import bounded_interval, first_count, interval, share_of_look
 from opdtheory.auditing.sampling.montecarlo_result import MonteCarloResult, worded
 from opdtheory.auditing.sampling.projections import (
     TABLE_BUDGET,
@@ -39,22 +41,26 @@ from opdtheory.auditing.scenario import Case, Scenario
 from opdtheory.choices import GRANULARITIES, Granularity, Verdict
 from opdtheory.errors import BudgetExceededError, InvalidArgumentError, check_between, check_integer
 from opdtheory.exact import Loss
+from opdtheory.exact.modes import plain_modes
 from opdtheory.exact.sampling import Sample, Sampler
-from opdtheory.exact.threads import one_thread
 from opdtheory.objective import Objective
 
-__all__ = ["MonteCarloResult", "Search", "monte_carlo_compare"]
+__all__ = ["ALPHA", "MonteCarloResult", "Search", "monte_carlo_compare"]
 
-# The number of observations from which the confidence sequences hold, and the number at which they are tightest.
-_START = 40
-_TIGHT_AT = 300
+# The default error rate of an audit.
+ALPHA = 1e-6
+
+# The fewest observations of a pair at its first look, and the growth of their number from look to look.
+_FEWEST = 40
+_GROWTH = 1.25
 
 # The most logits, and rollouts, in one call of a loss that can take many batches at once.
 _LOGITS_AT_ONCE = 2**15
 _ROLLOUTS_AT_ONCE = 256
 
-# The number of rollouts for the test whether a loss is the mean of the losses of its batches.
-_TRIED = 16
+# The number of rollouts for the test whether a loss of one rollout takes many as their mean. Larger batches are always
+# drawn apart: rollouts that are coupled in few batches, such as groups of equal returns, would pass any such test.
+_TRIED = 64
 
 # If each batch needs its own call, one observation is the mean of this many, which is closer to normal, but of no more
 # than this many rollouts, as the mean of a large batch is close to normal already.
@@ -65,13 +71,10 @@ _ROLLOUTS_APART = 64
 # miss most of a bias that is spread over many.
 _WHOLE = 0.5
 
-# Growth of the number of batches between two attempts at a verdict.
-_GROWTH = 1.1
-
 # A pair whose intervals are narrower than this share of the margin waits for the others.
 _PRECISE = 0.2
 
-# The search for a name may take this many times the batches of the verdict.
+# The search for a name, and for the scale by pair, may take this many times the batches of the verdict.
 _NAMING = 2.0
 
 # Rounding of a gradient, relative to its size, by the dtype of the loss.
@@ -84,13 +87,15 @@ _SMALL_TABLE = 2**14
 
 @dataclass
 class _Pair:
-    """One pair and its stream of observations."""
+    """One pair, its stream of observations, and what was certain at the latest look at it."""
 
     stream: Residuals
     basis: Tensor
     claimed: Target
     others: dict[tuple[str, Granularity], Target]
     rounding: float
+    looks: int
+    bounds: Bounds
 
 
 def monte_carlo_compare(
@@ -100,7 +105,7 @@ def monte_carlo_compare(
     scenario: Scenario,
     *,
     margin: float = 0.05,
-    confidence: float = 0.99,
+    alpha: float = ALPHA,
     max_batches: int = 20_000,
     seconds: float = 30.0,
     naming: bool = True,
@@ -108,8 +113,9 @@ def monte_carlo_compare(
     r"""Compare a loss's expected gradient with the exact one by sampling, until the verdict is certain.
 
     Library estimators of known expectation on the same rollouts are subtracted from the gradient $g$ of each batch, and
-    the rest is projected on fixed directions. The mean of each projection has an asymptotic confidence sequence. By a
-    union bound, all of them hold jointly at the level `confidence` and at all times, so the search may stop early.
+    the rest is projected on fixed directions. At each of a fixed sequence of counts, the mean of each projection has an
+    interval (`interval`). By a union bound over pairs, directions and looks, all of them hold jointly with probability
+    `1 - alpha`, so the search may stop at any look. Projections without variance are compared to rounding.
 
     Args:
         loss: a function `loss(rollouts) -> scalar tensor`.
@@ -120,7 +126,7 @@ def monte_carlo_compare(
             results unless `seconds` ends the search.
         margin: relative bias in every direction below which a loss may be called exact; its bias as a whole vector must
             also be certified to be below half of the exact gradient.
-        confidence: joint level of all intervals.
+        alpha: error rate: the probability that any interval, and so any statement, is wrong.
         max_batches: budget of calls of the loss, over all pairs.
         seconds: wall-clock budget.
         naming: whether to search for the objective that a biased loss follows.
@@ -130,9 +136,11 @@ def monte_carlo_compare(
         BudgetExceededError: a table is too large.
         LossError: the loss does not return a deterministic, differentiable, finite scalar.
     """
-    _check_settings(cases, margin, confidence, max_batches, seconds)
-    search = Search(loss, cases, objective, scenario, confidence, max_batches, seconds)
+    _check_settings(cases, margin, alpha, max_batches, seconds)
+    search = Search(loss, cases, objective, scenario, alpha, max_batches, seconds)
     verdict = search.run(margin)
+    if verdict == "biased":
+        search.settle(margin)
     name = search.plain_name(margin) if verdict == "biased" and naming else None
     return search.result(verdict, name, margin)
 
@@ -144,12 +152,15 @@ class Search:
         cases: the pairs.
         objective: the objective that the verdict is about.
         pairs: their streams.
+        alpha: probability that any of the intervals misses at any look.
+        each: the share of `alpha` of each stream.
+        first: number of observations of a pair at its first look.
         batches: number of calls of the loss so far.
         rollouts: number of rollouts so far.
         verdict: the latest verdict.
     """
 
-    @one_thread()
+    @plain_modes()
     @torch.no_grad()
     def __init__(
         self,
@@ -157,7 +168,7 @@ class Search:
         cases: Sequence[Case],
         objective: Objective,
         scenario: Scenario,
-        confidence: float,
+        alpha: float,
         max_batches: int,
         seconds: float,
     ) -> None:
@@ -171,19 +182,22 @@ class Search:
                     "a Monte Carlo audit's table", sampler.student.numel(), TABLE_BUDGET, "lower the vocabulary"
                 )
         self.same = _ROUNDING.get(_value_dtype(loss, samplers[0].draw(scenario.batch_size, self.generator)), _COARSE)
-        few = max(2, _TRIED // scenario.batch_size)
+        few = _TRIED if scenario.batch_size == 1 else 2
         looks = [Look(loss, sampler, scenario.batch_size, few, False, scenario.shared_prompt) for sampler in samplers]
-        self.separable = all(splits_into_batches(look, self.generator, self.same) for look in looks)
+        splits = [splits_into_batches(look, self.generator, self.same) for look in looks]
+        self.separable = scenario.batch_size == 1 and all(splits)
         self.objective, self.cases = objective, list(cases)
         self.pairs = [self._pair(case, _sized(look, self.separable)) for case, look in zip(cases, looks, strict=True)]
-        self.confidence = confidence
-        streams = sum(len(pair.basis) + 1 for pair in self.pairs)
-        self.alpha = (1.0 - confidence) / streams
-        self.rho = tightest_rho(_TIGHT_AT, self.alpha)
+        self.alpha = alpha
+        # A stream for each direction and for the length of each pair, and two that count what differs or is not seen.
+        self.each = alpha / (sum(len(pair.basis) + 1 for pair in self.pairs) + 2)
+        # Products of successive observations are half as many.
+        self.first = max(_FEWEST, 2 * first_count(self.each))
         self.batches = self.rollouts = 0
         self.verdict: Verdict = "undecided"
+        self._decisive: list[Bounds] = []
 
-    @one_thread()
+    @plain_modes()
     @torch.no_grad()
     def run(self, margin: float) -> Verdict:
         """Draw until the verdict on the objective is certain or the budget ends, and return the verdict."""
@@ -191,10 +205,11 @@ class Search:
             self.advance(margin, self._most)
             self.verdict = self.judge(margin)
             if self.verdict != "undecided":
+                self._decisive = self.all_bounds()
                 break
         return self.verdict
 
-    @one_thread()
+    @plain_modes()
     @torch.no_grad()
     def plain_name(self, margin: float) -> Identified | None:
         """The catalogue objective without a parameter that the loss follows, after further draws if they may help."""
@@ -204,6 +219,23 @@ class Search:
                 break
             self.advance(margin, last)
         return name
+
+    @plain_modes()
+    @torch.no_grad()
+    def settle(self, margin: float) -> None:
+        """After a verdict of bias, draw on while each pair may follow a multiple of its own that is not certain yet."""
+        last = min(self._most, math.ceil((1.0 + _NAMING) * self.batches))
+        while self._open(margin) and self.batches < last and not self._late():
+            self.advance(margin, last)
+
+    def _open(self, margin: float) -> bool:
+        found = self._by_pair(self.all_bounds(), self.claimed)
+        if any(pair.scale[1] <= 0.0 or pair.error[0] > margin for pair in found):
+            return False
+        return any(pair.seen > margin for pair in found)
+
+    def _by_pair(self, bounds: list[Bounds], targets: list[Target]) -> list[OnPair]:
+        return [OnPair.of(c.label, b, t) for c, b, t in zip(self.cases, bounds, targets, strict=True)]
 
     def _late(self) -> bool:
         return time.perf_counter() - self._start >= self._seconds
@@ -232,36 +264,40 @@ class Search:
             Target.of(exact, basis),
             {key: Target.of(table, basis) for key, table in tables.items()},
             rounding,
+            0,
+            Bounds.unknown(exact, basis),
         )
 
     def advance(self, margin: float, limit: int) -> None:
-        """Draw until every pair that is not precise enough has a tenth more observations."""
+        """Draw until every pair that is not precise enough has a quarter more observations, and look at it."""
         precise = [self._precise(pair, margin) for pair in self.pairs]
         for pair, skip in zip(self.pairs, precise, strict=True):
             if skip and not all(precise):
                 continue
             seen = pair.stream.projections.count
-            for _ in range(max(_START, math.ceil(_GROWTH * seen)) - seen):
+            for _ in range(max(self.first, math.ceil(_GROWTH * seen)) - seen):
                 if self.batches >= limit:
-                    return
+                    return  # Without a look, as its count would depend on the draws.
                 pair.stream.observe(self.generator)
                 self.batches += pair.stream.look.calls
                 self.rollouts += pair.stream.look.rollouts
+            self._look_at(pair)
 
     def _precise(self, pair: _Pair, margin: float) -> bool:
-        bounds = self.bounds(pair)
+        bounds = pair.bounds
         widest = float((bounds.high - bounds.low).max()) / 2.0
         unit = abs(float(bounds.low[0] + bounds.high[0])) / 2.0 if math.isfinite(widest) else 0.0
         return widest <= _PRECISE * margin * min(unit, pair.claimed.size)
 
-    def bounds(self, pair: _Pair) -> Bounds:
-        """What is certain about the expected gradient on one pair."""
-        stream = pair.stream
-        low, high = asymptotic_interval(stream.projections, self.alpha, self.rho, _START)
+    def _look_at(self, pair: _Pair) -> None:
+        """Update what is certain about the expected gradient on one pair."""
+        pair.looks += 1
+        stream, level = pair.stream, self.each * share_of_look(pair.looks)
+        low, high = interval(stream.projections, level)
         at = pair.basis @ stream.known
-        _, squared = asymptotic_interval(stream.products, self.alpha, self.rho * math.sqrt(2.0), _START // 2)
+        _, squared = interval(stream.products, level)
         unseen = math.sqrt(max(float(squared[0]), 0.0)) + pair.rounding
-        return Bounds(at + low - pair.rounding, at + high + pair.rounding, stream.known, at, unseen)
+        pair.bounds = Bounds(at + low - pair.rounding, at + high + pair.rounding, stream.known, at, unseen)
 
     def judge(self, margin: float) -> Verdict:
         """A verdict that is certain at the joint level, or `undecided`."""
@@ -283,7 +319,7 @@ class Search:
         """The catalogue objective that is certified to within the margin; the nearest if several are."""
         bounds = self.all_bounds()
         best: Identified | None = None
-        for name, where in self.pairs[0].others:
+        for name, where in self._others():
             found = certified_scale(bounds, [pair.others[name, where] for pair in self.pairs])
             if found is not None and found[1] <= margin and (best is None or found[1] < best.error):
                 best = Identified(name, where, {}, *found)
@@ -291,8 +327,12 @@ class Search:
 
     def nameable(self) -> bool:
         """Whether some catalogue objective is not excluded yet."""
-        bounds, keys = self.all_bounds(), self.pairs[0].others
+        bounds, keys = self.all_bounds(), self._others()
         return not all(excluded(bounds, [pair.others[key] for pair in self.pairs]) for key in keys)
+
+    def _others(self) -> list[tuple[str, Granularity]]:
+        """The catalogue objectives that have a gradient on every pair."""
+        return [key for key in self.pairs[0].others if all(key in pair.others for pair in self.pairs)]
 
     def excludes(self, objective: Objective) -> bool:
         """Whether some direction on some pair excludes every positive multiple of an objective."""
@@ -300,7 +340,7 @@ class Search:
 
     def all_bounds(self) -> list[Bounds]:
         """What is certain about the expected gradient on each pair."""
-        return [self.bounds(pair) for pair in self.pairs]
+        return [pair.bounds for pair in self.pairs]
 
     @property
     def claimed(self) -> list[Target]:
@@ -327,11 +367,22 @@ class Search:
     def _hidden(self) -> tuple[int, float]:
         different = sum(pair.stream.different for pair in self.pairs)
         observations = sum(pair.stream.projections.count for pair in self.pairs)
-        return different, bounded_interval(different, observations, 1.0 - self.confidence)[1]
+        return different, bounded_interval(different, observations, self.each)[1]
 
-    def result(self, verdict: Verdict, follows: Identified | None, margin: float) -> MonteCarloResult:
-        """The findings, also in words."""
+    @property
+    def unseen(self) -> float:
+        """The largest probability per call of any one event that no call showed."""
+        return bounded_interval(0, self.batches, self.each)[1]
+
+    def result(
+        self, verdict: Verdict, follows: Identified | None, margin: float, alpha: float | None = None
+    ) -> MonteCarloResult:
+        """The findings, also in words, with the error rate of the whole audit that this search is a part of."""
+        alpha = self.alpha if alpha is None else alpha
         bounds, targets = self.all_bounds(), self.claimed
+        # Later looks are more precise, but may exclude a little less; the words should fit the verdict.
+        if verdict == "biased" and self._decisive and not excluded(bounds, targets):
+            bounds = self._decisive
         biases = [relative_bias(b, t) for b, t in zip(bounds, targets, strict=True)]
         cosines = [b.cosine(t) for b, t in zip(bounds, targets, strict=True)]
         bias = (max(low for low, _ in biases), max(high for _, high in biases))
@@ -339,22 +390,26 @@ class Search:
         result = MonteCarloResult(
             verdict=verdict,
             relative_bias=bias,
+            least_bias=least_bias(bounds, targets),
             cosine=cosine,
             scale=scale_range(bounds, targets),
+            by_pair=self._by_pair(bounds, targets),
             follows=follows,
             directions=sum(len(pair.basis) for pair in self.pairs),
             identical=self.hidden is not None,
             hidden=self._hidden()[1],
+            unseen=self.unseen,
             batches=self.batches,
             rollouts=self.rollouts,
             separable=self.separable,
-            confidence=self.confidence,
+            alpha=alpha,
+            confidence=1.0 - alpha,
             margin=margin,
             seed=self.seed,
             seconds=time.perf_counter() - self._start,
             words="",
         )
-        return worded(result, f"{self.objective.label} ({self.objective.granularity})", len(self.pairs))
+        return worded(result, f"{self.objective.label} ({self.objective.granularity})")
 
 
 def _catalogue(case: Case, sampler: Sampler, granularity: str) -> dict[tuple[str, Granularity], Tensor]:
@@ -387,10 +442,10 @@ def _value_dtype(loss: Loss, sample: Sample) -> torch.dtype:
     return value.dtype if isinstance(value, Tensor) else torch.float64
 
 
-def _check_settings(cases: Sequence[Case], margin: float, confidence: float, max_batches: int, seconds: float) -> None:
+def _check_settings(cases: Sequence[Case], margin: float, alpha: float, max_batches: int, seconds: float) -> None:
     if not cases:
         raise InvalidArgumentError("cases", "must hold at least one pair, got none")
     check_between("margin", margin, 0.0, 1.0)
-    check_between("confidence", confidence, 0.0, 1.0)
+    check_between("alpha", alpha, 0.0, 0.5)
     check_integer("max_batches", max_batches)
     check_between("seconds", seconds)

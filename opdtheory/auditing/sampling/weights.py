@@ -12,12 +12,12 @@ from torch import Tensor
 
 from opdtheory.auditing.naming.bandits import bandits
 from opdtheory.auditing.naming.recover import RecoveredWeight
-from opdtheory.auditing.sampling.confidence import asymptotic_interval, bounded_interval, tightest_rho
+from opdtheory.auditing.sampling.confidence import bounded_interval, first_count, interval, share_of_look
 from opdtheory.auditing.sampling.projections import PILOT, TABLE_BUDGET, Look, Residuals, controls, fit_controls, pilot
 from opdtheory.auditing.scenario import Case, Scenario
 from opdtheory.exact import Loss
+from opdtheory.exact.modes import plain_modes
 from opdtheory.exact.sampling import Sampler
-from opdtheory.exact.threads import one_thread
 from opdtheory.objective import Objective
 
 __all__ = ["SampledWeight", "sampled_weight"]
@@ -26,8 +26,8 @@ __all__ = ["SampledWeight", "sampled_weight"]
 _GRID = (-4.0, -3.0, -2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
 _OFF_ROUND = 1.0 + 2.0**-20
 
-# The number of observations from which intervals hold, the growth of their number, and the batches in each.
-_START, _GROWTH, _BATCHES_APART = 40, 1.5, 4
+# The fewest observations at the first look, the growth of their number, and the batches in each.
+_FEWEST, _GROWTH, _BATCHES_APART = 40, 1.5, 4
 
 # Intervals this narrow, relative to the weight's range, suffice for conclusions.
 _PRECISE = 0.02
@@ -45,7 +45,7 @@ class SampledWeight:
         low: lower ends, of the hull over the policies if their intervals are disjoint.
         high: upper ends, likewise.
         separated: whether intervals of two policies are disjoint: the weight is then not a function of `u` alone.
-        confidence: joint level over grid points, policies and all times; asymptotic.
+        alpha: probability that any interval misses at any look, over grid points and policies.
         hidden: if all observations agreed to rounding, the largest probability of one that does not; else None.
         batches: number of calls of the loss.
         rollouts: number of rollouts drawn.
@@ -55,7 +55,7 @@ class SampledWeight:
     low: Float[Tensor, " points"]
     high: Float[Tensor, " points"]
     separated: bool
-    confidence: float
+    alpha: float
     hidden: float | None
     batches: int
     rollouts: int
@@ -106,7 +106,7 @@ class SampledWeight:
         """The finding in one sentence."""
         text = (
             f"The weight on a token at batch size {batch_size} was sampled at {len(self.log_u)} log-ratios on one-step "
-            f"policies, {self.rollouts:,} rollouts, with intervals that hold jointly at {100 * self.confidence:g}%"
+            f"policies, {self.rollouts:,} rollouts, with intervals that hold jointly"
         )
         if self.separated:
             return f"{text}: it differs between policies of equal ratios, so it is not a function of u alone."
@@ -123,7 +123,7 @@ def sampled_weight(
     objective: Objective,
     scenario: Scenario,
     *,
-    confidence: float,
+    alpha: float,
     seconds: float,
     most: int = 96,
 ) -> SampledWeight:
@@ -134,7 +134,7 @@ def sampled_weight(
         objective: the objective that the loss is thought to follow, for controls: it affects the width of the
             intervals, not their validity.
         scenario: only its batch size, seed and noise of the sampling policy are used.
-        confidence: joint level of all intervals.
+        alpha: probability that any interval misses.
         seconds: wall-clock budget.
         most: largest number of observations of each policy; fewer are made if even these would leave the intervals too
             wide for conclusions.
@@ -146,10 +146,11 @@ def sampled_weight(
     log_u = _OFF_ROUND * torch.tensor(_GRID, dtype=torch.float64)
     generator = torch.Generator().manual_seed(scenario.seed)
     cases = bandits(log_u, scenario)[::2]
-    alpha = (1.0 - confidence) / (len(cases) * (len(log_u) - 1))
-    with one_thread(), torch.no_grad():
+    # A stream for each point but the middle one, where the difference is zero, and one that counts what differs.
+    each = alpha / (len(cases) * (len(log_u) - 1) + 1)
+    with plain_modes(), torch.no_grad():
         found = [
-            _intervals(loss, case, objective, scenario.batch_size, generator, alpha, most, deadline) for case in cases
+            _intervals(loss, case, objective, scenario.batch_size, generator, each, most, deadline) for case in cases
         ]
     lows, highs = torch.stack([low for low, _, _ in found]), torch.stack([high for _, high, _ in found])
     streams = [stream for _, _, stream in found]
@@ -158,10 +159,10 @@ def sampled_weight(
     if separated:
         low, high = lows.amin(0), highs.amax(0)
     different, observations = sum(s.different for s in streams), sum(s.projections.count for s in streams)
-    hidden = bounded_interval(different, observations, 1.0 - confidence)[1] if different == 0 else None
+    hidden = bounded_interval(different, observations, each)[1] if different == 0 else None
     batches = sum(s.look.calls * (s.projections.count + PILOT) for s in streams)
     rollouts = sum(s.look.rollouts * (s.projections.count + PILOT) for s in streams)
-    return SampledWeight(log_u, low, high, separated, confidence, hidden, batches, rollouts)
+    return SampledWeight(log_u, low, high, separated, alpha, hidden, batches, rollouts)
 
 
 def _intervals(
@@ -170,7 +171,7 @@ def _intervals(
     objective: Objective,
     batch_size: int,
     generator: torch.Generator,
-    alpha: float,
+    each: float,
     most: int,
     deadline: float,
 ) -> tuple[Tensor, Tensor, Residuals]:
@@ -185,11 +186,12 @@ def _intervals(
     factors = fit_controls(seen / size, known / size, _SAME)
     # The rounding of the gradient itself, whose entries are weights times probabilities.
     stream = Residuals(look, basis, found, factors, _SAME * largest)
-    aimed, rho = _START, tightest_rho(_START, alpha)
+    aimed, looks = max(_FEWEST, first_count(each)), 0
     while True:
         while stream.projections.count < aimed:
             stream.observe(generator)
-        low, high = asymptotic_interval(stream.projections, alpha, rho, _START)
+        looks += 1
+        low, high = interval(stream.projections, each * share_of_look(looks))
         at = basis @ stream.known
         low, high = at + low - _SAME * size, at + high + _SAME * size
         middle = (low + high) / 2.0

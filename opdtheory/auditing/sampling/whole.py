@@ -1,4 +1,9 @@
-"""A sampled audit as a whole: the verdict, the name of what the loss follows, the weight, and all three in words."""
+r"""A sampled audit as a whole: the verdict, the name of what the loss follows, the weight, and all three in words.
+
+The error rate $\alpha$ bounds the probability that any statement of the audit is wrong. Half of it goes to the search
+for the verdict, a quarter to the fresh draws that confirm a name, in equal parts, and a quarter to the weight. The
+union bound adds them up, so the parts need not be independent. The module `confidence` says how each part is divided.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +13,8 @@ import torch
 
 from opdtheory.auditing.black_box import BlackBox
 from opdtheory.auditing.naming.recover import RecoveredWeight
-from opdtheory.auditing.sampling.followed import name_followed, small_batch
-from opdtheory.auditing.sampling.montecarlo import Search
+from opdtheory.auditing.sampling.followed import CONFIRMATIONS, Named, name_followed, small_batch
+from opdtheory.auditing.sampling.montecarlo import ALPHA, Search
 from opdtheory.auditing.sampling.montecarlo_result import MonteCarloResult
 from opdtheory.auditing.sampling.scout import Scout
 from opdtheory.auditing.sampling.weights import SampledWeight, sampled_weight
@@ -18,7 +23,10 @@ from opdtheory.objective import Objective
 
 __all__ = ["sampled"]
 
-_MARGIN, _CONFIDENCE = 0.05, 0.99
+_MARGIN = 0.05
+
+# Shares of the error rate.
+_VERDICT, _NAME, _WEIGHT = 0.5, 0.25, 0.25
 
 # Budget of calls of the loss and of seconds for one stream, and of seconds for the weight.
 _BATCHES, _SECONDS, _WEIGHT_SECONDS = 20_000, 30.0, 5.0
@@ -28,9 +36,16 @@ _APART = 7919
 
 
 def sampled(
-    loss: BlackBox, objective: Objective, scenario: Scenario, *, weigh: bool
+    loss: BlackBox, objective: Objective, scenario: Scenario, *, weigh: bool, alpha: float = ALPHA
 ) -> tuple[MonteCarloResult, RecoveredWeight]:
     """Compare a loss with its claim by sampling, name what it follows instead, and recover its weight.
+
+    Args:
+        loss: the black box.
+        objective: the claimed objective.
+        scenario: what the rollouts look like.
+        weigh: whether to recover the weight.
+        alpha: probability that any statement is wrong, between 0 and 1/2.
 
     Returns:
         The verdict with its intervals and the confirmed objective, if any; and the weight, if it is to be recovered.
@@ -45,22 +60,26 @@ def sampled(
 
     def restart(other: Objective, number: int) -> Search:
         apart = replace(scenario, seed=scenario.seed + _APART * number)
-        return Search(loss, cases, other, apart, _CONFIDENCE, _BATCHES, _SECONDS)
+        share = _VERDICT if number == 0 else _NAME / CONFIRMATIONS
+        return Search(loss, cases, other, apart, share * alpha, _BATCHES, _SECONDS)
 
     search = restart(objective, 0)
     verdict = search.run(_MARGIN)
     scout: Scout | None = None
     if weigh or verdict == "biased":
         scout = small_batch(loss, objective.granularity, scenario)
-    named = name_followed(search, scout, restart, scenario.batch_size, _MARGIN) if verdict == "biased" else None
-    result = search.result(verdict, None if named is None else named.identified, _MARGIN)
+    named: Named | None = None
+    if verdict == "biased":
+        search.settle(_MARGIN)
+        named = name_followed(search, scout, restart, scenario.batch_size, _MARGIN)
+    result = search.result(verdict, None if named is None else named.identified, _MARGIN, alpha)
     if not weigh:
         return result, RecoveredWeight.unknown()
     found = sampled_weight(
         loss,
         objective if named is None else named.objective,
         scenario,
-        confidence=_CONFIDENCE,
+        alpha=_WEIGHT * alpha,
         seconds=_WEIGHT_SECONDS,
     )
     words = [result.words, found.words(scenario.batch_size), *_beside(found, scout, scenario.batch_size)]

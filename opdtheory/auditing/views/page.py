@@ -38,6 +38,7 @@ _SETTINGS = {
     "batch_size": "rollouts in a batch",
     "eos": "end-of-sequence token",
     "off_policy": "logit noise of the sampling policy",
+    "alpha": "error rate",
     "gamma": "discount",
     "seed": "seed of the panel",
     "prompts": "prompts",
@@ -298,9 +299,15 @@ def _monte_carlo(found: dict[str, Any] | None) -> str:
     rows = [
         (escape(key.replace("_", " ")), plain_text(value))
         for key, value in found.items()
-        if key != "words" and value not in (None, "", [])
+        # Four digits of a confidence say less than the error rate.
+        if key not in ("words", "by_pair", "confidence") and value not in (None, "", [])
     ]
-    return section("Monte Carlo", f"<p>{escape(found['words'])}</p>" + rows_of(rows))
+    keys = ("scale", "error", "seen", "cosine")
+    pairs = [(escape(pair["label"]), *(plain_text(pair[key]) for key in keys)) for pair in found["by_pair"]]
+    header = ("pair", "scale", "off by, as a vector", "off by, along any direction", "cosine")
+    about = "Each pair beside the multiple of the exact gradient that is nearest on that pair: intervals."
+    beside = table(header, pairs, about, numbers=(1, 2, 3, 4))
+    return section("Monte Carlo", f"<p>{escape(found['words'])}</p>" + rows_of(rows) + beside)
 
 
 def _weight_table(report: Audit, drawn: Curves) -> str:

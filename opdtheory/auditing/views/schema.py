@@ -18,7 +18,7 @@ from torch import Tensor
 
 from opdtheory.auditing.report import NOT_JSON, SCHEMA_VERSION, Audit
 from opdtheory.auditing.scenario import Scenario
-from opdtheory.choices import GRANULARITIES
+from opdtheory.choices import CLAIMED_REDUCTIONS, GRANULARITIES
 
 __all__ = ["AUDIT_SCHEMA", "schema_text"]
 
@@ -28,7 +28,9 @@ _PLAIN = {str: "string", bool: "boolean", int: "integer"}
 # Keys that were added later, so that older records lack them.
 _LATER = (
     *("form", "dependence", "checks", "numerics", "remedies", "monte_carlo"),
-    *("prompts", "environment", "shared_prompt"),
+    *("prompts", "environment", "shared_prompt", "lengths", "vocabulary"),
+    *("passes", "limits", "reduction", "against_sum", "worlds", "varies", "sampled"),
+    *("least_bias", "by_pair", "unseen", "alpha"),
     *("explains_panel", "far_log_u", "far_weight", "generator_values", "stop_gradient_of", "seen_to"),
 )
 
@@ -97,6 +99,8 @@ def _described(kind: Any, name: str) -> str:
 def _settings() -> dict[str, Any]:
     schema = _object(Scenario)
     schema["properties"]["gamma"] = {"type": "number", "description": "discount of `token_return`"}
+    schema["properties"]["reduction"] = {"enum": list(CLAIMED_REDUCTIONS), "description": "the claimed reduction"}
+    schema["properties"]["alpha"] = {"type": "number", "description": "error rate of a sampled audit; else absent"}
     # Later versions may have more arguments.
     return {**schema, "additionalProperties": True, "required": [*schema["required"], "gamma"]}
 
@@ -105,7 +109,9 @@ def _audit() -> dict[str, Any]:
     computed: dict[str, dict[str, Any]] = {
         "objective": {"type": "string"},
         "granularity": {"enum": list(GRANULARITIES)},
+        "passes": {"type": "boolean"},
         "faithful": {"type": "boolean"},
+        "limits": {"type": "array", "items": {"type": "string"}},
         "descends": {"type": ["string", "null"]},
     }
     schema = _object(Audit, NOT_JSON)
@@ -115,7 +121,8 @@ def _audit() -> dict[str, Any]:
         **schema["properties"],
         "settings": _settings(),
     }
-    schema["required"] = ["schema_version", *computed, *schema["required"], "settings"]
+    known = [name for name in computed if name not in _LATER]
+    schema["required"] = ["schema_version", *known, *schema["required"], "settings"]
     return schema
 
 

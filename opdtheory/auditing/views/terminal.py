@@ -73,7 +73,7 @@ def _pairs(report: Audit) -> Any:
     rows: list[list[Any]] = []
     for pair in report.pairs:
         label, bias, cosine, *variances = pair.cells
-        good = report.faithful or pair.relative_bias <= report.tolerance
+        good = report.passes or pair.relative_bias <= report.tolerance
         shown = Text(bias, style="green" if good else "red"), Text(cosine, style="bold red" if pair.cosine < 0 else "")
         rows.append([label, *shown, *variances])
     return _table("Pairs", [(name, "left" if name == "pair" else "right") for name in PAIR_COLUMNS], rows)

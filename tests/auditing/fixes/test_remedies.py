@@ -62,7 +62,7 @@ CASES: dict[str, tuple[Loss, str, dict[str, Any], str, str]] = {
     "k2 as reward": (zoo("k2_reward"), "reverse_kl", {}, "differentiate", "exact"),
     "k3 as reward, forward": (zoo("k3_reward"), "forward_kl", {}, "differentiate", "exact"),
     "k3 as loss": (zoo("k3_loss"), "reverse_kl", {}, "k2", "exact"),
-    "k2 clamped": (zoo("k2_loss", clip_log_ratio=1.5), "reverse_kl", {}, "k2", "exact"),
+    "k2 clamped": (zoo("k2_loss", clip_log_ratio=1.5), "reverse_kl", {}, "clip", "exact"),
     "clip inside the grid": (zoo("opd_plus", "forward_kl", clip_log_ratio=2.0), "forward_kl", {}, "clip", "exact"),
     "clip outside the grid": (zoo("opd_plus", "jsd", clip_log_ratio=5.0), "jsd", {}, "clip", "exact"),
     "clipped weight": (zoo("opd_plus", "forward_kl", clip_weight=(0.5, 1.5)), "forward_kl", {}, "clip", "exact"),

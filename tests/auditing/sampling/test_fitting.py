@@ -14,7 +14,7 @@ def test_the_range_of_a_fitted_number_is_that_of_the_samples() -> None:
     """With a control that leaves noise the truth is inside, a far value is not, and the shortest decimal is chosen."""
     loss = opd.estimator("opd_plus", opd.divergences.skew_jsd(0.25))
     claim = Objective.of(opd.divergence("jsd"))
-    search = Search(loss, Scenario().pairs()[3:4], claim, Scenario(seed=3), 0.99, 400, 30.0)
+    search = Search(loss, Scenario().pairs()[3:4], claim, Scenario(seed=3), 0.01, 400, 30.0)
     search.run(0.05)
     knob = knob_of(next(each for each in fitted(search) if each.divergence.name == "skew_jsd"))
     assert knob is not None

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
 
 import opdtheory as opd
 from opdtheory.auditing import quick_verdict
-from opdtheory.auditing.sampling.montecarlo import monte_carlo_compare
+from opdtheory.auditing.sampling.montecarlo import Search, monte_carlo_compare
+from opdtheory.auditing.sampling.montecarlo_result import odds
 from opdtheory.auditing.scenario import Scenario
 from opdtheory.errors import InvalidArgumentError, LossError
 from opdtheory.exact import exact_gradient
@@ -152,13 +154,122 @@ def test_a_margin_that_is_not_reached_ends_undecided() -> None:
 
 
 def test_an_unbiased_loss_is_never_found_biased() -> None:
-    """Four seeds at 99 %: a top-k reward is zero, and no control equals it."""
+    """Four seeds: a top-k reward is zero, and no control equals it."""
     loss = opd.estimator("topk_reward", "jsd", k=2)
     verdicts = [
         _compare(loss, [small_case(4, 2, seed=seed)], "jsd", seed=seed, max_batches=300).verdict for seed in range(4)
     ]
     assert "biased" not in verdicts
     assert "zero" in verdicts
+
+
+def test_the_error_rate_is_shared_by_all_streams() -> None:
+    """Directions and length of each pair, and what differs or is not seen: together no more than the rate."""
+    cases = Scenario(1).pairs()[1:4:2]
+    search = Search(
+        opd.estimator("opd", "jsd"), cases, Objective.of(opd.divergence("jsd")), Scenario(), 0.01, 10**6, 30.0
+    )
+    streams = sum(len(pair.basis) for pair in search.pairs) + len(search.pairs) + 2
+    assert search.each * streams == pytest.approx(0.01, rel=1e-12)
+    counts = [search.first]
+    with torch.no_grad():
+        for _ in range(4):
+            search.advance(1e-9, 10**6)
+            assert all(pair.stream.projections.count == counts[-1] for pair in search.pairs)
+            counts.append(math.ceil(1.25 * counts[-1]))
+        # A budget that ends in between is no look: its count would depend on the draws.
+        before = [(pair.looks, pair.bounds) for pair in search.pairs]
+        search.advance(1e-9, search.batches + 3)
+    assert [(pair.looks, pair.bounds) for pair in search.pairs] == before
+    assert [looks for looks, _ in before] == [4, 4]
+
+
+def test_a_smaller_rate_needs_more_observations() -> None:
+    found = [_compare(opd.estimator("opd", "jsd"), [small_case()], "jsd", alpha=a, seed=2) for a in (0.2, 1e-6, 1e-12)]
+    assert found[0].batches < found[1].batches < found[2].batches
+    assert [f.alpha for f in found] == [0.2, 1e-6, 1e-12]
+    assert "once in 5 audits" in found[0].words and "once in a million audits" in found[1].words
+    assert odds(0.03) == "once in 33 audits" and odds(1e-4) == "once in 10,000 audits"
+
+
+@pytest.mark.parametrize("at", ["first step", "each step", "behind the end"])
+@pytest.mark.parametrize(("size", "seen"), [(1e-3, True), (1e-7, True), (1e-14, False)])
+def test_a_difference_without_variance_is_compared_to_rounding(at: str, size: float, seen: bool) -> None:
+    """The residual is a constant along most directions and zero along the others, so no interval has a length."""
+    plain, case = opd.estimator("opd_plus", "jsd"), small_case(3, 2, eos=0)
+
+    def loss(r: Rollouts) -> torch.Tensor:
+        logits = {
+            "first step": r.student_logits[:, :1, 1],
+            "each step": r.student_logits[..., 1] * r.mask,
+            "behind the end": r.student_logits[..., 1] * (1.0 - r.mask),
+        }[at]
+        return plain(r) + size * logits.sum(-1).mean()
+
+    result = _compare(loss, [case], "jsd")
+    assert result.verdict == ("biased" if seen else "exact"), result.words
+    assert not any(math.isnan(end) for pair in result.by_pair for end in (*pair.scale, *pair.error, *pair.cosine))
+    assert (result.least_bias > 0.0) is seen
+
+
+def _token_mean(weight):
+    return lambda r: r.token_mean(-(weight(r) * r.student_logprobs))
+
+
+def _by_sizes(r: Rollouts) -> torch.Tensor:
+    """Divided by the typical size of the batch's log-ratios."""
+    log_u = r.log_u.detach()
+    return r.token_sum(-(log_u / (log_u.square() * r.mask).mean().sqrt() * r.student_logprobs))
+
+
+@pytest.mark.parametrize(
+    ("loss", "claim", "settings"),
+    [
+        (_token_mean(lambda r: r.log_u.detach()), "reverse_kl", {"batch_size": 32, "eos": 0}),
+        (lambda r: r.token_mean(r.log_u.square() / 2), "reverse_kl", {"batch_size": 24, "eos": 1}),
+        (_token_mean(lambda r: r.log_u.detach().exp()), "forward_kl", {"batch_size": 24, "eos": 0}),
+        (_by_sizes, "reverse_kl", {"batch_size": 32}),
+    ],
+    ids=["window mean", "mean of squares", "forward", "by sizes"],
+)
+def test_a_scale_that_differs_by_pair_is_told_from_a_wrong_direction(loss, claim: str, settings: dict) -> None:
+    batch_size, eos = settings["batch_size"], settings.get("eos")
+    cases = Scenario(1, eos).pairs()[1:4:2]
+    result = _compare(loss, cases, claim, batch_size=batch_size, naming=False)
+    assert result.verdict == "biased" and result.same_direction
+    assert f"The direction is that of {claim} (token_local) on every pair" in result.words
+    assert "the scale differs by pair" in result.words and "at any scale" not in result.words
+    one, other = result.by_pair
+    assert one.scale[0] > other.scale[1] > 0.0, "intervals do not overlap"
+    assert min(pair.cosine[0] for pair in result.by_pair) > 0.95
+    # The best common scale is between the two, and at least half their distance from one of them.
+    assert 0.0 < result.least_bias < one.scale[1] / other.scale[0] - 1.0
+
+
+@pytest.mark.parametrize("turn", [lambda r: r.sequence_mean, lambda r: lambda x: -r.token_mean(x)], ids=["1/N", "sign"])
+def test_a_wrong_direction_is_not_called_right(turn) -> None:
+    """Rollouts that weigh by their own length, and a token mean that goes uphill."""
+    result = _compare(
+        lambda r: turn(r)(-(r.log_u.detach() * r.student_logprobs)),
+        Scenario(1, 0).pairs()[1:4:2],
+        batch_size=24,
+        naming=False,
+    )
+    assert result.verdict == "biased" and not result.same_direction
+    assert "at any scale" in result.words and "The direction is that" not in result.words
+
+
+def test_the_scale_of_a_token_mean_is_near_the_exact_one() -> None:
+    """Enumerated at two rollouts, on the same pairs: within the intervals of the samples."""
+    loss, cases = _token_mean(lambda r: r.log_u.detach()), Scenario(2, 0).pairs()[1:4:2]
+    result = _compare(loss, cases, batch_size=2, naming=False)
+    for case, pair in zip(cases, result.by_pair, strict=True):
+        expected = torch.cat([g.flatten() for g in opd.expected_gradient(loss, case.student, case.teacher, 2)])
+        exact = torch.cat([g.flatten() for g in exact_gradient(case.student, case.teacher, "reverse_kl")])
+        scale = float(expected @ exact / (exact @ exact))
+        assert pair.label == case.label and pair.scale[0] <= scale <= pair.scale[1]
+        assert pair.error[0] <= float((expected - scale * exact).norm() / (scale * exact.norm())) <= pair.error[1]
+        assert pair.cosine[0] <= float(expected @ exact / (expected.norm() * exact.norm())) <= pair.cosine[1]
 
 
 def test_equal_seeds_give_equal_results() -> None:
@@ -190,7 +301,8 @@ def test_words_claim_what_was_certified() -> None:
     [
         ({"batch_size": 0}, "batch_size"),
         ({"margin": 0.0}, "margin"),
-        ({"confidence": 1.0}, "confidence"),
+        ({"alpha": 0.0}, "alpha"),
+        ({"alpha": 0.5}, "alpha"),
         ({"max_batches": 0}, "max_batches"),
         ({"seconds": 0.0}, "seconds"),
         ({"divergence": opd.divergences.skew_jsd(0.0)}, "objective: must have a nonzero gradient"),

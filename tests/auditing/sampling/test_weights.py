@@ -15,7 +15,7 @@ def test_sampled_weights_hold_the_truth_and_tell_a_ratio_from_more() -> None:
 
     def weight_of(loss: Loss, control: str, batch_size: int) -> SampledWeight:
         objective = Objective.of(opd.divergence(control))
-        return sampled_weight(loss, objective, Scenario(batch_size), confidence=0.99, seconds=20.0, most=40)
+        return sampled_weight(loss, objective, Scenario(batch_size), alpha=0.01, seconds=20.0, most=40)
 
     found = weight_of(opd.estimator("opd", "chi2", baseline="leave_one_out"), "reverse_kl", 8)
     truth = opd.estimator("opd", "chi2").token_loss.advantage.of_log_u(found.log_u)  # type: ignore[attr-defined]

@@ -8,8 +8,10 @@ import jsonschema
 import pytest
 
 import opdtheory as opd
+from opdtheory.auditing.sampling import whole
 from opdtheory.auditing.views import render_audit
 from opdtheory.auditing.views.schema import AUDIT_SCHEMA
+from opdtheory.errors import InvalidArgumentError
 from tests.auditing.sampling.pairs import ORIGIN
 
 
@@ -53,3 +55,29 @@ def test_what_holds_at_a_smaller_batch_size_is_not_taken_to_hold_at_a_larger_one
     assert report.identified is not None and "fitted to samples" in report.identified["evidence"]
     said = "No positive multiple of the exact weight at batch size 2 (forward_kl) lies in all intervals"
     assert said in report.summary()
+
+
+def test_the_error_rate_is_an_argument_and_is_said_everywhere() -> None:
+    loss = opd.estimator("opd_plus", "jsd", zscore=True)
+    report = opd.audit(loss, "jsd", batch_size=8, method="monte_carlo", details=False, alpha=0.01)
+    assert report.monte_carlo is not None and report.settings["alpha"] == 0.01
+    assert "wrong at most once in 100 audits (alpha=0.01)" in report.summary()
+    record = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    jsonschema.validate(record, AUDIT_SCHEMA)
+    assert record["monte_carlo"]["alpha"] == record["settings"]["alpha"] == 0.01
+    assert record["monte_carlo"]["by_pair"][0]["scale"] == list(report.monte_carlo.by_pair[0].scale)
+    assert "once in 100 audits" in render_audit(report)
+    # An exact audit has no error rate.
+    assert "alpha" not in opd.audit(opd.estimator("opd_plus", "jsd"), "jsd", details=False).settings
+
+
+def test_the_parts_of_an_audit_share_its_error_rate() -> None:
+    assert whole._VERDICT + whole._NAME + whole._WEIGHT == 1.0
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("alpha", [0.0, 0.5, -1.0, 1.0, float("nan"), float("inf"), True, "0.1", None])
+@pytest.mark.parametrize("method", ["exact", "monte_carlo"])
+def test_an_error_rate_that_is_none_is_refused(alpha: object, method: str) -> None:
+    with pytest.raises(InvalidArgumentError, match="alpha"):
+        opd.audit(opd.estimator("opd_plus", "jsd"), "jsd", method=method, alpha=alpha)  # type: ignore[arg-type]

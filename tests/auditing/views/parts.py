@@ -12,6 +12,7 @@ from opdtheory.auditing.effects.dependence import Dependence
 from opdtheory.auditing.naming.weight_form import WeightForm
 from opdtheory.auditing.records import Identified
 from opdtheory.auditing.report import Remedy
+from opdtheory.auditing.sampling.bounds import OnPair
 from opdtheory.auditing.sampling.montecarlo_result import MonteCarloResult
 
 HOSTILE = "<script>document.title='taken'</script>\"'><img src=x onerror=\"document.title='taken'\">$x^"
@@ -20,15 +21,19 @@ HOSTILE = "<script>document.title='taken'</script>\"'><img src=x onerror=\"docum
 SAMPLED = {
     "verdict": "biased",
     "relative_bias": (0.1, float("inf")),
+    "least_bias": 0.05,
     "cosine": (-1.0, 1.0),
     "scale": None,
+    "by_pair": [OnPair("a", (0.5, 0.6), (0.1, float("inf")), float("inf"), (-1.0, 1.0))],
     "directions": 7,
     "identical": False,
     "hidden": 0.1,
+    "unseen": 0.1,
     "batches": 50,
     "rollouts": 1000,
     "separable": False,
-    "confidence": 0.99,
+    "alpha": 1e-6,
+    "confidence": 1.0 - 1e-6,
     "margin": 0.05,
     "seed": 0,
     "seconds": 1.0,
