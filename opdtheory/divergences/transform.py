@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import sympy
 
 __all__ = [
+    "centred",
     "check_generator",
     "forms",
     "has_kinks",
@@ -174,6 +175,18 @@ def forms(generator: sympy.Expr) -> dict[str, sympy.Expr]:
         "curvature": curvature if has_kinks(curvature) else sympy.factor(curvature),
         "curvature_slope": u * _differentiate(curvature),
     }
+
+
+def centred(generator: sympy.Expr) -> tuple[float, sympy.Expr, sympy.Expr]:
+    """The slope at one, and the generator and its weight in the gauge where that is zero."""
+    import sympy
+
+    u = symbol()
+    slope = _differentiate(generator).subs(u, 1)
+    if not slope.is_finite or _is_zero(slope):
+        slope = sympy.Integer(0)
+    remainder = generator - slope * (u - 1)
+    return number(slope), remainder, _by_pieces(u * _differentiate(remainder) - remainder)
 
 
 def limits(form: sympy.Expr) -> tuple[float, float]:
