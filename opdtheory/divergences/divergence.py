@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from opdtheory.divergences import transform
+from opdtheory.divergences.convexity import check_generator
 from opdtheory.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ class Divergence:
         """
         if not isinstance(name, str) or not name:
             raise InvalidArgumentError("name", f"must be a non-empty string, got {name!r}")
-        generator = transform.check_generator(expr)
+        generator = check_generator(expr)
         return _from_checked(generator, name)
 
     @property
