@@ -18,7 +18,7 @@ from opdtheory.auditing.naming.bandits import is_expensive
 from opdtheory.auditing.naming.combine import best_combination
 from opdtheory.auditing.naming.fit import Fit, fit_scale, flat
 from opdtheory.auditing.naming.identify import ExactGradients, Match, best_match
-from opdtheory.auditing.naming.recover import RecoveredWeight, explains_panel, recover_weight
+from opdtheory.auditing.naming.recover import RecoveredWeight, explains_panel, interpolates, recover_weight
 from opdtheory.auditing.naming.weight_form import describe
 from opdtheory.auditing.records import Identified, VariableLengths
 from opdtheory.auditing.report import Audit, PairResult
@@ -197,7 +197,6 @@ def _exactly(
     found = _compare(loss, claim, scenario, cases)
     fit, tolerance, verdict = found.fit, found.tolerance, found.verdict
     weight = recover_weight(loss, scenario, tolerance)
-    weight = replace(weight, explains_panel=explains_panel(loss, weight, found.gradients, cases, scenario))
     match: Match | None = None
     identified: Identified | None = None
     if verdict in FAITHFUL:
@@ -214,6 +213,12 @@ def _exactly(
     if match is not None and identified is None:
         identified = Identified.of(match.objective, match.fit.scale, match.error(tolerance))
 
+    # A loss that follows an objective by name is known over several tokens too.
+    if verdict == "biased":
+        explained = explains_panel(loss, weight, found.gradients, cases, scenario)
+    else:
+        explained = interpolates(weight, found.gradients, cases)
+    weight = replace(weight, explains_panel=explained)
     lengths = None
     if scenario.eos is None and not scenario.coupled and match is not None and match.fit.worst_error <= tolerance:
         lengths = _with_lengths(loss, match.objective, scenario, tolerance)
