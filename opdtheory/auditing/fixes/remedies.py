@@ -131,8 +131,8 @@ class _Search:
         found: list[Remedy] = []
         allowed = _COUPLED_TRIALS if self.facts.scenario.coupled else _TRIALS
         for _, candidate in zip(range(allowed), candidates(self.facts), strict=False):
-            # Two changes together are not offered beside a single one.
-            if len(found) == most or (found and "," in candidate.kind):
+            # What is wrong is known by name, or two changes together would be offered beside a single one.
+            if len(found) == most or (found and (found[0].cause or "," in candidate.kind)):
                 break
             if found and (candidate.kind in _BLIND or candidate.kind in {remedy.kind for remedy in found}):
                 continue
