@@ -1,4 +1,4 @@
-"""Ways of being wrong, put into any loss from outside: each changes what the loss sees, or what becomes of its value."""
+"""Ways of being wrong, put into any loss from outside: what it sees is changed, or what becomes of its value."""
 
 from __future__ import annotations
 

@@ -203,6 +203,7 @@ class Divergence:
 
     __mul__ = __rmul__
 
+    @property
     def slope_at_one(self) -> float:
         r"""The slope $f'(1)$, the gauge (T3), that `remainder` takes off; 0 where a user's generator keeps it."""
         two = torch.tensor(math.log(2.0), dtype=torch.float64)
