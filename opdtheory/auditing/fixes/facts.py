@@ -51,7 +51,7 @@ class Facts:
         curve: the recovered weight, or None if it is not a function of the ratio.
         trial: the judge of changed losses.
         local: whether the gradient over several tokens is that of one step at each of them; None if unknown.
-        top_k: number of tokens of a top-k loss, if the panel has no more tokens than that; None for another loss.
+        top_k: number of tokens of a top-k loss, if it is known; None for another loss.
     """
 
     loss: Loss

@@ -74,7 +74,8 @@ def remedies(
     # What is wrong at fixed length is to be right at any.
     asked = lengths or (report.verdict == "biased" and report.variable_lengths is None)
     with plain_modes():
-        facts = replace(_facts(Remembered(loss), report, asked, pairs), top_k=top_k)
+        known = None if report.dependence is None else report.dependence.top_k
+        facts = replace(_facts(Remembered(loss), report, asked, pairs), top_k=known)
         if top_k is not None:
             facts.trial.cases.insert(0, Case(*wide_pair(top_k), None, f"V={top_k} and more"))
         narrow = lengths or top_k is not None
