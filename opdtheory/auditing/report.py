@@ -35,6 +35,7 @@ _NONE_NEAR = 0.98
 
 # Checks that repeat the verdict, and checks of extreme numbers, which are about range and not about the claim.
 _OF_THE_VERDICT = ("stationary at the teacher", "one common scale", "error at the best scale")
+_TEACHER = "depends on the teacher"
 _OF_THE_RANGE = ("finite at probability 1e-30", "finite where the teacher gives zero", "extreme padding is ignored")
 
 
@@ -250,6 +251,9 @@ class Audit:
 
     def _shape(self) -> str:
         if self.verdict == "zero":
+            return ""
+        # A gradient without the teacher is no function of a ratio to it, whatever it is on a grid of tokens.
+        if any(check.name == _TEACHER and check.passed is False for check in self.checks):
             return ""
         if not self.weight.depends_on_ratio_only:
             return "The weight on a token is not a function of the ratio u = teacher/student alone."
