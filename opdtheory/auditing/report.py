@@ -35,8 +35,10 @@ _NONE_NEAR = 0.98
 
 # Checks that repeat the verdict, and checks of extreme numbers, which are about range and not about the claim.
 _OF_THE_VERDICT = ("stationary at the teacher", "one common scale", "error at the best scale")
-_TEACHER = "depends on the teacher"
 _OF_THE_RANGE = ("finite at probability 1e-30", "finite where the teacher gives zero", "extreme padding is ignored")
+
+# The check that fails where the teacher is absent from the gradient.
+_TEACHER = "depends on the teacher"
 
 
 @dataclass(frozen=True)
