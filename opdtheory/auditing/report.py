@@ -45,6 +45,9 @@ _NONE_NEAR = 0.98
 _OF_THE_VERDICT = ("stationary at the teacher", "one common scale", "error at the best scale")
 _OF_THE_RANGE = ("finite at probability 1e-30", "finite where the teacher gives zero", "extreme padding is ignored")
 
+# The check that fails where the teacher is absent from the gradient.
+_TEACHER = "depends on the teacher"
+
 
 @dataclass(frozen=True)
 class PairResult:
@@ -320,6 +323,9 @@ class Audit:
         if self.verdict == "zero" or self._follows_claim or not len(self.weight.log_u):
             return ""
         if not self.weight.depends_on_ratio_only and not self.scenario.one_teacher:
+            return ""
+        # A gradient without the teacher is no function of a ratio to it, whatever it is on a grid of tokens.
+        if any(check.name == _TEACHER and check.passed is False for check in self.checks):
             return ""
         if not self.weight.depends_on_ratio_only:
             return "The weight on a token is not a function of the ratio u = teacher/student alone."

@@ -275,6 +275,16 @@ def test_the_law_refutes_false_sentences() -> None:
     )
 
 
+def test_nothing_is_said_of_a_ratio_in_whose_gradient_the_teacher_is_absent() -> None:
+    def loss(r: Rollouts) -> Tensor:
+        reward = (r.tokens == 1).to(r.mask).sum(-1, keepdim=True)
+        return r.token_sum(-reward * r.student_logprobs + r.student_logprobs - r.teacher_logprobs)
+
+    text = opd.audit(loss, "reverse_kl").summary()
+    assert "The teacher is absent" in text
+    assert "function of the ratio" not in text and "f-divergence" not in text and "nearest" not in text
+
+
 def test_the_law_refutes_false_numbers() -> None:
     def loss(r: Rollouts) -> Tensor:
         return r.token_sum((r.log_u.detach().square() + 0.2 * r.log_u.detach()) * r.student_logprobs)

@@ -9,6 +9,9 @@ from opdtheory.auditing.effects.probes import Effect, Pool, cut_short, differ
 
 __all__ = ["batch_effect"]
 
+# How far the last rollout of a batch is exchanged: some rollouts may be alike to a loss, such as in their reward.
+_STEPS = (11, 23, 37, 52)
+
 # The epsilon in the denominator of a z-score is at most this share of the spread.
 _EPSILON = 1e-3
 
@@ -19,12 +22,14 @@ def batch_effect(pool: Pool, batch_size: int, limit: float) -> Effect:
         return Effect()
     size = max(batch_size, 3)
     first = torch.arange(size) * 7 % len(pool)
-    second = first.clone()
-    second[-1] = (first[-1] + 11) % len(pool)
-    one, other = pool.sensitivity(first), pool.sensitivity(second)
-    scale = max(float(one.abs().max()), float(other.abs().max()), 1e-300)
-    if differ(one[:-1], other[:-1], limit * scale):
-        return Effect(True, [_kind(pool, first, second, limit)])
+    one = pool.sensitivity(first)
+    for step in _STEPS:
+        second = first.clone()
+        second[-1] = (first[-1] + step) % len(pool)
+        other = pool.sensitivity(second)
+        scale = max(float(one.abs().max()), float(other.abs().max()), 1e-300)
+        if differ(one[:-1], other[:-1], limit * scale):
+            return Effect(True, [_kind(pool, first, second, limit)])
     shorter, size_of = pool.sensitivity(first, cut_short(0)), max(float(one.abs().max()), 1e-300)
     if differ(one[1:], shorter[1:], limit * size_of):
         text = "The gradient of a rollout depends on the lengths of the others, as a mean over all tokens does (T11)."

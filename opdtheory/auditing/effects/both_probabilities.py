@@ -10,12 +10,16 @@ from torch import Tensor
 
 from opdtheory.auditing.effects.probes import differ, one_step_weights
 from opdtheory.auditing.naming.sparse import refined, shortest
+from opdtheory.errors import BudgetExceededError
 from opdtheory.exact import Loss
 
 __all__ = ["DistributionEffect", "distribution_effect", "likeliest_kept"]
 
 # Tokens of the step on which a top-k set is searched for; a larger k is not found.
 _VOCABULARY = 256
+
+# The most batches over these tokens, which only rollouts that are not coupled stay below.
+_MOST_BATCHES = 2_000
 
 _SIDE = 6
 
@@ -56,7 +60,10 @@ def distribution_effect(
 
 def likeliest_kept(loss: Loss, batch_size: int, seed: int, limit: float) -> tuple[int, str] | None:
     """The size k of the top-k set, and whether student or teacher ranks it, if two pairs of distributions agree."""
-    first = _sets(loss, batch_size, 31 + 2 * seed, limit)
+    try:
+        first = _sets(loss, batch_size, 31 + 2 * seed, limit)
+    except BudgetExceededError:  # rollouts are coupled in a way that no batch of a few showed
+        return None
     if not any(first.values()):
         return None
     second = _sets(loss, batch_size, 32 + 2 * seed, limit)
@@ -70,7 +77,7 @@ def _sets(loss: Loss, batch_size: int, seed: int, limit: float) -> dict[str, int
         torch.log_softmax(1.5 * torch.randn(_VOCABULARY, generator=generator, dtype=torch.float64), -1)
         for _ in range(2)
     )
-    weights = one_step_weights(loss, log_p, log_q, batch_size)
+    weights = one_step_weights(loss, log_p, log_q, batch_size, budget=_MOST_BATCHES)
     return {"teacher": _likeliest(weights, log_q, limit), "student": _likeliest(weights, log_p, limit)}
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from opdtheory.errors import OpdTheoryError
 from opdtheory.exact import Loss, TabularPolicy, gradient_moments
 from opdtheory.exact.enumeration import Enumeration
+from opdtheory.exact.expectation import BATCH_BUDGET
 from opdtheory.rollouts import Rollouts
 
 __all__ = [
@@ -102,13 +103,15 @@ class Rows:
         return int(row // self.vocabulary ** (level - 1))
 
 
-def expected_weights(loss: Loss, pair: tuple[TabularPolicy, TabularPolicy], batch_size: int) -> list[Tensor]:
+def expected_weights(
+    loss: Loss, pair: tuple[TabularPolicy, TabularPolicy], batch_size: int, budget: int = BATCH_BUDGET
+) -> list[Tensor]:
     r"""The expected weight of each token after each prefix, $-G_{ha} / (P(h)\,p_{ha})$, with mean zero over the row.
 
     Returns one tensor `(V**n, V)` per level.
     """
     student, teacher = pair
-    gradient = gradient_moments(loss, student, teacher, batch_size).mean
+    gradient = gradient_moments(loss, student, teacher, batch_size, budget=budget).mean
     reach = torch.ones(1, dtype=torch.float64)
     weights = []
     for level, logits in zip(gradient, student.logits, strict=True):
@@ -120,11 +123,11 @@ def expected_weights(loss: Loss, pair: tuple[TabularPolicy, TabularPolicy], batc
 
 
 def one_step_weights(
-    loss: Loss, log_p: Float[Tensor, " V"], log_q: Float[Tensor, " V"], batch_size: int = 1
+    loss: Loss, log_p: Float[Tensor, " V"], log_q: Float[Tensor, " V"], batch_size: int = 1, budget: int = BATCH_BUDGET
 ) -> Float[Tensor, " V"]:
     """The expected weight of each token of one step between two distributions."""
     pair = TabularPolicy([log_p.unsqueeze(0)]), TabularPolicy([log_q.unsqueeze(0)])
-    return expected_weights(loss, pair, batch_size)[0][0]
+    return expected_weights(loss, pair, batch_size, budget)[0][0]
 
 
 class Pool:
