@@ -14,8 +14,8 @@ from opdtheory.rollouts import Rollouts
 
 __all__ = ["advised"]
 
-# A batch on which only a loss fails that is not finite anywhere: (B, T, V).
-_LARGE = (4, 4, 6)
+# Tokens by which rollouts are lengthened to learn whether a loss is finite on longer ones.
+_FURTHER = 3
 
 _LONGER = (
     "it is finite on longer rollouts: if it shifts logits and labels itself, pass it through "
@@ -42,7 +42,7 @@ def _advice(loss: Loss, shape: tuple[int, ...]) -> str | None:
     batch_size, horizon, vocab_size = shape
     if _is_finite(loss, batch_size, horizon, vocab_size):
         return None  # the size of the batch is not the cause
-    if horizon < _LARGE[1] and _is_finite(loss, batch_size, _LARGE[1], vocab_size):
+    if _is_finite(loss, batch_size, horizon + _FURTHER, vocab_size):
         return _LONGER
     for count in (2, 3, 4):
         if batch_size < count and _is_finite(loss, count, horizon, vocab_size):

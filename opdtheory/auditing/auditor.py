@@ -23,7 +23,7 @@ from opdtheory.auditing.naming.bandits import is_expensive
 from opdtheory.auditing.naming.combine import best_combination
 from opdtheory.auditing.naming.fit import Fit, fit_scale, flat
 from opdtheory.auditing.naming.identify import ExactGradients, Match, best_match
-from opdtheory.auditing.naming.recover import RecoveredWeight, explains_panel, recover_weight
+from opdtheory.auditing.naming.recover import RecoveredWeight, explains_panel, interpolates, recover_weight
 from opdtheory.auditing.naming.weight_form import WeightForm, describe
 from opdtheory.auditing.records import Identified, VariableLengths
 from opdtheory.auditing.reductions import against_sum, undone
@@ -366,7 +366,11 @@ def _exactly(loss: BlackBox, claim: Objective, scenario: Scenario, panel: _Panel
             seen = _see(_compare(loss, claim, scenario, panel, asked.reduction), claim, weight)
         reduction = asked.reduction or reduction
     found, fit, verdict = seen.found, seen.found.fit, seen.verdict
-    explained = explains_panel(alike, weight, found.gradients, panel.cases, alone)
+    # A loss that follows an objective by name is known over several tokens too.
+    if verdict == "biased":
+        explained = explains_panel(alike, weight, found.gradients, panel.cases, alone)
+    else:
+        explained = interpolates(weight, found.gradients, panel.cases)
     weight = replace(weight, explains_panel=explained)
     cosine = [0.0] * len(panel.cases) if verdict == "zero" else fit.cosine
     mean = follows is not None and reduction in ("token_mean", "sequence_mean")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from opdtheory.choices import CLAIMED_REDUCTIONS, GRANULARITIES, LENGTHS, METHODS
 from opdtheory.commands.console import FAILS, HOLDS, UsageError, aside, console, or_none, output_apart
 from opdtheory.commands.targets import Target, failure, find, importable
-from opdtheory.errors import LossError, OpdTheoryError
+from opdtheory.errors import LossError, NotFiniteError, OpdTheoryError
 
 if TYPE_CHECKING:
     from opdtheory.auditing import Audit
@@ -125,6 +125,12 @@ SETTINGS = (
         "auto",
         "enumerate every batch, sample batches, or enumerate where that is possible",
         reader={"choices": METHODS},
+    ),
+    _Setting(
+        "alpha",
+        1e-6,
+        "where batches are sampled, the probability that any statement of the audit is wrong",
+        reader={"type": float, "metavar": "P"},
     ),
     _Setting("seed", 0, "seed of the panel of policies", reader={"type": int, "metavar": "N"}),
 )
@@ -239,6 +245,8 @@ def _unable(error: BaseException, loss: _Watched, options: argparse.Namespace) -
         if hint is None or "..." in hint:
             return said
         return UsageError(f"{str(said).splitlines()[0]}\n{hint} (--traceback shows where it raises)")
+    if isinstance(error, NotFiniteError):  # names the batch
+        return UsageError(f"{name} cannot be audited: {error}\n--traceback shows where this was found")
     if isinstance(error, LossError):
         return UsageError(f"{name} cannot be audited: {error}\nfound {on} (--traceback shows where)")
     if isinstance(error, OpdTheoryError):
@@ -265,9 +273,11 @@ def _hint(function: Callable[..., Any]) -> str | None:
 
 def _settings(options: argparse.Namespace, project: dict[str, Any], loss: object) -> dict[str, Any]:
     """The arguments of the audit: of the options, the loss's claim, the project and the defaults, the first."""
+    from opdtheory.estimators import Claim
+
     claim = getattr(loss, "claim", None)
     claimed = {}
-    if claim is not None:
+    if isinstance(claim, Claim):
         claimed = {"objective": claim.divergence, "granularity": claim.granularity, "gamma": claim.gamma}
     defaults = {each.name: each.default for each in SETTINGS}
     given = {name: value for name, value in vars(options).items() if name in defaults}

@@ -19,7 +19,7 @@ from opdtheory.commands.console import UsageError
 
 __all__ = ["Target", "failure", "find", "importable"]
 
-# The packages of the machinery, whose frames say nothing of the user's code.
+# The frames of this package say nothing of the user's code.
 _MACHINERY = f"{Path(__file__).resolve().parents[1]}{os.sep}"
 
 # Characters of an exception's text or of a line of code that are shown.
@@ -67,7 +67,7 @@ def find(target: str) -> Target:
     return Target(found, file, folder, stem)
 
 
-def _imported(where: str, path: Path | None) -> ModuleType:
+def _imported(where: str, path: Path | None) -> Any:
     try:
         return importlib.import_module(where) if path is None else _loaded(path)
     except KeyboardInterrupt:
@@ -79,7 +79,7 @@ def _imported(where: str, path: Path | None) -> ModuleType:
         raise failure(f"{where} cannot be imported", error, path) from error
 
 
-def _attribute(module: ModuleType, name: str, where: str, file: Path | None) -> Any:
+def _attribute(module: Any, name: str, where: str, file: Path | None) -> Any:
     found: Any = module
     try:
         for part in name.split("."):
@@ -95,9 +95,9 @@ def _attribute(module: ModuleType, name: str, where: str, file: Path | None) -> 
 
 @contextmanager
 def importable(folder: Path, stem: str | None = None) -> Iterator[None]:
-    """Let imports find the modules of a folder, but for one whose name `stem` another module has.
+    """Let imports find the modules of a folder, except a module `stem` that exists elsewhere too.
 
-    A file named `copy.py` stands for itself on the command line; `import copy` still means the standard library.
+    Where the loss is in a file named `copy.py`, `import copy` still means the standard library.
     """
     entry = str(folder)
     finder = None if stem is None else _Elsewhere(stem, entry)
@@ -185,7 +185,7 @@ def _shown(filename: str | None) -> Path | None:
     return path.relative_to(here) if path.is_relative_to(here) else path
 
 
-def _loaded(path: Path) -> ModuleType:
+def _loaded(path: Path) -> Any:
     """The module of a file, under a name that no other module has; dataclasses and pickles find it there."""
     digest = hashlib.sha256(str(path.resolve()).encode(errors="surrogateescape")).hexdigest()[:12]
     name = f"_opdtheory_loss_{digest}"
@@ -207,6 +207,6 @@ def _names(module: str, error: ModuleNotFoundError) -> bool:
     return error.name is not None and f"{module}.".startswith(f"{error.name}.")
 
 
-def _functions(module: ModuleType) -> str:
+def _functions(module: Any) -> str:
     members = getattr(module, "__dict__", {})
     return ", ".join(sorted(n for n, value in members.items() if callable(value) and n[:1] != "_")) or "no function"

@@ -72,7 +72,7 @@ def to_dict(result: TrainResult) -> dict[str, Any]:
         "loss": repr(result.config.loss()),
         "claim": result.config.loss().claim.to_dict(),
         "evaluations": result.evaluations,
-        "last": result.rows[-1],
+        "last": result.rows[-1] if result.rows else None,
     }
 
 

@@ -19,12 +19,12 @@ from opdtheory.divergences.catalogue import (
     skew_reverse_kl,
     total_variation,
 )
+from opdtheory.divergences.convexity import is_convex
 from opdtheory.divergences.divergence import Divergence
 from opdtheory.divergences.quadrature import implied_generator_values
 from opdtheory.divergences.registry import divergence, entries, families, names
 from opdtheory.divergences.transform import (
     implied_generator,
-    is_convex,
     same_divergence,
     same_up_to_scale,
     symbol,

@@ -58,6 +58,12 @@ def _jsd_generator(t: Tensor) -> Tensor:
     return torch.where(t.abs() < 2.0, near, far)
 
 
+def _forward_remainder(t: Tensor, slope: float, log_inverse: Tensor) -> Tensor:
+    """`u log v - slope (u - 1)`, where `v = u / (1 + slope (u - 1))`, from `-log v`."""
+    near = mul_exp(exp_remainder(log_inverse.clamp(max=3.0)), t)
+    return torch.where(log_inverse < 3.0, near, slope - mul_exp(log_inverse + slope, t.clamp(max=0.0)))
+
+
 reverse_kl = entry(
     "reverse_kl",
     lambda sympy, u: -sympy.log(u),
@@ -66,6 +72,8 @@ reverse_kl = entry(
     weight=Form(lambda t: t - 1, -_INF, _INF),
     curvature=Form(_constant(1.0), 1.0, 1.0),
     curvature_slope=torch.zeros_like,
+    remainder=Form(exp_remainder, _INF, _INF),
+    centred_weight=Form(torch.clone, -_INF, _INF),
     slope_at_infinity=0.0,
     reference="Kullback & Leibler (1951), doi:10.1214/aoms/1177729694; in distillation arXiv 2306.08543",
 )
@@ -82,6 +90,8 @@ forward_kl = entry(
     weight=Form(torch.exp, 0.0, _INF),
     curvature=Form(torch.exp, 0.0, _INF),
     curvature_slope=torch.exp,
+    remainder=Form(lambda t: _forward_remainder(t, 1.0, -t), 1.0, _INF),
+    centred_weight=Form(torch.expm1, -1.0, _INF),
     slope_at_infinity=_INF,
     reference="Kullback & Leibler (1951), doi:10.1214/aoms/1177729694",
 )
@@ -430,6 +440,10 @@ def skew_forward_kl(lam: float) -> Divergence:
         weight=Form(lambda t: c * mixture_ratio(t, b, c), 0.0, _float((1 - exact) / exact) if exact else _INF),
         curvature=Form(curvature, 0.0, 0.0 if exact else _INF),
         curvature_slope=lambda t: curvature(t) * (c * _inverse_mixture(t, b, c) - b * mixture_ratio(t, b, c)),
+        remainder=Form(lambda t: _forward_remainder(t, c, log_mixture(-t, c, b)), c, _INF),
+        centred_weight=Form(
+            lambda t: c * torch.expm1(-log_mixture(-t, c, b)), -c, _float((1 - exact) ** 2 / exact) if exact else _INF
+        ),
         slope_at_infinity=-_log(exact) if exact else _INF,
         reference="arXiv 2402.03898",
         parameters={"lam": float(lam)},
@@ -463,6 +477,14 @@ def skew_reverse_kl(lam: float) -> Divergence:
     def curvature(t: Tensor) -> Tensor:
         return (c * mixture_ratio(t, c, b)) ** 2
 
+    least = float(exp_remainder(torch.tensor(_log(exact), dtype=torch.float64))) if exact else _INF
+
+    def centred_weight(t: Tensor) -> Tensor:
+        log_mass = log_mixture(t, c, b)  # of the mixture, over the student's
+        near = log_mass.clamp(min=-1.0)
+        far = log_mass + b * (_inverse_mixture(t, c, b) - 1) if exact else t
+        return torch.where(log_mass > -0.5, exp_remainder(-near) - c * torch.expm1(-near), far)
+
     return member(
         "skew_reverse_kl",
         expr,
@@ -471,6 +493,8 @@ def skew_reverse_kl(lam: float) -> Divergence:
         weight=Form(lambda t: -per_ratio(-t), _log(exact) if exact else -_INF, _INF),
         curvature=Form(curvature, 0.0 if exact else 1.0, 1.0),
         curvature_slope=lambda t: 2 * b * curvature(t) * _inverse_mixture(t, c, b),
+        remainder=Form(lambda t: exp_remainder(log_mixture(t, c, b)), least, _INF),
+        centred_weight=Form(centred_weight, -least, _INF),
         slope_at_infinity=0.0,
         reference="arXiv 2402.03898",
         parameters={"lam": float(lam)},

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from opdtheory.divergences import transform
+from opdtheory.divergences.convexity import check_generator
 from opdtheory.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ _DERIVATIVES: dict[str, tuple[str, ...]] = {
     "log_slope": ("log_slope", "curvature"),
     "weight": ("curvature",),
     "curvature": ("curvature_slope",),
+    "remainder": ("remainder", "centred_weight"),
+    "centred_weight": ("curvature",),
 }
 
 
@@ -83,11 +86,11 @@ class Divergence:
 
     Take one from the catalogue (`divergence("jsd")`, `alpha(0.5)`) or make one with `Divergence.from_expr`.
 
-    `generator`, `log_slope`, `weight` and `curvature` take $\log u$, teacher minus student log-probability in nats, as
-    a tensor of any shape and floating-point dtype. $\pm\infty$ is allowed; NaN, and anything but a floating-point
-    tensor, raises `InvalidArgumentError`. Dtypes narrower than float64 are evaluated in float64 and rounded once.
-    Autograd, `torch.func` and forward mode give the exact derivatives: that of `generator` is `log_slope`, that of
-    `weight` is `curvature`, that of `log_slope` is `log_slope + curvature`.
+    `generator`, `log_slope`, `weight`, `curvature`, `remainder` and `centred_weight` take $\log u$, teacher minus
+    student log-probability in nats, as a tensor of any shape and floating-point dtype. $\pm\infty$ is allowed; NaN,
+    and anything but a floating-point tensor, raises `InvalidArgumentError`. Dtypes narrower than float64 are evaluated
+    in float64 and rounded once. Autograd, `torch.func` and forward mode give the exact derivatives: that of
+    `generator` is `log_slope`, that of `weight` is `curvature`, that of `log_slope` is `log_slope + curvature`.
 
     Attributes:
         name: the name in the catalogue, or the one given to `from_expr`.
@@ -135,7 +138,7 @@ class Divergence:
         """
         if not isinstance(name, str) or not name:
             raise InvalidArgumentError("name", f"must be a non-empty string, got {name!r}")
-        generator = transform.check_generator(expr)
+        generator = check_generator(expr)
         return _from_checked(generator, name)
 
     @property
@@ -199,6 +202,23 @@ class Divergence:
         return weighted_sum(tuple((weight * c, d) for c, d in self.terms))
 
     __mul__ = __rmul__
+
+    @property
+    def slope_at_one(self) -> float:
+        r"""The slope $f'(1)$, the gauge (T3), that `remainder` takes off; 0 where a user's generator keeps it."""
+        two = torch.tensor(math.log(2.0), dtype=torch.float64)
+        return float(self.generator(two) - self.remainder(two))
+
+    def remainder(self, log_u: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        r"""The generator in the gauge of slope zero at one, $f(u) - f'(1)(u - 1) \ge 0$ (T3).
+
+        Between distributions it has the same expectation as $f$, and it loses no digits where they are nearly equal.
+        """
+        return self._evaluate("remainder", log_u)
+
+    def centred_weight(self, log_u: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        r"""The weight less its value at one, $w_f(u) - w_f(1)$, which loses no digits near $u = 1$ (T7a)."""
+        return self._evaluate("centred_weight", log_u)
 
     def _evaluate(self, kind: str, log_u: Tensor) -> Tensor:
         if not isinstance(log_u, Tensor):
@@ -286,8 +306,12 @@ def _derivative(ctx: Any) -> Tensor:
     parts = [ctx.divergence._evaluate(kind, log_u) for kind in _DERIVATIVES[ctx.kind]]
     if len(parts) == 1:
         return parts[0]
-    # Slope and curvature overflow with opposite signs only towards u = 0, where u f' rises from -inf.
     total = parts[0] + parts[1]
+    if ctx.kind == "remainder":
+        # Far below one its parts cancel, and u f' - f'(1) u does not.
+        slope = ctx.divergence._evaluate("log_slope", log_u) - ctx.divergence.slope_at_one * log_u.exp()
+        return torch.where(log_u < -1.0, slope, total)
+    # Slope and curvature overflow with opposite signs only towards u = 0, where u f' rises from -inf.
     return torch.where(torch.isnan(total), torch.full_like(total, math.inf), total)
 
 
@@ -296,12 +320,24 @@ def _from_checked(generator: sympy.Expr, name: str) -> Divergence:
         kind: Form(transform.numeric(expression), *transform.limits(expression))
         for kind, expression in transform.forms(generator).items()
     }
+    slope_at_infinity = transform.slope_at_infinity(generator)
+    slope, *expressions = transform.centred(generator)
+    f, weight = forms["generator"], forms["weight"]
+    # A convex function whose slope never rises above f'(1) is affine beyond one.
+    ends = (
+        f.at_zero + slope,
+        0.0 if slope_at_infinity == slope != 0.0 else f.at_infinity if slope == 0.0 else math.inf,
+    )
+    forms["remainder"] = Form(transform.numeric(expressions[0]), *ends)
+    forms["centred_weight"] = Form(
+        transform.numeric(expressions[1]), weight.at_zero - slope, weight.at_infinity - slope
+    )
     return Divergence(
         name=name,
         parameters=Parameters(),
         reference="",
         _forms=forms,
-        _slope_at_infinity=transform.slope_at_infinity(generator),
+        _slope_at_infinity=slope_at_infinity,
         _make_expr=lambda: generator,
         _remake=(_from_checked, (generator, name)),
         _own_expr=generator,

@@ -117,10 +117,13 @@ def member(
     slope_at_infinity: float,
     reference: str,
     parameters: dict[str, float] | None = None,
+    remainder: Form | None = None,
+    centred_weight: Form | None = None,
 ) -> Divergence:
-    """A divergence from its generator and its functions of `log u`.
+    r"""A divergence from its generator and its functions of `log u`.
 
     `expr` gets the module `sympy`, which nothing here imports before an expression is asked for, and the symbol `u`.
+    A generator with $f'(1) \ne 0$ needs `remainder` and `centred_weight` to keep its digits near $u = 1$.
     """
 
     @functools.cache
@@ -134,6 +137,8 @@ def member(
         "log_slope": log_slope,
         "weight": weight,
         "curvature": curvature,
+        "remainder": remainder or generator,
+        "centred_weight": centred_weight or weight,
         # A curvature that levels off has no slope left; one that diverges does so exponentially.
         "curvature_slope": Form(
             curvature_slope,

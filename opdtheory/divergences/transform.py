@@ -9,30 +9,29 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from opdtheory.divergences.custom import lambdify, number, numeric, symbol
+from opdtheory.divergences.custom import number, numeric, symbol
 from opdtheory.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     import sympy
 
 __all__ = [
-    "check_generator",
+    "centred",
+    "differentiate",
     "forms",
     "has_kinks",
     "implied_generator",
-    "is_convex",
+    "is_zero",
     "limits",
     "numeric",
+    "only_u",
+    "smooth_pieces",
     "same_divergence",
     "same_up_to_scale",
     "slope_at_infinity",
     "symbol",
     "weight_of",
 ]
-
-_GRID_LIMIT = 60  # convexity that sympy cannot decide is checked for |log u| up to this
-_GRID_POINTS = 968  # one more than a prime
-_DIGITS = 50
 
 
 def weight_of(expr: sympy.Expr) -> sympy.Expr:
@@ -48,7 +47,7 @@ def weight_of(expr: sympy.Expr) -> sympy.Expr:
         u
     """
     f = _in_u("expr", expr)
-    return _by_pieces(symbol() * _differentiate(f) - f)
+    return _by_pieces(symbol() * differentiate(f) - f)
 
 
 def implied_generator(weight_expr: sympy.Expr) -> sympy.Expr:
@@ -76,7 +75,7 @@ def implied_generator(weight_expr: sympy.Expr) -> sympy.Expr:
 
     u = symbol()
     weight = _in_u("weight_expr", weight_expr)
-    pieces = _pieces("weight_expr", weight)
+    pieces = smooth_pieces("weight_expr", weight)
     at_one = weight.subs(u, 1)
     if at_one.is_finite is False or at_one is sympy.nan:
         raise InvalidArgumentError(
@@ -104,12 +103,12 @@ def same_divergence(expr_a: sympy.Expr, expr_b: sympy.Expr) -> bool:
 
     u = symbol()
     difference = _in_u("expr_a", expr_a) - _in_u("expr_b", expr_b)
-    pieces = [piece for _, _, piece in _pieces("expr_a - expr_b", difference)]
+    pieces = [piece for _, _, piece in smooth_pieces("expr_a - expr_b", difference)]
     # The gauge is read off at a point of the last piece; it must then hold identically on every piece.
     gauge = sympy.simplify(pieces[-1].diff(u))
     if u in gauge.free_symbols:
         gauge = gauge.subs(u, sympy.Integer(10) ** 6)
-    return all(_is_zero(piece - gauge * (u - 1)) for piece in pieces)
+    return all(is_zero(piece - gauge * (u - 1)) for piece in pieces)
 
 
 def same_up_to_scale(expr_a: sympy.Expr, expr_b: sympy.Expr) -> sympy.Expr | None:
@@ -125,7 +124,7 @@ def same_up_to_scale(expr_a: sympy.Expr, expr_b: sympy.Expr) -> sympy.Expr | Non
     for low, high in ((sympy.Rational(1, 2), sympy.Integer(2)), (sympy.Rational(1, 7), sympy.Integer(5))):
         # f(high)/(high - 1) - f(low)/(low - 1) does not see the gauge.
         chord_a, chord_b = (f.subs(u, high) / (high - 1) - f.subs(u, low) / (low - 1) for f in (a, b))
-        if _is_zero(chord_b) or _is_zero(chord_a):
+        if is_zero(chord_b) or is_zero(chord_a):
             continue
         scale = sympy.simplify(chord_a / chord_b)
         if scale.is_positive and same_divergence(a, scale * b):
@@ -134,46 +133,33 @@ def same_up_to_scale(expr_a: sympy.Expr, expr_b: sympy.Expr) -> sympy.Expr | Non
     return sympy.Integer(1) if same_divergence(a, b) else None
 
 
-def is_convex(expr: sympy.Expr) -> bool:
-    r"""Whether $f'' \ge 0$ on $(0, \infty)$: by sympy where it decides, else on a grid of $\log u \in [-60, 60]$.
-
-    Raises:
-        InvalidArgumentError: `expr` is not a sympy expression in `u` alone, or is not real and finite on the grid.
-    """
-    return _convexity_violation(_only_u(expr)) is None
-
-
-def check_generator(expr: sympy.Expr) -> sympy.Expr:
-    """The expression in `symbol()`, if it is a convex generator that vanishes at one.
-
-    Raises:
-        InvalidArgumentError: a condition is violated; the message names it, with numbers.
-    """
-    f = _only_u(expr)
-    at_one = f.subs(symbol(), 1)
-    if not _is_zero(at_one):
-        raise InvalidArgumentError("expr", f"violates f(1) = 0: f(1) = {at_one}; subtract that constant")
-    violation = _convexity_violation(f)
-    if violation is not None:
-        raise InvalidArgumentError("expr", f"violates convexity on (0, oo): {violation}")
-    return f
-
-
 def forms(generator: sympy.Expr) -> dict[str, sympy.Expr]:
     r"""The generator, $u f'$, $u f' - f$, $u^2 f''$ and its slope in $\log u$, away from kinks."""
     import sympy
 
     u = symbol()
-    first = _differentiate(generator)
-    curvature = u**2 * _differentiate(first)
+    first = differentiate(generator)
+    curvature = u**2 * differentiate(first)
     return {
         "generator": generator,
         "log_slope": u * _shortest(first),
         # The terms in u that slope and generator share must cancel in symbols: in numbers they would leave no digits.
         "weight": _by_pieces(u * first - generator),
         "curvature": curvature if has_kinks(curvature) else sympy.factor(curvature),
-        "curvature_slope": u * _differentiate(curvature),
+        "curvature_slope": u * differentiate(curvature),
     }
+
+
+def centred(generator: sympy.Expr) -> tuple[float, sympy.Expr, sympy.Expr]:
+    """The slope at one, and the generator and its weight in the gauge where that is zero."""
+    import sympy
+
+    u = symbol()
+    slope = differentiate(generator).subs(u, 1)
+    if not slope.is_finite or is_zero(slope):
+        slope = sympy.Integer(0)
+    remainder = generator - slope * (u - 1)
+    return number(slope), remainder, _by_pieces(u * differentiate(remainder) - remainder)
 
 
 def limits(form: sympy.Expr) -> tuple[float, float]:
@@ -183,7 +169,7 @@ def limits(form: sympy.Expr) -> tuple[float, float]:
 
 def slope_at_infinity(generator: sympy.Expr) -> float:
     r"""The limit $f'(\infty)$."""
-    return _limit(_differentiate(generator), True)
+    return _limit(differentiate(generator), True)
 
 
 def _in_u(argument: str, expr: sympy.Expr) -> sympy.Expr:
@@ -199,7 +185,12 @@ def _in_u(argument: str, expr: sympy.Expr) -> sympy.Expr:
     return expression.xreplace({s: symbol() for s in expression.free_symbols if s.name == "u" and s != symbol()})
 
 
-def _only_u(expr: sympy.Expr) -> sympy.Expr:
+def only_u(expr: sympy.Expr) -> sympy.Expr:
+    """An expression in `symbol()` alone.
+
+    Raises:
+        InvalidArgumentError: `expr` is not a sympy expression, or has another symbol.
+    """
     expression = _in_u("expr", expr)
     others = sorted(str(s) for s in expression.free_symbols - {symbol()})
     if others:
@@ -207,7 +198,7 @@ def _only_u(expr: sympy.Expr) -> sympy.Expr:
     return expression
 
 
-def _differentiate(expression: sympy.Expr) -> sympy.Expr:
+def differentiate(expression: sympy.Expr) -> sympy.Expr:
     """The derivative away from kinks, without the delta functions that sympy puts there."""
     import sympy
 
@@ -245,7 +236,7 @@ def _by_pieces(expression: sympy.Expr) -> sympy.Expr:
     import sympy
 
     u = symbol()
-    pieces = [(low, _shortest(piece)) for low, _, piece in _pieces("expr", expression)]
+    pieces = [(low, _shortest(piece)) for low, _, piece in smooth_pieces("expr", expression)]
     branches: list[tuple[sympy.Expr, Any]] = []
     for (_, left), (edge, right) in zip(pieces[:-1], pieces[1:], strict=True):
         branches += [(left, u < edge), ((left + right).subs(u, edge) / 2, sympy.Eq(u, edge))]
@@ -263,7 +254,7 @@ def _limit(expression: sympy.Expr, at_infinity: bool) -> float:
     import sympy
 
     u = symbol()
-    pieces = _pieces("expr", expression)
+    pieces = smooth_pieces("expr", expression)
     piece = pieces[-1][2] if at_infinity else pieces[0][2]
     try:
         value = sympy.limit(piece, u, sympy.oo if at_infinity else 0, "-" if at_infinity else "+")
@@ -272,7 +263,7 @@ def _limit(expression: sympy.Expr, at_infinity: bool) -> float:
     return number(value) if value.is_extended_real else math.nan
 
 
-def _is_zero(expression: sympy.Expr) -> bool:
+def is_zero(expression: sympy.Expr) -> bool:
     """Whether an expression vanishes identically: by expansion, else by its values at 60 digits."""
     import sympy
 
@@ -332,7 +323,7 @@ def _join_primitives(pieces: list[Any], primitives: list[sympy.Expr]) -> list[sy
     return [constant + shift for constant in constants]
 
 
-def _pieces(argument: str, expression: sympy.Expr) -> list[tuple[sympy.Expr, sympy.Expr, sympy.Expr]]:
+def smooth_pieces(argument: str, expression: sympy.Expr) -> list[tuple[sympy.Expr, sympy.Expr, sympy.Expr]]:
     """The smooth pieces of an expression as `(low, high, piece)`, from zero to infinity."""
     import sympy
 
@@ -365,7 +356,7 @@ def _edges(expression: sympy.Expr) -> list[sympy.Expr]:
         if u not in switch.free_symbols:
             continue
         for _, _, smooth in (
-            [(0, 0, switch)] if not switch.has(sympy.Abs, sympy.Max, sympy.Min) else _pieces("expr", switch)
+            [(0, 0, switch)] if not switch.has(sympy.Abs, sympy.Max, sympy.Min) else smooth_pieces("expr", switch)
         ):
             try:
                 found = sympy.solve(smooth, u)
@@ -409,49 +400,3 @@ def _select(expression: sympy.Expr, point: sympy.Expr) -> sympy.Expr:
         return node.func(*arguments)
 
     return step(expression)
-
-
-def _convexity_violation(f: sympy.Expr) -> str | None:
-    """A sentence about the violation of convexity that is nearest to u = 1, or None."""
-    import mpmath
-    import sympy
-
-    u = symbol()
-    if not has_kinks(f):
-        second = sympy.factor(sympy.simplify(_differentiate(_differentiate(f))))
-        if second.is_nonnegative:
-            return None
-    first_derivative = _differentiate(f)
-    second_derivative = _differentiate(first_derivative)
-    value_at, slope_at, curvature_at = (lambdify(u, g) for g in (f, first_derivative, second_derivative))
-    found: list[tuple[Any, str]] = []
-    with mpmath.workdps(_DIGITS):
-        previous = None
-        for t in _grid():
-            point = mpmath.exp(t)
-            try:
-                value, slope, curvature = (mpmath.mpmathify(g(point)) for g in (value_at, slope_at, curvature_at))
-            except (ZeroDivisionError, ValueError, OverflowError):
-                return f"f is not finite at u = {mpmath.nstr(point, 6)}"
-            if any(isinstance(x, mpmath.mpc) and x.imag != 0 for x in (value, slope, curvature)):
-                return f"f is not real at u = {mpmath.nstr(point, 6)}"
-            slope, curvature = mpmath.re(slope), mpmath.re(curvature)
-            if not all(mpmath.isfinite(x) for x in (mpmath.re(value), slope, curvature)):
-                return f"f is not finite at u = {mpmath.nstr(point, 6)}"
-            tolerance = mpmath.mpf("1e-40")
-            if curvature < -tolerance * max(1, abs(slope) / point):
-                found.append((abs(t), f"f''({mpmath.nstr(point, 6)}) = {mpmath.nstr(curvature, 6)} < 0"))
-            elif previous is not None and slope < previous[1] - tolerance * max(1, abs(slope)):
-                span = f"between u = {mpmath.nstr(previous[0], 10)} and {mpmath.nstr(point, 10)}"
-                found.append((abs(t), f"f' falls by {mpmath.nstr(previous[1] - slope, 6)} {span}"))
-            previous = (point, slope)
-    return min(found)[1] if found else None
-
-
-def _grid() -> list[Any]:
-    import mpmath
-
-    # Off the round numbers, so that no kink lies on a grid point; and denser around u = 1.
-    coarse = mpmath.linspace(-_GRID_LIMIT, _GRID_LIMIT, _GRID_POINTS)
-    fine = [s * mpmath.mpf(2) ** -k * mpmath.mpf("1.01") for k in range(1, 30) for s in (-1, 1)]
-    return sorted([*coarse, *fine])

@@ -20,6 +20,7 @@ from opdtheory.divergences import Divergence
 from opdtheory.divergences import divergence as as_divergence
 from opdtheory.errors import BudgetExceededError, InvalidArgumentError
 from opdtheory.exact.finite_state import FiniteStatePolicy
+from opdtheory.exact.ratios import log_ratio
 from opdtheory.exact.tree import pointwise, row_gradient
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class Chain:
     Attributes:
         log_p: the student's, `(S, V)`; row 0 is the start.
         log_q: the teacher's.
+        log_u: their log-ratios, with more digits than `log_q - log_p` has where they are nearly equal.
         successors: the row that follows a row and a token, `(S, V)`; `S` where the sequence has ended.
         student_states: the student's state of each row, `(S,)`.
         horizon: length cap `T`.
@@ -48,6 +50,7 @@ class Chain:
 
     log_p: Tensor
     log_q: Tensor
+    log_u: Tensor
     successors: Tensor
     student_states: Tensor
     horizon: int
@@ -58,8 +61,9 @@ class Chain:
         ours, theirs, successors = _pairs(student, teacher)
         if student.eos is not None:
             successors[:, student.eos] = len(ours)
-        log_p, log_q = (torch.log_softmax(policy.state_logits.detach(), -1) for policy in (student, teacher))
-        return cls(log_p[ours], log_q[theirs], successors, ours, student.horizon)
+        logits = student.state_logits.detach()[ours], teacher.state_logits.detach()[theirs]
+        log_p, log_q = (torch.log_softmax(rows, -1) for rows in logits)
+        return cls(log_p, log_q, log_ratio(*logits, log_p), successors, ours, student.horizon)
 
     @property
     def rows(self) -> int:
@@ -146,31 +150,43 @@ def _pairs(student: FiniteStatePolicy, teacher: FiniteStatePolicy) -> tuple[Tens
     return found // width, found % width, position[torch.searchsorted(ordered, after)]
 
 
-def _discounted_visits(chain: Chain, gamma: float) -> Tensor:
-    total, discount = torch.zeros(chain.rows, dtype=torch.float64), 1.0
+def _discounted_visits(chain: Chain, gamma: float) -> tuple[Tensor, Tensor]:
+    """The discounted sum of the visits of each row, and whether it counts, which a discount that underflows hides."""
+    total, met = torch.zeros(chain.rows, dtype=torch.float64), torch.zeros(chain.rows, dtype=torch.bool)
+    discount = 1.0
     for visits in chain.visits(chain.log_p):
         total += discount * visits
+        met |= visits > 0
         discount *= gamma
-    return total
+        if gamma == 0.0:
+            break
+    return total, met
+
+
+def _rows(chain: Chain, divergence: Divergence, met: Tensor) -> Tensor:
+    """The divergence of each row that counts."""
+    values = pointwise(divergence, chain.log_p, chain.log_q, log_u=chain.log_u).sum(-1)
+    return torch.where(met, values, 0.0)
 
 
 def _value(chain: Chain, divergence: Divergence, gamma: float) -> Tensor:
-    visits = _discounted_visits(chain, gamma)
-    rows = pointwise(divergence, chain.log_p, chain.log_q).sum(-1)
-    return torch.where(visits > 0, visits * rows, 0.0).sum()
+    visits, met = _discounted_visits(chain, gamma)
+    rows = _rows(chain, divergence, met)
+    # A divergence that is infinite stays so, however small its factor.
+    return torch.where(torch.isinf(rows), rows, visits * rows).sum()
 
 
 def _gradient(chain: Chain, divergence: Divergence, objective: str, gamma: float) -> Tensor:
     kept = chain.kept_visits(chain.log_p) if objective == "token_return" else None
     if kept is None:
-        visits = _discounted_visits(chain, 1.0)
+        visits, met = _discounted_visits(chain, 1.0)
     else:
         visits = gamma ** torch.arange(chain.horizon, dtype=torch.float64) @ kept
-    met = (visits > 0).unsqueeze(-1)
-    rows = torch.where(met, visits.unsqueeze(-1) * row_gradient(divergence, chain.log_p, chain.log_q), 0.0)
-    if kept is not None:
-        own = torch.where(visits > 0, pointwise(divergence, chain.log_p, chain.log_q).sum(-1), 0.0)
-        rows += _later_rows(chain, own, gamma, kept.numpy())
+        met = (kept[:1] if gamma == 0.0 else kept).amax(0) > 0
+    rows = row_gradient(divergence, chain.log_p, chain.log_q, log_u=chain.log_u)
+    rows = torch.where(met.unsqueeze(-1), visits.unsqueeze(-1) * rows, 0.0)
+    if kept is not None and gamma != 0.0:
+        rows += _later_rows(chain, _rows(chain, divergence, met), gamma, kept.numpy())
     return rows
 
 
@@ -207,11 +223,7 @@ def _sequence_parts(chain: Chain, divergence: Divergence) -> list[tuple[float, T
             f"must factor along a chain for whole sequences, got {divergence.label}; "
             f"use a KL, jeffreys, alpha, {', '.join(_POWERS)}, or tabulate() a short chain",
         )
-    if alpha == 0.0:
-        return [(factor, *_reverse(chain))]
-    if alpha == 1.0:
-        return [(factor, *_forward(chain))]
-    return [(factor, *_power(chain, alpha))]
+    return [(factor, *_power(chain, as_divergence("alpha", alpha=alpha)))]
 
 
 def _reverse(chain: Chain) -> tuple[Tensor, Tensor]:
@@ -222,27 +234,67 @@ def _reverse(chain: Chain) -> tuple[Tensor, Tensor]:
 
 def _forward(chain: Chain) -> tuple[Tensor, Tensor]:
     r"""$KL(Q\|P) = E_Q \sum_n \log u_n$ and its gradient: the rows weighted by the teacher's visits."""
-    log_p, log_q, q = chain.log_p, chain.log_q, chain.log_q.exp()
-    visits = _sum(chain.visits(log_q)).unsqueeze(-1)
-    terms = torch.where(torch.isneginf(log_q) | (visits == 0), 0.0, q * (log_q - log_p))
-    return (visits * terms).sum(), torch.where(torch.isinf(terms), torch.inf, visits * (log_p.exp() - q))
+    forward_kl = as_divergence("forward_kl")
+    visits = _sum(chain.visits(chain.log_q))
+    met = (visits > 0).unsqueeze(-1)
+    terms = pointwise(forward_kl, chain.log_p, chain.log_q, log_u=chain.log_u)
+    rows = row_gradient(forward_kl, chain.log_p, chain.log_q, log_u=chain.log_u)
+    weights = visits.unsqueeze(-1)
+    return torch.where(met, weights * terms, 0.0).sum(), torch.where(met, weights * rows, 0.0)
 
 
-def _power(chain: Chain, alpha: float) -> tuple[Tensor, Tensor]:
-    r"""$(E_P U^\alpha - 1)/(\alpha(\alpha-1))$ and its gradient $-\frac1\alpha E_P[U^\alpha s]$, in log space."""
-    log_k = (1.0 - alpha) * chain.log_p + alpha * chain.log_q
-    log_k = torch.where(torch.isneginf(chain.log_p) & torch.isneginf(chain.log_q), -torch.inf, log_k)
+def _power(chain: Chain, member: Divergence) -> tuple[Tensor, Tensor]:
+    r"""The Cressie-Read divergence of whole sequences and its gradient, at every $\alpha$.
+
+    With $k_a = p_a u_a^\alpha$, and the divergence $D$ of what follows a row,
+
+    $$D(s) = D_f(s) + \sum_a k_a D(s_a), \qquad
+      c_a = p_a \frac{u_a^\alpha - 1}\alpha + (\alpha - 1)\, k_a D(s_a),$$
+
+    and the gradient is $-K(s) (c_a - p_a \sum_b c_b)$, where $K$ sums $E_P[U_{<n}^\alpha]$ over the visits of the
+    row. No term is negative in the sum for $D$, so that nothing cancels between nearly equal chains or near
+    $\alpha = 0$ and $1$, which are the two KL divergences.
+    """
+    alpha, p = member.parameters["alpha"], chain.log_p.exp()
+    log_k = _log_factors(chain, alpha)
+    own = pointwise(member, chain.log_p, chain.log_q, p, chain.log_u).sum(-1)
+    # Logarithms, as the factors alone may overflow; on the scale of the rows, so that they have few digits to lose.
+    positive = own[torch.isfinite(own) & (own > 0)]
+    log_scale = positive.max().log() if len(positive) else torch.zeros((), dtype=torch.float64)
+    log_own = own.log() - log_scale
+    weight = torch.where(p > 0, p * member.centred_weight(torch.where(p > 0, chain.log_u, 0.0)), 0.0)
+    if alpha != 0.0:
+        weight = torch.where(p == 0, log_k.exp() / alpha, weight)  # of a probability that underflows
+    weight = torch.where(torch.isinf(own).unsqueeze(-1), torch.inf, weight)
+    sign, log_weight = weight.sign(), weight.abs().log()
     before = _power_visits(chain, log_k)
-    # E_P[U^alpha; row s, token a], one position at a time in log space: the factors alone may overflow.
-    log_mass = torch.full_like(log_k, -torch.inf)
-    after = torch.zeros(chain.rows + 1, dtype=torch.float64)  # log E[U^alpha of the rest | row]
+    rows = torch.zeros_like(log_k)
+    after = torch.full((chain.rows + 1,), -torch.inf, dtype=torch.float64)  # log D of the rest, on the scale
+    mass = torch.zeros(chain.rows + 1, dtype=torch.float64)  # log E[U^alpha of the rest | row]
     for n in reversed(range(chain.horizon)):
-        through = _log_product(log_k, after[chain.successors])
-        log_mass = torch.logaddexp(log_mass, _log_product(before[n].unsqueeze(-1), through))
-        after[:-1] = torch.logsumexp(through, -1)
-    mass = log_mass.exp()
-    gradient = -(mass - chain.log_p.exp() * mass.sum(-1, keepdim=True)) / alpha
-    return torch.expm1(after[0]) / (alpha * (alpha - 1.0)), gradient
+        later = _log_product(log_k, after[chain.successors])
+        through = _log_product(log_k, mass[chain.successors])
+        after[:-1] = torch.logaddexp(log_own, torch.logsumexp(later, -1))
+        mass[:-1] = torch.logsumexp(through, -1)
+        # The terms c_a, or c_a + p_a / alpha, which gives the same gradient, where little is left of that constant.
+        little = (mass[:-1] < -0.5).unsqueeze(-1)
+        visits = before[n].unsqueeze(-1)
+        terms = _log_product(visits, later + log_scale).exp() * (alpha - 1.0)
+        terms += sign * _log_product(visits, log_weight).exp()
+        if bool(little.any()):
+            terms = torch.where(little, _log_product(visits, through).exp() / alpha, terms)
+        rows -= terms - p * terms.sum(-1, keepdim=True)
+    return (after[0] + log_scale).exp(), rows
+
+
+def _log_factors(chain: Chain, alpha: float) -> Tensor:
+    r"""$\log k_a = \log p_a + \alpha \log u_a$, with its limits where one policy lacks the token."""
+    absent, missed = torch.isneginf(chain.log_p), torch.isneginf(chain.log_q)
+    both = ~absent & ~missed
+    log_k = torch.where(both, chain.log_p + alpha * torch.where(both, chain.log_u, 0.0), -torch.inf)
+    at_zero = chain.log_p if alpha == 0.0 else torch.full_like(log_k, torch.inf if alpha < 0.0 else -torch.inf)
+    at_infinity = chain.log_q if alpha == 1.0 else torch.full_like(log_k, torch.inf if alpha > 1.0 else -torch.inf)
+    return torch.where(missed & ~absent, at_zero, torch.where(absent & ~missed, at_infinity, log_k))
 
 
 def _power_visits(chain: Chain, log_k: Tensor) -> Tensor:

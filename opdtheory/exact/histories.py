@@ -81,7 +81,7 @@ def local_tree(
     check_pair(student, teacher)
     check_pair(student, visiting, "histories")
     check_leaves(student, LEAF_BUDGET)
-    roots = Roots(torch.zeros(1), torch.zeros(1), torch.ones(1, dtype=torch.bool))
+    roots = Roots.empty()
     tables = [z.detach() / student_temperature for z in student.tables()]
     theirs = [z.detach() / teacher_temperature for z in teacher.tables()]
     softened = Tree.grown(tables, theirs, roots, student.eos, student.environment)

@@ -135,6 +135,6 @@ def full_vocabulary_variance(student: Policy, teacher: Policy, divergence: str |
     total = 0.0
     for n in range(tree.horizon):
         reach = tree.reach(n)
-        norms = row_gradient(divergence, tree.log_p[n], tree.log_q[n]).square().sum(-1)
+        norms = row_gradient(divergence, tree.log_p[n], tree.log_q[n], log_u=tree.log_u[n]).square().sum(-1)
         total += float(torch.where(reach > 0, reach * (1.0 - reach) * norms, 0.0).sum())
     return total

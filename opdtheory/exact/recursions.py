@@ -22,7 +22,11 @@ def tree_value(tree: Tree, divergence: Divergence, objective: str, gamma: float 
             total += _complete_terms(tree, divergence, n)
         else:
             discount = gamma ** (tree.first + n) if objective == "token_return" else 1.0
-            total += discount * (tree.reach(n) * tree.rows_divergence(divergence, n)).sum()
+            if gamma == 0.0 and discount == 0.0:
+                break
+            rows = tree.rows_divergence(divergence, n)
+            # A divergence that is infinite stays so, however small its factor.
+            total += torch.where(torch.isinf(rows), rows, discount * tree.reach(n) * rows).sum()
     return total
 
 
@@ -30,13 +34,13 @@ def _complete_terms(tree: Tree, divergence: Divergence, level: int) -> Tensor:
     r"""The terms of $D_f(Q\|P)$ from sequences that end at a level."""
     shape = tree.log_p[level].shape
     log_p, log_q = tree.prefix_log_p[level + 1].view(shape), tree.prefix_log_q[level + 1].view(shape)
-    ends = tree.ends(level)
+    log_u, ends = tree.prefix_log_u[level + 1].view(shape), tree.ends(level)
     if tree.cut or level + 1 < tree.horizon:
         # Above the last level, only one token ends a sequence.
         if tree.eos is None or level in tree.environment:
             return torch.zeros((), dtype=torch.float64)
-        log_p, log_q, ends = log_p[:, tree.eos], log_q[:, tree.eos], ends[:, tree.eos]
-    return torch.where(ends, pointwise(divergence, log_p, log_q), 0.0).sum()
+        log_p, log_q, log_u, ends = (values[:, tree.eos] for values in (log_p, log_q, log_u, ends))
+    return torch.where(ends, pointwise(divergence, log_p, log_q, log_u=log_u), 0.0).sum()
 
 
 class Swept(NamedTuple):
@@ -71,12 +75,14 @@ def swept_up(
     to_come = torch.zeros(tree.live[-1].shape, dtype=torch.float64) if below is None else below
     for n in reversed(range(tree.horizon)):
         p, reach = tree.log_p[n].exp(), tree.reach(n).unsqueeze(-1)
-        row = row_gradient(divergence, tree.log_p[n], tree.log_q[n], p)
+        row = row_gradient(divergence, tree.log_p[n], tree.log_q[n], p, tree.log_u[n])
         # `token_local` neither discounts a row nor credits a token with the rows that follow.
         if objective == "token_return":
-            later = gamma * to_come.view(p.shape)
+            # At a discount of zero nothing counts that is to come, not even an infinite divergence.
+            later = gamma * to_come.view(p.shape) if gamma else torch.zeros_like(p)
             mean_later = (p * later).sum(-1, keepdim=True)
-            row = gamma ** (tree.first + n) * (row + p * (later - mean_later))
+            discount = gamma ** (tree.first + n)
+            row = discount * (row + p * (later - mean_later)) if discount or gamma else torch.zeros_like(p)
             to_come = tree.rows_divergence(divergence, n, p) + mean_later.squeeze(-1)
             to_come = torch.where(tree.live[n], to_come, 0.0)
         row = reach * row
@@ -93,7 +99,7 @@ def _sequence(tree: Tree, divergence: Divergence, below: Tensor | None) -> Swept
         shape = tree.log_p[n].shape
         log_p, log_q = tree.prefix_log_p[n + 1], tree.prefix_log_q[n + 1]
         possible = ~torch.isneginf(log_p)
-        weight = divergence.weight(torch.where(possible, log_q - log_p, 0.0))
+        weight = divergence.centred_weight(torch.where(possible, tree.prefix_log_u[n + 1], 0.0))
         complete = torch.where(possible, log_p.exp() * weight, 0.0)
         if math.isinf(divergence.slope_at_infinity):
             complete = torch.where(~possible & ~torch.isneginf(log_q), torch.inf, complete)

@@ -116,7 +116,7 @@ class _Recursion:
         self.chain, self.gamma = chain, gamma
         self.p: Float[Tensor, "S V"] = chain.log_p.exp()
         possible = self.p > 0
-        log_u = torch.where(possible, chain.log_q - chain.log_p, 0.0)
+        log_u = torch.where(possible, chain.log_u, 0.0)
         weights = _finite("weight", weight, log_u, possible)
         self.cost = None if cost is None else _finite("cost", cost, log_u, possible)
         kept = torch.zeros_like(possible).scatter_(-1, self.p.topk(summed).indices, True)

@@ -61,15 +61,14 @@ def _top(student: Policy, teacher: Policy) -> Tree:
         depth -= 1
         while size ** (student.horizon - depth + 1) <= _AT_ONCE:
             depth -= 1
-    roots = Roots(torch.zeros(1), torch.zeros(1), torch.ones(1, dtype=torch.bool))
-    return _grown(student, teacher, roots, 0, 0, depth)
+    return _grown(student, teacher, Roots.empty(), 0, 0, depth)
 
 
 def _subtrees(student: Policy, teacher: Policy, top: Tree) -> Iterator[tuple[int, Tree]]:
     """The number of the first root and the trees below some neighbouring roots, without roots that have all ended."""
     if not top.cut:
         return
-    roots = Roots(top.prefix_log_p[-1], top.prefix_log_q[-1], top.live[-1])
+    roots = Roots(top.prefix_log_p[-1], top.prefix_log_q[-1], top.prefix_log_u[-1], top.live[-1])
     each = max(1, _AT_ONCE // student.vocab_size ** (student.horizon - top.horizon))
     for start in range(0, len(roots.live), each):
         some = Roots(*(values[start : start + each] for values in roots))

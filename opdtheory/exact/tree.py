@@ -18,6 +18,7 @@ from torch import Tensor
 from opdtheory.divergences import Divergence
 from opdtheory.errors import BudgetExceededError, InvalidArgumentError
 from opdtheory.exact.policies import Policy
+from opdtheory.exact.ratios import log_ratio
 
 __all__ = ["LEAF_BUDGET", "Roots", "Tree", "check_leaves", "check_pair", "pointwise", "row_gradient"]
 
@@ -87,31 +88,38 @@ def _positive(log_p: Tensor) -> bool:
 _MODERATE = 1e-9, 1e9
 
 
-def pointwise(divergence: Divergence, log_p: Tensor, log_q: Tensor, p: Tensor | None = None) -> Tensor:
-    r"""The terms $p\,f(q/p)$ of $D_f(q\|p)$, with $q f'(\infty)$ where $p = 0 < q$ and 0 where both vanish (T10).
+def pointwise(
+    divergence: Divergence, log_p: Tensor, log_q: Tensor, p: Tensor | None = None, log_u: Tensor | None = None
+) -> Tensor:
+    r"""The terms of $D_f(q\|p)$ in the gauge of slope zero at one (T3), $p\,f(q/p) - f'(1)(q - p) \ge 0$.
 
-    Here and below, passing `p` saves its exponentials.
+    They are $q (f'(\infty) - f'(1))$ where $p = 0 < q$ and 0 where both vanish (T10), and add up to the divergence of
+    two distributions without cancelling. Here and below, `p` saves its exponentials, and `log_u` is the difference
+    of `log_q` and `log_p` unless it is given with more digits.
     """
     p = log_p.exp() if p is None else p
+    log_u = log_q - log_p if log_u is None else log_u
     if _positive(log_p):
-        return p * divergence.generator(log_q - log_p)
+        return p * divergence.remainder(log_u)
     both_zero = torch.isneginf(log_p) & torch.isneginf(log_q)
     only_q = torch.isneginf(log_p) & ~torch.isneginf(log_q)
-    log_u = torch.where(both_zero | only_q, 0.0, log_q - log_p)
-    terms = p * divergence.generator(log_u)
+    terms = p * divergence.remainder(torch.where(both_zero | only_q, 0.0, log_u))
     if only_q.any():
-        terms = torch.where(only_q, log_q.exp() * divergence.slope_at_infinity, terms)
+        terms = torch.where(only_q, log_q.exp() * (divergence.slope_at_infinity - divergence.slope_at_one), terms)
     return torch.where(both_zero, 0.0, terms)
 
 
-def row_gradient(divergence: Divergence, log_p: Tensor, log_q: Tensor, p: Tensor | None = None) -> Tensor:
+def row_gradient(
+    divergence: Divergence, log_p: Tensor, log_q: Tensor, p: Tensor | None = None, log_u: Tensor | None = None
+) -> Tensor:
     r"""Gradient of $D_f(q\|p)$ in the logits of each row: $-p_a (w(u_a) - E_p w)$ (T1); infinite where $D_f$ is."""
     p = log_p.exp() if p is None else p
+    log_u = log_q - log_p if log_u is None else log_u
     if _positive(log_p):
-        weight = divergence.weight(log_q - log_p)
+        weight = divergence.centred_weight(log_u)
         return -p * (weight - (p * weight).sum(-1, keepdim=True))
     absent = torch.isneginf(log_p)
-    weight = divergence.weight(torch.where(absent, 0.0, log_q - log_p))
+    weight = divergence.centred_weight(torch.where(absent, 0.0, log_u))
     gradient = -p * (weight - (p * weight).sum(-1, keepdim=True))
     if math.isinf(divergence.slope_at_infinity):
         # The term q f'(inf) of an absent token is a constant in p, but an infinite one.
@@ -129,11 +137,17 @@ def _log_softmax(logits: Tensor) -> Tensor:
 
 
 class Roots(NamedTuple):
-    """The prefixes at which a tree begins: their log-probabilities, and whether they can be extended, `(R,)` each."""
+    """The prefixes at which a tree begins: log-probabilities, log-ratio, whether they can be extended, `(R,)` each."""
 
     log_p: Tensor
     log_q: Tensor
+    log_u: Tensor
     live: Tensor
+
+    @classmethod
+    def empty(cls) -> Roots:
+        """The empty prefix alone."""
+        return cls(torch.zeros(1), torch.zeros(1), torch.zeros(1), torch.ones(1, dtype=torch.bool))
 
 
 @dataclass(frozen=True)
@@ -144,9 +158,11 @@ class Tree:
         eos: the token that ends a sequence, or None.
         log_p: the student's, level `n` of shape `(V**n, V)`.
         log_q: the teacher's.
+        log_u: their log-ratios, with more digits than `log_q - log_p` has where they are nearly equal.
         prefix_log_p: the student's log-probability of each live prefix, `-inf` where it has ended, level `n` of shape
             `(V**n,)`, with one more level for the complete sequences.
         prefix_log_q: the teacher's.
+        prefix_log_u: the log-ratio of each prefix.
         live: whether a prefix can still be extended, level `n` of shape `(V**n,)`.
         environment: the levels whose tokens the environment writes; `log_p` and `log_q` both hold its distribution.
         first: the length of the prefixes at which the tree begins, which counts for the discount.
@@ -156,8 +172,10 @@ class Tree:
     eos: int | None
     log_p: list[Tensor]
     log_q: list[Tensor]
+    log_u: list[Tensor]
     prefix_log_p: list[Tensor]
     prefix_log_q: list[Tensor]
+    prefix_log_u: list[Tensor]
     live: list[Tensor]
     environment: tuple[int, ...] = ()
     first: int = 0
@@ -173,8 +191,7 @@ class Tree:
         """
         check_pair(student, teacher)
         check_leaves(student, budget)
-        roots = Roots(torch.zeros(1), torch.zeros(1), torch.ones(1, dtype=torch.bool))
-        return cls.grown(student.tables(), teacher.tables(), roots, student.eos, student.environment)
+        return cls.grown(student.tables(), teacher.tables(), Roots.empty(), student.eos, student.environment)
 
     @classmethod
     def grown(
@@ -189,18 +206,22 @@ class Tree:
     ) -> Tree:
         """The tree of two tables' rows below some prefixes, with the environment's levels counted from there."""
         log_p, log_q = [_log_softmax(z) for z in student], [_log_softmax(z) for z in teacher]
+        log_u = [log_ratio(ours, theirs, p) for ours, theirs, p in zip(student, teacher, log_p, strict=True)]
         for n in environment:
             # The same distribution for both, to the last bit, so that the ratio is exactly one.
             log_p[n] = log_q[n] = log_p[n].detach()
-        prefix_log_p, prefix_log_q, live = [roots.log_p.double()], [roots.log_q.double()], [roots.live]
-        for n, (p, q) in enumerate(zip(log_p, log_q, strict=True)):
-            prefix_log_p.append((prefix_log_p[-1].unsqueeze(-1) + p).flatten())
-            prefix_log_q.append((prefix_log_q[-1].unsqueeze(-1) + q).flatten())
+            log_u[n] = torch.zeros_like(log_p[n])
+        prefix_log_p, prefix_log_q = [roots.log_p.double()], [roots.log_q.double()]
+        prefix_log_u, live = [roots.log_u.double()], [roots.live]
+        prefixes = (prefix_log_p, prefix_log_q, prefix_log_u)
+        for n, p in enumerate(log_p):
+            for found, rows in zip(prefixes, (p, log_q[n], log_u[n]), strict=True):
+                found.append((found[-1].unsqueeze(-1) + rows).flatten())
             children = live[-1].unsqueeze(-1).expand_as(p).clone()
             if eos is not None and n not in environment:
                 children[:, eos] = False
             live.append(children.flatten())
-        return cls(eos, log_p, log_q, prefix_log_p, prefix_log_q, live, environment, first, cut)
+        return cls(eos, log_p, log_q, log_u, *prefixes, live, environment, first, cut)
 
     @property
     def horizon(self) -> int:
@@ -223,5 +244,5 @@ class Tree:
 
     def rows_divergence(self, divergence: Divergence, level: int, p: Tensor | None = None) -> Tensor:
         """$D_f$ of each row of a level, zero for prefixes that the student cannot reach."""
-        values = pointwise(divergence, self.log_p[level], self.log_q[level], p).sum(-1)
+        values = pointwise(divergence, self.log_p[level], self.log_q[level], p, self.log_u[level]).sum(-1)
         return torch.where(self.reach(level) > 0, values, 0.0)

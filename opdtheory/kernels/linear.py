@@ -2,6 +2,7 @@ r"""The divergence of next-token distributions from hidden states and output lay
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,9 @@ __all__ = ["fused_linear_divergence"]
 
 # Logits in a chunk: enough for a matrix product not to wait for the output layer to be read.
 _ELEMENTS = 2**23
+
+# Entries of an output layer of low precision that are held in float32 at a time.
+_UPCAST = 2**22
 
 
 @outside_graphs
@@ -40,11 +44,12 @@ def fused_linear_divergence(
     g_n = -\frac{m_n}{\tau}\, p_n (w_f(u_n) - E_{p_n} w_f)$$
 
     In nats, to be minimised; the teacher is detached. The forward pass computes the gradients in the hidden states and
-    the head together with the values, and holds these gradients, two chunks of logits and a few buffers. The gradients
-    assume that the upstream gradient is the same at all positions of non-zero weight, as for a sum or a mean; for
-    others the backward pass repeats the work. Logits and $g$ have the dtype of the head (under autocast, that of
-    autocast), sums over positions float32; with a float64 head everything is float64. First derivatives only; no
-    `torch.vmap`.
+    the head together with the values, and holds these gradients, two chunks of logits and a few buffers; the backward
+    pass copies the gradients if the graph is kept (`retain_graph`). They assume that the upstream gradient is the same
+    at all positions of non-zero weight, as for a sum or a mean; for others the backward pass repeats the work. Hidden
+    states and heads enter in their own dtype (under autocast, that of autocast). Logits, $g$ and sums are float32 where
+    that is bfloat16 or float16, with up to 4 million entries of a head in float32 at a time, so that a gradient is
+    rounded once, at the end; with a float64 head everything is float64. First derivatives only; no `torch.vmap`.
 
     Args:
         student_hidden: $h$, with any leading shape.
@@ -125,9 +130,11 @@ class _Linear(torch.autograd.Function):
             if bool((factors != first).any()):
                 weights = upstream if weights is None else upstream * weights
                 found = _work(hidden, head, other, other_head, weights, ctx.job)[1:]
+            elif graph_is_kept():
+                # What is handed out may be overwritten, and another backward pass may follow.
+                found = [each if each is None else each * first for each in found]
             elif bool(first != 1):
-                kept = graph_is_kept()
-                found = [each if each is None else each * first if kept else each.mul_(first) for each in found]
+                found = [each if each is None else each.mul_(first) for each in found]
         sources = upstream, hidden, head
         by_hidden, by_head = (
             None if each is None else last("fused_linear_divergence", each, *sources) for each in found
@@ -147,38 +154,83 @@ def _work(
     evaluator = Evaluator.of(job.divergence, arguments.sum_dtype(head, other_head), 1.0 / job.temperature)
     values = torch.zeros(hidden.shape[:-1], dtype=torch.float64, device=hidden.device)
     by_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if job.wanted[0] else None
-    sums = torch.float64 if job.dtype == torch.float64 else torch.float32
-    by_head = torch.zeros(head.shape, dtype=sums, device=head.device) if job.wanted[1] else None
+    wide = torch.float64 if job.dtype == torch.float64 else torch.float32
+    by_head = torch.zeros(head.shape, dtype=wide, device=head.device) if job.wanted[1] else None
     looked = (
         torch.arange(values.numel(), device=hidden.device) if weights is None else weights.flatten().nonzero()[:, 0]
     )
     rows = job.chunk_size or max(1, _ELEMENTS // head.shape[0])
     # The casts of autocast, once for all chunks.
     student, teacher = head.to(job.dtype), other_head.to(job.dtype)
-    logits = [torch.empty(min(rows, len(looked)), len(head), dtype=job.dtype, device=head.device) for _ in range(2)]
+    logits = [torch.empty(min(rows, len(looked)), len(head), dtype=wide, device=head.device) for _ in range(2)]
     flat, other_flat = hidden.reshape(-1, hidden.shape[-1]), other.reshape(-1, other.shape[-1])
     with torch.autocast(hidden.device.type, enabled=False):
         for part in looked.split(rows):
             states = flat[part].to(job.dtype)
-            ours = torch.mm(states, student.T, out=logits[0][: len(part)])
-            theirs = torch.mm(other_flat[part].to(job.dtype), teacher.T, out=logits[1][: len(part)])
+            ours = _logits(states, student, logits[0][: len(part)])
+            theirs = _logits(other_flat[part].to(job.dtype), teacher, logits[1][: len(part)])
             weight = None if weights is None else weights.flatten()[part]
             found = torch.empty(len(part), dtype=torch.float64, device=hidden.device)
             # The gradient takes the place of the logits.
             sweep(evaluator, ours, theirs, weight, None, found, ours if any(job.wanted) else None)
             values.view(-1)[part] = found
             if by_hidden is not None:
-                by_hidden.view(-1, hidden.shape[-1])[part] = torch.mm(ours, student).to(hidden.dtype)
+                by_hidden.view(-1, hidden.shape[-1])[part] = _product(ours, student).to(hidden.dtype)
             if by_head is not None:
                 _add_product(by_head, ours.T, states)
     return values, by_hidden, None if by_head is None else by_head.to(head.dtype)
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    if total.dtype == left.dtype:
-        total.addmm_(left, right)
+def _logits(states: Tensor, head: Tensor, out: Tensor) -> Tensor:
+    """The products of hidden states with the rows of a head, in the dtype of `out`."""
+    if head.dtype == out.dtype:
+        return torch.mm(states, head.T, out=out)
+    if _accumulates_wide(head):
+        return out.copy_(_wide_product(states, head.T))
+    states = states.to(out.dtype)
+    for place, block in _upcast(head, out.dtype):
+        out[:, place] = torch.mm(states, block.T)
+    return out
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """The matrix product in the dtype of the left factor, whose digits all count; the right one may be narrower."""
+    if left.dtype == right.dtype:
+        return torch.mm(left, right)
+    if _accumulates_wide(right):
+        # Two factors of eight bits each, whose products are summed in float32.
+        high = left.to(right.dtype)
+        low = (left - high).to(right.dtype)
+        return _wide_product(high, right) + _wide_product(low, right)
+    total = left.new_zeros(left.shape[0], right.shape[1])
+    for place, block in _upcast(right, left.dtype):
+        total.addmm_(left[:, place], block)
+    return total
+
+
+def _add_product(total: Tensor, left: Tensor, states: Tensor) -> None:
+    if _accumulates_wide(states):
+        total += _product(left, states)
     else:
-        total += torch.mm(left, right)
+        total.addmm_(left, states.to(total.dtype))
+
+
+def _wide_product(left: Tensor, right: Tensor) -> Tensor:
+    """The product of two bfloat16 matrices in float32."""
+    return torch.mm(left, right, out_dtype=torch.float32)
+
+
+def _upcast(matrix: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Some rows of a matrix at a time in a wider dtype."""
+    rows = max(1, _UPCAST // matrix.shape[1])
+    for start in range(0, matrix.shape[0], rows):
+        place = slice(start, start + rows)
+        yield place, matrix[place].to(dtype)
+
+
+def _accumulates_wide(matrix: Tensor) -> bool:
+    """Whether the device multiplies bfloat16 into float32; float16 would lose small gradients to underflow."""
+    return matrix.is_cuda and matrix.dtype == torch.bfloat16 and "dtype" in torch.ops.aten.mm.overloads()
 
 
 def _product_dtype(head: Tensor) -> torch.dtype:

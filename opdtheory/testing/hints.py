@@ -10,7 +10,7 @@ import re
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from opdtheory.testing.calls import called
@@ -32,6 +32,10 @@ _TOKENS = {"ids", "id", "token", "tokens", "action", "actions", "responses", "co
 _INDICES = {"indices", "index", "idx", "ids", "id", "tokens"}
 _REWARDS = {"advantage", "advantages", "adv", "reward", "rewards", "returns"}
 _ROLLOUTS = {"r", "rollout", "rollouts", "batch"}
+_HIDDEN = {"hidden", "hiddens", "states", "input", "inputs"}
+_HEADS = {"head", "heads", "weight", "weights"}
+
+_FAILED = ", though this failed when it was tried"
 
 # Parameters that are named after nothing but who they belong to hold logits or log-probabilities.
 _FIELDS = ("logprobs", "logits")
@@ -93,15 +97,18 @@ def suggestion(function: Callable[..., Any]) -> Suggestion | None:
         return None
     adapted = _adapted(callee)
     if adapted is not None:
-        return adapted
+        fails = _DOTS not in adapted.call and _shape(function, adapted.call) is None
+        return replace(adapted, words=f"{adapted.words}{_FAILED}") if fails else adapted
     candidates = [_plain(callee, field) for field in _order_of_fields(callee)]
     if "r" not in re.findall(r"\b\w+", candidates[0]) and _DOTS not in candidates[0]:
         return None
     tried = [(_shape(function, each), each) for each in candidates if _DOTS not in each]
     reduced = ((_REDUCTIONS[shape].format(each)) for shape in _REDUCTIONS for found, each in tried if found == shape)
-    call = next(reduced, f"r.token_sum({candidates[0]})")
+    call = next(reduced, None)
+    failed = _FAILED if call is None and tried else ""
+    call = call or f"r.token_sum({candidates[0]})"
     filled = ", with your values in place of the dots" if _DOTS in call else ""
-    return Suggestion(f"{callee.words}{filled}", call)
+    return Suggestion(f"{callee.words}{filled}{failed}", call)
 
 
 def _callee(function: Callable[..., Any]) -> _Callee | None:
@@ -183,6 +190,8 @@ def _argument(name: str, field: str) -> str | None:
     known, owner = set(words), _owner(words)
     if name in _ROLLOUTS:
         return "r"
+    if known & (_HEADS | {"hidden", "hiddens"}):
+        return None
     if known & {"mask", "masks"}:
         return "r.mask == 0" if known & {"pad", "padding"} else "r.mask"
     if known & {"length", "lengths", "lens"}:
@@ -238,13 +247,18 @@ def _plain(callee: _Callee, field: str) -> str:
 
 
 def _adapted(callee: _Callee) -> Suggestion | None:
-    """The adapter for whole-vocabulary logits with labels, or for the teacher's likeliest tokens, if it fits."""
+    """The adapter for the teacher's likeliest tokens, hidden states, or logits with labels, if one fits."""
     words = {each.name: _words(each.name) for each in callee.parameters}
     if any(_is_top_k(each) or {"indices", "idx"} & set(each) for each in words.values()):
         roles = {name: _top_k_role(each) for name, each in words.items()}
         adapter = f"opdtheory.from_top_k({callee.text}, 2"
         given: tuple[str, ...] = ("student_logits", "ids", "logprobs", "labels")
         told = "opdtheory.from_top_k passes the teacher's likeliest tokens, here 2"
+    elif any(_HEADS & set(each) for each in words.values()):
+        roles = {name: _hidden_role(each) for name, each in words.items()}
+        adapter = f"opdtheory.from_hidden({callee.text}"
+        given = ("student_hidden", "student_head", "teacher_hidden", "teacher_head", "labels")
+        told = "opdtheory.from_hidden passes hidden states and heads (add flat=True if the function takes rows)"
     elif any(_LABELS & set(each) for each in words.values()):
         roles = {name: _logits_role(each) for name, each in words.items()}
         adapter, given = f"opdtheory.from_logits({callee.text}", ("student_logits", "teacher_logits", "labels")
@@ -274,6 +288,14 @@ def _logits_role(words: list[str]) -> str | None:
     return f"{owner or 'student'}_logits"
 
 
+def _hidden_role(words: list[str]) -> str | None:
+    known = set(words)
+    if known & _LABELS:
+        return "labels"
+    part = "head" if known & _HEADS else "hidden" if known & _HIDDEN else None
+    return None if part is None or _owner(words) == "behavior" else f"{_owner(words) or 'student'}_{part}"
+
+
 def _top_k_role(words: list[str]) -> str | None:
     known = set(words)
     if known & _LABELS:
@@ -291,8 +313,10 @@ def _shape(function: Callable[..., Any], call: str) -> tuple[int, ...] | None:
         try:
             value = called(function, call)(_batch())
             return tuple(value.shape) if value.requires_grad else None
+        except KeyboardInterrupt:
+            raise
         # Whatever a function does that was called on a guess, only the guess is wrong.
-        except (Exception, SystemExit):
+        except BaseException:
             return None
 
 

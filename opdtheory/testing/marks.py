@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["LossClaim", "claims_of", "opd_loss"]
 
-F = TypeVar("F", bound=Callable[..., Any])
+# A function, or a static or class method, which is not itself callable.
+F = TypeVar("F")
 
 _ATTRIBUTE = "__opd_claims__"
 
@@ -61,7 +62,7 @@ class LossClaim:
         )
 
     def is_met_by(self, report: Audit) -> bool:
-        """Whether an audit finds what is claimed, and no unsound loss if it is one that minimises its objective.
+        """Whether an audit finds the claimed verdict; a claim of exactness also needs every check of soundness.
 
         The verdict `exact` also meets `exact_up_to_scale`.
         """
@@ -92,7 +93,8 @@ def opd_loss(
         call: how to call a function that does not take rollouts alone: a function of `(f, rollouts)`, or an expression
             of `f`, `r`, `opdtheory` and `torch` as for `opdtheory audit --call`; `f` is what the class has under the
             name of the method, without an instance.
-        **settings: other arguments of `opdtheory.audit`: `batch_size`, `eos`, `off_policy`, `gamma`, `seed`, `name`.
+        **settings: other arguments of `opdtheory.audit`, such as `batch_size`, `eos`, `off_policy`, `gamma`, `prompts`,
+            `seed` and `name`.
 
     Raises:
         InvalidArgumentError: the granularity, the verdict or the call makes no sense, or the marked object is a class

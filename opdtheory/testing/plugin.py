@@ -61,7 +61,9 @@ def pytest_configure(config: pytest.Config) -> None:
         if config.getoption(name)
     ]
     if config.getoption("opd_audit"):
-        config.pluginmanager.register(_Audits(config), "opdtheory-audits")
+        audits = _Audits(config)
+        config.pluginmanager.register(audits, "opdtheory-audits")
+        config.pluginmanager.register(_Methods(audits), "opdtheory-methods")
     elif given:
         raise pytest.UsageError(f"{given[0]} needs --opd-audit")
 
@@ -140,6 +142,31 @@ class LossAudit(pytest.Item):
         return self.path, None if line is None else line - 1, f"opd-audit {self.name}"
 
 
+class _Methods:
+    """The hook that collects marked members of classes, beside what pytest collects there."""
+
+    def __init__(self, audits: _Audits) -> None:
+        self.audits = audits
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_pycollect_makeitem(
+        self, collector: pytest.Collector, name: str, obj: object
+    ) -> Generator[None, Any, Any]:
+        """Add one item for each mark of a method of a class in a module."""
+        collected = yield
+        if not isinstance(collector, pytest.Module) or not isinstance(obj, type):
+            return collected
+        found = [
+            item
+            for qualified, member, owner in _marked_members(name, obj)
+            for item in self.audits.items(collector, qualified, member, owner)
+        ]
+        if not found:
+            return collected
+        others = [collected] if isinstance(collected, pytest.Collector | pytest.Item) else collected or []
+        return [*others, *found]
+
+
 class _AuditFailed(Exception):
     """The verdict is neither the one of the mark nor the recorded one."""
 
@@ -157,45 +184,38 @@ class _Audits:
         self.found: dict[str, tuple[str, str, str]] = {}
 
     def pytest_sessionstart(self) -> None:
-        """Read the project's settings and the known biases first: a wrong file is a usage error."""
+        """Read the files of the run before anything is audited: a wrong one is a usage error."""
         from opdtheory.errors import InvalidArgumentError
         from opdtheory.testing.project import project_settings
+
+        if self.pages is not None and self.pages.exists() and not self.pages.is_dir():
+            raise pytest.UsageError(f"--opd-report: must be a folder, got the file {self.pages}")
 
         try:
             self.project = project_settings(self.config.rootpath)
         except InvalidArgumentError as error:
             raise pytest.UsageError(str(error)) from None
-        if self.known_file is None:
+        kept = self.written_file if self.written_file is not None and self.written_file.exists() else None
+        if self.known_file is None and kept is None:
             return
         from opdtheory.auditing.known_biases import read_known
 
         try:
-            self.known = read_known(self.known_file)
+            if self.known_file is not None:
+                self.known = read_known(self.known_file)
+            if kept is not None:
+                read_known(kept)  # what is recorded there will be kept
         except InvalidArgumentError as error:
             raise pytest.UsageError(f"--opd-{error}") from None
 
-    @pytest.hookimpl(wrapper=True)
-    def pytest_pycollect_makeitem(
-        self, collector: pytest.Collector, name: str, obj: object
-    ) -> Generator[None, Any, Any]:
-        """Collect one item for each mark of a function in a module, or of a method of a class in it."""
-        collected = yield
-        if not isinstance(collector, pytest.Module):
-            return collected
-        if not isinstance(obj, type):
-            return list(self._items(collector, name, obj, None)) or collected
-        found = [
-            item
-            for qualified, member, owner in _marked_members(name, obj)
-            for item in self._items(collector, qualified, member, owner)
-        ]
-        if not found:
-            return collected
-        # The tests of the class are still tests.
-        others = [collected] if isinstance(collected, pytest.Collector | pytest.Item) else collected or []
-        return [*others, *found]
+    def pytest_pycollect_makeitem(self, collector: pytest.Collector, name: str, obj: object) -> list[LossAudit] | None:
+        """Collect one item for each mark of a function in a module."""
+        if not isinstance(collector, pytest.Module) or isinstance(obj, type):
+            return None
+        return list(self.items(collector, name, obj, None)) or None
 
-    def _items(self, collector: pytest.Module, name: str, loss: object, owner: type | None) -> Iterator[LossAudit]:
+    def items(self, collector: pytest.Module, name: str, loss: object, owner: type | None) -> Iterator[LossAudit]:
+        """One item for each mark of a function, which is a member of the class `owner` if there is one."""
         from opdtheory.testing.marks import claims_of
 
         claims = [claim.within(self.project) for claim in claims_of(loss)]

@@ -57,7 +57,7 @@ def project_settings(folder: Path) -> dict[str, Any]:
 
 
 def _table(path: Path) -> dict[str, Any]:
-    # A file that does not speak of us need not be read, by no TOML parser and whatever is wrong with it.
+    # A file without our table is not parsed: it may be broken, and Python 3.10 may have no parser.
     try:
         text = path.read_bytes()
     except OSError as error:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
-import pickle
 import re
 import warnings
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +22,10 @@ from opdtheory.training.models.storage import whole_file
 __all__ = ["Checkpoint", "load", "locked", "newest", "save"]
 
 _FORMAT = 1
+
+# The first line of a file, before its SHA-256 and the state by `torch.save`. Older files are that state alone.
+_HEAD = b"opdtheory checkpoint, sha256 of what follows:\n"
+_DIGEST = 64
 _NAME = re.compile(r"step_(\d+)\.pt")
 
 
@@ -54,14 +60,18 @@ class Checkpoint:
 
 
 def save(folder: str | Path, checkpoint: Checkpoint, keep: int = 2) -> Path:
-    """Write a checkpoint atomically, then remove all but the newest `keep` ones."""
+    """Write a checkpoint atomically with its SHA-256, then remove all but the newest `keep` ones."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{checkpoint.step:08d}.pt"
+    state = io.BytesIO()
+    torch.save({"format": _FORMAT, **vars(checkpoint)}, state)
     with whole_file(path) as file:
-        torch.save({"format": _FORMAT, **vars(checkpoint)}, file)
+        file.write(_HEAD + hashlib.sha256(state.getbuffer()).hexdigest().encode() + b"\n")
+        file.write(state.getbuffer())
     for old in _paths(folder)[keep:]:
-        old.unlink()
+        if not old.is_dir():
+            old.unlink()
     return path
 
 
@@ -73,7 +83,8 @@ def newest(folder: str | Path) -> Checkpoint | None:
     """
     folder = Path(folder)
     for left_over in folder.glob("step_*.pt.*.tmp"):  # from a kill between writing and renaming
-        left_over.unlink()
+        if not left_over.is_dir():
+            left_over.unlink()
     paths = _paths(folder)
     for path in paths:
         try:
@@ -117,13 +128,34 @@ def load(path: str | Path) -> Checkpoint:
         InvalidArgumentError: the file is missing, damaged, or of another format.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        state = torch.load(io.BytesIO(_verified(Path(path))), map_location="cpu", weights_only=True)
+    # What torch raises for a file that it cannot read depends on the bytes that it meets.
+    except Exception as error:
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise InvalidArgumentError("checkpoint", f"{path} cannot be read: {first}") from None
     if not isinstance(state, dict) or state.pop("format", None) != _FORMAT:
         raise InvalidArgumentError("checkpoint", f"{path} is not a checkpoint of format {_FORMAT}")
+    kinds = {"step": int, "config": dict, "student": dict, "optimizer": dict}
+    if state.keys() != kinds.keys() or not all(isinstance(state[name], kind) for name, kind in kinds.items()):
+        raise InvalidArgumentError(
+            "checkpoint", f"{path} must hold {', '.join(kinds)}, got {', '.join(map(str, state))}"
+        )
     return Checkpoint(**state)
+
+
+def _verified(path: Path) -> bytes:
+    """The state in a file as bytes, once a checksum agrees: the file's own or, in an older file, those of its parts."""
+    data = path.read_bytes()
+    if data.startswith(_HEAD):
+        start = len(_HEAD) + _DIGEST + 1
+        digest, state = data[len(_HEAD) : start], data[start:]
+        if digest != hashlib.sha256(state).hexdigest().encode() + b"\n":
+            raise ValueError("its SHA-256 is not the one that it was written with")
+        return state
+    damaged = zipfile.ZipFile(io.BytesIO(data)).testzip()
+    if damaged is not None:
+        raise ValueError(f"the checksum of its part {damaged} is wrong")
+    return data
 
 
 def _paths(folder: Path) -> list[Path]:

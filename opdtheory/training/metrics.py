@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from opdtheory.errors import InvalidArgumentError
+from opdtheory.training.models.storage import whole_file
 
 __all__ = ["Metrics"]
 
@@ -82,29 +83,33 @@ def _finite(value: Any) -> Any:
 
 
 def _reopen(path: Path, step: int) -> tuple[list[dict[str, Any]], IO[str]]:
-    """The rows up to a step, and the file without what follows them: later steps, or half a line."""
+    """The intact rows up to a step, and the file without anything else: later steps, damaged lines, half a line."""
     rows: list[dict[str, Any]] = []
-    kept = 0
-    if path.exists():
-        for line in path.read_bytes().splitlines(keepends=True):
-            row = _row(line)
-            if row is None or row["step"] > step:
-                break
+    before = path.read_bytes() if path.exists() else b""
+    kept = []
+    for line in before.split(b"\n")[:-1]:
+        row = _row(line)
+        # Steps only rise, unless a number is damaged.
+        if row is not None and (rows[-1]["step"] if rows else -1) < row["step"] <= step:
             rows.append(row)
-            kept += len(line)
-    file = open(path, "a", encoding="utf-8")
-    file.truncate(kept)
-    return rows, file
+            kept.append(line + b"\n")
+    whole = b"".join(kept)
+    if whole == before[: len(whole)]:
+        file = open(path, "a", encoding="utf-8")
+        file.truncate(len(whole))
+        return rows, file
+    with whole_file(path) as rewritten:
+        rewritten.write(whole)
+    return rows, open(path, "a", encoding="utf-8")
 
 
 def _row(line: bytes) -> dict[str, Any] | None:
-    if not line.endswith(b"\n"):
-        return None
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+    found = isinstance(row, dict) and isinstance(row.get("step"), int) and not isinstance(row["step"], bool)
+    return row if found else None
 
 
 def _tensorboard(folder: Path | None, step: int) -> Any:

@@ -2,9 +2,7 @@ r"""The loss of a run: an estimator of the library by name, or one of the experi
 
 from __future__ import annotations
 
-import io
 import re
-import tokenize
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +13,7 @@ from torch import Tensor
 
 from opdtheory.choices import Control, Verdict
 from opdtheory.divergences import Divergence, divergence, names
+from opdtheory.divergences.parsing import generator_from_text
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.estimators import Claim, Estimator, estimator
 from opdtheory.estimators.base import Assumptions, unmasked
@@ -23,7 +22,6 @@ from opdtheory.rollouts import Rollouts
 
 __all__ = ["ExactScore", "divergence_text", "group_losses", "needs_groups", "objective", "parse_divergence", "summed"]
 
-_FUNCTIONS = ("log", "exp", "sqrt", "Abs", "Max", "Min")
 _FIELDS = (
     *("tokens", "mask", "student_logits", "teacher_logits"),
     *("student_logprobs", "teacher_logprobs", "behavior_logprobs"),
@@ -50,22 +48,7 @@ def parse_divergence(text: str) -> Divergence:
     words = set(re.findall(r"[^\W\d]\w*", text))
     if "u" not in words:
         return divergence(text)  # raises, with the nearest name
-    import sympy
-
-    from opdtheory.divergences import symbol
-
-    allowed = {"u", *_FUNCTIONS}
-    if words - allowed or not re.fullmatch(r"[\w\s.+\-*/(),]*", text):
-        strange = ", ".join(sorted(words - allowed)) or "a sign other than + - * / ** ( ) ,"
-        needed = f"must contain only u, numbers, + - * / ** and {', '.join(_FUNCTIONS)}"
-        raise InvalidArgumentError("divergence", f"{needed}, got {strange} in {text!r}")
-    try:
-        code = _exact_numbers(text)
-        scope = {"u": symbol(), "Rational": sympy.Rational, **{name: getattr(sympy, name) for name in _FUNCTIONS}}
-        expression = sympy.sympify(eval(compile(code, "divergence", "eval"), {"__builtins__": {}}, scope))
-    except (SyntaxError, TypeError, ValueError, ZeroDivisionError, tokenize.TokenError) as error:
-        raise InvalidArgumentError("divergence", f"must be an expression in u, got {text!r}: {error}") from None
-    return Divergence.from_expr(expression, name=text)
+    return Divergence.from_expr(generator_from_text(text), name=text)
 
 
 def divergence_text(given: Divergence) -> str:
@@ -170,11 +153,3 @@ def summed(loss: Estimator, rollouts: Rollouts, group_size: int) -> Float[Tensor
     if loss.reduction == "sequence_mean":
         values = values.sum(-1) / rollouts.mask.sum(-1).clamp_min(1)
     return values.sum()
-
-
-def _exact_numbers(text: str) -> str:
-    """The expression with every number as an exact fraction."""
-    parts = []
-    for token in tokenize.generate_tokens(io.StringIO(text.strip()).readline):
-        parts.append(f"Rational({token.string!r})" if token.type == tokenize.NUMBER else token.string)
-    return " ".join(parts)

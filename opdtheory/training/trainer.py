@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -238,11 +239,20 @@ def started(
     run = Run(config, team, task, student, teacher, config.loss(), optimizer, metrics)
     try:
         metrics.rows = team.from_first(metrics.rows)
-        if config.eval_examples and not metrics.rows:
-            metrics.add({"step": 0, **evaluate(student, teacher, task, config, team)})
+        # The rows of finished steps may be lost. A student that is trained is never evaluated as step 0.
+        last = metrics.rows[-1]["step"] if metrics.rows else -1
+        if first and last < first and team.is_first:
+            warnings.warn(_lost_rows(folder, last, first), stacklevel=4)
+        if config.eval_examples and last < first:
+            metrics.add({"step": first, **evaluate(student, teacher, task, config, team)})
         yield run, first
     finally:
         metrics.close()
+
+
+def _lost_rows(folder: Path | None, last: int, first: int) -> str:
+    found = "no row can be read" if last < 0 else f"the last row that can be read is of step {last}"
+    return f"{folder}/metrics.jsonl is lost or damaged: {found}, and the run goes on from step {first}"
 
 
 def finish_step(run: Run, finished: int, row: dict[str, Any]) -> None:

@@ -77,6 +77,21 @@ def test_a_loss_of_a_group_is_told_of_the_batch_size(loss, count):
     assert torch.isfinite(torch.tensor(audit(loss, batch_size=count, details=False).cosine))
 
 
+def without_eps(r):
+    """Divides by a spread that is zero where two rollouts are equal, however many there are."""
+    rewards = (r.log_u.detach() * r.mask).sum(-1)
+    centred = rewards - rewards.mean()
+    return r.token_sum(-(centred / centred.square().mean().sqrt()).unsqueeze(-1) * r.student_logprobs)
+
+
+def test_no_setting_is_named_where_the_size_of_the_batch_is_not_the_cause():
+    with pytest.raises(LossError) as caught:
+        audit(without_eps, batch_size=2)
+    said = str(caught.value)
+    assert "must be finite, got nan on a batch of shape (B, T, V) = (2, " in said
+    assert "batch_size=" not in said and "shifted" not in said
+
+
 @pytest.mark.parametrize("loss", [nowhere, no_gradient_at_zero, of_negative])
 def test_where_no_setting_helps_none_is_named(loss):
     with pytest.raises(LossError) as caught:
@@ -84,6 +99,13 @@ def test_where_no_setting_helps_none_is_named(loss):
     said = str(caught.value)
     assert "shape (B, T, V) = (4, 3, 4), on the pair 'sharpness 1, distance 0.03'" in said
     assert "batch_size=" not in said and "shifted" not in said
+
+
+def test_a_sampled_audit_gives_the_same_advice():
+    with pytest.raises(LossError, match=r"drawn batch of shape \(B, T, V\) = \(1, .*batch_size=2"):
+        audit(normalised, method="monte_carlo")
+    with pytest.raises(LossError, match="has NaN or inf although its value is finite, on a drawn batch of shape"):
+        audit(no_gradient_at_zero, method="monte_carlo")
 
 
 def test_assertions_pass_the_advice_on():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -190,11 +192,27 @@ def vector(r):
 def not_finite(r):
     return r.token_sum(r.log_u) * float("nan")
 
+def of_a_group(r):
+    rewards = (r.log_u.detach() * r.mask).sum(-1)
+    spread = ((rewards - rewards.mean()) ** 2).sum() / float("nan" if len(rewards) == 1 else len(rewards))
+    return r.token_sum(-(rewards / (spread + 1e-6)).unsqueeze(-1) * r.student_logprobs)
+
 def interrupts(r):
     raise KeyboardInterrupt
 
 def wrong_sum(r):
     return r.token_sum(r.mask[0])
+
+def k2_that_claims(r):
+    return r.token_sum(r.log_u.square() / 2)
+
+k2_that_claims.claim = "the best loss"
+
+class Stop(BaseException):
+    pass
+
+def stops(teacher, student):
+    raise Stop
 
 def of_log_u(log_u):
     return log_u.square() / 2
@@ -266,6 +284,20 @@ def test_a_file_that_exits_is_refused_and_an_interrupt_passes(hard: str, capsys:
     assert "SystemExit: it exits with status 0\nat exits.py:" in capsys.readouterr().err
     with pytest.raises(KeyboardInterrupt):
         cli.main(["audit", f"{hard}:interrupts"])
+
+
+def test_a_function_that_stops_when_it_is_tried_is_told_how_to_call_it(
+    hard: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["audit", f"{hard}:stops"]) == 2
+    err = capsys.readouterr().err.splitlines()
+    assert err[0] == "opdtheory audit: stops(teacher, student) does not take rollouts alone"
+    assert err[1].startswith("say how to call it, though this failed when it was tried: --call 'r.token_sum(f(")
+
+
+def test_a_claim_of_another_kind_is_none(hard: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["audit", f"{hard}:k2_that_claims"]) == 0
+    assert "reverse_kl" in capsys.readouterr().out
 
 
 def test_json_is_alone_on_standard_output(hard: str, capfd: pytest.CaptureFixture[str]) -> None:
@@ -387,3 +419,19 @@ def test_a_wrong_project_file_is_a_usage_error(losses: str, capsys: pytest.Captu
 def test_seeds_out_of_range_are_usage_errors(losses: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["audit", f"{losses}:k3", "--seed", value]) == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["copy", "torch", "statistics"])
+def test_a_file_named_after_a_module_is_audited_by_python_m_too(name: str, losses: str) -> None:
+    folder = Path(losses).parent
+    (folder / f"{name}.py").write_text(f"import {name} as real\nassert real.__file__ != __file__\n{SOURCE}")
+    done = subprocess.run(
+        [sys.executable, "-m", "opdtheory", "audit", f"{name}.py:k2", "--json"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(Path(opd.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["verdict"] == "exact"

@@ -15,7 +15,7 @@ from opdtheory import divergences
 from opdtheory.divergences import Divergence, divergence
 
 INF = math.inf
-FORMS = ("generator", "log_slope", "weight", "curvature")
+FORMS = ("generator", "log_slope", "weight", "curvature", "remainder", "centred_weight")
 SMALLEST_NORMAL, SMALLEST, LARGEST = 2.0**-1022, 2.0**-1074, sys.float_info.max
 
 CATALOGUE_NAMES = (
@@ -62,8 +62,11 @@ def symbolic(d: Divergence) -> dict[str, sympy.Expr]:
     def slope(e: sympy.Expr) -> sympy.Expr:
         return sympy.diff(e, u).replace(sympy.DiracDelta, lambda *_: sympy.Integer(0))
 
+    at_one = sympy.simplify(slope(f).subs(u, 1))
     return {
         "generator": f,
+        "remainder": f - at_one * (u - 1),
+        "centred_weight": u * slope(f) - f - at_one,
         "log_slope": u * slope(f),
         "weight": u * slope(f) - f,
         "curvature": u**2 * slope(slope(f)),

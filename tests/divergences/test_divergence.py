@@ -18,7 +18,7 @@ from tests.divergences.members import AWAY, FORMS, GRID, INF, MEMBERS, SHORT, id
 @pytest.mark.parametrize("d", [*SHORT, divergence("alpha", alpha=-2.5), divergence("alpha", alpha=1.0)], ids=ids)
 def test_derivatives_by_gradcheck(d: Divergence) -> None:
     t = AWAY.clone().requires_grad_()
-    for form in (d.generator, d.log_slope, d.weight):
+    for form in (d.generator, d.log_slope, d.weight, d.remainder, d.centred_weight):
         assert torch.autograd.gradcheck(form, t)
         assert torch.autograd.gradgradcheck(form, t)
     assert torch.autograd.gradcheck(d.curvature, t)

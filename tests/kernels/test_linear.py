@@ -10,6 +10,7 @@ from torch import Tensor
 
 import opdtheory as opd
 from opdtheory.errors import InvalidArgumentError
+from opdtheory.kernels import linear
 from tests.conftest import CHECKED
 from tests.tolerances import ALGEBRA
 
@@ -110,6 +111,117 @@ def test_narrow_dtypes_and_autocast(dtype: torch.dtype) -> None:
         assert torch.equal(inside, found)
         slopes = torch.autograd.grad(inside.sum(), wide[:2])
         assert all(a.dtype == torch.float32 and worst(a, b) < 20 * eps for a, b in zip(slopes, theirs, strict=True))
+
+
+WIDTHS = (torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", WIDTHS)
+@pytest.mark.parametrize("near", (1.0, 0.03))
+@pytest.mark.parametrize("name", (*NAMES, "chi2", "skew_reverse_kl(lam=0.3)"))
+def test_narrow_states_are_rounded_once(name: str, near: float, dtype: torch.dtype) -> None:
+    """Against float64 on the same rounded inputs: what is left is the last rounding, to the dtype of the input."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(24, 64, generator=generator)
+    head = torch.randn(600, 64, generator=generator) / 8
+    other = hidden + near * torch.randn(24, 64, generator=generator)
+    exact = [each.to(dtype).double().requires_grad_(k < 2) for k, each in enumerate((hidden, head, other))]
+    wanted = torch.autograd.grad(by_logits(*exact, exact[1].detach(), name).sum(), exact[:2])
+    narrow = [each.detach().to(dtype).requires_grad_(k < 2) for k, each in enumerate(exact)]
+    loss = opd.fused_linear_divergence(*narrow, narrow[1].detach(), name, chunk_size=7).sum()
+    for found, right in zip(torch.autograd.grad(loss, narrow[:2]), wanted, strict=True):
+        # Half a unit in the last place, and of float16 its smallest number.
+        last = torch.finfo(dtype).eps / 2 * right.abs() + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+        assert float(((found.double() - right).abs() - 1.001 * last).max()) <= 1e-4 * float(right.abs().max())
+        error = float((found.double() - right).norm() / right.norm())
+        assert error <= torch.finfo(dtype).eps / 2
+        # The false twin rounds the logits before the loss.
+        if found.shape == hidden.shape and dtype == torch.bfloat16 and near < 1:
+            rounded = [each.detach().clone().requires_grad_(k < 2) for k, each in enumerate(narrow)]
+            twin = opd.fused_divergence(rounded[0] @ rounded[1].T, rounded[2] @ rounded[1].detach().T, name)
+            coarse = torch.autograd.grad(twin.sum(), rounded[0])[0].double()
+            assert float((coarse - right).norm() / right.norm()) > 4 * error
+
+
+def test_a_wide_head_goes_through_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = case(9, dtype=torch.bfloat16, vocabulary=50)
+    whole = torch.autograd.grad(opd.fused_linear_divergence(*tensors, "jsd").sum(), tensors[:2])
+    monkeypatch.setattr(linear, "_UPCAST", 4 * 7)
+    parts = torch.autograd.grad(opd.fused_linear_divergence(*tensors, "jsd").sum(), tensors[:2])
+    assert all(worst(a.float(), b.float()) <= 2**-8 * float(b.abs().max()) for a, b in zip(parts, whole, strict=True))
+
+
+def test_products_of_a_gpu_keep_sixteen_bits_of_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two bfloat16 factors stand for the float32 one; the product of a GPU is done here in float64 of these factors."""
+
+    def product(left: Tensor, right: Tensor) -> Tensor:
+        assert left.dtype == right.dtype == torch.bfloat16
+        return (left.double() @ right.double()).float()
+
+    left, right = torch.randn(30, 50), torch.randn(50, 8).bfloat16()
+    exact = left.double() @ right.double()
+    monkeypatch.setattr(linear, "_accumulates_wide", lambda matrix: matrix.dtype == torch.bfloat16)
+    monkeypatch.setattr(linear, "_wide_product", product)
+    found = linear._product(left, right)
+    assert found.dtype == torch.float32
+    assert float((found - exact).norm() / exact.norm()) < 1e-5
+    assert float((product(left.bfloat16(), right) - exact).norm() / exact.norm()) > 1e-3
+    tensors = case(9, dtype=torch.bfloat16, vocabulary=50)
+    exact_tensors = [each.detach().double().requires_grad_(each.requires_grad) for each in tensors]
+    mine = torch.autograd.grad(opd.fused_linear_divergence(*tensors, "jsd").sum(), tensors[:2])
+    theirs = torch.autograd.grad(by_logits(*exact_tensors, "jsd").sum(), exact_tensors[:2])
+    assert all(worst(a.double(), b) <= 2**-8 * float(b.abs().max()) for a, b in zip(mine, theirs, strict=True))
+
+
+# A hook may write into the gradient that it is handed, and the graph may be used again.
+
+
+def losses_in_place() -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(5, 7, generator=generator)
+    top, ids = torch.randn(5, 7, generator=generator).log_softmax(-1).topk(3)
+    hidden, head, other, other_head = (each.detach().float() for each in case(5))
+    return {
+        "hidden": (hidden, lambda x: opd.fused_linear_divergence(x, head, other, other_head, "jsd")),
+        "head": (head, lambda x: opd.fused_linear_divergence(hidden, x, other, other_head, "jsd")),
+        "narrow": (
+            hidden.bfloat16(),
+            lambda x: opd.fused_linear_divergence(x, *(each.bfloat16() for each in (head, other, other_head)), "jsd"),
+        ),
+        "logits": (logits, lambda x: opd.fused_divergence(x, logits.flip(0), "jsd")),
+        "own": (logits, lambda x: opd.fused_divergence(x, logits.flip(0), "alpha(alpha=0.01)")),
+        "top_k": (logits, lambda x: opd.fused_top_k_divergence(x, ids, top, "forward_kl")),
+    }
+
+
+@pytest.mark.parametrize("factor", (1.0, 3.0, "varied"))
+@pytest.mark.parametrize("kind", losses_in_place())
+def test_a_hook_in_place_and_a_kept_graph_leave_the_gradient_alone(kind: str, factor: float | str) -> None:
+    start, loss = losses_in_place()[kind]
+    upstream = torch.arange(1.0, 6.0) if factor == "varied" else torch.full((5,), float(factor))
+    plain = start.clone().requires_grad_()
+    wanted = torch.autograd.grad(loss(plain), plain, upstream)[0]
+    hooked = start.clone().requires_grad_()
+    hooked.register_hook(lambda g: g.mul_(0.5))
+    values = loss(hooked)
+    for times, kept in ((1, True), (2, True), (3, False)):
+        values.backward(upstream, retain_graph=kept)
+        tolerance = 0 if start.dtype == torch.float32 else 2**-7 * float(wanted.abs().max())
+        assert worst(hooked.grad, 0.5 * times * wanted) <= max(tolerance, 1e-6 * times)
+        # What lies in .grad may be overwritten too.
+        if kept:
+            hooked.grad.add_(0.0)
+
+
+def test_zeroing_the_gradient_between_passes_leaves_the_graph_alone() -> None:
+    tensors = case(5)
+    loss = opd.fused_linear_divergence(*tensors, "jsd").sum()
+    loss.backward(retain_graph=True)
+    first = [each.grad.clone() for each in tensors[:2]]
+    for each in tensors[:2]:
+        each.grad.zero_()
+    loss.backward()
+    assert all(torch.equal(each.grad, old) for each, old in zip(tensors[:2], first, strict=True))
 
 
 @compiles

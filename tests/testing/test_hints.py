@@ -68,6 +68,18 @@ def of_top_k_in_order(student_logits, indices, values, labels):
     return of_top_k(student_logits, values, indices)
 
 
+def of_mixed_owners(ref_policy_logps, old_policy_logps, new_policy_logps):
+    return ratio(new_policy_logps, old_policy_logps, ref_policy_logps)
+
+
+def fused(student_input, student_weight, teacher_input, teacher_weight, true_labels):
+    return of_logits(student_input @ student_weight.T, teacher_input @ teacher_weight.T)
+
+
+def fused_by_keyword(*, teacher_hidden, teacher_head, hidden_states, lm_head):
+    return fused(hidden_states, lm_head, teacher_hidden, teacher_head, None)
+
+
 class Trainer:
     def loss(self, student_logps, teacher_logps):
         return k2_of_two(teacher_logps, student_logps)
@@ -112,6 +124,17 @@ SUGGESTED = [
         None,
     ),
     (of_top_k_in_order, "opdtheory.from_top_k(f, 2)(r)", None),
+    (
+        of_mixed_owners,
+        "r.token_sum(f(r.teacher_logprobs, r.behavior_logprobs, r.student_logprobs))",
+        "reverse_kl",
+    ),
+    (fused, "opdtheory.from_hidden(f)(r)", "reverse_kl"),
+    (
+        fused_by_keyword,
+        'opdtheory.from_hidden(f, names=("hidden_states", "lm_head", "teacher_hidden", "teacher_head", None))(r)',
+        "reverse_kl",
+    ),
     (Trainer.loss, "r.token_sum(opdtheory.bind(f)(r.student_logprobs, r.teacher_logprobs))", "reverse_kl"),
     (Trainer.of_rollouts, "opdtheory.bind(f)(r)", "reverse_kl"),
     (Trainer.of_labels, "opdtheory.from_logits(opdtheory.bind(f))(r)", "reverse_kl"),
@@ -165,13 +188,21 @@ def test_the_attributes_that_a_method_reads_are_named():
     assert suggestion(Configured.loss).call == call
 
 
+def of_labels_and_fails(logits, labels):
+    raise KeyError(labels)
+
+
 def noisy(teacher, student):
     print("noise")
     raise SystemExit(0)
 
 
 def test_a_function_that_fails_on_the_trial_is_still_told_how(capsys):
-    assert suggestion(noisy).call == "r.token_sum(f(r.teacher_logprobs, r.student_logprobs))"
+    found = suggestion(noisy)
+    assert found.call == "r.token_sum(f(r.teacher_logprobs, r.student_logprobs))"
+    assert found.words == "say how to call it, though this failed when it was tried"
+    assert "failed" not in suggestion(k2_of_two).words + suggestion(of_labels).words + suggestion(needs_values).words
+    assert "failed" in suggestion(of_labels_and_fails).words
     assert capsys.readouterr().out == ""
 
 

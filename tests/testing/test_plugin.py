@@ -215,6 +215,9 @@ def test_wrong_use_is_said_in_words(pytester):
     for arguments, words in (
         (["--opd-baseline", "x.json"], "*--opd-baseline needs --opd-audit*"),
         (["--opd-audit", "--opd-baseline", "x.json"], "*--opd-baseline: *x.json cannot be read*"),
+        (["--opd-audit", "--opd-write-baseline", "."], "*--opd-baseline: *cannot be read*"),
+        (["--opd-audit", "--opd-write-baseline", "test_losses.py"], "*--opd-baseline: *test_losses.py is not JSON*"),
+        (["--opd-audit", "--opd-report", "test_losses.py"], "*--opd-report: must be a folder, got the file*"),
     ):
         refused = run(pytester, *arguments)
         assert refused.ret == pytest.ExitCode.USAGE_ERROR
@@ -395,6 +398,22 @@ def test_an_unsound_loss_fails_its_mark(pytester):
         """
     )
     run(pytester, "--opd-audit").assert_outcomes(failed=2)
+
+
+def test_an_object_with_a_mark_is_audited_whatever_its_name(pytester):
+    """pytest warns of an object that is named like a test and is no function."""
+    pytester.makepyfile(
+        test_losses="""
+        from opdtheory.testing import opd_loss
+
+        class Loss:
+            def __call__(self, r):
+                return r.token_sum(r.log_u.square() / 2)
+
+        test_me = opd_loss("reverse_kl")(Loss())
+        """
+    )
+    run(pytester, "--opd-audit", "-W", "error").assert_outcomes(passed=1)
 
 
 def test_failures_are_short(pytester):

@@ -191,3 +191,157 @@ def test_kills_at_twenty_moments(tmp_path: Path) -> None:
     # Two in the start-up, the others between any two writes.
     moments = [(0, rng.uniform(0, 4)) for _ in range(2)] + [(6 * n, rng.uniform(0, 0.08)) for n in range(1, 19)]
     _check_kills(tmp_path, 130, moments)
+
+
+# Damage of every kind.
+
+
+def _stored(tmp_path: Path) -> tuple[Path, bytes]:
+    for step in (1, 2):
+        checkpoint.save(tmp_path, _state(step))
+    newest = tmp_path / "step_00000002.pt"
+    return newest, newest.read_bytes()
+
+
+def test_a_flipped_bit_anywhere_is_noticed(tmp_path: Path) -> None:
+    newest, whole = _stored(tmp_path)
+    assert checkpoint.load(newest).step == 2
+    draws = random.Random(0)
+    for place in [*range(0, 160), *(draws.randrange(len(whole)) for _ in range(150)), len(whole) - 1]:
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << draws.randrange(8)
+        newest.write_bytes(damaged)
+        with pytest.raises(InvalidArgumentError, match="cannot be read"):
+            checkpoint.load(newest)
+
+
+JUNK = {
+    "junk": b"junk",
+    "three bytes": b"R\xaf\x80",
+    "five bytes": bytes(random.Random(0).randrange(256) for _ in range(5)),
+    "nothing": b"",
+    "a text": b"step 2\n" * 100,
+    "zeros": bytes(4096),
+    "an empty archive": b"PK\x05\x06" + bytes(18),
+    "a pickle": b"\x80\x02}q\x00.",
+    "the head alone": checkpoint._HEAD,
+    "the head and a digest": checkpoint._HEAD + b"0" * 64 + b"\n",
+}
+
+
+@pytest.mark.parametrize("junk", JUNK.values(), ids=JUNK)
+def test_junk_is_passed_over_for_the_next_older_one(tmp_path: Path, junk: bytes) -> None:
+    newest, _ = _stored(tmp_path)
+    newest.write_bytes(junk)
+    with pytest.warns(UserWarning, match="skipped a checkpoint: .*step_00000002"):
+        found = checkpoint.newest(tmp_path)
+    assert found is not None and found.step == 1
+
+
+@pytest.mark.parametrize("length", (1, 40, 120, 0.5, 0.99))
+def test_a_truncated_one_too(tmp_path: Path, length: float) -> None:
+    newest, whole = _stored(tmp_path)
+    newest.write_bytes(whole[: length if length >= 1 else int(length * len(whole))])
+    with pytest.warns(UserWarning, match="step_00000002"):
+        found = checkpoint.newest(tmp_path)
+    assert found is not None and found.step == 1
+
+
+def test_random_bytes_never_raise_anything_else(tmp_path: Path) -> None:
+    newest, whole = _stored(tmp_path)
+    draws = random.Random(1)
+    for size in (1, 2, 3, 4, 5, 8, 13, 64, 300) * 8:
+        newest.write_bytes(draws.randbytes(size))
+        with pytest.raises(InvalidArgumentError):
+            checkpoint.load(newest)
+
+
+def test_a_folder_in_its_place_and_one_among_the_old_ones(tmp_path: Path) -> None:
+    newest, _ = _stored(tmp_path)
+    newest.unlink()
+    newest.mkdir()
+    with pytest.warns(UserWarning, match="step_00000002"):
+        found = checkpoint.newest(tmp_path)
+    assert found is not None and found.step == 1
+    for step in (3, 4, 5):
+        checkpoint.save(tmp_path, _state(step))
+    assert newest.is_dir()
+
+
+def test_older_files_without_a_checksum_are_read_and_their_parts_checked(tmp_path: Path) -> None:
+    path = tmp_path / "step_00000007.pt"
+    torch.save({"format": 1, **vars(_state(7))}, path)
+    found = checkpoint.newest(tmp_path)
+    assert found is not None and found.step == 7
+    raw, weights = bytearray(path.read_bytes()), (torch.arange(4.0) + 7).numpy().tobytes()
+    raw[raw.find(weights) + 3] ^= 0x40
+    path.write_bytes(raw)
+    with pytest.raises(InvalidArgumentError, match="cannot be read: the checksum of its part"):
+        checkpoint.load(path)
+
+
+@pytest.mark.parametrize("change", ({"step": "2"}, {"student": None}, {"config": [1]}, {"further": 1}))
+def test_another_content_is_refused(tmp_path: Path, change: dict[str, object]) -> None:
+    path = tmp_path / "step_00000007.pt"
+    torch.save({"format": 1, **vars(_state(7)), **change}, path)
+    with pytest.raises(InvalidArgumentError, match="must hold step, config, student, optimizer"):
+        checkpoint.load(path)
+
+
+def _result(out: Path, observers=(), **fields: object) -> opd.training.TrainResult:
+    return opd.train(
+        config(out=str(out), **fields), student=model(0), teacher=model(1, 24), task=TASK, observers=observers
+    )
+
+
+def _steps_evaluated(result) -> list[int]:
+    return [row["step"] for row in result.evaluations]
+
+
+LOST = {
+    "lost": lambda path: path.unlink(),
+    "empty": lambda path: path.write_bytes(b""),
+    "junk": lambda path: path.write_bytes(b"\xff\x00junk\n" * 3),
+    "no line end": lambda path: path.write_bytes(path.read_bytes().replace(b"\n", b" ")),
+    "another text": lambda path: path.write_text('{"step": "0"}\n[1]\nnull\n{"step": true}\n'),
+}
+
+
+@pytest.mark.parametrize("damage", LOST.values(), ids=LOST)
+@pytest.mark.parametrize("steps", (4, 6))
+def test_a_trained_student_is_never_reported_as_step_0(tmp_path: Path, damage, steps: int) -> None:
+    fields = {"eval_examples": 8, "eval_every": 2, "steps": 6}
+    with pytest.raises(_StoppedError):
+        _result(tmp_path, observers=[_stopping(5)], **fields)
+    if steps == 6:
+        trained(tmp_path, **fields)
+    else:
+        # The last finished step is 4.
+        assert checkpoint.newest(tmp_path / "checkpoints").step == steps
+    damage(tmp_path / "metrics.jsonl")
+    with pytest.warns(UserWarning, match=f"metrics.jsonl is lost or damaged.*goes on from step {steps}"):
+        result = _result(tmp_path, **fields)
+    assert _steps_evaluated(result) == ([4, 6] if steps == 4 else [6])
+    assert [row["step"] for row in _rows(tmp_path)] == list(range(steps, 7))
+    # The next run finds everything in order.
+    trained(tmp_path, **fields)
+
+
+def test_a_damaged_row_costs_no_other_row(tmp_path: Path) -> None:
+    fields = {"eval_examples": 8, "eval_every": 2, "steps": 6}
+    whole = _result(tmp_path, **fields)
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[2] = b"\x00" + lines[2][1:]
+    path.write_bytes(b"".join(lines))
+    again = _result(tmp_path, **fields)
+    assert again.rows == [row for row in whole.rows if row["step"] != 2]
+    assert [row["step"] for row in _rows(tmp_path)] == [0, 1, 3, 4, 5, 6]
+
+
+def test_a_step_whose_number_is_damaged_is_left_out(tmp_path: Path) -> None:
+    fields = {"eval_examples": 0, "steps": 5}
+    trained(tmp_path, **fields)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"step": 4', '"step": 0'))
+    assert [row["step"] for row in _result(tmp_path, **fields).rows] == [1, 2, 3, 5]

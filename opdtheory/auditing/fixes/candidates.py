@@ -140,6 +140,8 @@ def _constants(facts: Facts) -> Iterator[Candidate]:
     if max(factors) - min(factors) <= near * abs(factors[0]):
         factor = 1.0 / factors[0]
         if abs(factor - 1.0) > facts.trial.tolerance:
+            padded = None if facts.scenario.coupled else _padded(facts, factor)
+            yield from [] if padded is None else [padded]
             yield _constant(facts, factor)
         return
     table = torch.tensor(factors, dtype=torch.float64)
@@ -164,8 +166,6 @@ def _constant(facts: Facts, factor: float) -> Candidate:
     group, simple = facts.scenario.batch_size, Fraction(factor).limit_denominator(64)
     if abs(float(simple) - factor) <= max(10 * facts.trial.tolerance, 1e-12) * abs(factor):
         factor = float(simple)
-    if group == 1 and (padded := _padded(facts, factor)) is not None:
-        return padded
     shown = str(simple) if float(simple) == factor else f"{factor:.6g}"
     changed = changes.scaled(facts.loss, factor)
     if factor == -1.0:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
+from dataclasses import replace
 
 from opdtheory.auditing.fixes import operations
 from opdtheory.auditing.fixes.facts import Candidate, Facts
 from opdtheory.auditing.fixes.operations import Rule
 from opdtheory.auditing.fixes.remembered import Remembered
 from opdtheory.auditing.fixes.trial import attempt
+from opdtheory.auditing.naming.recover import recover_weight
 from opdtheory.exact import Loss
 
-__all__ = ["attached", "clipped", "ratio_cut"]
+__all__ = ["at_fault", "attached", "clipped"]
 
 _REWARD = (
     "Detach the reward, for example (teacher_logprobs - student_logprobs).detach(), before it multiplies log p (T4).",
@@ -52,11 +55,19 @@ def clipped(facts: Facts) -> Iterator[Candidate]:
         yield Candidate(kind, text, Remembered(found[0]), cause)
 
 
-def ratio_cut(facts: Facts) -> str:
-    """The cause by name if the loss clips or masks importance ratios, whatever else it needs; else nothing."""
-    if not facts.off_policy:
-        return ""
-    return next((candidate.cause for candidate in clipped(facts) if "importance ratios" in candidate.text), "")
+def at_fault(facts: Facts) -> str:
+    """A cause by name whose removal alone is no cure, since more is wrong; empty if there is none.
+
+    It is the detach without which the weight is no function of the ratio, or a clamp or a mask of importance ratios
+    that changes the gradient, or a clamp of anything else.
+    """
+    for candidate in attached(facts) if facts.curve is None else ():
+        weight = attempt(functools.partial(recover_weight, candidate.loss, replace(facts.scenario, off_policy=0.0)))
+        if weight is not None and weight.depends_on_ratio_only:
+            return candidate.cause
+    cuts = list(clipped(facts))
+    ratios = [each.cause for each in cuts if "importance ratios" in each.text]
+    return next(iter(ratios + [each.cause for each in cuts if each.kind == "clip"]), "")
 
 
 def _rewritten(facts: Facts, rule: Rule) -> tuple[Loss, list[str]] | None:

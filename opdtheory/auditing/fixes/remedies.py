@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from opdtheory.auditing.fixes.candidates import candidates, gauge
-from opdtheory.auditing.fixes.causes import ratio_cut
+from opdtheory.auditing.fixes.causes import at_fault
 from opdtheory.auditing.fixes.corrections import Curve
 from opdtheory.auditing.fixes.facts import Candidate, Facts, alike
 from opdtheory.auditing.fixes.remainder import remainder
@@ -33,7 +33,7 @@ _BLIND = ("reduction", "padding", "importance")
 
 # The most changes tried for one loss; most cost the expectation on one pair.
 _TRIALS = 80
-_COUPLED_TRIALS = 14
+_COUPLED_TRIALS = 20
 
 
 def remedies(
@@ -71,8 +71,10 @@ def remedies(
     top_k = _beyond_the_panel(report)
     if report.verdict == "undecided" or (report.verdict == "exact" and not lengths and top_k is None):
         return []
+    # What is wrong at fixed length is to be right at any.
+    asked = lengths or (report.verdict == "biased" and report.variable_lengths is None)
     with plain_modes():
-        facts = replace(_facts(Remembered(loss), report, lengths, pairs), top_k=top_k)
+        facts = replace(_facts(Remembered(loss), report, asked, pairs), top_k=top_k)
         if top_k is not None:
             facts.trial.cases.insert(0, Case(*wide_pair(top_k), None, f"V={top_k} and more"))
         narrow = lengths or top_k is not None
@@ -115,9 +117,11 @@ class _Search:
         most = 1 if self.facts.scenario.coupled else limit - (claim is not None and limit > 1)
         found = self._verified(most)
         if not any(remedy.cause for remedy in found):
-            found = self._named(found)
+            found = self._without_teacher(found)
         if not any(remedy.verified for remedy in found):
             found += [r for r in [self.tried(last_resort(self.facts))] if r is not None]
+        if found and not any(remedy.cause for remedy in found):
+            found[0] = replace(found[0], cause=at_fault(self.facts))
         if claim is not None:
             found.append(claim)
         found += [r for r in (self._gauge(), self._tail(report, found)) if r is not None]
@@ -127,8 +131,8 @@ class _Search:
         found: list[Remedy] = []
         allowed = _COUPLED_TRIALS if self.facts.scenario.coupled else _TRIALS
         for _, candidate in zip(range(allowed), candidates(self.facts), strict=False):
-            # Two changes together are not offered beside a single one.
-            if len(found) == most or (found and "," in candidate.kind):
+            # What is wrong is known by name, or two changes together would be offered beside a single one.
+            if len(found) == most or (found and (found[0].cause or "," in candidate.kind)):
                 break
             if found and (candidate.kind in _BLIND or candidate.kind in {remedy.kind for remedy in found}):
                 continue
@@ -171,10 +175,8 @@ class _Search:
         end = " (T5b)." if verified else ", though of another divergence than the one claimed (T5b)."
         return Remedy("gauge", candidate.text + end, *judged, verified=verified)
 
-    def _named(self, found: list[Remedy]) -> list[Remedy]:
-        """The remedies with a cause that has no cure of its own, said with the first of them or alone."""
-        if (ratio := ratio_cut(self.facts)) and found:
-            return [replace(found[0], cause=ratio), *found[1:]]
+    def _without_teacher(self, found: list[Remedy]) -> list[Remedy]:
+        """The remedies of a loss in which the teacher is absent, which is said with the first of them or alone."""
         cause = remainder(self.facts)
         judged = None if cause is None else attempt(lambda: self.facts.trial(cause.loss, to_the_end=True))
         if cause is None or judged is None:

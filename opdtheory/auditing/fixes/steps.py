@@ -15,8 +15,9 @@ from opdtheory.rollouts import Rollouts
 
 __all__ = ["moved", "steps"]
 
-# How far the rows of student and teacher are moved, the likeliest mistakes first.
-_MOVES = ((1, 1), (0, 1), (1, 0), (-1, -1), (0, -1), (-1, 0), (1, -1), (-1, 1))
+# How far the rows of student and teacher are moved, the likeliest mistakes first, and how many of these are likely.
+_MOVES = ((1, 1), (-1, -1), (0, 1), (1, 0), (0, -1), (-1, 0), (1, -1), (-1, 1))
+_LIKELIEST = 4
 
 _STUDENT = ("student_logits", "student_logprobs")
 _TEACHER = ("teacher_logits", "teacher_logprobs")
@@ -51,7 +52,8 @@ def steps(facts: Facts) -> Iterator[Candidate]:
     # On one step nothing is out of step; a loss that treats each token alike has no step to be out of.
     if facts.local:
         return
-    for student, teacher in _MOVES:
+    # A trial of coupled rollouts is expensive.
+    for student, teacher in _MOVES[: _LIKELIEST if facts.scenario.coupled else None]:
         loss = moved(facts.loss, student, teacher)
         if student == teacher:
             row, slices = _words(student)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -39,7 +38,7 @@ class Trial:
         claim: the claimed objective.
         scenario: what the rollouts look like.
         tolerance: relative error that counts as rounding.
-        lengths: whether to add rollouts of variable length to a scenario of fixed length.
+        lengths: whether to add rollouts of variable length to a scenario of fixed length, if the loss takes them.
         pairs: number of the panel's pairs to use, those that refute most first.
     """
 
@@ -59,9 +58,12 @@ class Trial:
         if scenario.coupled and scenario.prompts == 1 and not scenario.environment:
             self.cases += [case for case in _small_cases(scenario) if _runs(loss, case, scenario.batch_size)]
         self.cases += _kept(scenario)[:pairs]
-        if lengths and scenario.eos is None and not scenario.coupled:
-            ending = replace(scenario, eos=0, prompts=1, environment=(), shared_prompt=False)
-            self.cases += ending.pairs()[1:4:2]
+        if lengths and scenario.lengths != "fixed" and not scenario.masks:
+            ending = scenario.ending
+            more = _small_cases(ending)[:1] if scenario.coupled else ending.pairs()[1:4:2]
+            more = [case for case in more if _runs(loss, case, scenario.batch_size)]
+            # The smallest pairs come first, and the last one is of the panel.
+            self.cases = more + self.cases if scenario.coupled else self.cases + more
         self._exact: dict[int, list[Tensor]] = {}
 
     def exact(self, index: int) -> list[Tensor]:

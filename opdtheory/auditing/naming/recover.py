@@ -17,7 +17,7 @@ from opdtheory.errors import OpdTheoryError
 from opdtheory.exact import Loss, TabularPolicy, gradient_moments
 from opdtheory.exact.tree import Tree
 
-__all__ = ["RecoveredWeight", "explains_panel", "recover_weight"]
+__all__ = ["RecoveredWeight", "explains_panel", "interpolates", "recover_weight"]
 
 # Rounding of a recovered weight relative to that of its gradient: 1/p of the rarest token amplifies it.
 _AMPLIFIED = 10.0
@@ -179,7 +179,7 @@ def explains_panel(
     """
     if not len(weight.log_u):
         return None
-    if weight.depends_on_ratio_only and _interpolates(weight, gradients, cases) is False:
+    if weight.depends_on_ratio_only and interpolates(weight, gradients, cases) is False:
         return False
     chosen = [len(cases) // 2, len(cases) - 1]
     try:
@@ -204,8 +204,10 @@ def _step_by_step(loss: Loss, case: Case, scenario: Scenario) -> list[Tensor]:
     return levels
 
 
-def _interpolates(weight: RecoveredWeight, gradients: list[Tensor], cases: list[Case]) -> bool | None:
-    """Whether the recovered curve gives the gradients; None if the grid is too coarse to tell."""
+def interpolates(weight: RecoveredWeight, gradients: list[Tensor], cases: list[Case]) -> bool | None:
+    """Whether the recovered curve gives the gradients, up to a scale; None if the grid is too coarse to tell."""
+    if not len(weight.log_u):
+        return None
     spacing, limit = float(weight.log_u[-1] - weight.log_u[-2]), float(weight.log_u[-1])
     if spacing > _FINE_GRID or limit < 1.0 or not all(case.plain for case in cases):
         return None

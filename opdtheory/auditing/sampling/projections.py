@@ -21,7 +21,7 @@ from opdtheory.auditing.scenario import Case
 from opdtheory.choices import Importance
 from opdtheory.divergences import Divergence
 from opdtheory.divergences import divergence as as_divergence
-from opdtheory.errors import LossError
+from opdtheory.errors import LossError, NotFiniteError
 from opdtheory.estimators import offpolicy
 from opdtheory.estimators.sampled import RatioAdvantage, ReturnToGo, ScoreFunction, SequenceWeight
 from opdtheory.exact import Loss, exact_gradient
@@ -125,15 +125,20 @@ def sensitivity(loss: Loss, sample: Sample) -> Tensor:
     if not isinstance(value, Tensor) or value.ndim != 0 or not value.dtype.is_floating_point:
         got = f"shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
         raise LossError(f"the loss must return a floating-point tensor of shape (), got {got}")
+    shape = tuple(sample.rollouts.student_logits.shape)
     if not torch.isfinite(value):
-        raise LossError(f"the loss must be finite, got {float(value.detach())} on a drawn batch")
+        found = float(value.detach())
+        raise NotFiniteError(
+            f"the loss must be finite, got {found} on a drawn batch of shape (B, T, V) = {shape}", shape
+        )
     if not value.requires_grad:
         raise LossError("the loss has no gradient: its value does not require grad; is everything detached?")
     (gradient,) = torch.autograd.grad(value, sample.rollouts.student_logits, allow_unused=True)
     if gradient is None:
         raise LossError("the loss has no gradient: it does not depend on student_logits or student_logprobs")
     if not torch.isfinite(gradient).all():
-        raise LossError("the gradient of the loss has NaN or inf on a drawn batch although its value is finite")
+        problem = "the gradient of the loss has NaN or inf although its value is finite, on a drawn batch of shape"
+        raise NotFiniteError(f"{problem} (B, T, V) = {shape}", shape)
     return gradient
 
 

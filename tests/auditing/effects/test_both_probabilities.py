@@ -59,3 +59,29 @@ def test_more_than_the_own_probabilities() -> None:
     found = of(loss)
     assert found.student_and_teacher is None
     assert any("probabilities of other tokens of the same step" in text for text in found.words)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0])
+def test_a_weight_of_the_other_sign_ascends(alpha: float) -> None:
+    def power(p: Tensor, q: Tensor) -> Tensor:
+        return (alpha * p).exp() - (alpha * q).exp()
+
+    found = of(of_both(power))
+    assert found.student_and_teacher == f"minus density-power divergence, alpha={alpha:g}"
+    assert any("ascends the Bregman divergence" in text for text in found.words)
+    assert not any("log q - " in text for text in of(of_both(lambda p, q: 2 * p - q)).words)
+
+
+def test_what_a_weight_of_one_step_would_follow_is_not_said_of_a_loss_that_does_not() -> None:
+    """Masked ratios off-policy, a mean over tokens, a discount by position: on one step all are density-power."""
+
+    def masked(r: Rollouts) -> Tensor:
+        ratio = (r.student_logprobs - r.behavior_logprobs).detach().exp()
+        return r.token_sum(-r.log_u.detach() * ratio * ((ratio > 0.8) & (ratio < 1.25)) * r.student_logprobs)
+
+    power = opd.estimator("power", alpha=0.5, reduction="sequence_mean")
+    for loss, settings in ((masked, {"off_policy": 0.3}), (power, {"eos": 0})):
+        report = opd.audit(loss, "reverse_kl", **settings)
+        assert report.dependence is not None and report.dependence.student_and_teacher is None
+        assert "follows the Bregman" not in report.summary()
+    assert "follows the Bregman" in opd.audit(opd.estimator("power", alpha=0.5), "reverse_kl").summary()

@@ -72,3 +72,19 @@ def test_division_by_length(reduction: str) -> None:
     assert "divided by the number of tokens" in found.words[0]
     grouped = of(opd.estimator("opd_plus", "jsd", reduction=reduction), batch_size=2)
     assert any("lengths of the others" in text for text in grouped.words) == (reduction == "token_mean")
+
+
+def test_later_tokens_themselves_are_told_from_their_ratios() -> None:
+    """A reward of the tokens that follow is no return of ratios."""
+
+    def rewarded(r: Rollouts) -> Tensor:
+        reward = (r.tokens == 1).to(r.mask).sum(-1, keepdim=True)
+        return r.token_sum(-(reward + r.log_u.detach()) * r.student_logprobs)
+
+    found = of(rewarded)
+    assert found.other_tokens and any("whatever their ratios" in text for text in found.words)
+    for estimator in (
+        opd.estimator("return_to_go", "jsd", gamma=1.0),
+        opd.estimator("return_to_go", "forward_kl", gamma=0.5),
+    ):
+        assert not any("whatever their ratios" in text for text in of(estimator).words)

@@ -92,6 +92,15 @@ def test_what_a_missing_detach_hides_is_found_too() -> None:
     assert cure(sampled, "reverse_kl", pairs=2, off_policy=0.3)[0].kind == "detach, importance"
 
 
+def test_a_missing_detach_is_named_beside_another_remedy() -> None:
+    """A reward of -log(u)^2 / 2 is wrong even when it is detached."""
+    first = cure(forgotten(lambda r: -r.log_u.square() / 2), "hellinger", pairs=2)[0]
+    assert first.kind == "replace" and "reward is not detached" in first.cause
+    assert (
+        cure(lambda r: r.token_sum(r.log_u.detach().square() * r.student_logprobs), "hellinger", pairs=2)[0].cause == ""
+    )
+
+
 def test_an_attached_ratio_in_place_of_log_p_is_not_blamed() -> None:
     """Its gradient is the score's, so it is right as it is, and detached it leaves none."""
     assert cure(lambda r: r.token_sum(-ratio(r) * r.log_u.detach()), "reverse_kl") == []

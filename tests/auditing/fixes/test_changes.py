@@ -47,6 +47,19 @@ def test_value_as_reward_reads_each_token_alone() -> None:
         torch.testing.assert_close(actual, gradient(zoo("k1_reward"), case), rtol=0, atol=ENUMERATION)
 
 
+def test_values_as_a_reward_keep_the_reduction_of_the_whole_loss() -> None:
+    """A loss with terms that single tokens do not show has none."""
+    case = one_case()
+    everything = Enumeration.build(case.student, case.teacher)
+    batches = [everything.rollouts(torch.tensor(some)) for some in ([0, 5, 9], [3, 11, 1])]
+    for reduction in ("token_sum", "token_mean", "sequence_mean"):
+        assert (
+            changes.reduction_of_values(lambda r, how=reduction: getattr(r, how)(-r.log_u), batches, ENUMERATION)
+            == reduction
+        )
+    assert changes.reduction_of_values(lambda r: r.token_sum(r.log_u - r.log_u.flip(0)), batches, ENUMERATION) is None
+
+
 def test_hidden_padding_gets_no_gradient() -> None:
     case = one_case()
     everything = Enumeration.build(case.student, case.teacher)

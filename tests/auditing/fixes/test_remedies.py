@@ -35,6 +35,14 @@ def mean_over_padding(r: Rollouts) -> Tensor:
     return -(r.log_u.detach() * r.student_logprobs).mean()
 
 
+def over_longest(r: Rollouts) -> Tensor:
+    return r.token_sum(r.log_u.square() / 2) / r.mask.sum(-1).max()
+
+
+def mean_over_padded(r: Rollouts) -> Tensor:
+    return (r.mask * r.log_u.square() / 2).mean()
+
+
 def against_the_sampler(r: Rollouts) -> Tensor:
     return r.token_sum(-(r.teacher_logprobs - r.behavior_logprobs) * r.student_logprobs)
 
@@ -68,6 +76,15 @@ CASES: dict[str, tuple[Loss, str, dict[str, Any], str, str]] = {
     "clipped weight": (zoo("opd_plus", "forward_kl", clip_weight=(0.5, 1.5)), "forward_kl", {}, "clip", "exact"),
     "stop-gradient, clipped": (zoo("opd", "jsd", clip_log_ratio=2.0), "jsd", {}, "slope, clip", "exact"),
     "token mean": (zoo("opd_plus", "jsd", reduction="token_mean"), "jsd", {"eos": 0}, "reduction", "exact"),
+    "rollout mean of two": (
+        zoo("k2_loss", reduction="sequence_mean"),
+        "reverse_kl",
+        {"eos": 0, "batch_size": 2},
+        "reduction",
+        "exact",
+    ),
+    "longest rollout": (over_longest, "reverse_kl", {"eos": 0, "batch_size": 2}, "reduction", "exact"),
+    "padded length": (mean_over_padded, "reverse_kl", {"eos": 0}, "reduction", "exact"),
     "rollout mean": (zoo("opd_plus", "jsd", reduction="sequence_mean"), "jsd", {"eos": 0}, "reduction", "exact"),
     "token mean, stop-gradient": (
         zoo("opd", "forward_kl", reduction="token_mean"),
@@ -128,8 +145,9 @@ CASES: dict[str, tuple[Loss, str, dict[str, Any], str, str]] = {
         zoo("opd", "forward_kl", baseline="group_mean"),
         "forward_kl",
         {"batch_size": 2},
-        "slope",
-        "exact_up_to_scale",
+        # Where lengths differ, a mean that includes the sample itself biases too, and no single term cures both.
+        "replace",
+        "exact",
     ),
     "leave-one-out, stop-gradient": (
         zoo("opd", "jsd", baseline="leave_one_out"),
@@ -155,6 +173,9 @@ WORDS = {
     "group mean of 4": "leave-one-out mean in place of the group mean, or multiply by G/(G-1) = 4/3:",
     "outer discount": "gamma = 0.5",
     "PPO": "clip none",
+    "rollout mean of two": "each rollout's tokens",
+    "longest rollout": "longest rollout of the batch",
+    "padded length": "loss * mask.shape[1]",
 }
 
 

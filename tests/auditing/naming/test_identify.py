@@ -97,3 +97,25 @@ def test_no_discount_is_fitted_to_the_return_to_go_of_no_objective() -> None:
     match = best_match(gradients, ExactGradients(cases), recover_weight(loss, Scenario()), "token_local", 1e-9)
     assert match is None or match.fit.worst_error > 1e-3
     assert best_combination(gradients, ExactGradients(cases), "token_local", 1e-9) is None
+
+
+def test_a_plain_name_is_kept_where_a_fitted_member_is_hardly_nearer() -> None:
+    def weighted(r: Rollouts) -> torch.Tensor:
+        return r.sequence_mean(r.log_u.square() / 2)
+
+    for batch_size in (1, 2):
+        found = audit(weighted, "forward_kl", eos=0, batch_size=batch_size).identified
+        assert found is not None and found.parameters == {}
+    # A member that is clearly nearer, or matches, is named.
+    assert audit(estimator("opd_plus", divergences.skew_jsd(0.25)), "jsd").descends == "skew_jsd(beta=0.25)"
+    near = audit(lambda r: r.token_sum(-(r.log_u - r.log_u.square() / 100).detach() * r.student_logprobs), "reverse_kl")
+    assert near.identified is not None and near.identified.parameters
+
+
+def test_what_is_far_from_everything_has_no_nearest() -> None:
+    def turning(r: Rollouts) -> torch.Tensor:
+        return r.token_sum(-(6 * r.log_u.detach()).sin() * r.student_logprobs)
+
+    report = audit(turning, "reverse_kl")
+    assert report.verdict == "biased"
+    assert "nearest" not in report.summary() or (report.identified is not None and report.identified.error < 0.98)

@@ -6,12 +6,15 @@ import math
 from collections.abc import Callable
 
 import pytest
+import sympy
 import torch
 
 import opdtheory as opd
 from opdtheory.auditing.naming.recover import recover_weight
+from opdtheory.auditing.naming.shape import _growth, _growth_at, _leading, _mpmath
 from opdtheory.auditing.naming.weight_form import WeightForm, describe
 from opdtheory.auditing.scenario import Scenario
+from opdtheory.divergences import symbol
 from opdtheory.rollouts import Rollouts
 from tests.auditing.naming.weights import form_of, reward
 from tests.labels import label
@@ -76,3 +79,34 @@ def test_limits_and_growth(
 def form_scale(form: WeightForm) -> float:
     """The sign estimator's weight is twice the total variation's, which the table above does not know."""
     return 1.0 if form.label != "total_variation" else form.terms["total_variation"] / 2
+
+
+@pytest.mark.parametrize(
+    ("weight", "inf"),
+    [
+        # Exactly zero, or nearly, where growth could be measured.
+        (lambda t: t - t.square() / 100, "w falls without bound like log^2 u as u -> inf"),
+        (lambda t: t - t.square() / 101, "w falls without bound like log^2 u as u -> inf"),
+        (lambda t: t - t.square() / 200, "w falls without bound like log^2 u as u -> inf"),
+        (lambda t: 20 * t + t.square() / 10, "w grows without bound like log^2 u as u -> inf"),
+        (lambda t: t.exp() * (t - 100), "w grows without bound like u log u as u -> inf"),
+    ],
+)
+def test_growth_is_that_of_the_leading_term_however_small(
+    weight: Callable[[torch.Tensor], torch.Tensor], inf: str
+) -> None:
+    form = form_of(reward(weight))
+    assert inf in form.growth
+    assert not (form.genuine and "falls" in inf)
+
+
+def test_a_leading_term_is_read_off_a_sum_and_measured_otherwise() -> None:
+    u = symbol()
+    for expr in (u * sympy.log(u) - u, sympy.sqrt(u) - 3 * sympy.log(u), 5 - 1 / u):
+        for end in ("0", "inf"):
+            read = _leading(expr, end)
+            measured = _growth_at(_mpmath(expr), 1 if end == "inf" else -1, 1000)
+            assert read is not None and measured is not None
+            assert read.limit == pytest.approx(measured.limit) and read.text == measured.text
+    assert _leading(sympy.log(1 + u), "inf") is None
+    assert _growth(sympy.log(1 + u) - sympy.log(1 + u) ** 2 / 100, "inf").text == "log^2 u"
