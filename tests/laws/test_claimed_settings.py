@@ -93,8 +93,10 @@ def both(loss, objective="reverse_kl", granularity="token_local", **settings) ->
     return verdict
 
 
-@pytest.mark.parametrize("taus", [(2.0, 2.0), (1.0, 2.0), (0.5, 1.5), (3.0, 1.0)])
-@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "chi2"])
+@pytest.mark.parametrize(
+    ("taus", "name"),
+    [((2.0, 2.0), "forward_kl"), ((1.0, 2.0), "reverse_kl"), ((0.5, 1.5), "chi2"), ((3.0, 1.0), "forward_kl")],
+)
 def test_losses_of_softened_distributions_are_exact_for_them(taus, name):
     def loss(r: Rollouts, pair: tuple[float, float] = taus) -> Tensor:
         return r.token_sum(vocabulary(r, name, tau=pair))
@@ -181,8 +183,9 @@ def test_a_sound_loss_at_the_samplers_histories_passes_every_check():
     assert assert_minimises(whole, "jsd", **tempered).faithful
 
 
-@pytest.mark.parametrize("weights", [(), (0.8, 0.2), (2.0, 1.0)])
-@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "hellinger"])
+@pytest.mark.parametrize(
+    ("weights", "name"), [((), "forward_kl"), ((0.8, 0.2), "reverse_kl"), ((2.0, 1.0), "hellinger")]
+)
 def test_several_teachers(weights, name):
     def loss(r: Rollouts, shares: tuple[float, ...] = weights or (0.5, 0.5)) -> Tensor:
         return r.token_sum(sum(c * vocabulary(r, name, t.logits) for c, t in zip(shares, r.teachers, strict=True)))
