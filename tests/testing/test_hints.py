@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import opdtheory as opd
+from opdtheory.auditing.auditor import quick_verdict
 from opdtheory.testing.calls import called
 from opdtheory.testing.hints import signature_of, suggestion, takes_rollouts_alone
 from tests.losses import k2
@@ -154,9 +154,9 @@ def test_the_whole_call_is_suggested_and_right(function, call, objective):
     loss = called(function, found.call)
     if objective is None:
         # The two likeliest tokens are not the whole vocabulary.
-        assert opd.audit(loss, "forward_kl", details=False).verdict == "biased"
+        assert quick_verdict(loss, "forward_kl") == "biased"
     else:
-        assert opd.audit(loss, objective, details=False).verdict == "exact"
+        assert quick_verdict(loss, objective) == "exact"
 
 
 def test_the_words_name_the_adapter():
