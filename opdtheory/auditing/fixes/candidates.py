@@ -116,7 +116,9 @@ def _corrections(facts: Facts) -> Iterator[Correction]:
 def _far_curve(facts: Facts) -> Curve:
     log_u = torch.tensor(_FAR, dtype=torch.float64)
     case = bandits(log_u, Scenario())[0]
-    gradient = gradient_moments(facts.loss, case.student, case.teacher, facts.scenario.batch_size).mean[0][0]
+    gradient = gradient_moments(facts.loss, case.student, case.teacher, facts.scenario.batch_size, thorough=False).mean[
+        0
+    ][0]
     weight = -gradient / torch.softmax(case.student.logits[0][0], -1)
     return Curve(log_u, weight - weight[len(_FAR) // 2])
 

@@ -123,7 +123,7 @@ def _curves(loss: Loss, log_u: Tensor, scenario: Scenario, students: int) -> Ten
 
 
 def _advantage(loss: Loss, case: Case, batch_size: int, origin: int) -> Tensor:
-    gradient = gradient_moments(loss, case.student, case.teacher, batch_size, case.behavior).mean[0][0]
+    gradient = gradient_moments(loss, case.student, case.teacher, batch_size, case.behavior, thorough=False).mean[0][0]
     tau = case.student_temperature
     advantage = -tau * gradient / torch.softmax(case.student.logits[0][0] / tau, -1)
     return advantage - advantage[origin]
@@ -198,7 +198,7 @@ def _step_by_step(loss: Loss, case: Case, scenario: Scenario) -> list[Tensor]:
         for row in (tree.reach(n) > 0).nonzero().flatten().tolist() if n not in case.student.environment else []:
             student, teacher = (TabularPolicy([p.logits[n][row : row + 1]]) for p in (case.student, case.teacher))
             behavior = None if case.behavior is None else TabularPolicy([case.behavior.logits[n][row : row + 1]])
-            mean = gradient_moments(loss, student, teacher, scenario.batch_size, behavior).mean[0]
+            mean = gradient_moments(loss, student, teacher, scenario.batch_size, behavior, thorough=False).mean[0]
             level[row] = tree.reach(n)[row] * mean[0]
         levels.append(level)
     return levels
