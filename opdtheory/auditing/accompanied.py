@@ -15,7 +15,7 @@ from opdtheory.exact import Loss
 from opdtheory.exact.companions import PrefixPolicy, random_rewards
 from opdtheory.rollouts import Extras, Rollouts, Scored, gather_logprobs
 
-__all__ = ["RewardPart", "accompanied", "reward_part", "without_reward"]
+__all__ = ["RewardPart", "accompanied", "reward_part", "set_apart", "without_reward"]
 
 # A change this small relative to the noise of the gradient is rounding.
 _ZERO = 1e-12
@@ -90,6 +90,26 @@ class RewardPart(Keyed):
             f"Set apart: {part}, but {100 * self.error:.3g}% of what the loss owes to the reward is something else, "
             "which counts as its error."
         )
+
+
+def set_apart(
+    loss: Loss, scenario: Scenario, cases: list[Case], counted: BlackBox
+) -> tuple[BlackBox, RewardPart | None]:
+    """The loss without its reward and what was set apart; without a reward, the loss as it is and None.
+
+    Args:
+        loss: the loss as its author wrote it.
+        scenario: the settings.
+        cases: the panel.
+        counted: the loss as the settings call it.
+
+    Raises:
+        LossError: as `reward_part`.
+    """
+    if not scenario.reward:
+        return counted, None
+    part = reward_part(loss, scenario, cases, counted.tolerance)
+    return without_reward(loss, scenario, part, counted), part
 
 
 def reward_part(loss: Loss, scenario: Scenario, cases: list[Case], tolerance: float) -> RewardPart:

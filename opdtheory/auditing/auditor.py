@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from opdtheory.auditing.accompanied import RewardPart, accompanied, reward_part, without_reward
+from opdtheory.auditing.accompanied import accompanied, set_apart
 from opdtheory.auditing.advice import advised
 from opdtheory.auditing.black_box import INSISTS, BlackBox, name_of
 from opdtheory.auditing.checks.numerics import numerics
@@ -122,14 +122,12 @@ def audit(
         sampling_temperature: the temperature of the student's logits at which rollouts are sampled.
         histories: whose prefixes a token-local claim is about: the `student`'s at the sampling temperature, or those of
             the `sampler`, which differ if it is off-policy (T15).
-        teachers: number of teachers; `r.teachers[k]` has their `.logits` and `.logprobs`. The claim is the weighted sum
-            of the divergences to each of them (T16).
+        teachers: number of teachers, `r.teachers`; the claim is the weighted sum of the divergences to them (T16).
         teacher_weights: the weights of that sum (default: equal, with sum one).
         base: whether rollouts hold a third, frozen policy, as `r.base_logits` and `r.base_logprobs`.
         extrapolation: with `base=True`, $\lambda$ of the extrapolated teacher $m \propto q^\lambda b^{1-\lambda}$ that
             takes the place of the teacher in the claim (T16).
-        microbatches: number of equal parts of a batch on which the loss is called, one after the other (T17). They
-            are independent of each other; with `shared_prompt`, each is a group of its own prompt.
+        microbatches: number of equal and independent parts of a batch on which the loss is called in turn (T17).
         accumulate: whether the parts' gradients are averaged (`mean`) or added up (`sum`).
         reward: whether rollouts hold a task's reward of each rollout, `r.rewards`. Its policy gradient, at the multiple
             at which the loss holds it, is set apart, and the claim is about the rest.
@@ -177,17 +175,14 @@ def audit(
         reward=reward,
     )
     if method == "monte_carlo":
-        _check_sampled(scenario)
+        scenario.check_sampled()
     counted, name, start = BlackBox(accompanied(loss, scenario), tolerance), name or name_of(loss), time.perf_counter()
     with plain_modes(), advised(loss):
         panel = None if method == "monte_carlo" else _panel(counted, scenario, method)
         if panel is None:
             report = _by_sampling(counted, claim, scenario, name, details, alpha)
         else:
-            part: RewardPart | None = None
-            if scenario.reward:
-                part = reward_part(loss, scenario, panel.cases, counted.tolerance)
-                counted = without_reward(loss, scenario, part, counted)
+            counted, part = set_apart(loss, scenario, panel.cases, counted)
             report = _exactly(counted, claim, scenario, panel, name, details)
             kept = _kept_of_a_larger_vocabulary(counted, report)
             if kept is not None:
@@ -228,10 +223,7 @@ def quick_verdict(
     scenario = Scenario.of(batch_size, eos=eos, off_policy=off_policy, seed=seed, **settings)
     with plain_modes():
         claim, cases = Objective.of(as_divergence(objective), granularity, gamma), scenario.pairs()
-        counted = BlackBox(accompanied(loss, scenario))
-        if scenario.reward:
-            part = reward_part(loss, scenario, cases, counted.tolerance)
-            counted = without_reward(loss, scenario, part, counted)
+        counted, _ = set_apart(loss, scenario, cases, BlackBox(accompanied(loss, scenario)))
         return _compare(counted, claim, scenario, _Panel(cases)).verdict
 
 
@@ -301,15 +293,6 @@ def _panel(loss: Loss, scenario: Scenario, method: str) -> _Panel | None:
     if method == "auto" and is_expensive(scenario.batch_size) and not _is_separable(loss, scenario, cases[:1]):
         return None
     return _Panel(cases)
-
-
-def _check_sampled(scenario: Scenario) -> None:
-    """Raise if a setting needs batches that can be enumerated."""
-    if scenario.exact_only is not None:
-        name = scenario.exact_only.partition("=")[0]
-        raise InvalidArgumentError(
-            name, f"must be left out of a sampled audit, got {scenario.exact_only}; take method='exact'"
-        )
 
 
 def _is_separable(loss: Loss, scenario: Scenario, cases: list[Case] | None = None) -> bool:

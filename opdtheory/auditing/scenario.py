@@ -170,6 +170,18 @@ class Scenario:
         )
         return "".join(f"; {part}" for part in parts if part)
 
+    def check_sampled(self) -> None:
+        """Raise if a setting needs batches that can be enumerated.
+
+        Raises:
+            InvalidArgumentError: the message names the setting.
+        """
+        if self.exact_only is not None:
+            name = self.exact_only.partition("=")[0]
+            raise InvalidArgumentError(
+                name, f"must be left out of a sampled audit, got {self.exact_only}; take method='exact'"
+            )
+
     @property
     def exact_only(self) -> str | None:
         """A setting that only the enumeration of batches serves, or None."""
