@@ -12,7 +12,8 @@ from opdtheory.auditing.effects.dependence import Dependence
 from opdtheory.auditing.naming.weight_form import WeightForm
 from opdtheory.auditing.report import Audit, Remedy
 from opdtheory.auditing.views.figures import Curves, curves, figures
-from opdtheory.choices import FAITHFUL, VERDICTS
+from opdtheory.auditing.worlds import World
+from opdtheory.choices import VERDICTS
 from opdtheory.divergences import Divergence
 from opdtheory.rendering.html import (
     aligned,
@@ -84,8 +85,8 @@ def render_audit(report: Audit, *, divergence: str | Divergence | None = None) -
     """
     drawn = curves(report, divergence)
     record = report.to_dict()
-    verdict = report.verdict.replace("_", " ")
-    tone = "good" if report.verdict in FAITHFUL else "open" if report.verdict == "undecided" else "bad"
+    verdict = report.headline.lower()
+    tone = "good" if report.passes else "open" if report.verdict == "undecided" else "bad"
     exactness = "Every expectation is over all rollouts, without sampling."
     if report.monte_carlo is not None:
         exactness = "Expectations are Monte Carlo estimates."
@@ -94,6 +95,7 @@ def render_audit(report: Audit, *, divergence: str | Divergence | None = None) -
         _remedies(report.remedies),
         _figures(report, drawn),
         _pairs(record),
+        _worlds(report.worlds),
         _form(report.form),
         _dependence(report.dependence),
         _checks(report.checks),
@@ -101,6 +103,7 @@ def render_audit(report: Audit, *, divergence: str | Divergence | None = None) -
         _monte_carlo(record["monte_carlo"]),
         _weight_table(report, drawn),
         _settings(record),
+        _limits(report.limits),
     )
     return f"""<!doctype html>
 <html lang="en">
@@ -208,6 +211,21 @@ def _pairs(record: dict[str, Any]) -> str:
     header = ("", "pair", "relative bias", "cosine", "variance", "whole-vocabulary variance")
     about = "One row for each student and teacher: how peaked the student is, and how far away the teacher."
     return section("Pairs", table(header, rows, about, numbers=(2, 3, 4, 5)) + _lengths(record))
+
+
+def _worlds(worlds: list[World]) -> str:
+    rows = [
+        (escape(world.name), yes_or_no(world.holds), aligned(world.error), aligned(world.scale), prose(world.detail))
+        for world in worlds
+    ]
+    about = "Whether the finding holds beside the panel, at the best scale there."
+    header = ("world", "holds", "error", "scale", "")
+    return section("Beyond the panel", table(header, rows, about, numbers=(2, 3))) if rows else ""
+
+
+def _limits(limits: tuple[str, ...]) -> str:
+    items = "".join(f"<li>{prose(sentence)}</li>" for sentence in limits)
+    return section("What was not asked", f"<ul>{items}</ul>") if items else ""
 
 
 def _lengths(record: dict[str, Any]) -> str:

@@ -12,8 +12,6 @@ if TYPE_CHECKING:
 
 __all__ = ["print_audit"]
 
-_COLOURS = {"exact": "green", "exact_up_to_scale": "green", "undecided": "yellow"}
-
 
 def print_audit(report: Audit, console: Console | None = None) -> None:
     """Print an audit in colour, with tables, on a rich console that is a terminal; else print `str(report)`."""
@@ -22,16 +20,14 @@ def print_audit(report: Audit, console: Console | None = None) -> None:
         return
     from rich.text import Text
 
-    colour = _COLOURS.get(report.verdict, "red")
-    title = Text.assemble(
-        (report.name, "bold"), "  ", (f" {report.verdict.replace('_', ' ').upper()} ", f"bold reverse {colour}")
-    )
+    colour = "green" if report.passes else "yellow" if report.verdict == "undecided" else "red"
+    title = Text.assemble((report.name, "bold"), "  ", (f" {report.headline} ", f"bold reverse {colour}"))
     console.print(title)
     console.print()
     console.print(Text(report.summary()))
     for line in _weight(report):
         console.print(Text.assemble("  • ", line))
-    for table in (_pairs(report), _checks(report), _numerics(report)):
+    for table in (_pairs(report), _worlds(report), _checks(report), _numerics(report)):
         if table is not None:
             console.print()
             console.print(table)
@@ -41,6 +37,11 @@ def print_audit(report: Audit, console: Console | None = None) -> None:
     for remedy in report.remedies:
         note = f"  audited: {remedy.verdict.replace('_', ' ')}" if remedy.verified else "  not verified"
         console.print(Text.assemble("  • ", remedy.text, (note, "dim")))
+    if report.limits:
+        console.print()
+        console.print(Text("What was not asked", style="bold"))
+    for sentence in report.limits:
+        console.print(Text.assemble("  • ", sentence))
 
 
 def _weight(report: Audit) -> list[str]:
@@ -79,10 +80,21 @@ def _pairs(report: Audit) -> Any:
     return _table("Pairs", [(name, "left" if name == "pair" else "right") for name in PAIR_COLUMNS], rows)
 
 
-def _checks(report: Audit) -> Any:
+def _marks() -> dict[bool | None, Any]:
     from rich.text import Text
 
-    marks = {True: Text("ok", style="green"), False: Text("FAILED", style="bold red"), None: Text("-", style="dim")}
+    return {True: Text("ok", style="green"), False: Text("FAILED", style="bold red"), None: Text("-", style="dim")}
+
+
+def _worlds(report: Audit) -> Any:
+    marks = _marks()
+    rows = [[marks[w.holds], w.name, _number(w.error), w.detail] for w in report.worlds]
+    columns = [("", "left"), ("world", "left"), ("error", "right"), ("", "left")]
+    return _table("Beyond the panel", columns, rows) if rows else None
+
+
+def _checks(report: Audit) -> Any:
+    marks = _marks()
     rows = [[marks[c.passed], c.name, _number(c.value), c.detail] for c in report.checks]
     columns = [("", "left"), ("check", "left"), ("value", "right"), ("", "left")]
     return _table("Checks", columns, rows) if rows else None
