@@ -22,6 +22,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 import opdtheory as opd  # noqa: E402
+from opdtheory.choices import FAITHFUL  # noqa: E402
 from examples.published_losses import claims_packages, claims_papers, claims_trl  # noqa: E402
 from examples.published_losses.entry import Entry  # noqa: E402
 
@@ -69,6 +70,8 @@ _NAMES = {
     "skew_reverse_kl": "skew reverse KL",
 }
 
+_MEANS = {"token_mean": "a token mean", "sequence_mean": "a mean over each rollout's tokens"}
+
 # Scaled error below which a scale is written as a fraction rather than a decimal.
 _FRACTION = 1e-5
 
@@ -82,13 +85,16 @@ def found(audit: opd.Audit) -> str:
         return f"no catalogue objective; cosine down to {audit.cosine:.3f}{wrong_way}"
     what = _descended(audit)
     times = _times(audit)
-    return f"{what}{times}" if audit.faithful else f"**{what}**{times}"
+    return f"{what}{times}" if audit.verdict in FAITHFUL else f"**{what}**{times}"
 
 
 def found_at_variable_lengths(audit: opd.Audit) -> str:
-    """Whether the verdict is the same if rollouts may end early."""
+    """Whether the verdict is the same if rollouts may end early, or the same as a mean."""
     if audit.variable_lengths is None:
         return "–"
+    if audit.reduction in _MEANS:
+        off = f"{100 * audit.variable_lengths['relative_bias']:.0f}%"
+        return f"the same, as {_MEANS[audit.reduction]}; off by up to {off} as a sum"
     if audit.variable_lengths["verdict"] in ("exact", "exact_up_to_scale"):
         return "the same"
     return f"off by up to {100 * audit.variable_lengths['relative_bias']:.0f}%"
