@@ -22,9 +22,9 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 import opdtheory as opd  # noqa: E402
-from opdtheory.choices import FAITHFUL  # noqa: E402
 from examples.published_losses import claims_packages, claims_papers, claims_trl  # noqa: E402
 from examples.published_losses.entry import Entry  # noqa: E402
+from opdtheory.choices import FAITHFUL  # noqa: E402
 
 __all__ = [
     "END",
