@@ -19,12 +19,12 @@ from opdtheory.auditing.effects.dependence import Dependence, dependence
 from opdtheory.auditing.fixes.candidates import SUMMED
 from opdtheory.auditing.fixes.remedies import remedies
 from opdtheory.auditing.fixes.trial import attempt
-from opdtheory.auditing.naming.bandits import is_expensive
 from opdtheory.auditing.naming.combine import best_combination
 from opdtheory.auditing.naming.fit import Fit, fit_scale, flat
 from opdtheory.auditing.naming.identify import ExactGradients, Match, best_match
 from opdtheory.auditing.naming.recover import RecoveredWeight, explains_panel, interpolates, recover_weight
 from opdtheory.auditing.naming.weight_form import WeightForm, describe
+from opdtheory.auditing.panel import Panel, panel_of, wider_panel
 from opdtheory.auditing.records import Identified, VariableLengths
 from opdtheory.auditing.reductions import against_sum, undone
 from opdtheory.auditing.report import Audit, PairResult, Remedy
@@ -35,16 +35,13 @@ from opdtheory.auditing.worlds import Asked, ask
 from opdtheory.choices import FAITHFUL, METHODS, REDUCTIONS, Accumulation, Histories, Reduction, Verdict
 from opdtheory.divergences import Divergence
 from opdtheory.divergences import divergence as as_divergence
-from opdtheory.errors import BudgetExceededError, InvalidArgumentError, LossError, check_between
+from opdtheory.errors import InvalidArgumentError, LossError, check_between
 from opdtheory.exact import GradientMoments, Loss
 from opdtheory.exact.modes import plain_modes
 from opdtheory.exact.token_mean import token_mean_moments
 from opdtheory.objective import Objective
 
 __all__ = ["audit", "quick_verdict"]
-
-# Only to learn that rollouts are coupled, no more batches than this are enumerated.
-_FEW_BATCHES = 300
 
 
 def audit(
@@ -178,22 +175,24 @@ def audit(
         scenario.check_sampled()
     counted, name, start = BlackBox(accompanied(loss, scenario), tolerance), name or name_of(loss), time.perf_counter()
     with plain_modes(), advised(loss):
-        panel = None if method == "monte_carlo" else _panel(counted, scenario, method)
+        panel = None if method == "monte_carlo" else panel_of(counted, scenario, method)
         if panel is None:
             report = _by_sampling(counted, claim, scenario, name, details, alpha)
         else:
             counted, part = set_apart(loss, scenario, panel.cases, counted)
             report = _exactly(counted, claim, scenario, panel, name, details)
             kept = _kept_of_a_larger_vocabulary(counted, report)
-            if kept is not None:
-                scenario = replace(scenario, vocabulary=kept + 2)
-                panel = _Panel(scenario.pairs())
+            wider = None if kept is None else wider_panel(scenario, kept)
+            if wider is not None:
+                scenario, panel = wider
                 report = _exactly(counted, claim, scenario, panel, name, details)
             report = replace(report, reward=part)
         if panel is not None and panel.mean_of:
             report = replace(report, remedies=_as_sum(counted, claim, scenario, panel, report))
-        elif details and report.monte_carlo is None:
-            report = replace(report, remedies=remedies(counted, report=report))
+        elif details and panel is not None:
+            # Where each rollout is treated alone, one at a time is enough to try a change.
+            tried = replace(report, scenario=scenario.single) if panel.single else report
+            report = replace(report, remedies=remedies(counted, report=tried))
         return replace(report, evaluations=counted.calls, seconds=time.perf_counter() - start)
 
 
@@ -224,19 +223,7 @@ def quick_verdict(
     with plain_modes():
         claim, cases = Objective.of(as_divergence(objective), granularity, gamma), scenario.pairs()
         counted, _ = set_apart(loss, scenario, cases, BlackBox(accompanied(loss, scenario)))
-        return _compare(counted, claim, scenario, _Panel(cases)).verdict
-
-
-@dataclass(frozen=True)
-class _Panel:
-    """The pairs of an audit and how the expectation over their batches is taken.
-
-    `mean_of`: the loss is a token mean of a loss that treats each rollout alone, so that its expectation follows from
-    single rollouts at any batch size.
-    """
-
-    cases: list[Case]
-    mean_of: bool = False
+        return _compare(counted, claim, scenario, Panel(cases)).verdict
 
 
 @dataclass(frozen=True)
@@ -252,7 +239,7 @@ class _Comparison:
 
 
 def _compare(
-    loss: BlackBox, claim: Objective, scenario: Scenario, panel: _Panel, reduction: Reduction = "token_sum"
+    loss: BlackBox, claim: Objective, scenario: Scenario, panel: Panel, reduction: Reduction = "token_sum"
 ) -> _Comparison:
     """The loss with a reduction undone, compared with the exact gradients of the claim."""
     exact = [flat(case.exact(claim)) for case in panel.cases]
@@ -275,39 +262,6 @@ def _compare(
     )
 
 
-def _panel(loss: Loss, scenario: Scenario, method: str) -> _Panel | None:
-    """Pairs whose batches can be enumerated in seconds; None if batches are better sampled."""
-    try:
-        cases = scenario.pairs()
-    except BudgetExceededError:
-        if _is_separable(loss, scenario):
-            return _Panel(scenario.single.pairs())
-        # The law of the other rollouts' lengths is that of independent ones.
-        if not scenario.shared_prompt and _is_separable(undone(loss, "token_mean"), scenario):
-            return _Panel(scenario.single.pairs(), mean_of=True)
-        if method == "exact" or scenario.exact_only is not None:
-            raise
-        return None
-    if scenario.exact_only is not None:
-        return _Panel(cases)
-    if method == "auto" and is_expensive(scenario.batch_size) and not _is_separable(loss, scenario, cases[:1]):
-        return None
-    return _Panel(cases)
-
-
-def _is_separable(loss: Loss, scenario: Scenario, cases: list[Case] | None = None) -> bool:
-    """Whether each rollout's gradient is independent of the others in its batch, so that one at a time suffices."""
-    try:
-        cases = replace(scenario, batch_size=2).pairs()[1:2] if cases is None else cases
-        return all(scenario.moments(loss, case, _FEW_BATCHES).separable for case in cases)
-    except BudgetExceededError:
-        return False
-    except LossError:
-        raise
-    except INSISTS:
-        return False
-
-
 @dataclass(frozen=True)
 class _Seen:
     """What the panel shows of a loss: numbers, verdict and name, with one reduction undone."""
@@ -324,7 +278,7 @@ class _Seen:
         return self.match.objective if exact and self.match is not None else None
 
 
-def _exactly(loss: BlackBox, claim: Objective, scenario: Scenario, panel: _Panel, name: str, details: bool) -> Audit:
+def _exactly(loss: BlackBox, claim: Objective, scenario: Scenario, panel: Panel, name: str, details: bool) -> Audit:
     first: Reduction = next((r for r in REDUCTIONS if r == claim.reduction), "token_sum")
     looked = _compare(loss, claim, scenario, panel, first)
     # Where a token mean couples its rollouts, single ones show the same weight.
@@ -391,7 +345,7 @@ def _exactly(loss: BlackBox, claim: Objective, scenario: Scenario, panel: _Panel
     )
 
 
-def _as_sum(loss: BlackBox, claim: Objective, scenario: Scenario, panel: _Panel, report: Audit) -> list[Remedy]:
+def _as_sum(loss: BlackBox, claim: Objective, scenario: Scenario, panel: Panel, report: Audit) -> list[Remedy]:
     """The sum over tokens in place of a token mean of batches too large to enumerate, if that is what is wrong."""
     if report.passes:
         return []
@@ -472,6 +426,11 @@ def _by_sampling(loss: BlackBox, claim: Objective, scenario: Scenario, name: str
     verdict: Verdict = result.verdict if result.follows is None else "other_objective"
     low, high = result.relative_bias
     scale = result.scale or (float("nan"), float("nan"))
+    asked = Asked()
+    if details and verdict in FAITHFUL:
+        # What no sample of the panel shows, smaller batches do.
+        multiple = 1.0 if verdict == "exact" else sum(scale) / 2
+        asked = ask(loss, claim, scenario, claim.reduction, multiple, loss.tolerance)
     return Audit(
         name=name,
         claim=claim,
@@ -485,6 +444,8 @@ def _by_sampling(loss: BlackBox, claim: Objective, scenario: Scenario, name: str
         weight=weight,
         pairs=[],
         monte_carlo=result,
+        reduction=asked.reduction,
+        worlds=asked.worlds,
         numerics=numerics(loss, batch_size=scenario.batch_size, seed=scenario.seed) if details else [],
     )
 

@@ -27,11 +27,16 @@ def limits(scenario: Scenario, worlds: Sequence[World], sampled: str, by_samplin
         by_sampling: whether the audit drew batches instead of enumerating them.
     """
     found = [f"{world.name[:1].upper()}{world.name[1:]}: {world.detail}" for world in worlds if world.holds is None]
+    if by_sampling:
+        found.append(
+            "Batches were drawn, not enumerated: the verdict holds up to the stated error rate and margin; a smaller "
+            "batch_size is exact."
+        )
     if sampled:
         found.append(_SAMPLED[sampled].format(size=scenario.batch_size))
     if not worlds:
         found.append("Nothing beyond the panel was asked: no other lengths, prompts, batch sizes or vocabularies.")
-    if worlds and not by_sampling:
+    if worlds:
         found.append(
             f"Batches of more than {max(*SIZES, scenario.batch_size)}, "
             f"{_largest(worlds, ' tokens')}{_largest(worlds, ' steps')}"

@@ -220,7 +220,7 @@ class Audit:
     def summary(self) -> str:
         """The findings in a few sentences."""
         if self.monte_carlo is not None:
-            return self.monte_carlo.words
+            return " ".join(part for part in (self.monte_carlo.words, self._elsewhere()) if part)
         sentences = (
             self._as_mean(),
             "" if self.reward is None else self.reward.words,
