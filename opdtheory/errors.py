@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from numbers import Real
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -14,6 +14,17 @@ __all__ = ["BudgetExceededError", "InvalidArgumentError", "LossError", "OpdTheor
 
 class OpdTheoryError(Exception):
     """Base class of every error that opdtheory raises on purpose."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # With its message and attributes as they are: a process pool hands errors on by pickle.
+        return _restored, (type(self), self.args, vars(self))
+
+
+def _restored(kind: type[OpdTheoryError], args: tuple[Any, ...], attributes: dict[str, Any]) -> OpdTheoryError:
+    error = kind.__new__(kind)
+    error.args = args
+    vars(error).update(attributes)
+    return error
 
 
 class InvalidArgumentError(OpdTheoryError, ValueError):

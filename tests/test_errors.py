@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from opdtheory import errors
 from opdtheory.errors import (
     BudgetExceededError,
     InvalidArgumentError,
@@ -57,3 +59,19 @@ def test_numbers_between_bounds() -> None:
     for wrong in (0.0, 1.0, 2.0, float("nan")):
         with pytest.raises(InvalidArgumentError, match=f"^x: must be a number strictly between 0 and 1, got {wrong}$"):
             check_between("x", wrong, 0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        errors.InvalidArgumentError("eos", "must be a token"),
+        errors.BudgetExceededError("batches", 10, 5, "audit fewer"),
+        errors.LossError("the loss has no gradient"),
+        errors.NotFiniteError("the loss is NaN", (2, 3, 4)),
+        errors.TrainingError("the loss is NaN"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_errors_pass_between_processes(error):
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is type(error) and str(again) == str(error) and vars(again) == vars(error)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opdtheory.choices import CLAIMED_REDUCTIONS, GRANULARITIES, LENGTHS, METHODS
+from opdtheory.choices import ACCUMULATIONS, CLAIMED_REDUCTIONS, GRANULARITIES, HISTORIES, LENGTHS, METHODS
 from opdtheory.commands.console import FAILS, HOLDS, UsageError, aside, console, or_none, output_apart
 from opdtheory.commands.targets import Target, failure, find, importable
 from opdtheory.errors import LossError, NotFiniteError, OpdTheoryError
@@ -47,6 +47,11 @@ def _positions(text: str) -> tuple[int, ...]:
     return tuple(int(each) for each in text.split(",") if each.strip())
 
 
+def _weights(text: str) -> tuple[float, ...]:
+    return tuple(float(each) for each in text.split(",") if each.strip())
+
+
+_weights.__name__ = "weight,..."
 _positions.__name__ = "position,..."  # for the message of argparse
 
 
@@ -131,6 +136,61 @@ SETTINGS = (
         1e-6,
         "where batches are sampled, the probability that any statement of the audit is wrong",
         reader={"type": float, "metavar": "P"},
+    ),
+    _Setting(
+        "student_temperature",
+        1.0,
+        "temperature of the student's distribution in the claim",
+        reader={"type": float, "metavar": "T"},
+    ),
+    _Setting(
+        "teacher_temperature",
+        1.0,
+        "temperature of the teacher's distribution in the claim",
+        reader={"type": float, "metavar": "T"},
+    ),
+    _Setting(
+        "sampling_temperature",
+        1.0,
+        "temperature at which the student samples",
+        reader={"type": float, "metavar": "T"},
+    ),
+    _Setting("histories", "student", "whose histories the claim is about", reader={"choices": HISTORIES}),
+    _Setting("teachers", 1, "number of teachers", reader={"type": int, "metavar": "K"}),
+    _Setting(
+        "teacher_weights",
+        (),
+        "weights of the teachers, such as 1,2",
+        "equal",
+        {"type": _weights, "metavar": "W,..."},
+    ),
+    _Setting(
+        "base",
+        False,
+        "rollouts hold a base policy's probabilities",
+        "no",
+        {"action": argparse.BooleanOptionalAction},
+    ),
+    _Setting(
+        "extrapolation",
+        None,
+        "exponent of the teacher over the base in the claim, or none",
+        "none",
+        {"type": or_none(float), "metavar": "L"},
+    ),
+    _Setting(
+        "microbatches",
+        1,
+        "number of parts into which a batch is cut, one call of the loss each",
+        reader={"type": int, "metavar": "M"},
+    ),
+    _Setting("accumulate", "mean", "what becomes of the parts' gradients", reader={"choices": ACCUMULATIONS}),
+    _Setting(
+        "reward",
+        False,
+        "rollouts hold a task's reward, whose policy gradient is set apart",
+        "no",
+        {"action": argparse.BooleanOptionalAction},
     ),
     _Setting("seed", 0, "seed of the panel of policies", reader={"type": int, "metavar": "N"}),
 )

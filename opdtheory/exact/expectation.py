@@ -155,7 +155,7 @@ def gradient_moments(
         probe = Probe(loss, everything)
         probe.check(groups[0], batch_size)
         if thorough:
-            most = min(budget, _MOST_MAPPED if probe.maps(groups[0][:1].expand(2, batch_size)) else _MOST_CALLED)
+            most = min(budget, _MOST_MAPPED if probe.maps(groups[0], batch_size) else _MOST_CALLED)
             for ordered in (True, False):
                 if _count(groups, batch_size, ordered) <= most:
                     found = _from_batches(probe, groups, batch_size, ordered)
@@ -165,6 +165,7 @@ def gradient_moments(
         if shares is not None:
             return _from_singles(probe, shares, groups, batch_size)
         ordered = batch_size > 1 and not all(_symmetric(probe, group, batch_size) for group in groups)
+        probe.maps(groups[0], batch_size)
         _check_budget(groups, batch_size, ordered, budget)
         found = _from_batches(probe, groups, batch_size, ordered)
         if found is None:  # an order that the sample missed
@@ -223,6 +224,7 @@ def own_gradients(loss: Loss, student: Policy, teacher: Policy, behavior: Policy
         probe = Probe(loss, everything)
         every = torch.arange(len(everything))
         probe.check(every, 1)
+        probe.maps(every, 1)
         shares = probe.sensitivities(every.view(-1, 1)).squeeze(1).double()
         lengths = everything.mask.sum(-1).long()
         table, probability = _Table(everything), everything.probability

@@ -31,7 +31,7 @@ _ZERO_NARROW = 1e-3
 _SAME = {torch.float32: 1e-5}
 _SAME_IN_FLOAT64 = 1e-10
 
-# Rollouts of the batch on which a loss is called twice.
+# Rollouts of the batch on which a loss is called twice, and batches whose mapped gradients are compared.
 _SEVERAL = 4
 
 # Nodes of a graph whose incoming gradient is the one in log-probabilities, before a softmax centres it.
@@ -51,6 +51,7 @@ class Probe:
         self._close = _MAPPED_ALIKE[torch.float64]
         self.rounding = _ZERO[torch.float64]
         self._mapped: bool | None = None
+        self._generator = torch.Generator().manual_seed(2)
 
     def check(self, group: Tensor, batch_size: int) -> None:
         """Raise if the loss differs between two identical calls on a batch of a group's sequences."""
@@ -95,22 +96,32 @@ class Probe:
             self.terms = max(self.terms, len(index) * max(arriving))
         return value.detach(), gradient
 
-    def maps(self, batches: Int64[Tensor, "M B"]) -> bool:
-        """Whether `torch.func.vmap` maps the loss over batches, with the gradients of single calls."""
+    def maps(self, group: Tensor, batch_size: int) -> bool:
+        """Whether `torch.func.vmap` maps the loss over batches of a group, with the gradients of single calls."""
         if self._mapped is None:
+            # Of different rollouts, as far as there are: a loss that compares them is zero on copies of one.
+            batches = torch.stack([_spaced(group.roll(-start), batch_size) for start in range(_SEVERAL)])
             try:
-                self._mapped = self._agrees(batches, self._map(batches))
+                found = self._map(batches)
+                self._mapped = bool(found.any()) and self._agrees(batches, found)
             except Exception:  # whatever the loss does that cannot be mapped
                 self._mapped = False
         return self._mapped
 
     def sensitivities(self, batches: Int64[Tensor, "M B"]) -> Float[Tensor, "M B T V"]:
-        """The sensitivities of many batches, by one mapped call if the loss can be mapped."""
-        if self.maps(batches):
-            found = self._map(batches)
-            if self._agrees(batches[[0, len(batches) // 2, -1]], found[[0, len(batches) // 2, -1]]):
-                return found
-            self._mapped = False
+        """The sensitivities of many batches, by one mapped call if the loss is known to be mapped."""
+        if self._mapped:
+            try:
+                found = self._map(batches)
+            except NotFiniteError:
+                raise
+            except Exception:  # it may branch on the number of rollouts
+                self._mapped = False
+            else:
+                some = torch.randint(len(batches), (_SEVERAL,), generator=self._generator)
+                if self._agrees(batches[some], found[some]):
+                    return found
+                self._mapped = False
         return torch.stack([self.sensitivity(batch) for batch in batches])
 
     def _agrees(self, batches: Tensor, found: Tensor) -> bool:
@@ -155,7 +166,9 @@ def _record_terms(value: Tensor) -> list[float]:
         visited.add(node)
         if any(name in node.name() for name in _SOFTMAXES):
             node.register_prehook(
-                lambda gradients: sizes.extend(float(g.detach().abs().max()) for g in gradients if g is not None)
+                lambda gradients: sizes.extend(
+                    float(g.detach().abs().max()) for g in gradients if g is not None and g.numel()
+                )
             )
         pending.extend(parent for parent, _ in node.next_functions)
     return sizes

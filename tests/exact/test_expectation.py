@@ -683,7 +683,7 @@ def test_a_loss_that_cannot_be_mapped_gives_the_mapped_numbers():
         assert float(r.mask.sum()) > 0  # a branch on a value, which vmap refuses
         return k2(r)
 
-    pair = random_pair(3, 2, eos=0, seed=4)
+    pair = random_pair(3, 3, eos=0, seed=4)
     for batch_size in (1, 2):
         mapped, single = (gradient_moments(loss, *pair, batch_size) for loss in (k2, called))
         assert mapped.evaluations < single.evaluations
@@ -733,3 +733,17 @@ def test_a_small_gradient_is_not_zero(factor, distance):
     assert not gradient_moments(lambda r: factor * k2(r), *pair).is_zero
     whole = estimator("full_vocab", "jsd")
     assert not gradient_moments(lambda r: factor * whole(r), *pair).is_zero
+
+
+def test_a_mapping_that_is_wrong_where_rollouts_differ_is_not_believed():
+    """On copies of one rollout the loss is zero, mapped or not."""
+
+    def others(r):
+        reward = (r.log_u.detach() * r.mask).sum(-1, keepdim=True)
+        wrong = 2.0 if torch._C._functorch.is_batchedtensor(r.tokens) else 1.0
+        return -wrong * r.token_sum((reward - reward.flip(0)) * r.student_logprobs)
+
+    pair = random_pair(3, 1, seed=4)
+    for thorough in (True, False):
+        found = gradient_moments(others, *pair, 2, thorough=thorough)
+        assert gradient_gap(found.mean, exact_gradient(*pair, "reverse_kl")) <= ENUMERATION
