@@ -38,7 +38,7 @@ def panel_of(loss: Loss, scenario: Scenario, method: str) -> Panel | None:
     """Pairs whose batches can be enumerated in seconds; None if batches are better sampled.
 
     Raises:
-        BudgetExceededError: `method` is `exact`, and batches are too many.
+        BudgetExceededError: batches are too many, and `method` is `exact` or a setting of the scenario asks for it.
         LossError: as `audit`.
     """
     try:
@@ -49,9 +49,11 @@ def panel_of(loss: Loss, scenario: Scenario, method: str) -> Panel | None:
         # The law of the other rollouts' lengths is that of independent ones.
         if not scenario.shared_prompt and _is_separable(undone(loss, "token_mean"), scenario):
             return Panel(scenario.single.pairs(), single=True, mean_of=True)
-        if method == "exact":
+        if method == "exact" or scenario.exact_only is not None:
             raise
         return None
+    if scenario.exact_only is not None:
+        return Panel(cases)
     if method == "auto" and is_expensive(scenario.batch_size):
         first = cases[:1]
         if not _is_separable(loss, scenario, first):
