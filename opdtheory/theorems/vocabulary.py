@@ -18,6 +18,7 @@ from opdtheory.exact import exact_gradient, exact_value, expected_gradient
 from opdtheory.exact.tree import Tree
 from opdtheory.rollouts import Rollouts
 from opdtheory.theorems.instances.cases import (
+    Distribution,
     Pair,
     at_atoms,
     catalogue,
@@ -109,6 +110,13 @@ def theorems() -> list[Theorem]:
                     functools.partial(_series, 0),
                 ),
                 Step(
+                    r"\frac{d^3}{dx^3} (1+x)\log(1+x) = -(1+x)^{-2}, \text{ so } "
+                    r"\big|(1+x)\log(1+x) - x - \tfrac{x^2}{2}\big| \le \frac{|x|^3}{6 \min(1, 1+x)^2},"
+                    r"\ x = \beta(u-1)",
+                    "Taylor's remainder: between 0 and x the third derivative is largest at the smaller of 1 and 1 + x",
+                    _third_derivative,
+                ),
+                Step(
                     r"f_\beta/(1-\beta) = -\log u + (u-1) - \tfrac{1-\beta}{2}\tfrac{(u-1)^2}{u} + O((1-\beta)^2)",
                     "sympy limits; u - 1 is a gauge",
                     functools.partial(_series, 1),
@@ -171,8 +179,21 @@ def theorems() -> list[Theorem]:
                     "rigorous",
                 ),
                 Identity(
+                    "remainder at the ends, certified",
+                    r"\big|D_\beta/\beta - KL(q\|p) + \tfrac{\beta}{2}\chi^2\big| \le \tfrac{\beta^2}{6}\, "
+                    r"E_p\,\frac{|u-1|^3}{\min(1, \beta u + 1 - \beta)^2}, \text{ and so at the other end}",
+                    _check_remainder,
+                    _remainder,
+                    {
+                        "the third moment alone": lambda p, q, b: _remainder(p, q, b, power=0),
+                        "half of it": lambda p, q, b: _remainder(p, q, b) / 2,
+                    },
+                    "rigorous",
+                ),
+                Identity(
                     "rate at the ends",
-                    r"\big|D_\beta/\beta - KL(q\|p) + \tfrac{\beta}{2}\chi^2\big| \le \tfrac{\beta^2}{6} E|u-1|^3",
+                    r"\big|D_\beta/\beta - KL(q\|p) + \tfrac{\beta}{2}\chi^2\big| \le \tfrac{\beta^2}{6}\, "
+                    r"E_p\,\frac{|u-1|^3}{\min(1, \beta u + 1 - \beta)^2}",
                     _check_rate,
                     (-0.5, "chi2", "neyman_chi2"),
                     {
@@ -309,20 +330,43 @@ def _check_rate(claim: tuple[float, str, str]) -> Cases:
                 entry = divergences.divergence("skew_jsd", beta=beta)
                 limit, slope = exact_value(*pair, end), exact_value(*pair, term)
                 gap = float(exact_value(*pair, entry)) / small - float(limit) - coefficient * small * float(slope)
-                # The next term is a sixth of the third moment of u - 1 under the distribution that vanishes.
-                third = max(_third_moment(pair, flip) for flip in (False, True))
-                yield holds(abs(gap) <= small**2 * third / 6 * 1.03 + 1e-10, pair, f"beta {beta}")
+                bound = _third_moment(pair, end == "reverse_kl", small)
+                # Rounding of a divergence of order `small` that is divided by it.
+                yield holds(abs(gap) <= small**2 * bound / 6 + 1e-11, pair, f"beta {beta}")
 
 
-def _third_moment(pair: Pair, flip: bool) -> float:
-    r"""$E_p|u - 1|^3$, or $E_q|1/u - 1|^3$, summed over the student's histories."""
+def _third_moment(pair: Pair, flip: bool, small: float = 0.0) -> float:
+    r"""$E_p|u - 1|^3 / \min(1, 1 + b(u - 1))^2$, or with the two exchanged, summed over the student's histories."""
     tree = Tree.build(*pair)
     total = 0.0
     for n in range(tree.horizon):
         first, second = (tree.log_q[n], tree.log_p[n]) if flip else (tree.log_p[n], tree.log_q[n])
-        moment = (first.exp() * torch.expm1(second - first).abs() ** 3).sum(-1)
+        excess = torch.expm1(second - first)
+        moment = (first.exp() * excess.abs() ** 3 / (1.0 + small * excess).clamp(max=1.0) ** 2).sum(-1)
         total += float((tree.reach(n) * moment).sum())
     return total
+
+
+def _remainder(p: Distribution, q: Distribution, b: Fraction, power: int = 2) -> Any:
+    r"""$\frac{b^2}{6} E_p |u - 1|^3 / \min(1, 1 + b(u - 1))^{\mathtt{power}}$, an interval."""
+    terms = [
+        x * abs(y / x - 1) ** 3 / min(Fraction(1), 1 + b * (y / x - 1)) ** power for x, y in zip(p, q, strict=True)
+    ]
+    return interval(b**2 * sum(terms) / 6)
+
+
+def _check_remainder(claim: Callable[[Distribution, Distribution, Fraction], Any]) -> Cases:
+    r"""$|D_b/b - KL + \frac b2 \chi^2|$ lies below its bound, in intervals, also where the teacher all but excludes."""
+    rare = (Fraction(1, 100), Fraction(99, 100)), (Fraction(1, 1000), Fraction(999, 1000))
+    for student, teacher in (*rational_distributions(), rare):
+        for b in (Fraction(1, 100), Fraction(1, 10), Fraction(1, 2), Fraction(9, 10)):
+            for first, second in ((student, teacher), (teacher, student)):
+                ps, qs = intervals(first), intervals(second)
+                _, value = _mixed(ps, qs, b)
+                slope = interval(sum((y - x) ** 2 / x for x, y in zip(first, second, strict=True)))
+                gap = value / interval(b) - kl(qs, ps) + interval(b) * slope / 2
+                bound = claim(first, second, b)
+                yield holds(-bound.a <= gap.a and gap.b <= bound.a, first, second, f"beta {b}")
 
 
 def _check_gradient_jump(names: tuple[str, str]) -> Cases:
@@ -372,6 +416,13 @@ def _compensation() -> bool:
     left = beta * q * sympy.log(q / p) - beta * q * sympy.log(q / m) - (1 - beta) * p * sympy.log(p / m)
     right = (beta * q + (1 - beta) * p) * sympy.log(m / p)
     return sympy.simplify(sympy.expand_log(sympy.expand(left - right), force=True)) == 0
+
+
+def _third_derivative() -> bool:
+    r"""The third derivative of $(1+x)\log(1+x)$, whose size falls as x grows."""
+    x = sympy.Symbol("x", real=True)
+    third = sympy.diff((1 + x) * sympy.log(1 + x), x, 3)
+    return sympy.simplify(third + (1 + x) ** -2) == 0 and sympy.simplify(sympy.diff(-third, x) + 2 / (1 + x) ** 3) == 0
 
 
 def _series(end: End) -> bool:

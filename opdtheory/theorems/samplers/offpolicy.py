@@ -48,7 +48,8 @@ def _importance_weights() -> Theorem:
         hypotheses=(
             "one step; over several steps the product of the ratios up to and including the token, for token_local",
             "mu > 0 where p is",
-            "'alone': up to scale and gauge of f, with no importance weight, for all p, q and mu",
+            "'alone': up to scale, with the weight u itself and no importance weight, for all p, q and mu; with u + c "
+            "the two differ by c E_mu[s], which is not zero off-policy",
         ),
         source="importance sampling; the biases derived here",
         advice="Weight by the ratio p/mu of the prefix; for the forward KL on one step q/mu needs no other ratio.",
@@ -60,9 +61,9 @@ def _importance_weights() -> Theorem:
                 _bias,
             ),
             Step(
-                r"\mu\,w(q/\mu) = p\,w(q/p) + c\,\mu + d\,p \text{ for all } \mu, p \iff w \text{ affine}",
-                "the slope in mu is w - u w', whose own slope -u w'' vanishes only for affine w; for w = u both are q",
-                _affine_needs_no_ratio,
+                r"\mu\,w(q/\mu) = p\,w(q/p) + d\,p \text{ for all } \mu, p \iff w = c\,u",
+                "the slope in mu is w - u w', which vanishes for multiples of u alone; for w = u both sides are q",
+                _linear_needs_no_ratio,
                 in_words=True,
             ),
             Step(
@@ -120,6 +121,17 @@ def _importance_weights() -> Theorem:
                     "chi2 as well": {"chi2": True},
                     "Le Cam as well": {"le_cam": True},
                     "not the forward KL": {"forward_kl": False},
+                },
+                "exact",
+            ),
+            Identity(
+                "a constant in the weight counts",
+                r"E_\mu[(q/\mu + c) s] - E_p[(q/p + c) s] = c\,(\mu - p)",
+                _check_constant,
+                lambda c, apart: [c * x for x in apart],
+                {
+                    "any gauge will do": lambda c, apart: [0 * x for x in apart],
+                    "sign flipped": lambda c, apart: [-c * x for x in apart],
                 },
                 "exact",
             ),
@@ -235,6 +247,17 @@ def _check_other_ratio(agrees: dict[str, bool]) -> Cases:
         yield holds(all(equal) == expected, name)
 
 
+def _check_constant(claim: Callable[[Fraction, list[Fraction]], list[Fraction]]) -> Cases:
+    r"""The forward KL's weight in another gauge, with q/mu and without an importance weight, in fractions."""
+    for p, q, mu in _triples():
+        apart = [m - x for m, x in zip(mu, p, strict=True)]
+        for c in (Fraction(-1), Fraction(1, 2)):
+            other = mean_gradient(p, [y / m + c for y, m in zip(q, mu, strict=True)], mu)
+            own = mean_gradient(p, [y / x + c for y, x in zip(q, p, strict=True)])
+            # `mean_gradient` is that of the loss, minus the expectation of weight times score.
+            yield same([-x for x in minus(other, own)], claim(c, apart), p, q, mu, f"c {c}")
+
+
 def _check_reverse_with_mu(gradient: Callable[[list[Any], list[Any]], list[Any]]) -> Cases:
     r"""$-E_\mu[\frac p\mu \log\frac q\mu\, s]$ against gradients of $KL(p\|q)$ and $KL(p\|\mu)$, enclosed."""
     for student, teacher, behavior in _triples():
@@ -302,13 +325,19 @@ def _bias() -> bool:
     return sympy.simplify(gap) == 0
 
 
-def _affine_needs_no_ratio() -> bool:
-    r"""$\mu\,w(q/\mu)$ without $\mu$: its slope is $w - u w'$, which is constant only for affine w; and u works."""
+def _linear_needs_no_ratio() -> bool:
+    r"""The slope of $\mu\,w(q/\mu)$ in $\mu$ is $w - u w'$: zero for $c u$, and the constant for $c u + d$."""
     q, mu, u = sympy.symbols("q mu u", positive=True)
+    c, d = sympy.symbols("c d")
     w = sympy.Function("w")
     slope = sympy.diff(mu * w(q / mu), mu).doit() - (w(u) - u * sympy.diff(w(u), u)).subs(u, q / mu).doit()
-    bend = sympy.diff(w(u) - u * sympy.diff(w(u), u), u) + u * sympy.diff(w(u), u, 2)
-    return sympy.simplify(slope) == 0 and sympy.simplify(bend) == 0 and sympy.simplify(mu * (q / mu) - q) == 0
+    solutions = sympy.dsolve(w(u) - u * sympy.diff(w(u), u), w(u)).rhs
+    affine = c * u + d
+    return (
+        sympy.simplify(slope) == 0
+        and sympy.simplify(solutions / u).free_symbols.isdisjoint({u})
+        and sympy.simplify(affine - u * sympy.diff(affine, u) - d) == 0
+    )
 
 
 def _reverse_with_mu() -> bool:

@@ -45,8 +45,8 @@ def theorems() -> list[Theorem]:
             source="Csiszar (1967); derived here",
             advice=(
                 "A sampled value misses f'(inf) times the teacher's mass that the student never samples: add it from "
-                "the logits, or choose f with f'(inf) = 0. Where f'(inf) is infinite, do not sample, or mix the "
-                "student in."
+                "the logits, or choose f with f'(inf) = 0. Where f'(inf) is infinite, sum over the vocabulary, or "
+                "compare with a mixture of teacher and student, as a skew divergence does."
             ),
             derivation=(
                 Step(

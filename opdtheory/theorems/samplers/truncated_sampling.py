@@ -36,8 +36,9 @@ def theorems() -> list[Theorem]:
             hypotheses=("rollouts sampled from mu: the student at a temperature, or its top-p or top-k tokens",),
             source="derived here",
             advice=(
-                "Roll out at temperature 1 without top-p or top-k. Prefix ratios undo a temperature; under top-p use "
-                "opd_plus_centred, whose fixed point is still the teacher."
+                "Roll out at temperature 1 without top-p or top-k. Prefix ratios undo a temperature. Under top-p the "
+                "teacher stays a fixed point of opd_plus_centred, but so is every student that differs from it only on "
+                "tokens that are never sampled."
             ),
             derivation=(
                 Step(

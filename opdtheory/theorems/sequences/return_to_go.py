@@ -40,7 +40,7 @@ def theorems() -> list[Theorem]:
     """T6g."""
     theorem = Theorem(
         number="T6g",
-        name="the practised return-to-go descends nothing",
+        name="the usual return-to-go is the gradient of no objective",
         statement=r"G = -E_p\Big[\sum_n s_n\big(w_f(u_n) - \sum_{m>n}\gamma^{m-n} f(u_m)\big)\Big] \text{ is the "
         r"gradient of a function of } \theta \text{ for all } p, q \iff \gamma = 1 \text{ (or one token)}",
         hypotheses=(

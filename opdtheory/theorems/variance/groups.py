@@ -61,7 +61,9 @@ def _group_baselines() -> Theorem:
         hypotheses=(
             "G independent rollouts, A_i a function of rollout i",
             "for the group mean: all rollouts of one length; otherwise the number still running is random",
-            "exceptions to the last claim: an advantage of two values, with G = 2 or 3, or with one step at any G",
+            "exceptions to the last claim, sufficient and not necessary: an advantage of two values, with G = 2 or 3, "
+            "or with one step at any G; one step and an advantage of three equally spaced values, symmetrically "
+            "distributed",
         ),
         source="RLOO, arXiv 2402.14740; GRPO, arXiv 2402.03300; derived here",
         advice="Use leave-one-out, or multiply the group mean's gradient by G/(G-1); do not divide by the group's "
@@ -94,6 +96,13 @@ def _group_baselines() -> Theorem:
                 "beta depends on the distribution of A, which differs between steps: hence one step",
                 _affine_on_two_values,
                 in_words=True,
+            ),
+            Step(
+                r"A \in \{-1, 0, 1\},\ P(A = 1) = P(A = -1):\ E[z_i \mid A_i = 0] = 0,\ "
+                r"E[z_i \mid A_i = -1] = -E[z_i \mid A_i = 1]",
+                "the sign of every advantage turned, the groups have the same distribution: an odd function of three "
+                "such values is affine; summed over all groups of 2 and 3 with a symbolic probability",
+                _odd_on_symmetric_values,
             ),
         ),
         identities=(
@@ -136,14 +145,20 @@ def _group_baselines() -> Theorem:
             ),
             Identity(
                 "the z-score's direction",
-                r"\text{kept} \iff A \text{ has two values and } (G \le 3 \text{ or one step})",
+                r"\text{kept if } A \text{ has two values and } (G \le 3 \text{ or one step}), "
+                r"\text{ or is symmetric on three and one step; turned in the other instances}",
                 _check_direction,
-                lambda values, size, steps: values == 2 and (size <= 3 or steps == 1),
+                lambda values, size, steps, symmetric: (
+                    _two_values_keep(values, size, steps) or (symmetric and steps == 1)
+                ),
                 {
-                    "always kept": lambda values, size, steps: True,
-                    "never kept": lambda values, size, steps: False,
-                    "kept for two values": lambda values, size, steps: values == 2,
-                    "kept on one step": lambda values, size, steps: steps == 1,
+                    "always kept": lambda values, size, steps, symmetric: True,
+                    "never kept": lambda values, size, steps, symmetric: False,
+                    "kept for two values": lambda values, size, steps, symmetric: values == 2,
+                    "kept on one step": lambda values, size, steps, symmetric: steps == 1,
+                    "kept for two values alone": lambda values, size, steps, symmetric: _two_values_keep(
+                        values, size, steps
+                    ),
                 },
                 "rigorous",
             ),
@@ -274,21 +289,28 @@ def _may_be_parallel(left: Sequence[Any], right: Sequence[Any]) -> bool:
     return flat and bool(dot(left, right).b > 0)
 
 
-def _check_direction(keeps: Callable[[int, int, int], bool]) -> Cases:
-    r"""Does the z-score keep the direction? Predicted from the numbers of values, of rollouts and of steps.
+def _two_values_keep(values: int, size: int, steps: int) -> bool:
+    return values == 2 and (size <= 3 or steps == 1)
+
+
+def _check_direction(keeps: Callable[[int, int, int, bool], bool]) -> Cases:
+    r"""Does the z-score keep the direction? Predicted from the values, the numbers of rollouts and of steps, symmetry.
 
     The two steps are two rows that are reached with certainty, whose gradients must be scaled alike. Intervals certify
     that vectors are not parallel; those that may be parallel agree to 40 digits.
     """
-    rows = distribution(1, 2, 3), distribution(3, 1, 1)
-    for values, w in ((2, (1, -1, -1)), (2, (0, 0, 5)), (3, (3, 1, -1)), (3, (9, 1, 0))):
+    uneven = distribution(1, 2, 3), distribution(3, 1, 1)
+    even = distribution(1, 1, 1), distribution(2, 1, 2)
+    instances = [(2, (1, -1, -1), uneven), (2, (0, 0, 5), uneven), (3, (3, 1, -1), uneven), (3, (9, 1, 0), uneven)]
+    for values, w, rows in (*instances, (3, (-1, 0, 1), even), (3, (-1, 0, 1), uneven)):
         advantage = tuple(map(Fraction, w))
         for size in SIZES:
             found = [_z_scored(p, advantage, size) for p in rows]
             exact = [[interval(g) for g in mean_gradient(p, advantage)] for p in rows]
             for steps in (1, 2):
                 kept = _may_be_parallel(*(list(itertools.chain(*each[:steps])) for each in (found, exact)))
-                yield holds(kept == keeps(values, size, steps), f"A {w}", f"G {size}", f"{steps} steps")
+                claimed = keeps(values, size, steps, rows is even)
+                yield holds(kept == claimed, f"A {w}", f"p {rows[0]}", f"G {size}", f"{steps} steps")
 
 
 def _check_ranks(weight: Callable[[Tensor, Tensor], Tensor]) -> Cases:
@@ -368,6 +390,30 @@ def _affine_on_two_values() -> bool:
     a, b, at_a, at_b, x = sympy.symbols("a b A B x")
     line = at_a + (at_b - at_a) / (b - a) * (x - a)
     return sympy.simplify(line.subs(x, a) - at_a) == 0 and sympy.simplify(line.subs(x, b) - at_b) == 0
+
+
+def _odd_on_symmetric_values() -> bool:
+    """The expected z-score of a rollout given its advantage -1, 0 or 1, with probabilities x, 1 - 2x and x."""
+    x = sympy.Symbol("x", positive=True)
+    values, chances = (-1, 0, 1), (x, 1 - 2 * x, x)
+    for size in (2, 3):
+        expected = []
+        for own in values:
+            total = sympy.Integer(0)
+            for rest in itertools.product(range(3), repeat=size - 1):
+                group = [own, *(values[a] for a in rest)]
+                mean = sympy.Rational(sum(group), size)
+                spread = sum((y - mean) ** 2 for y in group)
+                if spread != 0:
+                    total += (
+                        math.prod((chances[a] for a in rest), start=sympy.Integer(1))
+                        * (own - mean)
+                        / sympy.sqrt(spread)
+                    )
+            expected.append(sympy.simplify(total))
+        if expected[1] != 0 or sympy.simplify(expected[0] + expected[2]) != 0 or expected[2] == 0:
+            return False
+    return True
 
 
 def _variance_of_a_mean() -> bool:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 import sympy
+import torch
+from torch import Tensor
 
 from opdtheory import divergences
 from opdtheory.theorems.instances.cases import interval, rational_distributions, values_of
@@ -42,7 +44,8 @@ def theorems() -> list[Theorem]:
         r"\frac{E_p[v|s|^2]^2 / E_p|s|^2}{\mathrm{Var}(v s)}, \quad "
         r"b^*_{\mathrm{forward\,KL}} = \frac{1 + |p|^2 - 2p\cdot q}{1 - |p|^2}",
         hypotheses=(
-            "u = 1 + εv with E_p[v] = 0, f twice differentiable at 1",
+            "u = 1 + εv with E_p[v] = 0",
+            "for the order ε²: f'' Lipschitz at 1; for the share of the variance: f''(1) > 0",
             "the closed form: one softmax row",
         ),
         source="derived here",
@@ -121,6 +124,14 @@ def theorems() -> list[Theorem]:
                 "exact",
             ),
             Identity(
+                "what the hypotheses exclude",
+                r"f'' = 1 + |u-1|^{1/2}: \text{ the remainder over } \epsilon^2 \text{ is unbounded}; \quad "
+                r"f = (u-1)^4: \text{ the share is that of } v^3",
+                _check_hypotheses,
+                (False, 3),
+                {"f'' continuous is enough": (True, 3), "f''(1) = 0 is no exception": (False, 1)},
+            ),
+            Identity(
                 "which weights have a known mean",
                 r"E_p[w_f(u)] = w_f(1) \iff f = c\,u \log u + \text{gauge}",
                 _check_known_mean,
@@ -169,6 +180,34 @@ def _check_expansion(value: Callable[[Fraction, Fraction, Fraction], Fraction]) 
                 shift = optimal_baseline(p, [u - 1 for u in ratios(p, q)])
                 best = optimal_baseline(p, weights(name, p, q))
                 yield holds(abs(best - value(slope, bend, shift)) <= 100 * size**2, name, p, far, f"epsilon {size}")
+
+
+def _check_hypotheses(claim: tuple[bool, int]) -> Cases:
+    r"""Two generators near the teacher: $b^*$ less its first order over $\epsilon^2$, and the variance's share."""
+    bounded, power = claim
+    p, v = (torch.tensor(row, dtype=torch.float64) for row in ((0.5, 0.3, 0.2), (1.0, -2.0, 0.5)))
+    norms = 1.0 - 2.0 * p + p.square().sum()
+
+    def best(w: Tensor) -> Tensor:
+        return (p * w * norms).sum() / (p * norms).sum()
+
+    def spread(w: Tensor) -> Tensor:
+        return (p * w.square() * norms).sum() - (p * w - p * (p * w).sum()).square().sum()
+
+    remainders = []
+    for size in (1e-2, 1e-4, 1e-6):
+        x = size * v
+        # The weight whose slope is u f''(u), f'' = 1 + |u - 1|^(1/2).
+        w = x + x.square() / 2 + x.sign() * (2 / 3 * x.abs() ** 1.5) + 2 / 5 * x.abs() ** 2.5
+        remainders.append(float((best(w) - best(x)).abs()) / size**2)
+    yield holds((remainders[2] < 5 * remainders[0]) == bounded, "f'' = 1 + |u - 1|^(1/2)")
+    for size in (1e-3, 1e-5):
+        x = size * v
+        w = x**3 * (4.0 + 3.0 * x)  # u f' - f of (u - 1)^4
+        share = spread(w - best(w)) / spread(w)
+        y = v**power
+        limit = 1.0 - (p * y * norms).sum() ** 2 / ((p * norms).sum() * spread(y))
+        yield holds(abs(float(share - limit)) < 10 * size, "f = (u - 1)^4", f"epsilon {size}")
 
 
 def _check_same_gain(value: Callable[[Fraction, Fraction], Fraction]) -> Cases:
