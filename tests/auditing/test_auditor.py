@@ -110,7 +110,7 @@ def test_same_seed_same_report() -> None:
 def test_takes_under_three_seconds_in_evaluations() -> None:
     """The work is bounded by the number of calls, which a busy machine does not change."""
     assert audit(k3, "reverse_kl").evaluations < 400
-    assert opd.audit(k3, "reverse_kl").evaluations < 1000
+    assert opd.audit(k3, "reverse_kl").evaluations < 1500  # ten worlds beside the panel
     assert audit(opd.estimator("opd_plus", "jsd", baseline="leave_one_out"), "jsd", batch_size=2).evaluations < 2500
 
 
