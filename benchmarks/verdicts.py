@@ -183,7 +183,7 @@ def table(rows: list[Row]) -> list[str]:
     return lines
 
 
-def page(rows: list[Row], asked: int, alarms: list[str]) -> str:
+def page(rows: list[Row], asked: int, alarms: list[str], every: int = 1) -> str:
     """The whole page."""
     count, caught, named = len(rows), sum(r.caught for r in rows), sum(r.named for r in rows)
     missed = [r for r in rows if not r.caught]
@@ -197,6 +197,7 @@ def page(rows: list[Row], asked: int, alarms: list[str]) -> str:
         f"{WRONG:g} at the best",
         "scale, under every reduction, in a world where the change shows. A loss counts as caught if the audit does",
         "not pass, and as named if the report says what is wrong or where.",
+        *([f"Of the estimators, one in {every} was taken (`--every {every}`)."] if every > 1 else []),
         "",
         f"Of {count} wrong losses, {caught} are caught ({100 * caught / count:.1f} %) and {named} named "
         f"({100 * named / count:.1f} %). Of {asked} audits of sound estimators, {len(alarms)} blame one.",
@@ -238,7 +239,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.match:
         found = _each(alarm, [(e, s) for e in estimators for s in range(len(SETTINGS))], options.workers)
         asked, alarms = sum(each != "" for each in found), [each for each in found if each not in ("", "passes")]
-    text = page(rows, asked, alarms) if rows else f"{asked} audits of sound estimators; blamed: {alarms}"
+    text = page(rows, asked, alarms, options.every) if rows else f"{asked} audits of sound estimators; blamed: {alarms}"
     print(text)
     print(f"{time.perf_counter() - start:.0f} s", file=sys.stderr)
     if options.write:
