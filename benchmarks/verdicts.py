@@ -125,13 +125,16 @@ def examine(task: tuple[int, int]) -> Row | None:
         return None
     home = injection.home
     least = max(home.batch_size, settings["batch_size"])
-    off_by = misfit(loss, estimator, _with(home, least))
+    try:
+        off_by = misfit(loss, estimator, _with(home, least))
+    except InvalidArgumentError:  # the estimator refuses such a batch, as of one rollout
+        return None
     if off_by <= WRONG:
         return None
     claim = estimator.claim
     try:
         report = opd.audit(loss, claim.divergence, claim.granularity, name=injection.name, **settings)
-    except LossError as error:  # no verdict, and no pass
+    except (LossError, InvalidArgumentError) as error:  # no verdict, and no pass
         named = any(words in str(error) for words in injection.words)
         return Row(injection.kind, injection.name, repr(estimator), off_by, True, named, "refused", ())
     text = " ".join(str(report).split())
