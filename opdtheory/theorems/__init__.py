@@ -45,6 +45,7 @@ _MODULES = (
     "samplers.clipping",
     "samplers.support",
     "samplers.truncated_sampling",
+    "samplers.truncated_ratios",
     "truncation.top_k",
     "truncation.forms",
     "reductions",

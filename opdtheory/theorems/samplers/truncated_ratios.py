@@ -1,0 +1,533 @@
+"""T14: importance ratios that are truncated (TIS), masked (IcePop, MIS) or one for the whole rollout (GSPO)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import sympy
+import torch
+from mpmath import iv
+from torch import Tensor
+
+from opdtheory import divergences
+from opdtheory.divergences import Divergence
+from opdtheory.exact import Enumeration, TabularPolicy, exact_gradient, expected_gradient
+from opdtheory.rollouts import Rollouts
+from opdtheory.theorems.instances.cases import (
+    RATIONAL,
+    Distribution,
+    autograd_gradient,
+    distribution,
+    rational_distributions,
+)
+from opdtheory.theorems.instances.one_sample import (
+    SMOOTH,
+    intervals,
+    mean_gradient,
+    score_norms,
+    three_atoms,
+    weights,
+    weights_enclosed,
+)
+from opdtheory.theorems.samplers.behaviors import Triple, behaviors
+from opdtheory.theorems.theorem import Cases, Identity, Step, Theorem, close, holds, overlap, same
+
+__all__ = ["theorems"]
+
+# What a ratio is replaced by.
+Factor = Callable[[Fraction], Fraction]
+# Bounds between which a mask keeps a ratio, and those at which it is cut.
+LOW, HIGH, CAP = Fraction(4, 5), Fraction(6, 5), Fraction(5, 4)
+
+
+class Replaced(NamedTuple):
+    """A sampled loss's factor in place of the ratio, and what it leaves of the weight under the student."""
+
+    factor: Factor
+    left: Factor
+
+
+TRUNCATED = Replaced(lambda rho: min(rho, CAP), lambda rho: min(Fraction(1), CAP / rho))
+MASKED = Replaced(lambda rho: rho * _kept(rho), lambda rho: _kept(rho))
+
+
+def theorems() -> list[Theorem]:
+    """T14 and T14b."""
+    return [_tokens(), _rollouts()]
+
+
+def _kept(rho: Fraction) -> Fraction:
+    """One where the mask keeps a ratio, else zero."""
+    return Fraction(LOW <= rho <= HIGH)
+
+
+def _tokens() -> Theorem:
+    return Theorem(
+        number="T14",
+        name="truncated and masked ratios",
+        statement=r"E_\mu[\min(\rho, C)\,w s] = E_p[\min(1, C/\rho)\,w s],\quad "
+        r"E_\mu[1_{\alpha\le\rho\le\beta}\,\rho\,w s] = E_p[1_{\alpha\le\rho\le\beta}\,w s],\qquad \rho = p/\mu; \quad "
+        r"\text{no bias} \iff (1 - F)\,w \text{ is constant};"
+        r"\quad F = \min(1, C/\rho) \text{ or } 1_{\alpha\le\rho\le\beta};\quad p = q:\ E_p[F w s] = w_f(1)\,E_p[F s]",
+        hypotheses=(
+            "one softmax row",
+            "mu > 0 where p is: another policy, or the same one as an inference engine computes it",
+        ),
+        source="IcePop, TIS and MIS as trainers document them; the algebra derived here",
+        advice="Truncate and mask ratios only with a centred weight, w_f(u) - w_f(1): with any other the teacher is no "
+        "fixed point. The bias that remains is the weight of the tokens whose ratio leaves the interval.",
+        derivation=(
+            Step(
+                r"\mu \min(p/\mu, C) = p \min(1, C\mu/p),\quad \mu\,1\,p/\mu = p\,1",
+                "atom by atom, on either side of the bound",
+                _atom_by_atom,
+            ),
+            Step(
+                r"E_p[(1 - F)\,w s] = 0 \iff (1 - F)\,w = E_p[(1 - F)\,w] \text{ where } p > 0",
+                "a softmax row's gradient is -p_a (A_a - E_p A), which is zero iff A does not depend on the token; "
+                "shown here for three tokens",
+                _only_constants_vanish,
+            ),
+            Step(
+                r"p = q:\quad w_f(u) = w_f(1) = f'(1)",
+                "every ratio is one there, so the factor F alone decides; it is constant for every mu only if the "
+                "weight is zero, and any bound is left by some mu",
+                _weight_at_one,
+                in_words=True,
+            ),
+        ),
+        identities=(
+            Identity(
+                "truncation",
+                r"E_\mu[\min(\rho, C)\,w s] = E_p[\min(1, C/\rho)\,w s]",
+                _check_factor,
+                TRUNCATED,
+                {
+                    "unbiased": TRUNCATED._replace(left=lambda rho: Fraction(1)),
+                    "C/rho everywhere": TRUNCATED._replace(left=lambda rho: CAP / rho),
+                    "the factor itself": TRUNCATED._replace(left=TRUNCATED.factor),
+                    "cut from below": TRUNCATED._replace(left=lambda rho: max(Fraction(1), CAP / rho)),
+                },
+                "exact",
+            ),
+            Identity(
+                "mask, with and without the ratio",
+                r"E_\mu[1_{\mathrm{kept}}\,\rho\,w s] = E_p[1_{\mathrm{kept}}\,w s],\quad "
+                r"E_\mu[1_{\mathrm{kept}}\,w s] = E_p[1_{\mathrm{kept}}\,w s / \rho]",
+                _check_factors,
+                (MASKED, Replaced(_kept, lambda rho: _kept(rho) / rho)),
+                {
+                    "unbiased": (MASKED._replace(left=lambda rho: Fraction(1)),),
+                    "what it drops": (MASKED._replace(left=lambda rho: 1 - _kept(rho)),),
+                    "the ratio makes no difference": (Replaced(_kept, _kept),),
+                },
+                "exact",
+            ),
+            Identity(
+                "when there is no bias",
+                r"E_\mu[F\rho\,w s] = E_p[w s] \iff (1 - F)\,w \text{ is constant}",
+                _check_no_bias,
+                lambda rho, w, left: len({(1 - x) * y for x, y in zip(left, w, strict=True)}) == 1,
+                {
+                    "only if every ratio stays inside": lambda rho, w, left: set(left) == {1},
+                    "if the mean ratio does": lambda rho, w, left: sum(left) * 2 > len(left),
+                    "always": lambda rho, w, left: True,
+                    "never": lambda rho, w, left: False,
+                },
+                "exact",
+            ),
+            Identity(
+                "for every weight",
+                r"\forall w:\ E_\mu[F\rho\,w s] = E_p[w s] \iff \rho \text{ stays inside}",
+                _check_every_weight,
+                lambda left: set(left) == {1},
+                {
+                    "if one ratio does": lambda left: 1 in left,
+                    "if F is constant": lambda left: len(set(left)) == 1,
+                },
+                "exact",
+            ),
+            Identity(
+                "drift at the teacher",
+                r"p = q:\ -E_\mu[\min(\rho, C)\,w_f s]_a = -w_f(1)\,p_a\,(F_a - E_p F)",
+                _check_at_teacher,
+                lambda at_one, p, left: [at_one * x for x in _row(p, left)],
+                {
+                    "none": lambda at_one, p, left: [0 * x for x in p],
+                    "sign flipped": lambda at_one, p, left: [-at_one * x for x in _row(p, left)],
+                    "as without a ratio": lambda at_one, p, left: [at_one * x for x in _row(p, [1 / y for y in left])],
+                },
+                "rigorous",
+                1e-40,
+            ),
+            Identity(
+                "what truncation buys",
+                r"E_\mu[\min(\rho, C)^2 w^2|s|^2] = E_p[\min(\rho, C^2/\rho)\,w^2|s|^2]",
+                _check_second_moment,
+                lambda rho: min(rho, CAP**2 / rho),
+                {
+                    "the full ratio's": lambda rho: rho,
+                    "C at most": lambda rho: min(rho, CAP),
+                    "F squared": lambda rho: min(Fraction(1), CAP / rho) ** 2,
+                },
+                "exact",
+            ),
+            Identity(
+                "black boxes, one token and several",
+                r"E_\mu[\textstyle\sum_n \min(\rho_n, C)\,w_n s_n] = "
+                r"\sum_n E_{h\sim\mu}\,E_p[\min(1, C/\rho)\,w s \mid h]",
+                _check_black_box,
+                "sampler",
+                {"at the student's histories": "student", "unbiased there": "unbiased"},
+            ),
+        ),
+    )
+
+
+def _rollouts() -> Theorem:
+    return Theorem(
+        number="T14b",
+        name="one factor for the whole rollout",
+        statement=r"E_\mu[\Phi\,\textstyle\sum_n w_n s_n] = E_p[\tfrac{\Phi}{R} \sum_n w_n s_n],\qquad "
+        r"R = \prod_n \rho_n,\quad \Phi = \min(R, C),\ 1_{\alpha\le R\le\beta} R \text{ or } R^{1/L}",
+        hypotheses=("rollouts of mu, L tokens, mu > 0 where p is", "Φ is detached: a number, with no gradient"),
+        source="GSPO, arXiv 2507.18071, for R^(1/L); the algebra derived here",
+        advice="A rollout's geometric mean of ratios has little variance and is not an importance weight: it is exact "
+        "for rollouts of one token only. Use it with a centred weight, and say that the gradient is biased.",
+        derivation=(
+            Step(
+                r"\mu(y)\,\Phi = p(y)\,\Phi/R(y)",
+                "R is the ratio of the whole rollout's probabilities",
+                _per_rollout,
+            ),
+            Step(
+                r"R^{1/L}/R = R^{-(L-1)/L} = 1 \iff L = 1 \text{ or } R = 1",
+                "the powers add; a power of a positive number is one only where the number or the exponent is trivial",
+                _geometric_mean,
+            ),
+        ),
+        identities=(
+            Identity(
+                "what each factor leaves",
+                r"E_\mu[\Phi \textstyle\sum_n w_n s_n] = E_p[\tfrac{\Phi}{R}\sum_n w_n s_n]",
+                _check_rollouts,
+                lambda phi, ratio: phi / ratio,
+                {
+                    "unbiased": lambda phi, ratio: torch.ones_like(ratio),
+                    "the factor itself": lambda phi, ratio: phi,
+                    "the whole ratio": lambda phi, ratio: ratio,
+                },
+            ),
+            Identity(
+                "the geometric mean over one token",
+                r"L = 1:\ E_\mu[R^{1/L} w s] = E_p[w s]",
+                _check_geometric,
+                1,
+                {"over two tokens as well": 2, "over variable lengths as well": 3},
+            ),
+            Identity(
+                "the teacher is a fixed point of centred weights",
+                r"p = q:\ E_\mu[\Phi \textstyle\sum_n (w_f(u_n) - w_f(1))\,s_n] = 0",
+                _check_fixed_point,
+                True,
+                {"of any weight": False},
+            ),
+        ),
+    )
+
+
+# In fractions: a third distribution samples.
+
+
+def _samplers() -> Iterator[tuple[Distribution, Distribution, Distribution]]:
+    """Student, teacher and sampler, some of whose ratios leave every interval, and one where none does."""
+    for p, q in rational_distributions():
+        yield p, q, p[::-1]
+        yield p, q, p
+        yield p, q, distribution(*(x + y for x, y in zip(p, q, strict=True)))
+        yield p, q, distribution(*(20 * x + y for x, y in zip(p, q, strict=True)))
+
+
+def _ratios(p: Distribution, mu: Distribution) -> list[Fraction]:
+    return [a / m for a, m in zip(p, mu, strict=True)]
+
+
+def _row(p: Any, values: Any) -> list[Any]:
+    r"""$-p_a (A_a - E_p A)$, as `mean_gradient` finds it from the scores."""
+    return mean_gradient(p, values)
+
+
+def _check_factor(claim: Replaced) -> Cases:
+    """The factor under the sampler against what it leaves under the student, from the scores."""
+    for name in RATIONAL:
+        for p, q, mu in _samplers():
+            w, rho = weights(name, p, q), _ratios(p, mu)
+            found = mean_gradient(p, [claim.factor(r) * x for r, x in zip(rho, w, strict=True)], mu)
+            yield same(
+                found, mean_gradient(p, [claim.left(r) * x for r, x in zip(rho, w, strict=True)]), name, p, q, mu
+            )
+
+
+def _check_factors(claims: tuple[Replaced, ...]) -> Cases:
+    for claim in claims:
+        yield from _check_factor(claim)
+
+
+def _some_weights(p: Distribution, q: Distribution, left: list[Fraction]) -> Iterator[list[Fraction]]:
+    """Weights of the catalogue, the same where the ratio stays inside only, and those whose dropped part is level."""
+    for name in RATIONAL:
+        w = weights(name, p, q)
+        yield w
+        yield [x * (y == 1) for x, y in zip(w, left, strict=True)]
+    if 1 not in left:
+        yield [1 / (1 - y) for y in left]
+
+
+def _check_no_bias(predicted: Callable[[list[Fraction], list[Fraction], list[Fraction]], bool]) -> Cases:
+    """Whether the loss is unbiased, as it comes out in fractions, against the criterion."""
+    for replaced in (TRUNCATED, MASKED, Replaced(lambda r: r / 2, lambda r: Fraction(1, 2))):
+        for p, q, mu in _samplers():
+            rho = _ratios(p, mu)
+            left = [replaced.left(r) for r in rho]
+            for w in _some_weights(p, q, left):
+                found = mean_gradient(p, [replaced.factor(r) * x for r, x in zip(rho, w, strict=True)], mu)
+                yield holds((found == mean_gradient(p, w)) == predicted(rho, w, left), p, q, mu)
+
+
+def _check_every_weight(predicted: Callable[[list[Fraction]], bool]) -> Cases:
+    """Unbiased for the weights that are one on a single token, and so for all, by linearity."""
+    for replaced in (TRUNCATED, MASKED, Replaced(lambda r: r / 2, lambda r: Fraction(1, 2))):
+        for p, _, mu in _samplers():
+            rho = _ratios(p, mu)
+            unbiased = True
+            for token in range(len(p)):
+                w = [Fraction(a == token) for a in range(len(p))]
+                found = mean_gradient(p, [replaced.factor(r) * x for r, x in zip(rho, w, strict=True)], mu)
+                unbiased &= found == mean_gradient(p, w)
+            yield holds(unbiased == predicted([replaced.left(r) for r in rho]), p, mu)
+
+
+def _check_at_teacher(value: Callable[[Any, Any, Any], list[Any]]) -> Cases:
+    r"""$-E_\mu[\min(\rho, C) w_f s]$ at $p = q$, enclosed, for the catalogue's own gauges."""
+    for name in SMOOTH:
+        for _, q, mu in _samplers():
+            w, rho = weights_enclosed(name, q, q), _ratios(q, mu)
+            factors = [TRUNCATED.factor(r) for r in rho]
+            cut = [iv.mpf(r.numerator) / r.denominator * x for r, x in zip(factors, w, strict=True)]
+            found = mean_gradient(intervals(q), cut, intervals(mu))
+            claimed = value(w[0], intervals(q), intervals([TRUNCATED.left(r) for r in rho]))
+            for k, (left, right) in enumerate(zip(found, claimed, strict=True)):
+                yield overlap(left, right, name, q, mu, f"logit {k}")
+
+
+def _check_second_moment(left: Factor) -> Cases:
+    r"""$E_\mu[\min(\rho, C)^2 w^2 |s|^2]$ with the scores' own norms."""
+    for name in RATIONAL:
+        for p, q, mu in _samplers():
+            w, norms = weights(name, p, q), score_norms(p)
+            found, claimed = Fraction(0), Fraction(0)
+            for a, m, x, norm in zip(p, mu, w, norms, strict=True):
+                found += m * TRUNCATED.factor(a / m) ** 2 * x * x * norm
+                claimed += a * left(a / m) * x * x * norm
+            yield same(found, claimed, name, p, q, mu)
+
+
+# As black boxes: a stale student, a perturbed engine, logits in bfloat16.
+
+
+def _ratios_of(r: Rollouts) -> Tensor:
+    """The log-ratio of each token, detached, and 0 at padding."""
+    assert r.behavior_logprobs is not None
+    return (r.mask * (r.student_logprobs - r.behavior_logprobs)).detach()
+
+
+@functools.cache
+def _tighter() -> tuple[Triple, ...]:
+    """The behaviors and samplers far enough from the student for every bound to matter."""
+    far = [
+        triple._replace(behavior=triple.student.perturbed(1.0, seed=5), name="another policy") for triple in behaviors()
+    ]
+    return (*behaviors(), far[0], far[-1])
+
+
+@functools.cache
+def _token_gradient(name: str, triple: Triple) -> list[Tensor]:
+    """Expected gradient of truncation token by token, as a black box."""
+    divergence = divergences.divergence(name)
+
+    def loss(r: Rollouts) -> Tensor:
+        weight = divergence.weight(r.log_u).detach()
+        return r.token_sum(-_ratios_of(r).exp().clamp(max=float(CAP)) * weight * r.student_logprobs)
+
+    return expected_gradient(loss, *triple.pair, behavior=triple.behavior)
+
+
+def _check_black_box(histories: str) -> Cases:
+    """Truncation token by token as a sampled loss, against rows that are weighted by the sampler's reach."""
+    for name in SMOOTH:
+        for triple in _tighter():
+            rows = _truncated_rows(triple, divergences.divergence(name), histories)
+            yield close(_token_gradient(name, triple), rows, triple, name)
+
+
+def _truncated_rows(triple: Triple, divergence: Divergence, histories: str) -> list[Tensor]:
+    r"""$\sum_h \nu(h)\,E_p[F w s \mid h]$, by autograd of the objective that has the weights frozen."""
+    nu = triple.student if histories == "student" else triple.behavior
+    enumerated = Enumeration.build(*triple.pair, nu).rollouts()
+
+    def value(student: TabularPolicy) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64)
+        for n, (z, other, mu) in enumerate(
+            zip(student.logits, triple.teacher.logits, triple.behavior.logits, strict=True)
+        ):
+            log_p, log_q, log_mu = (each.log_softmax(-1) for each in (z, other, mu))
+            frozen = log_p.detach()
+            factor = (float(CAP) * (log_mu - frozen).exp()).clamp(max=1.0)
+            kept = torch.ones_like(factor) if histories == "unbiased" else factor
+            per_row = -(log_p.exp() * (kept * divergence.weight(log_q - frozen))).sum(-1)
+            total = total + (_reach(enumerated, n, per_row.shape[0]) * per_row).sum()
+        return total
+
+    return autograd_gradient(triple.pair, value)
+
+
+def _reach(enumerated: Rollouts, n: int, count: int) -> Tensor:
+    """The sampler's probability of each history of `n` tokens, summed from whole sequences."""
+    assert enumerated.behavior_logprobs is not None
+    chance = (enumerated.mask * enumerated.behavior_logprobs).sum(-1).exp()
+    size = round(count ** (1 / n)) if n else 1
+    row = torch.zeros(len(chance), dtype=torch.int64)
+    for m in range(n):
+        row = row * size + enumerated.tokens[:, m]
+    return torch.zeros(count, dtype=torch.float64).index_add_(0, row, chance * enumerated.mask[:, n])
+
+
+def _per_rollout_factors(log_ratios: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Each factor of a rollout, from the log-ratios of its tokens."""
+    log_r = (mask * log_ratios).sum(-1)
+    ratio = log_r.exp()
+    return {
+        "truncated": ratio.clamp(max=float(CAP)),
+        "masked": ratio * ((ratio >= float(LOW)) & (ratio <= float(HIGH))),
+        "geometric mean": (log_r / mask.sum(-1)).exp(),
+    }
+
+
+@functools.cache
+def _rollout_gradient(factor: str, name: str, triple: Triple, centred: bool = False) -> list[Tensor]:
+    """Expected gradient of a loss with one factor a rollout, as a black box; cached, since every twin needs it."""
+    divergence = divergences.divergence(name)
+
+    def loss(r: Rollouts) -> Tensor:
+        ratio = _per_rollout_factors(_ratios_of(r), r.mask)[factor].unsqueeze(-1)
+        weight = (divergence.centred_weight if centred else divergence.weight)(r.log_u).detach()
+        return r.token_sum(-ratio * weight * r.student_logprobs)
+
+    return expected_gradient(loss, *triple.pair, behavior=triple.behavior)
+
+
+FACTORS = ("truncated", "masked", "geometric mean")
+
+
+def _check_rollouts(left: Callable[[Tensor, Tensor], Tensor]) -> Cases:
+    """One factor a rollout under the sampler, against the student's own sequences, differentiated by autograd."""
+    for name in ("reverse_kl", "chi2"):
+        divergence = divergences.divergence(name)
+        for triple in _tighter():
+            for factor in FACTORS:
+
+                def value(
+                    student: TabularPolicy, teacher: TabularPolicy, of: Divergence, behavior: TabularPolicy, factor: str
+                ) -> Tensor:
+                    r = Enumeration.build(student, teacher).rollouts()
+                    sampler = Enumeration.build(behavior, teacher).rollouts().student_logprobs
+                    log_ratios = (r.mask * (r.student_logprobs - sampler)).detach()
+                    phi = _per_rollout_factors(log_ratios, r.mask)[factor]
+                    chance = (r.mask * r.student_logprobs).sum(-1).exp().detach()
+                    kept = chance * left(phi, log_ratios.sum(-1).exp())
+                    return -(kept.unsqueeze(-1) * r.mask * of.weight(r.log_u).detach() * r.student_logprobs).sum()
+
+                slope = autograd_gradient(triple.pair, value, triple.teacher, divergence, triple.behavior, factor)
+                yield close(_rollout_gradient(factor, name, triple), slope, triple, name, factor)
+
+
+@functools.cache
+def _policies(tokens: int, seed: int) -> Triple:
+    """Three unrelated policies; with three tokens, rollouts that may end early."""
+    eos, horizon = (0, 2) if tokens == 3 else (None, tokens)
+    student, teacher, mu = (TabularPolicy.random(3, horizon, eos=eos, seed=seed + 10 * k) for k in range(3))
+    return Triple(student, teacher, mu, f"seed {seed}")
+
+
+def _check_geometric(tokens: int) -> Cases:
+    """The geometric mean against the exact gradient; three stands for rollouts that may end early."""
+    for seed in (1, 2):
+        triple = _policies(tokens, seed)
+        for name in SMOOTH:
+            found = _rollout_gradient("geometric mean", name, triple)
+            yield close(found, exact_gradient(*triple.pair, name), triple, name)
+
+
+def _check_fixed_point(centred: bool) -> Cases:
+    """At the teacher, every factor with the weight as it is or centred, for every sampler."""
+    for name in SMOOTH:
+        for triple in _tighter():
+            at_teacher = triple._replace(teacher=triple.student)
+            for factor in FACTORS:
+                found = _rollout_gradient(factor, name, at_teacher, centred)
+                yield close(found, [torch.zeros_like(g) for g in found], triple, name, factor)
+
+
+# The derivation.
+
+
+def _atom_by_atom() -> bool:
+    """Either side of the bound: a ratio above or below it by a positive gap."""
+    mu, cap, gap = sympy.symbols("mu C gap", positive=True)
+    above, below = mu * (cap + gap), mu * cap / (1 + gap)  # p, with p / mu above and below the cap
+    beyond = sympy.simplify(mu * cap - above * (cap * mu / above))
+    within = sympy.simplify(mu * (below / mu) - below)
+    ordered = (above / mu - cap).is_positive and sympy.simplify(cap - below / mu).is_positive
+    return beyond == 0 and within == 0 and bool(ordered)
+
+
+def _only_constants_vanish() -> bool:
+    """A softmax row of three tokens: the gradient vanishes on a line, that of equal advantages."""
+    p, a, _ = three_atoms()
+    row = [x * (y - sum(b * c for b, c in zip(p, a, strict=True))) for x, y in zip(p, a, strict=True)]
+    matrix = sympy.Matrix([[sympy.diff(entry, x) for x in a] for entry in row])
+    level = sympy.simplify(matrix * sympy.ones(3, 1)) == sympy.zeros(3, 1)
+    # Rank two: the product of the first two probabilities times the third is a minor, and no probability is zero.
+    minor = sympy.factor(matrix[:2, :2].det())
+    return level and sympy.simplify(minor - p[0] * p[1] * p[2]) == 0
+
+
+def _weight_at_one() -> bool:
+    u = sympy.Symbol("u", positive=True)
+    f = sympy.Function("f")
+    slope = sympy.Symbol("slope")
+    w = u * sympy.diff(f(u), u) - f(u)
+    at_one = w.subs(sympy.diff(f(u), u), slope).subs(u, 1).subs(f(1), 0)
+    return sympy.simplify(at_one - slope) == 0
+
+
+def _per_rollout() -> bool:
+    mu, first, second, phi = sympy.symbols("mu rho1 rho2 Phi", positive=True)
+    probability = mu * first * second  # the student's, of a rollout of two tokens
+    return sympy.simplify(mu * phi - probability * phi / (first * second)) == 0
+
+
+def _geometric_mean() -> bool:
+    log_ratio = sympy.Symbol("x", real=True)
+    length = sympy.Symbol("L", positive=True)
+    ratio = sympy.exp(log_ratio)
+    power = sympy.powsimp(sympy.exp(log_ratio / length) / ratio)
+    exponent = sympy.log(power).expand(force=True)
+    return (
+        sympy.simplify(exponent + log_ratio * (length - 1) / length) == 0
+        and set(sympy.solve(exponent, length)) == {1}
+        and set(sympy.solve(exponent, log_ratio)) == {0}
+    )
