@@ -113,9 +113,7 @@ class Probe:
         if self._mapped:
             try:
                 found = self._map(batches)
-            except NotFiniteError:
-                raise
-            except Exception:  # it may branch on the number of rollouts
+            except Exception:  # it may branch on the number of rollouts; a NaN is reported by its own call below
                 self._mapped = False
             else:
                 some = torch.randint(len(batches), (_SEVERAL,), generator=self._generator)
