@@ -161,7 +161,7 @@ def gradient_moments(
                     found = _from_batches(probe, groups, batch_size, ordered)
                     if found is not None:
                         return found
-        shares = _shares_if_separable(probe, groups, batch_size)
+        shares = _shares_if_separable(probe, groups, batch_size, thorough)
         if shares is not None:
             return _from_singles(probe, shares, groups, batch_size)
         ordered = batch_size > 1 and not all(_symmetric(probe, group, batch_size) for group in groups)
@@ -239,17 +239,17 @@ def _groups(everything: Enumeration, shared_prompt: bool) -> list[Tensor]:
     return [(prompts == prompt).nonzero().squeeze(-1) for prompt in prompts.unique()]
 
 
-def _shares_if_separable(probe: Probe, groups: list[Tensor], batch_size: int) -> Tensor | None:
+def _shares_if_separable(probe: Probe, groups: list[Tensor], batch_size: int, thorough: bool) -> Tensor | None:
     """As `_separable_shares`; None for a loss that refuses batches of another size."""
     try:
-        return _separable_shares(probe, groups, batch_size)
+        return _separable_shares(probe, groups, batch_size, thorough)
     except LossError:
         raise
     except Exception:  # whatever the loss raises
         return None
 
 
-def _separable_shares(probe: Probe, groups: list[Tensor], batch_size: int) -> Tensor | None:
+def _separable_shares(probe: Probe, groups: list[Tensor], batch_size: int, thorough: bool) -> Tensor | None:
     """Each rollout's own gradient `(N, T, V)`, or None unless a batch's loss is the mean of its rollouts' losses.
 
     Each rollout is evaluated in different company: in the batch of its whole group, of a random half and of a random
@@ -262,7 +262,7 @@ def _separable_shares(probe: Probe, groups: list[Tensor], batch_size: int) -> Te
         # Where a batch is larger than the group, the batch of all repeats some.
         everyone = torch.arange(max(count, batch_size)) % count
         shares[group] = len(everyone) * probe.sensitivity(group[everyone])[:count]
-        for company in _companies(count, batch_size):
+        for company in _companies(count, batch_size) if thorough else _a_few_companies(count, batch_size):
             batch = group[company]
             # The copies of a repeated rollout share its sensitivity equally.
             together, apart = len(batch) * probe.sensitivity(batch), shares[batch]
@@ -282,6 +282,15 @@ def _companies(count: int, batch_size: int) -> list[Tensor]:
     for parts in (2, 3):
         if count // parts >= batch_size:
             companies.extend(torch.randperm(count, generator=generator).tensor_split(parts))
+    return companies
+
+
+def _a_few_companies(count: int, batch_size: int) -> list[Tensor]:
+    """Two batches of the requested size and two halves, for searches."""
+    generator = torch.Generator().manual_seed(0)
+    companies = [torch.randint(count, (batch_size,), generator=generator) for _ in range(2)]
+    if count // 2 >= batch_size:
+        companies.extend(torch.randperm(count, generator=generator).tensor_split(2))
     return companies
 
 
