@@ -225,7 +225,7 @@ ZEROS = {
 
 @pytest.mark.parametrize("name", ZEROS)
 def test_zero_up_to_rounding_is_zero(name):
-    report = opd.audit(ZEROS[name], "reverse_kl")
+    report = opd.audit(ZEROS[name], "reverse_kl", details=False)
     assert report.verdict == "zero" and not report.passes
 
 
@@ -237,7 +237,12 @@ def sampled(reduce: str) -> Callable[[Rollouts], Tensor]:
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"eos": 0}, {"batch_size": 2}, {"batch_size": 2, "eos": 0}, {"batch_size": 3}]
+    "settings",
+    [
+        {"eos": 0},
+        {"batch_size": 2, "eos": 0},
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ({}, {"batch_size": 2}, {"batch_size": 3})),
+    ],
 )
 @pytest.mark.parametrize("reduction", ["token_sum", "token_mean", "sequence_mean"])
 def test_the_reduction_of_a_loss_is_found(reduction, settings):

@@ -238,13 +238,13 @@ def check(seed: int) -> None:
     assert contradictions(report, loss) == [], f"{loss}, {claim}, {settings}:\n{report}"
 
 
-@pytest.mark.parametrize("seed", range(18))
+@pytest.mark.parametrize("seed", range(8))
 def test_no_sentence_contradicts_the_numbers(seed: int) -> None:
     check(seed)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(100, 220))
+@pytest.mark.parametrize("seed", range(8, 128))
 def test_no_sentence_contradicts_the_numbers_of_many(seed: int) -> None:
     check(seed)
 
