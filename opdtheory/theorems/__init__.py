@@ -46,6 +46,7 @@ _MODULES = (
     "samplers.support",
     "samplers.truncated_sampling",
     "samplers.truncated_ratios",
+    "samplers.histories",
     "truncation.top_k",
     "truncation.forms",
     "reductions",
