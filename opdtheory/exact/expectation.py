@@ -262,7 +262,8 @@ def _separable_shares(probe: Probe, groups: list[Tensor], batch_size: int, thoro
         # Where a batch is larger than the group, the batch of all repeats some.
         everyone = torch.arange(max(count, batch_size)) % count
         shares[group] = len(everyone) * probe.sensitivity(group[everyone])[:count]
-        for company in _companies(count, batch_size) if thorough else _a_few_companies(count, batch_size):
+        alone = batch_size == 1 and not thorough
+        for company in _a_few_companies(count) if alone else _companies(count, batch_size):
             batch = group[company]
             # The copies of a repeated rollout share its sensitivity equally.
             together, apart = len(batch) * probe.sensitivity(batch), shares[batch]
@@ -285,13 +286,10 @@ def _companies(count: int, batch_size: int) -> list[Tensor]:
     return companies
 
 
-def _a_few_companies(count: int, batch_size: int) -> list[Tensor]:
-    """Two batches of the requested size and two halves, for searches."""
-    generator = torch.Generator().manual_seed(0)
-    companies = [torch.randint(count, (batch_size,), generator=generator) for _ in range(2)]
-    if count // 2 >= batch_size:
-        companies.extend(torch.randperm(count, generator=generator).tensor_split(2))
-    return companies
+def _a_few_companies(count: int) -> list[Tensor]:
+    """Two single rollouts and two halves, for searches."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    return [order[:1], order[-1:], *(half for half in order.tensor_split(2) if len(half))]
 
 
 def _from_singles(probe: Probe, shares: Tensor, groups: list[Tensor], batch_size: int) -> GradientMoments:

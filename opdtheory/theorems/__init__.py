@@ -46,10 +46,15 @@ _MODULES = (
     "samplers.support",
     "samplers.truncated_sampling",
     "samplers.truncated_ratios",
+    "samplers.rollout_ratios",
     "samplers.histories",
     "truncation.top_k",
     "truncation.forms",
-    "reductions",
+    "teachers.several",
+    "teachers.extrapolated",
+    "teachers.temperatures",
+    "reductions.means",
+    "reductions.windows",
     "vocabulary",
 )
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import functools
+from fractions import Fraction
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from opdtheory.exact import TabularPolicy, exact_gradient, random_pair
+from opdtheory.rollouts import Rollouts
 from opdtheory.theorems.instances.cases import Pair, sampled_gradient
 from opdtheory.theorems.instances.one_sample import log_rows
 
-__all__ = ["Triple", "behaviors", "one_step"]
+__all__ = ["CAP", "HIGH", "LOW", "Triple", "behaviors", "log_ratios", "near_and_far", "one_step"]
+
+# Where a ratio is cut, and between which bounds a mask keeps it.
+CAP, LOW, HIGH = Fraction(5, 4), Fraction(4, 5), Fraction(6, 5)
 
 
 class Triple(NamedTuple):
@@ -62,3 +67,18 @@ def behaviors() -> tuple[Triple, ...]:
 def one_step() -> list[Triple]:
     """The behaviors on rollouts of one token."""
     return [triple for triple in behaviors() if triple.student.horizon == 1]
+
+
+@functools.cache
+def near_and_far() -> tuple[Triple, ...]:
+    """The behaviors, and samplers far enough from the student for every bound to matter."""
+    far = [
+        triple._replace(behavior=triple.student.perturbed(1.0, seed=5), name="another policy") for triple in behaviors()
+    ]
+    return (*behaviors(), far[0], far[-1])
+
+
+def log_ratios(r: Rollouts) -> Tensor:
+    r"""$\log\rho$ of each token, detached, and 0 at padding."""
+    assert r.behavior_logprobs is not None
+    return (r.mask * (r.student_logprobs - r.behavior_logprobs)).detach()

@@ -115,7 +115,7 @@ def theorems() -> list[Theorem]:
                 ),
                 Identity(
                     "where the minimiser is the teacher",
-                    r"p(\cdot|g) \ne q(\cdot|g) \text{ alone}:\quad \nabla\textstyle\sum_h \nu(h) D_f(h) = 0 \iff \nu(g) = 0",
+                    r"p \ne q \text{ after } g \text{ only}: \nabla\textstyle\sum_h \nu(h) D_f(h) = 0 \iff \nu(g) = 0",
                     _check_unseen,
                     lambda chance: chance == 0,
                     {"never": lambda chance: False, "whenever it is rare": lambda chance: chance < Fraction(1, 2)},

@@ -1,0 +1,1 @@
+"""T16: several teachers, teachers beside a base policy, and temperatures."""
