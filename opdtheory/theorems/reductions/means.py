@@ -17,6 +17,7 @@ from opdtheory.exact import Enumeration, TabularPolicy, exact_gradient, expected
 from opdtheory.rollouts import Rollouts
 from opdtheory.theorems.instances.batches import Atoms, Moments, Reduction, batch_mean, first_order, second_order
 from opdtheory.theorems.instances.cases import Pair, autograd_gradient, distribution, sampled_gradient
+from opdtheory.theorems.instances.lengths import inverse_length
 from opdtheory.theorems.instances.one_sample import SMOOTH
 from opdtheory.theorems.theorem import Cases, Identity, Step, Theorem, close, holds, same
 
@@ -279,17 +280,6 @@ def _check_reduced_gradient(claim: tuple[Reduction, bool]) -> Cases:
             yield close(found, truth, divergence, pair)
 
 
-def _inverse_length(student: TabularPolicy, teacher: TabularPolicy, batch_size: int) -> Tensor:
-    r"""$E[1/\sum_b L_b]$ by enumeration, differentiable in the student."""
-    rollouts = Enumeration.build(student, teacher).rollouts()
-    chance = (rollouts.mask * rollouts.student_logprobs).sum(-1).exp()
-    total, lengths = chance, rollouts.mask.sum(-1)
-    for _ in range(batch_size - 1):
-        total = (total.unsqueeze(-1) * chance).flatten()
-        lengths = (lengths.unsqueeze(-1) + rollouts.mask.sum(-1)).flatten()
-    return (total / lengths).sum()
-
-
 def _check_constant_advantage(claim: tuple[Reduction, float]) -> Cases:
     r"""A constant advantage `c` descends $-c\,E[1/L]$: with `token_mean` of the batch, with `sequence_mean` of each."""
     reduction, factor = claim
@@ -299,7 +289,7 @@ def _check_constant_advantage(claim: tuple[Reduction, float]) -> Cases:
         return r.token_mean(values) if reduction == "token_mean" else r.sequence_mean(values)
 
     def value(student: TabularPolicy, teacher: TabularPolicy, count: int) -> Tensor:
-        return factor * 0.7 * _inverse_length(student, teacher, count)
+        return factor * 0.7 * inverse_length(student, teacher, count)
 
     for pair in _pairs():
         for size in (1, 2, 3):

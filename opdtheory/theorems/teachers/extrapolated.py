@@ -9,11 +9,7 @@ from typing import Any
 import sympy
 from mpmath import iv
 
-from opdtheory.theorems.instances.one_sample import (
-    expectation,
-    kl,
-    mean_gradient,
-)
+from opdtheory.theorems.instances.one_sample import expectation, kl, mean_gradient
 from opdtheory.theorems.teachers.mixtures import beside, descent, raised
 from opdtheory.theorems.theorem import Cases, Identity, Step, Theorem, overlap
 

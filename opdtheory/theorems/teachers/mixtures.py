@@ -11,17 +11,8 @@ import sympy
 from mpmath import iv
 
 from opdtheory import divergences
-from opdtheory.theorems.instances.cases import (
-    Distribution,
-    at_atoms,
-    distribution,
-    perspective,
-    rational_distributions,
-)
-from opdtheory.theorems.instances.one_sample import (
-    in_logits,
-    intervals,
-)
+from opdtheory.theorems.instances.cases import Distribution, at_atoms, distribution, perspective, rational_distributions
+from opdtheory.theorems.instances.one_sample import in_logits, intervals
 
 __all__ = ["beside", "descent", "enclosed", "groups", "power_mean", "raised", "weighted_sum"]
 

@@ -11,17 +11,8 @@ from mpmath import iv
 
 from opdtheory import divergences
 from opdtheory.divergences.transform import has_kinks
-from opdtheory.theorems.instances.cases import (
-    RATIONAL,
-    at_atoms,
-    perspective,
-)
-from opdtheory.theorems.instances.one_sample import (
-    in_logits,
-    kl,
-    mean_gradient,
-    weights,
-)
+from opdtheory.theorems.instances.cases import RATIONAL, at_atoms, perspective
+from opdtheory.theorems.instances.one_sample import in_logits, kl, mean_gradient, weights
 from opdtheory.theorems.teachers.mixtures import descent, enclosed, groups, power_mean, weighted_sum
 from opdtheory.theorems.theorem import Cases, Identity, Step, Theorem, overlap, same
 

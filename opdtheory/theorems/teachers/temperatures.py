@@ -13,24 +13,14 @@ from torch import Tensor
 from opdtheory import divergences
 from opdtheory.exact import TabularPolicy, expected_gradient, local_gradient, random_pair
 from opdtheory.rollouts import Rollouts
-from opdtheory.theorems.instances.cases import (
-    Pair,
-    autograd_gradient,
-)
-from opdtheory.theorems.instances.one_sample import (
-    SMOOTH,
-    mean_gradient,
-    simplex,
-)
+from opdtheory.theorems.instances.cases import Pair, autograd_gradient
+from opdtheory.theorems.instances.one_sample import SMOOTH, in_logits, mean_gradient, simplex, weight_of
 from opdtheory.theorems.teachers.mixtures import beside, descent, raised
-from opdtheory.theorems.theorem import Cases, Identity, Step, Theorem, close, overlap
+from opdtheory.theorems.theorem import Cases, Identity, Step, Theorem, close, holds, overlap
 
 __all__ = ["theorems"]
 
 _TAUS = ((2.0, 2.0), (0.5, 1.5), (3.0, 1.0), (1.0, 2.0))
-# High enough for the terms of order 1/τ² to be 1e-8; those of order 1/τ are extrapolated away.
-_HOT = 1e4
-_SECOND_ORDER = 1e-7
 
 
 def theorems() -> list[Theorem]:
@@ -111,15 +101,16 @@ def _tempered() -> Theorem:
             ),
             Identity(
                 "why τ² is customary",
-                r"\tau^2\nabla_z D_f(q_\tau\|p_\tau) - \tfrac{f''(1)}{V}(z - z_q - \overline{z - z_q}) = O(1/\tau)",
+                r"\lim_{\tau\to\infty} \tau^2\nabla_z D_f(q_\tau\|p_\tau) = "
+                r"\tfrac{f''(1)}{V}(z - z_q - \overline{z - z_q})",
                 _check_hot,
                 lambda curvature, size: curvature / size,
                 {
-                    "f''(1) left out": lambda curvature, size: 1.0 / size,
+                    "f''(1) left out": lambda curvature, size: sympy.Rational(1, size),
                     "V left out": lambda curvature, size: curvature,
+                    "sign flipped": lambda curvature, size: -curvature / size,
                 },
-                "numeric",
-                _SECOND_ORDER,
+                "symbolic",
             ),
         ),
     )
@@ -202,20 +193,20 @@ def _check_other_sampler(sign: float) -> Cases:
             yield close(found[0], sign * 0.7 * (p - at_tau), (student, teacher), f"tau {tau:g}")
 
 
-def _check_hot(factor: Callable[[float, float], float]) -> Cases:
-    r"""$\tau^2$ times the gradient, extrapolated from two high temperatures as if what is left were $c/\tau$."""
-    for name in ("reverse_kl", "forward_kl", "jsd", "chi2"):
-        divergence = divergences.divergence(name)
-        u = divergences.symbol()
-        curvature = float(sympy.diff(divergence.expr, u, 2).subs(u, 1))
-        for pair in _one_step():
-            gap = pair[0].logits[0] - pair[1].logits[0]
-            claimed = factor(curvature, gap.shape[-1]) * (gap - gap.mean(-1, keepdim=True))
-            near, far = (
-                tau**2 * local_gradient(*pair, name, student_temperature=tau, teacher_temperature=tau)[0]
-                for tau in (_HOT, 2 * _HOT)
-            )
-            yield close(2 * far - near, claimed, name, pair)
+def _check_hot(factor: Callable[[sympy.Expr, int], sympy.Expr]) -> Cases:
+    r"""The slope at $x = 1/\tau = 0$ of $-p_a (w_a - E_p w)$, which is zero there; x times it is the gradient."""
+    x, u = sympy.Symbol("x", positive=True), divergences.symbol()
+    for name in (*SMOOTH, "hellinger"):
+        curvature = sympy.diff(divergences.divergence(name).expr, u, 2).subs(u, 1)
+        for ours, theirs in (((0, 1, 3), (2, -1, 0)), ((1, 0, -2, 1), (0, 0, 1, 5))):
+            p, q = ([sympy.exp(x * z) / sum(sympy.exp(x * b) for b in row) for z in row] for row in (ours, theirs))
+            w = [weight_of(name).subs(u, b / a) for a, b in zip(p, q, strict=True)]
+            slopes = [sympy.simplify(sympy.diff(entry, x).subs(x, 0)) for entry in in_logits(p, [-y for y in w])]
+            gaps = [sympy.Integer(a - b) for a, b in zip(ours, theirs, strict=True)]
+            mean = sum(gaps) / len(gaps)
+            claimed = [factor(curvature, len(gaps)) * (gap - mean) for gap in gaps]
+            equal = all(sympy.simplify(a - b) == 0 for a, b in zip(slopes, claimed, strict=True))
+            yield holds(equal, name, f"{len(gaps)} tokens")
 
 
 # The derivation.
