@@ -13,6 +13,7 @@ from opdtheory.errors import InvalidArgumentError
 from opdtheory.exact import TabularPolicy, exact_gradient
 from opdtheory.exact.histories import local_gradient, local_tree
 from opdtheory.exact.oracle import full_vocabulary_variance
+from opdtheory.exact.tree import Tree
 from opdtheory.objective import Objective
 
 __all__ = ["Case"]
@@ -81,7 +82,7 @@ class Case:
                 f"must be token_local with a temperature or with histories='sampler', got {granularity!r}",
             )
         parts = []
-        for weight, target in self.targets or ((1.0, self.teacher),):
+        for weight, target in self._followed:
             if self.local_only:
                 temperatures = self.student_temperature, self.teacher_temperature
                 levels = local_gradient(self.student, target, divergence, self.histories, *temperatures)
@@ -89,6 +90,21 @@ class Case:
                 levels = exact_gradient(self.student, target, divergence, granularity, gamma=gamma)
             parts.append([weight * level for level in levels] if self.targets else levels)
         return _sum(parts)
+
+    def trees(self) -> list[tuple[float, Tree]]:
+        """Factors and trees whose gradients add up to the claim's: what `gradient` builds anew for each divergence."""
+        if not self.local_only:
+            return [(weight, Tree.build(self.student, target)) for weight, target in self._followed]
+        temperatures = self.student_temperature, self.teacher_temperature
+        return [
+            (weight / self.student_temperature, local_tree(self.student, target, self.histories, *temperatures))
+            for weight, target in self._followed
+        ]
+
+    @property
+    def _followed(self) -> tuple[tuple[float, TabularPolicy], ...]:
+        """The policies that the claim brings the student to, with their weights."""
+        return self.targets or ((1.0, self.teacher),)
 
     def full_vocabulary_variance(self, divergence: Divergence) -> float:
         r"""Trace of the covariance of one rollout's whole-vocabulary gradient of the token-local claim (T7c).

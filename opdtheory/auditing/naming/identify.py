@@ -54,21 +54,21 @@ class ExactGradients:
     """The exact gradients of catalogue objectives on every pair of a panel, flat, each computed once."""
 
     def __init__(self, cases: list[Case]) -> None:
-        self.cases = cases
         self.granularities = cases[0].granularities
         self.plain = all(case.plain for case in cases)
-        self.trees = [Tree.build(case.student, case.teacher) for case in cases] if self.plain else []
+        self.trees = [case.trees() for case in cases]
         self._found: dict[tuple[Divergence, str], list[Tensor]] = {}
 
     def of(self, divergence: Divergence, granularity: str) -> list[Tensor]:
         """The gradients of one objective without a discount."""
         key = (divergence, granularity)
         if key not in self._found:
-            self._found[key] = (
-                [flat(tree_gradient(tree, divergence, granularity)) for tree in self.trees]
-                if self.plain
-                else [flat(case.gradient(divergence, granularity)) for case in self.cases]
-            )
+            self._found[key] = [
+                torch.stack(
+                    [factor * flat(tree_gradient(tree, divergence, granularity)) for factor, tree in trees]
+                ).sum(0)
+                for trees in self.trees
+            ]
         return self._found[key]
 
 
@@ -97,7 +97,8 @@ def best_match(
         if other is not None and (best is None or _serves_better(other.fit, best.fit, tolerance)):
             best = other
         if exact.plain and (best is None or best.fit.worst_error > tolerance):
-            discounted = (_fit_discount(gradients, exact.trees, entry) for entry in _alike(plain + fitted, weight))
+            trees = [tree for ((_, tree),) in exact.trees]
+            discounted = (_fit_discount(gradients, trees, entry) for entry in _alike(plain + fitted, weight))
             best = next((m for m in discounted if m is not None and m.fit.worst_error <= tolerance), best)
     return best
 
