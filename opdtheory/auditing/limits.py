@@ -35,7 +35,10 @@ def limits(scenario: Scenario, worlds: Sequence[World], sampled: str, by_samplin
     if sampled:
         found.append(_SAMPLED[sampled].format(size=scenario.batch_size))
     if not worlds:
-        found.append("Nothing beyond the panel was asked: no other lengths, prompts, batch sizes or vocabularies.")
+        found.append(
+            "Other lengths, prompts, batch sizes and vocabularies were not asked: only a loss that follows an "
+            "objective on the panel is."
+        )
     if worlds:
         found.append(
             f"Batches of more than {max(*SIZES, scenario.batch_size)}, "

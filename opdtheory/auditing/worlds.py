@@ -23,7 +23,7 @@ from opdtheory.exact import Enumeration, Loss
 from opdtheory.objective import Objective
 from opdtheory.rollouts import Rollouts
 
-__all__ = ["LARGE_VOCABULARY", "LARGEST_LOG_U", "LONG", "SIZES", "Asked", "World", "ask"]
+__all__ = ["LARGE_VOCABULARY", "LARGEST_LOG_U", "LONG", "SIZES", "Asked", "Plan", "World", "ask", "plans"]
 
 # The batch sizes, the vocabulary, the number of steps and the log-ratio that are asked about beside the panel's.
 SIZES = (1, 2, 3, 5)
@@ -85,10 +85,17 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """A world to be asked: pairs of policies, batches, and a change of what the loss sees.
 
-    `same_shape`: an exact loss has scale 1 there too. `rounding`: the multiple of the panel's rounding that is left.
+    Attributes:
+        name: what is different there.
+        scenario: what the rollouts look like.
+        cases: the pairs of policies.
+        varies: whether lengths vary.
+        same_shape: whether an exact loss has scale 1 there too.
+        rounding: the multiple of the panel's rounding that is left.
+        change: what is done to the loss.
     """
 
     name: str
@@ -135,13 +142,13 @@ def ask(
         everything: whether all worlds are asked, or those alone that are most often wrong: rollouts that end early,
             batches of 3, a larger vocabulary.
     """
-    plans = [
-        p for p in _plans(scenario) if everything or p.name in (_LENGTHS, "batches of 3") or p.name.endswith(" tokens")
+    worth = [
+        p for p in plans(scenario) if everything or p.name in (_LENGTHS, "batches of 3") or p.name.endswith(" tokens")
     ]
-    varying = [plan for plan in plans if plan.varies]
+    varying = [plan for plan in worth if plan.varies]
     seen: dict[tuple[str, Reduction], _Found] = {}
 
-    def found(plan: _Plan, reduction: Reduction) -> _Found:
+    def found(plan: Plan, reduction: Reduction) -> _Found:
         key = plan.name, reduction
         if key not in seen:
             seen[key] = _ask(plan, loss, objective, reduction)
@@ -160,40 +167,41 @@ def ask(
     elsewhere: Reduction = reduction or held_to
     exact = abs(scale - 1.0) <= tolerance
     worlds = [
-        _judged(plan, found(plan, held_to if plan.varies else elsewhere), reduction, exact, tolerance) for plan in plans
+        _judged(plan, found(plan, held_to if plan.varies else elsewhere), reduction, exact, tolerance) for plan in worth
     ]
     if everything:
         worlds.append(_in_float32(loss, scenario))
     return Asked(worlds, reduction)
 
 
-def _plans(scenario: Scenario) -> list[_Plan]:
-    plans = []
+def plans(scenario: Scenario) -> list[Plan]:
+    """The worlds beside a panel's that its batches allow, each with some of its pairs."""
+    found = []
     ending = scenario.eos is not None or scenario.lengths != "fixed"
     if scenario.eos is None and ending:
-        plans.append(_Plan(_LENGTHS, scenario.ending, _pairs(scenario.ending), varies=True))
+        found.append(Plan(_LENGTHS, scenario.ending, _pairs(scenario.ending), varies=True))
     if ending:
         several = replace(scenario.ending, batch_size=max(scenario.batch_size, 2))
         cases = _fitting(several, ((3, 2), (2, 2)))
-        plans.append(_Plan(_TRIMMED, several, cases, varies=True, same_shape=False, change=_trimmed))
+        found.append(Plan(_TRIMMED, several, cases, varies=True, same_shape=False, change=_trimmed))
     for size in SIZES:
         if size != scenario.batch_size:
             other = replace(scenario.ending if ending else scenario, batch_size=size)
             cases = _fitting(other, ((3, 2), (2, 2), (2, 1)))
-            plans.append(_Plan(f"batches of {size}", other, cases, varies=ending, same_shape=False))
+            found.append(Plan(f"batches of {size}", other, cases, varies=ending, same_shape=False))
     if scenario.prompts == 1:
         prompted = replace(scenario, prompts=2)
-        plans.append(_Plan("a prompt", prompted, _fitting(prompted, ((3, 2), (2, 2), (2, 1)))))
+        found.append(Plan("a prompt", prompted, _fitting(prompted, ((3, 2), (2, 2), (2, 1)))))
     large = next(v for v in range(LARGE_VOCABULARY, 1, -1) if count_batches(v, scenario.batch_size) <= _MOST_BATCHES)
     if large > 4:
         one_step = replace(scenario, environment=())
-        plans.append(_Plan(f"{large} tokens", one_step, one_step.sized(large, 1, _CHOSEN), same_shape=False))
+        found.append(Plan(f"{large} tokens", one_step, one_step.sized(large, 1, _CHOSEN), same_shape=False))
     longer = _fitting(scenario, ((3, LONG), (2, LONG), (2, LONG - 1)))
     if longer and longer[0].student.horizon > 3:
         steps = longer[0].student.horizon - (scenario.prompts > 1)
-        plans.append(_Plan(f"{steps} steps", scenario, longer, same_shape=False))
-    plans.append(_far(scenario))
-    return [plan for plan in plans if plan.cases]
+        found.append(Plan(f"{steps} steps", scenario, longer, same_shape=False))
+    found.append(_far(scenario))
+    return [plan for plan in found if plan.cases]
 
 
 def _pairs(scenario: Scenario) -> list[Case]:
@@ -216,7 +224,7 @@ def _fitting(scenario: Scenario, sizes: tuple[tuple[int, int], ...]) -> list[Cas
     return []
 
 
-def _far(scenario: Scenario) -> _Plan:
+def _far(scenario: Scenario) -> Plan:
     """One step with log-ratios up to `LARGEST_LOG_U` of either sign."""
     half = torch.tensor([1.0, 5.0, 15.0, 20.0, LARGEST_LOG_U], dtype=torch.float64)
     if scenario.coupled:
@@ -225,7 +233,7 @@ def _far(scenario: Scenario) -> _Plan:
     few = count_batches(len(log_u), scenario.batch_size) <= _MOST_BATCHES
     fixed = replace(scenario, eos=None, prompts=1, environment=(), shared_prompt=False)
     cases = bandits(log_u, fixed)[:2] if few else []
-    return _Plan(f"log-ratios up to {LARGEST_LOG_U:g}", fixed, cases, same_shape=False, rounding=_AMPLIFIED)
+    return Plan(f"log-ratios up to {LARGEST_LOG_U:g}", fixed, cases, same_shape=False, rounding=_AMPLIFIED)
 
 
 def _trimmed(loss: Loss) -> Loss:
@@ -239,7 +247,7 @@ def _trimmed(loss: Loss) -> Loss:
     return trimmed
 
 
-def _ask(plan: _Plan, loss: Loss, objective: Objective, reduction: Reduction) -> _Found:
+def _ask(plan: Plan, loss: Loss, objective: Objective, reduction: Reduction) -> _Found:
     changed = plan.change(undone(loss, reduction))
     try:
         moments = [plan.scenario.moments(changed, case, _BUDGET, thorough=True) for case in plan.cases]
@@ -263,7 +271,7 @@ def _ask(plan: _Plan, loss: Loss, objective: Objective, reduction: Reduction) ->
     return _Found(fit.worst_error, fit.scale)
 
 
-def _judged(plan: _Plan, found: _Found, reduction: Reduction | None, exact: bool, tolerance: float) -> World:
+def _judged(plan: Plan, found: _Found, reduction: Reduction | None, exact: bool, tolerance: float) -> World:
     if found.error is None:
         return World(plan.name, False if found.wrong else None, None, None, found.reason, plan.varies)
     tolerance *= plan.rounding

@@ -5,6 +5,7 @@ They need no test framework.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -12,10 +13,12 @@ import torch
 from torch import Tensor
 
 from opdtheory.auditing import Audit, audit
+from opdtheory.auditing.accompanied import accompanied
 from opdtheory.auditing.advice import advised
 from opdtheory.auditing.black_box import BlackBox, name_of
 from opdtheory.auditing.naming.fit import flat
-from opdtheory.auditing.scenario import Case, Scenario
+from opdtheory.auditing.scenario import Scenario
+from opdtheory.auditing.worlds import Plan, plans
 from opdtheory.divergences import Divergence
 from opdtheory.divergences import divergence as as_divergence
 from opdtheory.errors import InvalidArgumentError
@@ -123,32 +126,27 @@ def assert_same_gradient(
     *,
     tolerance: float | None = None,
     batch_size: int = 1,
-    eos: int | None = None,
-    off_policy: float = 0.0,
-    seed: int = 0,
-    prompts: int = 1,
     environment: Iterable[int] = (),
-    shared_prompt: bool = False,
+    **settings: Any,
 ) -> float:
     r"""Assert that two losses have the same expected gradient, $\|E g_1 - E g_2\| \le \epsilon \max_i \|E g_i\|$.
 
-    Their values and variances may differ. Gradients are compared pair by pair on the audit's panel; two that are both
-    rounding, relative to their own noise, count as equal.
+    Their values and variances may differ. Gradients are compared pair by pair on the audit's panel, and where both
+    losses can be evaluated there, on rollouts that end early, behind a prompt, over a large vocabulary, over more
+    steps, and at log-ratios up to 30. Two that are both rounding, relative to their own noise, count as equal.
 
     Args:
         first: a function `loss(rollouts) -> scalar tensor`.
         second: another one.
         tolerance: largest relative difference (default: 1e-9, 1e-4 for float32, 2e-2 for narrower dtypes).
-        batch_size: number of rollouts that a loss sees at once.
-        eos: the token that ends a rollout early; None for a fixed length.
-        off_policy: standard deviation of the noise on the logits of the sampling policy.
-        seed: seed of the panel.
-        prompts: number of prompts.
+        batch_size: number of rollouts that a loss sees at once; other sizes are not compared.
         environment: positions of the response, counted from 0, that an environment writes.
-        shared_prompt: whether the rollouts of a batch answer one prompt.
+        **settings: what else rollouts look like, as in `opdtheory.audit`: `eos`, `lengths`, `off_policy`, `prompts`,
+            `shared_prompt`, `vocabulary`, `teachers`, `base`, `sampling_temperature`, `reward`, `seed`.
+            `lengths="fixed"` leaves out rollouts that end early.
 
     Returns:
-        The largest relative difference over the panel.
+        The largest relative difference.
 
     Raises:
         AssertionError: the gradients differ; the message lists the pairs.
@@ -166,15 +164,22 @@ def assert_same_gradient(
     """
     if tolerance is not None and not 0.0 <= tolerance < float("inf"):
         raise InvalidArgumentError("tolerance", f"must be a finite number of at least 0, got {tolerance!r}")
-    scenario = Scenario(batch_size, eos, off_policy, seed, prompts, tuple(environment), shared_prompt)
-    losses = (BlackBox(first), BlackBox(second))
+    scenario = _scenario(batch_size=batch_size, environment=tuple(environment), **settings)
+    losses = [BlackBox(accompanied(loss, scenario)) for loss in (first, second)]
     rows, worst = [], 0.0
     for case in scenario.pairs():
-        moments = [_moments(loss, scenario, case) for loss in losses]
+        moments = []
+        for original, loss in zip((first, second), losses, strict=True):
+            with advised(original):
+                moments.append(scenario.moments(loss, case))
         gap, sizes = _gap(*moments)
         worst = max(worst, gap)
         rows.append(f"  {case.label}: differs by {gap:.3g}; lengths {sizes[0]:.6g} and {sizes[1]:.6g}")
     allowed = tolerance if tolerance is not None else max(loss.tolerance for loss in losses)
+    for plan in plans(scenario):
+        if plan.scenario.batch_size == scenario.batch_size and (gap := _apart(plan, losses)) > plan.rounding * allowed:
+            worst = max(worst, gap)
+            rows.append(f"  {plan.name}: differs by {gap:.3g}")
     if not worst <= allowed:
         names = " and ".join(name_of(loss) for loss in (first, second))
         first_line = (
@@ -262,9 +267,21 @@ def gradient_gap(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     return max(gap if gap == gap else float("inf") for gap in gaps)
 
 
-def _moments(loss: BlackBox, scenario: Scenario, case: Case) -> GradientMoments:
-    with advised(loss):
-        return scenario.moments(loss, case)
+def _scenario(**settings: Any) -> Scenario:
+    """The scenario of the settings; one that it does not have is refused by name."""
+    unknown = sorted(settings.keys() - {field.name for field in dataclasses.fields(Scenario)})
+    if unknown:
+        raise InvalidArgumentError(unknown[0], "is no setting of rollouts; opdtheory.audit lists those that are")
+    return Scenario.of(**settings)
+
+
+def _apart(plan: Plan, losses: Sequence[BlackBox]) -> float:
+    """The largest difference in another world; zero where one of the losses cannot be evaluated."""
+    changed = [plan.change(loss) for loss in losses]
+    try:
+        return max(_gap(*(plan.scenario.moments(loss, case) for loss in changed))[0] for case in plan.cases)
+    except Exception:  # whatever a loss raises on rollouts that it was not written for
+        return 0.0
 
 
 def _passes(report: Audit) -> bool:

@@ -222,10 +222,59 @@ def test_positions_that_an_environment_writes_are_seen():
         every = r.log_u.detach() * -r.student_logprobs
         return r.token_sum(every) + ((1 - r.mask) * every)[:, 0].mean()
 
-    assert assert_same_gradient(k2, first_too) < 1e-9
+    # A prompt is written by an environment too, and is asked about by default.
+    with pytest.raises(AssertionError, match="a prompt: differs"):
+        assert_same_gradient(k2, first_too)
     with pytest.raises(AssertionError):
         assert_same_gradient(k2, first_too, environment=[0])
     assert assert_same_gradient(k2, lambda r: k2(r) + 0 * r.log_u.sum(), prompts=2, environment=[1]) < 1e-9
+
+
+def first_steps(values, upto):
+    return values * (torch.arange(values.shape[1]) < upto)
+
+
+@pytest.mark.parametrize(
+    ("second", "where"),
+    [
+        (lambda r: (r.log_u.square() / 2).sum(-1).mean(), "rollouts that end early"),
+        (lambda r: k2(r) + 0.1 * (r.tokens > 6).double().mean() * r.student_logprobs.sum(), "tokens"),
+        (lambda r: r.token_sum(first_steps(r.log_u.square() / 2, 3)), "5 steps"),
+        (lambda r: r.token_sum(r.log_u.clamp(-12, 12).square() / 2), "log-ratios up to 30"),
+    ],
+    ids=["padding counted", "rare tokens", "first steps", "clamped"],
+)
+def test_losses_that_are_alike_on_the_panel_alone_are_told_apart(second, where):
+    with pytest.raises(AssertionError, match=where):
+        assert_same_gradient(k2, second)
+
+
+def test_what_a_loss_refuses_is_not_compared():
+    def full_lengths_only(r):
+        if float(r.mask.min()) < 1.0 or r.student_logits.shape[-1] != 4:
+            raise ValueError("four tokens, full lengths")
+        return k2(r)
+
+    assert assert_same_gradient(k2, full_lengths_only) < 1e-9
+    padded = lambda r: (r.log_u.square() / 2).sum(-1).mean()  # noqa: E731
+    with pytest.raises(AssertionError, match="rollouts that end early"):
+        assert_same_gradient(k2, padded)
+    with pytest.raises(AssertionError, match="a prompt"):
+        assert_same_gradient(k2, padded, lengths="fixed")
+
+
+def test_settings_of_rollouts_reach_both_losses():
+    def to_two(r, shares=(0.5, 0.5)):
+        return sum(c * k2_to(r, each.logprobs) for c, each in zip(shares, r.teachers, strict=True))
+
+    def k2_to(r, logprobs):
+        return r.token_sum(-(logprobs - r.student_logprobs).detach() * r.student_logprobs)
+
+    assert assert_same_gradient(to_two, lambda r: to_two(r), teachers=2) == 0.0
+    with pytest.raises(AssertionError):
+        assert_same_gradient(to_two, lambda r: to_two(r, (0.6, 0.4)), teachers=2)
+    with pytest.raises(InvalidArgumentError, match="divergence"):
+        assert_same_gradient(k2, k2, divergence="jsd")
 
 
 def test_what_cannot_be_compared_is_an_error():
