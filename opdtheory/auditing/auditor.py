@@ -254,12 +254,20 @@ def _compare(
     else:
         changed = undone(loss, reduction)
         moments = [scenario.moments(changed, case, thorough=True) for case in panel.cases]
+    return _compared(panel.cases, moments, exact, loss.tolerance)
+
+
+def _compared(cases: list[Case], moments: list[GradientMoments], exact: list[Tensor], tolerance: float) -> _Comparison:
     gradients = [flat(m.mean) for m in moments]
     fit = fit_scale(gradients, exact)
     zero = all(m.is_zero for m in moments)
-    return _Comparison(
-        panel.cases, moments, gradients, fit, loss.tolerance, "zero" if zero else fit.verdict(loss.tolerance)
-    )
+    return _Comparison(cases, moments, gradients, fit, tolerance, "zero" if zero else fit.verdict(tolerance))
+
+
+def _of_equal_lengths(looked: _Comparison, claim: Objective) -> _Comparison:
+    """A comparison with a mean undone where no rollout is shorter: either mean divides by the number of steps."""
+    moments = [m.times(case.student.horizon) for m, case in zip(looked.moments, looked.cases, strict=True)]
+    return _compared(looked.cases, moments, [flat(case.exact(claim)) for case in looked.cases], looked.tolerance)
 
 
 @dataclass(frozen=True)
@@ -300,7 +308,11 @@ def _exactly(loss: BlackBox, claim: Objective, scenario: Scenario, panel: Panel,
         asked = ask(loss, follows, scenario, claim.reduction, scale, seen.found.tolerance, everything=details)
         # One rollout of varying length cannot tell the two means apart; other batch sizes can.
         if claim.reduction == "any" and asked.reduction and asked.reduction != (reduction or "token_sum"):
-            seen = _see(_compare(loss, claim, scenario, panel, asked.reduction), claim, weight)
+            equal = first == "token_sum" and not scenario.masks and not panel.mean_of
+            held = (
+                _of_equal_lengths(looked, claim) if equal else _compare(loss, claim, scenario, panel, asked.reduction)
+            )
+            seen = _see(held, claim, weight)
         reduction = asked.reduction or reduction
     found, fit, verdict = seen.found, seen.found.fit, seen.verdict
     # A loss that follows an objective by name is known over several tokens too.

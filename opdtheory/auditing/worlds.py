@@ -6,6 +6,7 @@ world changes one thing and is enumerated too.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -20,6 +21,7 @@ from opdtheory.auditing.scenario import Case, Scenario, count_batches
 from opdtheory.choices import REDUCTIONS, Reduction
 from opdtheory.errors import BudgetExceededError, InvalidArgumentError, LossError
 from opdtheory.exact import Enumeration, Loss
+from opdtheory.exact.probe import Probe
 from opdtheory.objective import Objective
 from opdtheory.rollouts import Rollouts
 
@@ -31,9 +33,10 @@ LARGE_VOCABULARY = 300
 LONG = 5
 LARGEST_LOG_U = 30.0
 
-# Pairs of the panel that are used in a world, and batches that it may take.
+# Pairs of the panel that are used in a world, and batches that it may take: of a loss that `torch.func.vmap` maps over
+# batches, and of one that has to be called for each.
 _CHOSEN = (1, 3)
-_MOST_BATCHES = 400
+_MOST_BATCHES, _MOST_CALLS = 400, 100
 _BUDGET = 1_500
 
 # Rounding of the weight of a rare token, relative to that of its gradient, beside tokens that are e^30 times as likely.
@@ -143,7 +146,9 @@ def ask(
             batches of 3, a larger vocabulary.
     """
     worth = [
-        p for p in plans(scenario) if everything or p.name in (_LENGTHS, "batches of 3") or p.name.endswith(" tokens")
+        p
+        for p in plans(scenario, not _is_mapped(loss, scenario))
+        if everything or p.name in (_LENGTHS, "batches of 3") or p.name.endswith(" tokens")
     ]
     varying = [plan for plan in worth if plan.varies]
     seen: dict[tuple[str, Reduction], _Found] = {}
@@ -155,10 +160,13 @@ def ask(
         return seen[key]
 
     def fits(reduction: Reduction) -> bool:
-        answers = [found(plan, reduction) for plan in varying]
-        return any(a.error is not None for a in answers) and all(
-            a.error is None and not a.wrong or a.fits(tolerance) for a in answers
-        )
+        evaluated = False
+        for plan in varying:  # one that does not fit is enough
+            answer = found(plan, reduction)
+            if answer.wrong or (answer.error is not None and not answer.fits(tolerance)):
+                return False
+            evaluated |= answer.error is not None
+        return evaluated
 
     reduction: Reduction | None = next((r for r in REDUCTIONS if fits(r)), None)
     held_to: Reduction = reduction or "token_sum"
@@ -174,29 +182,42 @@ def ask(
     return Asked(worlds, reduction)
 
 
-def plans(scenario: Scenario) -> list[Plan]:
-    """The worlds beside a panel's that its batches allow, each with some of its pairs."""
-    found = []
+def plans(scenario: Scenario, called: bool = False) -> list[Plan]:
+    """The worlds beside a panel's that its batches allow, each with some of its pairs.
+
+    Args:
+        scenario: what the rollouts of the panel look like.
+        called: whether the loss has to be called for each batch; its worlds are smaller.
+    """
+    found: list[Plan] = []
+    most = _MOST_CALLS if called else _MOST_BATCHES
     ending = scenario.eos is not None or scenario.lengths != "fixed"
     if scenario.eos is None and ending:
         found.append(Plan(_LENGTHS, scenario.ending, _pairs(scenario.ending), varies=True))
     if ending:
         several = replace(scenario.ending, batch_size=max(scenario.batch_size, 2))
-        cases = _fitting(several, ((3, 2), (2, 2)))
+        cases = _fitting(several, ((3, 2), (2, 2)), most)
         found.append(Plan(_TRIMMED, several, cases, varies=True, same_shape=False, change=_trimmed))
     for size in SIZES:
         if size != scenario.batch_size:
             other = replace(scenario.ending if ending else scenario, batch_size=size)
-            cases = _fitting(other, ((3, 2), (2, 2), (2, 1)))
+            cases = _fitting(other, ((3, 2), (2, 2), (2, 1)), most)
             found.append(Plan(f"batches of {size}", other, cases, varies=ending, same_shape=False))
     if scenario.prompts == 1:
         prompted = replace(scenario, prompts=2)
-        found.append(Plan("a prompt", prompted, _fitting(prompted, ((3, 2), (2, 2), (2, 1)))))
+        found.append(Plan("a prompt", prompted, _fitting(prompted, ((3, 2), (2, 2), (2, 1)), most)))
     large = next(v for v in range(LARGE_VOCABULARY, 1, -1) if count_batches(v, scenario.batch_size) <= _MOST_BATCHES)
     if large > 4:
         one_step = replace(scenario, environment=())
-        found.append(Plan(f"{large} tokens", one_step, one_step.sized(large, 1, _CHOSEN), same_shape=False))
-    longer = _fitting(scenario, ((3, LONG), (2, LONG), (2, LONG - 1)))
+        found.append(
+            Plan(
+                f"{large} tokens",
+                one_step,
+                one_step.sized(large, 1, _CHOSEN[: 1 if called else None]),
+                same_shape=False,
+            )
+        )
+    longer = _fitting(scenario, ((3, LONG), (2, LONG), (2, LONG - 1)), most)
     if longer and longer[0].student.horizon > 3:
         steps = longer[0].student.horizon - (scenario.prompts > 1)
         found.append(Plan(f"{steps} steps", scenario, longer, same_shape=False))
@@ -212,15 +233,15 @@ def _pairs(scenario: Scenario) -> list[Case]:
         return []
 
 
-def _fitting(scenario: Scenario, sizes: tuple[tuple[int, int], ...]) -> list[Case]:
+def _fitting(scenario: Scenario, sizes: tuple[tuple[int, int], ...], most: int) -> list[Case]:
     """Pairs of the first size whose batches are few enough; none if no size is."""
     longest = 2 + max(scenario.environment, default=-1)
     for vocab_size, steps in sizes:
         vocab_size = max(vocab_size, 1 + (scenario.eos or 0), scenario.prompts)
         steps = max(steps, longest)
         count = (scenario.prompts * vocab_size**steps) if scenario.prompts > 1 else vocab_size**steps
-        if count_batches(count, scenario.batch_size) <= _MOST_BATCHES:
-            return scenario.sized(vocab_size, steps, _CHOSEN)
+        if count_batches(count, scenario.batch_size) <= most:
+            return scenario.sized(vocab_size, steps, _CHOSEN if most > _MOST_CALLS else _CHOSEN[:1])
     return []
 
 
@@ -234,6 +255,13 @@ def _far(scenario: Scenario) -> Plan:
     fixed = replace(scenario, eos=None, prompts=1, environment=(), shared_prompt=False)
     cases = bandits(log_u, fixed)[:2] if few else []
     return Plan(f"log-ratios up to {LARGEST_LOG_U:g}", fixed, cases, same_shape=False, rounding=_AMPLIFIED)
+
+
+def _is_mapped(loss: Loss, scenario: Scenario) -> bool:
+    """Whether the loss can be mapped over batches of the panel's size."""
+    case = _fitting(scenario, ((2, 2),), sys.maxsize)[0]
+    probe = Probe(loss, Enumeration.build(case.student, case.teacher, case.behavior))
+    return probe.maps(torch.arange(len(probe.everything)), scenario.batch_size)
 
 
 def _trimmed(loss: Loss) -> Loss:

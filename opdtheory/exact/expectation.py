@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -85,6 +85,16 @@ class GradientMoments:
         """Whether the mean is zero, up to rounding of what cancels."""
         norm = math.sqrt(sum(float(level.square().sum()) for level in self.mean))
         return norm <= self.rounding * self.size
+
+    def times(self, factor: float) -> GradientMoments:
+        """The moments of the loss times a positive constant."""
+        return replace(
+            self,
+            mean=[factor * level for level in self.mean],
+            variance=factor**2 * self.variance,
+            second_moment=factor**2 * self.second_moment,
+            terms=factor * self.terms,
+        )
 
 
 def expected_gradient(
@@ -352,14 +362,15 @@ def _from_batches(probe: Probe, groups: list[Tensor], batch_size: int, ordered: 
         batches, orderings = _batches(len(group), batch_size, ordered)
         total = float(probability[group].sum())
         weights = total * orderings * (probability[group] / total)[batches].prod(-1)
-        # A batch of copies shows a rollout's own gradient if the loss treats each rollout alone.
+        # A batch of copies shows a rollout's own gradient if the loss treats each rollout alone; one rollout is alone.
         own = torch.zeros_like(probe.logits)
-        own[group] = probe.sensitivities(group.view(-1, 1).expand(-1, batch_size)).sum(1).to(own.dtype)
+        if batch_size > 1:
+            own[group] = probe.sensitivities(group.view(-1, 1).expand(-1, batch_size)).sum(1).to(own.dtype)
         for some, weight in _chunks(group[batches], weights, mean.numel()):
             found = probe.sensitivities(some)
             if one_order and not _same_in_other_orders(probe, some, found, generator):
                 return None
-            separable = separable and _alike(probe, batch_size * found, own[some])
+            separable = separable and (batch_size == 1 or _alike(probe, batch_size * found, own[some]))
             gradients = table.gradients(some, found)
             mean += torch.einsum("m,mrv->rv", weight, gradients)
             second_moment += float(weight @ gradients.square().sum((1, 2)))
