@@ -157,7 +157,7 @@ def test_swapping_the_arguments_of_the_jsd_reflects_beta():
 @pytest.mark.parametrize(
     ("function", "expected"),
     [
-        ("distillation_chunked_0", up_to_scale("forward_kl", "biased")),
+        pytest.param("distillation_chunked_0", up_to_scale("forward_kl", "biased"), marks=pytest.mark.slow),
         ("distillation_chunked_0_5", up_to_scale("skew_jsd", "biased", beta=0.5)),
         ("iw_opd_unweighted", up_to_scale("reverse_kl", "biased")),
         ("iw_opd_jsd_top_2", EXPECTED["sdpo_top_2"]),
