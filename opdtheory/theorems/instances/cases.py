@@ -15,6 +15,7 @@ from torch import Tensor
 from opdtheory import divergences
 from opdtheory.divergences import Divergence
 from opdtheory.divergences.registry import parameter_free, parametric
+from opdtheory.divergences.transform import has_kinks
 from opdtheory.estimators import estimator
 from opdtheory.exact import TabularPolicy, expected_gradient, gradient_moments, random_pair
 from opdtheory.exact.tree import Tree
@@ -35,6 +36,7 @@ __all__ = [
     "interval",
     "irrational_cases",
     "kept",
+    "kinked",
     "pairs",
     "perspective",
     "rational_cases",
@@ -56,6 +58,11 @@ RATIONAL = ("chi2", "neyman_chi2", "le_cam", "total_variation")
 def catalogue() -> list[Divergence]:
     """Every catalogue entry, families at their examples."""
     return [*parameter_free(), *(family(value) for family in parametric() for value in family.examples)]
+
+
+def kinked(divergence: Divergence) -> bool:
+    """Whether the generator has a kink, at which its weight jumps."""
+    return has_kinks(divergence.expr)
 
 
 @functools.cache

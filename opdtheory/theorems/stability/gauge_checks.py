@@ -21,6 +21,7 @@ from opdtheory.theorems.instances.cases import (
     catalogue,
     enclose,
     interval,
+    kinked,
     rational_distributions,
     values_of,
 )
@@ -253,7 +254,7 @@ def _check_factor_rational(factor: Factor) -> Cases:
         cured = -f - threshold(f, u) * u  # up to a constant, which is no force
         parallel = []
         for student, teacher in rational_distributions():
-            if divergence.name == "total_variation" and Fraction(1) in ratios(student, teacher):
+            if kinked(divergence) and Fraction(1) in ratios(student, teacher):
                 continue  # at the kink
             own = u * sympy.diff(f, u) - f
             mine, theirs = (in_logits(student, at_atoms(weight, student, teacher)) for weight in (cured, own))
@@ -269,7 +270,7 @@ def _check_factor_enclosed(factor: Factor) -> Cases:
     r"""$-f'(u) - c - k\,u f''(u)$ encloses zero at every ratio, or excludes it for every k."""
     u = divergences.symbol()
     points = (Fraction(1, 7), Fraction(2, 3), Fraction(3), Fraction(50))
-    for divergence in (d for d in _curable() if d.name != "total_variation"):
+    for divergence in (d for d in _curable() if not kinked(d)):
         f, k = divergence.expr, factor(divergence)
         bound = enclose(threshold(f, u), {})
         cured = [-enclose(sympy.diff(f, u), {u: interval(r)}) - bound for r in points]
