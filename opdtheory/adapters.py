@@ -27,6 +27,9 @@ _ADVANTAGES = ("logprobs", "log_u")
 _LARGEST_SINGULAR_VALUE = 2.0
 _REFLECTIONS = 4
 
+# Heads of larger vocabularies are made anew: they would take megabytes.
+_KEPT = 128
+
 
 class _Attributes(SimpleNamespace):
     """A stand-in for `self` that names a missing attribute."""
@@ -318,12 +321,11 @@ def _hidden(name: str, logits: Float[Tensor, "B T V"], seed: int) -> tuple[Tenso
         infinite = False
     if infinite:
         raise InvalidArgumentError(name, "must be finite, as no hidden state gives -inf")
-    head, inverse = _head(logits.shape[-1], seed)
+    size = logits.shape[-1]
+    head, inverse = (_kept_head if size <= _KEPT else _head)(size, seed)
     return logits @ inverse.to(logits), head.to(logits)
 
 
-# Vocabularies that one audit meets, for two models.
-@functools.lru_cache(maxsize=32)
 def _head(size: int, seed: int) -> tuple[Tensor, Tensor]:
     """A random head `(V, V)` and the transpose of its inverse, `L D R^T` and `L D^-1 R^T` with orthogonal L and R.
 
@@ -345,6 +347,10 @@ def _head(size: int, seed: int) -> tuple[Tensor, Tensor]:
         return matrix
 
     return between(values), between(1.0 / values)
+
+
+# Thousands of calls of one audit meet the same few vocabularies.
+_kept_head = functools.lru_cache(maxsize=64)(_head)
 
 
 def _named(loss: Loss, f: Callable[..., Tensor]) -> Loss:

@@ -29,15 +29,15 @@ __all__ = ["LARGE_VOCABULARY", "LARGEST_LOG_U", "LONG", "SIZES", "Asked", "Plan"
 
 # The batch sizes, the vocabulary, the number of steps and the log-ratio that are asked about beside the panel's.
 SIZES = (1, 2, 3, 5)
-LARGE_VOCABULARY = 300
+LARGE_VOCABULARY, LARGE_IF_CALLED = 300, 100
 LONG = 5
 LARGEST_LOG_U = 30.0
 
-# Pairs of the panel that are used in a world, and batches that it may take: of a loss that `torch.func.vmap` maps over
-# batches, and of one that has to be called for each.
+# Pairs of the panel that are used in a world, batches that it may take, and calls: of a loss that `torch.func.vmap`
+# maps over batches, and of one that has to be called for each.
 _CHOSEN = (1, 3)
 _MOST_BATCHES, _MOST_CALLS = 400, 100
-_BUDGET = 1_500
+_BUDGET, _BUDGET_OF_CALLS = 1_500, 200
 
 # Rounding of the weight of a rare token, relative to that of its gradient, beside tokens that are e^30 times as likely.
 _AMPLIFIED = 10.0
@@ -99,6 +99,7 @@ class Plan:
         same_shape: whether an exact loss has scale 1 there too.
         rounding: the multiple of the panel's rounding that is left.
         change: what is done to the loss.
+        budget: the largest number of evaluations on one pair.
     """
 
     name: str
@@ -108,6 +109,7 @@ class Plan:
     same_shape: bool = True
     rounding: float = 1.0
     change: Callable[[Loss], Loss] = field(default=lambda loss: loss)
+    budget: int = _BUDGET
 
 
 @dataclass(frozen=True)
@@ -206,7 +208,8 @@ def plans(scenario: Scenario, called: bool = False) -> list[Plan]:
     if scenario.prompts == 1:
         prompted = replace(scenario, prompts=2)
         found.append(Plan("a prompt", prompted, _fitting(prompted, ((3, 2), (2, 2), (2, 1)), most)))
-    large = next(v for v in range(LARGE_VOCABULARY, 1, -1) if count_batches(v, scenario.batch_size) <= _MOST_BATCHES)
+    largest = LARGE_IF_CALLED if called else LARGE_VOCABULARY
+    large = next(v for v in range(largest, 1, -1) if count_batches(v, scenario.batch_size) <= _MOST_BATCHES)
     if large > 4:
         one_step = replace(scenario, environment=())
         found.append(
@@ -222,7 +225,8 @@ def plans(scenario: Scenario, called: bool = False) -> list[Plan]:
         steps = longer[0].student.horizon - (scenario.prompts > 1)
         found.append(Plan(f"{steps} steps", scenario, longer, same_shape=False))
     found.append(_far(scenario))
-    return [plan for plan in found if plan.cases]
+    budget = _BUDGET_OF_CALLS if called else _BUDGET
+    return [replace(plan, budget=budget) for plan in found if plan.cases]
 
 
 def _pairs(scenario: Scenario) -> list[Case]:
@@ -278,7 +282,7 @@ def _trimmed(loss: Loss) -> Loss:
 def _ask(plan: Plan, loss: Loss, objective: Objective, reduction: Reduction) -> _Found:
     changed = plan.change(undone(loss, reduction))
     try:
-        moments = [plan.scenario.moments(changed, case, _BUDGET, thorough=True) for case in plan.cases]
+        moments = [plan.scenario.moments(changed, case, plan.budget, thorough=True) for case in plan.cases]
         exact = [flat(case.exact(objective)) for case in plan.cases]
     except BudgetExceededError as error:
         return _Found(reason=f"Not asked: {error}.")
