@@ -29,7 +29,7 @@ __all__ = ["LARGE_VOCABULARY", "LARGEST_LOG_U", "LONG", "SIZES", "Asked", "Plan"
 
 # The batch sizes, the vocabulary, the number of steps and the log-ratio that are asked about beside the panel's.
 SIZES = (1, 2, 3, 5)
-LARGE_VOCABULARY, LARGE_IF_CALLED = 300, 100
+LARGE_VOCABULARY, _LARGE_IF_CALLED = 300, 100
 LONG = 5
 LARGEST_LOG_U = 30.0
 
@@ -208,7 +208,7 @@ def plans(scenario: Scenario, called: bool = False) -> list[Plan]:
     if scenario.prompts == 1:
         prompted = replace(scenario, prompts=2)
         found.append(Plan("a prompt", prompted, _fitting(prompted, ((3, 2), (2, 2), (2, 1)), most)))
-    largest = LARGE_IF_CALLED if called else LARGE_VOCABULARY
+    largest = _LARGE_IF_CALLED if called else LARGE_VOCABULARY
     large = next(v for v in range(largest, 1, -1) if count_batches(v, scenario.batch_size) <= _MOST_BATCHES)
     if large > 4:
         one_step = replace(scenario, environment=())
@@ -262,8 +262,8 @@ def _far(scenario: Scenario) -> Plan:
 
 
 def _is_mapped(loss: Loss, scenario: Scenario) -> bool:
-    """Whether the loss can be mapped over batches of the panel's size."""
-    case = _fitting(scenario, ((2, 2),), sys.maxsize)[0]
+    """Whether the loss can be mapped over batches of the panel's size, on a pair of the panel: it may insist on it."""
+    case = (_pairs(scenario) or _fitting(scenario, ((2, 2),), sys.maxsize))[0]
     probe = Probe(loss, Enumeration.build(case.student, case.teacher, case.behavior))
     return probe.maps(torch.arange(len(probe.everything)), scenario.batch_size)
 
