@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from opdtheory.choices import REDUCTIONS
+from opdtheory.divergences.divergence import transforms_active
 from opdtheory.errors import InvalidArgumentError, check_integer
 from opdtheory.rollouts import Rollouts
 
@@ -315,11 +316,8 @@ def _check_result(argument: str, value: object) -> None:
 
 def _hidden(name: str, logits: Float[Tensor, "B T V"], seed: int) -> tuple[Tensor, Tensor]:
     """Hidden states and a random head `(V, V)`, with `hidden @ head.T` equal to the logits."""
-    try:
-        infinite = bool(torch.isinf(logits.detach()).any())
-    except RuntimeError:  # torch.func.vmap cannot branch; what is infinite becomes NaN, which no audit accepts
-        infinite = False
-    if infinite:
+    # Under vmap no branch may depend on values; what is infinite becomes NaN there, which no audit accepts.
+    if not transforms_active() and bool(torch.isinf(logits.detach()).any()):
         raise InvalidArgumentError(name, "must be finite, as no hidden state gives -inf")
     size = logits.shape[-1]
     head, inverse = (_kept_head if size <= _KEPT else _head)(size, seed)
