@@ -66,10 +66,10 @@ VERDICTS: dict[Verdict, str] = {
 FAITHFUL: tuple[Verdict, ...] = ("exact", "exact_up_to_scale")
 
 # What is subtracted from an advantage before it multiplies the score (T7).
-Baseline = Literal["constant", "group_mean", "leave_one_out", "vocabulary"]
+Baseline = Literal["constant", "group_mean", "leave_one_out", "vocabulary", "optimal"]
 
 # Which ratios p/mu weight the rollouts of another policy (T8).
-Importance = Literal["token", "prefix", "sequence", "ppo"]
+Importance = Literal["token", "prefix", "sequence", "ppo", "tis", "mask", "sequence_mask", "gspo"]
 
 # Whose likeliest tokens a top-k loss keeps (T9).
 Support = Literal["teacher", "student"]

@@ -12,7 +12,7 @@ from torch import Tensor
 from opdtheory.estimators.base import unmasked
 from opdtheory.rollouts import Rollouts
 
-__all__ = ["group_mean", "leave_one_out", "vocabulary_mean", "z_score"]
+__all__ = ["group_mean", "leave_one_out", "optimal", "vocabulary_mean", "z_score"]
 
 
 def group_mean(advantages: Float[Tensor, "B T"], rollouts: Rollouts) -> Float[Tensor, "1 T"]:
@@ -51,13 +51,37 @@ def vocabulary_mean(advantage_at: Callable[[Tensor, Tensor], Tensor], rollouts: 
         rollouts: the batch.
     """
     with torch.no_grad():
-        log_p = torch.log_softmax(unmasked(rollouts, rollouts.student_logits), dim=-1)
-        log_q = torch.log_softmax(unmasked(rollouts, rollouts.teacher_logits), dim=-1)
-        zero = torch.zeros_like(log_p)
-        usable = log_p > math.log(torch.finfo(log_p.dtype).tiny)
-        advantages = advantage_at(torch.where(usable, log_p, zero), torch.where(usable, log_q, zero))
-        usable = usable & torch.isfinite(advantages)
-        return torch.where(usable, log_p.exp() * advantages, zero).sum(-1)
+        p, advantages = _whole(advantage_at, rollouts)
+        return (p * advantages).sum(-1)
+
+
+def optimal(advantage_at: Callable[[Tensor, Tensor], Tensor], rollouts: Rollouts) -> Float[Tensor, "B T"]:
+    r"""The baseline of least variance given the history, from the logits (T7a).
+
+    $$b_n = \frac{\sum_a p_a A_a |s_a|^2}{\sum_a p_a |s_a|^2},\qquad |s_a|^2 = 1 - 2 p_a + |p|^2,$$
+
+    least in the student's logits. Tokens are left out as in `vocabulary_mean`.
+
+    Args:
+        advantage_at: as in `vocabulary_mean`.
+        rollouts: the batch.
+    """
+    with torch.no_grad():
+        p, advantages = _whole(advantage_at, rollouts)
+        norms = p * (1 - 2 * p + p.square().sum(-1, keepdim=True))
+        # One certain token has a score of zero: any baseline will do.
+        return (norms * advantages).sum(-1) / norms.sum(-1).clamp_min(torch.finfo(p.dtype).tiny)
+
+
+def _whole(advantage_at: Callable[[Tensor, Tensor], Tensor], rollouts: Rollouts) -> tuple[Tensor, Tensor]:
+    """Probabilities and advantages of every token; both zero where a token is left out."""
+    log_p = torch.log_softmax(unmasked(rollouts, rollouts.student_logits), dim=-1)
+    log_q = torch.log_softmax(unmasked(rollouts, rollouts.teacher_logits), dim=-1)
+    zero = torch.zeros_like(log_p)
+    usable = log_p > math.log(torch.finfo(log_p.dtype).tiny)
+    advantages = advantage_at(torch.where(usable, log_p, zero), torch.where(usable, log_q, zero))
+    usable = usable & torch.isfinite(advantages)
+    return torch.where(usable, log_p.exp(), zero), torch.where(usable, advantages, zero)
 
 
 def z_score(advantages: Float[Tensor, "B T"], rollouts: Rollouts, eps: float) -> Float[Tensor, "B T"]:

@@ -23,7 +23,7 @@ from opdtheory.estimators.sampled import (
     ScoreFunction,
     SequenceWeight,
 )
-from opdtheory.estimators.vocabulary import TopKReward, VocabularyLoss
+from opdtheory.estimators.vocabulary import SampledTail, TopKReward, VocabularyLoss
 
 __all__ = ["claim_of", "divided_by_length", "local_weight", "relation"]
 
@@ -36,7 +36,7 @@ def claim_of(loss: TokenLoss, nominal: Divergence, reduction: str, theorem: str,
     """The claim of a token loss under a reduction.
 
     Args:
-        loss: a `ScoreFunction`, `Differentiated` or `VocabularyLoss`.
+        loss: a `ScoreFunction`, `Differentiated`, `VocabularyLoss` or `SampledTail`.
         nominal: the divergence that the loss is for.
         reduction: as in `Estimator`.
         theorem: the theorem that proves the verdict of the unmodified estimator.
@@ -44,6 +44,8 @@ def claim_of(loss: TokenLoss, nominal: Divergence, reduction: str, theorem: str,
     """
     if isinstance(loss, VocabularyLoss):
         claim = _of_vocabulary(loss, nominal, theorem)
+    elif isinstance(loss, SampledTail):
+        claim = Claim(nominal, "token_local", "exact", theorem)
     elif isinstance(loss, Differentiated):
         claim = _of_differentiated(loss, nominal, theorem, descends)
     elif isinstance(loss, ScoreFunction):
@@ -191,7 +193,7 @@ def _modified(claim: Claim, loss: ScoreFunction) -> Claim:
     elif loss.baseline == "leave_one_out":
         claim = replace(claim, theorem=_and(claim.theorem, "T7e")).assuming(batch_size=2)
     elif loss.baseline is not None:
-        claim = replace(claim, theorem=_and(claim.theorem, "T7a" if loss.baseline == "constant" else "T7b"))
+        claim = replace(claim, theorem=_and(claim.theorem, "T7b" if loss.baseline == "vocabulary" else "T7a"))
     return claim
 
 

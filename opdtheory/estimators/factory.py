@@ -35,7 +35,7 @@ from opdtheory.estimators.sampled import (
     k3,
     k3_reward,
 )
-from opdtheory.estimators.vocabulary import TopK, TopKReward, VocabularyLoss
+from opdtheory.estimators.vocabulary import SampledTail, TopK, TopKReward, VocabularyLoss
 from opdtheory.objective import check_discount
 
 if TYPE_CHECKING:
@@ -73,22 +73,29 @@ class Entry:
     nominal: str | None = None
     required: tuple[str, ...] = ()
     descends: str | None = None
-    importance: tuple[str, ...] = ("token", "prefix", "sequence", "ppo")
-    baseline: tuple[str, ...] = ("constant", "group_mean", "leave_one_out", "vocabulary")
+    importance: tuple[str, ...] = get_args(Importance)
+    baseline: tuple[str, ...] = get_args(Baseline)
     examples: tuple[Options, ...] = ({},)
     formula: _Formula | None = None
     claim: Callable[[Divergence, Options], Claim] | None = None
 
 
-_SCORE = frozenset({"baseline", "baseline_value", "zscore", "eps", "importance", "clip_range", "clip_weight"})
+_SCORE = frozenset(
+    {"baseline", "baseline_value", "zscore", "eps", "importance", "clip_range", "keep_range", "clip_weight"}
+)
 _RATIO = _SCORE | {"clip_log_ratio"}
 _TOP = frozenset({"importance", "k", "support"})
 _GROUP_BASELINES = ("constant", "group_mean", "leave_one_out")
-_MODIFIERS = ("clip_weight", "baseline", "baseline_value", "zscore", "eps", "importance", "clip_range")
+_RATIOS = ("importance", "clip_range", "keep_range")
+_MODIFIERS = ("clip_weight", "baseline", "baseline_value", "zscore", "eps", *_RATIOS)
 
 
 def _score(advantage: Callable[..., Any], o: Options) -> ScoreFunction:
-    return ScoreFunction(advantage, **{key: o[key] for key in _MODIFIERS if key in o})
+    return ScoreFunction(advantage, **_given(o, _MODIFIERS))
+
+
+def _given(o: Options, keys: Iterable[str]) -> Options:
+    return {key: o[key] for key in keys if key in o}
 
 
 def _ratio(function: Callable[[Divergence, Options], Callable[..., Any]]) -> _Build:
@@ -98,12 +105,12 @@ def _ratio(function: Callable[[Divergence, Options], Callable[..., Any]]) -> _Bu
 def _loss(function: LogRatioFunction, formula: _Formula, descends: str | None = None) -> Entry:
     """A differentiated function of the log-ratio, for the reverse KL."""
     return Entry(
-        lambda d, o: Differentiated(function, o.get("clip_log_ratio"), o.get("importance")),
-        frozenset({"importance", "clip_log_ratio"}),
+        lambda d, o: Differentiated(function, o.get("clip_log_ratio"), **_given(o, _RATIOS)),
+        frozenset({*_RATIOS, "clip_log_ratio"}),
         "T4",
         "reverse_kl",
         descends=descends,
-        importance=("token", "prefix", "sequence"),
+        importance=tuple(kind for kind in get_args(Importance) if kind != "ppo"),
         formula=formula,
     )
 
@@ -138,7 +145,8 @@ def _box_cox_weight(sympy: Any, f: sympy.Expr, u: sympy.Symbol, o: Options) -> s
 
 
 _TOP_TWO: tuple[Options, ...] = ({"divergence": "reverse_kl", "k": 2},)
-_WHOLE_ROLLOUT = ("sequence", "ppo")
+_WHOLE_ROLLOUT = ("sequence", "ppo", "sequence_mask", "gspo")
+_TAIL = ("k", "support", "baseline", "baseline_value", "importance")
 ENTRIES: dict[str, Entry] = {
     "opd": Entry(
         _ratio(lambda d, o: StopGradientReward(d)),
@@ -217,6 +225,20 @@ ENTRIES: dict[str, Entry] = {
     "topk_truncated": _top_entry("truncated", "T9"),
     "topk_renormalised": _top_entry("renormalised", "T9c"),
     "topk_tail": _top_entry("tail", "T9d"),
+    "topk_tail_sampled": Entry(
+        lambda d, o: SampledTail(d, **_given(o, _TAIL)),
+        frozenset(_TAIL),
+        "T13",
+        required=("k",),
+        importance=("token", "prefix"),
+        baseline=("constant", "optimal"),
+        examples=(
+            {"divergence": "forward_kl", "k": 2},
+            {"divergence": "jsd", "k": 1, "baseline": "optimal"},
+            {"divergence": "chi2", "k": 2, "support": "student", "importance": "prefix"},
+        ),
+        formula=lambda sympy, f, u, o: u * f.diff(u) - f,
+    ),
     "topk_reward": Entry(
         lambda d, o: _score(TopKReward(d, _top_k("truncated", o)), o),
         _SCORE | {"k", "support"},
@@ -259,6 +281,7 @@ def estimator(
     eps: float | None = None,
     importance: Importance | None = None,
     clip_range: float | None = None,
+    keep_range: tuple[float, float] | None = None,
     clip_log_ratio: float | None = None,
     clip_weight: tuple[float, float] | None = None,
     gamma: float | None = None,
@@ -287,19 +310,25 @@ def estimator(
     | `sign` | $\mathrm{sign}(\log u_n)$ | total variation |
     | `full_vocab` | loss $\sum_a p_a f(q_a/p_a)$ | any |
     | `topk_truncated` `topk_renormalised` `topk_tail` | the same on `k` tokens | any |
+    | `topk_tail_sampled` | loss $\sum_S p f(q/p)$; where $y_n \notin S$, the advantage $w_f(u_n)$ | any |
     | `topk_reward` | $-\sum_{S} p f(q/p)$, detached | any |
 
     Args:
         name: one of `estimator_names()`.
         divergence: a catalogue name or a `Divergence`, if the table says "any".
         reduction: `token_sum` (the objectives of the theory), `token_mean` or `sequence_mean` (T11).
-        baseline: `constant` (with `baseline_value`), `group_mean`, `leave_one_out` or `vocabulary` (T7).
+        baseline: `constant` (with `baseline_value`), `group_mean`, `leave_one_out`, `vocabulary` or `optimal` (T7; the
+            last two take the teacher's whole distribution).
         baseline_value: the constant, in the unit of the advantage.
         zscore: whether to centre and scale by the group's standard deviation plus `eps`, instead of a baseline.
         eps: added to the standard deviation (default: 1e-6).
         importance: weight by $\rho = p/\mu$ of the `token`, of the `prefix` up to it or of the whole `sequence`, or
             `ppo` for the clipped surrogate (T8). Exact only if $\mu$ gives probability to everything that $p$ does.
-        clip_range: clip range of `ppo` (default: 0.2).
+            `tis` truncates the token's ratio, `mask` drops tokens by it, `sequence_mask` drops rollouts by theirs, and
+            `gspo` takes the rollout's geometric mean (T14): exact on-policy only, and off-policy the teacher stays a
+            fixed point of `opd_plus_centred` only.
+        clip_range: clip range of `ppo` (default: 0.2), or the largest ratio of `tis` (default: 2).
+        keep_range: ends of the range of ratios that `mask` and `sequence_mask` keep (default: 0.5 and 5).
         clip_log_ratio: bound $C$; $\log u$ is clamped to $[-C, C]$ nats first.
         clip_weight: interval to which the advantage is clamped, before the baseline.
         gamma: discount of `return_to_go`, in [0, 1].
@@ -331,6 +360,7 @@ def estimator(
         "eps": eps,
         "importance": importance,
         "clip_range": clip_range,
+        "keep_range": keep_range,
         "clip_log_ratio": clip_log_ratio,
         "clip_weight": clip_weight,
         "gamma": gamma,
@@ -345,6 +375,7 @@ def estimator(
     options = {key: value for key, value in given.items() if value is not None}
     _check_applicable(name, entry, options)
     options = {key: _checked(name, key, value) for key, value in options.items()}
+    _check_on_policy(options)
     nominal = _nominal(name, entry, divergence, options)
     loss = entry.build(nominal, options)
     shown = {"divergence": nominal.label} if entry.nominal is None else {}
@@ -386,7 +417,8 @@ def _check_applicable(name: str, entry: Entry, options: Options) -> None:
         if option in options:
             _choice(option, options[option], allowed, f" for estimator {name!r}")
     _check_together(options, "baseline_value", "baseline", "constant")
-    _check_together(options, "clip_range", "importance", "ppo")
+    _check_together(options, "clip_range", "importance", "ppo", "tis")
+    _check_together(options, "keep_range", "importance", "mask", "sequence_mask")
     if options.get("baseline") == "constant" and "baseline_value" not in options:
         raise InvalidArgumentError("baseline_value", "must be given for baseline='constant'")
     if "eps" in options and "zscore" not in options:
@@ -397,9 +429,24 @@ def _check_applicable(name: str, entry: Entry, options: Options) -> None:
         )
 
 
-def _check_together(options: Options, option: str, other: str, value: str) -> None:
-    if option in options and options.get(other) != value:
-        raise InvalidArgumentError(option, f"applies to {other}={value!r} only, got {other}={options.get(other)!r}")
+def _check_on_policy(options: Options) -> None:
+    """Raise unless a ratio of one, that of the student's own rollouts, is left as it is."""
+    if options.get("importance") == "tis" and options.get("clip_range", 1.0) < 1.0:
+        raise InvalidArgumentError(
+            "clip_range",
+            f"must be at least 1 for importance='tis', or it scales every token, got {options['clip_range']}",
+        )
+    low, high = options.get("keep_range", (1.0, 1.0))
+    if not low <= 1.0 <= high:
+        raise InvalidArgumentError(
+            "keep_range", f"must hold 1, or none of the student's own tokens counts, got ({low:g}, {high:g})"
+        )
+
+
+def _check_together(options: Options, option: str, other: str, *values: str) -> None:
+    if option in options and options.get(other) not in values:
+        allowed = " and ".join(f"{other}={value!r}" for value in values)
+        raise InvalidArgumentError(option, f"applies to {allowed} only, got {other}={options.get(other)!r}")
 
 
 def _checked(name: str, option: str, value: object) -> object:
@@ -414,6 +461,10 @@ def _checked(name: str, option: str, value: object) -> object:
         return value
     if option == "clip_weight":
         return _interval(option, value)
+    if option == "keep_range":
+        low, high = _interval(option, value)
+        check_between(option, low)
+        return low, high
     if option in ("baseline_value", "alpha", "gamma", "eps", "clip_range", "clip_log_ratio"):
         number = _finite(option, value)
         if option == "gamma":

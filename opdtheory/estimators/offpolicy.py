@@ -1,6 +1,8 @@
-r"""Importance weights for rollouts of another policy $\mu$, and PPO's clipped surrogate (T8)."""
+r"""Importance weights for rollouts of another policy $\mu$, truncated and masked ones, PPO's surrogate (T8, T14)."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from jaxtyping import Float
@@ -10,20 +12,51 @@ from opdtheory.choices import Importance
 from opdtheory.estimators.base import unmasked
 from opdtheory.rollouts import Rollouts
 
-__all__ = ["Importance", "importance_weight", "ppo_surrogate", "prefix_weight", "weighted"]
+__all__ = ["CAP", "KEEP_RANGE", "Importance", "importance_weight", "ppo_surrogate", "prefix_weight", "weighted"]
+
+# Where a ratio is cut, and between which bounds a mask keeps it, unless told otherwise.
+CAP = 2.0
+KEEP_RANGE = (0.5, 5.0)
 
 
-def importance_weight(rollouts: Rollouts, kind: Importance) -> Float[Tensor, "B T"]:
+def importance_weight(
+    rollouts: Rollouts, kind: Importance, cap: float = CAP, keep_range: tuple[float, float] = KEEP_RANGE
+) -> Float[Tensor, "B T"]:
     r"""The detached weight of each token, from $\rho_n = p(y_n|h_n) / \mu(y_n|h_n)$, which is 1 at masked positions.
 
-    `token`: $\rho_n$; `prefix`: $\prod_{m \le n} \rho_m$; `sequence`: $\prod_m \rho_m$ over the whole rollout.
+    With $R = \prod_m \rho_m$ over the whole rollout and $L$ its number of unmasked tokens:
+
+    | kind | weight of token n |
+    |---|---|
+    | `token` | $\rho_n$ |
+    | `prefix` | $\prod_{m \le n} \rho_m$ |
+    | `sequence` | $R$ |
+    | `tis` | $\min(\rho_n, C)$, truncated (T14) |
+    | `mask` | $\rho_n$ if it lies in the range kept, else 0 (IcePop, MIS; T14) |
+    | `sequence_mask` | $\rho_n$ if $R$ lies in the range kept, else 0 (T14b) |
+    | `gspo` | $R^{1/L}$ (2507.18071; T14b) |
+
+    Args:
+        rollouts: the batch.
+        kind: one of the above.
+        cap: the bound $C$ of `tis`.
+        keep_range: the ends of the range that a mask keeps, both included.
     """
     log_ratio = _log_ratio(rollouts).detach()
+    whole = log_ratio.sum(-1, keepdim=True).expand_as(log_ratio)
     if kind == "prefix":
         log_ratio = log_ratio.cumsum(-1)
     elif kind == "sequence":
-        log_ratio = log_ratio.sum(-1, keepdim=True).expand_as(log_ratio)
-    return log_ratio.exp()
+        log_ratio = whole
+    elif kind == "gspo":
+        log_ratio = whole / rollouts.mask.sum(-1, keepdim=True).clamp_min(1)
+    elif kind == "tis":
+        log_ratio = log_ratio.clamp(max=math.log(cap))
+    ratio = log_ratio.exp()
+    if kind in ("mask", "sequence_mask"):
+        judged = (whole if kind == "sequence_mask" else log_ratio).exp()
+        ratio = torch.where((judged >= keep_range[0]) & (judged <= keep_range[1]), ratio, torch.zeros_like(ratio))
+    return ratio
 
 
 def prefix_weight(rollouts: Rollouts) -> Float[Tensor, "B T"]:

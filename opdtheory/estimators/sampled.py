@@ -22,6 +22,7 @@ __all__ = [
     "Baseline",
     "Differentiated",
     "LogRatioFunction",
+    "PPO_RANGE",
     "PowerAdvantage",
     "RatioAdvantage",
     "ReturnToGo",
@@ -38,6 +39,9 @@ __all__ = [
     "k3_reward",
     "StopGradientReward",
 ]
+
+# PPO's clip range, unless told otherwise.
+PPO_RANGE = 0.2
 
 LogRatioFunction = Callable[[Tensor], Tensor]
 Advantage = Callable[[Rollouts], Tensor]
@@ -230,17 +234,23 @@ class ScoreFunction:
     zscore: bool = False
     eps: float = 1e-6
     importance: Importance | None = None
-    clip_range: float = 0.2
+    clip_range: float | None = None
+    keep_range: tuple[float, float] = offpolicy.KEEP_RANGE
 
     def __call__(self, rollouts: Rollouts) -> Float[Tensor, "B T"]:
         """The surrogate loss of each token; zero, with zero gradient, at masked positions."""
         advantages = self.advantages(rollouts)
         if self.importance == "ppo":
-            return offpolicy.ppo_surrogate(advantages, rollouts, self.clip_range)
+            return offpolicy.ppo_surrogate(advantages, rollouts, self.ppo_range)
         if self.importance is not None:
-            advantages = offpolicy.weighted(advantages, offpolicy.importance_weight(rollouts, self.importance))
+            advantages = offpolicy.weighted(advantages, _importance(self, rollouts))
         log_p = rollouts.student_logprobs
         return -advantages * torch.where(_possible(rollouts), log_p, torch.zeros_like(log_p))
+
+    @property
+    def ppo_range(self) -> float:
+        """The clip range of `ppo`."""
+        return PPO_RANGE if self.clip_range is None else self.clip_range
 
     @torch.no_grad()
     def advantages(self, rollouts: Rollouts) -> Float[Tensor, "B T"]:
@@ -258,6 +268,8 @@ class ScoreFunction:
             advantages = advantages - baselines.leave_one_out(advantages, rollouts)
         elif self.baseline == "vocabulary":
             advantages = advantages - baselines.vocabulary_mean(self._clamped_at, rollouts)
+        elif self.baseline == "optimal":
+            advantages = advantages - baselines.optimal(self._clamped_at, rollouts)
         return unmasked(rollouts, advantages)
 
     def _clamped(self, advantages: Tensor) -> Tensor:
@@ -265,7 +277,9 @@ class ScoreFunction:
 
     def _clamped_at(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         if not isinstance(self.advantage, TokenAdvantage):
-            raise InvalidArgumentError("baseline", "'vocabulary' needs an advantage that depends on one token only")
+            raise InvalidArgumentError(
+                "baseline", f"{self.baseline!r} needs an advantage that depends on one token only"
+            )
         return self._clamped(self.advantage.at(log_p, log_q))
 
     def _check_group(self, rollouts: Rollouts) -> None:
@@ -284,13 +298,21 @@ class Differentiated:
     function: LogRatioFunction
     clip_log_ratio: float | None = None
     importance: Importance | None = None
+    clip_range: float | None = None
+    keep_range: tuple[float, float] = offpolicy.KEEP_RANGE
 
     def __call__(self, rollouts: Rollouts) -> Float[Tensor, "B T"]:
         """The loss of each token; its gradient at masked positions is exactly zero."""
         values = self.function(_clip(_log_u(rollouts), self.clip_log_ratio))
         if self.importance is None:
             return values
-        return offpolicy.weighted(values, offpolicy.importance_weight(rollouts, self.importance))
+        return offpolicy.weighted(values, _importance(self, rollouts))
+
+
+def _importance(loss: ScoreFunction | Differentiated, rollouts: Rollouts) -> Tensor:
+    assert loss.importance is not None
+    cap = offpolicy.CAP if loss.clip_range is None else loss.clip_range
+    return offpolicy.importance_weight(rollouts, loss.importance, cap, loss.keep_range)
 
 
 def _possible(rollouts: Rollouts) -> Tensor:

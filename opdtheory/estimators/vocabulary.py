@@ -1,4 +1,4 @@
-r"""Losses of the whole next-token distribution, and of its k likeliest tokens (T9, T10, T12)."""
+r"""Losses of the whole next-token distribution, of its k likeliest tokens, and of these and a sampled one (T9-T13)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from opdtheory.estimators import offpolicy
 from opdtheory.estimators.base import unmasked
 from opdtheory.rollouts import Rollouts
 
-__all__ = ["Support", "TopK", "TopKReward", "VocabularyLoss", "perspective"]
+__all__ = ["SampledTail", "Support", "TopK", "TopKReward", "VocabularyLoss", "perspective"]
 
 _FARTHEST_LOG_U = 300.0  # beyond, p may underflow
 _LARGEST_LOG_U = 700.0  # beyond, u itself overflows
@@ -132,6 +132,72 @@ class TopKReward:
     def __call__(self, rollouts: Rollouts) -> Float[Tensor, "B T"]:
         """The advantage of each sampled token."""
         return -VocabularyLoss(self.divergence, self.top)(rollouts)
+
+
+@dataclass(frozen=True)
+class SampledTail:
+    r"""The terms of the `k` likeliest tokens S, and the sampled token where it is not one of them (T13).
+
+    $$\ell_n = \sum_{a\in S} p_a f(q_a/p_a) + c\,p(S) - 1[y_n\notin S]\,\mathrm{sg}(w_f(u_n) - c)\log p(y_n|h_n)$$
+
+    Its expected gradient is that of $D_f$ for every f, S and c. It needs the teacher's log-probabilities of S and of
+    the sampled token; `baseline="optimal"` takes the whole distributions for the c of least variance given the
+    history. Off-policy, `importance="token"` weights the sampled token by its own $\rho_n$, and `prefix` weights the
+    history too.
+    """
+
+    divergence: Divergence
+    k: int
+    support: Support = "teacher"
+    baseline: Literal["constant", "optimal"] | None = None
+    baseline_value: float = 0.0
+    importance: Literal["token", "prefix"] | None = None
+
+    def __call__(self, rollouts: Rollouts) -> Float[Tensor, "B T"]:
+        """The loss of each token; its gradient at masked positions is exactly zero."""
+        log_p = torch.log_softmax(unmasked(rollouts, rollouts.student_logits).double(), dim=-1)
+        log_q = torch.log_softmax(unmasked(rollouts, rollouts.teacher_logits.detach()).double(), dim=-1)
+        ranking = log_q if self.support == "teacher" else log_p.detach()
+        chosen = ranking.topk(min(self.k, log_p.shape[-1]), dim=-1).indices
+        kept_p, kept_q = log_p.gather(-1, chosen), log_q.gather(-1, chosen)
+        constant = self._constant(log_p.detach(), log_q, chosen)
+        on_set = perspective(self.divergence, kept_p, kept_q).sum(-1) + constant * kept_p.exp().sum(-1)
+        drawn = rollouts.tokens.clamp(0, log_p.shape[-1] - 1).unsqueeze(-1)
+        outside = ~(chosen == drawn).any(-1) & (rollouts.mask > 0)
+        # The sampled token's own log-probabilities, as a teacher server sends them beside those of S.
+        outside = outside & (rollouts.student_logprobs > -torch.inf)
+        ours, theirs = (
+            torch.where(outside, x, 0.0).double() for x in (rollouts.student_logprobs, rollouts.teacher_logprobs)
+        )
+        weight = self.divergence.weight(theirs.detach() - ours.detach()) - constant
+        if self.importance is not None:
+            on_set = on_set if self.importance == "token" else offpolicy.weighted(on_set, _before(rollouts))
+            weight = offpolicy.weighted(weight, offpolicy.importance_weight(rollouts, self.importance).double())
+        tail = torch.where(outside, weight.detach() * ours, 0.0)
+        return unmasked(rollouts, on_set - tail).to(rollouts.student_logits.dtype)
+
+    def _constant(self, log_p: Tensor, log_q: Tensor, chosen: Tensor) -> Tensor | float:
+        """The constant c; the best one is a number for each history, `(B, T)`."""
+        if self.baseline != "optimal":
+            return self.baseline_value if self.baseline == "constant" else 0.0
+        rest = torch.ones_like(log_p).scatter(-1, chosen, 0.0)
+        usable = (rest > 0) & (log_p > math.log(torch.finfo(log_p.dtype).tiny))
+        zero = torch.zeros_like(log_p)
+        weight = self.divergence.weight(torch.where(usable, log_q, zero) - torch.where(usable, log_p, zero))
+        usable = usable & torch.isfinite(weight)
+        p, weight = log_p.exp(), torch.where(usable, weight, zero)
+        drawn = torch.where(usable, p, zero)
+        square = p.square().sum(-1)
+        mass, pull = drawn.sum(-1), (drawn * weight).sum(-1)
+        second, pulled = drawn.square().sum(-1), (drawn.square() * weight).sum(-1)
+        # E_T[|s|^2] - |E_T[s]|^2 and E_T[w |s|^2] - E_T[w s] E_T[s], with s_a = e_a - p.
+        bottom = mass * (1 + square) - 2 * second - (second * (1 - 2 * mass) + mass.square() * square)
+        top = pull * (1 + square) - 2 * pulled - (pulled * (1 - mass) - pull * second + pull * mass * square)
+        return torch.where(bottom > torch.finfo(p.dtype).tiny, top / bottom, 0.0)
+
+
+def _before(rollouts: Rollouts) -> Tensor:
+    return offpolicy.prefix_weight(rollouts).double()
 
 
 def _generator_over_u(divergence: Divergence, log_u: Tensor) -> Tensor:

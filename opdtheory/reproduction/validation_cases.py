@@ -85,6 +85,13 @@ _MODIFIED = (
     Case("opd_plus", "forward_kl", {"importance": "ppo"}, off_policy=True),
     Case("k2_loss", off_policy=True),
     Case("k2_loss", options={"importance": "token"}, off_policy=True),
+    Case("opd_plus", "forward_kl", {"baseline": "optimal"}),
+    Case("opd_plus_centred", "forward_kl", {"importance": "tis", "clip_range": 1.05}, off_policy=True),
+    Case("k2_loss", options={"importance": "mask", "keep_range": (0.9, 1.1)}, off_policy=True),
+    Case("topk_tail_sampled", "forward_kl", {"k": 2}),
+    Case("topk_tail_sampled", "jsd", {"k": 2, "support": "student", "baseline": "optimal"}),
+    Case("topk_tail_sampled", "forward_kl", {"k": 2}, off_policy=True),
+    Case("topk_tail_sampled", "chi2", {"k": 2, "importance": "token"}, off_policy=True),
 )
 
 _WHOLE_ROLLOUT = ("return_to_go", "sequence_opd_plus")
@@ -115,6 +122,9 @@ ENUMERATED = (
     Case("return_to_go", "jsd", {"gamma": 0.7, "discounted": True}),
     Case("return_to_go", "jsd", {"gamma": 1.0, "importance": "sequence"}, off_policy=True),
     Case("return_to_go", "chi2", {"gamma": 1.0, "baseline": "leave_one_out"}, eos=False),
+    Case("opd_plus", "jsd", {"importance": "gspo"}, off_policy=True),
+    Case("opd_plus", "jsd", {"importance": "sequence_mask", "keep_range": (0.8, 1.25)}, off_policy=True),
+    Case("topk_tail_sampled", "jsd", {"k": 2, "importance": "prefix"}, off_policy=True),
     Case("sequence_opd_plus", "reverse_kl"),
     Case("sequence_opd_plus", "hellinger"),
     Case("sequence_opd_plus", "hellinger", {"clip_log_ratio": 1.0}),

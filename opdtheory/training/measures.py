@@ -99,7 +99,7 @@ def clipped(loss: Estimator, rollouts: Rollouts) -> Int64[Tensor, ""]:
         hit = hit | (advantages < low) | (advantages > high)
     if isinstance(rule, ScoreFunction) and rule.importance == "ppo":
         ratio = unmasked(rollouts, rollouts.student_logprobs - rollouts.behavior_logprobs).exp()
-        hit = hit | ((ratio - 1).abs() > rule.clip_range)
+        hit = hit | ((ratio - 1).abs() > rule.ppo_range)
     return (hit & live).sum()
 
 

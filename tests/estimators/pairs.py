@@ -192,6 +192,15 @@ CLAIMS = [
         for kind in ("topk_truncated", "topk_renormalised", "topk_tail", "topk_reward")
         for s in ("teacher", "student")
     ),
+    *(
+        estimator("topk_tail_sampled", "jsd", k=2, support=s, importance=kind, baseline=b)
+        for s, kind, b in (("teacher", None, None), ("student", "token", "optimal"), ("teacher", "prefix", "optimal"))
+    ),
+    *(estimator("k2_loss", importance=kind) for kind in ("tis", "mask", "sequence_mask", "gspo")),
+    *(estimator("opd_plus_centred", "jsd", importance=kind) for kind in ("tis", "mask", "sequence_mask", "gspo")),
+    *(estimator("sequence_opd_plus", "jsd", importance=kind) for kind in ("sequence_mask", "gspo")),
+    estimator("opd_plus", "jsd", baseline="optimal"),
+    estimator("k1_reward", baseline="optimal", importance="tis", clip_range=1.1),
     *(estimator("opd_plus", "jsd", reduction=r) for r in ("token_mean", "sequence_mean")),
     *(estimator("k1_loss", reduction=r) for r in ("token_mean", "sequence_mean")),
     *(estimator("opd_plus", "jsd", baseline=b) for b in ("group_mean", "leave_one_out", "vocabulary")),

@@ -13,7 +13,9 @@ from opdtheory import divergences
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.estimators import estimator
 from opdtheory.estimators.vocabulary import perspective
+from opdtheory.exact import exact_gradient, expected_gradient, gradient_moments, local_gradient, random_pair
 from opdtheory.rollouts import Rollouts
+from opdtheory.testing import gradient_gap
 from tests.estimators.pairs import error, three_tokens, value_of, with_zeros
 from tests.tolerances import ALGEBRA
 
@@ -165,3 +167,88 @@ def test_terms_in_narrow_dtypes_are_those_of_float64(dtype: torch.dtype) -> None
         divergence = divergences.divergence(name, **({"lam": 0.3} if name == "skew_forward_kl" else {}))
         wide = perspective(divergence, log_p.double(), log_q.double())
         torch.testing.assert_close(perspective(divergence, log_p, log_q), wide.to(dtype), rtol=0, atol=0)
+
+
+# Exact on k tokens, sampled on the rest.
+
+SPLITS = (
+    {"k": 1},
+    {"k": 2, "support": "student"},
+    {"k": 2, "baseline": "constant", "baseline_value": 0.7},
+    {"k": 3, "baseline": "optimal"},
+    {"k": 9},
+)
+
+
+@pytest.mark.parametrize("options", SPLITS, ids=str)
+@pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "jsd", "chi2", "total_variation", "skew_jsd(beta=0.1)"])
+def test_a_sampled_tail_has_the_exact_gradient(name: str, options: dict) -> None:
+    loss = estimator("topk_tail_sampled", name, **options)
+    for seed, eos in ((1, None), (2, 0)):
+        student, teacher = random_pair(5, 2, eos=eos, distance=1.0, seed=seed)
+        found = expected_gradient(loss, student, teacher)
+        assert gradient_gap(found, exact_gradient(student, teacher, name)) < ALGEBRA
+
+
+@pytest.mark.parametrize(("importance", "exact"), [("prefix", True), ("token", False), (None, False)])
+def test_a_sampled_tail_off_policy_needs_the_prefix_and_the_token(importance: str | None, exact: bool) -> None:
+    student, teacher = random_pair(5, 2, eos=0, distance=1.0, seed=3)
+    mu = student.perturbed(0.5, seed=4)
+    loss = estimator("topk_tail_sampled", "jsd", k=2, baseline="optimal", importance=importance)
+    found = expected_gradient(loss, student, teacher, behavior=mu)
+    assert (gradient_gap(found, exact_gradient(student, teacher, "jsd")) < ALGEBRA) is exact
+    at_the_sampler = local_gradient(student, teacher, "jsd", histories=mu)
+    assert (gradient_gap(found, at_the_sampler) < ALGEBRA) is (importance == "token")
+
+
+def test_the_best_constant_of_a_sampled_tail_has_the_least_variance() -> None:
+    student, teacher = random_pair(6, 1, distance=1.5, seed=7)
+    best = gradient_moments(estimator("topk_tail_sampled", "forward_kl", k=2, baseline="optimal"), student, teacher)
+    others = [
+        gradient_moments(
+            estimator("topk_tail_sampled", "forward_kl", k=2, baseline="constant", baseline_value=c), student, teacher
+        ).variance
+        for c in torch.linspace(-3.0, 5.0, 33).tolist()
+    ]
+    assert best.variance < min(others) < 1.05 * best.variance
+    # On one step the constant is a number, which the parabola through three others has as its lowest point.
+    low, middle, high = (others[i] for i in (0, 16, 32))
+    lowest = 1.0 + 4.0 * (low - high) / (2 * (low - 2 * middle + high))
+    loss = estimator("topk_tail_sampled", "forward_kl", k=2, baseline="constant", baseline_value=lowest)
+    assert gradient_moments(loss, student, teacher).variance == pytest.approx(best.variance, rel=1e-6)
+
+
+def test_more_exact_tokens_and_their_constant_lower_the_variance() -> None:
+    student, teacher = random_pair(7, 1, distance=1.0, seed=1)
+    for name in ("forward_kl", "chi2", "jsd"):
+        plain = gradient_moments(estimator("opd_plus", name, baseline="optimal"), student, teacher).variance
+        found = [
+            gradient_moments(estimator("topk_tail_sampled", name, k=k, baseline="optimal"), student, teacher).variance
+            for k in (1, 3, 5, 7)
+        ]
+        assert found == sorted(found, reverse=True) and found[0] < plain
+        assert found[-1] < 1e-20
+
+
+def test_a_sampled_tail_at_zero_probabilities_is_finite() -> None:
+    rollouts = with_zeros([0.6, 0.4, 0.0, 0.0], [0.7, 0.3, 0.0, 0.0])
+    for options in SPLITS:
+        value = estimator("topk_tail_sampled", "jsd", **options)(rollouts)
+        (grad,) = torch.autograd.grad(value, rollouts.student_logits, retain_graph=True)
+        assert bool(torch.isfinite(value)) and bool(torch.isfinite(grad).all())
+
+
+def test_a_sampled_tail_takes_the_sampled_token_once() -> None:
+    """By hand at one position: the set's terms, and the sampled token where it lies outside."""
+    logits = torch.tensor([[[1.0, 0.0, -1.0, 0.5]]], dtype=torch.float64)
+    teacher = torch.tensor([[[0.0, 2.0, 1.0, -1.0]]], dtype=torch.float64)
+    p, q = logits.softmax(-1).flatten(), teacher.softmax(-1).flatten()
+    for token in range(4):
+        rollouts = Rollouts.from_logits(torch.tensor([[token]]), logits.clone().requires_grad_(), teacher)
+        value = estimator("topk_tail_sampled", "forward_kl", k=2)(rollouts)
+        (found,) = torch.autograd.grad(value, rollouts.student_logits)
+        expected = torch.zeros(4, dtype=torch.float64)
+        for a in {1, 2} | ({token} if token in (0, 3) else set()):
+            score = torch.eye(4, dtype=torch.float64)[a] - p
+            expected -= (q[a] if a in (1, 2) else q[a] / p[a]) * score
+        assert error(found.flatten(), expected) < ALGEBRA

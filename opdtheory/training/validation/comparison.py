@@ -26,10 +26,11 @@ from opdtheory.errors import InvalidArgumentError
 from opdtheory.estimators import Estimator
 from opdtheory.rollouts import Rollouts
 from opdtheory.training.objective import needs_groups
-from opdtheory.training.validation.expectation import Known, Loss, Moments, Singles, moments, sensitivity
+from opdtheory.training.validation.expectation import Both, Known, Loss, Moments, Singles, moments, sensitivity
 from opdtheory.training.validation.prediction import (
     VOCABULARY,
     group_factor,
+    on_set,
     predicted_weight,
     ratio_correction,
     standardised,
@@ -99,6 +100,8 @@ def compare(
     sampled = (
         expected if isinstance(distribution, Known) else _sampled(prefixes, run, plain, group, shares, draws, seed)
     )
+    if isinstance(distribution, Both):
+        sampled = sampled + shares * distribution.known.gradient
 
     vectors = [prefixes.pull_back(c) for c in (exact, predicted, expected)]
     compared = relations(*vectors)
@@ -173,15 +176,19 @@ def predicted_logit_gradient(estimator: Estimator, prefixes: Prefixes) -> Float[
     weight = group_factor(estimator, 2) * weight
     if not prefixes.on_policy and estimator.name not in VOCABULARY:
         ratio = (log_p - prefixes.log_mu).exp()
-        if options.get("importance") is None:
-            if "baseline" in options:
-                raise InvalidArgumentError(
-                    "behavior", f"must be None for {estimator!r}: off-policy, a baseline without importance biases"
-                )
-            weight = weight / ratio
-        else:
-            correction = ratio_correction(options["importance"], weight, ratio, options.get("clip_range", 0.2))
-            weight = weight * correction / ratio
+        importance = options.get("importance")
+        if importance in ("sequence_mask", "gspo"):
+            raise InvalidArgumentError(
+                "importance", f"must not be one factor for the whole rollout, got {importance!r}"
+            )
+        if importance is None and "baseline" in options:
+            raise InvalidArgumentError(
+                "behavior", f"must be None for {estimator!r}: off-policy, a baseline without importance biases"
+            )
+        share = ratio_correction(options, weight, ratio) / ratio
+        if estimator.name == "topk_tail_sampled":  # the set is summed, whoever sampled
+            share = torch.where(on_set(options, log_p, log_q), 1.0, share)
+        weight = weight * share
     bias = divergence.weight(log_q - log_p) - weight
     return prefixes.exact(divergence) + _mean_times_score(bias, p)
 
@@ -197,6 +204,11 @@ def _check_rows_apart(prefixes: Prefixes, run: Loss, distribution: Moments, shar
     tokens = prefixes.samples.tokens
     if isinstance(distribution, Known):
         whole, alone = _logit_gradient(prefixes, run), shares * distribution.gradient
+    elif isinstance(distribution, Both):
+        singles, drawn = distribution.singles, tokens[live].unsqueeze(-1)
+        kappa = torch.zeros_like(singles.p).scatter(-1, drawn, singles.kappa.gather(-1, drawn))
+        own = kappa - singles.p * kappa.sum(-1, keepdim=True)
+        whole, alone = _logit_gradient(prefixes, run), shares * (distribution.known.gradient + own)
     else:
         assert isinstance(distribution, Singles)
         whole = sensitivity(run, tokens, mask, *prefixes.grids)[live]

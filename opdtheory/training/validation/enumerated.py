@@ -19,6 +19,7 @@ from opdtheory.training.validation.expectation import Loss
 from opdtheory.training.validation.prediction import (
     VOCABULARY,
     group_factor,
+    on_set,
     predicted_weight,
     ratio_correction,
     standardised,
@@ -123,9 +124,17 @@ def _predicted_tables(estimator: Estimator, everything: Enumeration, grouped: bo
     importance = options.get("importance")
     if estimator.name in VOCABULARY:  # the sum over the next token uses the student's probabilities, whoever sampled
         importance = "token" if importance is None else importance
-    weight = weight * ratio_correction(
-        importance, weight, _ratio(importance, own - drew), options.get("clip_range", 0.2)
-    )
+    ratio = _ratio(importance, own - drew, mask)
+    if estimator.name == "topk_tail_sampled":  # so does the sum over the set, beside the tail of the sampled token
+        inside = on_set(options, log_p, log_q).gather(-1, at).squeeze(-1)
+        bare = torch.ones_like(ratio) if importance is None else ratio
+        weight = torch.where(inside, weight * _ratio(importance or "token", own - drew, mask), weight * bare)
+    elif importance == "sequence_mask":
+        low, high = options.get("keep_range", (0.5, 5.0))
+        whole = _ratio("sequence", own - drew, mask)
+        weight = weight * torch.where((low <= whole) & (whole <= high), ratio, 0.0)
+    else:
+        weight = weight * ratio_correction({**options, "importance": importance}, weight, ratio)
     if estimator.reduction != "token_sum":
         weight = weight / mask.sum(-1, keepdim=True)
     shares = (everything.probability.unsqueeze(-1) * mask * weight).unsqueeze(-1)
@@ -156,9 +165,10 @@ def _whole_rollout_weight(estimator: Estimator, log_u: Tensor, mask: Tensor) -> 
     return torch.where(mask > 0, weight, 0.0)
 
 
-def _ratio(importance: str | None, log_ratio: Tensor) -> Tensor:
+def _ratio(importance: str | None, log_ratio: Tensor, mask: Tensor) -> Tensor:
     if importance == "prefix":
         log_ratio = log_ratio.cumsum(-1)
-    elif importance == "sequence":
-        log_ratio = log_ratio.sum(-1, keepdim=True).expand_as(log_ratio)
+    elif importance in ("sequence", "gspo"):
+        whole = log_ratio.sum(-1, keepdim=True).expand_as(log_ratio)
+        log_ratio = whole / mask.sum(-1, keepdim=True) if importance == "gspo" else whole
     return log_ratio.exp()

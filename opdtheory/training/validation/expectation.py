@@ -18,9 +18,12 @@ from torch import Tensor
 from opdtheory.errors import InvalidArgumentError, LossError
 from opdtheory.rollouts import Rollouts
 
-__all__ = ["Known", "Loss", "Moments", "Pairs", "Singles", "moments", "sensitivity"]
+__all__ = ["Both", "Known", "Loss", "Moments", "Pairs", "Singles", "moments", "sensitivity"]
 
 Loss = Callable[[Rollouts], Tensor]
+
+# Two gradients in the logits that differ by rounding.
+_SAME = 1e-9
 
 
 @runtime_checkable
@@ -75,6 +78,22 @@ class Singles:
 
 
 @dataclass(frozen=True)
+class Both:
+    """A gradient of the prefix alone, and beside it that of one sampled token (T13)."""
+
+    known: Known
+    singles: Singles
+
+    def mean(self) -> Float[Tensor, "N V"]:
+        """As `Moments.mean`."""
+        return self.known.mean() + self.singles.mean()
+
+    def variance(self, along: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
+        """As `Moments.variance`."""
+        return self.singles.variance(along)
+
+
+@dataclass(frozen=True)
 class Pairs:
     """Groups of two tokens at one prefix, over which the estimator averages.
 
@@ -116,7 +135,8 @@ def moments(
 
     Raises:
         InvalidArgumentError: `group` is neither 1 nor 2.
-        LossError: the loss uses both the logits and the sampled token's log-probability, or neither.
+        LossError: the loss uses neither the logits nor the sampled token's log-probability, or both in a group, or its
+            gradient in the logits depends on the token.
     """
     if group not in (1, 2):
         raise InvalidArgumentError("group", f"must be 1 or 2, since larger groups are not summed over, got {group!r}")
@@ -127,17 +147,25 @@ def moments(
     else:
         tokens = torch.stack([every.repeat_interleave(vocabulary), every.repeat(vocabulary)])
     uses_token, uses_logits = _reads(loss, log_p, log_q, log_mu, group)
-    if uses_token == uses_logits:
+    if not (uses_token or uses_logits) or (uses_token and uses_logits and group > 1):
         what = "both the logits and" if uses_token else "neither the logits nor"
         raise LossError(f"the loss has a gradient in {what} the sampled tokens' log-probabilities")
+    known = None
     if uses_logits:
-        return Known(torch.cat([_known(loss, *rows) for rows in _rows(log_p, log_q, log_mu)]))
+        known = Known(torch.cat([_known(loss, p, q, mu) for p, q, mu in _rows(log_p, log_q, log_mu)]))
+        if not uses_token:
+            return known
+        rows = _rows(log_p, log_q, log_mu)
+        last = Known(torch.cat([_known(loss, p, q, mu, vocabulary - 1) for p, q, mu in rows]))
+        if float((known.gradient - last.gradient).abs().max()) > _SAME * float(known.gradient.abs().max()):
+            raise LossError("the loss has a gradient in the logits that depends on the sampled token")
     found = []
     for p, q, mu in _rows(log_p, log_q, log_mu):
         found.append(len(tokens) * sensitivity(loss, tokens, None, p, q, mu))
     kappa = torch.stack(found)
     if group == 1:
-        return Singles(log_p.exp(), log_mu.exp(), kappa.squeeze(-1))
+        singles = Singles(log_p.exp(), log_mu.exp(), kappa.squeeze(-1))
+        return singles if known is None else Both(known, singles)
     first, second = kappa.view(len(log_p), 2, vocabulary, vocabulary).unbind(1)
     return Pairs(log_p.exp(), first, second)
 
@@ -159,12 +187,12 @@ def sensitivity(
     return gradient
 
 
-def _known(loss: Loss, log_p: Tensor, log_q: Tensor, log_mu: Tensor) -> Tensor:
-    """The gradient, in the logits of one prefix, of a loss that reads no token."""
+def _known(loss: Loss, log_p: Tensor, log_q: Tensor, log_mu: Tensor, token: int = 0) -> Tensor:
+    """The gradient in the logits of one prefix, beside that in the log-probability of the sampled token."""
     leaf = log_p.unsqueeze(0).clone().requires_grad_()
     zeros = torch.zeros(1, 1, dtype=log_p.dtype, device=log_p.device)
     with torch.enable_grad():
-        value = loss(_rollouts(zeros.long(), None, leaf, log_q.unsqueeze(0), zeros, zeros, zeros))
+        value = loss(_rollouts(zeros.long() + token, None, leaf, log_q.unsqueeze(0), zeros, zeros, zeros))
         (gradient,) = torch.autograd.grad(value, leaf)
     return gradient.squeeze(0)
 

@@ -19,7 +19,15 @@ from opdtheory.errors import InvalidArgumentError
 from opdtheory.estimators import Estimator
 from opdtheory.estimators.factory import formula_of
 
-__all__ = ["VOCABULARY", "group_factor", "predicted_weight", "ratio_correction", "ratio_weight", "standardised"]
+__all__ = [
+    "VOCABULARY",
+    "group_factor",
+    "on_set",
+    "predicted_weight",
+    "ratio_correction",
+    "ratio_weight",
+    "standardised",
+]
 
 _TOP = ("topk_truncated", "topk_renormalised", "topk_tail")
 VOCABULARY = ("full_vocab", *_TOP)
@@ -71,7 +79,9 @@ def ratio_weight(name: str, options: Mapping[str, Any], divergence: Divergence, 
         return weight if bound is None else torch.where(log_u.abs() <= bound, weight, 0.0)
     if name == "opd":
         return divergence.weight(inside) - divergence.log_slope(inside)  # T2: off the exact weight by u f'(u)
-    if name in ("opd_plus", "opd_plus_centred", "full_vocab", "return_to_go"):
+    if name == "opd_plus_centred":  # the constant counts where ratios are cut (T14)
+        return divergence.weight(inside) - divergence.weight(torch.zeros_like(inside))
+    if name in ("opd_plus", "full_vocab", "return_to_go", "topk_tail_sampled"):
         return divergence.weight(inside)
     if name == "box_cox":
         order = options["alpha"]
@@ -119,9 +129,7 @@ def _top_weight(name: str, options: Mapping[str, Any], divergence: Divergence, l
     k = options["k"]
     if k >= log_p.shape[-1]:
         return divergence.weight(log_q - log_p)
-    ranking = log_p if options.get("support") == "student" else log_q
-    chosen = torch.zeros_like(log_p, dtype=torch.bool).scatter(-1, ranking.topk(k, dim=-1).indices, True)
-    log_u = log_q - log_p
+    chosen, log_u = on_set(options, log_p, log_q), log_q - log_p
     if name == "topk_truncated":
         return torch.where(chosen, divergence.weight(log_u), 0.0)
     inside_p = log_p.masked_fill(~chosen, -torch.inf).logsumexp(-1, keepdim=True)
@@ -135,12 +143,26 @@ def _top_weight(name: str, options: Mapping[str, Any], divergence: Divergence, l
     return torch.where(chosen, centred / inside_p.exp(), 0.0)
 
 
-def ratio_correction(importance: str | None, weight: Tensor, ratio: Tensor, clip_range: float) -> Tensor:
-    r"""The factor of the weight of a token drawn from $\mu$, given $\rho = p/\mu$ of the wanted kind (T8)."""
+def on_set(options: Mapping[str, Any], log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Whether a token is one of the `k` likeliest of the model that ranks them (T9, T13)."""
+    ranking = log_p if options.get("support") == "student" else log_q
+    chosen = ranking.topk(min(options["k"], log_p.shape[-1]), dim=-1).indices
+    return torch.zeros_like(log_p, dtype=torch.bool).scatter(-1, chosen, True)
+
+
+def ratio_correction(options: Mapping[str, Any], weight: Tensor, ratio: Tensor) -> Tensor:
+    r"""The factor of the weight of a token drawn from $\mu$, given $\rho = p/\mu$ of the wanted kind (T8, T14)."""
+    importance = options.get("importance")
     if importance is None:
         return torch.ones_like(ratio)
+    if importance == "tis":
+        return torch.minimum(ratio, torch.full_like(ratio, options.get("clip_range", 2.0)))
+    if importance == "mask":
+        low, high = options.get("keep_range", (0.5, 5.0))
+        return torch.where((low <= ratio) & (ratio <= high), ratio, 0.0)
     if importance != "ppo":
         return ratio
+    clip_range = options.get("clip_range", 0.2)
     # The clip is active where a step along the advantage would leave the interval.
     active = ((weight > 0) & (ratio > 1 + clip_range)) | ((weight < 0) & (ratio < 1 - clip_range))
     return torch.where(active, 0.0, ratio)
