@@ -140,7 +140,12 @@ TWINS: dict[str, tuple[str, Callable[[opd.Rollouts], torch.Tensor]]] = {
 }
 
 
-@pytest.mark.parametrize("twin", TWINS)
+_QUICK_TWINS = ("sign flipped", "a neighbouring beta", "mean taken for a sum", "bucket left out")
+
+
+@pytest.mark.parametrize(
+    "twin", [twin if twin in _QUICK_TWINS else pytest.param(twin, marks=pytest.mark.slow) for twin in TWINS]
+)
 def test_the_same_assertions_refuse_a_false_twin(twin):
     function, loss = TWINS[twin]
     entry = ENTRY[function]

@@ -179,7 +179,8 @@ WORDS = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+# Every third case each time, all of them with the slow tests.
+@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) if i % 3 else c for i, c in enumerate(CASES)])
 def test_the_intended_remedy_comes_first_and_is_verified(case: str) -> None:
     loss, objective, settings, kind, verdict = CASES[case]
     # Half of the pairs, to save time; those left out refute least.
