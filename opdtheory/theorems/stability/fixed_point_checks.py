@@ -25,6 +25,7 @@ from opdtheory.theorems.instances.cases import (
     every_case,
     interval,
     rational_distributions,
+    smooth_catalogue,
     values_of,
 )
 from opdtheory.theorems.instances.flows import TEACHER, distance, drift, far_students, flow
@@ -36,7 +37,7 @@ from opdtheory.theorems.instances.one_sample import (
     intervals,
     ratios,
 )
-from opdtheory.theorems.stability.checks import AT_TEACHER, local_weight, smooth
+from opdtheory.theorems.stability.checks import AT_TEACHER, local_weight
 from opdtheory.theorems.theorem import Cases, Identity, close, holds, overlap, same
 
 __all__ = ["ABOVE", "BELOW", "clamp", "identities"]
@@ -223,7 +224,7 @@ def _check_tilted_range(rule: Callable[[Fraction], bool]) -> Cases:
 def _check_pull(sign: int) -> Cases:
     r"""$\mathrm{Cov}_p(\log u, w_f) > 0$, certified for every divergence and pair; it is the pull on the logits."""
     u = divergences.symbol()
-    for divergence in smooth():
+    for divergence in smooth_catalogue():
         w = sign * (u * sympy.diff(divergence.expr, u) - divergence.expr)
         for student, teacher in rational_distributions():
             p, at = intervals(student), [interval(r) for r in ratios(student, teacher)]
