@@ -20,8 +20,9 @@ from opdtheory.divergences.divergence import Form
 from opdtheory.divergences.logspace import mixture_ratio
 from opdtheory.divergences.registry import entry, family, member
 from opdtheory.errors import InvalidArgumentError
+from opdtheory.theorems import theorems as every_theorem
 from opdtheory.theorems.gradient.opd_plus import theorems
-from opdtheory.theorems.instances.cases import catalogue
+from opdtheory.theorems.instances.cases import catalogue, smooth_catalogue, strictly_convex
 from opdtheory.training.config import TrainConfig
 from opdtheory.verification import estimators as table
 from tests.conftest import CHECKED
@@ -189,9 +190,11 @@ def test_strategies_draw_it(label: str) -> None:
     assert drawn.label == ("skew_chi2(share=0.5)" if drawn.parameters else name)
 
 
-def test_a_generator_with_a_kink_is_one_entry_too(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def kinked(monkeypatch: pytest.MonkeyPatch) -> Divergence:
+    """A strictly convex generator with a kink that is in the catalogue during one test."""
     monkeypatch.setattr(registry, "_ENTRIES", dict(registry._ENTRIES))
-    kinked = entry(
+    return entry(
         "kinked",
         lambda sympy, u: (u - 1) ** 2 + sympy.Abs(u - 1),
         generator=Form(lambda t: torch.expm1(t) ** 2 + torch.expm1(t).abs(), 2.0, INF),
@@ -202,12 +205,22 @@ def test_a_generator_with_a_kink_is_one_entry_too(monkeypatch: pytest.MonkeyPatc
         slope_at_infinity=INF,
         reference="this test",
     )
+
+
+def test_a_generator_with_a_kink_is_one_entry_too(kinked: Divergence) -> None:
     settings = hypothesis.settings(max_examples=300, deadline=None, database=None, derandomize=True)
     assert hypothesis.find(testing.divergences(), lambda d: d is kinked, settings=settings) is kinked
     with pytest.raises(hypothesis.errors.NoSuchExample):
         hypothesis.find(testing.divergences(smooth=True), lambda d: d is kinked, settings=settings)
     loss = opd.estimator("opd_plus", "kinked")
     assert opd.audit(loss, "kinked").verdict == "exact" and opd.audit(loss, "forward_kl").descends == "kinked"
+
+
+@pytest.mark.parametrize("number", ["T1", "T2", "T2b", "T5", "T5b", "T10", "T10b"])
+def test_theorems_are_checked_on_it_with_a_kink_too(kinked: Divergence, number: str) -> None:
+    assert kinked in catalogue() and kinked not in smooth_catalogue() and strictly_convex(kinked)
+    for identity in every_theorem(number)[0].identities:
+        assert identity.run().passed, identity.name
 
 
 def test_theorems_are_checked_on_it(label: str) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from opdtheory import divergences
 from opdtheory.divergences import Divergence
 from opdtheory.divergences.registry import parameter_free, parametric
-from opdtheory.divergences.transform import has_kinks
+from opdtheory.divergences.transform import has_kinks, is_zero, smooth_pieces
 from opdtheory.estimators import estimator
 from opdtheory.exact import TabularPolicy, expected_gradient, gradient_moments, random_pair
 from opdtheory.exact.tree import Tree
@@ -26,6 +26,7 @@ __all__ = [
     "Pair",
     "Weight",
     "at_atoms",
+    "at_kink",
     "autograd_gradient",
     "catalogue",
     "descent",
@@ -41,8 +42,11 @@ __all__ = [
     "perspective",
     "rational_cases",
     "rational_distributions",
+    "right_of_kinks",
     "sampled_gradient",
     "sampled_variance",
+    "smooth_catalogue",
+    "strictly_convex",
     "two_atoms",
     "values_of",
 ]
@@ -61,8 +65,30 @@ def catalogue() -> list[Divergence]:
 
 
 def kinked(divergence: Divergence) -> bool:
-    """Whether the generator has a kink, at which its weight jumps."""
+    """Whether the generator has a kink, where its slope and the weight jump."""
     return has_kinks(divergence.expr)
+
+
+def smooth_catalogue() -> list[Divergence]:
+    """The catalogue without the generators that have a kink, such as the total variation's."""
+    return [divergence for divergence in catalogue() if not kinked(divergence)]
+
+
+def at_kink(divergence: Divergence, p: Distribution, q: Distribution) -> bool:
+    """Whether a ratio of two distributions is where the generator has a kink."""
+    edges = [high for _, high, _ in smooth_pieces("divergence", divergence.expr)[:-1]]
+    return any(sympy.Rational(b / a) in edges for a, b in zip(p, q, strict=True))
+
+
+def right_of_kinks(f: sympy.Expr) -> sympy.Expr:
+    """The smooth branch of a generator for large `u`."""
+    return smooth_pieces("f", f)[-1][2]
+
+
+def strictly_convex(divergence: Divergence) -> bool:
+    """Whether no piece of the convex generator is straight."""
+    u = divergences.symbol()
+    return not any(is_zero(sympy.diff(piece, u, 2)) for _, _, piece in smooth_pieces("divergence", divergence.expr))
 
 
 @functools.cache
@@ -166,11 +192,15 @@ def kept() -> Iterator[tuple[Distribution, Distribution, int]]:
 
 
 def irrational_cases() -> Iterator[tuple[Divergence, Distribution, Distribution]]:
-    """Every other divergence of the catalogue on every pair of rational distributions."""
+    """Every other divergence of the catalogue on every pair of rational distributions, away from its kinks.
+
+    An interval around a kink's ratio holds both slopes there.
+    """
     for divergence in catalogue():
         if divergence.name not in RATIONAL:
             for p, q in rational_distributions():
-                yield divergence, p, q
+                if not at_kink(divergence, p, q):
+                    yield divergence, p, q
 
 
 def at_atoms(expr: sympy.Expr, p: Sequence[Any], q: Sequence[Any]) -> list[Any]:
@@ -203,7 +233,8 @@ def enclose(expr: sympy.Expr, values: dict[sympy.Symbol, Any]) -> Any:
     """An interval that encloses a sympy expression, given intervals for its symbols.
 
     Raises:
-        TypeError: the expression contains anything but sums, products, powers, `log`, `exp` and `Abs`.
+        TypeError: the expression contains anything but sums, products, powers, `log`, `exp`, and `Abs`, `Max`, `Min`
+            with their slopes `sign` and `Heaviside`.
     """
     if expr.is_Rational:
         return interval(Fraction(int(expr.p), int(expr.q)))
@@ -218,7 +249,18 @@ def enclose(expr: sympy.Expr, values: dict[sympy.Symbol, Any]) -> Any:
         return parts[0] ** int(expr.exp)
     if expr.is_Pow:
         return iv.exp(parts[1] * iv.log(parts[0]))
-    functions = {sympy.log: iv.log, sympy.exp: iv.exp, sympy.Abs: abs}
-    if expr.func not in functions:
-        raise TypeError(f"no interval rule for {expr.func}")
-    return functions[expr.func](parts[0])
+    functions = {sympy.log: iv.log, sympy.exp: iv.exp, sympy.Abs: abs, sympy.sign: _sign}
+    if expr.func in functions:
+        return functions[expr.func](parts[0])
+    if isinstance(expr, sympy.Heaviside):
+        return (_sign(parts[0]) + 1) / 2
+    if isinstance(expr, (sympy.Max, sympy.Min)):
+        half = 1 if isinstance(expr, sympy.Max) else -1
+        return functools.reduce(lambda a, b: (a + b + half * abs(a - b)) / 2, parts)
+    raise TypeError(f"no interval rule for {expr.func}")
+
+
+def _sign(value: Any) -> Any:
+    """An interval that encloses the sign."""
+    low, high = (int(end > 0) - int(end < 0) for end in (value.a, value.b))
+    return iv.mpf([low, high])

@@ -11,13 +11,20 @@ from mpmath import iv
 from torch import Tensor
 
 from opdtheory.exact import TabularPolicy, exact_gradient
-from opdtheory.theorems.instances.cases import RATIONAL, Distribution, autograd_gradient, rational_distributions
+from opdtheory.theorems.instances.cases import (
+    RATIONAL,
+    Distribution,
+    autograd_gradient,
+    distribution,
+    rational_distributions,
+)
 from opdtheory.theorems.instances.one_sample import (
     SMOOTH,
     in_logits,
     intervals,
     mean_gradient,
     minus,
+    ratios,
     row_gradient,
     score,
     simplex,
@@ -48,8 +55,10 @@ def _importance_weights() -> Theorem:
         hypotheses=(
             "one step; over several steps the product of the ratios up to and including the token, for token_local",
             "mu > 0 where p is",
-            "'alone': up to scale, with the weight u itself and no importance weight, for all p, q and mu; with u + c "
+            "'alone': up to scale, with the weight u itself and no importance weight, for all q and mu; with u + c "
             "the two differ by c E_mu[s], which is not zero off-policy",
+            "'alone' under each p on three tokens or more; with two, under each p but the uniform one, where |u - 1| "
+            "needs no ratio either",
         ),
         source="importance sampling; the biases derived here",
         advice="Weight by the ratio p/mu of the prefix; for the forward KL on one step q/mu needs no other ratio.",
@@ -61,9 +70,20 @@ def _importance_weights() -> Theorem:
                 _bias,
             ),
             Step(
-                r"\mu\,w(q/\mu) = p\,w(q/p) + d\,p \text{ for all } \mu, p \iff w = c\,u",
-                "the slope in mu is w - u w', which vanishes for multiples of u alone; for w = u both sides are q",
+                r"\mu\,w(q/\mu) = p\,w(q/p) + d\,p \text{ at every token, for all } \mu \iff w = c\,u",
+                "d is common to the tokens. With three or more, move mu between two of them: a third one's equation "
+                "fixes d, so the slope in mu, w - u w', vanishes, which leaves the multiples of u; for w = u both "
+                "sides are q",
                 _linear_needs_no_ratio,
+                in_words=True,
+            ),
+            Step(
+                r"V = 2:\ \partial_{\mu_1}\big(p_2\,\mu_1 w(u_1) - p_1\,\mu_2 w(u_2)\big) = p_2\,g(u_1) + p_1\,g(u_2),"
+                r"\quad g = w - u w',\ u = q/\mu",
+                "two tokens: d may depend on mu, and elimination leaves one condition, that this slope vanishes for "
+                "all u_1 < 1 < u_2 and, with the ratios exchanged, p_2 g(u_2) + p_1 g(u_1) too: g = 0 unless "
+                "p_1 = p_2, where g(u_1) = -g(u_2) remains, as for |u - 1|",
+                _two_tokens,
                 in_words=True,
             ),
             Step(
@@ -121,6 +141,18 @@ def _importance_weights() -> Theorem:
                     "chi2 as well": {"chi2": True},
                     "Le Cam as well": {"le_cam": True},
                     "not the forward KL": {"forward_kl": False},
+                },
+                "exact",
+            ),
+            Identity(
+                "q/mu without a ratio, |u - 1|",
+                r"E_\mu[|q/\mu - 1|\, s] = E_p[|q/p - 1|\, s]\ \forall q, \mu \iff p = (\tfrac12, \tfrac12)",
+                _check_absolute,
+                lambda p: len(p) == 2 and p[0] == p[1],
+                {
+                    "under no student": lambda p: False,
+                    "under every student of two tokens": lambda p: len(p) == 2,
+                    "under every uniform student": lambda p: len(set(p)) == 1,
                 },
                 "exact",
             ),
@@ -247,6 +279,21 @@ def _check_other_ratio(agrees: dict[str, bool]) -> Cases:
         yield holds(all(equal) == expected, name)
 
 
+def _check_absolute(needs_no_ratio: Callable[[Distribution], bool]) -> Cases:
+    r"""Under which students q/mu needs no ratio for $|u - 1|$, alone or with the forward KL's weight, in fractions."""
+    uniform = [distribution(*[1] * size) for size in (2, 3, 4)]
+    others = [p for pair in rational_distributions() for p in pair]
+    for p in (*uniform, *others):
+        matching = [each for each in others if len(each) == len(p)]
+        for slope in (0, 3):
+
+            def mean(mu: Distribution, q: Distribution, p: Distribution = p, slope: int = slope) -> list[Fraction]:
+                return mean_gradient(p, [abs(u - 1) + slope * u for u in ratios(mu, q)], mu)
+
+            agrees = all(mean(mu, q) == mean(p, q) for q in matching for mu in matching)
+            yield holds(agrees == needs_no_ratio(p), p, f"|u - 1| + {slope} u")
+
+
 def _check_constant(claim: Callable[[Fraction, list[Fraction]], list[Fraction]]) -> Cases:
     r"""The forward KL's weight in another gauge, with q/mu and without an importance weight, in fractions."""
     for p, q, mu in _triples():
@@ -337,6 +384,25 @@ def _linear_needs_no_ratio() -> bool:
         sympy.simplify(slope) == 0
         and sympy.simplify(solutions / u).free_symbols.isdisjoint({u})
         and sympy.simplify(affine - u * sympy.diff(affine, u) - d) == 0
+    )
+
+
+def _two_tokens() -> bool:
+    """The slope, that two exchanged ratios leave g = 0 for unequal probabilities, and that |u - 1| has opposite g."""
+    p1, q1, m1, u = sympy.symbols("p1 q1 m1 u", positive=True)
+    w = sympy.Function("w")
+
+    def g(at: sympy.Expr) -> sympy.Expr:
+        return (w(u) - u * sympy.diff(w(u), u)).subs(u, at).doit()
+
+    p2, q2, m2 = 1 - p1, 1 - q1, 1 - m1
+    slope = sympy.diff(p2 * m1 * w(q1 / m1) - p1 * m2 * w(q2 / m2), m1).doit()
+    exchanged = sympy.Matrix([[p2, p1], [p1, p2]]).det()
+    absolute = [x - u * sympy.diff(x, u) for x in (1 - u, u - 1)]
+    return (
+        sympy.simplify(slope - p2 * g(q1 / m1) - p1 * g(q2 / m2)) == 0
+        and sympy.solve(exchanged, p1) == [sympy.Rational(1, 2)]
+        and sympy.expand(sum(absolute)) == 0
     )
 
 

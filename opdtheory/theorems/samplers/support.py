@@ -19,9 +19,9 @@ from opdtheory.theorems.instances.cases import (
     catalogue,
     enclose,
     interval,
-    kinked,
     pairs,
     perspective,
+    right_of_kinks,
     sampled_gradient,
 )
 from opdtheory.theorems.instances.two_steps import weight_at
@@ -180,9 +180,7 @@ def _check_lost_pull(claim: Callable[[Divergence], float]) -> Cases:
     r"""$p\, w_f(q/p)$ in intervals at $p = 10^{-60}$, per unit of q: a finite $f'(\infty)$ leaves nothing."""
     u = divergences.symbol()
     for divergence in catalogue():
-        if kinked(divergence):  # a weight with steps: of the total variation, p w is p/2
-            continue
-        f = divergence.expr
+        f = right_of_kinks(divergence.expr)
         term, p, q = perspective(u * sympy.diff(f, u) - f)
         pull = enclose(term / q, {p: interval(Fraction(1, 10**60)), q: interval(Fraction(2, 5))})
         limit = claim(divergence)

@@ -11,11 +11,23 @@ import sympy
 import torch
 from torch import Tensor
 
+from opdtheory import divergences
 from opdtheory.exact import TabularPolicy, exact_gradient
 from opdtheory.exact.tree import Tree
-from opdtheory.theorems.instances.cases import Distribution, catalogue, distribution, pairs, sampled_gradient
-from opdtheory.theorems.instances.one_sample import expectation, in_logits, softmax, weighted
-from opdtheory.theorems.theorem import Cases, Identity, Step, Theorem, close, same
+from opdtheory.theorems.instances.cases import (
+    RATIONAL,
+    Distribution,
+    at_atoms,
+    catalogue,
+    distribution,
+    pairs,
+    rational_distributions,
+    sampled_gradient,
+    smooth_catalogue,
+    values_of,
+)
+from opdtheory.theorems.instances.one_sample import expectation, in_logits, softmax, weight_of, weighted
+from opdtheory.theorems.theorem import Cases, Identity, Step, Theorem, close, holds, same
 
 __all__ = ["theorems"]
 
@@ -31,9 +43,14 @@ def theorems() -> list[Theorem]:
             name="truncated sampling",
             statement=(
                 r"E_\mu[(p/\mu)\, A s] = E_p[A s] - \sum_{\mu_a = 0} p_a A_a s_a, \qquad "
-                r"E_\mu[A s] = E_p[A s] + \sum_a (\mu_a - p_a) A_a s_a"
+                r"E_\mu[A s] = E_p[A s] + \sum_a (\mu_a - p_a) A_a s_a; \qquad "
+                r"E_\mu[(w_f(u) - w_f(1))\, s] = 0 \iff p_a = q_a \text{ wherever } \mu_a > 0"
             ),
-            hypotheses=("rollouts sampled from mu: the student at a temperature, or its top-p or top-k tokens",),
+            hypotheses=(
+                "rollouts sampled from mu: the student at a temperature, or its top-p or top-k tokens",
+                "the fixed points: one step, some token never sampled, w_f(u) = w_f(1) at u = 1 only; with or without "
+                "the ratio p/mu",
+            ),
             source="derived here",
             advice=(
                 "Roll out at temperature 1 without top-p or top-k. Prefix ratios undo a temperature. Under top-p the "
@@ -51,6 +68,13 @@ def theorems() -> list[Theorem]:
                     r"\sum_{a \in S} p_a c\, s_a = -c \sum_{a \notin S} p_a s_a \ne 0",
                     "the score has mean zero under p only, so under top-p a constant baseline moves the mean",
                     _baseline_counts,
+                ),
+                Step(
+                    r"\mu_b = 0 < p_b:\ \dot z_b = -p_b\, E_\mu[A] = 0 \implies "
+                    r"\dot z_a = \mu_a A_a = 0 \text{ for every sampled } a",
+                    "the token never sampled makes the mean advantage zero, and each sampled token its own: the "
+                    "centred weight vanishes on them, and nothing is asked of the others",
+                    _rest_on_the_sampled,
                 ),
             ),
             identities=(
@@ -72,6 +96,21 @@ def theorems() -> list[Theorem]:
                     functools.partial(_check_sampler, False),
                     _difference,
                     {"unbiased": _nothing, "only what is never sampled": _never_drawn},
+                    "exact",
+                ),
+                Identity(
+                    "who rests, in fractions",
+                    r"E_\mu[(w_f(u) - w_f(1))\, s] = 0 \iff p_a = q_a \text{ wherever } \mu_a > 0",
+                    _check_rest,
+                    _agree_where_sampled,
+                    {
+                        "the teacher alone": lambda p, q, mu: p == q,
+                        "the teacher's proportions are enough": _proportional_where_sampled,
+                        "the tail may only change places": lambda p, q, mu: (
+                            _agree_where_sampled(p, q, mu) and sorted(p) == sorted(q)
+                        ),
+                        "always": lambda p, q, mu: True,
+                    },
                     "exact",
                 ),
                 Identity(
@@ -97,6 +136,13 @@ def theorems() -> list[Theorem]:
                         "a fixed point of OPD+": ("opd_plus", lambda slope: 0.0),
                         "none of centred OPD+": ("opd_plus_centred", lambda slope: slope),
                     },
+                ),
+                Identity(
+                    "any tail is at rest under top-k sampling",
+                    r"p_a = q_a \text{ wherever } \mu_a > 0:\ E_\mu[(w_f(u) - w_f(1))\, s] = 0",
+                    _check_tail_at_rest,
+                    ("opd_plus_centred", True),
+                    {"uncentred": ("opd_plus", True), "every token sampled": ("opd_plus_centred", False)},
                 ),
                 Identity(
                     "the teacher under top-k sampling, centred",
@@ -144,6 +190,51 @@ def _difference(p: Distribution, mu: Distribution, w: list[Fraction]) -> list[Fr
 
 def _nothing(p: Distribution, mu: Distribution, w: list[Fraction]) -> list[Fraction]:
     return [Fraction(0)] * len(p)
+
+
+def _top(p: Distribution, k: int) -> list[int]:
+    """The k likeliest tokens."""
+    return sorted(range(len(p)), key=p.__getitem__, reverse=True)[:k]
+
+
+def _students(q: Distribution, k: int) -> Iterator[Distribution]:
+    """Students around a teacher: equal on its top k tokens, with that tail turned round or levelled; and others."""
+    kept = _top(q, k)
+    tail = [a for a in range(len(q)) if a not in kept]
+    mass = sum((q[a] for a in tail), Fraction(0))
+    turned, levelled, heavier = list(q), list(q), list(q)
+    for a, other in zip(tail, reversed(tail), strict=True):
+        turned[a], levelled[a] = q[other], mass / len(tail)
+    for a in range(len(q)):  # the same proportions on the kept tokens, half of the tail's mass
+        heavier[a] = q[a] / 2 if a in tail else q[a] * (1 + mass / (2 * (1 - mass)))
+    yield from (q, tuple(turned), tuple(levelled), tuple(heavier))
+    yield from (p for p, _ in rational_distributions() if len(p) == len(q))
+
+
+def _check_rest(rests: Callable[[Distribution, Distribution, Distribution], bool]) -> Cases:
+    """Students sampled with top-k, in fractions: who has no mean update under the centred weight, ratio or not."""
+    for name in RATIONAL:
+        w = weight_of(name)
+        at_one = values_of(w, {divergences.symbol(): Fraction(1)})
+        for _, q in rational_distributions():
+            for k in range(1, len(q)):
+                for p in _students(q, k):
+                    kept = _top(p, k)
+                    mu = distribution(*(p[a] if a in kept else 0 for a in range(len(p))))
+                    weights = [value - at_one for value in at_atoms(w, p, q)]
+                    for is_weighted in (False, True):
+                        rho = [a / m if is_weighted and m else Fraction(1) for a, m in zip(p, mu, strict=True)]
+                        update = _scored(p, [m * r * x for m, r, x in zip(mu, rho, weights, strict=True)])
+                        where = (name, p, q, f"top {k}", "weighted" if is_weighted else "unweighted")
+                        yield holds((not any(update)) == rests(p, q, mu), *where)
+
+
+def _agree_where_sampled(p: Distribution, q: Distribution, mu: Distribution) -> bool:
+    return all(a == b for a, b, m in zip(p, q, mu, strict=True) if m)
+
+
+def _proportional_where_sampled(p: Distribution, q: Distribution, mu: Distribution) -> bool:
+    return len({b / a for a, b, m in zip(p, q, mu, strict=True) if m}) == 1
 
 
 def _truncated(student: TabularPolicy, k: int) -> TabularPolicy:
@@ -194,6 +285,28 @@ def _check_at_teacher(claim: tuple[str, Callable[[float], float]]) -> Cases:
         yield close(gradient, [-pull(slope) * apart], divergence)
 
 
+def _other_tail(teacher: TabularPolicy, k: int) -> TabularPolicy:
+    """The teacher with its tail levelled: the same probabilities of the top k tokens, and of all others together."""
+    levels = []
+    for level in teacher.logits:
+        rows = level.log_softmax(-1)
+        tail = torch.ones_like(rows).scatter(-1, rows.topk(k, dim=-1).indices, 0.0) > 0
+        mean = torch.where(tail, rows.exp(), 0.0).sum(-1, keepdim=True) / tail.sum(-1, keepdim=True)
+        levels.append(torch.where(tail, mean.log(), rows))
+    return TabularPolicy(levels, eos=teacher.eos)
+
+
+def _check_tail_at_rest(claim: tuple[str, bool]) -> Cases:
+    """A student that differs from the teacher at every history, but only on tokens that are never sampled."""
+    name, cut = claim
+    for divergence in smooth_catalogue():  # at a kink the sign of a rounding error is a weight
+        for (_, teacher), k in zip(pairs()[:3], (2, 1, 1), strict=True):  # each leaves a tail of two tokens
+            student = _other_tail(teacher, k)
+            sampler = _truncated(student, k) if cut else student
+            gradient = sampled_gradient(name, divergence, (student, teacher), behavior=sampler)
+            yield close(gradient, list(map(torch.zeros_like, gradient)), divergence, student)
+
+
 # The derivation.
 
 
@@ -214,3 +327,12 @@ def _baseline_counts() -> bool:
     scores = [sympy.diff(sympy.log(a), z[0]) for a in p]
     drawn, rest = c * expectation(p[:2], scores[:2]), c * p[2] * scores[2]
     return sympy.simplify(drawn + rest) == 0 and sympy.simplify(drawn) != 0
+
+
+def _rest_on_the_sampled() -> bool:
+    """Three tokens, the last never sampled: with its velocity zero, each other's is its own advantage's."""
+    p, m, a = (sympy.symbols(f"{name}0:3", positive=True) for name in "pma")
+    mean = m[0] * a[0] + m[1] * a[1]
+    velocity = [(m[b] * a[b] if b < 2 else 0) - p[b] * mean for b in range(3)]
+    left = [sympy.simplify(velocity[b] - velocity[2] * p[b] / p[2] - m[b] * a[b]) for b in range(2)]
+    return sympy.simplify(velocity[2] + p[2] * mean) == 0 and left == [0, 0]

@@ -18,11 +18,11 @@ from opdtheory.exact import TabularPolicy, enumerated_value
 from opdtheory.theorems.instances.cases import (
     RATIONAL,
     at_atoms,
-    catalogue,
     interval,
     kinked,
     pairs,
     rational_distributions,
+    smooth_catalogue,
 )
 from opdtheory.theorems.instances.flows import (
     TEACHER,
@@ -36,7 +36,7 @@ from opdtheory.theorems.instances.flows import (
 from opdtheory.theorems.instances.one_sample import covariance, in_logits, intervals, ratios
 from opdtheory.theorems.theorem import Cases, Identity, close, holds, same
 
-__all__ = ["AT_TEACHER", "identities", "local_weight", "smooth", "symbolic_weight"]
+__all__ = ["AT_TEACHER", "identities", "local_weight", "symbolic_weight"]
 
 NumericSlope = Callable[[str, Divergence], float]
 _ESTIMATORS = ("opd", "opd_plus")
@@ -151,11 +151,6 @@ def identities() -> tuple[Identity, ...]:
     )
 
 
-def smooth() -> list[Divergence]:
-    """The catalogue without the generators that have a kink, as the total variation has at the teacher."""
-    return [d for d in catalogue() if not kinked(d)]
-
-
 def symbolic_weight(name: str, f: sympy.Expr, u: sympy.Symbol) -> sympy.Expr:
     r"""$-f$ of stop-gradient or $u f' - f$ of OPD+."""
     return -f if name == "opd" else u * sympy.diff(f, u) - f
@@ -179,9 +174,11 @@ def _derived_jacobians() -> tuple[tuple[Any, ...], ...]:
     """Generators, estimators, rational teachers, the weight's slope at one, and the flow's Jacobian by sympy."""
     found: list[tuple[Any, ...]] = []
     u = divergences.symbol()
-    for name in (n for n in RATIONAL if not kinked(divergences.divergence(n))):
+    for name, divergence in ((n, divergences.divergence(n)) for n in RATIONAL):
+        if kinked(divergence):
+            continue
         # A gauge other than the catalogue's, so that stop-gradient has a slope.
-        f = divergences.divergence(name).expr - sympy.Rational(3, 7) * (u - 1)
+        f = divergence.expr - sympy.Rational(3, 7) * (u - 1)
         for estimator in _ESTIMATORS:
             w = sympy.factor(symbolic_weight(estimator, f, u))
             for q in _rational_teachers():
@@ -224,7 +221,7 @@ def _check_distance(slope: Callable[[str, sympy.Expr, sympy.Symbol], sympy.Expr]
     The students are a thousandth of the way from each teacher to another distribution.
     """
     u = divergences.symbol()
-    for divergence in smooth():
+    for divergence in smooth_catalogue():
         f = divergence.expr
         for estimator in _ESTIMATORS:
             claimed = sympy.sign(slope(estimator, f, u))
@@ -269,7 +266,7 @@ _FALSE_SLOPES: dict[str, NumericSlope] = {
 def _check_autograd(claimed: NumericSlope) -> Cases:
     """Autograd through the flow against the closed form, on four tokens."""
     q = torch.tensor(TEACHER, dtype=torch.float64)
-    for divergence in smooth():
+    for divergence in smooth_catalogue():
         for name in _ESTIMATORS:
             field = functools.partial(drift, log_q=q.log(), weight=local_weight(name, divergence))
             derived = torch.autograd.functional.jacobian(field, q.log())
@@ -281,7 +278,7 @@ def _check_hessian(claimed: NumericSlope) -> Cases:
     teacher = pairs()[1][1]
     first, rest = teacher.logits[0], list(teacher.logits[1:])
     q = torch.log_softmax(first[0], -1).exp()
-    for divergence in smooth():
+    for divergence in smooth_catalogue():
 
         def value(z: Tensor, d: Divergence = divergence) -> Tensor:
             return enumerated_value(TabularPolicy([z, *rest], eos=teacher.eos), teacher, d)
@@ -308,7 +305,7 @@ def _growth(name: str, divergence: Divergence) -> Tensor:
 def _check_rates(claimed: NumericSlope) -> Cases:
     r"""Simulated from a millionth away, each mode's distance grows by $e^{-w'(1)\lambda t}$."""
     _, rates, _ = _modes()
-    for divergence in smooth():
+    for divergence in smooth_catalogue():
         for name in _ESTIMATORS:
             error = _growth(name, divergence) + claimed(name, divergence) * rates * 8.0
             yield holds(float(error.abs().max()) < 1e-3, divergence, name)

@@ -17,6 +17,7 @@ from opdtheory import divergences
 from opdtheory.divergences import Divergence
 from opdtheory.estimators import estimator
 from opdtheory.exact import TabularPolicy, exact_gradient, expected_gradient
+from opdtheory.exact.tree import Tree
 from opdtheory.theorems.instances.cases import (
     Distribution,
     at_atoms,
@@ -24,6 +25,7 @@ from opdtheory.theorems.instances.cases import (
     every_case,
     interval,
     rational_distributions,
+    smooth_catalogue,
     values_of,
 )
 from opdtheory.theorems.instances.flows import TEACHER, distance, drift, far_students, flow
@@ -33,10 +35,9 @@ from opdtheory.theorems.instances.one_sample import (
     expectation,
     in_logits,
     intervals,
-    log_rows,
     ratios,
 )
-from opdtheory.theorems.stability.checks import AT_TEACHER, local_weight, smooth
+from opdtheory.theorems.stability.checks import AT_TEACHER, local_weight
 from opdtheory.theorems.theorem import Cases, Identity, close, holds, overlap, same
 
 __all__ = ["ABOVE", "BELOW", "clamp", "identities"]
@@ -105,14 +106,15 @@ def identities() -> tuple[Identity, ...]:
             1e-40,
         ),
         Identity(
-            "slope of the distance",
-            r"\langle z - \log q, \nabla D_f\rangle = \mathrm{Cov}_p(\log u, w_f)",
+            "slope of the distance at every history",
+            r"\langle z_h - \log q_h, \nabla_{z_h} D_f\rangle = P(h)\,\mathrm{Cov}_p(\log u, w_f \mid h)",
             _check_rate,
-            _pull,
+            lambda reach, p, log_u, w: reach * _pull(p, log_u, w),
             {
-                "sign flipped": lambda p, log_u, w: -_pull(p, log_u, w),
-                "not centred": lambda p, log_u, w: (p * log_u * w).sum(),
-                "with u in place of log u": lambda p, log_u, w: _pull(p, log_u.exp(), w),
+                "every history at the rate of the first": lambda reach, p, log_u, w: _pull(p, log_u, w),
+                "sign flipped": lambda reach, p, log_u, w: -reach * _pull(p, log_u, w),
+                "not centred": lambda reach, p, log_u, w: reach * (p * log_u * w).sum(-1),
+                "with u in place of log u": lambda reach, p, log_u, w: reach * _pull(p, log_u.exp(), w),
             },
         ),
         Identity(
@@ -222,7 +224,7 @@ def _check_tilted_range(rule: Callable[[Fraction], bool]) -> Cases:
 def _check_pull(sign: int) -> Cases:
     r"""$\mathrm{Cov}_p(\log u, w_f) > 0$, certified for every divergence and pair; it is the pull on the logits."""
     u = divergences.symbol()
-    for divergence in smooth():
+    for divergence in smooth_catalogue():
         w = sign * (u * sympy.diff(divergence.expr, u) - divergence.expr)
         for student, teacher in rational_distributions():
             p, at = intervals(student), [interval(r) for r in ratios(student, teacher)]
@@ -233,18 +235,21 @@ def _check_pull(sign: int) -> Cases:
             yield overlap(by_covariance, by_logits, divergence, student, teacher, "value")
 
 
-def _check_rate(form: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Cases:
-    r"""The slope of $\frac12\lVert z - \log q\rVert^2$ along the oracle's descent, at the first token."""
+def _check_rate(form: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Cases:
+    r"""The slope of $\frac12\lVert z - \log q\rVert^2$ along the oracle's descent, in the row of each history."""
     for divergence, pair in every_case():
-        log_p, log_q = log_rows(*pair)
-        # The first history has probability one.
-        slope = ((log_p - log_q) * exact_gradient(*pair, divergence)[0]).sum()
-        yield close(slope, form(log_p.exp(), log_q - log_p, divergence.weight(log_q - log_p)), divergence, pair)
+        tree, gradient = Tree.build(*pair), exact_gradient(*pair, divergence)
+        for n, rows in enumerate(gradient):
+            log_p, log_q = tree.log_p[n], tree.log_q[n]
+            slopes = ((log_p - log_q) * rows).sum(-1)
+            claimed = form(tree.reach(n), log_p.exp(), log_q - log_p, divergence.weight(log_q - log_p))
+            for history, (slope, claim) in enumerate(zip(slopes, claimed, strict=True)):
+                yield close(slope, claim, divergence, pair, f"step {n + 1}", f"history {history}")
 
 
 def _pull(p: Tensor, log_u: Tensor, weight: Tensor) -> Tensor:
-    r"""$\mathrm{Cov}_p(\log u, w)$."""
-    return (p * log_u * weight).sum() - (p * log_u).sum() * (p * weight).sum()
+    r"""$\mathrm{Cov}_p(\log u, w)$ of each row."""
+    return (p * log_u * weight).sum(-1) - (p * log_u).sum(-1) * (p * weight).sum(-1)
 
 
 _CLIPS: dict[str, dict[str, Any]] = {

@@ -30,6 +30,8 @@ def theorems() -> list[Theorem]:
             ),
             hypotheses=(
                 "fixed points with every probability positive",
+                "one row of logits; with a row for each history h the rate carries the factor P(h), the student's "
+                "probability of reaching h, which stays away from zero as no distance grows",
                 "w continuous; strictly increasing before it is clipped",
                 "inside (a, b) the rate of T5 is kept too; at w(1) = a or b the pull is one-sided",
             ),

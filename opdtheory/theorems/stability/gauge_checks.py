@@ -18,16 +18,18 @@ from opdtheory.divergences import Divergence
 from opdtheory.theorems.instances.cases import (
     RATIONAL,
     at_atoms,
+    at_kink,
     catalogue,
     enclose,
     interval,
     kinked,
     rational_distributions,
+    right_of_kinks,
+    smooth_catalogue,
     values_of,
 )
 from opdtheory.theorems.instances.flows import TEACHER, distance, far_students, flow
-from opdtheory.theorems.instances.one_sample import in_logits, ratios
-from opdtheory.theorems.stability.checks import smooth
+from opdtheory.theorems.instances.one_sample import in_logits
 from opdtheory.theorems.theorem import Cases, Identity, close, holds, overlap, same
 
 __all__ = ["identities", "slope_at_infinity", "threshold"]
@@ -122,12 +124,7 @@ def identities() -> tuple[Identity, ...]:
 def slope_at_infinity(f: sympy.Expr, u: sympy.Symbol) -> sympy.Expr:
     """The limit of `f'`, by sympy."""
     # The logarithm of a quotient is the form in which sympy finds these limits.
-    return sympy.limit(sympy.logcombine(sympy.simplify(sympy.diff(_right_of_kinks(f), u)), force=True), u, sympy.oo)
-
-
-def _right_of_kinks(f: sympy.Expr) -> sympy.Expr:
-    """The branch for `u > 1`."""
-    return f.replace(sympy.Abs, lambda x: x)
+    return sympy.limit(sympy.logcombine(sympy.simplify(sympy.diff(right_of_kinks(f), u)), force=True), u, sympy.oo)
 
 
 def threshold(f: sympy.Expr, u: sympy.Symbol) -> sympy.Expr:
@@ -137,7 +134,7 @@ def threshold(f: sympy.Expr, u: sympy.Symbol) -> sympy.Expr:
 
 _FALSE_THRESHOLDS: dict[str, Threshold] = {
     "sign of f'(∞) flipped": lambda f, u: -threshold(f, u),
-    "f'(1) in place of f'(∞)": lambda f, u: _right_of_kinks(f).diff(u).subs(u, 1) * -1,
+    "f'(1) in place of f'(∞)": lambda f, u: right_of_kinks(f).diff(u).subs(u, 1) * -1,
     "half of it": lambda f, u: threshold(f, u) / 2,
     "no more than one below it": lambda f, u: threshold(f, u) - 1,
     "a cure for all": lambda f, u: threshold(f, u) if threshold(f, u).is_finite else f.subs(u, 1) * 0 - 10,
@@ -201,7 +198,7 @@ def _clipped_threshold(divergence: Divergence, clip: float) -> float:
 
 def _check_clipped(threshold: Callable[[Divergence, float], float]) -> Cases:
     r"""The slope of the weight on $\log u \le C$ under the largest curing `c`: zero at the clip, positive below."""
-    for divergence in smooth():
+    for divergence in smooth_catalogue():
         for clip in (0.5, 2.0, 6.0):
             grid = torch.linspace(-8.0, clip, 200, dtype=torch.float64)
             slope = divergence.log_slope(grid) * (-grid).exp()
@@ -254,8 +251,8 @@ def _check_factor_rational(factor: Factor) -> Cases:
         cured = -f - threshold(f, u) * u  # up to a constant, which is no force
         parallel = []
         for student, teacher in rational_distributions():
-            if kinked(divergence) and Fraction(1) in ratios(student, teacher):
-                continue  # at the kink
+            if at_kink(divergence, student, teacher):
+                continue
             own = u * sympy.diff(f, u) - f
             mine, theirs = (in_logits(student, at_atoms(weight, student, teacher)) for weight in (cured, own))
             if k is not None:

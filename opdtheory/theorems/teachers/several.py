@@ -10,7 +10,7 @@ import sympy
 from mpmath import iv
 
 from opdtheory import divergences
-from opdtheory.theorems.instances.cases import RATIONAL, at_atoms, kinked, perspective
+from opdtheory.theorems.instances.cases import RATIONAL, at_atoms, at_kink, perspective
 from opdtheory.theorems.instances.one_sample import in_logits, kl, mean_gradient, weights
 from opdtheory.theorems.teachers.mixtures import descent, enclosed, groups, power_mean, weighted_sum
 from opdtheory.theorems.theorem import Cases, Identity, Step, Theorem, overlap, same
@@ -155,7 +155,7 @@ def _check_weights_add(weight: Callable[..., list[Fraction]]) -> Cases:
         term, in_p, _ = perspective(divergence.expr)
         slope = sympy.diff(term, in_p).doit()
         for p, shares, teachers in groups():
-            if kinked(divergence) and any(x == y for q in teachers for x, y in zip(p, q, strict=True)):
+            if any(at_kink(divergence, p, q) for q in teachers):
                 continue
             added = weighted_sum(shares, [in_logits(p, at_atoms(slope, p, q)) for q in teachers])
             yield same(added, mean_gradient(p, weight(name, p, shares, teachers)), name, p, shares)

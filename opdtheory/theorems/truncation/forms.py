@@ -26,6 +26,7 @@ from opdtheory.theorems.instances.cases import (
     pairs,
     rational_distributions,
     sampled_gradient,
+    strictly_convex,
     values_of,
 )
 from opdtheory.theorems.instances.minimisers import TEACHER
@@ -198,19 +199,18 @@ def _expression(form: Form, f: sympy.Expr, p: list[Any], q: list[Any], k: int) -
 
 def _check_flat(form: Form) -> Cases:
     """In fractions: no slope along any tail mass nor along the scale of S, and zero at the conditional distribution."""
-    for name in RATIONAL:
-        f = divergences.divergence(name).expr
+    for divergence in map(divergences.divergence, RATIONAL):
+        f = divergence.expr
         for student, teacher, k in kept():
             if len(student) != 3:
                 continue
             ps, qs = (list(sympy.symbols(f"{letter}0:3", positive=True)) for letter in "pq")
             value = _expression(form, f, ps, qs, k)
-            where = (name, student, teacher, f"k {k}")
+            where = (divergence, student, teacher, f"k {k}")
             point = dict(zip((*ps, *qs), (*student, *teacher), strict=True))
             for tail in ps[k:]:
                 yield same(values_of(sympy.diff(value, tail), point), Fraction(0), *where, f"slope in {tail}")
-            # A kink has no slope for sympy.
-            if not kinked(divergences.divergence(name)):
+            if not kinked(divergence):  # at a kink, where a ratio may be, sympy has no slope
                 along = sum(a * sympy.diff(value, a) for a in ps[:k])
                 yield same(values_of(along, point), Fraction(0), *where, "slope along the scale")
             moved = (*(b / 2 for b in teacher[:k]), *student[k:], *teacher)
@@ -233,18 +233,18 @@ def _check_tail_free(name: str) -> Cases:
 
 def _check_coarse(sign: int) -> Cases:
     """In fractions: the coarse divergence lies below the fine one, strictly unless the tail's ratios are all equal."""
-    for name in RATIONAL:
-        f = divergences.divergence(name).expr
+    for divergence in map(divergences.divergence, RATIONAL):
+        f = divergence.expr
 
         def value(p: Any, q: Any, f: Any = f) -> Fraction:
             return sum((a * x for a, x in zip(p, at_atoms(f, p, q), strict=True)), Fraction(0))
 
         for student, teacher, k in kept():
-            where = (name, student, teacher, f"k {k}")
+            where = (divergence, student, teacher, f"k {k}")
             coarse = value((*student[:k], sum(student[k:])), (*teacher[:k], sum(teacher[k:])))
             gap = value(student, teacher) - coarse
             yield holds(sign * gap >= 0, *where, "not below")
-            if not kinked(divergences.divergence(name)):
+            if strictly_convex(divergence):
                 differ = len(set(ratios(student[k:], teacher[k:]))) > 1
                 yield holds((sign * gap > 0) == differ, *where, "strictly")
             flat = [b * sum(student[k:]) / sum(teacher[k:]) for b in teacher[k:]]

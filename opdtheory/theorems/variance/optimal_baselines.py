@@ -6,8 +6,6 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 import sympy
-import torch
-from torch import Tensor
 
 from opdtheory import divergences
 from opdtheory.theorems.instances.cases import interval, rational_distributions, values_of
@@ -130,6 +128,7 @@ def theorems() -> list[Theorem]:
                 _check_hypotheses,
                 (False, 3),
                 {"f'' continuous is enough": (True, 3), "f''(1) = 0 is no exception": (False, 1)},
+                "exact",
             ),
             Identity(
                 "which weights have a known mean",
@@ -183,31 +182,34 @@ def _check_expansion(value: Callable[[Fraction, Fraction, Fraction], Fraction]) 
 
 
 def _check_hypotheses(claim: tuple[bool, int]) -> Cases:
-    r"""Two generators near the teacher: $b^*$ less its first order over $\epsilon^2$, and the variance's share."""
+    r"""Two generators near the teacher, as power series in $t = \epsilon^{1/2}$ with fractions as coefficients.
+
+    Decided by their lowest terms: of $b^*$ less its first order, and of the share of the variance.
+    """
     bounded, power = claim
-    p, v = (torch.tensor(row, dtype=torch.float64) for row in ((0.5, 0.3, 0.2), (1.0, -2.0, 0.5)))
-    norms = 1.0 - 2.0 * p + p.square().sum()
+    # The roots of |v| are rational, so that |u - 1|^(1/2) is.
+    p, roots = (Fraction(1, 4), Fraction(13, 20), Fraction(1, 10)), (1, -1, 2)
+    v = [root * abs(root) for root in roots]
+    yield same(expectation(p, v), 0, "mean of v")
+    p = tuple(sympy.Rational(a) for a in p)
+    t, half = sympy.symbols("t half", positive=True)  # half is |u - 1|^(1/2)
+    moved, weights = [t**2 * direction for direction in v], []
+    for root in roots:
+        x = half**2 * (1 if root > 0 else -1)
+        # The slope of the weight is u f''(u), f'' = 1 + |u - 1|^(1/2).
+        slope = (1 + x) * (1 + half) * sympy.diff(x, half)
+        weights.append(sympy.integrate(sympy.expand(slope), (half, 0, t * abs(root))))
+    remainder = sympy.Poly(optimal_baseline(p, weights) - optimal_baseline(p, moved), t)
+    lowest = min(degree for (degree,) in remainder.monoms())
+    yield holds((lowest >= 4) == bounded, "f'' = 1 + |u - 1|^(1/2)")
 
-    def best(w: Tensor) -> Tensor:
-        return (p * w * norms).sum() / (p * norms).sum()
+    def share(w: Sequence[sympy.Expr]) -> sympy.Expr:
+        best = optimal_baseline(p, w)
+        return variance(p, [x - best for x in w]) / variance(p, w)
 
-    def spread(w: Tensor) -> Tensor:
-        return (p * w.square() * norms).sum() - (p * w - p * (p * w).sum()).square().sum()
-
-    remainders = []
-    for size in (1e-2, 1e-4, 1e-6):
-        x = size * v
-        # The weight whose slope is u f''(u), f'' = 1 + |u - 1|^(1/2).
-        w = x + x.square() / 2 + x.sign() * (2 / 3 * x.abs() ** 1.5) + 2 / 5 * x.abs() ** 2.5
-        remainders.append(float((best(w) - best(x)).abs()) / size**2)
-    yield holds((remainders[2] < 5 * remainders[0]) == bounded, "f'' = 1 + |u - 1|^(1/2)")
-    for size in (1e-3, 1e-5):
-        x = size * v
-        w = x**3 * (4.0 + 3.0 * x)  # u f' - f of (u - 1)^4
-        share = spread(w - best(w)) / spread(w)
-        y = v**power
-        limit = 1.0 - (p * y * norms).sum() ** 2 / ((p * norms).sum() * spread(y))
-        yield holds(abs(float(share - limit)) < 10 * size, "f = (u - 1)^4", f"epsilon {size}")
+    quartic = [x**3 * (4 + 3 * x) for x in moved]  # u f' - f of (u - 1)^4
+    limit = sympy.cancel(share(quartic)).subs(t, 0)
+    yield same(limit, share([sympy.Integer(x) ** power for x in v]), "f = (u - 1)^4")
 
 
 def _check_same_gain(value: Callable[[Fraction, Fraction], Fraction]) -> Cases:
