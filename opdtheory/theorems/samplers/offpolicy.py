@@ -57,8 +57,8 @@ def _importance_weights() -> Theorem:
             "mu > 0 where p is",
             "'alone': up to scale, with the weight u itself and no importance weight, for all q and mu; with u + c "
             "the two differ by c E_mu[s], which is not zero off-policy",
-            "'alone' under each p on three tokens or more; with two, under each p but the uniform one, where |u - 1| "
-            "needs no ratio either",
+            "this 'alone' holds under each p on three tokens or more, and on two tokens under each p but the uniform "
+            "one, where |u - 1| needs no ratio either",
         ),
         source="importance sampling; the biases derived here",
         advice="Weight by the ratio p/mu of the prefix; for the forward KL on one step q/mu needs no other ratio.",
@@ -71,7 +71,7 @@ def _importance_weights() -> Theorem:
             ),
             Step(
                 r"\mu\,w(q/\mu) = p\,w(q/p) + d\,p \text{ at every token, for all } \mu \iff w = c\,u",
-                "d is common to the tokens. With three or more, move mu between two of them: a third one's equation "
+                "all tokens share d. With three or more, move mu between two of them: a third one's equation "
                 "fixes d, so the slope in mu, w - u w', vanishes, which leaves the multiples of u; for w = u both "
                 "sides are q",
                 _linear_needs_no_ratio,

@@ -72,8 +72,8 @@ def theorems() -> list[Theorem]:
                 Step(
                     r"\mu_b = 0 < p_b:\ \dot z_b = -p_b\, E_\mu[A] = 0 \implies "
                     r"\dot z_a = \mu_a A_a = 0 \text{ for every sampled } a",
-                    "the token never sampled makes the mean advantage zero, and each sampled token its own: the "
-                    "centred weight vanishes on them, and nothing is asked of the others",
+                    "a token that is never sampled rests only if the mean advantage is zero, and then a sampled one "
+                    "only if its own is: the centred weight vanishes where mu > 0, and nothing is asked elsewhere",
                     _rest_on_the_sampled,
                 ),
             ),

@@ -174,11 +174,9 @@ def _derived_jacobians() -> tuple[tuple[Any, ...], ...]:
     """Generators, estimators, rational teachers, the weight's slope at one, and the flow's Jacobian by sympy."""
     found: list[tuple[Any, ...]] = []
     u = divergences.symbol()
-    for name, divergence in ((n, divergences.divergence(n)) for n in RATIONAL):
-        if kinked(divergence):
-            continue
+    for name in (n for n in RATIONAL if not kinked(divergences.divergence(n))):
         # A gauge other than the catalogue's, so that stop-gradient has a slope.
-        f = divergence.expr - sympy.Rational(3, 7) * (u - 1)
+        f = divergences.divergence(name).expr - sympy.Rational(3, 7) * (u - 1)
         for estimator in _ESTIMATORS:
             w = sympy.factor(symbolic_weight(estimator, f, u))
             for q in _rational_teachers():
