@@ -7,6 +7,7 @@ from opdtheory.exact.histories import local_gradient
 from opdtheory.exact.oracle import OBJECTIVES, exact_gradient, exact_value
 from opdtheory.exact.per_rollout import SampledMoments, rollout_gradients, sampled_moments
 from opdtheory.exact.policies import ModulePolicy, Policy, TabularPolicy, random_pair
+from opdtheory.exact.sampled_tail import TailMoments, tail_moments
 from opdtheory.exact.second_moments import RolloutMoments, rollout_moments
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "RolloutMoments",
     "SampledMoments",
     "TabularPolicy",
+    "TailMoments",
     "enumerated_value",
     "exact_gradient",
     "exact_value",
@@ -31,4 +33,5 @@ __all__ = [
     "rollout_gradients",
     "rollout_moments",
     "sampled_moments",
+    "tail_moments",
 ]

@@ -21,7 +21,7 @@ from opdtheory.training.validation.report import Validation
 if TYPE_CHECKING:
     from opdtheory.training.models.huggingface import HuggingFaceModel
 
-__all__ = ["ENUMERATED", "QUICK", "SMALL", "SMOLLM2", "Case", "enumerated", "small", "smollm2"]
+__all__ = ["ENUMERATED", "QUICK", "SMALL", "SMOLLM2", "Case", "enumerated", "small", "small_prefixes", "smollm2"]
 
 
 @dataclass(frozen=True)
@@ -168,8 +168,8 @@ _PROMPTS = (
 )
 
 
-def small(cases: tuple[Case, ...] = SMALL, *, draws: int = 1024) -> Iterator[Validation]:
-    """The cases on transformers of 2 layers and width 48, in float64: a student, a teacher and another sampler."""
+def small_prefixes(off_policy: bool = False) -> Prefixes:
+    """Prefixes of the arithmetic task after which the small student and the small teacher are compared."""
     addition = task("arithmetic")
     length = addition.max_prompt + addition.max_response
 
@@ -177,12 +177,14 @@ def small(cases: tuple[Case, ...] = SMALL, *, draws: int = 1024) -> Iterator[Val
         built = Transformer(TransformerConfig(48, 2, 2, length), addition.vocabulary, seed=seed).double()
         return _sharpened(built, 0.25, seed)
 
-    student, teacher, stale = model(0), model(1), model(2)
     prompts = addition.prompts(addition.examples("test", 8, 0))
-    met = {
-        off: Prefixes.sample(student, teacher, prompts, max_new_tokens=12, behavior=stale if off else None, seed=0)
-        for off in sorted({case.off_policy for case in cases})
-    }
+    behavior = model(2) if off_policy else None
+    return Prefixes.sample(model(0), model(1), prompts, max_new_tokens=12, behavior=behavior, seed=0)
+
+
+def small(cases: tuple[Case, ...] = SMALL, *, draws: int = 1024) -> Iterator[Validation]:
+    """The cases on transformers of 2 layers and width 48, in float64: a student, a teacher and another sampler."""
+    met = {off: small_prefixes(off) for off in sorted({case.off_policy for case in cases})}
     pushed = {off: random_images(prefixes, 8, 0) for off, prefixes in met.items()}
     for case in cases:
         off = case.off_policy
