@@ -20,7 +20,10 @@ _NAMES = {
         *("FiniteStatePolicy", "MarkovPolicy", "ModulePolicy", "TabularPolicy", "random_pair"),
         *("exact_gradient", "exact_value", "expected_gradient", "rollout_moments"),
     ),
-    "kernels": ("fused_divergence", "fused_linear_divergence", "fused_parallel_divergence", "fused_top_k_divergence"),
+    "kernels": (
+        *("fused_divergence", "fused_linear_divergence", "fused_parallel_divergence"),
+        *("fused_sampled_tail", "fused_top_k_divergence"),
+    ),
     "rollouts": ("Rollouts",),
     "training.config": ("TrainConfig",),
     "training.trainer": ("train",),
@@ -62,6 +65,7 @@ if TYPE_CHECKING:
     from opdtheory.kernels import fused_divergence as fused_divergence
     from opdtheory.kernels import fused_linear_divergence as fused_linear_divergence
     from opdtheory.kernels import fused_parallel_divergence as fused_parallel_divergence
+    from opdtheory.kernels import fused_sampled_tail as fused_sampled_tail
     from opdtheory.kernels import fused_top_k_divergence as fused_top_k_divergence
     from opdtheory.rollouts import Rollouts as Rollouts
     from opdtheory.training.config import TrainConfig as TrainConfig

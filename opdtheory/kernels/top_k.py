@@ -17,7 +17,7 @@ from opdtheory.kernels.distributions import default_rows
 from opdtheory.kernels.reference import LogDistributions, terms, weight_masses
 from opdtheory.kernels.sweep import matrices, runs
 
-__all__ = ["fused_top_k_divergence"]
+__all__ = ["check_payload", "fused_top_k_divergence"]
 
 _EXCESS = 1e-3  # rounding of log-probabilities in bfloat16 may take their sum this far above one
 
@@ -70,7 +70,7 @@ def fused_top_k_divergence(
     """
     arguments.check_logits("student_logits", student_logits)
     dtype, weights = arguments.shared(student_logits, mask, temperature, chunk_size, student_logits)
-    _check_payload(student_logits, teacher_ids, teacher_logprobs)
+    check_payload(student_logits, teacher_ids, teacher_logprobs)
     chosen = as_divergence(divergence)
     arguments.check_weights(weights)
     wanted = student_logits.requires_grad and torch.is_grad_enabled()
@@ -141,7 +141,12 @@ def _with_tail(logprobs: Tensor, vocabulary: int) -> Tensor:
     return torch.cat([log_q, tail.log()], dim=-1)
 
 
-def _check_payload(logits: Tensor, ids: object, logprobs: object) -> None:
+def check_payload(logits: Tensor, ids: object, logprobs: object) -> None:
+    """Raise unless tokens and log-probabilities are what a teacher server sends for rows of logits.
+
+    Raises:
+        InvalidArgumentError: a shape or dtype does not fit, a token is repeated or outside the vocabulary, or NaN.
+    """
     shape, vocabulary = tuple(logits.shape[:-1]), logits.shape[-1]
     if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
         found = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__

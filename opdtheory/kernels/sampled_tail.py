@@ -1,0 +1,174 @@
+r"""An unbiased loss of any divergence from what a teacher server sends: k tokens exactly, a sampled one for the rest.
+
+The gradient in a row of logits, with $g_a = p_a (w_f(u_a) - c)$ on $S$, $G = \sum_S g_a$ and
+$\kappa = 1[y \notin S]\,(w_f(u_y) - c)$, is $p_j (G + \kappa) - 1[j\in S]\,g_j - \kappa\,1[j = y]$ (T13).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float, Int64, Shaped
+from torch import Tensor
+
+from opdtheory.divergences import Divergence
+from opdtheory.divergences import divergence as as_divergence
+from opdtheory.errors import InvalidArgumentError
+from opdtheory.kernels import arguments
+from opdtheory.kernels.attached import attached, outside_graphs
+from opdtheory.kernels.distributions import default_rows
+from opdtheory.kernels.reference import LogDistributions, terms, weight_masses
+from opdtheory.kernels.sweep import matrices, runs
+from opdtheory.kernels.top_k import check_payload
+
+__all__ = ["fused_sampled_tail"]
+
+
+@outside_graphs
+def fused_sampled_tail(
+    student_logits: Float[Tensor, "*batch V"],
+    teacher_ids: Int64[Tensor, "*batch k"],
+    teacher_logprobs: Float[Tensor, "*batch k"],
+    tokens: Int64[Tensor, "*batch"],
+    token_logprobs: Float[Tensor, "*batch"],
+    divergence: str | Divergence,
+    mask: Shaped[Tensor, "*batch"] | None = None,
+    constant: float = 0.0,
+    temperature: float = 1.0,
+    chunk_size: int | None = None,
+) -> Float[Tensor, "*batch"]:
+    r"""The teacher's `k` tokens exactly, and the sampled token for all others, at each position (T13).
+
+    $$\ell_n = m_n \Bigl[\sum_{a \in S_n} p(a) f\!\left(\tfrac{q(a)}{p(a)}\right) + c\,p(S_n)
+    - 1[y_n \notin S_n]\,\mathrm{sg}(w_f(u_n) - c) \log p(y_n)\Bigr]$$
+
+    For tokens that the student sampled, the expected gradient is that of the whole divergence, for every f, S and c,
+    as long as $S$ was chosen without looking at the sampled token; the value is a surrogate. To be minimised. All terms
+    are evaluated in float64, the student's normaliser in float32 (float64 for float64 logits). First derivatives only;
+    the backward pass and `mask` are as in `fused_divergence`.
+
+    Args:
+        student_logits: $z$, with any leading shape.
+        teacher_ids: $S$, distinct tokens.
+        teacher_logprobs: $\log q$ on $S$ in nats, `-inf` allowed; detached.
+        tokens: the sampled token $y$ of each position; -100 for none, as at padding.
+        token_logprobs: $\log q(y)$ in nats; detached, and not read where $y$ is in $S$ or is none.
+        divergence: an object or a catalogue name.
+        mask: a weight for each position, as in `fused_divergence`.
+        constant: $c$, in the unit of the weight.
+        temperature: divides the student's logits; the rollouts must be of that temperature too (T16c).
+        chunk_size: the number of positions at a time.
+
+    Returns:
+        $\ell$, float64 if the logits are, else float32.
+
+    Raises:
+        InvalidArgumentError: a shape, dtype or number does not fit, a token of $S$ is repeated or not in the vocabulary,
+            a log-probability is NaN, or a row of logits holds NaN, +inf or only `-inf`.
+
+    References: T13 of the theory.
+
+    Example:
+        >>> import torch
+        >>> student = torch.tensor([[0.0, 1.0, 2.0]], requires_grad=True)
+        >>> ids, logprobs = torch.tensor([[0]]), torch.tensor([[0.5]]).log()
+        >>> sampled, its_logprob = torch.tensor([2]), torch.tensor([0.3]).log()
+        >>> fused_sampled_tail(student, ids, logprobs, sampled, its_logprob, "forward_kl")
+        tensor([1.0410], grad_fn=...)
+    """
+    arguments.check_logits("student_logits", student_logits)
+    dtype, weights = arguments.shared(student_logits, mask, temperature, chunk_size, student_logits)
+    check_payload(student_logits, teacher_ids, teacher_logprobs)
+    _check_sampled(student_logits, tokens, token_logprobs)
+    if not math.isfinite(constant):
+        raise InvalidArgumentError("constant", f"must be a finite number, got {constant!r}")
+    chosen = as_divergence(divergence)
+    arguments.check_weights(weights)
+    wanted = student_logits.requires_grad and torch.is_grad_enabled()
+    with torch.no_grad():
+        values = student_logits.new_zeros(student_logits.shape[:-1], dtype=torch.float64)
+        gradient = torch.zeros_like(student_logits, memory_format=torch.contiguous_format) if wanted else None
+        ids = torch.cat([teacher_ids, tokens.unsqueeze(-1)], -1)
+        log_q = torch.cat([teacher_logprobs.detach(), token_logprobs.detach().unsqueeze(-1)], -1).double()
+        wide = [student_logits, ids, log_q] + ([] if gradient is None else [gradient])
+        narrow = [values] + ([] if weights is None else [weights.contiguous()])
+        rows = chunk_size or default_rows(student_logits.shape[-1], student_logits.device)
+        for (logits, drawn, teacher, *grads), (found, *weight) in matrices(wide, narrow):
+            for part, weighed in runs(weight[0] if weight else None, found.shape[0], rows):
+                if weighed:
+                    split = _Split(logits[part], drawn[part], teacher[part], dtype, 1.0 / temperature)
+                    masses = split.masses(chosen, constant)
+                    factor = weight[0][part].double().unsqueeze(-1) if weight else 1.0
+                    found[part] = (factor * split.value(chosen, constant, masses)).squeeze(-1)
+                    if grads:
+                        split.write_gradient(factor * masses / temperature, grads[0][part])
+    return attached("fused_sampled_tail", student_logits, values.to(dtype), gradient)
+
+
+class _Split:
+    """The student's distribution on a chunk of rows, and both log-probabilities of S and of the sampled token."""
+
+    def __init__(self, logits: Tensor, drawn: Tensor, log_q: Tensor, dtype: torch.dtype, scale: float) -> None:
+        scaled = logits.to(dtype) * scale
+        peak = scaled.amax(-1, keepdim=True)
+        bad = int((~torch.isfinite(peak)).sum())
+        if bad:
+            raise InvalidArgumentError(
+                "student_logits", f"must be finite or -inf, and not all -inf; {bad} of {len(peak)} rows are not"
+            )
+        chosen, token = drawn[:, :-1], drawn[:, -1:]
+        # The sampled token counts where it is one, outside S, and possible for the student.
+        outside = (token >= 0) & ~(chosen == token).any(-1, keepdim=True)
+        self._ids = torch.where(drawn >= 0, drawn, 0)
+        kept = (scaled.gather(-1, self._ids) - peak).double()
+        self._rows = scaled.sub_(peak).exp_()
+        total = self._rows.sum(-1, keepdim=True)
+        self._rows.div_(total)
+        log_p = kept - total.double().log()
+        self.outside = (outside & torch.isfinite(log_p[:, -1:])).double()
+        log_q = torch.cat([log_q[:, :-1], torch.where(self.outside > 0, log_q[:, -1:], log_p[:, -1:])], -1)
+        both = (log_p > -math.inf) & (log_q > -math.inf)
+        self._logs = LogDistributions(log_p, log_q, torch.where(both, log_q - log_p, 0.0), both)
+
+    def masses(self, divergence: Divergence, constant: float) -> Tensor:
+        r"""$p_a (w_a - c)$ on S, and the sampled token's $w_y - c$ or zero."""
+        on_set = weight_masses(divergence, LogDistributions(*(x[:, :-1] for x in self._logs)))
+        on_set = on_set - constant * self._logs.log_p[:, :-1].exp()
+        log_u = torch.where(self.outside > 0, self._logs.log_q[:, -1:] - self._logs.log_p[:, -1:], 0.0)
+        drawn = self.outside * (divergence.weight(log_u) - constant)
+        return torch.cat([on_set, torch.where(self.outside > 0, drawn, 0.0)], -1)
+
+    def value(self, divergence: Divergence, constant: float, masses: Tensor) -> Tensor:
+        on_set = LogDistributions(*(x[:, :-1] for x in self._logs))
+        exact = terms(divergence, on_set).sum(-1, keepdim=True) + constant * on_set.log_p.exp().sum(-1, keepdim=True)
+        return exact - torch.where(self.outside > 0, masses[:, -1:] * self._logs.log_p[:, -1:], 0.0)
+
+    def write_gradient(self, masses: Tensor, out: Tensor) -> None:
+        """Write the gradient from the masses, times whatever they were multiplied by."""
+        narrow = self._rows.dtype
+        full = self._rows.mul_(masses.sum(-1, keepdim=True).to(narrow))
+        # The sampled token may be one of S, where its mass is zero, so that the sums do not collide.
+        full.scatter_add_(-1, self._ids, -masses.to(narrow))
+        out.copy_(full)
+
+
+def _check_sampled(logits: Tensor, tokens: object, logprobs: object) -> None:
+    shape, vocabulary = tuple(logits.shape[:-1]), logits.shape[-1]
+    if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64 or tuple(tokens.shape) != shape:
+        found = f"{tokens.dtype}, {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise InvalidArgumentError("tokens", f"must be an int64 tensor of shape {shape}, got {found}")
+    if not isinstance(logprobs, Tensor) or not logprobs.is_floating_point() or tuple(logprobs.shape) != shape:
+        found = (
+            f"{logprobs.dtype}, {tuple(logprobs.shape)}" if isinstance(logprobs, Tensor) else type(logprobs).__name__
+        )
+        raise InvalidArgumentError("token_logprobs", f"must be a floating-point tensor of shape {shape}, got {found}")
+    for name, tensor in (("tokens", tokens), ("token_logprobs", logprobs)):
+        arguments.check_device(name, tensor, "student_logits", logits.device)
+    if not tokens.numel():
+        return
+    if bool(((tokens >= vocabulary) | ((tokens < 0) & (tokens != -100))).any()):
+        low, high = int(tokens.min()), int(tokens.max())
+        raise InvalidArgumentError("tokens", f"must hold tokens in [0, {vocabulary}) or -100, got {low} to {high}")
+    if bool((torch.isnan(logprobs) & (tokens >= 0)).any()):
+        raise InvalidArgumentError("token_logprobs", "must not hold NaN")
