@@ -64,8 +64,8 @@ def fused_sampled_tail(
         $\ell$, float64 if the logits are, else float32.
 
     Raises:
-        InvalidArgumentError: a shape, dtype or number does not fit, a token of $S$ is repeated or not in the vocabulary,
-            a log-probability is NaN, or a row of logits holds NaN, +inf or only `-inf`.
+        InvalidArgumentError: a shape, dtype or number does not fit, a token of $S$ is repeated or not in the
+            vocabulary, a log-probability is NaN, or a row of logits holds NaN, +inf or only `-inf`.
 
     References: T13 of the theory.
 
