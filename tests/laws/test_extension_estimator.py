@@ -15,7 +15,8 @@ from opdtheory.cli import main
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.estimators import Claim
 from opdtheory.estimators.base import Assumptions
-from opdtheory.estimators.factory import ENTRIES, Entry
+from opdtheory.estimators.factory import ENTRIES
+from opdtheory.estimators.options import Entry
 from opdtheory.estimators.sampled import RatioAdvantage, ScoreFunction
 from opdtheory.rollouts import Rollouts
 from opdtheory.training.config import TrainConfig
