@@ -206,7 +206,6 @@ ENTRIES: dict[str, Entry] = {
             {"divergence": "jsd", "k": 1, "baseline": "optimal"},
             {"divergence": "chi2", "k": 2, "support": "student", "importance": "prefix"},
         ),
-        formula=lambda sympy, f, u, o: u * f.diff(u) - f,
     ),
     "topk_reward": Entry(
         lambda d, o: _score(TopKReward(d, _top_k("truncated", o)), o),
