@@ -208,8 +208,12 @@ def page(rows: list[Row], asked: int, alarms: list[str], every: int = 1) -> str:
         *table(rows),
     ]
     if missed:
-        parts += ["", "## Not caught", ""]
-        parts += [f"- {r.change}, in `{r.estimator}`: off by {r.off_by:.2g} in its home; {r.verdict}." for r in missed]
+        parts += ["", "## Not caught", "", "With the limit that the report itself states, where one does.", ""]
+        parts += [
+            f"- {r.change}, in `{r.estimator}`: off by {r.off_by:.2g} in its home; {r.verdict.replace('_', ' ')}. "
+            f"{next((each for each in r.limits if each.startswith('Batches of more than')), '')}".rstrip()
+            for r in missed
+        ]
     if unnamed:
         parts += ["", "## Caught, but not named", ""]
         parts += [f"- {r.change}, in `{r.estimator}`: {r.verdict.replace('_', ' ')}." for r in unnamed]

@@ -250,11 +250,11 @@ def _fitting(scenario: Scenario, sizes: tuple[tuple[int, int], ...], most: int) 
 
 
 def _far(scenario: Scenario) -> Plan:
-    """One step with log-ratios up to `LARGEST_LOG_U` of either sign."""
-    half = torch.tensor([1.0, 5.0, 15.0, 20.0, LARGEST_LOG_U], dtype=torch.float64)
+    """One step with log-ratios up to `LARGEST_LOG_U` of either sign; none is 0, where rounding would decide a sign."""
+    half = torch.tensor([0.3, 1.0, 5.0, 15.0, 20.0, LARGEST_LOG_U], dtype=torch.float64)
     if scenario.coupled:
-        half = half[-1:]
-    log_u = torch.cat([-half.flip(0), torch.zeros(1, dtype=torch.float64), half])
+        half = half[:: len(half) - 1]
+    log_u = torch.cat([-half.flip(0), half])
     few = count_batches(len(log_u), scenario.batch_size) <= _MOST_BATCHES
     fixed = replace(scenario, eos=None, prompts=1, environment=(), shared_prompt=False)
     cases = bandits(log_u, fixed)[:2] if few else []
