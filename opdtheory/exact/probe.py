@@ -97,7 +97,7 @@ class Probe:
         return value.detach(), gradient
 
     def maps(self, group: Tensor, batch_size: int) -> bool:
-        """Whether `torch.func.vmap` maps the loss over batches of a group; `sensitivities` finds out whether rightly."""
+        """Whether `torch.func.vmap` maps the loss over batches of a group; `sensitivities` sees whether rightly."""
         if self._mapped is None:
             # Of different rollouts, as far as there are: a loss that compares them is zero on copies of one.
             batches = torch.stack([_spaced(group.roll(-start), batch_size) for start in range(_SEVERAL)])

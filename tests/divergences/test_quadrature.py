@@ -42,6 +42,7 @@ def test_quadrature_of_clips_and_jumps_agrees_with_the_closed_form() -> None:
     torch.testing.assert_close(jump, torch.expm1(GRID).abs(), rtol=1e-11, atol=1e-14)
 
 
+@pytest.mark.slow
 def test_quadrature_where_sympy_finds_no_closed_form() -> None:
     with pytest.raises(InvalidArgumentError, match="implied_generator_values"):
         implied_generator(exp(-(u**3)) * log(1 + exp(u)))

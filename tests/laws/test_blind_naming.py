@@ -252,7 +252,7 @@ def check_wrong_claims(report: Audit, subject: Estimator, batch_size: int, scale
             check_coupled(report, dataclasses.replace(claim, **changed), batch_size, scale)
 
 
-@pytest.mark.parametrize("batch_size", [2, 3, 4])
+@pytest.mark.parametrize("batch_size", [2, *(pytest.param(size, marks=pytest.mark.slow) for size in (3, 4))])
 def test_coupled_losses_drawn_at_random(batch_size: int) -> None:
     seed = 40_000 + batch_size
     subject, twin = coupled(random.Random(seed))

@@ -238,13 +238,13 @@ def check(seed: int) -> None:
     assert contradictions(report, loss) == [], f"{loss}, {claim}, {settings}:\n{report}"
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(4))
 def test_no_sentence_contradicts_the_numbers(seed: int) -> None:
     check(seed)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(8, 128))
+@pytest.mark.parametrize("seed", range(4, 128))
 def test_no_sentence_contradicts_the_numbers_of_many(seed: int) -> None:
     check(seed)
 

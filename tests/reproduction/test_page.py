@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import pytest
+
 from opdtheory.reproduction.page import page_of, read_outcome, write_page
 from opdtheory.reproduction.plan import FULL
 from opdtheory.reproduction.runner import Outcome
@@ -27,6 +29,7 @@ def test_the_page_says_what_the_rows_say(tmp_path):
     assert "collapses" in page_of(other, figures) and page_of(other, figures) != page
 
 
+@pytest.mark.slow
 def test_the_committed_page_is_that_of_the_committed_rows():
     path = DOCS / "reproduction.md"
     assert page_of(*read_outcome(path.with_suffix(".jsonl"))) == path.read_text(encoding="utf-8"), (

@@ -68,7 +68,10 @@ _ZOO = [
 ]
 
 
-@pytest.mark.parametrize(("batch_size", "name", "divergence", "options"), _ZOO)
+@pytest.mark.parametrize(
+    ("batch_size", "name", "divergence", "options"),
+    [pytest.param(*each, marks=pytest.mark.slow) if i % 2 else each for i, each in enumerate(_ZOO)],
+)
 def test_verdicts_agree_with_the_exact_audit(batch_size: int, name: str, divergence: str | None, options: dict) -> None:
     loss = opd.estimator(name, divergence, **options)
     claim = loss.claim

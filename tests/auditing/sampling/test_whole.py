@@ -15,6 +15,7 @@ from opdtheory.errors import InvalidArgumentError
 from tests.auditing.sampling.pairs import ORIGIN
 
 
+@pytest.mark.slow
 def test_a_member_of_a_family_is_named_at_a_batch_size_that_only_sampling_reaches() -> None:
     alpha = opd.divergences.alpha(0.3)
     loss = opd.estimator("opd_plus", alpha, baseline="group_mean")
