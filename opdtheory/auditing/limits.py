@@ -36,8 +36,8 @@ def limits(scenario: Scenario, worlds: Sequence[World], sampled: str, by_samplin
         found.append(_SAMPLED[sampled].format(size=scenario.batch_size))
     if not worlds:
         found.append(
-            "Other lengths, prompts, batch sizes and vocabularies were not asked: only a loss that follows an "
-            "objective on the panel is."
+            "Other lengths, prompts, batch sizes and vocabularies were not asked, as they are of a loss that follows "
+            "an objective on the panel."
         )
     if worlds:
         found.append(

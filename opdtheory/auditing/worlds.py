@@ -6,7 +6,6 @@ world changes one thing and is enumerated too.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -192,22 +191,21 @@ def plans(scenario: Scenario, called: bool = False) -> list[Plan]:
         called: whether the loss has to be called for each batch; its worlds are smaller.
     """
     found: list[Plan] = []
-    most = _MOST_CALLS if called else _MOST_BATCHES
     ending = scenario.eos is not None or scenario.lengths != "fixed"
     if scenario.eos is None and ending:
         found.append(Plan(_LENGTHS, scenario.ending, _pairs(scenario.ending), varies=True))
     if ending:
         several = replace(scenario.ending, batch_size=max(scenario.batch_size, 2))
-        cases = _fitting(several, ((3, 2), (2, 2)), most)
+        cases = _fitting(several, ((3, 2), (2, 2)), called)
         found.append(Plan(_TRIMMED, several, cases, varies=True, same_shape=False, change=_trimmed))
     for size in SIZES:
         if size != scenario.batch_size:
             other = replace(scenario.ending if ending else scenario, batch_size=size)
-            cases = _fitting(other, ((3, 2), (2, 2), (2, 1)), most)
+            cases = _fitting(other, ((3, 2), (2, 2), (2, 1)), called)
             found.append(Plan(f"batches of {size}", other, cases, varies=ending, same_shape=False))
     if scenario.prompts == 1:
         prompted = replace(scenario, prompts=2)
-        found.append(Plan("a prompt", prompted, _fitting(prompted, ((3, 2), (2, 2), (2, 1)), most)))
+        found.append(Plan("a prompt", prompted, _fitting(prompted, ((3, 2), (2, 2), (2, 1)), called)))
     largest = _LARGE_IF_CALLED if called else LARGE_VOCABULARY
     large = next(v for v in range(largest, 1, -1) if count_batches(v, scenario.batch_size) <= _MOST_BATCHES)
     if large > 4:
@@ -220,7 +218,7 @@ def plans(scenario: Scenario, called: bool = False) -> list[Plan]:
                 same_shape=False,
             )
         )
-    longer = _fitting(scenario, ((3, LONG), (2, LONG), (2, LONG - 1)), most)
+    longer = _fitting(scenario, ((3, LONG), (2, LONG), (2, LONG - 1)), called)
     if longer and longer[0].student.horizon > 3:
         steps = longer[0].student.horizon - (scenario.prompts > 1)
         found.append(Plan(f"{steps} steps", scenario, longer, same_shape=False))
@@ -237,15 +235,15 @@ def _pairs(scenario: Scenario) -> list[Case]:
         return []
 
 
-def _fitting(scenario: Scenario, sizes: tuple[tuple[int, int], ...], most: int) -> list[Case]:
+def _fitting(scenario: Scenario, sizes: tuple[tuple[int, int], ...], called: bool) -> list[Case]:
     """Pairs of the first size whose batches are few enough; none if no size is."""
     longest = 2 + max(scenario.environment, default=-1)
     for vocab_size, steps in sizes:
         vocab_size = max(vocab_size, 1 + (scenario.eos or 0), scenario.prompts)
         steps = max(steps, longest)
         count = (scenario.prompts * vocab_size**steps) if scenario.prompts > 1 else vocab_size**steps
-        if count_batches(count, scenario.batch_size) <= most:
-            return scenario.sized(vocab_size, steps, _CHOSEN if most > _MOST_CALLS else _CHOSEN[:1])
+        if count_batches(count, scenario.batch_size) <= (_MOST_CALLS if called else _MOST_BATCHES):
+            return scenario.sized(vocab_size, steps, _CHOSEN[: 1 if called else None])
     return []
 
 
@@ -263,7 +261,7 @@ def _far(scenario: Scenario) -> Plan:
 
 def _is_mapped(loss: Loss, scenario: Scenario) -> bool:
     """Whether the loss can be mapped over batches of the panel's size, on a pair of the panel: it may insist on it."""
-    case = (_pairs(scenario) or _fitting(scenario, ((2, 2),), sys.maxsize))[0]
+    case = (_pairs(scenario) or _pairs(scenario.single))[0]
     probe = Probe(loss, Enumeration.build(case.student, case.teacher, case.behavior))
     return probe.maps(torch.arange(len(probe.everything)), scenario.batch_size)
 

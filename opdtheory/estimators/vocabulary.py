@@ -80,7 +80,7 @@ class TopK:
         """The log-probabilities that enter the divergence, each `(B, T, K)`."""
         if self.k >= log_p.shape[-1]:
             return log_p, log_q
-        chosen = (log_q if self.support == "teacher" else log_p.detach()).topk(self.k, dim=-1).indices
+        chosen = _likeliest(log_p, log_q, self.k, self.support)
         return self._on(chosen, log_p, "student"), self._on(chosen, log_q, "teacher")
 
     def _on(self, chosen: Tensor, log_p: Tensor, whose: str) -> Tensor:
@@ -157,8 +157,7 @@ class SampledTail:
         """The loss of each token; its gradient at masked positions is exactly zero."""
         log_p = torch.log_softmax(unmasked(rollouts, rollouts.student_logits).double(), dim=-1)
         log_q = torch.log_softmax(unmasked(rollouts, rollouts.teacher_logits.detach()).double(), dim=-1)
-        ranking = log_q if self.support == "teacher" else log_p.detach()
-        chosen = ranking.topk(min(self.k, log_p.shape[-1]), dim=-1).indices
+        chosen = _likeliest(log_p, log_q, self.k, self.support)
         kept_p, kept_q = log_p.gather(-1, chosen), log_q.gather(-1, chosen)
         constant = self._constant(log_p.detach(), log_q, chosen)
         on_set = perspective(self.divergence, kept_p, kept_q).sum(-1) + constant * kept_p.exp().sum(-1)
@@ -171,7 +170,11 @@ class SampledTail:
         )
         weight = self.divergence.weight(theirs.detach() - ours.detach()) - constant
         if self.importance is not None:
-            on_set = on_set if self.importance == "token" else offpolicy.weighted(on_set, _before(rollouts))
+            on_set = (
+                on_set
+                if self.importance == "token"
+                else offpolicy.weighted(on_set, offpolicy.prefix_weight(rollouts).double())
+            )
             weight = offpolicy.weighted(weight, offpolicy.importance_weight(rollouts, self.importance).double())
         tail = torch.where(outside, weight.detach() * ours, 0.0)
         return unmasked(rollouts, on_set - tail).to(rollouts.student_logits.dtype)
@@ -196,8 +199,9 @@ class SampledTail:
         return torch.where(bottom > torch.finfo(p.dtype).tiny, top / bottom, 0.0)
 
 
-def _before(rollouts: Rollouts) -> Tensor:
-    return offpolicy.prefix_weight(rollouts).double()
+def _likeliest(log_p: Tensor, log_q: Tensor, k: int, support: Support) -> Tensor:
+    """The `k` likeliest tokens of the teacher or the student, all if there are fewer; `(..., k)`."""
+    return (log_q if support == "teacher" else log_p.detach()).topk(min(k, log_p.shape[-1]), dim=-1).indices
 
 
 def _generator_over_u(divergence: Divergence, log_u: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from opdtheory import divergences
 from opdtheory.exact import Enumeration, TabularPolicy, exact_gradient, expected_gradient
 from opdtheory.rollouts import Rollouts
 from opdtheory.theorems.instances.cases import Distribution, Pair, autograd_gradient, pairs, rational_distributions
-from opdtheory.theorems.instances.lengths import inverse_length
+from opdtheory.theorems.instances.lengths import inverse_length, score_of_length
 from opdtheory.theorems.instances.one_sample import mean_gradient, simplex
 from opdtheory.theorems.theorem import Cases, Identity, Step, Theorem, close, same
 
@@ -98,7 +98,7 @@ def _log_ratio() -> Theorem:
             Step(
                 r"E_p[S/N] = \nabla E_p[1/N],\quad S = \textstyle\sum_{b,n} s_{b,n}",
                 "the score function: S is the gradient of the log-probability of the batch",
-                _score_over_length,
+                score_of_length,
             ),
             Step(
                 r"E_\mu[S] = \nabla E_\mu[\log p] = -\nabla KL(\mu\|p)",
@@ -267,16 +267,6 @@ def _teacher_drops_out() -> bool:
     theta, q = sympy.Symbol("theta"), sympy.Symbol("q", positive=True)
     p = sympy.Function("p", positive=True)(theta)
     return sympy.simplify(sympy.diff(sympy.log(p) - sympy.log(q), theta) - sympy.diff(p, theta) / p) == 0
-
-
-def _score_over_length() -> bool:
-    r"""$E[S/N] = \nabla E[1/N]$ for three batches of undefined probability, lengths that do not depend on θ."""
-    theta = sympy.Symbol("theta")
-    chances = [sympy.Function(f"p{i}", positive=True)(theta) for i in range(3)]
-    lengths = sympy.symbols("n0:3", positive=True)
-    left = sum(p * sympy.diff(sympy.log(p), theta) / n for p, n in zip(chances, lengths, strict=True))
-    slope = sympy.diff(sum(p / n for p, n in zip(chances, lengths, strict=True)), theta)
-    return sympy.simplify(left - slope) == 0
 
 
 def _away_from_sampler() -> bool:

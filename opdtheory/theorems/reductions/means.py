@@ -17,11 +17,11 @@ from opdtheory.exact import Enumeration, TabularPolicy, exact_gradient, expected
 from opdtheory.rollouts import Rollouts
 from opdtheory.theorems.instances.batches import Atoms, Moments, Reduction, batch_mean, first_order, second_order
 from opdtheory.theorems.instances.cases import Pair, autograd_gradient, distribution, sampled_gradient
-from opdtheory.theorems.instances.lengths import inverse_length
+from opdtheory.theorems.instances.lengths import inverse_length, score_of_length
 from opdtheory.theorems.instances.one_sample import SMOOTH
 from opdtheory.theorems.theorem import Cases, Identity, Step, Theorem, close, holds, same
 
-__all__ = ["theorems"]
+__all__ = ["mean_of_two", "theorems"]
 
 
 def theorems() -> list[Theorem]:
@@ -44,7 +44,7 @@ def _means() -> Theorem:
         advice="Sum over tokens and divide by a number that does not depend on the rollouts, such as B times the cap; "
         "with a mean over tokens, centre the weight and take a large batch.",
         derivation=(
-            Step(r"E[\tfrac1B\textstyle\sum_b N_b] = \bar N", "the mean is linear", _step_linear),
+            Step(r"E[\tfrac1B\textstyle\sum_b N_b] = \bar N", "the mean is linear", mean_of_two),
             Step(
                 r"\frac{\bar N + \varepsilon n}{\bar L + \varepsilon l} = \frac{\bar N}{\bar L} + "
                 r"\varepsilon\Big(\frac{n}{\bar L} - \frac{\bar N l}{\bar L^2}\Big) + "
@@ -62,7 +62,7 @@ def _means() -> Theorem:
             Step(
                 r"E[c\,S/L] = c\,\nabla E[1/L]",
                 "the score function: S is the gradient of the log-probability of the whole batch",
-                _step_score_of_length,
+                score_of_length,
             ),
         ),
         identities=(
@@ -165,7 +165,7 @@ def _per_sequence() -> Theorem:
             Step(
                 r"E[c\,S/L] = c\,\nabla E[1/L]",
                 "so neither a constant nor a gauge c(U-1) is free: it changes the objective by c(E_Q[1/L] - E_P[1/L])",
-                _step_score_of_length,
+                score_of_length,
             ),
         ),
         identities=(
@@ -323,7 +323,7 @@ def _check_at_teacher(name: str) -> Cases:
 # The derivation.
 
 
-def _step_linear() -> bool:
+def mean_of_two() -> bool:
     """Means of sums: two rollouts of an undefined two-point distribution."""
     c, a, b = sympy.symbols("c a b")
     mean = c * a + (1 - c) * b
@@ -377,17 +377,6 @@ def _step_moments() -> bool:
     return all(
         sympy.simplify(sympy.expand(in_inverse).coeff(h, order) - claimed(held)) == 0
         for order, claimed in ((1, first_order), (2, second_order))
-    )
-
-
-def _step_score_of_length() -> bool:
-    r"""$E[S/L] = \nabla E[1/L]$ for any length that does not depend on θ."""
-    theta = sympy.Symbol("theta")
-    distributions = [sympy.Function(f"p{i}", positive=True)(theta) for i in range(3)]
-    lengths = sympy.symbols("l0:3", positive=True)
-    left = sum(p * sympy.diff(sympy.log(p), theta) / k for p, k in zip(distributions, lengths, strict=True))
-    return (
-        sympy.simplify(left - sympy.diff(sum(p / k for p, k in zip(distributions, lengths, strict=True)), theta)) == 0
     )
 
 

@@ -16,6 +16,7 @@ from opdtheory.exact import exact_gradient, expected_gradient, random_pair
 from opdtheory.rollouts import Rollouts
 from opdtheory.theorems.instances.batches import Atoms, Moments, batch_mean, first_order
 from opdtheory.theorems.instances.cases import Pair, distribution, sampled_gradient
+from opdtheory.theorems.reductions.means import mean_of_two
 from opdtheory.theorems.theorem import Cases, Identity, Step, Theorem, close, holds, same
 
 __all__ = ["theorems"]
@@ -49,7 +50,7 @@ def theorems() -> list[Theorem]:
                 Step(
                     r"E[\tfrac1M\textstyle\sum_m R_m] = E[R_1]",
                     "the mean is linear and micro-batches of equal size have one law",
-                    _equal_laws,
+                    mean_of_two,
                 ),
                 Step(
                     r"\frac{n_1 + n_2}{l_1 + l_2} \ne \tfrac12\Big(\frac{n_1}{l_1} + \frac{n_2}{l_2}\Big): \quad "
@@ -260,14 +261,6 @@ def _check_black_box(kind: str) -> Cases:
 
 
 # The derivation.
-
-
-def _equal_laws() -> bool:
-    """Two micro-batches of one undefined law on two values."""
-    c, a, b = sympy.symbols("c a b")
-    values = ((c, a), (1 - c, b))
-    mean = sum(x * y * (n + m) / 2 for x, n in values for y, m in values)
-    return sympy.expand(mean - c * a - (1 - c) * b) == 0
 
 
 def _partition() -> bool:

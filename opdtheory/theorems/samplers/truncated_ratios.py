@@ -14,7 +14,8 @@ from torch import Tensor
 
 from opdtheory import divergences
 from opdtheory.divergences import Divergence
-from opdtheory.exact import Enumeration, TabularPolicy, expected_gradient
+from opdtheory.exact import TabularPolicy, expected_gradient
+from opdtheory.exact.tree import Tree
 from opdtheory.rollouts import Rollouts
 from opdtheory.theorems.instances.cases import (
     RATIONAL,
@@ -152,11 +153,13 @@ def _tokens() -> Theorem:
                 "drift at the teacher",
                 r"p = q:\ -E_\mu[\min(\rho, C)\,w_f s]_a = -w_f(1)\,p_a\,(F_a - E_p F)",
                 _check_at_teacher,
-                lambda at_one, p, left: [at_one * x for x in _row(p, left)],
+                lambda at_one, p, left: [at_one * x for x in mean_gradient(p, left)],
                 {
                     "none": lambda at_one, p, left: [0 * x for x in p],
-                    "sign flipped": lambda at_one, p, left: [-at_one * x for x in _row(p, left)],
-                    "as without a ratio": lambda at_one, p, left: [at_one * x for x in _row(p, [1 / y for y in left])],
+                    "sign flipped": lambda at_one, p, left: [-at_one * x for x in mean_gradient(p, left)],
+                    "as without a ratio": lambda at_one, p, left: [
+                        at_one * x for x in mean_gradient(p, [1 / y for y in left])
+                    ],
                 },
                 "rigorous",
                 1e-40,
@@ -199,11 +202,6 @@ def _samplers() -> Iterator[tuple[Distribution, Distribution, Distribution]]:
 
 def _ratios(p: Distribution, mu: Distribution) -> list[Fraction]:
     return [a / m for a, m in zip(p, mu, strict=True)]
-
-
-def _row(p: Any, values: Any) -> list[Any]:
-    r"""$-p_a (A_a - E_p A)$, as `mean_gradient` finds it from the scores."""
-    return mean_gradient(p, values)
 
 
 def _check_factor(claim: Replaced) -> Cases:
@@ -307,7 +305,7 @@ def _check_black_box(histories: str) -> Cases:
 def _truncated_rows(triple: Triple, divergence: Divergence, histories: str) -> list[Tensor]:
     r"""$\sum_h \nu(h)\,E_p[F w s \mid h]$, by autograd of the objective that has the weights frozen."""
     nu = triple.student if histories == "student" else triple.behavior
-    enumerated = Enumeration.build(*triple.pair, nu).rollouts()
+    visits = Tree.build(nu, nu)
 
     def value(student: TabularPolicy) -> Tensor:
         total = torch.zeros((), dtype=torch.float64)
@@ -319,21 +317,10 @@ def _truncated_rows(triple: Triple, divergence: Divergence, histories: str) -> l
             factor = (float(CAP) * (log_mu - frozen).exp()).clamp(max=1.0)
             kept = torch.ones_like(factor) if histories == "unbiased" else factor
             per_row = -(log_p.exp() * (kept * divergence.weight(log_q - frozen))).sum(-1)
-            total = total + (_reach(enumerated, n, per_row.shape[0]) * per_row).sum()
+            total = total + (visits.reach(n) * per_row).sum()
         return total
 
     return autograd_gradient(triple.pair, value)
-
-
-def _reach(enumerated: Rollouts, n: int, count: int) -> Tensor:
-    """The sampler's probability of each history of `n` tokens, summed from whole sequences."""
-    assert enumerated.behavior_logprobs is not None
-    chance = (enumerated.mask * enumerated.behavior_logprobs).sum(-1).exp()
-    size = round(count ** (1 / n)) if n else 1
-    row = torch.zeros(len(chance), dtype=torch.int64)
-    for m in range(n):
-        row = row * size + enumerated.tokens[:, m]
-    return torch.zeros(count, dtype=torch.float64).index_add_(0, row, chance * enumerated.mask[:, n])
 
 
 # The derivation.
