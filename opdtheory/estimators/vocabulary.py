@@ -170,11 +170,8 @@ class SampledTail:
         )
         weight = self.divergence.weight(theirs.detach() - ours.detach()) - constant
         if self.importance is not None:
-            on_set = (
-                on_set
-                if self.importance == "token"
-                else offpolicy.weighted(on_set, offpolicy.prefix_weight(rollouts).double())
-            )
+            if self.importance == "prefix":
+                on_set = offpolicy.weighted(on_set, offpolicy.prefix_weight(rollouts).double())
             weight = offpolicy.weighted(weight, offpolicy.importance_weight(rollouts, self.importance).double())
         tail = torch.where(outside, weight.detach() * ours, 0.0)
         return unmasked(rollouts, on_set - tail).to(rollouts.student_logits.dtype)

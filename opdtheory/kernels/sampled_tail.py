@@ -17,10 +17,8 @@ from opdtheory.divergences import divergence as as_divergence
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.kernels import arguments
 from opdtheory.kernels.attached import attached, outside_graphs
-from opdtheory.kernels.distributions import default_rows
 from opdtheory.kernels.reference import LogDistributions, terms, weight_masses
-from opdtheory.kernels.sweep import matrices, runs
-from opdtheory.kernels.top_k import check_payload
+from opdtheory.kernels.top_k import check_payload, highest_logits, row_by_row
 
 __all__ = ["fused_sampled_tail"]
 
@@ -86,23 +84,19 @@ def fused_sampled_tail(
     chosen = as_divergence(divergence)
     arguments.check_weights(weights)
     wanted = student_logits.requires_grad and torch.is_grad_enabled()
+
+    def evaluate(logits: Tensor, drawn: Tensor, log_q: Tensor, factor: Tensor | float, out: Tensor | None) -> Tensor:
+        split = _Split(logits, drawn, log_q, dtype, 1.0 / temperature)
+        masses = split.masses(chosen, constant)
+        value = factor * split.value(chosen, constant, masses)
+        if out is not None:
+            split.write_gradient(factor * masses / temperature, out)
+        return value
+
     with torch.no_grad():
-        values = student_logits.new_zeros(student_logits.shape[:-1], dtype=torch.float64)
-        gradient = torch.zeros_like(student_logits, memory_format=torch.contiguous_format) if wanted else None
         ids = torch.cat([teacher_ids, tokens.unsqueeze(-1)], -1)
         log_q = torch.cat([teacher_logprobs.detach(), token_logprobs.detach().unsqueeze(-1)], -1).double()
-        wide = [student_logits, ids, log_q] + ([] if gradient is None else [gradient])
-        narrow = [values] + ([] if weights is None else [weights.contiguous()])
-        rows = chunk_size or default_rows(student_logits.shape[-1], student_logits.device)
-        for (logits, drawn, teacher, *grads), (found, *weight) in matrices(wide, narrow):
-            for part, weighed in runs(weight[0] if weight else None, found.shape[0], rows):
-                if weighed:
-                    split = _Split(logits[part], drawn[part], teacher[part], dtype, 1.0 / temperature)
-                    masses = split.masses(chosen, constant)
-                    factor = weight[0][part].double().unsqueeze(-1) if weight else 1.0
-                    found[part] = (factor * split.value(chosen, constant, masses)).squeeze(-1)
-                    if grads:
-                        split.write_gradient(factor * masses / temperature, grads[0][part])
+        values, gradient = row_by_row(evaluate, student_logits, ids, log_q, weights, chunk_size, wanted)
     return attached("fused_sampled_tail", student_logits, values.to(dtype), gradient)
 
 
@@ -111,12 +105,7 @@ class _Split:
 
     def __init__(self, logits: Tensor, drawn: Tensor, log_q: Tensor, dtype: torch.dtype, scale: float) -> None:
         scaled = logits.to(dtype) * scale
-        peak = scaled.amax(-1, keepdim=True)
-        bad = int((~torch.isfinite(peak)).sum())
-        if bad:
-            raise InvalidArgumentError(
-                "student_logits", f"must be finite or -inf, and not all -inf; {bad} of {len(peak)} rows are not"
-            )
+        peak = highest_logits(scaled)
         chosen, token = drawn[:, :-1], drawn[:, -1:]
         # The sampled token counts where it is one, outside S, and possible for the student.
         outside = (token >= 0) & ~(chosen == token).any(-1, keepdim=True)

@@ -3,6 +3,7 @@ r"""The divergence on a teacher's likeliest tokens and one bucket for the rest, 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, Int64, Shaped
@@ -17,7 +18,7 @@ from opdtheory.kernels.distributions import default_rows
 from opdtheory.kernels.reference import LogDistributions, terms, weight_masses
 from opdtheory.kernels.sweep import matrices, runs
 
-__all__ = ["check_payload", "fused_top_k_divergence"]
+__all__ = ["check_payload", "fused_top_k_divergence", "highest_logits", "row_by_row"]
 
 _EXCESS = 1e-3  # rounding of log-probabilities in bfloat16 may take their sum this far above one
 
@@ -74,22 +75,61 @@ def fused_top_k_divergence(
     chosen = as_divergence(divergence)
     arguments.check_weights(weights)
     wanted = student_logits.requires_grad and torch.is_grad_enabled()
+
+    def evaluate(logits: Tensor, ids: Tensor, log_q: Tensor, factor: Tensor | float, out: Tensor | None) -> Tensor:
+        distribution = _Coarse(logits, ids, log_q, dtype, 1.0 / temperature)
+        value = factor * distribution.value(chosen)
+        if out is not None:
+            distribution.write_gradient(chosen, factor / temperature, out)
+        return value
+
     with torch.no_grad():
         log_q = _with_tail(teacher_logprobs, student_logits.shape[-1])
-        values = student_logits.new_zeros(student_logits.shape[:-1], dtype=torch.float64)
-        gradient = torch.zeros_like(student_logits, memory_format=torch.contiguous_format) if wanted else None
-        wide = [student_logits, teacher_ids.contiguous(), log_q] + ([] if gradient is None else [gradient])
-        narrow = [values] + ([] if weights is None else [weights.contiguous()])
-        rows = chunk_size or default_rows(student_logits.shape[-1], student_logits.device)
-        for (logits, ids, teacher, *grads), (found, *weight) in matrices(wide, narrow):
-            for part, weighed in runs(weight[0] if weight else None, found.shape[0], rows):
-                if weighed:
-                    distribution = _Coarse(logits[part], ids[part], teacher[part], dtype, 1.0 / temperature)
-                    factor = weight[0][part].double().unsqueeze(-1) if weight else 1.0
-                    found[part] = (factor * distribution.value(chosen)).squeeze(-1)
-                    if grads:
-                        distribution.write_gradient(chosen, factor / temperature, grads[0][part])
+        values, gradient = row_by_row(evaluate, student_logits, teacher_ids, log_q, weights, chunk_size, wanted)
     return attached("fused_top_k_divergence", student_logits, values.to(dtype), gradient)
+
+
+# Of rows of logits, tokens and log-probabilities, with a factor for each: writes the gradient, returns the values.
+Evaluate = Callable[[Tensor, Tensor, Tensor, "Tensor | float", "Tensor | None"], Tensor]
+
+
+def row_by_row(
+    evaluate: Evaluate,
+    logits: Tensor,
+    ids: Tensor,
+    log_q: Tensor,
+    weights: Tensor | None,
+    chunk_size: int | None,
+    wanted: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The value of each position, float64, and the gradient in the logits if it is wanted, chunk by chunk."""
+    values = logits.new_zeros(logits.shape[:-1], dtype=torch.float64)
+    gradient = torch.zeros_like(logits, memory_format=torch.contiguous_format) if wanted else None
+    wide = [logits, ids.contiguous(), log_q] + ([] if gradient is None else [gradient])
+    narrow = [values] + ([] if weights is None else [weights.contiguous()])
+    rows = chunk_size or default_rows(logits.shape[-1], logits.device)
+    for (student, tokens, teacher, *grads), (found, *weight) in matrices(wide, narrow):
+        for part, weighed in runs(weight[0] if weight else None, found.shape[0], rows):
+            if weighed:
+                factor = weight[0][part].double().unsqueeze(-1) if weight else 1.0
+                out = grads[0][part] if grads else None
+                found[part] = evaluate(student[part], tokens[part], teacher[part], factor, out).squeeze(-1)
+    return values, gradient
+
+
+def highest_logits(scaled: Tensor) -> Tensor:
+    """The largest logit of each row, `(R, 1)`.
+
+    Raises:
+        InvalidArgumentError: a row holds NaN, +inf or only `-inf`.
+    """
+    peak = scaled.amax(-1, keepdim=True)
+    bad = int((~torch.isfinite(peak)).sum())
+    if bad:
+        raise InvalidArgumentError(
+            "student_logits", f"must be finite or -inf, and not all -inf; {bad} of {len(peak)} rows are not"
+        )
+    return peak
 
 
 class _Coarse:
@@ -97,12 +137,7 @@ class _Coarse:
 
     def __init__(self, logits: Tensor, ids: Tensor, log_q: Tensor, dtype: torch.dtype, scale: float) -> None:
         scaled = logits.to(dtype) * scale
-        peak = scaled.amax(-1, keepdim=True)
-        bad = int((~torch.isfinite(peak)).sum())
-        if bad:
-            raise InvalidArgumentError(
-                "student_logits", f"must be finite or -inf, and not all -inf; {bad} of {len(peak)} rows are not"
-            )
+        peak = highest_logits(scaled)
         kept = (scaled.gather(-1, ids) - peak).double()
         scaled.scatter_(-1, ids, -math.inf)
         # The bucket has its own maximum, as all of it may be far below the chosen tokens.
