@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from opdtheory.choices import REDUCTIONS
@@ -28,7 +29,7 @@ _ADVANTAGES = ("logprobs", "log_u")
 _LARGEST_SINGULAR_VALUE = 2.0
 _REFLECTIONS = 4
 
-# Heads of larger vocabularies are made anew: they would take megabytes.
+# Heads up to this size are kept; of larger ones, which take megabytes, those of one call.
 _KEPT = 128
 
 
@@ -320,12 +321,52 @@ def _hidden(name: str, logits: Float[Tensor, "B T V"], seed: int) -> tuple[Tenso
     if not transforms_active() and bool(torch.isinf(logits.detach()).any()):
         raise InvalidArgumentError(name, "must be finite, as no hidden state gives -inf")
     size = logits.shape[-1]
-    head, inverse = (_kept_head if size <= _KEPT else _head)(size, seed)
-    return logits @ inverse.to(logits), head.to(logits)
+    if size <= _KEPT:
+        head, inverse = _kept_head(size, seed)
+        return logits @ inverse.to(logits), head.to(logits)
+    return _head(size, seed, invert=True).apply(logits), _large_head(size, seed).to(logits)
 
 
-def _head(size: int, seed: int) -> tuple[Tensor, Tensor]:
-    """A random head `(V, V)` and the transpose of its inverse, `L D R^T` and `L D^-1 R^T` with orthogonal L and R.
+@dataclass(frozen=True)
+class _Head:
+    """A matrix `M + U W^T`, with `M` a scaled permutation and few columns in `U` and `W`.
+
+    Attributes:
+        order: the column of the entry of each row of `M`.
+        scale: the entry of each column of `M`.
+        left: the columns of `U`.
+        right: the columns of `W`.
+    """
+
+    order: Int64[Tensor, " V"]
+    scale: Float[Tensor, " V"]
+    left: list[Float[Tensor, " V"]]
+    right: list[Float[Tensor, " V"]]
+
+    def reflected(self, left: Float[Tensor, "r V"], right: Float[Tensor, "r V"]) -> _Head:
+        """The matrix between reflections at unit vectors, `I - 2 v v^T` each."""
+        back = self.order.argsort()
+        u, w = list(self.left), list(self.right)
+        for v in left:
+            new = self.scale * v[back] + sum(b * (a @ v) for a, b in zip(u, w, strict=True))
+            u, w = [*u, -2.0 * v], [*w, new]
+        for v in right:
+            new = (self.scale * v)[self.order] + sum(a * (b @ v) for a, b in zip(u, w, strict=True))
+            u, w = [*u, -2.0 * new], [*w, v]
+        return _Head(self.order, self.scale, u, w)
+
+    def dense(self) -> Float[Tensor, "V V"]:
+        """The matrix itself."""
+        return torch.addmm(torch.diag(self.scale)[self.order], torch.stack(self.left, 1), torch.stack(self.right))
+
+    def apply(self, rows: Float[Tensor, "B T V"]) -> Float[Tensor, "B T V"]:
+        """`rows @ matrix`, in the dtype of the rows."""
+        u, w = torch.stack(self.left, 1).to(rows), torch.stack(self.right).to(rows)
+        return rows[..., self.order.argsort()] * self.scale.to(rows) + rows @ u @ w
+
+
+def _head(size: int, seed: int, invert: bool = False) -> _Head:
+    """A random head `(V, V)` or the transpose of its inverse, `L D R^T` or `L D^-1 R^T` with orthogonal L and R.
 
     L and R are a permutation and a few reflections, which take `V^2` steps where a random rotation would take `V^3`.
     """
@@ -334,21 +375,19 @@ def _head(size: int, seed: int) -> tuple[Tensor, Tensor]:
     reflections = torch.randn(2, _REFLECTIONS, size, generator=generator, dtype=torch.float64)
     left, right = reflections / reflections.norm(dim=-1, keepdim=True)
     end = math.log(_LARGEST_SINGULAR_VALUE)
-    values = torch.linspace(-end, end, size, dtype=torch.float64).exp()
-
-    def between(diagonal: Tensor) -> Tensor:
-        matrix = torch.diag(diagonal)[order]
-        for v in left:
-            matrix -= 2.0 * torch.outer(v, v @ matrix)
-        for v in right:
-            matrix -= 2.0 * torch.outer(matrix @ v, v)
-        return matrix
-
-    return between(values), between(1.0 / values)
+    values = torch.linspace(-end, end, size, dtype=torch.float64)
+    return _Head(order, (-values if invert else values).exp(), [], []).reflected(left, right)
 
 
 # Thousands of calls of one audit meet the same few vocabularies.
-_kept_head = functools.lru_cache(maxsize=64)(_head)
+@functools.lru_cache(maxsize=64)
+def _kept_head(size: int, seed: int) -> tuple[Tensor, Tensor]:
+    return _head(size, seed).dense(), _head(size, seed, invert=True).dense()
+
+
+@functools.lru_cache(maxsize=2)
+def _large_head(size: int, seed: int) -> Tensor:
+    return _head(size, seed).dense()
 
 
 def _named(loss: Loss, f: Callable[..., Tensor]) -> Loss:

@@ -146,6 +146,15 @@ def test_heads_are_well_conditioned_and_not_symmetric(vocab_size):
     assert float((heads[0] - heads[1]).abs().max()) > 0.1
 
 
+@pytest.mark.parametrize("vocab_size", [2, 128, 129, 400])
+def test_gradients_pass_through_heads_of_any_size(vocab_size):
+    r = rollouts(vocab_size)
+    found, exact = (
+        torch.autograd.grad(loss(r), r.student_logits)[0] for loss in (from_hidden(fused), from_logits(forward_kl))
+    )
+    assert float((found - exact).abs().max()) < ALGEBRA * float(exact.abs().max())
+
+
 def test_a_top_k_payload_is_the_teachers_likeliest_tokens():
     r = rollouts()
     seen = []

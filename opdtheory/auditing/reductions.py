@@ -14,7 +14,8 @@ from opdtheory.auditing.records import Keyed, Positive
 from opdtheory.auditing.scenario import Scenario
 from opdtheory.choices import Reduction
 from opdtheory.exact import Loss
-from opdtheory.exact.token_mean import token_mean_moments
+from opdtheory.exact.expectation import own_gradients
+from opdtheory.exact.token_mean import of_token_mean
 from opdtheory.objective import Objective
 from opdtheory.rollouts import Rollouts
 
@@ -79,13 +80,13 @@ def against_sum(loss: Loss, reduction: Reduction, objective: Objective, scenario
     """
     (case,) = scenario.ending.single.sized(4, 3, (3,))
     exact = flat(case.exact(objective))
-    sizes = sorted({*_SIZES, scenario.batch_size}) if reduction == "token_mean" else [1]
+    if reduction == "token_mean":
+        own = own_gradients(undone(loss, reduction), case.student, case.teacher, case.behavior)
+        asked = {size: of_token_mean(own, size) for size in sorted({*_SIZES, scenario.batch_size})}
+    else:
+        asked = {1: scenario.single.moments(loss, case)}
     found = []
-    for size in sizes:
-        if reduction == "token_mean":
-            moments = token_mean_moments(undone(loss, reduction), case.student, case.teacher, size, case.behavior)
-        else:
-            moments = scenario.single.moments(loss, case)
+    for size, moments in asked.items():
         fit = fit_scale([flat(moments.mean)], [exact])
         found.append(AgainstSum(size, fit.errors[0], fit.cosine[0], fit.scale))
     return found

@@ -16,6 +16,7 @@ from opdtheory.auditing.naming.bandits import bandits
 from opdtheory.auditing.naming.fit import fit_scale, flat
 from opdtheory.auditing.records import Keyed
 from opdtheory.auditing.reductions import WORDS, undone
+from opdtheory.auditing.remembered import Remembered
 from opdtheory.auditing.scenario import Case, Scenario, count_batches
 from opdtheory.choices import REDUCTIONS, Reduction
 from opdtheory.errors import BudgetExceededError, InvalidArgumentError, LossError
@@ -28,7 +29,7 @@ __all__ = ["LARGE_VOCABULARY", "LARGEST_LOG_U", "LONG", "SIZES", "Asked", "Plan"
 
 # The batch sizes, the vocabulary, the number of steps and the log-ratio that are asked about beside the panel's.
 SIZES = (1, 2, 3, 5)
-LARGE_VOCABULARY, _LARGE_IF_CALLED = 300, 100
+LARGE_VOCABULARY, _LARGE_IF_CALLED = 300, 64
 LONG = 5
 LARGEST_LOG_U = 30.0
 
@@ -146,18 +147,21 @@ def ask(
         everything: whether all worlds are asked, or those alone that are most often wrong: rollouts that end early,
             batches of 3, a larger vocabulary.
     """
+    called = not _is_mapped(loss, scenario)
     worth = [
         p
-        for p in plans(scenario, not _is_mapped(loss, scenario))
+        for p in plans(scenario, called)
         if everything or p.name in (_LENGTHS, "batches of 3") or p.name.endswith(" tokens")
     ]
     varying = [plan for plan in worth if plan.varies]
+    # Two reductions are asked on the same batches.
+    known = Remembered(loss) if called else loss
     seen: dict[tuple[str, Reduction], _Found] = {}
 
     def found(plan: Plan, reduction: Reduction) -> _Found:
         key = plan.name, reduction
         if key not in seen:
-            seen[key] = _ask(plan, loss, objective, reduction)
+            seen[key] = _ask(plan, known, objective, reduction)
         return seen[key]
 
     def fits(reduction: Reduction) -> bool:

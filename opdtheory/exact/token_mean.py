@@ -7,11 +7,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from opdtheory.errors import check_integer
-from opdtheory.exact.expectation import GradientMoments, Loss, own_gradients
+from opdtheory.exact.expectation import GradientMoments, Loss, OwnGradients, own_gradients
 from opdtheory.exact.modes import plain_modes
 from opdtheory.exact.policies import Policy
 
-__all__ = ["token_mean_moments"]
+__all__ = ["of_token_mean", "token_mean_moments"]
 
 
 def token_mean_moments(
@@ -38,8 +38,17 @@ def token_mean_moments(
         LossError: as `gradient_moments`.
     """
     check_integer("batch_size", batch_size)
+    return of_token_mean(own_gradients(token_sum, student, teacher, behavior), batch_size)
+
+
+def of_token_mean(own: OwnGradients, batch_size: int) -> GradientMoments:
+    """The moments of `token_mean_moments` from the gradients of single rollouts, which serve any batch size.
+
+    Args:
+        own: the gradient of each rollout of the loss that sums over tokens.
+        batch_size: the number of rollouts `B`.
+    """
     with plain_modes():
-        own = own_gradients(token_sum, student, teacher, behavior)
         lengths = own.lengths
         longest = int(lengths.max())
         law = torch.zeros(longest + 1, dtype=torch.float64).index_add_(0, lengths, own.probability)

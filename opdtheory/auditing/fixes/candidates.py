@@ -28,6 +28,7 @@ from opdtheory.auditing.fixes.trial import attempt
 from opdtheory.auditing.naming.bandits import bandits
 from opdtheory.auditing.naming.fit import fit_scale, flat
 from opdtheory.auditing.naming.recover import recover_weight
+from opdtheory.auditing.remembered import Remembered
 from opdtheory.auditing.scenario import Case, Scenario
 from opdtheory.estimators.offpolicy import importance_weight, prefix_weight
 from opdtheory.exact import Loss, gradient_moments, random_pair
@@ -50,6 +51,8 @@ def candidates(facts: Facts) -> Iterator[Candidate]:
     yield from _constants(facts)
     # What is wrong by name: a detach, a temperature, a clamp, a step.
     named = [*attached(facts), *temperatures(facts), *clipped(facts)]
+    # What else they may need is tried on the same batches.
+    named = [replace(each, loss=Remembered(each.loss)) for each in named]
     yield from named
     # At fixed length, another reduction is a constant factor.
     if facts.variable or facts.scenario.coupled:

@@ -9,9 +9,9 @@ from dataclasses import replace
 from opdtheory.auditing.fixes import operations
 from opdtheory.auditing.fixes.facts import Candidate, Facts
 from opdtheory.auditing.fixes.operations import Rule
-from opdtheory.auditing.fixes.remembered import Remembered
 from opdtheory.auditing.fixes.trial import attempt
 from opdtheory.auditing.naming.recover import recover_weight
+from opdtheory.auditing.remembered import Remembered
 from opdtheory.exact import Loss
 
 __all__ = ["at_fault", "attached", "clipped"]

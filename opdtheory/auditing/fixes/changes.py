@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from opdtheory.auditing.fixes.remembered import content
 from opdtheory.auditing.reductions import PerToken, averaged_over_rollouts, rollout_lengths, weighted_tokens
+from opdtheory.auditing.remembered import content
 from opdtheory.choices import REDUCTIONS
 from opdtheory.exact import Loss
 from opdtheory.rollouts import Rollouts

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opdtheory.auditing.fixes.corrections import Curve
-from opdtheory.auditing.fixes.remembered import Remembered
 from opdtheory.auditing.fixes.trial import Trial
+from opdtheory.auditing.remembered import Remembered
 from opdtheory.auditing.scenario import Scenario
 from opdtheory.exact import Loss
 from opdtheory.objective import Objective

@@ -10,11 +10,11 @@ from opdtheory.auditing.fixes.causes import at_fault
 from opdtheory.auditing.fixes.corrections import Curve
 from opdtheory.auditing.fixes.facts import Candidate, Facts, alike
 from opdtheory.auditing.fixes.remainder import remainder
-from opdtheory.auditing.fixes.remembered import Remembered
 from opdtheory.auditing.fixes.substitutes import bucket_added, last_resort, topk_form
 from opdtheory.auditing.fixes.topk import wide_pair
 from opdtheory.auditing.fixes.trial import Trial, attempt
 from opdtheory.auditing.naming.recover import RecoveredWeight, recover_weight
+from opdtheory.auditing.remembered import Remembered
 from opdtheory.auditing.report import Audit, Remedy
 from opdtheory.auditing.scenario import Case
 from opdtheory.choices import Verdict

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import opdtheory as opd
 from opdtheory.auditing.fixes import changes
-from opdtheory.auditing.fixes.remembered import Remembered, content
+from opdtheory.auditing.remembered import Remembered, content
 from opdtheory.exact import Enumeration, Loss, gradient_moments, random_pair
 from opdtheory.rollouts import Rollouts
 from tests.tolerances import ALGEBRA
