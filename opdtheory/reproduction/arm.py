@@ -17,23 +17,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from opdtheory.errors import TrainingError
 from opdtheory.machine import cores, processor
-from opdtheory.reproduction.plan import OPTIMAL, Arm
-from opdtheory.reproduction.theory import local_weight, objective_value
+from opdtheory.reproduction.plan import STARTS, Arm
+from opdtheory.reproduction.theory import objective_value
 from opdtheory.training.config import TrainConfig
 from opdtheory.training.models.language_model import LanguageModel
 from opdtheory.training.models.storage import whole_file
-from opdtheory.training.pairs import load_model, load_pair, recipe_for
+from opdtheory.training.pairs import Recipe, Role, load_model, load_pair, recipe_for
 from opdtheory.training.tasks import Task
 from opdtheory.training.tasks import task as task_of
 from opdtheory.training.trainer import train
 from opdtheory.training.validation import Prefixes, compare
 from opdtheory.training.validation.observer import task_prefixes
 
-__all__ = ["machine", "main", "model_keys", "optimal_baseline", "run_arm"]
+__all__ = ["machine", "main", "model_keys", "recipe_of", "run_arm"]
 
 _CURVE = (
     *("reverse_kl", "forward_kl", "entropy", "gradient_norm"),
@@ -41,21 +40,26 @@ _CURVE = (
 )
 _POINTS = 40  # of a curve
 _DIGITS = 5
-_BIAS_ROLLOUTS, _BIAS_DIRECTIONS, _BIAS_DRAWS = 32, 4, 4
-_OBJECTIVE_ROLLOUTS = 128
+_BIAS_ROLLOUTS, _BIAS_DIRECTIONS, _BIAS_DRAWS = 32, 2, 2
+_OBJECTIVE_ROLLOUTS = 64
 _PROBE_SEED = 12345  # for the rollouts on which bias and objective are measured
 
 
 def model_keys(task: str, seed: int) -> dict[str, str]:
     """The keys of an arm's student and teacher, which change with their recipes."""
-    return {"student": recipe_for(task, "student", seed).key, "teacher": recipe_for(task, "teacher", 0).key}
+    return {"student": recipe_of(task, "student", seed).key, "teacher": recipe_of(task, "teacher", 0).key}
+
+
+def recipe_of(task: str, role: Role, seed: int) -> Recipe:
+    """The recipe of a model of the experiment, whose students start alike."""
+    return recipe_for(task, role, seed, STARTS.get(task) if role == "student" else None)
 
 
 def run_arm(arm: Arm, *, cache: str | None = None, device: str = "auto") -> dict[str, Any]:
     """Train one arm, measure it at the start and at the end, and return its row as JSON values."""
     wall, processor_time = time.perf_counter(), time.process_time()
     task = task_of(arm.task)
-    student, teacher = load_pair(arm.task, arm.seed, cache=cache)
+    student, teacher = load_pair(arm.task, arm.seed, cache=cache, target=STARTS.get(arm.task))
     config = arm.config(device=device, cache=cache, progress=False)
     row: dict[str, Any] = {
         **{"name": arm.name, "group": arm.group, "task": arm.task, "seed": arm.seed, "identity": arm.identity},
@@ -65,9 +69,6 @@ def run_arm(arm: Arm, *, cache: str | None = None, device: str = "auto") -> dict
     }
     try:
         probe = _probe(config, task, student, teacher, _BIAS_ROLLOUTS)
-        if arm.fields.get("baseline_value") == OPTIMAL:
-            row["baseline_value"] = optimal_baseline(config, probe)
-            config = config.replace(baseline_value=row["baseline_value"])
         row["bias"] = _bias(config, probe)
         row["objective"] = [_objective(config, task, student, teacher)]
         result = train(config, student=student, teacher=teacher, task=task)
@@ -81,22 +82,6 @@ def run_arm(arm: Arm, *, cache: str | None = None, device: str = "auto") -> dict
     row["processor_seconds"] = time.process_time() - processor_time
     rounded: dict[str, Any] = _rounded(row)
     return rounded
-
-
-def optimal_baseline(config: TrainConfig, prefixes: Prefixes) -> float:
-    r"""The constant baseline with the least variance at the start, $E_p[w|s|^2] / E_p[|s|^2]$ (T7a).
-
-    $s = J^\top (e_a - p)$ is the score in the parameters; its square is the mean over random directions $v$ of
-    $\langle e_a - p, Jv\rangle^2$ times their number.
-    """
-    weight = local_weight(config, prefixes.log_q - prefixes.log_p)
-    assert weight is not None
-    p = prefixes.log_p.exp()
-    square: Tensor = torch.zeros_like(p)
-    for number in range(_BIAS_DIRECTIONS):
-        image = prefixes.push_forward(prefixes.random(number)).to(p.dtype)
-        square += (image - (p * image).sum(-1, keepdim=True)).square()
-    return float((p * weight * square).sum() / (p * square).sum())
 
 
 def machine() -> dict[str, Any]:
@@ -154,7 +139,7 @@ def main() -> int:
     torch.set_num_threads(1)
     job = json.load(sys.stdin)
     if "role" in job:
-        load_model(recipe_for(job["task"], job["role"], job["seed"]), cache=job["cache"])
+        load_model(recipe_of(job["task"], job["role"], job["seed"]), cache=job["cache"])
         return 0
     row = run_arm(Arm(**job["arm"]), cache=job["cache"], device=job["device"])
     with whole_file(Path(job["out"])) as file:

@@ -1,190 +1,243 @@
-"""The noise floor between two runs of one expected gradient, and the paper's claims held to it."""
+"""What others report and what T13 predicts, each held to paired differences between the arms of the same seeds."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Literal, NamedTuple
 
 from opdtheory.rendering import text
-from opdtheory.reproduction.plan import TWINS
-from opdtheory.reproduction.summary import Share, Summary, Word, problems_of
-from opdtheory.training.intervals import NORMAL, student_t
+from opdtheory.reproduction.plan import REFERENCE
+from opdtheory.reproduction.summary import Share, Summary
+from opdtheory.training.intervals import student_t
 
-__all__ = ["Claim", "Floor", "as_text", "claims", "difference", "floor_text", "noise_floor"]
+__all__ = [
+    "LEVEL",
+    "PREDICTIONS",
+    "REPORTS",
+    "Comparison",
+    "Difference",
+    "Prediction",
+    "Report",
+    "as_text",
+    "difference",
+    "find",
+    "ours",
+    "predicted",
+]
 
-_REFERENCE = "reverse_kl/opd"
-Place = Literal["above", "level with", "below", "unresolved"]
-Verdict = Literal["reproduces", "does not reproduce", "not resolved"]
-
-
-class Claim(NamedTuple):
-    """A claim of the paper, held to the rows of a task.
-
-    Attributes:
-        claim: what the paper says.
-        task: name of the task.
-        verdict: whether it reproduces.
-        numbers: the numbers behind the verdict.
-    """
-
-    claim: str
-    task: str
-    verdict: Verdict
-    numbers: str
+# Two arms are level if the whole interval of their difference in sampled accuracy is this close to zero.
+LEVEL = 0.05
+Place = Literal["above", "below", "level", "not resolved"]
 
 
 @dataclass(frozen=True)
-class Floor:
-    """How much two runs of the same expected gradient differ.
+class Difference:
+    """The mean difference in sampled accuracy between two arms, paired by seed, with its 95 % interval.
 
     Attributes:
-        pairs: number of pairs that were run on other rollouts from the same student.
-        rms: root mean square of their differences in sampled accuracy.
-        largest: the largest of these differences.
-        single: the noise floor: a smaller difference of two single runs is noise, at 95 %.
+        seeds: number of seeds that both arms have.
+        mean: mean over these seeds.
+        low, high: Student's interval of the mean; infinite for one seed.
     """
 
-    pairs: int
-    rms: float
-    largest: float
-    single: float
-
-    def over(self, seeds: int) -> float:
-        """The noise floor of a difference of means over so many seeds."""
-        return self.single / math.sqrt(seeds)
-
-
-def noise_floor(table: Sequence[Summary]) -> Floor | None:
-    r"""The floor from all pairs of twins, $t_k \cdot \mathrm{rms}$ over k pairs; at least that of the finite test."""
-    gaps, problems, shares = [], 1, []
-    for one, other in [(each, _find(table, each.task, TWINS.get(each.name, ""))) for each in table]:
-        if other is None:
-            continue
-        for a in one.rows:
-            for b in other.rows:
-                if a["seed"] == b["seed"]:
-                    ends = [row["end"]["test_sampled_accuracy"] for row in (a, b)]
-                    gaps.append(ends[0] - ends[1])
-                    shares.append(fmean(ends))
-                    problems = problems_of(a)
-    if not gaps:
-        return None
-    rms = math.sqrt(fmean([gap * gap for gap in gaps]))
-    test = math.sqrt(fmean([2 * share * (1 - share) / problems for share in shares]))
-    single = max(student_t(len(gaps)) * rms, NORMAL * test)
-    return Floor(len(gaps), rms, max(map(abs, gaps)), single)
-
-
-def difference(one: Summary, other: Summary) -> tuple[float, int] | None:
-    """Mean difference in sampled accuracy over the seeds that both have, and the number of these seeds."""
-    ends = [{row["seed"]: row["end"]["test_sampled_accuracy"] for row in each.rows} for each in (one, other)]
-    common = ends[0].keys() & ends[1].keys()
-    if not common:
-        return None
-    return fmean([ends[0][seed] - ends[1][seed] for seed in common]), len(common)
-
-
-def _find(table: Sequence[Summary], task: str, name: str) -> Summary | None:
-    return next((each for each in table if (each.task, each.name) == (task, name)), None)
-
-
-@dataclass(frozen=True)
-class _Comparison:
-    """An arm against reverse-KL OPD: the gap in accuracy, its noise floor, and what reverse-KL OPD itself gains."""
-
-    gap: float
-    floor: float
-    gain: float
-
-    @classmethod
-    def of(cls, table: Sequence[Summary], floor: Floor | None, task: str, name: str) -> _Comparison | None:
-        one, two = _find(table, task, name), _find(table, task, _REFERENCE)
-        found = None if one is None or two is None else difference(one, two)
-        if floor is None or found is None or two is None or two.sampled is None or two.start is None:
-            return None
-        return cls(found[0], floor.over(found[1]), two.sampled.mean - two.start.mean)
+    seeds: int
+    mean: float
+    low: float
+    high: float
 
     @property
     def place(self) -> Place:
-        """Where the arm stands; `unresolved` if the noise floor exceeds all that reverse-KL OPD itself gains."""
-        if abs(self.gap) > self.floor:
-            return "above" if self.gap > 0 else "below"
-        return "level with" if self.floor < abs(self.gain) else "unresolved"
+        """Where the first arm stands."""
+        if self.low > 0:
+            return "above"
+        if self.high < 0:
+            return "below"
+        return "level" if max(-self.low, self.high) <= LEVEL else "not resolved"
 
     def __str__(self) -> str:
-        where = "" if self.place == "unresolved" else f"{self.place} it: "
-        return f"{where}{self.gap:+.3f}, noise floor {self.floor:.3f}, gain of reverse-KL OPD {self.gain:+.3f}"
+        interval = "" if self.seeds < 2 else f" [{self.low:+.3f}, {self.high:+.3f}]"
+        return f"{self.mean:+.3f}{interval}, {self.place}"
 
 
-_ENDS: tuple[tuple[str, str, Word], ...] = (
-    ("`forward_kl` collapses with the reward's gradient stopped", "forward_kl/opd", "collapses"),
-    ("`jsd` collapses with the reward's gradient stopped", "jsd/opd", "collapses"),
-    ("`forward_kl` trains with the corrected advantage", "forward_kl/opd_plus", "trains"),
-    ("`jsd` trains with the corrected advantage", "jsd/opd_plus", "trains"),
+def difference(one: Summary, other: Summary) -> Difference | None:
+    """The difference between the ends of two arms; None without a common seed."""
+    ends = [{row["seed"]: row["end"]["test_sampled_accuracy"] for row in each.rows} for each in (one, other)]
+    return _paired([ends[0][seed] - ends[1][seed] for seed in sorted(ends[0].keys() & ends[1].keys())])
+
+
+def gain(each: Summary) -> Difference | None:
+    """The difference between the end of an arm and its own start."""
+    return _paired([row["end"]["test_sampled_accuracy"] - row["start"]["test_sampled_accuracy"] for row in each.rows])
+
+
+def _paired(gaps: Sequence[float]) -> Difference | None:
+    if not gaps:
+        return None
+    half = math.inf if len(gaps) == 1 else student_t(len(gaps) - 1) * stdev(gaps) / math.sqrt(len(gaps))
+    mean = fmean(gaps)
+    return Difference(len(gaps), mean, mean - half, mean + half)
+
+
+def find(table: Sequence[Summary], task: str, name: str) -> Summary | None:
+    """The arm of this name on a task, if it has rows."""
+    return next((each for each in table if (each.task, each.name) == (task, name)), None)
+
+
+class Comparison(NamedTuple):
+    """An arm beside another one, or beside its own start.
+
+    Attributes:
+        arm: name of the arm.
+        other: name of the arm that it is compared with; None for its own start.
+    """
+
+    arm: str
+    other: str | None = REFERENCE
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a source reports, in its own numbers, and the arms of ours that speak to it.
+
+    Attributes:
+        claim: what it says.
+        source: where, and how it was read.
+        numbers: its numbers.
+        compared: our arms.
+    """
+
+    claim: str
+    source: str
+    numbers: str
+    compared: Comparison
+
+
+_PAPER = "[arXiv 2606.01039](https://arxiv.org/abs/2606.01039)"
+_TABLE = "Table 2 of the same paper, at second hand: we have not read the table itself"
+_A100 = "a public report of runs on one A100 (in Chinese; Qwen3-4B to Qwen3-0.6B, GSM8K, one seed, error ±.03)"
+
+# Only what a source says. Nothing is a claim of the paper that its abstract or this table does not make.
+REPORTS: tuple[Report, ...] = (
+    Report(
+        '"improved performance over the baseline KL approach"',
+        f"abstract of {_PAPER}",
+        "none in the abstract",
+        Comparison("jsd/opd_plus"),
+    ),
+    Report("reverse KL: OPD+ against OPD", _TABLE, "48.99 against 48.96 points", Comparison("reverse_kl/opd_plus")),
+    Report("JSD OPD+ against reverse-KL OPD", _TABLE, "48.85 against 48.96 points", Comparison("jsd/opd_plus")),
+    Report(
+        "forward KL OPD+ against reverse-KL OPD", _TABLE, "46.39 against 48.96 points", Comparison("forward_kl/opd_plus")
+    ),
+    Report("forward KL OPD falls below the start", _A100, ".331 to .039", Comparison("forward_kl/opd", None)),
+    Report("JSD OPD falls below the start", _A100, ".331 to .134", Comparison("jsd/opd", None)),
+    Report("forward KL OPD+ rises above the start", _A100, ".331 to .450", Comparison("forward_kl/opd_plus", None)),
+    Report("JSD OPD+ rises above the start", _A100, ".331 to .460", Comparison("jsd/opd_plus", None)),
+    Report("reverse KL: OPD+ against OPD", _A100, ".473 against .494", Comparison("reverse_kl/opd_plus")),
 )
-_AGAINST_OPD: tuple[tuple[str, str, tuple[Place, ...]], ...] = (
-    ("corrected `forward_kl` matches or beats reverse-KL OPD", "forward_kl/opd_plus", ("above", "level with")),
-    ("corrected `jsd` matches or beats reverse-KL OPD", "jsd/opd_plus", ("above", "level with")),
-    ("OPD+ gains a little for the reverse KL", "reverse_kl/opd_plus", ("above",)),
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What theory says before the runs, and the differences that decide it.
+
+    Attributes:
+        says: the prediction.
+        places: where each first arm must stand.
+        compared: the arms.
+    """
+
+    says: str
+    places: tuple[Place, ...]
+    compared: tuple[Comparison, ...]
+
+
+_ALL = ("reverse_kl", "forward_kl", "jsd", "hellinger")
+
+PREDICTIONS: tuple[Prediction, ...] = (
+    Prediction(
+        "With the least-variance baseline (T7a) OPD+ ends above OPD+ without one",
+        ("above",),
+        tuple(Comparison(f"{d}/opd_plus, optimal baseline", f"{d}/opd_plus") for d in _ALL),
+    ),
+    Prediction(
+        "The teacher's top 4 tokens with a sampled tail (T13) end above OPD+",
+        ("above",),
+        tuple(Comparison(f"{d}/top 4 and tail", f"{d}/opd_plus") for d in _ALL),
+    ),
+    Prediction(
+        "The top 8 tokens with a sampled tail (T13) come close to the whole vocabulary",
+        ("level", "above"),
+        tuple(Comparison(f"{d}/top 8 and tail", f"{d}/full_vocab") for d in _ALL),
+    ),
+    Prediction(
+        "Once the variance is paid for, other divergences beat reverse-KL OPD",
+        ("above",),
+        tuple(Comparison(f"{d}/top 8 and tail") for d in ("jsd", "hellinger", "forward_kl")),
+    ),
+    Prediction(
+        "And they beat the reverse KL with its own variance paid for",
+        ("above",),
+        tuple(Comparison(f"{d}/top 8 and tail", "reverse_kl/top 8 and tail") for d in ("jsd", "hellinger")),
+    ),
 )
 
 
-def claims(table: Sequence[Summary]) -> list[Claim]:
-    """The paper's claims, held to the rows of each task."""
-    floor, found = noise_floor(table), []
-    tasks = list(dict.fromkeys(each.task for each in table))
-    for claim, name, word in _ENDS:
+def ours(table: Sequence[Summary], task: str, compared: Comparison) -> Difference | None:
+    """Our difference for a comparison on a task; None where an arm has no row."""
+    one = find(table, task, compared.arm)
+    if one is None:
+        return None
+    if compared.other is None:
+        return gain(one)
+    other = find(table, task, compared.other)
+    return None if other is None else difference(one, other)
+
+
+def predicted(table: Sequence[Summary], tasks: Sequence[str], prediction: Prediction) -> tuple[str, list[str]]:
+    """How many comparisons bear a prediction out, in words, and each of them."""
+    held = against = 0
+    lines = []
+    for compared in prediction.compared:
+        cells = []
         for task in tasks:
-            each = _find(table, task, name)
-            if each is not None and each.sampled is not None and each.start is not None:
-                numbers = f"{each.start.mean:.3f} to {each.sampled}; {each.verdict}"
-                found.append(Claim(claim, task, _verdict(each.word == word), numbers))
-    for claim, name, places in _AGAINST_OPD:
-        for task in tasks:
-            against = _Comparison.of(table, floor, task, name)
-            if against is not None:
-                verdict = "not resolved" if against.place == "unresolved" else _verdict(against.place in places)
-                found.append(Claim(claim, task, verdict, str(against)))
-    return found
+            found = ours(table, task, compared)
+            if found is None:
+                continue
+            cells.append(f"{task} {found}")
+            held += found.place in prediction.places
+            against += found.place not in (*prediction.places, "not resolved")
+        if cells:
+            lines.append(f"`{compared.arm}` against `{compared.other}`: {'; '.join(cells)}")
+    total = sum(len([task for task in tasks if ours(table, task, each) is not None]) for each in prediction.compared)
+    words = f"holds in {held} of {total}" + (f", fails in {against}" if against else "")
+    open_ = total - held - against
+    return words + (f", not resolved in {open_}" if open_ else ""), lines
 
 
-def _verdict(agrees: bool) -> Verdict:
-    return "reproduces" if agrees else "does not reproduce"
-
-
-_COLUMNS = ("task", "arm", "seeds", "start", "greedy", "sampled", "95 %", "KL(p|q)", "verdict")
+_COLUMNS = ("task", "arm", "seeds", "start", "greedy", "sampled", "95 %", "KL(p|q)", f"against {REFERENCE}")
 
 
 def as_text(table: Sequence[Summary]) -> str:
-    """The table for a terminal, followed by the noise floor."""
-    floor = noise_floor(table)
-    last = "no noise floor: no expected gradient was run twice" if floor is None else floor_text(floor)
-    return "\n".join([*text.table([_COLUMNS, *map(_cells, table)]), "", last])
+    """The table for a terminal."""
+    return "\n".join(text.table([_COLUMNS, *(_cells(table, each) for each in table)]))
 
 
-def floor_text(floor: Floor) -> str:
-    """The floor in a sentence."""
-    return (
-        f"noise floor: {floor.single:.3f} in sampled accuracy between two single runs, {floor.over(3):.3f} between "
-        f"means over three seeds ({floor.pairs} pairs of runs of one expected gradient differ by {floor.rms:.3f} rms, "
-        f"at most {floor.largest:.3f})"
-    )
-
-
-def _cells(each: Summary) -> tuple[str, ...]:
+def _cells(table: Sequence[Summary], each: Summary) -> tuple[str, ...]:
     def mean(share: Share | None) -> str:
         return "-" if share is None else f"{share.mean:.3f}"
 
     interval = "-" if each.sampled is None else f"{each.sampled.low:.3f}-{each.sampled.high:.3f}"
     distance = each.means.get("reverse_kl")
+    against = None if each.name == REFERENCE else ours(table, each.task, Comparison(each.name))
     return (
         each.task,
         each.name,
         str(len(each.seeds)),
         *(mean(each.start), mean(each.greedy), mean(each.sampled), interval),
         "-" if distance is None else f"{distance:.2f}",
-        each.verdict,
+        "-" if against is None else str(against),
     )

@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from opdtheory.errors import InvalidArgumentError
 
@@ -16,16 +16,38 @@ if TYPE_CHECKING:
     from opdtheory.training.config import TrainConfig
 
 # No torch here: the command line reads the plan.
-__all__ = ["CONTROLS", "DIVERGENCES", "ESTIMATORS", "FULL", "QUICK", "TWINS", "Arm", "Plan", "plan_of"]
+__all__ = [
+    "CONTROLS",
+    "DIVERGENCES",
+    "FORMS",
+    "FULL",
+    "QUICK",
+    "RATES",
+    "REFERENCE",
+    "STARTS",
+    "TUNING_SEED",
+    "Arm",
+    "Group",
+    "Plan",
+    "plan_of",
+]
 
 # Incremented when the same arm would be measured differently; rows of an older format are run again.
-_FORMAT = 1
+_FORMAT = 2
 
-DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "chi2", "hellinger")
-ESTIMATORS = ("opd", "opd_plus", "full_vocab")
+Group = Literal["main", "control", "tuning", "tuned"]
+
+DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "hellinger")
 TASKS = ("arithmetic", "tools")
 
-# Chosen for reverse-KL OPD, then the same for every arm.
+# The sampled accuracy on held-out problems at which a student's own training ends, so that all seeds start alike.
+STARTS = {"arithmetic": 0.2, "tools": 0.1}
+
+# The baseline of the field, to which every arm is compared.
+REFERENCE = "reverse_kl/opd"
+
+# Chosen for reverse-KL OPD, then the same for every arm. The learning rate is also tuned for each arm, over three
+# values, on a student and rollouts of a seed that nothing else uses.
 _SETTINGS: dict[str, Any] = {
     "prompts_per_step": 128,
     "rollouts_per_prompt": 1,
@@ -40,35 +62,35 @@ _SETTINGS: dict[str, Any] = {
     "reduction": "token_mean",
     "dtype": "float32",
 }
+RATES = (7e-4, 2e-3, 5e-3)
+TUNING_SEED = 100
 _CLIP = 6.0
-_CLIPPED = ("opd", "opd_plus", "opd_plus_centred")  # the estimators that clip the log-ratio
+
+# What is done with a divergence: the stopped gradient, the corrected advantage, its least-variance baseline, the exact
+# part on the teacher's k tokens with a sampled tail (T13), and the whole vocabulary.
+FORMS: dict[str, dict[str, Any]] = {
+    "opd": {"estimator": "opd", "clip_log_ratio": _CLIP},
+    "opd_plus": {"estimator": "opd_plus", "clip_log_ratio": _CLIP},
+    "opd_plus, optimal baseline": {"estimator": "opd_plus", "baseline": "optimal", "clip_log_ratio": _CLIP},
+    "top 2 and tail": {"estimator": "topk_tail_sampled", "k": 2, "baseline": "optimal"},
+    "top 4 and tail": {"estimator": "topk_tail_sampled", "k": 4, "baseline": "optimal"},
+    "top 8 and tail": {"estimator": "topk_tail_sampled", "k": 8, "baseline": "optimal"},
+    "full_vocab": {"estimator": "full_vocab"},
+}
+# Of the stopped gradient, only that of the reverse KL is unbiased; the others are controls.
+_COMPARED = tuple(form for form in FORMS if form != "opd")
+_TUNED_FORMS = ("opd_plus", "opd_plus, optimal baseline", "top 8 and tail")
 
 _JSD_CURED = "u*log(u)/2 - (u+1)*log((u+1)/2)/2 - log(2)/2*(u-1)"
-OPTIMAL = "optimal"
-_EXACT_OPD = {"control": "exact_opd", "clip_log_ratio": _CLIP}
-_REVERSE_KL = {"estimator": "opd", "divergence": "reverse_kl"}
+_OPD = FORMS["opd"]
 
 CONTROLS: dict[str, dict[str, Any]] = {
-    "forward_kl -7(u-1)/opd": {"estimator": "opd", "divergence": "u*log(u) - 7*(u-1)"},
-    "forward_kl -2(u-1)/opd": {"estimator": "opd", "divergence": "u*log(u) - 2*(u-1)"},
-    "jsd -log(2)/2(u-1)/opd": {"estimator": "opd", "divergence": _JSD_CURED},
-    "forward_kl/opd, whole vocabulary": {"divergence": "forward_kl", **_EXACT_OPD},
-    "jsd/opd, whole vocabulary": {"divergence": "jsd", **_EXACT_OPD},
-    "supervised": {"control": "supervised"},
+    **{f"{divergence}/opd": {**_OPD, "divergence": divergence} for divergence in ("forward_kl", "jsd", "hellinger")},
+    "forward_kl -7(u-1)/opd": {**_OPD, "divergence": "u*log(u) - 7*(u-1)"},
+    "jsd -log(2)/2(u-1)/opd": {**_OPD, "divergence": _JSD_CURED},
+    "forward_kl/opd_plus, clip 2": {**FORMS["opd_plus"], "divergence": "forward_kl", "clip_log_ratio": 2.0},
     "constant advantage -1": {"control": "constant_advantage", "advantage": -1.0},
-    "sign": {"estimator": "sign"},
-    "forward_kl/opd_plus_centred": {"estimator": "opd_plus_centred", "divergence": "forward_kl"},
-    "reverse_kl/opd, optimal baseline": {**_REVERSE_KL, "baseline": "constant", "baseline_value": OPTIMAL},
-    "reverse_kl/opd, vocabulary baseline": {**_REVERSE_KL, "baseline": "vocabulary"},
-    "reverse_kl/opd, no clip": {**_REVERSE_KL, "clip_log_ratio": None},
 }
-# The same arm on other rollouts, to see how much two runs with one expected gradient differ.
-TWINS = {
-    "reverse_kl/opd": "reverse_kl/opd, other rollouts",
-    "forward_kl/opd_plus": "forward_kl/opd_plus, other rollouts",
-    "jsd/opd_plus": "jsd/opd_plus, other rollouts",
-}
-_OTHER_ROLLOUTS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -77,14 +99,14 @@ class Arm:
 
     Attributes:
         name: the arm's name, the same for all seeds and tasks.
-        group: `grid`, `control` or `twin`.
+        group: `main`, `control`, `tuning` for a learning rate that is tried, or `tuned` for one that was chosen.
         task: name of the task.
         seed: seed of the student and of the rollouts.
-        fields: fields of `TrainConfig`; a `baseline_value` of "optimal" is computed at the start.
+        fields: fields of `TrainConfig`.
     """
 
     name: str
-    group: str
+    group: Group
     task: str
     seed: int
     fields: Mapping[str, Any] = field(repr=False)
@@ -97,7 +119,11 @@ class Arm:
     @property
     def label(self) -> str:
         """The arm with its task and seed."""
-        return f"{self.task}, {self.name}, seed {self.seed}"
+        return f"{self.task}, {self.name}{self._rate}, seed {self.seed}"
+
+    @property
+    def _rate(self) -> str:
+        return f", rate {self.fields['learning_rate']:g}" if self.group in ("tuning", "tuned") else ""
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -108,17 +134,20 @@ class Arm:
     def key(self) -> str:
         """The name of the row's file."""
         digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:10]
-        words = re.sub(r"[^a-z0-9_]+", "-", self.name.lower()).strip("-")
+        words = re.sub(r"[^a-z0-9_]+", "-", f"{self.name}{self._rate}".lower()).strip("-")
         return f"{self.task}-{words}-{self.seed}-{digest}"
 
     def config(self, **changes: Any) -> TrainConfig:
-        """The arm's configuration; an optimal baseline that is not yet computed is zero."""
+        """The arm's configuration."""
         from opdtheory.training.config import TrainConfig
 
-        values = {**self.fields, **changes}
-        if values.get("baseline_value") == OPTIMAL:
-            values["baseline_value"] = 0.0
-        return TrainConfig.from_dict(values)
+        return TrainConfig.from_dict({**self.fields, **changes})
+
+    def at_rate(self, rate: float, group: Group, seed: int | None = None) -> Arm:
+        """The same arm at another learning rate, and of another seed if one is given."""
+        seed = self.seed if seed is None else seed
+        fields = {**self.fields, "learning_rate": rate, "seed": seed, "pair_seed": seed}
+        return Arm(self.name, group, self.task, seed, fields)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
@@ -132,64 +161,91 @@ class Plan:
     Attributes:
         name: `full` or `quick`.
         steps: batches of rollouts of an arm.
-        seeds: number of seeds.
+        seeds: number of seeds of the arms that are compared.
+        control_seeds: number of seeds of the controls.
         tasks: names of the tasks.
-        divergences: divergences of the grid.
-        estimators: estimators of the grid.
+        divergences: divergences that are compared.
+        forms: what is done with each, see `FORMS`.
         controls: names of the controls.
-        twins: arms that are run twice.
+        tuned: forms whose learning rate is tuned too.
         eval_examples: test problems, answered once greedily and once by sampling, at the start and at the end.
     """
 
     name: str
     steps: int
     seeds: int
+    control_seeds: int
     tasks: tuple[str, ...] = TASKS
     divergences: tuple[str, ...] = DIVERGENCES
-    estimators: tuple[str, ...] = ESTIMATORS
+    forms: tuple[str, ...] = _COMPARED
     controls: tuple[str, ...] = tuple(CONTROLS)
-    twins: tuple[str, ...] = tuple(TWINS)
+    tuned: tuple[str, ...] = _TUNED_FORMS
     eval_examples: int = 1000
 
     def arms(self) -> list[Arm]:
-        """The arms in order: seed by seed, on every task, the grid before twins and controls."""
-        return [
-            self._arm(name, group, task, seed, fields)
-            for seed in range(self.seeds)
-            for group, members in self._groups()
-            for name, fields in members.items()
+        """The arms that no result decides, in order: seed by seed, on every task, then controls, then tuning."""
+        main = [arm for seed in range(self.seeds) for arm in self._main(seed)]
+        controls = [
+            self._arm(name, "control", task, seed, CONTROLS[name])
+            for seed in range(self.control_seeds)
+            for name in self.controls
             for task in self.tasks
         ]
+        tuning = [
+            arm.at_rate(rate, "tuning", TUNING_SEED)
+            for arm in self._main(0)
+            if self._is_tuned(arm.name)
+            for rate in RATES
+        ]
+        return [*main, *controls, *tuning]
 
-    def _groups(self) -> list[tuple[str, dict[str, dict[str, Any]]]]:
-        grid = {
-            f"{divergence}/{estimator}": {"estimator": estimator, "divergence": divergence}
-            for divergence in self.divergences
-            for estimator in self.estimators
-        }
-        twins = {TWINS[name]: grid[name] for name in self.twins}
-        return [("grid", grid), ("twin", twins), ("control", {name: CONTROLS[name] for name in self.controls})]
+    def tuned_arms(self, rows: Sequence[Mapping[str, Any]]) -> list[Arm]:
+        """The arms at their own learning rate, where the tuning rows chose another than the common one."""
+        chosen = self.chosen_rates(rows)
+        return [
+            arm.at_rate(rate, "tuned")
+            for seed in range(self.seeds)
+            for arm in self._main(seed)
+            if (rate := chosen.get((arm.task, arm.name))) is not None and rate != arm.fields["learning_rate"]
+        ]
 
-    def _arm(self, name: str, group: str, task: str, seed: int, fields: Mapping[str, Any]) -> Arm:
+    def chosen_rates(self, rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], float]:
+        """The rate with the highest sampled accuracy for each task and arm all of whose tuning runs have ended."""
+        ends: dict[tuple[str, str], dict[float, float]] = {}
+        for row in rows:
+            if row["group"] == "tuning":
+                # A run that fails is worse than any that ends.
+                end = row["end"]["test_sampled_accuracy"] if row["status"] == "finished" else -1.0
+                ends.setdefault((row["task"], row["name"]), {})[row["identity"]["fields"]["learning_rate"]] = end
+        return {key: max(found, key=found.__getitem__) for key, found in ends.items() if len(found) == len(RATES)}
+
+    def _main(self, seed: int) -> list[Arm]:
+        named = {REFERENCE: {**_OPD, "divergence": "reverse_kl"}}
+        for divergence in self.divergences:
+            for form in self.forms:
+                named[f"{divergence}/{form}"] = {**FORMS[form], "divergence": divergence}
+        return [self._arm(name, "main", task, seed, fields) for name, fields in named.items() for task in self.tasks]
+
+    def _is_tuned(self, name: str) -> bool:
+        return bool(self.tuned) and (name == REFERENCE or name.partition("/")[2] in self.tuned)
+
+    def _arm(self, name: str, group: Group, task: str, seed: int, fields: Mapping[str, Any]) -> Arm:
         values = {"task": task, "pair_seed": seed, "seed": seed, **_SETTINGS, "steps": self.steps}
         values |= {"warmup_steps": min(_SETTINGS["warmup_steps"], self.steps // 5)}
         values |= {"eval_examples": self.eval_examples, "eval_every": 0}
-        if fields.get("estimator") in _CLIPPED:
-            values["clip_log_ratio"] = _CLIP
-        values |= fields
-        if group == "twin":
-            values["seed"] += _OTHER_ROLLOUTS
-        return Arm(name, group, task, seed, values)
+        return Arm(name, group, task, seed, {**values, **fields})
 
 
-FULL = Plan("full", steps=200, seeds=3)
+FULL = Plan("full", steps=120, seeds=5, control_seeds=2)
 QUICK = Plan(
     "quick",
-    steps=100,
+    steps=60,
     seeds=1,
-    divergences=("reverse_kl", "forward_kl", "jsd"),
-    controls=("forward_kl -7(u-1)/opd", "jsd -log(2)/2(u-1)/opd"),
-    twins=("reverse_kl/opd",),
+    control_seeds=1,
+    divergences=("reverse_kl", "jsd"),
+    forms=("opd_plus", "opd_plus, optimal baseline", "top 8 and tail", "full_vocab"),
+    controls=("jsd/opd",),
+    tuned=(),
     eval_examples=500,
 )
 
@@ -216,4 +272,6 @@ def plan_of(
             raise InvalidArgumentError("task", f"must be one of {', '.join(KNOWN)}, got {task!r}")
     if tasks:
         changes["tasks"] = tuple(dict.fromkeys(tasks))
+    if seeds is not None:
+        changes["control_seeds"] = min(seeds, plans[name].control_seeds)
     return dataclasses.replace(plans[name], **changes)

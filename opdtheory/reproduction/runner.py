@@ -17,11 +17,11 @@ from typing import IO, Any
 
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.machine import cores
-from opdtheory.reproduction.arm import machine, model_keys
+from opdtheory.reproduction.arm import machine, model_keys, recipe_of
 from opdtheory.reproduction.plan import Arm, Plan
 from opdtheory.training.models.storage import cache_folder, checked_record
 from opdtheory.training.models.storage import stored as is_stored
-from opdtheory.training.pairs import Role, recipe_for
+from opdtheory.training.pairs import Role
 
 __all__ = ["NOT_RUN", "Outcome", "adopt", "reproduce", "stored"]
 
@@ -76,7 +76,7 @@ def reproduce(
     device: str = "auto",
     report: Callable[[str], None] = lambda line: None,
 ) -> Outcome:
-    """Run the arms of a plan that have no row in the folder yet.
+    """Run the arms of a plan that have no row in the folder yet; those at a tuned rate once the rates are known.
 
     Args:
         plan: the arms.
@@ -91,8 +91,19 @@ def reproduce(
     """
     folder = out / "arms"
     folder.mkdir(parents=True, exist_ok=True)
-    jobs, workers = list(_jobs(plan, folder, cache, device)), workers or cores()
+    workers = workers or cores()
     problems: dict[str, str] = {}
+    first = plan.arms()
+    for arms in (lambda: first, lambda: plan.tuned_arms(_rows(first, folder))):
+        problems |= _run_all(plan, out, list(_jobs(arms(), folder, cache, device)), workers, report)
+    return stored(plan, out, cache=cache, problems=problems)
+
+
+def _run_all(
+    plan: Plan, out: Path, jobs: Sequence[Job], workers: int, report: Callable[[str], None]
+) -> dict[str, str]:
+    """Run jobs, and return the problems of those that failed by name."""
+    folder, problems = out / "arms", dict[str, str]()
     started = time.perf_counter()
     done: list[Job] = []
     try:
@@ -109,18 +120,17 @@ def reproduce(
     finally:
         if done:
             _note_session(out, plan, done, time.perf_counter() - started, workers)
-    return stored(plan, out, cache=cache, problems=problems)
+    return problems
 
 
 def stored(plan: Plan, out: Path, *, cache: str | None = None, problems: dict[str, str] | None = None) -> Outcome:
     """The results of a plan that a folder holds, without running anything."""
-    rows, missing = [], {}
-    for arm in plan.arms():
-        row = _stored_row(arm, out / "arms")
-        if row is not None:
-            rows.append(row)
-        else:
-            missing[arm.label] = (problems or {}).get(arm.label, NOT_RUN)
+    folder, problems = out / "arms", problems or {}
+    first = plan.arms()
+    arms = [*first, *plan.tuned_arms(_rows(first, folder))]
+    rows = _rows(arms, folder)
+    known = {Arm.of_row(row).label for row in rows}
+    missing = {arm.label: problems.get(arm.label, NOT_RUN) for arm in arms if arm.label not in known}
     return Outcome(plan, rows, missing, _records(rows, cache), _sessions(out))
 
 
@@ -149,15 +159,15 @@ def adopt(path: Path, out: Path) -> int:
     return len(missing)
 
 
-def _jobs(plan: Plan, folder: Path, cache: str | None, device: str) -> Iterator[Job]:
+def _jobs(arms: Sequence[Arm], folder: Path, cache: str | None, device: str) -> Iterator[Job]:
     known = set[tuple[str, Role, int]]()
-    for arm in plan.arms():
+    for arm in arms:
         if _stored_row(arm, folder) is not None:
             continue
         pair: list[tuple[str, Role, int]] = [(arm.task, "teacher", 0), (arm.task, "student", arm.seed)]
         needed = []
         for task, role, seed in pair:
-            if is_stored(cache_folder(cache) / f"{recipe_for(task, role, seed).key}.safetensors"):
+            if is_stored(cache_folder(cache) / f"{recipe_of(task, role, seed).key}.safetensors"):
                 continue
             needed.append(f"{role} {seed} of {task}")
             if (task, role, seed) not in known:  # before the first arm that needs it
@@ -225,6 +235,11 @@ def _last_words(log: Path, status: int) -> str:
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     how = f"ended by signal {-status}" if status < 0 else f"status {status}"
     return f"{how}: {lines[-1].strip()}" if lines else how
+
+
+def _rows(arms: Sequence[Arm], folder: Path) -> list[dict[str, Any]]:
+    """The stored rows of some arms, in their order."""
+    return [row for arm in arms if (row := _stored_row(arm, folder)) is not None]
 
 
 def _stored_row(arm: Arm, folder: Path) -> dict[str, Any] | None:

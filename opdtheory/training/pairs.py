@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
-from opdtheory.errors import InvalidArgumentError
+from opdtheory.errors import InvalidArgumentError, TrainingError
 from opdtheory.training.models.language_model import LanguageModel
 from opdtheory.training.models.storage import cache_folder, load_tensors, save_tensors, stored
 from opdtheory.training.models.transformer import Transformer, TransformerConfig
@@ -39,6 +39,12 @@ _FORMAT = 1
 _TEACHER_STEPS = {"arithmetic": 1200, "tools": 1500, "modular": 4000}
 _STUDENT_STEPS = {"arithmetic": 700, "tools": 500, "modular": 700}
 
+# Students that start alike: the most steps, the steps between looks, and the held-out problems of a look, with the
+# distance from the target that they allow: few at first, so that most looks are short. The problems are of the train
+# split, in an order that no model reads.
+_MOST_STEPS, _LOOK_EVERY, _HELD_OUT_SEED = 3000, 10, 987_654_321
+_LOOKS = ((256, 0.08), (2048, 0.02))
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -53,6 +59,8 @@ class Recipe:
         batch_size: examples per step.
         learning_rate: peak learning rate of AdamW, after `warmup` steps; it then falls linearly to a tenth.
         warmup: steps of linear warm-up.
+        target: training ends as soon as the share of right sampled answers on held-out problems is within .02 of this;
+            None takes all steps.
     """
 
     task: str
@@ -65,16 +73,24 @@ class Recipe:
     batch_size: int = 64
     learning_rate: float = 2e-3
     warmup: int = 50
+    target: float | None = None
 
     @property
     def key(self) -> str:
         """The name of the cached file, with a digest of the recipe and of the code's format."""
-        text = json.dumps([_FORMAT, dataclasses.asdict(self)], sort_keys=True)
+        values = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        text = json.dumps([_FORMAT, values], sort_keys=True)
         return f"{self.task}-{self.role}-{self.seed}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
-def recipe_for(task: str, role: Role, seed: int = 0) -> Recipe:
+def recipe_for(task: str, role: Role, seed: int = 0, target: float | None = None) -> Recipe:
     """The recipe of the repository's experiments.
+
+    Args:
+        task: name of the task.
+        role: teacher or student.
+        seed: seed of the model.
+        target: of a student, the held-out accuracy at which its training ends (default: after a number of steps).
 
     Raises:
         InvalidArgumentError: the task or the role is unknown.
@@ -84,12 +100,18 @@ def recipe_for(task: str, role: Role, seed: int = 0) -> Recipe:
     if role == "teacher":
         return Recipe(task, role, seed, width=96, layers=3, heads=4, steps=_TEACHER_STEPS[task])
     if role == "student":
-        return Recipe(task, role, seed, width=48, layers=2, heads=4, steps=_STUDENT_STEPS[task])
+        steps = _STUDENT_STEPS[task] if target is None else _MOST_STEPS
+        return Recipe(task, role, seed, width=48, layers=2, heads=4, steps=steps, target=target)
     raise InvalidArgumentError("role", f"must be 'teacher' or 'student', got {role!r}")
 
 
 def load_pair(
-    task: Task | str, seed: int = 0, *, cache: Path | str | None = None, teacher_seed: int = 0
+    task: Task | str,
+    seed: int = 0,
+    *,
+    cache: Path | str | None = None,
+    teacher_seed: int = 0,
+    target: float | None = None,
 ) -> tuple[Transformer, Transformer]:
     """The student of a seed and the teacher, from the cache; a model that it lacks is trained first.
 
@@ -98,12 +120,13 @@ def load_pair(
         seed: seed of the student; the teacher does not depend on it.
         cache: folder; by default `$OPDTHEORY_CACHE`, else `~/.cache/opdtheory`.
         teacher_seed: seed of the teacher.
+        target: the held-out accuracy at which the student's own training ends (default: after a number of steps).
 
     Returns:
         `(student, teacher)`; the teacher's parameters require no gradient.
     """
     name = task if isinstance(task, str) else task.name
-    student, _ = load_model(recipe_for(name, "student", seed), cache=cache)
+    student, _ = load_model(recipe_for(name, "student", seed, target), cache=cache)
     teacher, _ = load_model(recipe_for(name, "teacher", teacher_seed), cache=cache)
     return student, teacher.requires_grad_(False)
 
@@ -113,11 +136,12 @@ def load_model(
 ) -> tuple[Transformer, dict[str, Any]]:
     """A model and its record, from the cache; if it is not there, it is trained and stored first.
 
-    The record holds the recipe, the checksum of the weights, the training time in seconds and the accuracy on 512
-    problems of the test split.
+    The record holds the recipe, the steps taken, the checksum of the weights, the training time in seconds and the
+    accuracy on 512 problems of the test split.
 
     Raises:
         InvalidArgumentError: the cached weights do not have the recorded checksum.
+        TrainingError: the recipe's target is not reached.
     """
     path = cache_folder(cache) / f"{recipe.key}.safetensors"
     task = task_named(recipe.task)
@@ -128,9 +152,18 @@ def load_model(
         return model, record
 
     wall, processor = time.perf_counter(), time.process_time()
-    model = train_supervised(recipe, report=report)
+    steps = 0
+
+    def noted(step: int, loss: float) -> None:
+        nonlocal steps
+        steps = step
+        if report is not None:
+            report(step, loss)
+
+    model = train_supervised(recipe, report=noted)
     record = {
         "recipe": dataclasses.asdict(recipe),
+        "steps": steps,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "seconds": round(time.perf_counter() - wall, 2),
         "processor_seconds": round(time.process_time() - processor, 2),
@@ -151,6 +184,9 @@ def train_supervised(recipe: Recipe, *, report: Callable[[int, float], None] | N
     Args:
         recipe: what to train.
         report: called with the number of finished steps and the loss in nats per token.
+
+    Raises:
+        TrainingError: the recipe's target is not reached.
     """
     task = task_named(recipe.task)
     model = _untrained(recipe, task)
@@ -170,7 +206,21 @@ def train_supervised(recipe: Recipe, *, report: Callable[[int, float], None] | N
         optimiser.step()
         if report is not None:
             report(step + 1, float(loss.detach()))
+        if recipe.target is not None and (step + 1) % _LOOK_EVERY == 0 and _is_at(model, task, recipe.target):
+            return model
+    if recipe.target is not None:
+        raise TrainingError(
+            f"the {recipe.role} {recipe.seed} of {recipe.task} is at no time within {_LOOKS[-1][1]:g} of an accuracy "
+            f"of {recipe.target:g} in {recipe.steps} steps"
+        )
     return model
+
+
+def _is_at(model: Transformer, task: Task, target: float) -> bool:
+    return all(
+        abs(accuracy(model, task, count, seed=_HELD_OUT_SEED, split="train") - target) <= within
+        for count, within in _LOOKS
+    )
 
 
 def accuracy(
