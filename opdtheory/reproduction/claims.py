@@ -130,7 +130,10 @@ REPORTS: tuple[Report, ...] = (
     Report("reverse KL: OPD+ against OPD", _TABLE, "48.99 against 48.96 points", Comparison("reverse_kl/opd_plus")),
     Report("JSD OPD+ against reverse-KL OPD", _TABLE, "48.85 against 48.96 points", Comparison("jsd/opd_plus")),
     Report(
-        "forward KL OPD+ against reverse-KL OPD", _TABLE, "46.39 against 48.96 points", Comparison("forward_kl/opd_plus")
+        "forward KL OPD+ against reverse-KL OPD",
+        _TABLE,
+        "46.39 against 48.96 points",
+        Comparison("forward_kl/opd_plus"),
     ),
     Report("forward KL OPD falls below the start", _A100, ".331 to .039", Comparison("forward_kl/opd", None)),
     Report("JSD OPD falls below the start", _A100, ".331 to .134", Comparison("jsd/opd", None)),
@@ -167,6 +170,11 @@ PREDICTIONS: tuple[Prediction, ...] = (
         "The teacher's top 4 tokens with a sampled tail (T13) end above OPD+",
         ("above",),
         tuple(Comparison(f"{d}/top 4 and tail", f"{d}/opd_plus") for d in _ALL),
+    ),
+    Prediction(
+        "So they do without a baseline, which the top tokens and the sampled one suffice for",
+        ("above",),
+        tuple(Comparison(f"{d}/top 4 and tail, no baseline", f"{d}/opd_plus") for d in _ALL),
     ),
     Prediction(
         "The top 8 tokens with a sampled tail (T13) come close to the whole vocabulary",

@@ -13,7 +13,13 @@ from opdtheory.reproduction.summary import Summary
 
 __all__ = ["FIGURES", "write_figures"]
 
-_LINES = {"opd": ("tab:red", "-"), "opd_plus": ("tab:blue", "-"), "full_vocab": ("0.35", "--")}
+_LINES = {
+    "opd": ("tab:red", "-"),
+    "opd_plus": ("tab:blue", "-"),
+    "opd_plus, optimal baseline": ("tab:cyan", "-"),
+    "top 4 and tail": ("tab:green", "-"),
+    "full_vocab": ("0.35", "--"),
+}
 _COLOURS = {"collapses": "tab:red", "trains": "tab:blue", "stays": "0.4", "declines": "tab:orange", "mixed": "0.4"}
 _DPI = 110
 
@@ -71,7 +77,7 @@ def _accuracy(figure: Any, table: Sequence[Summary]) -> Any:
 
 def _curves(measure: str, label: str, logarithmic: bool) -> Callable[[Any, Sequence[Summary]], Any]:
     def draw(figure: Any, table: Sequence[Summary]) -> Any:
-        grid = [each for each in table if each.group == "grid"]
+        grid = [each for each in table if each.form in _LINES]
         if not grid:
             return None
         tasks = _tasks(grid)
@@ -83,8 +89,8 @@ def _curves(measure: str, label: str, logarithmic: bool) -> Callable[[Any, Seque
             for axis, divergence in zip(row, divergences, strict=True):
                 for each in grid:
                     if (each.task, each.arm.fields["divergence"]) == (task, divergence):
-                        _lines(axis, each.rows, measure, each.arm.fields["estimator"])
-                axis.set_title(f"{task}, {divergence}")
+                        _lines(axis, each.rows, measure, each.form)
+                axis.set_title(f"{task}, {divergence}", fontsize=8)
                 if logarithmic:
                     axis.set_yscale("log")
             row[0].set_ylabel(label)
@@ -98,11 +104,11 @@ def _curves(measure: str, label: str, logarithmic: bool) -> Callable[[Any, Seque
     return draw
 
 
-def _lines(axis: Any, rows: Sequence[Mapping[str, Any]], measure: str, estimator: str) -> None:
-    colour, style = _LINES.get(estimator, ("tab:green", "-"))
+def _lines(axis: Any, rows: Sequence[Mapping[str, Any]], measure: str, form: str) -> None:
+    colour, style = _LINES[form]
     for row in rows:
         values = [float("nan") if value is None else value for value in row["curve"][measure]]
-        axis.plot(row["curve"]["step"], values, style, color=colour, linewidth=0.9, alpha=0.8, label=estimator)
+        axis.plot(row["curve"]["step"], values, style, color=colour, linewidth=0.9, alpha=0.8, label=form)
 
 
 def _tasks(table: Sequence[Summary]) -> list[str]:

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from opdtheory.rendering.markdown import markdown_table
-from opdtheory.reproduction.claims import claims, floor_text, noise_floor
 from opdtheory.reproduction.figures import write_figures
-from opdtheory.reproduction.plan import FULL, Plan
-from opdtheory.reproduction.runner import NOT_RUN, Outcome
-from opdtheory.reproduction.sections import arms, baselines, theory
-from opdtheory.reproduction.summary import Summary, summaries
+from opdtheory.reproduction.plan import FULL, STARTS, TUNING_SEED, Plan
+from opdtheory.reproduction.runner import Outcome
+from opdtheory.reproduction.sections import arms, predictions, reports, starts, theory, tuning, variance
+from opdtheory.reproduction.summary import Summary, summaries, tuned
 
 __all__ = ["page_of", "read_outcome", "write_page"]
 
@@ -50,11 +49,13 @@ def page_of(outcome: Outcome, figures: Sequence[tuple[str, str]]) -> str:
     table = summaries(outcome.rows)
     parts = [
         _opening(outcome),
-        _claims(table),
+        reports(table),
+        predictions(table),
         _figures(figures),
+        variance(table),
+        tuning(table, tuned(outcome.rows, outcome.plan), outcome.plan),
         arms(table),
         theory(table),
-        baselines(table),
         _limits(outcome, table),
         _models(outcome),
         _AGAIN,
@@ -64,21 +65,27 @@ def page_of(outcome: Outcome, figures: Sequence[tuple[str, str]]) -> str:
 
 def _opening(outcome: Outcome) -> str:
     plan, rows = outcome.plan, outcome.rows
-    seeds = sorted({row["seed"] for row in rows})
+    seeds = sorted({row["seed"] for row in rows if row["seed"] != TUNING_SEED})
     machines = dict.fromkeys(_machine(row["machine"]) for row in rows)
     processor = sum(row["processor_seconds"] for row in rows) / 60
     lines = [
         "# Reproduction",
         "Small language models are distilled on their own samples: with the reward's gradient stopped (OPD), with the "
-        "corrected advantage (OPD+), and with the loss over the whole vocabulary, which weighs no sampled token. "
+        "corrected advantage (OPD+), with a baseline of least variance, exactly on the teacher's likeliest tokens with "
+        "a sampled tail (T13), and with the loss over the whole vocabulary, which weighs no sampled token. "
         f"`opdtheory reproduce{' --quick' if plan.name == 'quick' else ''}` writes this page from the rows in the file "
         "of JSON lines next to it; no number or verdict is typed by hand.",
-        f"**It rests on {len(rows)} of the {len(plan.arms())} runs of the {plan.name} plan, with "
+        f"**It rests on {len(rows)} of the {len(rows) + len(outcome.missing)} runs of the {plan.name} plan, with "
         f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}, on {' and '.join(plan.tasks)}.** "
         f"A run has {plan.steps} steps of 128 rollouts; the test has {plan.eval_examples} problems that are never "
         f"trained on. The runs took {processor:.0f} minutes of processor time{_wall(outcome)}, on "
         f"{'; '.join(machines)}.",
     ]
+    lines.append(
+        "The students of all seeds are trained on demonstrations until they answer "
+        f"{' or '.join(f'{100 * STARTS[task]:.0f} % ({task})' for task in plan.tasks if task in STARTS)} of held-out "
+        f"problems by sampling. {starts(summaries(rows))}"
+    )
     if len(seeds) < 3:
         lines.append(
             f"With {len(seeds)} seed{'s' if len(seeds) > 1 else ''} the verdicts below are about "
@@ -103,58 +110,38 @@ def _machine(found: dict[str, Any]) -> str:
     return f"{found['processor']}, {found['cores']} cores{gpu}, torch {found['torch']}"
 
 
-def _claims(table: Sequence[Summary]) -> str:
-    found = claims(table)
-    floor = noise_floor(table)
-    head = ["## What reproduces", markdown_table(("claim", "task", "result", "sampled accuracy"), found)]
-    if floor is None:
-        head.append("No expected gradient was run twice, so no two arms are compared.")
-    else:
-        text = floor_text(floor)
-        head.append(f"{text[0].upper()}{text[1:]}. Arms closer than that are called level.")
-    return "\n\n".join(head)
-
-
 def _figures(figures: Sequence[tuple[str, str]]) -> str:
     return "\n\n".join(f"![{caption}]({file})\n\n*{caption}*" for file, caption in figures)
 
 
 def _limits(outcome: Outcome, table: Sequence[Summary]) -> str:
     plan = outcome.plan
-    wrong = [found for found in claims(table) if found.verdict != "reproduces"]
-    lines = [f"- {found.claim}, {found.task}, {found.verdict}: {found.numbers}." for found in wrong]
-    for each in table:
-        lines += [f"- `{each.name}` on {each.task} failed, {text}." for text in each.failed]
+    lines = [f"- `{each.name}` on {each.task} failed, {text}." for each in table for text in each.failed]
     if plan.name == "quick":
         left = [name for name in FULL.divergences if name not in plan.divergences]
+        forms = [name for name in FULL.forms if name not in plan.forms]
         controls = [name for name in FULL.controls if name not in plan.controls]
         lines.append(
-            f"- The quick plan leaves out {', '.join(left)}; the controls {', '.join(controls)}; and all but "
-            f"{plan.seeds} of {FULL.seeds} seeds. It has {plan.steps} of {FULL.steps} steps and {plan.eval_examples} "
-            f"of {FULL.eval_examples} test problems."
+            f"- The quick plan leaves out {', '.join(left)}; {', '.join(forms)}; the controls {', '.join(controls)}; "
+            f"tuning; and all but {plan.seeds} of {FULL.seeds} seeds. It has {plan.steps} of {FULL.steps} steps and "
+            f"{plan.eval_examples} of {FULL.eval_examples} test problems."
         )
     missing = len(outcome.missing)
     if missing:
-        lines.append(f"- {missing} of {len(plan.arms())} runs of the plan have no row yet:{_missing(outcome)}.")
+        total = missing + len(outcome.rows)
+        lines.append(f"- {missing} of {total} runs of the plan have no row yet:{_missing(outcome)}.")
     if not lines:
         return ""
-    return "## What does not reproduce, failed or is missing\n\n" + "\n".join(lines)
+    return "## What failed or is missing\n\n" + "\n".join(lines)
 
 
 def _missing(outcome: Outcome) -> str:
-    seeds: dict[str, list[str]] = {}
-    for arm in outcome.plan.arms():
-        if arm.label in outcome.missing:
-            reason = outcome.missing[arm.label]
-            name = f"{arm.task}, {arm.name}" + ("" if reason == NOT_RUN else f" ({reason})")
-            seeds.setdefault(name, []).append(str(arm.seed))
-    groups: dict[str, list[str]] = {}
-    for name, which in seeds.items():
-        groups.setdefault(", ".join(which), []).append(name)
+    reasons: dict[str, list[str]] = {}
+    for label, reason in outcome.missing.items():
+        reasons.setdefault(reason, []).append(label)
     return ";".join(
-        f" seed{'s' if ',' in which else ''} {which} of {len(arms)} arms"
-        + (f" ({'; '.join(arms)})" if len(arms) <= 6 else "")
-        for which, arms in groups.items()
+        f" {len(labels)} {reason}" + (f" ({'; '.join(labels)})" if len(labels) <= 6 else "")
+        for reason, labels in reasons.items()
     )
 
 
@@ -166,7 +153,7 @@ def _models(outcome: Outcome) -> str:
             (
                 f"{recipe['role']} {recipe['seed']} of {recipe['task']}",
                 f"{record['parameters']:,}",
-                f"{recipe['steps']} × {recipe['batch_size']}",
+                f"{record.get('steps', recipe['steps'])} × {recipe['batch_size']}",
                 f"{record['greedy_accuracy']:.3f}",
                 f"{record['sampled_accuracy']:.3f}",
                 f"{record['processor_seconds']:.0f}",

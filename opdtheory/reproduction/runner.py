@@ -99,9 +99,7 @@ def reproduce(
     return stored(plan, out, cache=cache, problems=problems)
 
 
-def _run_all(
-    plan: Plan, out: Path, jobs: Sequence[Job], workers: int, report: Callable[[str], None]
-) -> dict[str, str]:
+def _run_all(plan: Plan, out: Path, jobs: Sequence[Job], workers: int, report: Callable[[str], None]) -> dict[str, str]:
     """Run jobs, and return the problems of those that failed by name."""
     folder, problems = out / "arms", dict[str, str]()
     started = time.perf_counter()

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from statistics import fmean, variance
 from typing import Any, Literal
 
-from opdtheory.reproduction.plan import Arm
+from opdtheory.reproduction.plan import Arm, Plan
 from opdtheory.training.intervals import NORMAL, student_t, wilson, wilson_of_share
 
-__all__ = ["Share", "Summary", "Word", "problems_of", "share_of", "summaries"]
+__all__ = ["Share", "Summary", "Word", "problems_of", "share_of", "summaries", "tuned"]
 
 # Whether an arm's accuracy ends above or below that of its students, or without a finished run.
 Word = Literal["trains", "declines", "collapses", "stays", "mixed", "fails"]
@@ -100,8 +100,14 @@ class Summary:
 
     @property
     def group(self) -> str:
-        """`grid`, `control` or `twin`."""
+        """As that of the arm."""
         return self.arm.group
+
+    @property
+    def form(self) -> str:
+        """What is done with a catalogue divergence, as `FORMS` names it; empty for another arm."""
+        divergence, _, form = self.name.partition("/")
+        return form if form and self.arm.fields.get("divergence") == divergence else ""
 
     @property
     def verdict(self) -> str:
@@ -116,7 +122,22 @@ class Summary:
 
 
 def summaries(rows: Sequence[Mapping[str, Any]]) -> list[Summary]:
-    """The rows by task and arm, in the order of their first appearance."""
+    """The rows at the common learning rate by task and arm, in the order of their first appearance."""
+    return _grouped([row for row in rows if row["group"] in ("main", "control")])
+
+
+def tuned(rows: Sequence[Mapping[str, Any]], plan: Plan) -> list[Summary]:
+    """The rows at the learning rate that tuning chose for each arm, where it has chosen one."""
+    chosen = plan.chosen_rates(rows)
+
+    def is_chosen(row: Mapping[str, Any]) -> bool:
+        rate = row["identity"]["fields"]["learning_rate"]
+        return row["group"] in ("main", "tuned") and rate == chosen.get((row["task"], row["name"]))
+
+    return _grouped([row for row in rows if is_chosen(row)])
+
+
+def _grouped(rows: Sequence[Mapping[str, Any]]) -> list[Summary]:
     grouped: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in rows:
         grouped.setdefault((row["task"], row["name"]), []).append(row)
@@ -202,7 +223,6 @@ _MEASURES: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
     "variance": lambda row: _of(row["bias"], "variance"),
     "start_objective": lambda row: row["objective"][0],
     "objective": lambda row: row["objective"][-1],
-    "baseline_value": lambda row: row.get("baseline_value"),
     "seconds": lambda row: row["seconds"],
 }
 
