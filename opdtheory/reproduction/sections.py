@@ -93,7 +93,9 @@ def variance(table: Sequence[Summary]) -> str:
             "## What the variance costs",
             "The variance is that of one rollout's gradient at the start, summed over the vocabulary at the prefixes "
             "of 32 rollouts, relative to the squared length of the exact gradient of the same divergence. All forms "
-            "of one divergence but `opd` follow the same expected gradient, up to the clip.",
+            "of one divergence but `opd` follow the same expected gradient, up to the clip. The optimal baseline is "
+            "computed from both whole distributions, as the whole vocabulary is; the top tokens with *no baseline* "
+            "need no more than what a teacher's server sends, its likeliest tokens and the sampled one.",
             markdown_table(("task", "arm", "variance", "sampled", "against the whole vocabulary"), rows),
         ]
     )

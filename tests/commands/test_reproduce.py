@@ -13,7 +13,7 @@ from opdtheory.cli import main
 
 
 def test_a_termination_ends_the_processes_too(stand_in, tmp_path, monkeypatch, capsys):
-    plan = dataclasses.replace(stand_in, estimators=("full_vocab",), divergences=("jsd",))
+    plan = dataclasses.replace(stand_in, forms=("full_vocab",), divergences=("jsd",), controls=())
     monkeypatch.setattr("opdtheory.commands.reproduce.plan_of", lambda *_, **__: plan)
     timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM))
     timer.start()
@@ -30,7 +30,7 @@ def test_the_command_writes_the_page_of_what_is_there(stand_in, tmp_path, monkey
     assert "no row" in capsys.readouterr().err
     assert main(["reproduce", "--workers", "2", *out]) == 1  # one arm fails
     printed = capsys.readouterr()
-    assert "trains: above" in printed.out and "out of memory" in printed.err
+    assert "-0.010, not resolved" in printed.out and "out of memory" in printed.err
     assert "3 of the 4 runs" in (tmp_path / "out" / "reproduction.md").read_text(encoding="utf-8")
     assert main(["reproduce", "--no-run", "--json", *out]) == 0
     assert [each["name"] for each in json.loads(capsys.readouterr().out)][0] == "reverse_kl/opd"

@@ -38,11 +38,12 @@ def stand_in(monkeypatch, tmp_path):
     plan = dataclasses.replace(
         FULL,
         seeds=1,
+        control_seeds=1,
         tasks=("arithmetic",),
         divergences=("reverse_kl", "jsd"),
-        estimators=("opd", "opd_plus"),
-        controls=(),
-        twins=(),
+        forms=("opd_plus",),
+        controls=("jsd/opd",),
+        tuned=(),
     )
     for arm in plan.arms():
         made = {**row(arm.name, WORLD[arm.name]), "identity": arm.identity}

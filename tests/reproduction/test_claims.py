@@ -1,43 +1,89 @@
-"""The noise floor, and the claims held to it."""
+"""Differences are paired by seed, and reports and predictions are held to them."""
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
-from opdtheory.reproduction.claims import claims, difference, noise_floor
-from opdtheory.reproduction.plan import TWINS
-from opdtheory.reproduction.summary import summaries
-from tests.reproduction.rows import world
+from opdtheory.reproduction.claims import (
+    LEVEL,
+    PREDICTIONS,
+    REPORTS,
+    Comparison,
+    Difference,
+    Prediction,
+    difference,
+    find,
+    ours,
+    predicted,
+)
+from opdtheory.reproduction.plan import FULL
+from opdtheory.reproduction.summary import summaries, tuned
+from tests.reproduction.rows import ARMS, row, world
 
 
-def test_nothing_below_the_noise_floor_is_claimed():
-    rows = world()
-    table = summaries(rows)
-    floor = noise_floor(table)
-    assert floor.pairs == 6 and floor.rms == pytest.approx(0.02) and floor.single > floor.largest
-    assert floor.over(3) == pytest.approx(floor.single / 3**0.5)
-    gap = {each.name: each for each in table}
-    assert difference(gap["reverse_kl/opd_plus"], gap["reverse_kl/opd"]) == (pytest.approx(0.01), 3)
-    found = {(claim, task): verdict for claim, task, verdict, _ in claims(table)}
-    assert found[("OPD+ gains a little for the reverse KL", "arithmetic")] == "does not reproduce"
-    better = claims(summaries(world(**{"reverse_kl/opd_plus": 0.7})))
-    assert [verdict for claim, _, verdict, _ in better if claim.startswith("OPD+")] == ["reproduces"]
-    # A floor above all that the baseline itself gains leaves nothing to compare.
-    dull = claims(
-        summaries(world(**{"reverse_kl/opd": 0.21, TWINS["reverse_kl/opd"]: 0.21, "reverse_kl/opd_plus": 0.21}))
-    )
-    assert [verdict for claim, _, verdict, _ in dull if claim.startswith("OPD+")] == ["not resolved"]
-    assert noise_floor(summaries([each for each in rows if each["group"] != "twin"])) is None
+def test_a_difference_is_paired_by_seed():
+    # Students differ by .2 and the arms by .05 on each: paired, that is certain.
+    rows = [row("reverse_kl/opd", 0.4 + 0.2 * seed, seed) for seed in range(3)]
+    rows += [row("jsd/opd_plus", 0.45 + 0.2 * seed + 0.001 * seed, seed) for seed in range(3)]
+    table = {each.name: each for each in summaries(rows)}
+    found = difference(table["jsd/opd_plus"], table["reverse_kl/opd"])
+    assert found.place == "above" and found.mean == pytest.approx(0.051)
+    # Student's interval of the gaps .050, .051, .052.
+    assert found.high - found.mean == pytest.approx(4.302653 * 0.001 / math.sqrt(3))
+    # The same ends with the seeds exchanged are no longer so.
+    exchanged = [{**each, "seed": (each["seed"] + 1) % 3} if each["name"] == "jsd/opd_plus" else each for each in rows]
+    table = {each.name: each for each in summaries(exchanged)}
+    assert difference(table["jsd/opd_plus"], table["reverse_kl/opd"]).place == "not resolved"
 
 
-def test_claims_turn_with_the_rows():
-    def verdicts(rows: list[dict]) -> list[str]:
-        return [verdict for _, _, verdict, _ in claims(summaries(rows))]
+@pytest.mark.parametrize(
+    ("low", "high", "place"),
+    [
+        (0.01, 0.2, "above"),
+        (-0.2, -0.01, "below"),
+        (-LEVEL, LEVEL, "level"),
+        (-0.01, 0.06, "not resolved"),
+        (-math.inf, math.inf, "not resolved"),
+    ],
+)
+def test_level_is_said_only_where_the_whole_interval_is_small(low, high, place):
+    assert Difference(5, (low + high) / 2, low, high).place == place
 
-    # In order: two collapses, two that train, two that match the baseline, the gain.
-    assert verdicts(world()) == [*["reproduces"] * 4, "does not reproduce", "reproduces", "does not reproduce"]
-    turned = {"forward_kl/opd": 0.6, "jsd/opd_plus": 0.0, TWINS["jsd/opd_plus"]: 0.01}
-    assert verdicts(world(**turned)) == [
-        *("does not reproduce", "reproduces", "reproduces", "does not reproduce"),
-        *("does not reproduce", "does not reproduce", "does not reproduce"),
+
+def test_one_seed_resolves_nothing():
+    table = summaries([row("reverse_kl/opd", 0.4), row("jsd/opd_plus", 0.9)])
+    assert ours(table, "arithmetic", Comparison("jsd/opd_plus")).place == "not resolved"
+    assert ours(table, "tools", Comparison("jsd/opd_plus")) is None
+    assert difference(table[0], summaries([row("jsd/opd_plus", 0.9, 1)])[0]) is None
+
+
+def test_predictions_turn_with_the_rows():
+    says = Prediction("", ("above",), (Comparison("jsd/top 8 and tail"), Comparison("jsd/top 8 and tail", "jsd/opd")))
+    words, lines = predicted(summaries(world()), ["arithmetic", "tools"], says)
+    assert words == "holds in 2 of 2" and len(lines) == 2 and "arithmetic +0.100" in lines[0]
+    words, _ = predicted(summaries(world(**{"jsd/top 8 and tail": 0.2})), ["arithmetic"], says)
+    assert words == "holds in 1 of 2, fails in 1"
+    assert predicted(summaries(world()), ["tools"], says) == ("holds in 0 of 0", [])
+
+
+def test_reports_and_predictions_speak_of_arms_that_are_run():
+    compared = [each.compared for each in REPORTS] + [
+        each for prediction in PREDICTIONS for each in prediction.compared
     ]
+    assert {name for each in compared for name in each if name is not None} <= set(ARMS)
+    assert len({(each.claim, each.source) for each in REPORTS}) == len(REPORTS)
+
+
+def test_arms_at_their_own_rate_are_compared_with_each_other():
+    arm = ARMS["jsd/opd_plus"]
+    tuning = [arm.at_rate(rate, "tuning", 100) for rate in (7e-4, 2e-3, 5e-3)]
+    rows = [
+        *world(),
+        *(row(each.name, 0.1 if each.fields["learning_rate"] > 1e-3 else 0.9, arm=each) for each in tuning),
+    ]
+    rows += [row(arm.name, 0.8, arm=arm.at_rate(7e-4, "tuned", seed)) for seed in range(3)]
+    (found,) = tuned(rows, FULL)
+    assert (found.name, found.sampled.mean, found.seeds) == ("jsd/opd_plus", pytest.approx(0.8), (0, 1, 2))
+    assert find(summaries(rows), "arithmetic", "jsd/opd_plus").sampled.mean == pytest.approx(0.59)

@@ -1,43 +1,67 @@
-"""The plan of the experiment: one budget for all, whole seeds first."""
+"""The plan of the experiment: one budget for all, whole seeds first, a rate tuned on a seed of its own."""
 
 from __future__ import annotations
 
 import pytest
 
 from opdtheory.errors import InvalidArgumentError
-from opdtheory.reproduction.plan import CONTROLS, DIVERGENCES, ESTIMATORS, FULL, QUICK, TWINS, plan_of
-from tests.reproduction.rows import ARMS
+from opdtheory.reproduction.plan import (
+    CONTROLS,
+    DIVERGENCES,
+    FORMS,
+    FULL,
+    QUICK,
+    RATES,
+    REFERENCE,
+    TUNING_SEED,
+    plan_of,
+)
+from tests.reproduction.rows import ARMS, row
+
+COMPARED = 1 + len(DIVERGENCES) * (len(FORMS) - 1)
 
 
-def test_the_plan_is_the_whole_grid_with_one_budget_of_rollouts():
+def test_the_plan_compares_all_forms_with_one_budget_of_rollouts():
     arms = FULL.arms()
-    assert len({arm.key for arm in arms}) == len(arms) == 2 * 3 * (15 + len(CONTROLS) + len(TWINS))
-    grid = {(arm.task, arm.seed, arm.name) for arm in arms if arm.group == "grid"}
-    assert len(grid) == 2 * 3 * len(DIVERGENCES) * len(ESTIMATORS)
+    assert len({arm.key for arm in arms}) == len(arms)
+    main = [arm for arm in arms if arm.group == "main"]
+    assert len(main) == 2 * 5 * COMPARED
+    assert len([arm for arm in arms if arm.group == "control"]) == 2 * 2 * len(CONTROLS)
     shared = {"task": "", "pair_seed": 0, "seed": 0}
-    assert all({**arm.fields, **shared} == {**ARMS[arm.name].fields, **shared} for arm in arms)
+    assert all({**arm.fields, **shared} == {**ARMS[arm.name].fields, **shared} for arm in main)
     configs = {name: arm.config() for name, arm in ARMS.items()}
     budgets = {(each.batch_size * each.steps, each.learning_rate, each.clip_gradient) for each in configs.values()}
     assert len(budgets) == 1
-    # The estimators that can be clipped are, all alike, but for the arm that is there to see what the clip does.
-    unclipped = {name for name, config in configs.items() if config.clip_log_ratio != 6.0}
-    assert unclipped == {f"{name}/full_vocab" for name in DIVERGENCES} | {
-        *("supervised", "constant advantage -1", "sign", "reverse_kl/opd, no clip")
-    }
+    # What weighs the sampled token alone is clipped, all alike, but for the control of the clip.
+    clips = {name: config.clip_log_ratio for name, config in configs.items()}
+    sampled = {name for name in clips if "/opd" in name}
+    assert {name for name, clip in clips.items() if clip == 6.0} == sampled - {"forward_kl/opd_plus, clip 2"}
 
 
 def test_an_interrupted_run_has_a_whole_seed_first():
-    seeds = [arm.seed for arm in FULL.arms()]
+    seeds = [arm.seed for arm in FULL.arms() if arm.group == "main"]
     assert seeds == sorted(seeds)
-    groups = [arm.group for arm in FULL.arms() if arm.seed == 0]
-    assert groups[:30] == ["grid"] * 30 and "grid" not in groups[30:]
+    groups = [arm.group for arm in FULL.arms()]
+    assert groups == sorted(groups, key=["main", "control", "tuning"].index)
 
 
-def test_a_twin_differs_in_its_rollouts_only():
-    for name, twin in TWINS.items():
-        one, two = ARMS[name].fields, ARMS[twin].fields
-        assert {key for key in one.keys() | two.keys() if one.get(key) != two.get(key)} == {"seed"}
-        assert one["pair_seed"] == two["pair_seed"]
+def test_the_rate_is_tuned_on_a_seed_that_is_not_used_again():
+    tuning = [arm for arm in FULL.arms() if arm.group == "tuning"]
+    assert {arm.seed for arm in tuning} == {arm.fields["pair_seed"] for arm in tuning} == {TUNING_SEED}
+    assert TUNING_SEED not in {arm.seed for arm in FULL.arms() if arm.group != "tuning"}
+    assert {arm.fields["learning_rate"] for arm in tuning} == set(RATES)
+    # The best of the three on that seed is run with the seeds of the comparison, if it is not the common rate.
+    mine = [arm for arm in tuning if (arm.task, arm.name) == ("arithmetic", REFERENCE)]
+    ends = dict(zip(RATES, (0.5, 0.4, 0.3), strict=True))
+    rows = [row(arm.name, ends[arm.fields["learning_rate"]], arm=arm) for arm in mine]
+    assert FULL.chosen_rates(rows) == {("arithmetic", REFERENCE): RATES[0]}
+    tuned = FULL.tuned_arms(rows)
+    assert [arm.seed for arm in tuned] == list(range(5)) and {arm.group for arm in tuned} == {"tuned"}
+    assert {arm.fields["learning_rate"] for arm in tuned} == {RATES[0]}
+    # Nothing is chosen before all three have ended, and what fails is not chosen.
+    assert FULL.chosen_rates(rows[:2]) == {}
+    failed = [{**rows[0], "status": "failed"}, *rows[1:]]
+    assert FULL.chosen_rates(failed) == {("arithmetic", REFERENCE): RATES[1]} and FULL.tuned_arms(failed) == []
 
 
 def test_the_quick_plan_is_a_part_of_the_full_one():

@@ -45,7 +45,7 @@ def test_rows_of_another_configuration_are_not_taken_for_these(stand_in, tmp_pat
 
 
 def test_rows_beside_a_page_are_adopted_for_the_same_arms_only(stand_in, tmp_path):
-    first = dataclasses.replace(stand_in, divergences=("reverse_kl",))
+    first = dataclasses.replace(stand_in, divergences=("reverse_kl",), controls=())
     page = write_page(reproduce(first, tmp_path / "first", workers=1), tmp_path / "docs" / "page.md")
     rows, out = page.with_suffix(".jsonl"), tmp_path / "second"
     assert adopt(rows, out) == 2 and adopt(rows, out) == 0
@@ -59,7 +59,7 @@ def test_rows_beside_a_page_are_adopted_for_the_same_arms_only(stand_in, tmp_pat
 
 
 def test_an_interrupt_ends_the_processes_and_keeps_the_rows(stand_in, tmp_path, monkeypatch):
-    plan = dataclasses.replace(stand_in, estimators=("opd_plus", "full_vocab"), divergences=("jsd",))
+    plan = dataclasses.replace(stand_in, forms=("opd_plus", "full_vocab"), divergences=("jsd",), controls=())
     started = time.perf_counter()
 
     def interrupt(line: str) -> None:
@@ -69,4 +69,4 @@ def test_an_interrupt_ends_the_processes_and_keeps_the_rows(stand_in, tmp_path, 
     with pytest.raises(KeyboardInterrupt):
         reproduce(plan, tmp_path / "out", workers=2, cache=str(tmp_path / "cache"), report=interrupt)
     assert time.perf_counter() - started < 30
-    assert [each["name"] for each in stored(plan, tmp_path / "out").rows] == ["jsd/opd_plus"]
+    assert [each["name"] for each in stored(plan, tmp_path / "out").rows] == ["reverse_kl/opd", "jsd/opd_plus"]

@@ -9,7 +9,7 @@ import random
 import pytest
 import torch
 
-from opdtheory.errors import InvalidArgumentError
+from opdtheory.errors import InvalidArgumentError, TrainingError
 from opdtheory.training import pairs as supervised
 from opdtheory.training.pairs import accuracy, load_model, load_pair, main, recipe_for, train_supervised
 from opdtheory.training.tasks import TASKS, split_of, task
@@ -20,7 +20,9 @@ from tests.training.recipes import TINY, parameters
 def tiny(monkeypatch):
     """Recipes that take no time."""
     monkeypatch.setattr(
-        supervised, "recipe_for", lambda name, role, seed=0: dataclasses.replace(TINY, task=name, role=role, seed=seed)
+        supervised,
+        "recipe_for",
+        lambda name, role, seed=0, target=None: dataclasses.replace(TINY, task=name, role=role, seed=seed),
     )
 
 
@@ -97,6 +99,30 @@ def test_a_cached_model_is_loaded_to_the_same_bits(tmp_path):
     assert record["parameters"] == parameters(model).numel()
     with pytest.raises(AssertionError, match="trained again"):
         load_model(dataclasses.replace(TINY, seed=9), cache=tmp_path, report=refuse)
+
+
+def test_training_ends_where_the_held_out_accuracy_is_the_target(tmp_path, monkeypatch):
+    monkeypatch.setattr(supervised, "_LOOK_EVERY", 2)
+    shares = iter([0.0, 0.5, 0.35, 0.21, 0.2, 0.19])  # a short look, and a long one where the short one is near
+
+    def held_out(model, task, count, *, seed, split):
+        assert (seed, split) == (supervised._HELD_OUT_SEED, "train")
+        return next(shares)
+
+    monkeypatch.setattr(supervised, "accuracy", held_out)
+    recipe = dataclasses.replace(TINY, steps=20, target=0.2)
+    assert recipe.key != dataclasses.replace(recipe, target=None).key
+    taken = []
+    train_supervised(recipe, report=lambda step, loss: taken.append(step))
+    assert taken[-1] == 8 and list(shares) == [0.19]
+    monkeypatch.setattr(supervised, "accuracy", lambda *_, **__: 0.0)
+    with pytest.raises(TrainingError, match="within 0.02 of an accuracy of 0.2 in 20 steps"):
+        train_supervised(recipe)
+
+
+def test_the_steps_taken_are_recorded(tmp_path):
+    _, record = load_model(TINY, cache=tmp_path)
+    assert record["steps"] == TINY.steps
 
 
 def test_a_pair_shares_its_vocabulary_and_its_teacher(tmp_path, tiny):
