@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from opdtheory.commands.console import FAILS, HOLDS, aside, complain
-from opdtheory.reproduction.plan import plan_of
+from opdtheory.reproduction.plan import PLANS, plan_of
 
 if TYPE_CHECKING:
     from opdtheory.commands.console import Commands
@@ -30,7 +30,12 @@ def add_parser(commands: Commands) -> None:
         "the same command resumes a stopped run.",
         epilog="exit status: 0 if every arm has a row, 1 if an arm has none, 2 for a wrong option",
     )
-    parser.add_argument("--quick", action="store_true", help="a shorter plan: fewer steps, seeds, arms and problems")
+    parser.add_argument(
+        "--plan", choices=tuple(PLANS), default="full", help="which arms are run; smollm2 takes a GPU some ten minutes"
+    )
+    parser.add_argument(
+        "--quick", action="store_const", dest="plan", const="quick", help="the plan of fewer steps, seeds and arms"
+    )
     parser.add_argument(
         "--out", type=Path, default=Path("reports/reproduction"), metavar="DIR", help="folder of the rows"
     )
@@ -38,7 +43,10 @@ def add_parser(commands: Commands) -> None:
         "--page", type=Path, metavar="FILE", help="page to write (default: reproduction.md in the folder)"
     )
     parser.add_argument(
-        "--workers", type=int, metavar="N", help="number of processes at a time (default: one per core)"
+        "--workers",
+        type=int,
+        metavar="N",
+        help="number of processes at a time (default: the plan's, else one per core)",
     )
     parser.add_argument("--seeds", type=int, metavar="N", help="number of seeds (default: the plan's)")
     parser.add_argument("--steps", type=int, metavar="N", help="number of steps of each arm (default: the plan's)")
@@ -61,8 +69,7 @@ def run(options: argparse.Namespace) -> int:
     from opdtheory.reproduction.runner import NOT_RUN, adopt, reproduce, stored
 
     try:
-        name = "quick" if options.quick else "full"
-        plan = plan_of(name, seeds=options.seeds, steps=options.steps, tasks=options.task)
+        plan = plan_of(options.plan, seeds=options.seeds, steps=options.steps, tasks=options.task)
         if options.adopt is not None:
             print(f"{adopt(options.adopt, options.out)} rows adopted", file=sys.stderr)
         if options.no_run:

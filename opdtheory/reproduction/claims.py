@@ -182,6 +182,11 @@ PREDICTIONS: tuple[Prediction, ...] = (
         tuple(Comparison(f"{d}/top 8 and tail", f"{d}/full_vocab") for d in _ALL),
     ),
     Prediction(
+        "Over 49,152 tokens it takes the top 64 to come close to the whole vocabulary",
+        ("level", "above"),
+        tuple(Comparison(f"{d}/top 64 and tail", f"{d}/full_vocab") for d in ("reverse_kl", "jsd")),
+    ),
+    Prediction(
         "Once the variance is paid for, other divergences beat reverse-KL OPD",
         ("above",),
         tuple(Comparison(f"{d}/top 8 and tail") for d in ("jsd", "hellinger", "forward_kl")),

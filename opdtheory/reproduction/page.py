@@ -22,12 +22,15 @@ def write_page(outcome: Outcome, path: Path) -> Path:
     """Write the page, its figures into the folder `figures` next to it, and the rows as JSON lines of the same name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figures = write_figures(summaries(outcome.rows), path.parent / "figures")
+    beside = path.with_name("reproduction_smollm2.jsonl")
+    outcome.others = {"smollm2": beside.exists()}
     links = [(file.relative_to(path.parent).as_posix(), caption) for file, caption in figures]
     head = {
         "plan": dataclasses.asdict(outcome.plan),
         "missing": outcome.missing,
         "models": outcome.models,
         "sessions": outcome.sessions,
+        "others": outcome.others,
         "figures": links,
     }
     lines = [json.dumps(each, allow_nan=False) for each in (head, *outcome.rows)]
@@ -40,7 +43,7 @@ def read_outcome(path: Path) -> tuple[Outcome, list[tuple[str, str]]]:
     """What `write_page` stored in the JSON lines: the outcome, and the figures with their captions."""
     head, *rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
     values: dict[str, Any] = {n: tuple(each) if isinstance(each, list) else each for n, each in head["plan"].items()}
-    outcome = Outcome(Plan(**values), rows, head["missing"], head["models"], head["sessions"])
+    outcome = Outcome(Plan(**values), rows, head["missing"], head["models"], head["sessions"], head["others"])
     return outcome, [(file, caption) for file, caption in head["figures"]]
 
 
@@ -73,25 +76,38 @@ def _opening(outcome: Outcome) -> str:
         "Small language models are distilled on their own samples: with the reward's gradient stopped (OPD), with the "
         "corrected advantage (OPD+), with a baseline of least variance, exactly on the teacher's likeliest tokens with "
         "a sampled tail (T13), and with the loss over the whole vocabulary, which weighs no sampled token. "
-        f"`opdtheory reproduce{' --quick' if plan.name == 'quick' else ''}` writes this page from the rows in the file "
+        f"`opdtheory reproduce{_option(plan)}` writes this page from the rows in the file "
         "of JSON lines next to it; no number or verdict is typed by hand.",
         f"**It rests on {len(rows)} of the {len(rows) + len(outcome.missing)} runs of the {plan.name} plan, with "
         f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}, on {' and '.join(plan.tasks)}.** "
-        f"A run has {plan.steps} steps of 128 rollouts; the test has {plan.eval_examples} problems that are never "
+        f"A run has {plan.steps} steps of {plan.arms()[0].fields['prompts_per_step']} rollouts; the test has {plan.eval_examples} problems that are never "
         f"trained on. The runs took {processor:.0f} minutes of processor time{_wall(outcome)}, on "
         f"{'; '.join(machines)}.",
     ]
-    lines.append(
-        "The students of all seeds are trained on demonstrations until they answer "
-        f"{' or '.join(f'{100 * STARTS[task]:.0f} % ({task})' for task in plan.tasks if task in STARTS)} of held-out "
-        f"problems by sampling. {starts(summaries(rows))}"
-    )
+    lines.append(f"{_students(plan)} {starts(summaries(rows))}")
     if len(seeds) < 3:
         lines.append(
             f"With {len(seeds)} seed{'s' if len(seeds) > 1 else ''} the verdicts below are about "
             f"{'these students' if len(seeds) > 1 else 'this student'} only; the full plan has {FULL.seeds} seeds."
         )
     return "\n\n".join(lines)
+
+
+def _option(plan: Plan) -> str:
+    return "" if plan.name == "full" else f" --plan {plan.name}"
+
+
+def _students(plan: Plan) -> str:
+    if plan.base is not None:
+        return (
+            "Teacher and student are SmolLM2-135M-Instruct trained further on demonstrations in its own tokens, the "
+            "student for fewer steps and without some of its layers."
+        )
+    shares = " or ".join(f"{100 * STARTS[task]:.0f} % ({task})" for task in plan.tasks if task in STARTS)
+    return (
+        f"The students of all seeds are trained on demonstrations until they answer {shares} of held-out problems by "
+        "sampling."
+    )
 
 
 def _wall(outcome: Outcome) -> str:
@@ -125,6 +141,11 @@ def _limits(outcome: Outcome, table: Sequence[Summary]) -> str:
             f"- The quick plan leaves out {', '.join(left)}; {', '.join(forms)}; the controls {', '.join(controls)}; "
             f"tuning; and all but {plan.seeds} of {FULL.seeds} seeds. It has {plan.steps} of {FULL.steps} steps and "
             f"{plan.eval_examples} of {FULL.eval_examples} test problems."
+        )
+    if plan.name == "full" and not outcome.others.get("smollm2"):
+        lines.append(
+            "- The plan of a real language model, `opdtheory reproduce --plan smollm2 --page "
+            "docs/reproduction_smollm2.md`, was not run: it needs a GPU. Nothing here says how its arms would end."
         )
     missing = len(outcome.missing)
     if missing:

@@ -21,9 +21,11 @@ __all__ = [
     "DIVERGENCES",
     "FORMS",
     "FULL",
+    "PLANS",
     "QUICK",
     "RATES",
     "REFERENCE",
+    "SMOLLM2",
     "STARTS",
     "TUNING_SEED",
     "Arm",
@@ -74,14 +76,22 @@ FORMS: dict[str, dict[str, Any]] = {
     "opd_plus": {"estimator": "opd_plus", "clip_log_ratio": _CLIP},
     "opd_plus, optimal baseline": {"estimator": "opd_plus", "baseline": "optimal", "clip_log_ratio": _CLIP},
     "top 4 and tail, no baseline": {"estimator": "topk_tail_sampled", "k": 4},
-    "top 2 and tail": {"estimator": "topk_tail_sampled", "k": 2, "baseline": "optimal"},
-    "top 4 and tail": {"estimator": "topk_tail_sampled", "k": 4, "baseline": "optimal"},
-    "top 8 and tail": {"estimator": "topk_tail_sampled", "k": 8, "baseline": "optimal"},
+    **{
+        f"top {k} and tail": {"estimator": "topk_tail_sampled", "k": k, "baseline": "optimal"}
+        for k in (2, 4, 8, 16, 64)
+    },
     "full_vocab": {"estimator": "full_vocab"},
 }
 # Of the stopped gradient, only that of the reverse KL is unbiased; the others are controls.
-_COMPARED = tuple(form for form in FORMS if form != "opd")
+_COMPARED = (
+    *("opd_plus", "opd_plus, optimal baseline", "top 4 and tail, no baseline"),
+    *("top 2 and tail", "top 4 and tail", "top 8 and tail", "full_vocab"),
+)
 _TUNED_FORMS = ("opd_plus", "opd_plus, optimal baseline", "top 8 and tail")
+
+# A real language model has a vocabulary of 49,152 tokens: more of the teacher's are needed. Nothing is tuned.
+_SMOLLM2_FORMS = ("opd_plus, optimal baseline", "top 16 and tail", "top 64 and tail", "full_vocab")
+_SMOLLM2_SETTINGS = {"prompts_per_step": 32, "learning_rate": 5e-5, "warmup_steps": 5}
 
 _JSD_CURED = "u*log(u)/2 - (u+1)*log((u+1)/2)/2 - log(2)/2*(u-1)"
 _OPD = FORMS["opd"]
@@ -128,6 +138,12 @@ class Arm:
         return f", rate {self.fields['learning_rate']:g}" if self.group in ("tuning", "tuned") else ""
 
     @property
+    def base(self) -> str | None:
+        """What the student and the teacher are made from, see `Plan`."""
+        base: str | None = self.fields.get("student")
+        return base
+
+    @property
     def identity(self) -> dict[str, Any]:
         """What the result depends on, apart from the models, whose recipes the row adds."""
         return {"format": _FORMAT, "task": self.task, "seed": self.seed, "fields": dict(self.fields)}
@@ -161,7 +177,7 @@ class Plan:
     """Which arms are run.
 
     Attributes:
-        name: `full` or `quick`.
+        name: `full`, `quick` or `smollm2`.
         steps: batches of rollouts of an arm.
         seeds: number of seeds of the arms that are compared.
         control_seeds: number of seeds of the controls.
@@ -171,6 +187,9 @@ class Plan:
         controls: names of the controls.
         tuned: forms whose learning rate is tuned too.
         eval_examples: test problems, answered once greedily and once by sampling, at the start and at the end.
+        base: `smollm2` for students and teachers that are made from SmolLM2-135M-Instruct.
+        settings: fields of `TrainConfig` that differ from those of the full plan.
+        workers: number of processes at a time (default: one per core).
     """
 
     name: str
@@ -183,6 +202,9 @@ class Plan:
     controls: tuple[str, ...] = tuple(CONTROLS)
     tuned: tuple[str, ...] = _TUNED_FORMS
     eval_examples: int = 1000
+    base: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    workers: int | None = None
 
     def arms(self) -> list[Arm]:
         """The arms that no result decides, in order: seed by seed, on every task, then controls, then tuning."""
@@ -233,8 +255,10 @@ class Plan:
 
     def _arm(self, name: str, group: Group, task: str, seed: int, fields: Mapping[str, Any]) -> Arm:
         values = {"task": task, "pair_seed": seed, "seed": seed, **_SETTINGS, "steps": self.steps}
-        values |= {"warmup_steps": min(_SETTINGS["warmup_steps"], self.steps // 5)}
-        values |= {"eval_examples": self.eval_examples, "eval_every": 0}
+        values |= {"eval_examples": self.eval_examples, "eval_every": 0, **self.settings}
+        values["warmup_steps"] = min(values["warmup_steps"], self.steps // 5)
+        if self.base is not None:
+            values |= {"student": self.base, "teacher": self.base}
         return Arm(name, group, task, seed, {**values, **fields})
 
 
@@ -251,20 +275,35 @@ QUICK = Plan(
     eval_examples=500,
 )
 
+SMOLLM2 = Plan(
+    "smollm2",
+    steps=25,
+    seeds=1,
+    control_seeds=1,
+    divergences=("reverse_kl", "jsd"),
+    forms=_SMOLLM2_FORMS,
+    controls=("jsd/opd",),
+    tuned=(),
+    eval_examples=200,
+    base="smollm2",
+    settings=_SMOLLM2_SETTINGS,
+    workers=2,
+)
+PLANS = {plan.name: plan for plan in (FULL, QUICK, SMOLLM2)}
+
 
 def plan_of(
     name: str, *, seeds: int | None = None, steps: int | None = None, tasks: Sequence[str] | None = None
 ) -> Plan:
-    """The full or the quick plan, with other seeds, steps or tasks if given.
+    """A plan by its name, with other seeds, steps or tasks if given.
 
     Raises:
         InvalidArgumentError: the name or a task is unknown, or a number is not positive.
     """
     from opdtheory.training.tasks import TASKS as KNOWN
 
-    plans = {"full": FULL, "quick": QUICK}
-    if name not in plans:
-        raise InvalidArgumentError("plan", f"must be one of {', '.join(plans)}, got {name!r}")
+    if name not in PLANS:
+        raise InvalidArgumentError("plan", f"must be one of {', '.join(PLANS)}, got {name!r}")
     changes: dict[str, Any] = {key: x for key, x in (("seeds", seeds), ("steps", steps)) if x is not None}
     for argument, number in changes.items():
         if number < 1:
@@ -275,5 +314,5 @@ def plan_of(
     if tasks:
         changes["tasks"] = tuple(dict.fromkeys(tasks))
     if seeds is not None:
-        changes["control_seeds"] = min(seeds, plans[name].control_seeds)
-    return dataclasses.replace(plans[name], **changes)
+        changes["control_seeds"] = min(seeds, PLANS[name].control_seeds)
+    return dataclasses.replace(PLANS[name], **changes)

@@ -58,6 +58,7 @@ class Outcome:
         missing: labels of the arms without a row, each with the reason.
         models: records of the teachers and students.
         sessions: what each run in this folder did, with its wall-clock time.
+        others: by name, whether a further plan has a page beside this one's.
     """
 
     plan: Plan
@@ -65,6 +66,7 @@ class Outcome:
     missing: dict[str, str] = field(default_factory=dict)
     models: list[dict[str, Any]] = field(default_factory=list)
     sessions: list[dict[str, Any]] = field(default_factory=list)
+    others: dict[str, bool] = field(default_factory=dict)
 
 
 def reproduce(
@@ -81,7 +83,7 @@ def reproduce(
     Args:
         plan: the arms.
         out: folder of the rows; kept between runs.
-        workers: number of processes at a time, each with one thread; by default one per core.
+        workers: number of processes at a time, each with one thread; by default the plan's, else one per core.
         cache: folder of teachers and students.
         device: device of the arms.
         report: called with a line for each finished process.
@@ -91,7 +93,7 @@ def reproduce(
     """
     folder = out / "arms"
     folder.mkdir(parents=True, exist_ok=True)
-    workers = workers or cores()
+    workers = workers or plan.workers or cores()
     problems: dict[str, str] = {}
     first = plan.arms()
     for arms in (lambda: first, lambda: plan.tuned_arms(_rows(first, folder))):
@@ -158,19 +160,20 @@ def adopt(path: Path, out: Path) -> int:
 
 
 def _jobs(arms: Sequence[Arm], folder: Path, cache: str | None, device: str) -> Iterator[Job]:
-    known = set[tuple[str, Role, int]]()
+    known = set[tuple[str, Role, int, str | None]]()
     for arm in arms:
         if _stored_row(arm, folder) is not None:
             continue
-        pair: list[tuple[str, Role, int]] = [(arm.task, "teacher", 0), (arm.task, "student", arm.seed)]
+        pair: list[tuple[Role, int]] = [("teacher", 0), ("student", arm.seed)]
         needed = []
-        for task, role, seed in pair:
-            if is_stored(cache_folder(cache) / f"{recipe_of(task, role, seed).key}.safetensors"):
+        for role, seed in pair:
+            if is_stored(cache_folder(cache) / f"{recipe_of(arm.task, role, seed, arm.base).key}.safetensors"):
                 continue
-            needed.append(f"{role} {seed} of {task}")
-            if (task, role, seed) not in known:  # before the first arm that needs it
-                known.add((task, role, seed))
-                yield Job(needed[-1], {"task": task, "role": role, "seed": seed, "cache": cache})
+            needed.append(f"{role} {seed} of {arm.task}")
+            if (arm.task, role, seed, arm.base) not in known:  # before the first arm that needs it
+                known.add((arm.task, role, seed, arm.base))
+                model = {"task": arm.task, "role": role, "seed": seed, "base": arm.base, "cache": cache}
+                yield Job(needed[-1], model)
         out = str(folder / f"{arm.key}.json")
         description = {"arm": arm.to_dict(), "cache": cache, "device": device, "out": out}
         yield Job(arm.label, description, frozenset(needed), arm)
@@ -246,7 +249,7 @@ def _stored_row(arm: Arm, folder: Path) -> dict[str, Any] | None:
         row = json.loads((folder / f"{arm.key}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    if row.get("identity") != arm.identity or row.get("models") != model_keys(arm.task, arm.seed):
+    if row.get("identity") != arm.identity or row.get("models") != model_keys(arm.task, arm.seed, arm.base):
         return None
     return dict(row)
 

@@ -50,8 +50,12 @@ def reports(table: Sequence[Summary]) -> str:
     rows = []
     for each in REPORTS:
         with_whom = "its own start" if each.compared.other is None else f"`{each.compared.other}`"
-        cells = [_shown(ours(table, task, each.compared)) for task in tasks]
-        rows.append((each.claim, each.source, each.numbers, f"`{each.compared.arm}` against {with_whom}", *cells))
+        found = [ours(table, task, each.compared) for task in tasks]
+        if any(gap is not None for gap in found):
+            arm = f"`{each.compared.arm}` against {with_whom}"
+            rows.append((each.claim, each.source, each.numbers, arm, *map(_shown, found)))
+    if not rows:
+        return ""
     head = ("claim", "source", "its numbers", "ours", *tasks)
     return "\n\n".join(
         [

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -23,9 +23,11 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from opdtheory.errors import InvalidArgumentError, TrainingError
+from opdtheory.training.batches import task_prompts
 from opdtheory.training.models.language_model import LanguageModel
 from opdtheory.training.models.storage import cache_folder, load_tensors, save_tensors, stored
 from opdtheory.training.models.transformer import Transformer, TransformerConfig
+from opdtheory.training.models.vocabulary import Vocabulary
 from opdtheory.training.tasks import TASKS, Split, Task
 from opdtheory.training.tasks import task as task_named
 
@@ -35,6 +37,9 @@ Role = Literal["teacher", "student"]
 
 # Incremented when the same recipe would give other weights: a new initialisation, loss or order of the examples.
 _FORMAT = 1
+
+# Test problems by which the record of a model tells its accuracy.
+_SCORED = 512
 
 _TEACHER_STEPS = {"arithmetic": 1200, "tools": 1500, "modular": 4000}
 _STUDENT_STEPS = {"arithmetic": 700, "tools": 500, "modular": 700}
@@ -61,6 +66,8 @@ class Recipe:
         warmup: steps of linear warm-up.
         target: training ends as soon as the share of right sampled answers on held-out problems is within .02 of this;
             None takes all steps.
+        base: `smollm2` to train SmolLM2-135M-Instruct further, without its middle layers if `layers` is smaller than
+            its own number; None for a new model.
     """
 
     task: str
@@ -74,6 +81,7 @@ class Recipe:
     learning_rate: float = 2e-3
     warmup: int = 50
     target: float | None = None
+    base: str | None = None
 
     @property
     def key(self) -> str:
@@ -112,7 +120,7 @@ def load_pair(
     cache: Path | str | None = None,
     teacher_seed: int = 0,
     target: float | None = None,
-) -> tuple[Transformer, Transformer]:
+) -> tuple[LanguageModel, LanguageModel]:
     """The student of a seed and the teacher, from the cache; a model that it lacks is trained first.
 
     Args:
@@ -133,22 +141,25 @@ def load_pair(
 
 def load_model(
     recipe: Recipe, *, cache: Path | str | None = None, report: Callable[[int, float], None] | None = None
-) -> tuple[Transformer, dict[str, Any]]:
+) -> tuple[LanguageModel, dict[str, Any]]:
     """A model and its record, from the cache; if it is not there, it is trained and stored first.
 
     The record holds the recipe, the steps taken, the checksum of the weights, the training time in seconds and the
     accuracy on 512 problems of the test split.
 
     Raises:
-        InvalidArgumentError: the cached weights do not have the recorded checksum.
+        InvalidArgumentError: the cached weights do not have the recorded checksum, or are of another model.
+        ImportError: the base model is not installed.
         TrainingError: the recipe's target is not reached.
     """
     path = cache_folder(cache) / f"{recipe.key}.safetensors"
     task = task_named(recipe.task)
     if stored(path):
         tensors, record = load_tensors(path)
-        model = _untrained(recipe, task)
-        model.load_state_dict(tensors)
+        model = _untrained(recipe, task, cache)
+        if tensors.keys() != _own_tensors(model).keys():
+            raise InvalidArgumentError("cache", f"{path} must hold the model's tensors; delete it to make it again")
+        model.load_state_dict(tensors, strict=False)  # a tied output layer is stored under one name
         return model, record
 
     wall, processor = time.perf_counter(), time.process_time()
@@ -160,22 +171,24 @@ def load_model(
         if report is not None:
             report(step, loss)
 
-    model = train_supervised(recipe, report=noted)
+    model = train_supervised(recipe, cache=cache, report=noted)
     record = {
         "recipe": dataclasses.asdict(recipe),
         "steps": steps,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "seconds": round(time.perf_counter() - wall, 2),
         "processor_seconds": round(time.process_time() - processor, 2),
-        "greedy_accuracy": accuracy(model, task, greedy=True),
-        "sampled_accuracy": accuracy(model, task),
+        "greedy_accuracy": accuracy(model, task, _SCORED, greedy=True),
+        "sampled_accuracy": accuracy(model, task, _SCORED),
         "torch": str(torch.__version__),
         "threads": torch.get_num_threads(),
     }
-    return model, save_tensors(path, model.state_dict(), record)
+    return model.cpu(), save_tensors(path, _own_tensors(model), record)
 
 
-def train_supervised(recipe: Recipe, *, report: Callable[[int, float], None] | None = None) -> Transformer:
+def train_supervised(
+    recipe: Recipe, *, cache: Path | str | None = None, report: Callable[[int, float], None] | None = None
+) -> LanguageModel:
     """Train on demonstrations of the train split, each used once.
 
     The loss is the mean over the policy's own tokens, including the end-of-sequence token; the environment's tokens
@@ -183,19 +196,22 @@ def train_supervised(recipe: Recipe, *, report: Callable[[int, float], None] | N
 
     Args:
         recipe: what to train.
+        cache: folder of a base model.
         report: called with the number of finished steps and the loss in nats per token.
 
     Raises:
         TrainingError: the recipe's target is not reached.
     """
     task = task_named(recipe.task)
-    model = _untrained(recipe, task)
+    model = _untrained(recipe, task, cache)
+    if recipe.base is not None and torch.cuda.is_available():
+        model = model.cuda()
     optimiser = torch.optim.AdamW(
         model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.01, foreach=True
     )
     rng = random.Random(f"demonstrations/{recipe.task}/{recipe.role}/{recipe.seed}")
     for step in range(recipe.steps):
-        tokens, own = _batch(task, recipe, step, rng)
+        tokens, own = (each.to(model.device) for each in _batch(task, recipe, step, rng, model.vocabulary))
         for group in optimiser.param_groups:
             group["lr"] = recipe.learning_rate * _schedule(step, recipe.warmup, recipe.steps)
         logits = model.logits(tokens[:, :-1])
@@ -216,7 +232,7 @@ def train_supervised(recipe: Recipe, *, report: Callable[[int, float], None] | N
     return model
 
 
-def _is_at(model: Transformer, task: Task, target: float) -> bool:
+def _is_at(model: LanguageModel, task: Task, target: float) -> bool:
     return all(
         abs(accuracy(model, task, count, seed=_HELD_OUT_SEED, split="train") - target) <= within
         for count, within in _LOOKS
@@ -224,34 +240,61 @@ def _is_at(model: Transformer, task: Task, target: float) -> bool:
 
 
 def accuracy(
-    model: LanguageModel, task: Task, count: int = 512, *, greedy: bool = False, seed: int = 0, split: Split = "test"
+    model: LanguageModel,
+    task: Task,
+    count: int = _SCORED,
+    *,
+    greedy: bool = False,
+    seed: int = 0,
+    split: Split = "test",
 ) -> float:
     """The share of a split's problems that a model answers correctly, with one response each."""
     examples = task.examples(split, count, seed)
     generator = torch.Generator().manual_seed(seed)
     samples = model.sample(
-        task.prompts(examples),
+        task_prompts(model, examples),
         max_new_tokens=task.max_response,
         greedy=greedy,
         generator=generator,
         environment=task.environment,
     )
-    return sum(task.correct(examples, samples)) / count
+    return sum(task.correct(examples, samples, model.vocabulary)) / count
 
 
-def _untrained(recipe: Recipe, task: Task) -> Transformer:
+def _own_tensors(model: LanguageModel) -> dict[str, Tensor]:
+    """The state without further names of a tensor that it holds already."""
+    found: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in model.state_dict().items():
+        found.setdefault(tensor.data_ptr(), (name, tensor))
+    return dict(found.values())
+
+
+def _untrained(recipe: Recipe, task: Task, cache: Path | str | None = None) -> LanguageModel:
+    if recipe.base is not None:
+        return _pretrained(recipe, cache)
     config = TransformerConfig(recipe.width, recipe.layers, recipe.heads, task.max_prompt + task.max_response)
     return Transformer(config, task.vocabulary, seed=recipe.seed + (10_000 if recipe.role == "teacher" else 0))
 
 
-def _batch(task: Task, recipe: Recipe, step: int, rng: random.Random) -> tuple[Tensor, Tensor]:
+def _pretrained(recipe: Recipe, cache: Path | str | None) -> LanguageModel:
+    from opdtheory.training.models.huggingface import smollm2
+    from opdtheory.training.models.variants import drop_layer
+
+    if recipe.base != "smollm2":
+        raise InvalidArgumentError("base", f"must be 'smollm2' or None, got {recipe.base!r}")
+    model: Any = smollm2(cache=cache)
+    while (layers := int(model.network.config.num_hidden_layers)) > recipe.layers:
+        model = drop_layer(model, layers // 2)
+    return cast(LanguageModel, model)
+
+
+def _batch(task: Task, recipe: Recipe, step: int, rng: random.Random, vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:
     """Tokens `(B, L)`, padded on the right, and whether each next token is the policy's, `(B, L - 1)`."""
-    vocabulary = task.vocabulary
     # Different for every role, seed and step; the split keeps test problems out.
     seed = (recipe.seed * 2 + (recipe.role == "teacher")) * 1_000_000 + step
     rows, owns = [], []
     for example in task.examples("train", recipe.batch_size, seed):
-        prompt, (row, own) = vocabulary.encode(example.prompt), task.spelled(example, rng)
+        prompt, (row, own) = vocabulary.encode(example.prompt), task.spelled(example, rng, vocabulary)
         rows.append(torch.tensor([*prompt, *row]))
         owns.append(torch.tensor([*[False] * len(prompt), *own]))
     return pad_sequence(rows, True, vocabulary.pad), pad_sequence(owns, True)[:, 1:]

@@ -8,17 +8,17 @@ from opdtheory.errors import InvalidArgumentError
 from opdtheory.reproduction.plan import (
     CONTROLS,
     DIVERGENCES,
-    FORMS,
     FULL,
     QUICK,
     RATES,
     REFERENCE,
+    SMOLLM2,
     TUNING_SEED,
     plan_of,
 )
 from tests.reproduction.rows import ARMS, row
 
-COMPARED = 1 + len(DIVERGENCES) * (len(FORMS) - 1)
+COMPARED = 1 + len(DIVERGENCES) * len(FULL.forms)
 
 
 def test_the_plan_compares_all_forms_with_one_budget_of_rollouts():
@@ -62,6 +62,13 @@ def test_the_rate_is_tuned_on_a_seed_that_is_not_used_again():
     assert FULL.chosen_rates(rows[:2]) == {}
     failed = [{**rows[0], "status": "failed"}, *rows[1:]]
     assert FULL.chosen_rates(failed) == {("arithmetic", REFERENCE): RATES[1]} and FULL.tuned_arms(failed) == []
+
+
+def test_a_plan_of_a_real_language_model():
+    arms = SMOLLM2.arms()
+    assert {arm.base for arm in arms} == {"smollm2"} and FULL.arms()[0].base is None
+    assert {arm.fields["k"] for arm in arms if "k" in arm.fields} == {16, 64}
+    assert plan_of("smollm2", steps=2, tasks=["tools"]).arms()[0].config().warmup_steps == 0
 
 
 def test_the_quick_plan_is_a_part_of_the_full_one():

@@ -30,7 +30,7 @@ def tiny(monkeypatch):
 def test_the_loss_covers_the_policys_own_tokens(name):
     subject = task(name)
     recipe = dataclasses.replace(TINY, task=name, batch_size=12)
-    tokens, own = supervised._batch(subject, recipe, 0, random.Random(0))
+    tokens, own = supervised._batch(subject, recipe, 0, random.Random(0), subject.vocabulary)
     assert own.shape == (12, tokens.shape[1] - 1)
     for row, marks in zip(tokens.tolist(), own.tolist(), strict=True):
         learned = [token for token, mark in zip(row[1:], marks, strict=True) if mark]
@@ -49,7 +49,9 @@ def test_no_test_problem_is_learned():
     original = subject.demonstration
     subject.demonstration = lambda example, rng: (seen.append(example), original(example, rng))[1]
     for step in range(20):
-        supervised._batch(subject, dataclasses.replace(TINY, task="arithmetic"), step, random.Random(0))
+        supervised._batch(
+            subject, dataclasses.replace(TINY, task="arithmetic"), step, random.Random(0), subject.vocabulary
+        )
     assert len({example.problem for example in seen}) == 80
     assert {split_of("arithmetic", example.problem) for example in seen} == {"train"}
 
@@ -83,7 +85,7 @@ def test_accuracy_counts_right_answers(monkeypatch):
     subject = task("arithmetic")
     model = supervised._untrained(dataclasses.replace(TINY, task="arithmetic"), subject)
     assert accuracy(model, subject, 16, greedy=True) == 0.0
-    monkeypatch.setattr(subject, "correct", lambda examples, samples: [True] * 12 + [False] * 4)
+    monkeypatch.setattr(subject, "correct", lambda *_: [True] * 12 + [False] * 4)
     assert accuracy(model, subject, 16) == 0.75
 
 
