@@ -80,9 +80,9 @@ def _opening(outcome: Outcome) -> str:
         "of JSON lines next to it; no number or verdict is typed by hand.",
         f"**It rests on {len(rows)} of the {len(rows) + len(outcome.missing)} runs of the {plan.name} plan, with "
         f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}, on {' and '.join(plan.tasks)}.** "
-        f"A run has {plan.steps} steps of {plan.arms()[0].fields['prompts_per_step']} rollouts; the test has {plan.eval_examples} problems that are never "
-        f"trained on. The runs took {processor:.0f} minutes of processor time{_wall(outcome)}, on "
-        f"{'; '.join(machines)}.",
+        f"A run has {plan.steps} steps of {plan.arms()[0].fields['prompts_per_step']} rollouts; the test has "
+        f"{plan.eval_examples} problems that are never trained on. The runs took {processor:.0f} minutes of processor "
+        f"time{_wall(outcome)}, on {'; '.join(machines)}.",
     ]
     lines.append(f"{_students(plan)} {starts(summaries(rows))}")
     if len(seeds) < 3:

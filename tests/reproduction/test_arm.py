@@ -28,7 +28,7 @@ def tiny(monkeypatch):
                 parameter += 0.1 * torch.randn(parameter.shape, generator=noise)
         return built
 
-    monkeypatch.setattr(reproduce_arm, "load_pair", lambda *_, **__: (model(0, 8), model(1, 12)))
+    monkeypatch.setattr(reproduce_arm, "_models", lambda *_: (model(0, 8), model(1, 12)))
     monkeypatch.setattr(reproduce_arm, "task_of", lambda _: task)
     return dataclasses.replace(FULL, steps=2, seeds=1, tasks=("arithmetic",), eval_examples=4)
 
