@@ -12,7 +12,7 @@ from torch._C._functorch import is_batchedtensor
 
 from opdtheory.errors import InvalidArgumentError, check_integer
 
-__all__ = ["Extras", "Rollouts", "Scored", "gather_logprobs"]
+__all__ = ["Extras", "Payload", "Rollouts", "Scored", "gather_logprobs"]
 
 _IGNORED_LABEL = -100
 
@@ -31,6 +31,19 @@ class Scored:
 
 
 @dataclass(frozen=True)
+class Payload:
+    r"""What a teacher's server sends of each next-token distribution: some tokens, as a rule its likeliest.
+
+    Attributes:
+        ids: distinct tokens, `(B, T, k)`, int64.
+        logprobs: $\log q(a | h_n)$ of these, `(B, T, k)`, in nats.
+    """
+
+    ids: Int64[Tensor, "B T k"]
+    logprobs: Float[Tensor, "B T k"]
+
+
+@dataclass(frozen=True)
 class Extras:
     """What rollouts hold besides student, teacher and sampler if a setting of an audit asks for it.
 
@@ -38,11 +51,13 @@ class Extras:
         teachers: the teachers after the first one (`teachers=K`: K - 1 of them); empty where there is one teacher.
         base: a third, frozen policy (`base=True`), or None.
         rewards: a task's reward of each whole rollout (`reward=True`), `(B,)`, or None.
+        payload: the teacher's likeliest tokens, where its whole distributions are not known, or None.
     """
 
     teachers: tuple[Scored, ...] = ()
     base: Scored | None = None
     rewards: Float[Tensor, " B"] | None = None
+    payload: Payload | None = None
 
     def each(self, change: Callable[[Tensor], Tensor], change_rewards: Callable[[Tensor], Tensor]) -> Extras:
         """The same with every tensor of the tokens changed by one function and the rewards by another."""
@@ -50,10 +65,12 @@ class Extras:
         def changed(scored: Scored) -> Scored:
             return Scored(change(scored.logits), change(scored.logprobs))
 
+        sent = self.payload
         return Extras(
             tuple(map(changed, self.teachers)),
             None if self.base is None else changed(self.base),
             None if self.rewards is None else change_rewards(self.rewards),
+            None if sent is None else Payload(change(sent.ids), change(sent.logprobs)),
         )
 
 
@@ -101,7 +118,10 @@ class Rollouts:
         for name in ("student_logits", "teacher_logits"):
             logits = getattr(self, name)
             _check_floating(name, logits, (*shape, _vocabulary(name, logits)), device)
-            _check_rows(name, logits)
+            # What a payload leaves open is NaN.
+            known = not isinstance(self.extras, Extras) or self.extras.payload is None
+            if name == "student_logits" or known:
+                _check_rows(name, logits)
         _check_same_vocabulary(self.student_logits, self.teacher_logits)
         _check_range("tokens", self.tokens, self.student_logits.shape[-1])
         _check_mask(self.mask)
@@ -149,6 +169,37 @@ class Rollouts:
             teacher_logprobs=gather_logprobs(teacher_logits, tokens, mask),
             behavior_logprobs=student_logprobs.detach() if behavior_logprobs is None else behavior_logprobs,
         )
+
+    @classmethod
+    def from_payload(
+        cls,
+        tokens: Int64[Tensor, "B T"],
+        student_logits: Float[Tensor, "B T V"],
+        payload: Payload,
+        teacher_logprobs: Float[Tensor, "B T"],
+        mask: Float[Tensor, "B T"] | None = None,
+        behavior_logprobs: Float[Tensor, "B T"] | None = None,
+    ) -> Rollouts:
+        r"""Rollouts whose teacher is known by its likeliest tokens and the sampled one, as a server sends them.
+
+        `teacher_logits` is NaN in every entry and takes no memory: what is not known cannot be used unnoticed, and the
+        library's estimators refuse by name. `teacher_top_k` reads the payload.
+
+        Args:
+            tokens: as in `Rollouts`.
+            student_logits: as in `Rollouts`.
+            payload: the teacher's tokens at each position.
+            teacher_logprobs: the teacher's log-probabilities of the sampled tokens.
+            mask: as in `from_logits`.
+            behavior_logprobs: as in `from_logits`.
+
+        Raises:
+            InvalidArgumentError: as `Rollouts`.
+        """
+        ours = cls.from_logits(tokens, student_logits, student_logits.detach(), mask, behavior_logprobs)
+        unknown = torch.full((), torch.nan, dtype=student_logits.dtype, device=student_logits.device)
+        changed = {**vars(ours), "teacher_logits": unknown.expand(student_logits.shape)}
+        return cls(**{**changed, "teacher_logprobs": teacher_logprobs}, extras=Extras(payload=payload))
 
     @classmethod
     def unchecked(cls, **fields: Tensor | Extras | None) -> Rollouts:
@@ -214,6 +265,11 @@ class Rollouts:
             raise _absent("rewards", "reward=True")
         return self.extras.rewards
 
+    @property
+    def payload(self) -> Payload | None:
+        """The teacher's likeliest tokens as its server sent them; None where its whole distributions are known."""
+        return None if self.extras is None else self.extras.payload
+
     def _base(self, name: str) -> Scored:
         if self.extras is None or self.extras.base is None:
             raise _absent(name, "base=True")
@@ -242,8 +298,12 @@ class Rollouts:
             `(ids, logprobs)`, both `(B, T, k)`; nats.
 
         Raises:
-            InvalidArgumentError: `k` is not an integer in `[1, V]`.
+            InvalidArgumentError: `k` is not an integer in `[1, V]`, or larger than the teacher's payload.
         """
+        if self.payload is not None:
+            check_integer("k", k, 1, self.payload.ids.shape[-1])
+            values, order = torch.sort(self.payload.logprobs.detach(), dim=-1, descending=True, stable=True)
+            return self.payload.ids.gather(-1, order)[..., :k], values[..., :k]
         check_integer("k", k, 1, self.teacher_logits.shape[-1])
         logprobs = torch.log_softmax(self.teacher_logits.detach(), dim=-1)
         values, ids = torch.sort(logprobs, dim=-1, descending=True, stable=True)
@@ -317,8 +377,32 @@ def _check_extras(extras: Extras, logits: Tensor, mask: Tensor) -> None:
         _check_rows(f"{name}.logits", scored.logits)
         _check_floating(f"{name}.logprobs", scored.logprobs, tuple(mask.shape), logits.device)
         _check_logprobs(f"{name}.logprobs", scored.logprobs, mask)
+    if extras.payload is not None:
+        _check_payload(extras.payload, logits, mask)
     if extras.rewards is not None:
         _check_floating("rewards", extras.rewards, (mask.shape[0],), logits.device)
+
+
+def _check_payload(payload: Payload, logits: Tensor, mask: Tensor) -> None:
+    if not isinstance(payload, Payload):
+        raise InvalidArgumentError("payload", f"must be Payload, got {type(payload).__name__}")
+    ids, logprobs = payload.ids, payload.logprobs
+    _check_int64("payload.ids", ids, (*mask.shape, "k"))
+    if ids.device != logits.device:
+        raise InvalidArgumentError("payload.ids", f"must be on {logits.device} like tokens, got {ids.device}")
+    _check_range("payload.ids", ids, logits.shape[-1])
+    _check_floating("payload.logprobs", logprobs, tuple(ids.shape), logits.device)
+    # A row may hold no more than the whole distribution, where it counts.
+    counts = mask.unsqueeze(-1).expand_as(logprobs)
+    _check_logprobs("payload.logprobs", logprobs, counts)
+    total = (logprobs.detach().double().exp() * counts).sum(-1)
+    if (total > 1 + 1e-3).any():
+        raise InvalidArgumentError(
+            "payload.logprobs", f"must be of one distribution, got a sum of probabilities of {float(total.max()):.4g}"
+        )
+    ordered = ids.sort(-1).values
+    if bool(((ordered.diff(dim=-1) == 0) & (mask.unsqueeze(-1) > 0)).any()):
+        raise InvalidArgumentError("payload.ids", "must be distinct tokens at each position, got one twice")
 
 
 def _check_tokens(tokens: Tensor) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from opdtheory import bind
 from opdtheory.errors import InvalidArgumentError, OpdTheoryError
-from opdtheory.rollouts import Extras, Rollouts, Scored
+from opdtheory.rollouts import Extras, Payload, Rollouts, Scored
 from opdtheory.testing import gradient_gap, rollouts
 from tests.tolerances import ALGEBRA
 
@@ -396,3 +396,59 @@ def test_extras_go_along():
 )
 def test_wrong_extras_are_refused_by_name(argument, wrong):
     refused(argument, extras=wrong)
+
+
+def sent(k: int = 2) -> Payload:
+    return Payload(*make().teacher_top_k(k))
+
+
+def payloaded(**changes) -> Rollouts:
+    batch = make()
+    given_ = {
+        "tokens": batch.tokens,
+        "student_logits": batch.student_logits,
+        "payload": sent(),
+        "teacher_logprobs": batch.teacher_logprobs,
+        "mask": batch.mask,
+        "behavior_logprobs": batch.behavior_logprobs,
+    }
+    return Rollouts.from_payload(**{**given_, **changes})
+
+
+def test_a_payload_is_what_the_teachers_server_sends():
+    batch, whole = payloaded(), make()
+    for k in (1, 2):
+        for found, exact in zip(batch.teacher_top_k(k), whole.teacher_top_k(k), strict=True):
+            assert torch.equal(found, exact)
+    assert torch.equal(batch.log_u, whole.log_u) and torch.equal(
+        batch.student_at(sent().ids), whole.student_at(sent().ids)
+    )
+    assert torch.isnan(batch.teacher_logits).all() and batch.teacher_logits.untyped_storage().nbytes() == 8
+    # A server need not sort.
+    turned = payloaded(payload=Payload(*(each.flip(-1) for each in dataclasses.astuple(sent()))))
+    assert torch.equal(turned.teacher_top_k(2)[0], sent().ids)
+    # It goes along, and is cut and cast like the rest.
+    assert batch.to(torch.float32).payload.logprobs.dtype == torch.float32 and batch.cut(1).payload.ids.shape[1] == 1
+    assert make().payload is None
+    with pytest.raises(InvalidArgumentError, match="k"):
+        batch.teacher_top_k(3)
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("argument", "wrong"),
+    [
+        ("payload", lambda: sent().ids),
+        ("payload.ids", lambda: Payload(sent().ids[:, 1:], sent().logprobs)),
+        ("payload.ids", lambda: Payload(sent().ids + V, sent().logprobs)),
+        ("payload.ids", lambda: Payload(sent().ids[..., :1].expand(-1, -1, 2), sent().logprobs - 5.0)),
+        ("payload.logprobs", lambda: Payload(sent().ids, sent().logprobs[..., :1])),
+        ("payload.logprobs", lambda: Payload(sent().ids, sent().logprobs * torch.nan)),
+        ("payload.logprobs", lambda: Payload(sent().ids, torch.zeros_like(sent().logprobs))),
+        ("payload.logprobs", lambda: Payload(sent().ids, 1 - sent().logprobs)),
+    ],
+)
+def test_a_wrong_payload_is_refused_by_name(argument, wrong):
+    with pytest.raises(InvalidArgumentError) as caught:
+        payloaded(payload=wrong())
+    assert caught.value.argument == argument

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from opdtheory.choices import Granularity, Reduction, Verdict
 from opdtheory.divergences import Divergence
+from opdtheory.errors import InvalidArgumentError
 from opdtheory.objective import Objective
 from opdtheory.rollouts import Rollouts
 
@@ -21,6 +22,7 @@ __all__ = [
     "Estimator",
     "Sampler",
     "TokenLoss",
+    "teacher_distribution",
     "unmasked",
 ]
 
@@ -175,6 +177,19 @@ class Estimator:
         arguments = [repr(self.name)]
         arguments += [repr(value) if key == "divergence" else f"{key}={value!r}" for key, value in self.options]
         return f"estimator({', '.join(arguments)})"
+
+
+def teacher_distribution(rollouts: Rollouts, what: str) -> Float[Tensor, "B T V"]:
+    """The teacher's logits for what needs its whole distribution, detached, with 0 where masked.
+
+    Raises:
+        InvalidArgumentError: the rollouts hold the teacher's likeliest tokens only.
+    """
+    if rollouts.payload is not None:
+        known = rollouts.payload.ids.shape[-1]
+        problem = f"must hold the teacher's whole distribution for {what}, got a payload of {known} tokens"
+        raise InvalidArgumentError("rollouts", problem)
+    return unmasked(rollouts, rollouts.teacher_logits.detach())
 
 
 def unmasked(rollouts: Rollouts, values: Tensor, fill: float = 0.0) -> Tensor:

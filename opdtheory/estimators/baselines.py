@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from opdtheory.estimators.base import unmasked
+from opdtheory.estimators.base import teacher_distribution, unmasked
 from opdtheory.rollouts import Rollouts
 
 __all__ = ["group_mean", "leave_one_out", "optimal", "vocabulary_mean", "z_score"]
@@ -76,7 +76,7 @@ def optimal(advantage_at: Callable[[Tensor, Tensor], Tensor], rollouts: Rollouts
 def _whole(advantage_at: Callable[[Tensor, Tensor], Tensor], rollouts: Rollouts) -> tuple[Tensor, Tensor]:
     """Probabilities and advantages of every token; both zero where a token is left out."""
     log_p = torch.log_softmax(unmasked(rollouts, rollouts.student_logits), dim=-1)
-    log_q = torch.log_softmax(unmasked(rollouts, rollouts.teacher_logits), dim=-1)
+    log_q = torch.log_softmax(teacher_distribution(rollouts, "this baseline"), dim=-1)
     zero = torch.zeros_like(log_p)
     usable = log_p > math.log(torch.finfo(log_p.dtype).tiny)
     advantages = advantage_at(torch.where(usable, log_p, zero), torch.where(usable, log_q, zero))

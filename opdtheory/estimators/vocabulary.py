@@ -15,7 +15,7 @@ from opdtheory.divergences import Divergence
 from opdtheory.divergences.divergence import transforms_active
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.estimators import offpolicy
-from opdtheory.estimators.base import unmasked
+from opdtheory.estimators.base import teacher_distribution, unmasked
 from opdtheory.rollouts import Rollouts
 
 __all__ = ["SampledTail", "Support", "TopK", "TopKReward", "VocabularyLoss", "perspective"]
@@ -115,7 +115,7 @@ class VocabularyLoss:
     def __call__(self, rollouts: Rollouts) -> Float[Tensor, "B T"]:
         """The divergence at each history; its gradient at masked positions is exactly zero."""
         log_p = torch.log_softmax(unmasked(rollouts, rollouts.student_logits).double(), dim=-1)
-        log_q = torch.log_softmax(unmasked(rollouts, rollouts.teacher_logits.detach()).double(), dim=-1)
+        log_q = torch.log_softmax(teacher_distribution(rollouts, "this divergence").double(), dim=-1)
         if self.top is not None:
             log_p, log_q = self.top.coarse(log_p, log_q)
         values = perspective(self.divergence, log_p, log_q).sum(-1).to(rollouts.student_logits.dtype)
@@ -141,9 +141,9 @@ class SampledTail:
     $$\ell_n = \sum_{a\in S} p_a f(q_a/p_a) + c\,p(S) - 1[y_n\notin S]\,\mathrm{sg}(w_f(u_n) - c)\log p(y_n|h_n)$$
 
     Its expected gradient is that of $D_f$ for every f, S and c. It needs the teacher's log-probabilities of S and of
-    the sampled token; `baseline="optimal"` takes the whole distributions for the c of least variance given the
-    history. Off-policy, `importance="token"` weights the sampled token by its own $\rho_n$, and `prefix` weights the
-    history too.
+    the sampled token, as in `Rollouts.from_payload`; `baseline="optimal"` takes the whole distributions for the c of
+    least variance given the history. Off-policy, `importance="token"` weights the sampled token by its own $\rho_n$,
+    and `prefix` weights the history too.
     """
 
     divergence: Divergence
@@ -156,10 +156,8 @@ class SampledTail:
     def __call__(self, rollouts: Rollouts) -> Float[Tensor, "B T"]:
         """The loss of each token; its gradient at masked positions is exactly zero."""
         log_p = torch.log_softmax(unmasked(rollouts, rollouts.student_logits).double(), dim=-1)
-        log_q = torch.log_softmax(unmasked(rollouts, rollouts.teacher_logits.detach()).double(), dim=-1)
-        chosen = _likeliest(log_p, log_q, self.k, self.support)
-        kept_p, kept_q = log_p.gather(-1, chosen), log_q.gather(-1, chosen)
-        constant = self._constant(log_p.detach(), log_q, chosen)
+        chosen, kept_q, constant = self._known(rollouts, log_p.detach())
+        kept_p = log_p.gather(-1, chosen)
         on_set = perspective(self.divergence, kept_p, kept_q).sum(-1) + constant * kept_p.exp().sum(-1)
         drawn = rollouts.tokens.clamp(0, log_p.shape[-1] - 1).unsqueeze(-1)
         outside = ~(chosen == drawn).any(-1) & (rollouts.mask > 0)
@@ -176,10 +174,23 @@ class SampledTail:
         tail = torch.where(outside, weight.detach() * ours, 0.0)
         return unmasked(rollouts, on_set - tail).to(rollouts.student_logits.dtype)
 
-    def _constant(self, log_p: Tensor, log_q: Tensor, chosen: Tensor) -> Tensor | float:
-        """The constant c; the best one is a number for each history, `(B, T)`."""
-        if self.baseline != "optimal":
-            return self.baseline_value if self.baseline == "constant" else 0.0
+    def _known(self, rollouts: Rollouts, log_p: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
+        """The tokens S, the teacher's log-probabilities of them, and the constant."""
+        if rollouts.payload is not None and self.support == "teacher" and self.baseline != "optimal":
+            chosen, kept_q = rollouts.teacher_top_k(self.k)
+            return chosen, unmasked(rollouts, kept_q).double(), self._fixed
+        what = "a baseline of least variance" if self.support == "teacher" else "the student's likeliest tokens"
+        log_q = torch.log_softmax(teacher_distribution(rollouts, what).double(), dim=-1)
+        chosen = _likeliest(log_p, log_q, self.k, self.support)
+        constant = self._optimal(log_p, log_q, chosen) if self.baseline == "optimal" else self._fixed
+        return chosen, log_q.gather(-1, chosen), constant
+
+    @property
+    def _fixed(self) -> float:
+        return self.baseline_value if self.baseline == "constant" else 0.0
+
+    def _optimal(self, log_p: Tensor, log_q: Tensor, chosen: Tensor) -> Tensor:
+        """The constant c of least variance, a number for each history, `(B, T)`."""
         rest = torch.ones_like(log_p).scatter(-1, chosen, 0.0)
         usable = (rest > 0) & (log_p > math.log(torch.finfo(log_p.dtype).tiny))
         zero = torch.zeros_like(log_p)

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from opdtheory import divergences
 from opdtheory.errors import InvalidArgumentError
-from opdtheory.estimators import estimator
+from opdtheory.estimators import Estimator, estimator
 from opdtheory.estimators.vocabulary import perspective
 from opdtheory.exact import exact_gradient, expected_gradient, gradient_moments, local_gradient, random_pair
-from opdtheory.rollouts import Rollouts
+from opdtheory.rollouts import Payload, Rollouts
 from opdtheory.testing import gradient_gap
 from tests.estimators.pairs import error, three_tokens, value_of, with_zeros
 from tests.tolerances import ALGEBRA
@@ -252,3 +252,62 @@ def test_a_sampled_tail_takes_the_sampled_token_once() -> None:
             score = torch.eye(4, dtype=torch.float64)[a] - p
             expected -= (q[a] if a in (1, 2) else q[a] / p[a]) * score
         assert error(found.flatten(), expected) < ALGEBRA
+
+
+def seven_tokens() -> Rollouts:
+    """Rollouts of four steps, the last of one rollout masked, sampled by another policy."""
+    generator = torch.Generator().manual_seed(2)
+    student, teacher = torch.randn(2, 3, 4, 7, generator=generator, dtype=torch.float64)
+    tokens = torch.randint(7, (3, 4), generator=generator)
+    mask = torch.ones(3, 4, dtype=torch.float64)
+    mask[1, 3] = 0.0
+    behavior = -1.0 - torch.rand(3, 4, generator=generator, dtype=torch.float64)
+    return Rollouts.from_logits(tokens, student.requires_grad_(), teacher, mask, behavior)
+
+
+def payload_of(batch: Rollouts, k: int) -> Rollouts:
+    """The batch as a trainer has it whose teacher is a server."""
+    return Rollouts.from_payload(
+        batch.tokens,
+        batch.student_logits,
+        Payload(*batch.teacher_top_k(k)),
+        batch.teacher_logprobs,
+        batch.mask,
+        batch.behavior_logprobs,
+    )
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "jsd", "chi2"])
+@pytest.mark.parametrize("options", [{}, {"baseline": "constant", "baseline_value": 0.3}, {"importance": "prefix"}])
+def test_a_payload_is_all_that_the_sampled_tail_needs(name: str, options: dict) -> None:
+    batch = seven_tokens()
+    loss = estimator("topk_tail_sampled", name, k=2, **options)
+    found, exact = (torch.autograd.grad(loss(r), r.student_logits)[0] for r in (payload_of(batch, 2), batch))
+    assert torch.equal(found, exact)
+    # A longer payload serves too; a shorter one is refused, and a payload of other tokens gives another loss.
+    longer = torch.autograd.grad(loss(payload_of(batch, 5)), batch.student_logits)[0]
+    assert torch.equal(longer, exact)
+    with pytest.raises(InvalidArgumentError, match="k"):
+        loss(payload_of(batch, 1))
+
+
+def test_estimators_of_the_sampled_token_need_no_payload() -> None:
+    batch = seven_tokens()
+    loss = estimator("opd_plus", "jsd")
+    assert torch.equal(loss(payload_of(batch, 1)), loss(batch))
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("loss", "what"),
+    [
+        (estimator("full_vocab", "jsd"), "this divergence"),
+        (estimator("topk_tail", "jsd", k=2), "this divergence"),
+        (estimator("topk_tail_sampled", "jsd", k=2, baseline="optimal"), "a baseline of least variance"),
+        (estimator("topk_tail_sampled", "jsd", k=2, support="student"), "the student's likeliest tokens"),
+        (estimator("opd_plus", "jsd", baseline="optimal"), "this baseline"),
+    ],
+)
+def test_what_needs_the_whole_distribution_says_so(loss: Estimator, what: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=f"whole distribution for {what}, got a payload of 2 tokens"):
+        loss(payload_of(seven_tokens(), 2))
