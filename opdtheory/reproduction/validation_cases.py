@@ -21,7 +21,18 @@ from opdtheory.training.validation.report import Validation
 if TYPE_CHECKING:
     from opdtheory.training.models.huggingface import HuggingFaceModel
 
-__all__ = ["ENUMERATED", "QUICK", "SMALL", "SMOLLM2", "Case", "enumerated", "small", "small_prefixes", "smollm2"]
+__all__ = [
+    "ENUMERATED",
+    "QUICK",
+    "SMALL",
+    "SMOLLM2",
+    "Case",
+    "enumerated",
+    "small",
+    "small_prefixes",
+    "smollm2",
+    "smollm2_prefixes",
+]
 
 
 @dataclass(frozen=True)
@@ -138,6 +149,8 @@ ENUMERATED = (
     Case("full_vocab", "jsd", off_policy=True),
     Case("full_vocab", "jsd", {"importance": "prefix"}, off_policy=True),
 )
+# Without the estimators that read the whole distribution beside the sampled token, such as T13's: enumerated over all
+# tokens, they take the square of the vocabulary at each prefix.
 SMOLLM2 = (
     *_BOTH,
     Case("opd_plus", "reverse_kl", {"clip_log_ratio": 6.0}),
@@ -227,6 +240,22 @@ def smollm2(
     Raises:
         ImportError: the extra `lm` is missing.
     """
+    prefixes = smollm2_prefixes(tokens=tokens, layer=layer)
+    pushed = random_images(prefixes, 4, 0)
+    for case in cases:
+        yield compare(prefixes, case.estimator(), draws=draws, seed=0, pushed=pushed)
+
+
+def smollm2_prefixes(*, tokens: int = 25, layer: int | None = None) -> Prefixes:
+    """Prefixes of a student made from SmolLM2-135M, with noise or without a layer, beside the model itself.
+
+    Args:
+        tokens: as in `smollm2`.
+        layer: as in `smollm2`.
+
+    Raises:
+        ImportError: the extra `lm` is missing.
+    """
     from opdtheory.training.models.huggingface import smollm2 as load
     from opdtheory.training.models.variants import drop_layer, perturb
 
@@ -236,10 +265,7 @@ def smollm2(
         parameter.requires_grad_(_counts(name, student))
     teacher.requires_grad_(False)
     prompts = [teacher.vocabulary.encode(prompt) for prompt in _PROMPTS]
-    prefixes = Prefixes.sample(student, teacher, prompts, max_new_tokens=tokens, seed=0)
-    pushed = random_images(prefixes, 4, 0)
-    for case in cases:
-        yield compare(prefixes, case.estimator(), draws=draws, seed=0, pushed=pushed)
+    return Prefixes.sample(student, teacher, prompts, max_new_tokens=tokens, seed=0)
 
 
 def _counts(name: str, student: HuggingFaceModel) -> bool:

@@ -25,6 +25,9 @@ Loss = Callable[[Rollouts], Tensor]
 # Two gradients in the logits that differ by rounding.
 _SAME = 1e-9
 
+# Numbers in the rows that a loss gets at a time, if it reads them.
+_HELD = 2**24
+
 
 @runtime_checkable
 class Moments(Protocol):
@@ -159,9 +162,12 @@ def moments(
         last = Known(torch.cat([_known(loss, p, q, mu, vocabulary - 1) for p, q, mu in rows]))
         if float((known.gradient - last.gradient).abs().max()) > _SAME * float(known.gradient.abs().max()):
             raise LossError("the loss has a gradient in the logits that depends on the sampled token")
+    # What reads whole rows would hold a row for each token.
+    held = max(1, _HELD // vocabulary) if group == 1 and _reads_rows(loss, log_p, log_q, log_mu) else len(tokens)
     found = []
     for p, q, mu in _rows(log_p, log_q, log_mu):
-        found.append(len(tokens) * sensitivity(loss, tokens, None, p, q, mu))
+        parts = [len(some) * sensitivity(loss, some, None, p, q, mu) for some in tokens.split(held)]
+        found.append(torch.cat(parts))
     kappa = torch.stack(found)
     if group == 1:
         singles = Singles(log_p.exp(), log_mu.exp(), kappa.squeeze(-1))
@@ -209,6 +215,16 @@ def _reads(loss: Loss, log_p: Tensor, log_q: Tensor, log_mu: Tensor, group: int)
             return False, False
         logits, token = torch.autograd.grad(value, leaves, allow_unused=True)
     return token is not None, logits is not None
+
+
+def _reads_rows(loss: Loss, log_p: Tensor, log_q: Tensor, log_mu: Tensor) -> bool:
+    """Whether the loss reads the logits, with or without a gradient: whether it changes with them."""
+    token = log_p[0].argmax().view(1, 1)
+    ours, theirs = (x[:1].unsqueeze(0) for x in (log_p, log_q))
+    sampled = [x[:1].gather(-1, token) for x in (log_p, log_q, log_mu)]
+    pairs = ((ours, theirs), (ours.flip(-1), theirs), (ours, theirs.flip(-1)))
+    values = [float(loss(_rollouts(token, None, *pair, *sampled)).detach()) for pair in pairs]
+    return any(value != values[0] for value in values)
 
 
 def _rollouts(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from opdtheory.training.validation import Prefixes
+from opdtheory.training.validation import Prefixes, expectation
 from opdtheory.training.validation.expectation import Pairs, moments
+from tests.tolerances import ALGEBRA
 from tests.training.validation.pairs import E
 
 
@@ -29,3 +30,31 @@ def test_variance_over_the_vocabulary_is_that_of_draws(prefixes: Prefixes) -> No
         assert float(values.mean()) == pytest.approx(
             float((distribution.mean() * image)[0].sum()), abs=0.02 * float(values.std())
         )
+
+
+@pytest.mark.parametrize(
+    ("loss", "reads"),
+    [
+        (E("opd_plus", "jsd"), False),
+        (E("opd_plus", "jsd", baseline="optimal"), True),
+        (E("topk_tail_sampled", "jsd", k=2), True),
+        (E("topk_reward", "jsd", k=2), True),
+    ],
+)
+def test_rows_that_a_loss_reads_are_held_a_few_at_a_time(prefixes: Prefixes, monkeypatch, loss, reads: bool) -> None:
+    laws = prefixes.log_p, prefixes.log_q, prefixes.log_mu
+    vocabulary, seen = prefixes.log_p.shape[-1], []
+
+    def counted(rollouts):
+        seen.append(len(rollouts.tokens))
+        return loss(rollouts)
+
+    whole = moments(counted, *laws)
+    assert max(seen) == vocabulary
+    seen.clear()
+    monkeypatch.setattr(expectation, "_HELD", 3 * vocabulary)
+    parts = moments(counted, *laws)
+    assert max(seen) == (3 if reads else vocabulary)
+    image = prefixes.push_forward(prefixes.random(0))
+    assert float((parts.mean() - whole.mean()).abs().max()) < ALGEBRA
+    assert torch.allclose(parts.variance(image), whole.variance(image), rtol=1e-10, atol=0)
