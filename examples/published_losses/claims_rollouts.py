@@ -122,7 +122,7 @@ ENTRIES: tuple[Entry, ...] = (
         "JSD(0.5), clipped per token",
         "jsd",
         remark="Where the JSD exceeds the clamp there is no gradient at all, so a student this far from the teacher is "
-        "not corrected; elsewhere it is the JSD's. Most histories of the panel lie beyond the default.",
+        "not corrected; elsewhere it is the JSD's.",
         follows="Σ min(JSD, 0.05)",
     ),
     _loss(
@@ -199,7 +199,7 @@ ENTRIES: tuple[Entry, ...] = (
         "verl, rollouts with a ratio above 2 dropped (MIS)",
         _VERL,
         "policy gradient of the student from its sampler's rollouts",
-        remark=_STALE_NOTE + "Dropping a rollout costs more than cutting its ratio.",
+        remark=_STALE_NOTE + "On the panel dropping costs more than cutting.",
         settings=_STALE,
     ),
     _loss(

@@ -12,6 +12,7 @@ import torch
 import opdtheory as opd
 from examples.published_losses import claims_rollouts, gallery, papers
 from examples.published_losses import papers_rollouts as rollouts
+from opdtheory.exact import local_gradient
 from opdtheory.rollouts import Extras, Scored
 from tests.tolerances import ALGEBRA, ENUMERATION, FINITE_DIFFERENCE
 
@@ -109,11 +110,19 @@ def test_the_same_assertions_refuse_a_false_twin(twin):
         check(gallery.record(entry, found), function)
 
 
-# The correction of what this folder's README said of TRL's default penalty.
-@pytest.mark.parametrize(("histories", "verdict", "cosine"), [("sampler", EXACT, 1.0), ("student", BIASED, 0.970)])
-def test_k3_times_the_ratio_is_exact_at_the_samplers_histories_only(histories, verdict, cosine):
-    found = opd.audit(papers.grpo_k3_corrected, "reverse_kl", off_policy=0.3, histories=histories, details=False)
-    assert found.verdict == verdict
+# The first is the formula of TRL's default penalty, of which the gallery's README says this.
+RATIO_OF_A_TOKEN = {
+    papers.grpo_k3_corrected: EXACT,
+    rollouts.deepseek_v32_k3_stale: EXACT,
+    rollouts.areal_distillation: SCALED,
+}
+
+
+@pytest.mark.parametrize(("histories", "cosine"), [("sampler", 1.0), ("student", 0.970)])
+@pytest.mark.parametrize("loss", RATIO_OF_A_TOKEN)
+def test_the_ratio_of_a_token_is_right_at_the_samplers_histories_only(loss, histories, cosine):
+    found = opd.audit(loss, "reverse_kl", off_policy=0.3, histories=histories, details=False)
+    assert found.verdict == (RATIO_OF_A_TOKEN[loss] if histories == "sampler" else BIASED)
     assert found.cosine == pytest.approx(cosine, abs=5e-4)
 
 
@@ -369,9 +378,20 @@ def test_bounds_of_a_token_cost_nothing_until_they_bite_at_the_samplers_historie
     student, teacher = opd.random_pair(3, 3, seed=0)
     near, far = student.perturbed(0.01, seed=1), student.perturbed(1.5, seed=1)
     for sampler, holds in ((near, True), (far, False)):
-        exact = flat(opd.expected_gradient(rollouts.deepseek_v32_k3_stale, student, teacher, behavior=sampler))
+        exact = flat(local_gradient(student, teacher, "reverse_kl", histories=sampler))
         found = flat(opd.expected_gradient(getattr(rollouts, function), student, teacher, behavior=sampler))
         assert (float((found - exact).norm()) < ENUMERATION) is holds
+
+
+@pytest.mark.parametrize(("function", "times"), [("deepseek_v32_k3_stale", 1.0), ("areal_distillation", 1 / 3)])
+def test_the_ratio_of_a_token_is_exact_at_the_samplers_histories(function, times):
+    student, teacher = opd.random_pair(3, 3, seed=0)
+    sampler = student.perturbed(0.5, seed=1)
+    found = flat(opd.expected_gradient(getattr(rollouts, function), student, teacher, behavior=sampler))
+    at_sampler = flat(local_gradient(student, teacher, "reverse_kl", histories=sampler))
+    assert found == pytest.approx(times * at_sampler, abs=ENUMERATION)
+    at_student = flat(opd.exact_gradient(student, teacher, "reverse_kl"))
+    assert float(torch.cosine_similarity(found, at_student, dim=0)) < 0.999
 
 
 @pytest.mark.parametrize("function", ["verl_sequence_is", "verl_sequence_mis"])
@@ -392,10 +412,8 @@ def test_the_bias_of_a_wrong_ratio_is_of_first_order_in_the_mismatch(function, o
     def bias(step: float) -> float:
         moved = [a + step * (b - a) for a, b in zip(student.logits, direction.logits, strict=True)]
         sampler = opd.TabularPolicy(moved)
-        found, exact = (
-            flat(opd.expected_gradient(loss, student, teacher, behavior=sampler))
-            for loss in (getattr(rollouts, function), rollouts.deepseek_v32_k3_stale)
-        )
+        found = flat(opd.expected_gradient(getattr(rollouts, function), student, teacher, behavior=sampler))
+        exact = flat(local_gradient(student, teacher, "reverse_kl", histories=sampler))
         return float((found - exact).norm())
 
     if order is None:
