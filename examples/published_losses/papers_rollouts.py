@@ -139,7 +139,8 @@ def kdrl(r: opd.Rollouts) -> Tensor:
 def areal_distillation(r: opd.Rollouts) -> Tensor:
     """AReaL with rl_loss_weight = 0: the ratio times the detached log-ratio, averaged over tokens.
 
-    https://github.com/areal-project/AReaL, areal/trainer/ppo/actor.py, `grpo_loss_fn`, read in the source.
+    https://github.com/areal-project/AReaL, areal/trainer/ppo/actor.py, `grpo_loss_fn`: the source and the example's
+    documentation, read as of inclusionAI/AReaL at 00ed924 and 061138f; later versions may differ.
     """
     return r.token_mean(-(r.student_logprobs - r.behavior_logprobs).exp() * r.log_u.detach())
 
@@ -188,7 +189,7 @@ def verl_token_is(r: opd.Rollouts) -> Tensor:
     """Truncated importance sampling (TIS): the ratio of a token, cut at 2.
 
     verl's `rollout_is: token` at its default threshold, without PPO's clipping and with one policy in training:
-    https://github.com/volcengine/verl/blob/main/docs/algo/rollout_corr.md.
+    https://github.com/volcengine/verl/blob/main/docs/algo/rollout_corr.md, the beginning of the page of 30 October 2025.
     """
     return r.token_sum(_policy_gradient(r, r.log_u, _log_ratio(r).exp().clamp(max=2.0)))
 
@@ -232,8 +233,8 @@ def lightning_opd(r: opd.Rollouts) -> Tensor:
 def prime_rl_reference_kl(r: opd.Rollouts) -> Tensor:
     """prime-rl's `ref_kl`: the ratio times the log-ratio, except on tokens with p - mu below -0.2.
 
-    https://github.com/PrimeIntellect-ai/prime-rl, `ref_kl_loss_fn`, read in the source. Its cap of the ratio at 10^4
-    is left out, and its division by the number of tokens.
+    https://github.com/PrimeIntellect-ai/prime-rl, `ref_kl_loss_fn`: the source, in a copy that names no
+    version. Its cap of the ratio at 10^4 is left out, and its division by the number of tokens.
     """
     lost = r.student_logprobs.detach().exp() - r.behavior_logprobs.exp()
     return r.token_sum(_policy_gradient(r, r.log_u, _kept(_log_ratio(r).exp(), lost, -0.2, math.inf)))
