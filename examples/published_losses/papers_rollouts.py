@@ -189,7 +189,7 @@ def verl_token_is(r: opd.Rollouts) -> Tensor:
     """Truncated importance sampling (TIS): the ratio of a token, cut at 2.
 
     verl's `rollout_is: token` at its default threshold, without PPO's clipping and with one policy in training:
-    https://github.com/volcengine/verl/blob/main/docs/algo/rollout_corr.md, the beginning of the page of 30 October 2025.
+    https://github.com/volcengine/verl/blob/main/docs/algo/rollout_corr.md, the first part, as of October 2025.
     """
     return r.token_sum(_policy_gradient(r, r.log_u, _log_ratio(r).exp().clamp(max=2.0)))
 
