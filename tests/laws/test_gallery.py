@@ -6,6 +6,7 @@ Packages that are not installed are held to what `make gallery` recorded of them
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import json
 import math
@@ -96,6 +97,29 @@ def test_every_entry_is_pinned_and_recorded():
     entries = (*claims_packages.ENTRIES, *claims_papers.ENTRIES)
     assert list(EXPECTED) == [entry.function for entry in entries]
     assert list(RECORDS) == [entry.function for entry in gallery.ENTRIES]
+
+
+# The file that pins the entries of each module of claims.
+PINNED_IN = {
+    "claims_trl": "test_published_losses.py",
+    "claims_packages": "test_gallery.py",
+    "claims_papers": "test_gallery.py",
+    "claims_rollouts": "test_gallery_rollouts.py",
+}
+
+
+def test_every_module_of_claims_is_in_the_gallery_and_pinned_somewhere():
+    folder = Path(gallery.__file__).parent
+    assert {path.stem for path in folder.glob("claims_*.py")} == set(PINNED_IN)
+    entries = []
+    for name, file in PINNED_IN.items():
+        text = (Path(__file__).parent / file).read_text(encoding="utf-8")
+        module = importlib.import_module(f"examples.published_losses.{name}")
+        entries += module.ENTRIES
+        for entry in module.ENTRIES:
+            assert re.search(rf'^    "{entry.function}": ', text, re.MULTILINE), (entry.function, file)
+        assert not re.search(r'^    "no_such_loss": ', text, re.MULTILINE)
+    assert entries == list(gallery.ENTRIES)
 
 
 @pytest.mark.parametrize("function", EXPECTED)
