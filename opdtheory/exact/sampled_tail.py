@@ -77,6 +77,83 @@ def tail_moments(
         >>> bool(found.variance > found.least) and bool(found.least > 0)
         True
     """
+    rows = row_scores(student, teacher, divergence, k, support)
+    weight, ones = rows.weight, torch.ones_like(rows.p)
+    top, bottom = rows.tail_covariance(weight, ones), rows.tail_covariance(ones, ones)
+    some = bottom > torch.finfo(bottom.dtype).tiny
+    best = torch.where(some, top / torch.where(some, bottom, 1.0), 0.0)
+
+    def spread(c: Tensor) -> Tensor:
+        centred = weight - c.unsqueeze(-1)
+        return rows.tail_covariance(centred, centred).clamp_min(0.0)
+
+    gradient = rows.p * (weight - rows.mean_weight)
+    return TailMoments(spread(torch.full_like(best, constant)), best, spread(best), gradient.square().sum(-1))
+
+
+@dataclass(frozen=True)
+class RowScores:
+    """Rows of weights and the inner products of their scores.
+
+    Attributes:
+        divergence: whose weight it is.
+        p: the student's probabilities, `(N, V)`.
+        log_u: the log-ratios, `(N, V)`.
+        weight: the weight of each token, `(N, V)`.
+        chosen: the tokens that are summed, `(N, k)`.
+        rest: one on the other tokens, zero on these, `(N, V)`.
+    """
+
+    divergence: Divergence
+    p: Float[Tensor, "N V"]
+    log_u: Float[Tensor, "N V"]
+    weight: Float[Tensor, "N V"]
+    chosen: Tensor
+    rest: Float[Tensor, "N V"]
+
+    @property
+    def square(self) -> Float[Tensor, " N"]:
+        """$|p|^2$."""
+        return self.p.square().sum(-1)
+
+    @property
+    def mean_weight(self) -> Float[Tensor, "N 1"]:
+        """$E_p[w]$."""
+        return (self.p * self.weight).sum(-1, keepdim=True)
+
+    def level_weight(self) -> Float[Tensor, " N"]:
+        """The weight of all tokens that are not summed, taken as one; that of ratio one if there are none."""
+        drawn = self.p * self.rest
+        mass, other = drawn.sum(-1), (drawn * self.log_u.exp()).sum(-1)
+        some = mass > 0
+        ratio = torch.where(some, other, 1.0) / torch.where(some, mass, 1.0)
+        return self.divergence.weight(ratio.log())
+
+    def dot(self, left: Tensor, right: Tensor) -> Float[Tensor, " N"]:
+        r"""$\sum_a x_a s_a \cdot \sum_b y_b s_b$."""
+        one, other = left.sum(-1), right.sum(-1)
+        along = (left * right).sum(-1) - one * (right * self.p).sum(-1) - other * (left * self.p).sum(-1)
+        return along + one * other * self.square
+
+    def tail_moment(self, left: Tensor, right: Tensor) -> Float[Tensor, " N"]:
+        r"""$E_p[1_T x y |s|^2]$."""
+        norms = 1 - 2 * self.p + self.square.unsqueeze(-1)
+        return (self.p * self.rest * left * right * norms).sum(-1)
+
+    def tail_covariance(self, left: Tensor, right: Tensor) -> Float[Tensor, " N"]:
+        r"""$E_p[1_T x y |s|^2] - E_p[1_T x s] \cdot E_p[1_T y s]$."""
+        drawn = self.p * self.rest
+        return self.tail_moment(left, right) - self.dot(drawn * left, drawn * right)
+
+
+def row_scores(
+    student: Float[Tensor, "N V"],
+    teacher: Float[Tensor, "N V"],
+    divergence: str | Divergence,
+    k: int = 0,
+    support: str = "teacher",
+) -> RowScores:
+    """The rows that `tail_moments` and `least_variance` take; arguments and errors as there."""
     divergence = as_divergence(divergence)
     if student.ndim != 2 or student.shape != teacher.shape:
         shapes = f"{tuple(student.shape)} and {tuple(teacher.shape)}"
@@ -88,29 +165,6 @@ def tail_moments(
     for name, values in (("student", log_p), ("teacher", log_q)):
         if not bool(torch.isfinite(values).all()):
             raise InvalidArgumentError(name, "must give every token a positive probability")
-    p, weight = log_p.exp(), divergence.weight(log_q - log_p)
-    rest = torch.ones_like(p)
-    if k:
-        rest = rest.scatter(-1, (log_q if support == "teacher" else log_p).topk(k, -1).indices, 0.0)
-    drawn = p * rest
-    square = p.square().sum(-1)
-
-    def product(left: Tensor, right: Tensor) -> Tensor:
-        r"""$E_p[1_T x y |s|^2] - E_p[1_T x s] \cdot E_p[1_T y s]$."""
-        norms = 1 - 2 * p + square.unsqueeze(-1)
-        pushed, pulled = drawn * left, drawn * right
-        one, other = pushed.sum(-1), pulled.sum(-1)
-        along = (pushed * pulled).sum(-1) - one * (pulled * p).sum(-1) - other * (pushed * p).sum(-1)
-        return (drawn * left * right * norms).sum(-1) - along - one * other * square
-
-    ones = torch.ones_like(p)
-    top, bottom = product(weight, ones), product(ones, ones)
-    some = bottom > torch.finfo(p.dtype).tiny
-    best = torch.where(some, top / torch.where(some, bottom, 1.0), 0.0)
-
-    def spread(c: Tensor) -> Tensor:
-        centred = weight - c.unsqueeze(-1)
-        return product(centred, centred).clamp_min(0.0)
-
-    gradient = p * (weight - (p * weight).sum(-1, keepdim=True))
-    return TailMoments(spread(torch.full_like(best, constant)), best, spread(best), gradient.square().sum(-1))
+    chosen = (log_q if support == "teacher" else log_p).topk(k, -1).indices
+    rest = torch.ones_like(log_p).scatter(-1, chosen, 0.0)
+    return RowScores(divergence, log_p.exp(), log_q - log_p, divergence.weight(log_q - log_p), chosen, rest)

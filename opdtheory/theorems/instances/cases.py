@@ -45,6 +45,7 @@ __all__ = [
     "right_of_kinks",
     "sampled_gradient",
     "sampled_variance",
+    "sampled_variance_of_group",
     "smooth_catalogue",
     "strictly_convex",
     "two_atoms",
@@ -126,6 +127,12 @@ def sampled_gradient(
 def sampled_variance(name: str, divergence: str, pair: Pair, **options: Any) -> Tensor:
     """Variance of an estimator's gradient on one rollout, run as a black box; cached as `sampled_gradient` is."""
     moments = gradient_moments(estimator(name, divergence, **options), *pair)
+    return torch.tensor(moments.variance, dtype=torch.float64)
+
+
+def sampled_variance_of_group(name: str, divergence: str, pair: Pair, size: int, **options: Any) -> Tensor:
+    """Variance of an estimator's gradient on a group of rollouts, run on every group."""
+    moments = gradient_moments(estimator(name, divergence, **options), *pair, batch_size=size)
     return torch.tensor(moments.variance, dtype=torch.float64)
 
 

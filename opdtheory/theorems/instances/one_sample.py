@@ -38,11 +38,13 @@ __all__ = [
     "first_rows",
     "in_logits",
     "intervals",
+    "jacobians",
     "kl",
     "log_rows",
     "mean_gradient",
     "minus",
     "optimal_baseline",
+    "pushed_scores",
     "ratios",
     "row_gradient",
     "score",
@@ -50,6 +52,7 @@ __all__ = [
     "second_moment",
     "simplex",
     "softmax",
+    "spread",
     "square",
     "three_atoms",
     "vanishes",
@@ -126,6 +129,23 @@ def score(p: Sequence[Any], token: int) -> list[Any]:
 def score_norms(p: Sequence[Any]) -> list[Any]:
     r"""$|s_a|^2 = 1 - 2 p_a + |p|^2$, from the scores themselves."""
     return [square(score(p, a)) for a in range(len(p))]
+
+
+def jacobians(size: int) -> Iterator[list[list[Fraction]]]:
+    """The logits themselves, and two parameters that move all of them."""
+    yield [[Fraction(i == j) for j in range(size)] for i in range(size)]
+    yield [[Fraction((5 * i + 3 * j + i * j) % 7 - 2) for j in range(size)] for i in range(2)]
+
+
+def pushed_scores(p: Sequence[Any], jacobian: Sequence[Sequence[Any]]) -> list[list[Any]]:
+    """The score of each token in the parameters, one row of the Jacobian each."""
+    return [[dot(row, score(p, a)) for row in jacobian] for a in range(len(p))]
+
+
+def spread(chances: Sequence[Any], vectors: Sequence[Sequence[Any]]) -> Any:
+    r"""$\mathrm{tr\,Var}$ of a vector that takes each of the values with its chance."""
+    mean = [dot(chances, column) for column in zip(*vectors, strict=True)]
+    return sum(chance * square(minus(each, mean)) for chance, each in zip(chances, vectors, strict=True))
 
 
 def mean_gradient(p: Sequence[Any], advantages: Sequence[Any], mu: Sequence[Any] | None = None) -> list[Any]:

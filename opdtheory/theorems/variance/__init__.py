@@ -1,1 +1,1 @@
-"""The variance of one-sample estimators, and how to reduce it (T7)."""
+"""The variance of one-sample estimators, how to reduce it (T7), and the least that the data allow (T19)."""
