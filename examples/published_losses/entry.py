@@ -42,6 +42,7 @@ class Entry:
         settings: further arguments of `audit`.
         remark: what the verdict does not say by itself.
         follows: what the loss descends if the catalogue has no name for it; a test checks this.
+        module: the module of the adapter, if it is not the package's own.
     """
 
     function: str
@@ -56,6 +57,7 @@ class Entry:
     settings: dict[str, Any] = field(default_factory=dict)
     remark: str = ""
     follows: str = ""
+    module: str = ""
 
     @property
     def loss(self) -> Callable[[opd.Rollouts], Any]:
@@ -83,5 +85,5 @@ class Entry:
         return opd.audit(self.loss, claim, self.granularity, name=self.function, details=False, **self.settings)
 
     def _adapters(self) -> ModuleType:
-        name = _MODULES.get(self.package, f"{self.package}_losses")
+        name = self.module or _MODULES.get(self.package, f"{self.package}_losses")
         return importlib.import_module(f"examples.published_losses.{name}")

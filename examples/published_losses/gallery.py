@@ -22,7 +22,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 import opdtheory as opd  # noqa: E402
-from examples.published_losses import claims_packages, claims_papers, claims_trl  # noqa: E402
+from examples.published_losses import claims_packages, claims_papers, claims_tokens, claims_trl  # noqa: E402
 from examples.published_losses.entry import Entry  # noqa: E402
 from opdtheory.choices import FAITHFUL  # noqa: E402
 
@@ -46,7 +46,12 @@ START, END = "<!-- gallery:start -->", "<!-- gallery:end -->"
 PAGE, RECORD = ROOT / "docs" / "gallery.md", Path(__file__).with_name("gallery.json")
 
 IN_README: tuple[Entry, ...] = claims_trl.ENTRIES
-ENTRIES: tuple[Entry, ...] = (*claims_trl.ENTRIES, *claims_packages.ENTRIES, *claims_papers.ENTRIES)
+ENTRIES: tuple[Entry, ...] = (
+    *claims_trl.ENTRIES,
+    *claims_packages.ENTRIES,
+    *claims_papers.ENTRIES,
+    *claims_tokens.ENTRIES,
+)
 
 _README_HEADER = ("loss", "package", "says it minimises", "the audit finds", "rollouts that end early")
 _PAGE_HEADER = (
@@ -64,6 +69,7 @@ _NAMES = {
     "reverse_kl": "reverse KL",
     "skew_jsd": "JSD",
     "jsd": "JSD(0.5)",
+    "jeffreys": "Jeffreys divergence",
     "neyman_chi2": "χ²(p‖q)",
     "total_variation": "total variation",
     "skew_forward_kl": "skew KL",

@@ -245,8 +245,8 @@ def _nemo_zero_outside(log_p: Tensor, log_q: Tensor) -> Tensor:
     return _kl(log_p, torch.full_like(log_q, -100.0).scatter(-1, ids, kept.log_softmax(-1)))
 
 
-# NeMo-RL's `DistillationLossFn`, from https://github.com/NVIDIA-NeMo/RL (August 2026): at its defaults, half the forward
-# and half the reverse KL on the teacher's top k (64), both renormalised; and `kl_type="reverse"` with
+# NeMo-RL's `DistillationLossFn`, from the code of August 2026, https://github.com/NVIDIA-NeMo/RL: at its defaults, half
+# the forward and half the reverse KL on the teacher's top k (64), both renormalised; and `kl_type="reverse"` with
 # `zero_outside_topk`, where the teacher has log-probability -100 outside. The mean over tokens is a sum here.
 nemo_mixed_top_2 = _whole(_nemo_mixed)
 nemo_reverse_zero_outside = _whole(_nemo_zero_outside)
