@@ -38,8 +38,11 @@ def _paper(
 
 _NOTES = " Written from the abstract and from notes on the paper, which itself could not be read."
 _TOP = "The comparison is with the divergence over the whole vocabulary. "
+_OURS_REVERSE = "The comparison with the reverse KL is ours. "
+_OURS_TEACHER = "The comparison with the teacher itself is ours. "
+_OURS_BOTH = "The comparison with the sum of both is ours. "
 _SHARES = (
-    "The comparison with the sum of both is ours. At every history it is a mixture of the forward and the reverse KL, in "
+    _OURS_BOTH + "At every history it is a mixture of the forward and the reverse KL, in "
     "shares that depend on the history; where student and teacher agree exactly, they are 0/0 and the gradient is NaN."
 )
 
@@ -61,7 +64,7 @@ ENTRIES: tuple[Entry, ...] = (
         _ARXIV + "2603.07079",
         "reverse KL, plus forward KL where the teacher is uncertain",
         "reverse_kl",
-        "The comparison with the reverse KL is ours. Whether the forward KL is added depends on the teacher alone, so the "
+        _OURS_REVERSE + "Whether the forward KL is added depends on the teacher alone, so the "
         "teacher remains the minimum." + _NOTES,
         "reverse KL, plus the forward KL where the teacher's entropy exceeds 0.8",
     ),
@@ -71,7 +74,7 @@ ENTRIES: tuple[Entry, ...] = (
         _ARXIV + "2603.07079",
         "reverse KL, plus forward KL where the teacher is uncertain",
         "reverse_kl",
-        "The comparison with the reverse KL is ours. Where the teacher is uncertain, it is not a fixed point: the truncated "
+        _OURS_REVERSE + "Where the teacher is uncertain, it is not a fixed point: the truncated "
         "forward KL draws mass to its top tokens (T9 a)." + _NOTES,
         "reverse KL, plus Σ q log(q/p) over the teacher's top 2 where its entropy exceeds 0.8",
     ),
@@ -91,7 +94,7 @@ ENTRIES: tuple[Entry, ...] = (
         _ARXIV + "2606.01249",
         "reverse KL on trusted tokens, forward KL on outliers",
         "reverse_kl",
-        "The comparison with the reverse KL is ours. On average a position gives the truncated forward KL the weight "
+        _OURS_REVERSE + "On average a position gives the truncated forward KL the weight "
         "TV(p, q), so the teacher is a fixed point in spite of T9 a." + _NOTES,
     ),
     _paper(
@@ -100,7 +103,7 @@ ENTRIES: tuple[Entry, ...] = (
         _ARXIV + "2603.11137",
         "relaxed reverse KL",
         "reverse_kl",
-        "The comparison with the reverse KL is ours. The clipped weight does not fall anywhere, so it is that of another "
+        _OURS_REVERSE + "The clipped weight does not fall anywhere, so it is that of another "
         "f-divergence, with the same minimum (T4)." + _NOTES,
     ),
     _paper(
@@ -109,7 +112,7 @@ ENTRIES: tuple[Entry, ...] = (
         _ARXIV + "2605.06387",
         "reward where positive, else imitation",
         "reverse_kl",
-        "The comparison with the reverse KL is ours. The teacher is a fixed point." + _NOTES,
+        _OURS_REVERSE + "The teacher is a fixed point." + _NOTES,
     ),
     _paper(
         "aopd_top_2",
@@ -117,7 +120,7 @@ ENTRIES: tuple[Entry, ...] = (
         _ARXIV + "2605.06387",
         "reward where positive, else imitation",
         "reverse_kl",
-        "The comparison with the reverse KL is ours. At the teacher no advantage is positive, so there the loss is the "
+        _OURS_REVERSE + "At the teacher no advantage is positive, so there the loss is the "
         "truncated forward KL alone, which leaves the teacher (T9 a)." + _NOTES,
     ),
     _paper(
@@ -154,8 +157,7 @@ ENTRIES: tuple[Entry, ...] = (
         _ARXIV + "2501.16937",
         "forward KL to a bridge p^(1−t) q^t",
         "forward_kl",
-        "The comparison with the teacher itself is ours. The bridge's powers sum to 1, so unlike Veto's its fixed point is "
-        "the teacher at every t.",
+        _OURS_TEACHER + "The bridge's powers sum to 1, so unlike Veto's its fixed point is the teacher at every t.",
     ),
     _paper(
         "todi",
@@ -163,7 +165,7 @@ ENTRIES: tuple[Entry, ...] = (
         _ARXIV + "2505.16297",
         "forward and reverse KL, by token",
         "jeffreys",
-        "The comparison with the sum of both is ours. The weight is (u² − 1 + log u)/(1 + u), which rises everywhere, so it "
+        _OURS_BOTH + "The weight is (u² − 1 + log u)/(1 + u), which rises everywhere, so it "
         "is that of an f-divergence (T4).",
     ),
     _paper(

@@ -81,10 +81,10 @@ def _eopd(forward: Callable[[Tensor, Tensor], Tensor]) -> Loss:
 
 
 # EOPD, https://arxiv.org/abs/2603.07079: the log-ratio of the sampled token as a reward, plus the forward KL on the
-# teacher's top k where the teacher's entropy exceeds 0.8. From the abstract and from two independent notes on the
-# paper, which agree on the formula, the threshold and the top k (k = 16); the coefficient of the forward KL is 1 in one
-# of them and unspecified in the other. PPO's clip, idle on fresh rollouts, is left out. `eopd` has the forward KL over
-# the whole vocabulary, which is not in the notes.
+# teacher's top k where the teacher's entropy exceeds a threshold. From the abstract and from two notes on the paper
+# that agree on this; a third describes a gradual gate between the two KLs. The threshold 0.8 (and k = 16) are in one
+# note only; the coefficient of the forward KL, which the other leaves open, is 1. PPO's clip, idle on fresh rollouts, is
+# left out. `eopd` has the forward KL over the whole vocabulary, which is not in the notes.
 eopd = _eopd(_forward)
 eopd_top_2 = _eopd(_top_forward)
 
@@ -96,20 +96,20 @@ def _trust(r: opd.Rollouts) -> Tensor:
 def tropd_mask(r: opd.Rollouts) -> Tensor:
     """TrOPD with masked outliers, https://arxiv.org/abs/2606.01249: the log-ratio as a reward, on trusted tokens only.
 
-    From the abstract and from one set of notes on the paper. A token is trusted with probability min(u, 1); this is the
-    mean over that draw. The prefixes written by the teacher are left out.
+    From the abstract and from one set of notes on the paper, which says that a token is trusted with probability
+    min(u, 1); this is the mean over that draw. The prefixes written by the teacher are left out.
     """
     return r.token_sum(-(_trust(r) * r.log_u.detach()) * r.student_logprobs)
 
 
 def tropd_forward_top_2(r: opd.Rollouts) -> Tensor:
-    """The same with the forward KL on the teacher's top k (k = 64 in the paper) on the other tokens."""
+    """The same with the forward KL on the teacher's top k (k = 64 in the notes) on the other tokens."""
     return tropd_mask(r) + r.token_sum((1.0 - _trust(r)) * _top_forward(*_laws(r)))
 
 
 # REOPOLD, https://arxiv.org/abs/2603.11137: the log-ratio as a reward, clipped from below at log(a / (1 - a)). From the
-# abstract and from three notes on the paper, which agree; a = 0.2 is the default of an unofficial implementation. The
-# choice of tokens by entropy and the schedule are left out.
+# abstract, from a note on the paper and from an unofficial implementation, whose default is a = 0.2. The choice of
+# tokens by entropy and the schedule are left out.
 reopold_clip = from_advantage(lambda log_u: log_u.clamp(min=math.log(0.25)), of="log_u", detach=True)
 
 
@@ -122,8 +122,9 @@ def _aopd(forward: Callable[[Tensor, Tensor], Tensor]) -> Loss:
 
 
 # AOPD, https://arxiv.org/abs/2605.06387: the log-ratio as a reward where it is positive, and otherwise the forward KL
-# on the teacher's top k at that position. From the abstract and from two notes on the paper, which agree; k was not
-# given. `aopd` has the forward KL over the whole vocabulary, which is not in the notes.
+# on the teacher's top k at that position. From the abstract and from three notes on the paper that agree on this; a
+# fourth takes the advantage over a reference model. k was not given. `aopd` has the forward KL over the whole
+# vocabulary, which is not in the notes.
 aopd = _aopd(_forward)
 aopd_top_2 = _aopd(_top_forward)
 
@@ -158,9 +159,9 @@ def _veto_reverse(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 # Veto, https://arxiv.org/abs/2601.07155: the forward or the reverse KL to a target proportional to q p^b. From the
-# abstract and from three notes on the paper, which agree. That the target is detached is our reading of the gradient
-# that one of the notes states. b = 0.8 is the paper's choice for reasoning; it decays to 0 during training, which is
-# left out.
+# abstract and from four notes on the paper that agree on this; a fifth writes an arithmetic mixture. That the target is
+# detached is our reading of the gradient that one note states, and b = 0.8 its value for reasoning. The decay of b to 0
+# during training is left out.
 veto_forward = _whole(_veto_forward)
 veto_reverse = _whole(_veto_reverse)
 
