@@ -22,7 +22,13 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 import opdtheory as opd  # noqa: E402
-from examples.published_losses import claims_packages, claims_papers, claims_rollouts, claims_trl  # noqa: E402
+from examples.published_losses import (  # noqa: E402
+    claims_packages,
+    claims_papers,
+    claims_rollouts,
+    claims_tokens,
+    claims_trl,
+)
 from examples.published_losses.entry import Entry  # noqa: E402
 from opdtheory.choices import FAITHFUL  # noqa: E402
 
@@ -50,6 +56,7 @@ ENTRIES: tuple[Entry, ...] = (
     *claims_trl.ENTRIES,
     *claims_packages.ENTRIES,
     *claims_papers.ENTRIES,
+    *claims_tokens.ENTRIES,
     *claims_rollouts.ENTRIES,
 )
 
@@ -69,6 +76,7 @@ _NAMES = {
     "reverse_kl": "reverse KL",
     "skew_jsd": "JSD",
     "jsd": "JSD(0.5)",
+    "jeffreys": "Jeffreys divergence",
     "neyman_chi2": "χ²(p‖q)",
     "total_variation": "total variation",
     "skew_forward_kl": "skew KL",
