@@ -49,17 +49,27 @@ class Difference:
     high: float
 
     @property
+    def is_close(self) -> bool:
+        """Whether the whole interval is near zero, on whatever side."""
+        return max(-self.low, self.high) <= LEVEL
+
+    @property
     def place(self) -> Place:
         """Where the first arm stands."""
         if self.low > 0:
             return "above"
         if self.high < 0:
             return "below"
-        return "level" if max(-self.low, self.high) <= LEVEL else "not resolved"
+        return "level" if self.is_close else "not resolved"
+
+    def bears_out(self, places: Sequence[Place]) -> bool:
+        """Whether the first arm stands where it should; an arm that is close to another one is level with it."""
+        return self.place in places or ("level" in places and self.is_close)
 
     def __str__(self) -> str:
         interval = "" if self.seeds < 2 else f" [{self.low:+.3f}, {self.high:+.3f}]"
-        return f"{self.mean:+.3f}{interval}, {self.place}"
+        near = f", within {LEVEL:g}" if self.is_close and self.place in ("above", "below") else ""
+        return f"{self.mean:+.3f}{interval}, {self.place}{near}"
 
 
 def difference(one: Summary, other: Summary) -> Difference | None:
@@ -221,8 +231,8 @@ def predicted(table: Sequence[Summary], tasks: Sequence[str], prediction: Predic
             if found is None:
                 continue
             cells.append(f"{task} {found}")
-            held += found.place in prediction.places
-            against += found.place not in (*prediction.places, "not resolved")
+            held += found.bears_out(prediction.places)
+            against += not found.bears_out(prediction.places) and found.place != "not resolved"
         if cells:
             lines.append(f"`{compared.arm}` against `{compared.other}`: {'; '.join(cells)}")
     total = sum(len([task for task in tasks if ours(table, task, each) is not None]) for each in prediction.compared)

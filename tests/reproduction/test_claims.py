@@ -52,6 +52,14 @@ def test_level_is_said_only_where_the_whole_interval_is_small(low, high, place):
     assert Difference(5, (low + high) / 2, low, high).place == place
 
 
+def test_what_is_a_little_below_is_still_close():
+    near, far = Difference(5, -0.007, -0.013, -0.002), Difference(5, -0.07, -0.13, -0.002)
+    assert near.place == far.place == "below" and near.is_close and not far.is_close
+    assert near.bears_out(("level", "above")) and not far.bears_out(("level", "above"))
+    assert not near.bears_out(("above",)) and near.bears_out(("below",))
+    assert str(near).endswith("below, within 0.05") and str(far).endswith("below")
+
+
 def test_one_seed_resolves_nothing():
     table = summaries([row("reverse_kl/opd", 0.4), row("jsd/opd_plus", 0.9)])
     assert ours(table, "arithmetic", Comparison("jsd/opd_plus")).place == "not resolved"
