@@ -65,8 +65,9 @@ VERDICTS: dict[Verdict, str] = {
 }
 FAITHFUL: tuple[Verdict, ...] = ("exact", "exact_up_to_scale")
 
-# What is subtracted from an advantage before it multiplies the score (T7).
-Baseline = Literal["constant", "group_mean", "leave_one_out", "vocabulary", "optimal"]
+# What is subtracted from an advantage before it multiplies the score (T7); `rest` is the weight of all tokens that a
+# top-k loss does not sum, taken as one (T19b).
+Baseline = Literal["constant", "group_mean", "leave_one_out", "vocabulary", "optimal", "rest"]
 
 # Which ratios p/mu weight the rollouts of another policy (T8).
 Importance = Literal["token", "prefix", "sequence", "ppo", "tis", "mask", "sequence_mask", "gspo"]

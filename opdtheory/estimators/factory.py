@@ -200,10 +200,11 @@ ENTRIES: dict[str, Entry] = {
         "T13",
         required=("k",),
         importance=("token", "prefix"),
-        baseline=("constant", "optimal"),
+        baseline=("constant", "optimal", "rest"),
         examples=(
             {"divergence": "forward_kl", "k": 2},
             {"divergence": "jsd", "k": 1, "baseline": "optimal"},
+            {"divergence": "hellinger", "k": 1, "baseline": "rest"},
             {"divergence": "chi2", "k": 2, "support": "student", "importance": "prefix"},
         ),
     ),
@@ -285,8 +286,9 @@ def estimator(
         name: one of `estimator_names()`.
         divergence: a catalogue name or a `Divergence`, if the table says "any".
         reduction: `token_sum` (the objectives of the theory), `token_mean` or `sequence_mean` (T11).
-        baseline: `constant` (with `baseline_value`), `group_mean`, `leave_one_out`, `vocabulary` or `optimal` (T7; the
-            last two take the teacher's whole distribution).
+        baseline: `constant` (with `baseline_value`), `group_mean`, `leave_one_out`, `vocabulary` or `optimal` (T7;
+            these two take the teacher's whole distribution), or `rest` of `topk_tail_sampled`, which the top tokens
+            suffice for (T19b).
         baseline_value: the constant, in the unit of the advantage.
         zscore: whether to centre and scale by the group's standard deviation plus `eps`, instead of a baseline.
         eps: added to the standard deviation (default: 1e-6).

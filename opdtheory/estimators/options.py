@@ -61,7 +61,7 @@ class Entry:
     required: tuple[str, ...] = ()
     descends: str | None = None
     importance: tuple[str, ...] = get_args(Importance)
-    baseline: tuple[str, ...] = get_args(Baseline)
+    baseline: tuple[str, ...] = tuple(name for name in get_args(Baseline) if name != "rest")
     examples: tuple[Options, ...] = ({},)
     formula: Formula | None = None
     claim: Callable[[Divergence, Options], Claim] | None = None

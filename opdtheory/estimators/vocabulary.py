@@ -18,10 +18,11 @@ from opdtheory.estimators import offpolicy
 from opdtheory.estimators.base import teacher_distribution, unmasked
 from opdtheory.rollouts import Rollouts
 
-__all__ = ["SampledTail", "Support", "TopK", "TopKReward", "VocabularyLoss", "perspective"]
+__all__ = ["LEAST_REST", "SampledTail", "Support", "TopK", "TopKReward", "VocabularyLoss", "perspective", "rest_weight"]
 
 _FARTHEST_LOG_U = 300.0  # beyond, p may underflow
 _LARGEST_LOG_U = 700.0  # beyond, u itself overflows
+LEAST_REST = 1e-9
 
 
 def perspective(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -141,23 +142,25 @@ class SampledTail:
     $$\ell_n = \sum_{a\in S} p_a f(q_a/p_a) + c\,p(S) - 1[y_n\notin S]\,\mathrm{sg}(w_f(u_n) - c)\log p(y_n|h_n)$$
 
     Its expected gradient is that of $D_f$ for every f, S and c. It needs the teacher's log-probabilities of S and of
-    the sampled token, as in `Rollouts.from_payload`; `baseline="optimal"` takes the whole distributions for the c of
-    least variance given the history. Off-policy, `importance="token"` weights the sampled token by its own $\rho_n$,
-    and `prefix` weights the history too.
+    the sampled token, as in `Rollouts.from_payload`. So does `baseline="rest"`, $c = w_f(q(T)/p(T))$ with T the other
+    tokens, which leaves no variance where their ratios are alike (T19b); `baseline="optimal"` takes the whole
+    distributions for the c of least variance given the history. Off-policy, `importance="token"` weights the sampled
+    token by its own $\rho_n$, and `prefix` weights the history too.
     """
 
     divergence: Divergence
     k: int
     support: Support = "teacher"
-    baseline: Literal["constant", "optimal"] | None = None
+    baseline: Literal["constant", "optimal", "rest"] | None = None
     baseline_value: float = 0.0
     importance: Literal["token", "prefix"] | None = None
 
     def __call__(self, rollouts: Rollouts) -> Float[Tensor, "B T"]:
         """The loss of each token; its gradient at masked positions is exactly zero."""
         log_p = torch.log_softmax(unmasked(rollouts, rollouts.student_logits).double(), dim=-1)
-        chosen, kept_q, constant = self._known(rollouts, log_p.detach())
+        chosen, kept_q, best = self._known(rollouts, log_p.detach())
         kept_p = log_p.gather(-1, chosen)
+        constant = self._constant(kept_p.detach(), kept_q) if best is None else best
         on_set = perspective(self.divergence, kept_p, kept_q).sum(-1) + constant * kept_p.exp().sum(-1)
         drawn = rollouts.tokens.clamp(0, log_p.shape[-1] - 1).unsqueeze(-1)
         outside = ~(chosen == drawn).any(-1) & (rollouts.mask > 0)
@@ -174,19 +177,21 @@ class SampledTail:
         tail = torch.where(outside, weight.detach() * ours, 0.0)
         return unmasked(rollouts, on_set - tail).to(rollouts.student_logits.dtype)
 
-    def _known(self, rollouts: Rollouts, log_p: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
-        """The tokens S, the teacher's log-probabilities of them, and the constant."""
+    def _known(self, rollouts: Rollouts, log_p: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The tokens S, the teacher's log-probabilities of them, and the constant if it takes whole distributions."""
         if rollouts.payload is not None and self.support == "teacher" and self.baseline != "optimal":
             chosen, kept_q = rollouts.teacher_top_k(self.k)
-            return chosen, unmasked(rollouts, kept_q).double(), self._fixed
+            return chosen, unmasked(rollouts, kept_q).double(), None
         what = "a baseline of least variance" if self.support == "teacher" else "the student's likeliest tokens"
         log_q = torch.log_softmax(teacher_distribution(rollouts, what).double(), dim=-1)
         chosen = _likeliest(log_p, log_q, self.k, self.support)
-        constant = self._optimal(log_p, log_q, chosen) if self.baseline == "optimal" else self._fixed
-        return chosen, log_q.gather(-1, chosen), constant
+        best = self._optimal(log_p, log_q, chosen) if self.baseline == "optimal" else None
+        return chosen, log_q.gather(-1, chosen), best
 
-    @property
-    def _fixed(self) -> float:
+    def _constant(self, kept_p: Tensor, kept_q: Tensor) -> Tensor | float:
+        """The constant that the probabilities of S suffice for."""
+        if self.baseline == "rest":
+            return rest_weight(self.divergence, kept_p, kept_q)
         return self.baseline_value if self.baseline == "constant" else 0.0
 
     def _optimal(self, log_p: Tensor, log_q: Tensor, chosen: Tensor) -> Tensor:
@@ -205,6 +210,16 @@ class SampledTail:
         bottom = mass * (1 + square) - 2 * second - (second * (1 - 2 * mass) + mass.square() * square)
         top = pull * (1 + square) - 2 * pulled - (pulled * (1 - mass) - pull * second + pull * mass * square)
         return torch.where(bottom > torch.finfo(p.dtype).tiny, top / bottom, 0.0)
+
+
+def rest_weight(divergence: Divergence, kept_p: Tensor, kept_q: Tensor) -> Tensor:
+    r"""The weight of all other tokens as one, $w_f((1 - q(S))/(1 - p(S)))$, from log-probabilities on S (T19b).
+
+    Either mass counts as at least `LEAST_REST`: what rounding leaves of a smaller one says nothing, and any number that
+    does not depend on the sampled token will do.
+    """
+    ours, theirs = ((1.0 - kept.exp().sum(-1)).clamp_min(LEAST_REST).log() for kept in (kept_p, kept_q))
+    return divergence.weight(theirs - ours)
 
 
 def _likeliest(log_p: Tensor, log_q: Tensor, k: int, support: Support) -> Tensor:

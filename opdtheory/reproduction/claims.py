@@ -187,6 +187,12 @@ PREDICTIONS: tuple[Prediction, ...] = (
         tuple(Comparison(f"{d}/top 4 and tail, no baseline", f"{d}/opd_plus") for d in _ALL),
     ),
     Prediction(
+        "With the weight of the rest as one token (T19b), which these suffice for too, they come close to the best "
+        "baseline",
+        ("level", "above"),
+        tuple(Comparison(f"{d}/top 4 and tail, rest", f"{d}/top 4 and tail") for d in _ALL),
+    ),
+    Prediction(
         "The top 8 tokens with a sampled tail (T13) come close to the whole vocabulary",
         ("level", "above"),
         tuple(Comparison(f"{d}/top 8 and tail", f"{d}/full_vocab") for d in _ALL),

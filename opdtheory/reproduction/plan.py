@@ -70,12 +70,13 @@ _CLIP = 6.0
 
 # What is done with a divergence: the stopped gradient, the corrected advantage, its least-variance baseline, the exact
 # part on the teacher's k tokens with a sampled tail (T13), and the whole vocabulary. The optimal baseline needs both
-# whole laws; "no baseline" is what the top tokens and the sampled one suffice for.
+# whole laws; for "no baseline" and "rest" (T19b) the top tokens and the sampled one suffice.
 FORMS: dict[str, dict[str, Any]] = {
     "opd": {"estimator": "opd", "clip_log_ratio": _CLIP},
     "opd_plus": {"estimator": "opd_plus", "clip_log_ratio": _CLIP},
     "opd_plus, optimal baseline": {"estimator": "opd_plus", "baseline": "optimal", "clip_log_ratio": _CLIP},
     "top 4 and tail, no baseline": {"estimator": "topk_tail_sampled", "k": 4},
+    "top 4 and tail, rest": {"estimator": "topk_tail_sampled", "k": 4, "baseline": "rest"},
     **{
         f"top {k} and tail": {"estimator": "topk_tail_sampled", "k": k, "baseline": "optimal"}
         for k in (2, 4, 8, 16, 64)
@@ -84,7 +85,7 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 # Of the stopped gradient, only that of the reverse KL is unbiased; the others are controls.
 _COMPARED = (
-    *("opd_plus", "opd_plus, optimal baseline", "top 4 and tail, no baseline"),
+    *("opd_plus", "opd_plus, optimal baseline", "top 4 and tail, no baseline", "top 4 and tail, rest"),
     *("top 2 and tail", "top 4 and tail", "top 8 and tail", "full_vocab"),
 )
 _TUNED_FORMS = ("opd_plus", "opd_plus, optimal baseline", "top 8 and tail")

@@ -99,7 +99,8 @@ def variance(table: Sequence[Summary]) -> str:
             "of 32 rollouts, relative to the squared length of the exact gradient of the same divergence. All forms "
             "of one divergence but `opd` follow the same expected gradient, up to the clip. The optimal baseline is "
             "computed from both whole distributions, as the whole vocabulary is; the top tokens with *no baseline* "
-            "need no more than what a teacher's server sends, its likeliest tokens and the sampled one.",
+            "or with that of the *rest* need no more than what a teacher's server sends, its likeliest tokens and the "
+            "sampled one.",
             markdown_table(("task", "arm", "variance", "sampled", "against the whole vocabulary"), rows),
         ]
     )

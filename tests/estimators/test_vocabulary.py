@@ -13,7 +13,15 @@ from opdtheory import divergences
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.estimators import Estimator, estimator
 from opdtheory.estimators.vocabulary import perspective
-from opdtheory.exact import exact_gradient, expected_gradient, gradient_moments, local_gradient, random_pair
+from opdtheory.exact import (
+    TabularPolicy,
+    exact_gradient,
+    expected_gradient,
+    gradient_moments,
+    least_variance,
+    local_gradient,
+    random_pair,
+)
 from opdtheory.rollouts import Payload, Rollouts
 from opdtheory.testing import gradient_gap
 from tests.estimators.pairs import error, three_tokens, value_of, with_zeros
@@ -278,13 +286,16 @@ def payload_of(batch: Rollouts, k: int) -> Rollouts:
 
 
 @pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "jsd", "chi2"])
-@pytest.mark.parametrize("options", [{}, {"baseline": "constant", "baseline_value": 0.3}, {"importance": "prefix"}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"baseline": "constant", "baseline_value": 0.3}, {"baseline": "rest"}, {"importance": "prefix"}],
+)
 def test_a_payload_is_all_that_the_sampled_tail_needs(name: str, options: dict) -> None:
     batch = seven_tokens()
     loss = estimator("topk_tail_sampled", name, k=2, **options)
     found, exact = (torch.autograd.grad(loss(r), r.student_logits)[0] for r in (payload_of(batch, 2), batch))
     assert torch.equal(found, exact)
-    # A longer payload serves too; a shorter one is refused, and a payload of other tokens gives another loss.
+    # A longer payload serves too; a shorter one is refused.
     longer = torch.autograd.grad(loss(payload_of(batch, 5)), batch.student_logits)[0]
     assert torch.equal(longer, exact)
     with pytest.raises(InvalidArgumentError, match="k"):
@@ -311,3 +322,40 @@ def test_estimators_of_the_sampled_token_need_no_payload() -> None:
 def test_what_needs_the_whole_distribution_says_so(loss: Estimator, what: str) -> None:
     with pytest.raises(InvalidArgumentError, match=f"whole distribution for {what}, got a payload of 2 tokens"):
         loss(payload_of(seven_tokens(), 2))
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "jsd", "hellinger", "chi2"])
+@pytest.mark.parametrize("k", [1, 2])
+def test_the_weight_of_the_rest_has_the_variance_of_its_closed_form(name: str, k: int) -> None:
+    student, teacher = random_pair(5, 1, distance=1.0, seed=4)
+    loss = estimator("topk_tail_sampled", name, k=k, baseline="rest")
+    moments = gradient_moments(loss, student, teacher)
+    laws = [policy.logits[0].log_softmax(-1) for policy in (student, teacher)]
+    exact = least_variance(*laws, name, k=k).split_level
+    assert float(moments.variance) == pytest.approx(float(exact.variance), rel=1e-10)
+    assert gradient_gap(moments.mean, exact_gradient(student, teacher, name)) < ALGEBRA
+    # The twin without a baseline has another variance.
+    plain = gradient_moments(estimator("topk_tail_sampled", name, k=k), student, teacher).variance
+    assert abs(float(plain) / float(exact.variance) - 1.0) > 1e-3
+
+
+def test_the_weight_of_the_rest_leaves_nothing_to_chance_where_the_ratio_is_level() -> None:
+    teacher = torch.tensor([[0.5, 0.2, 0.2, 0.1]], dtype=torch.float64).log()
+    student = torch.tensor([[0.3, 0.28, 0.28, 0.14]], dtype=torch.float64).log()
+    policies = [TabularPolicy([rows]) for rows in (student, teacher)]
+    for name in ("reverse_kl", "jsd", "chi2"):
+        level, plain = (
+            gradient_moments(estimator("topk_tail_sampled", name, k=1, **options), *policies).variance
+            for options in ({"baseline": "rest"}, {})
+        )
+        assert float(level) < ALGEBRA < 1e-3 < float(plain)
+
+
+def test_a_rest_that_is_rounding_gives_a_finite_constant() -> None:
+    certain = torch.tensor([[0.0, -60.0, -60.0]], dtype=torch.float64)
+    other = torch.tensor([[0.0, -1.0, -2.0]], dtype=torch.float64)
+    for laws in ((certain, other), (other, certain), (certain, certain)):
+        policies = [TabularPolicy([rows]) for rows in laws]
+        for name in ("reverse_kl", "forward_kl", "chi2"):
+            mean = expected_gradient(estimator("topk_tail_sampled", name, k=1, baseline="rest"), *policies)
+            assert all(bool(torch.isfinite(level).all()) for level in mean)
