@@ -13,16 +13,16 @@ from torch import Tensor
 from opdtheory.choices import Support
 from opdtheory.divergences import Divergence
 from opdtheory.divergences.divergence import transforms_active
+from opdtheory.divergences.rest import rest_weight
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.estimators import offpolicy
 from opdtheory.estimators.base import teacher_distribution, unmasked
 from opdtheory.rollouts import Rollouts
 
-__all__ = ["LEAST_REST", "SampledTail", "Support", "TopK", "TopKReward", "VocabularyLoss", "perspective", "rest_weight"]
+__all__ = ["SampledTail", "Support", "TopK", "TopKReward", "VocabularyLoss", "perspective"]
 
 _FARTHEST_LOG_U = 300.0  # beyond, p may underflow
 _LARGEST_LOG_U = 700.0  # beyond, u itself overflows
-LEAST_REST = 1e-9
 
 
 def perspective(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -210,16 +210,6 @@ class SampledTail:
         bottom = mass * (1 + square) - 2 * second - (second * (1 - 2 * mass) + mass.square() * square)
         top = pull * (1 + square) - 2 * pulled - (pulled * (1 - mass) - pull * second + pull * mass * square)
         return torch.where(bottom > torch.finfo(p.dtype).tiny, top / bottom, 0.0)
-
-
-def rest_weight(divergence: Divergence, kept_p: Tensor, kept_q: Tensor) -> Tensor:
-    r"""The weight of all other tokens as one, $w_f((1 - q(S))/(1 - p(S)))$, from log-probabilities on S (T19b).
-
-    Either mass counts as at least `LEAST_REST`: what rounding leaves of a smaller one says nothing, and any number that
-    does not depend on the sampled token will do.
-    """
-    ours, theirs = ((1.0 - kept.exp().sum(-1)).clamp_min(LEAST_REST).log() for kept in (kept_p, kept_q))
-    return divergence.weight(theirs - ours)
 
 
 def _likeliest(log_p: Tensor, log_q: Tensor, k: int, support: Support) -> Tensor:

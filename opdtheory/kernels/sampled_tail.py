@@ -7,6 +7,7 @@ $\kappa = 1[y \notin S]\,(w_f(u_y) - c)$, is $p_j (G + \kappa) - 1[j\in S]\,g_j 
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int64, Shaped
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from opdtheory.divergences import Divergence
 from opdtheory.divergences import divergence as as_divergence
+from opdtheory.divergences.rest import rest_weight
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.kernels import arguments
 from opdtheory.kernels.attached import attached, outside_graphs
@@ -32,7 +34,7 @@ def fused_sampled_tail(
     token_logprobs: Float[Tensor, "*batch"],
     divergence: str | Divergence,
     mask: Shaped[Tensor, "*batch"] | None = None,
-    constant: float = 0.0,
+    constant: float | Literal["rest"] = 0.0,
     temperature: float = 1.0,
     chunk_size: int | None = None,
 ) -> Float[Tensor, "*batch"]:
@@ -54,7 +56,8 @@ def fused_sampled_tail(
         token_logprobs: $\log q(y)$ in nats; detached, and not read where $y$ is in $S$ or is none.
         divergence: an object or a catalogue name.
         mask: a weight for each position, as in `fused_divergence`.
-        constant: $c$, in the unit of the weight.
+        constant: $c$, in the unit of the weight, or `rest` for $c_n = w_f(q(T_n)/p(T_n))$ with $T_n$ the tokens outside
+            $S_n$, the weight of all of them as one, which as a rule leaves less to chance (T19b).
         temperature: divides the student's logits; the rollouts must be of that temperature too (T16c).
         chunk_size: the number of positions at a time.
 
@@ -79,16 +82,17 @@ def fused_sampled_tail(
     dtype, weights = arguments.shared(student_logits, mask, temperature, chunk_size, student_logits)
     check_payload(student_logits, teacher_ids, teacher_logprobs)
     _check_sampled(student_logits, tokens, token_logprobs)
-    if not math.isfinite(constant):
-        raise InvalidArgumentError("constant", f"must be a finite number, got {constant!r}")
+    if constant != "rest" and not (isinstance(constant, int | float) and math.isfinite(constant)):
+        raise InvalidArgumentError("constant", f"must be a finite number or 'rest', got {constant!r}")
     chosen = as_divergence(divergence)
     arguments.check_weights(weights)
     wanted = student_logits.requires_grad and torch.is_grad_enabled()
 
     def evaluate(logits: Tensor, drawn: Tensor, log_q: Tensor, factor: Tensor | float, out: Tensor | None) -> Tensor:
         split = _Split(logits, drawn, log_q, dtype, 1.0 / temperature)
-        masses = split.masses(chosen, constant)
-        value = factor * split.value(chosen, constant, masses)
+        c = split.rest_weight(chosen) if constant == "rest" else constant
+        masses = split.masses(chosen, c)
+        value = factor * split.value(chosen, c, masses)
         if out is not None:
             split.write_gradient(factor * masses / temperature, out)
         return value
@@ -120,7 +124,11 @@ class _Split:
         both = (log_p > -math.inf) & (log_q > -math.inf)
         self._logs = LogDistributions(log_p, log_q, torch.where(both, log_q - log_p, 0.0), both)
 
-    def masses(self, divergence: Divergence, constant: float) -> Tensor:
+    def rest_weight(self, divergence: Divergence) -> Tensor:
+        r"""$w_f(q(T)/p(T))$ of each row, with $T$ all tokens outside $S$."""
+        return rest_weight(divergence, self._logs.log_p[:, :-1], self._logs.log_q[:, :-1]).unsqueeze(-1)
+
+    def masses(self, divergence: Divergence, constant: float | Tensor) -> Tensor:
         r"""$p_a (w_a - c)$ on S, and the sampled token's $w_y - c$ or zero."""
         on_set = weight_masses(divergence, LogDistributions(*(x[:, :-1] for x in self._logs)))
         on_set = on_set - constant * self._logs.log_p[:, :-1].exp()
@@ -128,7 +136,7 @@ class _Split:
         drawn = self.outside * (divergence.weight(log_u) - constant)
         return torch.cat([on_set, torch.where(self.outside > 0, drawn, 0.0)], -1)
 
-    def value(self, divergence: Divergence, constant: float, masses: Tensor) -> Tensor:
+    def value(self, divergence: Divergence, constant: float | Tensor, masses: Tensor) -> Tensor:
         on_set = LogDistributions(*(x[:, :-1] for x in self._logs))
         exact = terms(divergence, on_set).sum(-1, keepdim=True) + constant * on_set.log_p.exp().sum(-1, keepdim=True)
         return exact - torch.where(self.outside > 0, masses[:, -1:] * self._logs.log_p[:, -1:], 0.0)

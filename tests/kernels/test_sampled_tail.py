@@ -34,12 +34,13 @@ def worst(a: Tensor, b: Tensor) -> float:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(("k", "constant"), [(1, 0.0), (3, 0.7), (8, -0.4)])
+@pytest.mark.parametrize(("k", "constant"), [(1, 0.0), (3, 0.7), (8, -0.4), (2, "rest"), (8, "rest")])
 @pytest.mark.parametrize("chunk", (None, 1, 5))
-def test_it_is_the_estimators_loss(name: str, k: int, constant: float, chunk: int | None) -> None:
+def test_it_is_the_estimators_loss(name: str, k: int, constant: float | str, chunk: int | None) -> None:
     student, teacher, payload = case(3, 4, 8, k=k)
     mask = (torch.arange(12).view(3, 4) % 5 > 0).double()
-    loss = opd.estimator("topk_tail_sampled", name, k=k, baseline="constant", baseline_value=constant)
+    baseline = {"baseline": "rest"} if constant == "rest" else {"baseline": "constant", "baseline_value": constant}
+    loss = opd.estimator("topk_tail_sampled", name, k=k, **baseline)
     rollouts = Rollouts.from_logits(payload["tokens"], student, teacher, mask)
     wanted = mask * loss.token_loss(rollouts)
     found = opd.fused_sampled_tail(student, divergence=name, mask=mask, constant=constant, chunk_size=chunk, **payload)
@@ -50,8 +51,8 @@ def test_it_is_the_estimators_loss(name: str, k: int, constant: float, chunk: in
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("constant", (0.0, 1.3))
-def test_its_mean_over_the_sampled_token_is_the_whole_gradient(name: str, constant: float) -> None:
+@pytest.mark.parametrize("constant", (0.0, 1.3, "rest"))
+def test_its_mean_over_the_sampled_token_is_the_whole_gradient(name: str, constant: float | str) -> None:
     """Every token of one row, weighted by the student's probability; the twin weights by the teacher's."""
     student, teacher, _ = case(1, 7, k=1, seed=3)
     log_q = teacher.log_softmax(-1)
@@ -126,6 +127,7 @@ def test_second_derivatives_are_refused() -> None:
         ({"token_logprobs": torch.zeros(2, dtype=torch.int64)}, "token_logprobs"),
         ({"token_logprobs": torch.tensor([0.0, math.nan])}, "token_logprobs"),
         ({"constant": math.inf}, "constant"),
+        ({"constant": "optimal"}, "constant"),
         ({"temperature": 0.0}, "temperature"),
         ({"mask": torch.tensor([1.0, math.nan])}, "mask"),
     ],
