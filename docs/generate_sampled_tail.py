@@ -87,7 +87,9 @@ def table(rows: Rows, summed: Sequence[int] = SUMMED) -> list[str]:
         d = divergence(name)
         plain = tail_moments(rows.student, rows.teacher, d)
         splits = [tail_moments(rows.student, rows.teacher, d, k) for k in summed]
-        cells = [f"{shown(split.relative)} / {shown(split.least_relative)}" for split in splits]
+        cells = [
+            " / ".join(map(shown, (split.relative, split.rest_relative, split.least_relative))) for split in splits
+        ]
         lines.append(f"| `{name}` | {plain.relative:.3g} | {plain.least_relative:.3g} | {' | '.join(cells)} |")
     return lines
 
@@ -101,7 +103,8 @@ def page() -> str:
         "and lets the sampled token stand for all others (T13). Its expected gradient is the exact one of any\n"
         "f-divergence, from what a teacher server sends: `k` log-probabilities and that of the sampled token.",
         "The tables show the variance that is left: the trace of one token's covariance in the logits, summed over\n"
-        "all rows, over the sum of the squared gradients. Each cell of a `k` holds two numbers: without a constant,\n"
+        "all rows, over the sum of the squared gradients. Each cell of a `k` holds three numbers: without a constant;\n"
+        "with the weight of all other tokens as one (`baseline='rest'`, T19b), which the same payload suffices for;\n"
         "and with the constant of least variance in each row (`baseline='optimal'`, which takes the whole\n"
         "distributions). The whole vocabulary leaves zero.",
     ]

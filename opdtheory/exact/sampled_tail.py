@@ -28,12 +28,14 @@ class TailMoments:
         variance: the trace of the covariance in the logits with the given constant, `(N,)`.
         constant: the constant of least variance, `(N,)`; 0 where every constant is as good.
         least: the variance with that constant, `(N,)`.
+        rest: the variance with the weight of the other tokens as one for a constant (T19b), `(N,)`.
         squared_gradient: the squared length of the exact gradient, `(N,)`.
     """
 
     variance: Float[Tensor, " N"]
     constant: Float[Tensor, " N"]
     least: Float[Tensor, " N"]
+    rest: Float[Tensor, " N"]
     squared_gradient: Float[Tensor, " N"]
 
     @property
@@ -45,6 +47,11 @@ class TailMoments:
     def least_relative(self) -> float:
         """The variance of each row's best constant, likewise."""
         return float(self.least.sum() / self.squared_gradient.sum())
+
+    @property
+    def rest_relative(self) -> float:
+        """The variance of the weight of the rest, likewise."""
+        return float(self.rest.sum() / self.squared_gradient.sum())
 
 
 def tail_moments(
@@ -88,7 +95,9 @@ def tail_moments(
         return rows.tail_covariance(centred, centred).clamp_min(0.0)
 
     gradient = rows.p * (weight - rows.mean_weight)
-    return TailMoments(spread(torch.full_like(best, constant)), best, spread(best), gradient.square().sum(-1))
+    squared = gradient.square().sum(-1)
+    given, level = torch.full_like(best, constant), rows.level_weight()
+    return TailMoments(spread(given), best, spread(best), spread(level), squared)
 
 
 @dataclass(frozen=True)

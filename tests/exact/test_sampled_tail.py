@@ -31,6 +31,8 @@ def test_variances_are_those_of_the_estimators(name: str, k: int, support: str) 
     least = gradient_moments(best, *pair).variance
     if k:
         assert float(found.least) == pytest.approx(least, rel=1e-10)
+        rest = estimator("topk_tail_sampled", name, **split, baseline="rest")
+        assert float(found.rest) == pytest.approx(gradient_moments(rest, *pair).variance, rel=1e-10)
     else:  # the estimator's constant leaves out the mean's own term, which is all that it could lose
         assert float(found.least) <= least * (1 + ALGEBRA)
     (exact,) = exact_gradient(*pair, name)
@@ -42,7 +44,7 @@ def test_rows_are_apart_and_a_parabola_has_its_lowest_point_there() -> None:
     student, teacher = torch.randn(2, 7, 9, generator=generator, dtype=torch.float64)
     found = tail_moments(student, teacher, "forward_kl", 3)
     alone = [tail_moments(a, b, "forward_kl", 3) for a, b in zip(student.split(1), teacher.split(1), strict=True)]
-    for name in ("variance", "constant", "least", "squared_gradient"):
+    for name in ("variance", "constant", "least", "rest", "squared_gradient"):
         assert torch.allclose(getattr(found, name), torch.cat([getattr(x, name) for x in alone]), atol=ALGEBRA)
     for row, (a, b) in enumerate(zip(student.split(1), teacher.split(1), strict=True)):
         best = float(found.constant[row])
