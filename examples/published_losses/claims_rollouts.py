@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
 
-from examples.published_losses.entry import OURS, Entry
+from examples.published_losses.entry import Entry, described
 from examples.published_losses.papers_rollouts import SAMPLING_TEMPERATURE
 
 __all__ = ["ENTRIES"]
@@ -25,32 +25,7 @@ _SAMPLER_NOTE = "Rollouts of another policy (noise of 0.3 on the student's logit
 _SECONDARY = "Read in a secondary source. "
 
 
-def _loss(
-    function: str,
-    label: str,
-    link: str,
-    says: str,
-    objective: str = "reverse_kl",
-    remark: str = "",
-    follows: str = "",
-    settings: dict[str, Any] | None = None,
-    **parameters: float,
-) -> Entry:
-    return Entry(
-        function,
-        label,
-        OURS,
-        link,
-        says,
-        "",
-        objective,
-        parameters,
-        settings=settings or {},
-        remark=remark,
-        follows=follows,
-        module="papers_rollouts",
-    )
-
+_loss = functools.partial(described, module="papers_rollouts")
 
 ENTRIES: tuple[Entry, ...] = (
     _loss(

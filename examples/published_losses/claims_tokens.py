@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from examples.published_losses.entry import OURS, Entry
+import functools
+
+from examples.published_losses.entry import Entry, described
 
 __all__ = ["ENTRIES"]
 
@@ -11,30 +13,7 @@ _NEMO = "https://github.com/NVIDIA-NeMo/RL"
 _MARIN = "https://github.com/marin-community/marin"
 
 
-def _paper(
-    function: str,
-    label: str,
-    link: str,
-    says: str,
-    objective: str,
-    remark: str = "",
-    follows: str = "",
-    **parameters: float,
-) -> Entry:
-    return Entry(
-        function,
-        label,
-        OURS,
-        link,
-        says,
-        "",
-        objective,
-        parameters,
-        remark=remark,
-        follows=follows,
-        module="papers_tokens",
-    )
-
+_paper = functools.partial(described, module="papers_tokens")
 
 _NOTES = " Written from the abstract and from notes on the paper, which itself could not be read."
 _TOP = "The comparison is with the divergence over the whole vocabulary. "

@@ -11,7 +11,7 @@ from typing import Any
 
 import opdtheory as opd
 
-__all__ = ["OURS", "Entry"]
+__all__ = ["OURS", "Entry", "described"]
 
 # The "package" of the losses that are written here from a paper's description.
 OURS = "papers"
@@ -87,3 +87,35 @@ class Entry:
     def _adapters(self) -> ModuleType:
         name = self.module or _MODULES.get(self.package, f"{self.package}_losses")
         return importlib.import_module(f"examples.published_losses.{name}")
+
+
+def described(
+    function: str,
+    label: str,
+    link: str,
+    says: str,
+    objective: str = "reverse_kl",
+    remark: str = "",
+    follows: str = "",
+    *,
+    granularity: str = "token_local",
+    settings: dict[str, Any] | None = None,
+    module: str = "",
+    **parameters: float,
+) -> Entry:
+    """The entry of a loss that is written here from its description at a link; the other arguments are its fields."""
+    return Entry(
+        function,
+        label,
+        OURS,
+        link,
+        says,
+        "",
+        objective,
+        parameters,
+        granularity,
+        settings or {},
+        remark=remark,
+        follows=follows,
+        module=module,
+    )

@@ -56,7 +56,7 @@ def page_of(outcome: Outcome, figures: Sequence[tuple[str, str]]) -> str:
         predictions(table),
         _figures(figures),
         variance(table),
-        tuning(table, tuned(outcome.rows, outcome.plan), outcome.plan),
+        tuning(table, tuned(outcome.rows, outcome.plan)),
         arms(table),
         theory(table),
         _limits(outcome, table),

@@ -94,10 +94,10 @@ def reproduce(
     folder = out / "arms"
     folder.mkdir(parents=True, exist_ok=True)
     workers = workers or plan.workers or cores()
-    problems: dict[str, str] = {}
     first = plan.arms()
-    for arms in (lambda: first, lambda: plan.tuned_arms(_rows(first, folder))):
-        problems |= _run_all(plan, out, list(_jobs(arms(), folder, cache, device)), workers, report)
+    problems = _run_all(plan, out, list(_jobs(first, folder, cache, device)), workers, report)
+    tuned = plan.tuned_arms(_rows(first, folder))
+    problems |= _run_all(plan, out, list(_jobs(tuned, folder, cache, device)), workers, report)
     return stored(plan, out, cache=cache, problems=problems)
 
 

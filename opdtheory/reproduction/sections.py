@@ -17,7 +17,7 @@ from opdtheory.reproduction.claims import (
     ours,
     predicted,
 )
-from opdtheory.reproduction.plan import FORMS, RATES, REFERENCE, Plan
+from opdtheory.reproduction.plan import FORMS, RATES, REFERENCE
 from opdtheory.reproduction.summary import Summary
 from opdtheory.reproduction.theory import Reading, reading
 
@@ -61,7 +61,7 @@ def reports(table: Sequence[Summary]) -> str:
         [
             "## What others report, and what we find",
             "Each line is one source's statement in its own numbers, and our nearest comparison: other models, other "
-            "tasks, other budgets. A difference of .03 points, as between 48.99 and 48.96, is within any noise.",
+            "tasks, other budgets. A difference of .03 points, as between 48.99 and 48.96, is a null result.",
             markdown_table(head, rows),
         ]
     )
@@ -72,8 +72,10 @@ def predictions(table: Sequence[Summary]) -> str:
     tasks = _tasks(table)
     lines = [
         "## Predicted, then run",
-        "The predictions follow from the variance of each estimator (T7a, T13) and were written down before the runs. "
-        "Each is held to the difference between two arms with the same students, paired by seed.",
+        "The predictions follow from the variance of each estimator (T7a, T13, T19b); each was written down before the "
+        "arms that decide it ran. It is held to the difference between two arms with the same students, paired by "
+        f"seed. That a difference within {LEVEL:g} counts as close although it excludes zero was settled while the "
+        "runs went on.",
     ]
     for each in PREDICTIONS:
         words, found = predicted(table, tasks, each)
@@ -106,7 +108,7 @@ def variance(table: Sequence[Summary]) -> str:
     )
 
 
-def tuning(table: Sequence[Summary], chosen: Sequence[Summary], plan: Plan) -> str:
+def tuning(table: Sequence[Summary], chosen: Sequence[Summary]) -> str:
     """The arms at the learning rate tuned for each, and the rates."""
     if not chosen:
         return ""

@@ -115,12 +115,7 @@ def recipe_for(task: str, role: Role, seed: int = 0, target: float | None = None
 
 
 def load_pair(
-    task: Task | str,
-    seed: int = 0,
-    *,
-    cache: Path | str | None = None,
-    teacher_seed: int = 0,
-    target: float | None = None,
+    task: Task | str, seed: int = 0, *, cache: Path | str | None = None, teacher_seed: int = 0
 ) -> tuple[LanguageModel, LanguageModel]:
     """The student of a seed and the teacher, from the cache; a model that it lacks is trained first.
 
@@ -129,13 +124,12 @@ def load_pair(
         seed: seed of the student; the teacher does not depend on it.
         cache: folder; by default `$OPDTHEORY_CACHE`, else `~/.cache/opdtheory`.
         teacher_seed: seed of the teacher.
-        target: the held-out accuracy at which the student's own training ends (default: after a number of steps).
 
     Returns:
         `(student, teacher)`; the teacher's parameters require no gradient.
     """
     name = task if isinstance(task, str) else task.name
-    student, _ = load_model(recipe_for(name, "student", seed, target), cache=cache)
+    student, _ = load_model(recipe_for(name, "student", seed), cache=cache)
     teacher, _ = load_model(recipe_for(name, "teacher", teacher_seed), cache=cache)
     return student, teacher.requires_grad_(False)
 
