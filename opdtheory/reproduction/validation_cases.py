@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,7 @@ class Case:
         options: options of the estimator.
         off_policy: whether another model samples.
         eos: whether rollouts may end early in an enumeration.
+        draws: number of draws of each next token (default: the section's).
     """
 
     name: str
@@ -52,6 +54,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     off_policy: bool = False
     eos: bool = True
+    draws: int | None = None
 
     def estimator(self) -> Estimator:
         """The estimator."""
@@ -149,13 +152,18 @@ ENUMERATED = (
     Case("full_vocab", "jsd", off_policy=True),
     Case("full_vocab", "jsd", {"importance": "prefix"}, off_policy=True),
 )
-# Without the estimators that read the whole distribution beside the sampled token, such as T13's: enumerated over all
-# tokens, they take the square of the vocabulary at each prefix.
+# The last read whole distributions beside the sampled token: they are run on the tokens drawn, and are given fewer.
 SMOLLM2 = (
     *_BOTH,
+    *(dataclasses.replace(case, draws=128) if case.name == "topk_reward" else case for case in _OTHERS),
     Case("opd_plus", "reverse_kl", {"clip_log_ratio": 6.0}),
     Case("opd_plus", "chi2", {"clip_log_ratio": 6.0}),
     Case("full_vocab", "reverse_kl"),
+    Case("topk_tail_sampled", "reverse_kl", {"k": 16}, draws=128),
+    Case("topk_tail_sampled", "forward_kl", {"k": 16, "baseline": "rest"}, draws=128),
+    Case("topk_tail_sampled", "jsd", {"k": 16, "baseline": "optimal"}, draws=128),
+    Case("topk_tail_sampled", "hellinger", {"k": 64, "baseline": "optimal"}, draws=128),
+    Case("opd_plus", "forward_kl", {"baseline": "optimal"}, draws=128),
 )
 
 # What a quick run and the tests repeat.
@@ -243,7 +251,7 @@ def smollm2(
     prefixes = smollm2_prefixes(tokens=tokens, layer=layer)
     pushed = random_images(prefixes, 4, 0)
     for case in cases:
-        yield compare(prefixes, case.estimator(), draws=draws, seed=0, pushed=pushed)
+        yield compare(prefixes, case.estimator(), draws=case.draws or draws, seed=0, pushed=pushed)
 
 
 def smollm2_prefixes(*, tokens: int = 25, layer: int | None = None) -> Prefixes:

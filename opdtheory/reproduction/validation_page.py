@@ -68,7 +68,9 @@ _TEXTS = {
     "each weight matrix's standard deviation. Eight English prompts; gradients in the last block and the final norm, "
     "in float32, so that rounding is 1e-4. Expected and predicted gradients are summed in float64 before they are "
     "pulled back, and often round to the same vector. For χ² without a clip, 1024 draws say nothing (see the "
-    "interval), but the sum over the vocabulary does.",
+    "interval), but the sum over the vocabulary does. An estimator that reads whole distributions beside the sampled "
+    "token would take the square of the vocabulary at each prefix: its own code is run on the tokens drawn, whose share "
+    "of the probability is given, and must have the weight of theory on each; on the others that weight stands for it.",
     "smollm2_layer": "The same teacher; the student lacks one layer in the middle.",
 }
 
@@ -122,7 +124,7 @@ def _table(rows: Sequence[Record]) -> str:
     for row in rows:
         found = Validation.from_dict(row)
         cells = [
-            f"`{found.estimator}`" + (", off-policy" if row.get("off_policy") else ""),
+            f"`{found.estimator}`" + (", off-policy" if row.get("off_policy") else "") + _run_on(found),
             verdict_words(found.claimed),
             _number(found.bias),
             _number(found.predicted_bias),
@@ -133,6 +135,10 @@ def _table(rows: Sequence[Record]) -> str:
             cells += _sampled(found)
         table.append([*cells, found.verdict])
     return markdown_table(header, table)
+
+
+def _run_on(found: Validation) -> str:
+    return "" if found.run_on == 1 else f", {found.draws} draws, run on {found.run_on:.0%}"
 
 
 def _sampled(found: Validation) -> list[str]:

@@ -4,7 +4,8 @@ Everything is linear in the gradients in the logits at the prefixes, $g = J^\top
 
 - exact: autograd of $\sum_h D_f(h)$ over the whole vocabulary;
 - predicted: the exact one plus the bias that theory states for the estimator;
-- expected: the estimator's own code on every next token, summed with their probabilities;
+- expected: the estimator's own code on every next token, summed with their probabilities; or on those drawn, with the
+  weight of theory on the others, where a loss would read a whole vocabulary for each token of it;
 - sampled: the gradient of the estimator's mean loss over draws of the next token at every prefix.
 
 Projections on a direction $v$ are $\langle c, Jv\rangle$, and since next tokens at fixed prefixes are independent, the
@@ -15,10 +16,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from scipy import special
 from torch import Tensor
 
@@ -26,11 +28,22 @@ from opdtheory.errors import InvalidArgumentError
 from opdtheory.estimators import Estimator
 from opdtheory.rollouts import Rollouts
 from opdtheory.training.objective import needs_groups
-from opdtheory.training.validation.expectation import Both, Known, Loss, Moments, Singles, moments, sensitivity
+from opdtheory.training.validation.expectation import (
+    Both,
+    Known,
+    Loss,
+    Moments,
+    Singles,
+    Some,
+    moments,
+    reads_rows,
+    sensitivity,
+)
 from opdtheory.training.validation.prediction import (
     VOCABULARY,
     group_factor,
     on_set,
+    predicted_constant,
     predicted_weight,
     ratio_correction,
     standardised,
@@ -39,12 +52,13 @@ from opdtheory.training.validation.prefixes import Prefixes
 from opdtheory.training.validation.report import Validation
 from opdtheory.training.validation.vectors import difference, norm, relations
 
-__all__ = ["LEVEL", "compare", "predicted_logit_gradient", "random_images"]
+__all__ = ["LEVEL", "compare", "predicted_logit_gradient", "predicted_sensitivity", "random_images"]
 
 # Probability that one validation finds a faithful estimator to disagree, all directions together.
 LEVEL = 1e-3
 _COUPLED = 1e-6
 _HELD = 2**22  # logits of draws held at once
+_EVERY = 2**12  # the largest vocabulary whose square is run
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
@@ -57,6 +71,7 @@ def compare(
     directions: int = 8,
     seed: int = 0,
     pushed: Sequence[Tensor] | None = None,
+    every_token: bool | None = None,
 ) -> Validation:
     """Compare an estimator with theory at fixed prefixes.
 
@@ -69,9 +84,13 @@ def compare(
         directions: number of random directions; those of the exact gradient and of the bias are added.
         seed: seed of the directions and the draws.
         pushed: images of the random directions in the logits, to share them between estimators.
+        every_token: run the loss on every next token, or on those drawn only; there its weight must be that of theory,
+            which stands for it on the others. By default every token, unless the loss reads whole distributions of
+            more than 4,096 tokens.
 
     Raises:
-        InvalidArgumentError: the estimator looks beyond the next token.
+        InvalidArgumentError: the estimator looks beyond the next token, or only some tokens shall be run and theory
+            does not state the weight of each.
         LossError: the gradient of the loss cannot be read.
     """
     if not estimator.is_token_local:
@@ -91,15 +110,27 @@ def compare(
     run: Loss = estimator if loss is None else loss
     shares = prefixes.shares(reduction).unsqueeze(-1)
 
-    distribution = moments(plain, prefixes.log_p, prefixes.log_q, prefixes.log_mu, group)
+    drawn = _draws(prefixes, group, draws, seed)
+    distributions = (prefixes.log_p, prefixes.log_q, prefixes.log_mu)
+    stated = predicted_sensitivity(estimator, prefixes) if group == 1 else None
+    if every_token is None:
+        large = prefixes.log_p.shape[-1] > _EVERY and group == 1 and stated is not None
+        every_token = not (large and reads_rows(plain, *distributions))
+    elif not every_token and stated is None:
+        raise InvalidArgumentError("every_token", f"must not be False for {estimator!r}: theory states no weight")
+    some = None if every_token or stated is None else Some(drawn.squeeze(-1), stated)
+    distribution = moments(plain, *distributions, group, some)
     exact = shares * prefixes.exact(estimator.claim.divergence)
     predicted = shares * predicted_logit_gradient(estimator, prefixes)
     expected = shares * distribution.mean()
     if group == 1:
         _check_rows_apart(prefixes, run, distribution, shares)
-    sampled = (
-        expected if isinstance(distribution, Known) else _sampled(prefixes, run, plain, group, shares, draws, seed)
-    )
+    if isinstance(distribution, Known):
+        sampled = expected
+    elif some is not None:
+        sampled = _mean_of_draws(prefixes, shares * _singles(distribution).kappa.gather(-1, some.tokens), some.tokens)
+    else:
+        sampled = _sampled(prefixes, run, plain, shares, drawn)
     if isinstance(distribution, Both):
         sampled = sampled + shares * distribution.known.gradient
 
@@ -147,6 +178,7 @@ def compare(
         prefixes=len(prefixes),
         parameters=prefixes.dimension,
         draws=draws if noisy else 0,
+        run_on=1.0 if some is None else some.mass(prefixes.log_mu),
         tolerance=_ROUNDING.get(prefixes.parameters[0].dtype, 1e-2),
         z=z_against(predicted) if noisy else 0.0,
         z_limit=limit,
@@ -175,22 +207,38 @@ def predicted_logit_gradient(estimator: Estimator, prefixes: Prefixes) -> Float[
         weight = standardised(weight, p, options.get("eps", 1e-6))
     weight = group_factor(estimator, 2) * weight
     if not prefixes.on_policy and estimator.name not in VOCABULARY:
-        ratio = (log_p - prefixes.log_mu).exp()
-        importance = options.get("importance")
-        if importance in ("sequence_mask", "gspo"):
-            raise InvalidArgumentError(
-                "importance", f"must not be one factor for the whole rollout, got {importance!r}"
-            )
-        if importance is None and "baseline" in options:
+        if options.get("importance") is None and "baseline" in options:
             raise InvalidArgumentError(
                 "behavior", f"must be None for {estimator!r}: off-policy, a baseline without importance biases"
             )
-        share = ratio_correction(options, weight, ratio) / ratio
+        share = _correction(options, weight, prefixes) / (log_p - prefixes.log_mu).exp()
         if estimator.name == "topk_tail_sampled":  # the set is summed, whoever sampled
             share = torch.where(on_set(options, log_p, log_q), 1.0, share)
         weight = weight * share
     bias = divergence.weight(log_q - log_p) - weight
     return prefixes.exact(divergence) + _mean_times_score(bias, p)
+
+
+def predicted_sensitivity(estimator: Estimator, prefixes: Prefixes) -> Float[Tensor, "N V"] | None:
+    r"""The sensitivity of theory to each sampled token, $-\rho (A_a - c)$; None where none is stated."""
+    log_p, log_q, options = prefixes.log_p, prefixes.log_q, estimator.settings
+    constant = predicted_constant(estimator, log_p, log_q)
+    if constant is None or estimator.name in VOCABULARY:
+        return None
+    weight = predicted_weight(estimator, log_p, log_q) - constant
+    if not prefixes.on_policy:
+        weight = weight * _correction(options, weight, prefixes)
+    # The set is summed: a token of it that is sampled adds nothing.
+    summed = estimator.name == "topk_tail_sampled"
+    return -weight.masked_fill(on_set(options, log_p, log_q), 0.0) if summed else -weight
+
+
+def _correction(options: Mapping[str, Any], weight: Tensor, prefixes: Prefixes) -> Tensor:
+    """The factor of each token's weight for its sampler, see `ratio_correction`."""
+    importance = options.get("importance")
+    if importance in ("sequence_mask", "gspo"):
+        raise InvalidArgumentError("importance", f"must not be one factor for the whole rollout, got {importance!r}")
+    return ratio_correction(options, weight, (prefixes.log_p - prefixes.log_mu).exp())
 
 
 def _mean_times_score(values: Tensor, p: Tensor) -> Tensor:
@@ -210,9 +258,8 @@ def _check_rows_apart(prefixes: Prefixes, run: Loss, distribution: Moments, shar
         own = kappa - singles.p * kappa.sum(-1, keepdim=True)
         whole, alone = _logit_gradient(prefixes, run), shares * (distribution.known.gradient + own)
     else:
-        assert isinstance(distribution, Singles)
         whole = sensitivity(run, tokens, mask, *prefixes.grids)[live]
-        alone = (shares * distribution.kappa).gather(-1, tokens[live].unsqueeze(-1)).squeeze(-1)
+        alone = (shares * _singles(distribution).kappa).gather(-1, tokens[live].unsqueeze(-1)).squeeze(-1)
     gap, size = float((whole - alone).abs().max()), float(alone.abs().max())
     if not gap <= _COUPLED * max(size, 1e-12):
         raise InvalidArgumentError(
@@ -220,6 +267,13 @@ def _check_rows_apart(prefixes: Prefixes, run: Loss, distribution: Moments, shar
             f"must depend only on each token and its prefix, but its sensitivity in whole rollouts is off by {gap:.3g} "
             f"of {size:.3g}; use validate_by_enumeration, which takes any loss, on a tiny model",
         )
+
+
+def _singles(distribution: Moments) -> Singles:
+    """The part of one sampled token at a time."""
+    found = distribution.singles if isinstance(distribution, Both) else distribution
+    assert isinstance(found, Singles)
+    return found
 
 
 def _logit_gradient(prefixes: Prefixes, run: Loss) -> Tensor:
@@ -234,18 +288,22 @@ def _logit_gradient(prefixes: Prefixes, run: Loss) -> Tensor:
     return gradient[prefixes.live]
 
 
+def _draws(prefixes: Prefixes, group: int, draws: int, seed: int) -> Int64[Tensor, "N draws group"]:
+    """Draws of one next token, or a pair of them, at every prefix."""
+    generator = torch.Generator(device=prefixes.log_p.device).manual_seed(seed + 1)
+    found = torch.multinomial(prefixes.log_mu.exp(), draws * group, replacement=True, generator=generator)
+    return found.view(len(prefixes), draws, group)
+
+
 def _sampled(
-    prefixes: Prefixes, run: Loss, plain: Loss, group: int, shares: Tensor, draws: int, seed: int
+    prefixes: Prefixes, run: Loss, plain: Loss, shares: Tensor, drawn: Int64[Tensor, "N draws group"]
 ) -> Float[Tensor, "N V"]:
     """The mean gradient in the logits over draws of one token, or a pair of tokens, at every prefix."""
-    generator = torch.Generator(device=prefixes.log_p.device).manual_seed(seed + 1)
-    p, (count, vocabulary) = prefixes.log_p.exp(), prefixes.log_p.shape
-    drawn = torch.multinomial(prefixes.log_mu.exp(), draws * group, replacement=True, generator=generator)
-    drawn = drawn.view(count, draws, group)
+    (count, _, group), vocabulary = drawn.shape, prefixes.log_p.shape[-1]
     mask, tokens = prefixes.samples.mask.double(), prefixes.samples.tokens
     distributions = (prefixes.log_p, prefixes.log_q, prefixes.log_mu) if group == 2 else prefixes.grids
     at_once = max(1, _HELD // (group * mask.numel() * vocabulary))
-    total = torch.zeros_like(p)
+    found = []
     for some in drawn.split(at_once, dim=1):
         times = some.shape[1]
         if group == 1:
@@ -258,8 +316,17 @@ def _sampled(
         else:
             rows = [x.unsqueeze(1).expand(-1, times, -1).reshape(1, -1, vocabulary) for x in distributions]
             kappa = sensitivity(plain, some.reshape(-1, 2).T, None, *rows).T.reshape(count, -1) * shares
-        total.scatter_add_(-1, some.flatten(1), kappa)
-    return (total - p * total.sum(-1, keepdim=True)) / draws
+        found.append(kappa)
+    return _mean_of_draws(prefixes, torch.cat(found, -1), drawn.flatten(1)) * group
+
+
+def _mean_of_draws(
+    prefixes: Prefixes, kappa: Float[Tensor, "N draws"], drawn: Int64[Tensor, "N draws"]
+) -> Float[Tensor, "N V"]:
+    """The mean gradient in the logits of draws whose sensitivities are given."""
+    p = prefixes.log_p.exp()
+    total = torch.zeros_like(p).scatter_add_(-1, drawn, kappa)
+    return (total - p * total.sum(-1, keepdim=True)) / drawn.shape[1]
 
 
 def _variance(

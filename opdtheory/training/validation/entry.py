@@ -34,6 +34,7 @@ def validate(
     parameters: Callable[[str], bool] | None = None,
     draws: int = 256,
     directions: int = 8,
+    every_token: bool | None = None,
     seed: int = 0,
     **options: Any,
 ) -> Validation:
@@ -62,6 +63,8 @@ def validate(
         parameters: selects parameters by name; by default all.
         draws: number of draws of the next token at each prefix.
         directions: number of random directions.
+        every_token: run the estimator on every next token, or on those drawn only, see `compare`. By default every
+            token, unless the estimator reads whole distributions of more than 4,096 tokens.
         seed: seed of everything random.
         **options: options of `opdtheory.estimator`.
 
@@ -97,4 +100,4 @@ def validate(
         parameters=parameters,
         seed=seed,
     )
-    return compare(prefixes, chosen, loss, draws=draws, directions=directions, seed=seed)
+    return compare(prefixes, chosen, loss, draws=draws, directions=directions, every_token=every_token, seed=seed)

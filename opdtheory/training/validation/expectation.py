@@ -18,7 +18,7 @@ from torch import Tensor
 from opdtheory.errors import InvalidArgumentError, LossError
 from opdtheory.rollouts import Rollouts
 
-__all__ = ["Both", "Known", "Loss", "Moments", "Pairs", "Singles", "moments", "sensitivity"]
+__all__ = ["Both", "Known", "Loss", "Moments", "Pairs", "Singles", "Some", "moments", "reads_rows", "sensitivity"]
 
 Loss = Callable[[Rollouts], Tensor]
 
@@ -124,8 +124,31 @@ class Pairs:
         return (distribution * (products - mean).square()).sum((-1, -2))
 
 
+@dataclass(frozen=True)
+class Some:
+    """The next tokens that a loss is run on, if these are not all.
+
+    Attributes:
+        tokens: tokens of each prefix, in any number, `(N, M)`.
+        otherwise: the sensitivity to each token that theory states, taken for the tokens that are not run, `(N, V)`.
+    """
+
+    tokens: Int64[Tensor, "N M"]
+    otherwise: Float[Tensor, "N V"]
+
+    def mass(self, log_mu: Float[Tensor, "N V"]) -> float:
+        """The mean probability of these tokens."""
+        met = torch.zeros_like(log_mu).scatter(-1, self.tokens, 1.0)
+        return float((log_mu.exp() * met).sum(-1).mean())
+
+
 def moments(
-    loss: Loss, log_p: Float[Tensor, "N V"], log_q: Float[Tensor, "N V"], log_mu: Float[Tensor, "N V"], group: int = 1
+    loss: Loss,
+    log_p: Float[Tensor, "N V"],
+    log_q: Float[Tensor, "N V"],
+    log_mu: Float[Tensor, "N V"],
+    group: int = 1,
+    some: Some | None = None,
 ) -> Moments:
     """The moments of a loss that sums over tokens and averages over rollouts, at each prefix.
 
@@ -135,6 +158,7 @@ def moments(
         log_q: log-probabilities of the teacher.
         log_mu: log-probabilities of the sampling policy.
         group: 1, or 2 for a loss that compares the rollouts of a group.
+        some: the tokens that the loss is run on (default: every token).
 
     Raises:
         InvalidArgumentError: `group` is neither 1 nor 2.
@@ -163,11 +187,13 @@ def moments(
         if float((known.gradient - last.gradient).abs().max()) > _SAME * float(known.gradient.abs().max()):
             raise LossError("the loss has a gradient in the logits that depends on the sampled token")
     # What reads whole rows would hold a row for each token.
-    held = max(1, _HELD // vocabulary) if group == 1 and _reads_rows(loss, log_p, log_q, log_mu) else len(tokens)
+    held = max(1, _HELD // vocabulary) if group == 1 and reads_rows(loss, log_p, log_q, log_mu) else len(tokens)
     found = []
-    for p, q, mu in _rows(log_p, log_q, log_mu):
-        parts = [len(some) * sensitivity(loss, some, None, p, q, mu) for some in tokens.split(held)]
-        found.append(torch.cat(parts))
+    for number, (p, q, mu) in enumerate(_rows(log_p, log_q, log_mu)):
+        met = tokens if some is None else some.tokens[number].unique().unsqueeze(-1)
+        parts = [len(part) * sensitivity(loss, part, None, p, q, mu) for part in met.split(held)]
+        kappa = torch.cat(parts)
+        found.append(kappa if some is None else some.otherwise[number].scatter(0, met[:, 0], kappa[:, 0]).unsqueeze(-1))
     kappa = torch.stack(found)
     if group == 1:
         singles = Singles(log_p.exp(), log_mu.exp(), kappa.squeeze(-1))
@@ -217,7 +243,7 @@ def _reads(loss: Loss, log_p: Tensor, log_q: Tensor, log_mu: Tensor, group: int)
     return token is not None, logits is not None
 
 
-def _reads_rows(loss: Loss, log_p: Tensor, log_q: Tensor, log_mu: Tensor) -> bool:
+def reads_rows(loss: Loss, log_p: Tensor, log_q: Tensor, log_mu: Tensor) -> bool:
     """Whether the loss reads the logits, with or without a gradient: whether it changes with them."""
     token = log_p[0].argmax().view(1, 1)
     ours, theirs = (x[:1].unsqueeze(0) for x in (log_p, log_q))

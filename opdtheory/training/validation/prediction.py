@@ -18,11 +18,13 @@ from opdtheory.divergences import Divergence, symbol
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.estimators import Estimator
 from opdtheory.estimators.factory import formula_of
+from opdtheory.exact.sampled_tail import row_scores, tail_moments
 
 __all__ = [
     "VOCABULARY",
     "group_factor",
     "on_set",
+    "predicted_constant",
     "predicted_weight",
     "ratio_correction",
     "ratio_weight",
@@ -141,6 +143,31 @@ def _top_weight(name: str, options: Mapping[str, Any], divergence: Divergence, l
     distribution = torch.where(chosen, (log_p - inside_p).exp(), 0.0)
     centred = weight - (distribution * weight).sum(-1, keepdim=True)
     return torch.where(chosen, centred / inside_p.exp(), 0.0)
+
+
+def predicted_constant(estimator: Estimator, log_p: Tensor, log_q: Tensor) -> Tensor | None:
+    """What an estimator subtracts from the sampled token's weight at each prefix, `(N, 1)` (T7a, T7b, T9e, T13, T19b).
+
+    None where theory states none: for baselines over a group.
+    """
+    options, divergence = estimator.settings, estimator.claim.divergence
+    baseline = options.get("baseline")
+    if baseline in ("group_mean", "leave_one_out"):
+        return None
+    if estimator.name == "topk_reward":  # the same for every token, so all of it is subtracted
+        terms = log_p.exp() * divergence.generator(log_q - log_p)
+        paid = terms.masked_fill(~on_set(options, log_p, log_q), 0.0).sum(-1, keepdim=True)
+        return paid + options.get("baseline_value", 0.0)
+    if baseline == "vocabulary":
+        weight = predicted_weight(estimator, log_p, log_q)
+        return (log_p.exp() * weight).sum(-1, keepdim=True)
+    if baseline in ("optimal", "rest"):
+        if options.keys() & {"clip_log_ratio", "clip_weight"}:
+            return None
+        split = (log_p, log_q, divergence, options.get("k", 0), options.get("support", "teacher"))
+        found = tail_moments(*split).constant if baseline == "optimal" else row_scores(*split).level_weight()
+        return found.unsqueeze(-1)
+    return torch.full_like(log_p[:, :1], options.get("baseline_value", 0.0) if baseline == "constant" else 0.0)
 
 
 def on_set(options: Mapping[str, Any], log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -28,6 +28,8 @@ class Validation:
         prefixes: number of prefixes.
         parameters: number of parameters.
         draws: next tokens drawn at each prefix; 0 for an enumeration.
+        run_on: mean probability of the next tokens that the estimator's own code was run on, 1 for every token; on the
+            others the weight of theory stands for it.
         exact_norm: length of the exact gradient.
         bias: bias of the estimator's expected gradient, from its own code summed over the vocabulary.
         predicted_bias: the bias that theory predicts.
@@ -60,6 +62,7 @@ class Validation:
     discrepancy: float
     tolerance: float
     cosine: float | None
+    run_on: float = 1.0
     z: float | None = None
     z_limit: float | None = None
     z_exact: float | None = None
@@ -122,6 +125,11 @@ class Validation:
             lines.append(
                 f"  {self.draws} draws of every next token: z = {self.z:+.2f} against the prediction (limit "
                 f"{self.z_limit:.2f}), {self.z_exact:+.2f} against the exact gradient"
+            )
+        if self.run_on < 1:
+            lines.append(
+                f"  its own code was run on the tokens drawn, {self.run_on:.1%} of the probability; elsewhere the "
+                "weight of theory stands for it"
             )
         if self.along is not None and self.along_interval is not None:
             lines.append(

@@ -35,6 +35,48 @@ def test_only_the_right_loss_agrees(name: str, prefixes: Prefixes, off_policy: P
     assert honest.bias == pytest.approx(honest.predicted_bias, abs=1e-12)
 
 
+READ_ROWS = {
+    "plain": E("topk_tail_sampled", "reverse_kl", k=2),
+    "rest": E("topk_tail_sampled", "forward_kl", k=2, baseline="rest"),
+    "optimal": E("topk_tail_sampled", "jsd", k=3, support="student", baseline="optimal"),
+    "constant": E("topk_tail_sampled", "chi2", k=1, baseline="constant", baseline_value=-0.5),
+    "no set": E("opd_plus", "hellinger", baseline="optimal"),
+    "mean": E("opd_plus", "hellinger", baseline="vocabulary"),
+    "reward": E("topk_reward", "jsd", k=2),
+    "biased": E("opd", "forward_kl"),
+    "clip": E("opd_plus", "forward_kl", clip_log_ratio=0.3),
+}
+
+
+@pytest.mark.parametrize("name", READ_ROWS)
+def test_the_tokens_drawn_stand_for_all_where_theory_states_the_weight(name: str, prefixes: Prefixes) -> None:
+    loss = READ_ROWS[name]
+    some, every = (compare(prefixes, loss, draws=30, directions=4, every_token=x) for x in (False, True))
+    assert some.agrees and some.run_on < every.run_on == 1 and "own code was run on the tokens drawn" in str(some)
+    for number in ("z", "bias", "predicted_bias", "variance", "along"):
+        assert getattr(some, number) == pytest.approx(getattr(every, number), rel=1e-9, abs=1e-11), number
+    wrong = compare(prefixes, loss, lambda r: 1.02 * loss(r), draws=30, directions=4, every_token=False)
+    assert wrong.discrepancy > wrong.tolerance
+
+
+def test_a_ratio_is_part_of_the_weight_of_the_tokens_drawn(off_policy: Prefixes) -> None:
+    for loss in (
+        E("topk_tail_sampled", "chi2", k=2, importance="token"),
+        E("opd_plus_centred", "forward_kl", importance="tis", clip_range=1.05),
+    ):
+        assert compare(off_policy, loss, draws=30, directions=4, every_token=False).agrees
+
+
+def test_the_tokens_drawn_do_not_suffice_without_a_weight(prefixes: Prefixes) -> None:
+    for loss in (
+        E("opd_plus", "jsd", baseline="leave_one_out"),
+        E("opd_plus", "forward_kl", baseline="optimal", clip_log_ratio=1.0),
+    ):
+        assert compare(prefixes, loss, draws=30, directions=4).run_on == 1
+        with pytest.raises(InvalidArgumentError, match="theory states no weight"):
+            compare(prefixes, loss, draws=30, directions=4, every_token=False)
+
+
 def test_samples_show_the_bias_that_is_predicted(prefixes: Prefixes) -> None:
     found = compare(prefixes, E("opd", "forward_kl"), draws=1000, directions=4)
     assert found.agrees and found.bias > 1 and abs(found.z_exact) > found.z_limit
