@@ -69,8 +69,9 @@ _TEXTS = {
     "in float32, so that rounding is 1e-4. Expected and predicted gradients are summed in float64 before they are "
     "pulled back, and often round to the same vector. For χ² without a clip, 1024 draws say nothing (see the "
     "interval), but the sum over the vocabulary does. An estimator that reads whole distributions beside the sampled "
-    "token would take the square of the vocabulary at each prefix: its own code is run on the tokens drawn, whose share "
-    "of the probability is given, and must have the weight of theory on each; on the others that weight stands for it.",
+    "token would take the square of the vocabulary at each prefix: its own code is run on the tokens drawn, whose "
+    "share of the probability is given, and must have the weight of theory on each; on the others that weight stands "
+    "for it.",
     "smollm2_layer": "The same teacher; the student lacks one layer in the middle.",
 }
 
