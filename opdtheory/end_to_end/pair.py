@@ -1,0 +1,215 @@
+"""What a trainer is given: an exactly known student and teacher, their tokenizer, a dataset and a folder."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
+
+from opdtheory.end_to_end.language_model import TabularConfig, TabularForCausalLM
+from opdtheory.end_to_end.tokenization import letters
+from opdtheory.errors import InvalidArgumentError, check_integer
+
+__all__ = ["TrainerPair", "trainer_pair"]
+
+# Rows of the dataset: enough for a step of any trainer, and a multiple of most batches.
+_ROWS = 48
+
+# The logit of a padding token that is no end of sequence: neither model ever writes it.
+_NEVER = -25.0
+
+# Tokens beyond prompt and response that have rows, so that what a fault reads is seen for what it is.
+_BEYOND = 1
+
+
+@dataclass(frozen=True)
+class TrainerPair:
+    """A student and a teacher that are known exactly, and what a trainer needs beside them.
+
+    Attributes:
+        student: a `PreTrainedModel` whose next-token logits are a table of the prefix.
+        teacher: another one.
+        tokenizer: one letter a token, padding on the left.
+        prompts: the prompts.
+        answers: the reference answer beside each prompt, for trainers that read one.
+        horizon: the largest length of a response; pass it on as `max_new_tokens` or `max_completion_length`.
+        batch_size: rollouts that are scored at once.
+        accumulate: such batches in one step of the optimizer.
+        seed: seed of the tables.
+        folder: a temporary folder for what the trainer writes.
+    """
+
+    student: TabularForCausalLM
+    teacher: TabularForCausalLM
+    tokenizer: PreTrainedTokenizerFast
+    prompts: tuple[str, ...]
+    answers: tuple[str, ...]
+    horizon: int
+    batch_size: int
+    accumulate: int
+    seed: int
+    _holder: tempfile.TemporaryDirectory[str] = field(repr=False)
+
+    @property
+    def folder(self) -> str:
+        """The temporary folder; it is removed with the pair."""
+        return self._holder.name
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        """Rows with `prompt`, `messages` and `completion`, the prompts in turn."""
+        rows = []
+        for number in range(_ROWS * len(self.prompts)):
+            prompt, answer = self.prompts[number % len(self.prompts)], self.answers[number % len(self.answers)]
+            asked = {"role": "user", "content": prompt}
+            rows.append(
+                {
+                    "prompt": prompt,
+                    "completion": answer,
+                    "messages": [asked, {"role": "assistant", "content": answer}],
+                }
+            )
+        return Dataset.from_list(rows)
+
+    @property
+    def prompt_tokens(self) -> list[list[int]]:
+        """The tokens of each prompt."""
+        return [self.tokenizer.encode(prompt, add_special_tokens=False) for prompt in self.prompts]
+
+    @property
+    def answer_tokens(self) -> list[list[int]]:
+        """The tokens of each reference answer, with the end of the sequence."""
+        end = [self.tokenizer.eos_token_id]
+        return [self.tokenizer.encode(answer, add_special_tokens=False) + end for answer in self.answers]
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The fields of `TrainingArguments` that the audit is about; pass them to the trainer's configuration."""
+        return {
+            "output_dir": self.folder,
+            "per_device_train_batch_size": self.batch_size,
+            "gradient_accumulation_steps": self.accumulate,
+            "learning_rate": 0.0,
+            "max_grad_norm": 0.0,
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "use_cpu": True,
+            "report_to": "none",
+            "save_strategy": "no",
+            "logging_strategy": "no",
+            "disable_tqdm": True,
+        }
+
+
+def trainer_pair(
+    prompts: Sequence[str] = ("a", "ba"),
+    horizon: int = 2,
+    pad_is_eos: bool = False,
+    seed: int = 0,
+    *,
+    batch_size: int = 2,
+    accumulate: int = 1,
+    answers: Sequence[str] = ("b", "b"),
+    words: str = "ab",
+    distance: float = 1.0,
+    dtype: torch.dtype = torch.float64,
+) -> TrainerPair:
+    """An exactly known student and teacher for a trainer.
+
+    Args:
+        prompts: letters of `words`; prompts of unequal length make a trainer pad.
+        horizon: the largest length of a response.
+        pad_is_eos: whether padding and the end of a sequence are one token.
+        seed: seed of the tables.
+        batch_size: rollouts that are scored at once.
+        accumulate: such batches in one step of the optimizer.
+        answers: reference answers, one for each prompt, for trainers that read them.
+        words: the letters, one token each.
+        distance: standard deviation of the teacher's logits around the student's.
+        dtype: of the tables.
+
+    Raises:
+        InvalidArgumentError: a prompt or an answer is empty or holds another letter, or a number is out of range.
+
+    Example:
+        >>> import opdtheory as opd
+        >>> pair = opd.trainer_pair(prompts=("a", "ba"), horizon=2)
+        >>> pair.student.policy(pair.prompt_tokens[0], pair.horizon).horizon
+        2
+    """
+    for name, number in (("horizon", horizon), ("batch_size", batch_size), ("accumulate", accumulate)):
+        check_integer(name, number, 1)
+    tokenizer = letters(words, pad_is_eos=pad_is_eos)
+    for name, texts in (("prompts", prompts), ("answers", answers)):
+        if isinstance(texts, str) or not texts:
+            raise InvalidArgumentError(name, f"must be a sequence of texts, got {texts!r}")
+        for text in texts:
+            if not text or set(text) - set(words):
+                raise InvalidArgumentError(name, f"must hold letters of {words!r}, got {text!r}")
+    holder = tempfile.TemporaryDirectory(prefix="opdtheory-", ignore_cleanup_errors=True)
+    longest = max(map(len, prompts)) + max(horizon, *(len(answer) + 1 for answer in answers)) + _BEYOND
+    student, teacher = _models(tokenizer, longest, distance, seed, dtype)
+    # A trainer that keeps a reference model loads it from the student's path: the teacher takes its place.
+    saved = Path(holder.name) / "teacher"
+    with _no_progress():
+        teacher.save_pretrained(saved)
+    tokenizer.save_pretrained(saved)
+    for model in (student, teacher):
+        model.config._name_or_path = model.name_or_path = str(saved)
+    # Trainers look its class up among those of transformers, a module that others replace while they are imported.
+    setattr(sys.modules["transformers"], TabularForCausalLM.__name__, TabularForCausalLM)
+    return TrainerPair(
+        student, teacher, tokenizer, tuple(prompts), tuple(answers), horizon, batch_size, accumulate, seed, holder
+    )
+
+
+@contextlib.contextmanager
+def _no_progress() -> Iterator[None]:
+    """One table needs no progress bar."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def _models(
+    tokenizer: PreTrainedTokenizerFast, longest: int, distance: float, seed: int, dtype: torch.dtype
+) -> tuple[TabularForCausalLM, TabularForCausalLM]:
+    """Random tables; those of a longer table begin with those of a shorter one."""
+    vocabulary, made = len(tokenizer), []
+    generator = torch.Generator().manual_seed(seed)
+    config = {
+        "vocab_size": vocabulary,
+        "hidden_size": vocabulary,
+        "longest": longest,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": None,
+    }
+    models = [TabularForCausalLM(TabularConfig(**config)).to(dtype) for _ in range(2)]
+    noise = torch.randn(models[0].model.rows.count, 2, vocabulary, generator=generator, dtype=torch.float64)
+    for number, model in enumerate(models):
+        logits = noise[:, 0] + number * distance * noise[:, 1]
+        if tokenizer.pad_token_id != tokenizer.eos_token_id:
+            logits[:, tokenizer.pad_token_id] = _NEVER
+        with torch.no_grad():
+            model.model.table.copy_(logits)
+        model.config.architectures = [type(model).__name__]
+        model.generation_config.eos_token_id = tokenizer.eos_token_id
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+        made.append(model.eval())
+    made[1].requires_grad_(False)
+    return made[0], made[1]
