@@ -15,6 +15,7 @@ _NAMES = {
     "adapters": ("bind", "from_advantage", "from_hidden", "from_logits", "from_logprobs", "from_top_k"),
     "auditing": ("Audit", "audit"),
     "divergences": ("Divergence", "divergence", "implied_generator", "u"),
+    "end_to_end": ("TrainerAudit", "audit_trainer", "audit_update", "trainer_pair"),
     "estimators": ("Claim", "Estimator", "estimator", "estimator_names"),
     "exact": (
         *("FiniteStatePolicy", "MarkovPolicy", "ModulePolicy", "TabularPolicy", "random_pair"),
@@ -49,6 +50,10 @@ if TYPE_CHECKING:
     from opdtheory.divergences import divergence as divergence
     from opdtheory.divergences import implied_generator as implied_generator
     from opdtheory.divergences import u as u
+    from opdtheory.end_to_end import TrainerAudit as TrainerAudit
+    from opdtheory.end_to_end import audit_trainer as audit_trainer
+    from opdtheory.end_to_end import audit_update as audit_update
+    from opdtheory.end_to_end import trainer_pair as trainer_pair
     from opdtheory.estimators import Claim as Claim
     from opdtheory.estimators import Estimator as Estimator
     from opdtheory.estimators import estimator as estimator

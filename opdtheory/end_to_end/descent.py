@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from scipy import optimize
 from torch import Tensor
@@ -16,15 +17,18 @@ from opdtheory.divergences import Divergence
 from opdtheory.divergences.registry import Family, parameter_free, parametric
 from opdtheory.end_to_end.claims import claimed_gradient
 from opdtheory.end_to_end.played import Played
-from opdtheory.end_to_end.readings import DENOMINATORS, KEPT, PLAIN, Read, Reading, Shares, shares
+from opdtheory.end_to_end.readings import DENOMINATORS, KEPT, PLAIN, Denominator, Read, Reading, Shares, shares
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.objective import Objective
 
-__all__ = ["Descent", "Distance", "descent", "distance"]
+__all__ = ["Descent", "Distance", "descent", "distance", "stopped"]
 
 # Temperatures and parameters are named to this many digits if that is as near.
 _DIGITS = 3
 _TEMPERATURES = (0.2, 5.0)
+
+# A coefficient of a sum that is this much smaller than the other is rounding.
+_ABSENT = 1e-3
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,11 @@ class Descent:
         return self.distance.scale > 0 and self.distance.error <= tolerance
 
 
+def stopped(followed: Descent) -> bool:
+    """Whether a divergence is a detached reward, which descends another one; the reverse KL descends itself (T2)."""
+    return followed.reading.stopped and followed.objective.label != "reverse_kl"
+
+
 class _Search:
     """Gradients of readings; what each reads is looked up once."""
 
@@ -91,6 +100,12 @@ class _Search:
         exact = self._read[key].gradient(divergence, reading.stopped)
         return Descent(Objective.of(divergence), reading, distance(self.gradient, exact))
 
+    def plain(self, divergence: Divergence) -> Tensor:
+        """The gradient of one objective as it should be read."""
+        if PLAIN not in self._read:
+            self.of(PLAIN, divergence)
+        return self._read[PLAIN].gradient(divergence)
+
     def whole(self, divergence: Divergence, granularity: str) -> Descent:
         exact = claimed_gradient(self.played.pair, divergence, granularity)
         return Descent(Objective.of(divergence, granularity), PLAIN, distance(self.gradient, exact))
@@ -100,8 +115,8 @@ def descent(played: Played, claim: Objective, tolerance: float) -> Descent | Non
     """What the trainer descends; if nothing matches, the catalogue objective that is nearest.
 
     Simple explanations come first: the claim as it is, the claim read in one other way, another objective, the claim
-    at another temperature, the claim read in two other ways, another objective read in another way, a member of a
-    family.
+    at another temperature, the claim read in two other ways, a signed sum of two objectives, another objective read in
+    another way, a member of a family.
 
     Args:
         played: the outcomes.
@@ -113,7 +128,9 @@ def descent(played: Played, claim: Objective, tolerance: float) -> Descent | Non
     for found in _explanations(search, claim):
         if found.matches(tolerance):
             return found
-        plain = found.reading == PLAIN and found.distance.scale > 0
+        if found.reading == PLAIN and found.objective.terms == claim.terms and found.distance.error <= tolerance:
+            return None  # the claim itself, uphill
+        plain = found.reading == PLAIN and found.distance.scale > 0 and len(found.objective.terms) == 1
         if plain and (nearest is None or found.distance.error < nearest.distance.error):
             nearest = found
     return nearest
@@ -138,6 +155,7 @@ def _explanations(search: _Search, claim: Objective) -> Iterator[Descent]:
         yield search.of(reading, own)
         if reading.sampled:
             yield search.of(dataclasses.replace(reading, stopped=True), own)
+    yield from _sums(search, [own, *others])
     for reading, entry in itertools.product(_once(), others):
         yield search.of(reading, entry)
     for reading in (dataclasses.replace(each, stopped=True) for each in _once()):
@@ -175,10 +193,27 @@ def _twice() -> Iterator[Reading]:
         for denominator in itertools.islice(DENOMINATORS, 1, None):
             yield dataclasses.replace(reading, denominator=denominator)
     for reading, prompt in itertools.product((Reading(shift=1), Reading(shift=-1)), (0, 1, -1)):
-        for denominator, after in itertools.product(("rollouts", "tokens", "micro-batch"), (False, True)):
+        some: tuple[Denominator, ...] = ("rollouts", "tokens", "micro-batch")
+        for denominator, after in itertools.product(some, (False, True)):
             yield dataclasses.replace(reading, denominator=denominator, prompt=prompt, after=after)
     for prompt in (1, -1):
         yield Reading(prompt=prompt, after=True)
+
+
+def _sums(search: _Search, entries: list[Divergence]) -> Iterator[Descent]:
+    """Signed sums of two objectives, as the difference of two KLs that k3 as a reward descends."""
+    entries = [entry for entry in entries if entry.name != "jeffreys"]  # a sum itself
+    gradients = [search.plain(entry) for entry in entries]
+    for (first, one), (second, other) in itertools.combinations(zip(entries, gradients, strict=True), 2):
+        both = torch.stack([one.flatten(), other.flatten()], dim=1)
+        solution = torch.linalg.lstsq(both, search.gradient.flatten().unsqueeze(-1)).solution.flatten()
+        size = float(solution.abs().min())
+        if size < _ABSENT * float(solution.abs().max()) or not size:
+            continue
+        terms = [(float(c) / size, entry) for c, entry in zip(solution, (first, second), strict=True)]
+        objective = Objective(tuple(sorted(terms, key=lambda term: -term[0])))
+        summed = sum((c * g for (c, _), g in zip(terms, (one, other), strict=True)), torch.zeros_like(one))
+        yield Descent(objective, PLAIN, distance(search.gradient, summed))
 
 
 def _at_temperatures(search: _Search, divergence: Divergence) -> Iterator[Descent]:
@@ -221,5 +256,3 @@ def _fitted(at: Callable[[float], Descent], low: float, high: float) -> Descent:
     short = round(float(best.x), _DIGITS)
     value = short if error(short) <= max(2 * float(best.fun), 1e-6) else float(best.x)
     return at(value)
-
-

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,7 @@ from transformers import GenerationMixin
 
 from opdtheory.errors import LossError
 
-__all__ = ["Generation", "Odometer", "sampling_by"]
+__all__ = ["Draws", "Generation", "Odometer", "sampling_by"]
 
 # A token less likely than this is never played; together they miss less than the rounding of a float32 sampler.
 _FLOOR = 1e-9
@@ -34,7 +35,6 @@ class Generation:
         prompts: the tokens of each row that the attention mask shows.
         answers: the tokens drawn, up to and including the end of the sequence.
         laws: the law of each token drawn, over the whole vocabulary.
-        rows: how many rows were drawn before this call in the same step.
     """
 
     prompts: list[list[int]]
@@ -105,6 +105,26 @@ class Odometer:
         return True
 
 
+@dataclass
+class Draws:
+    """Independent draws, in place of a walk over all of them.
+
+    Attributes:
+        steps: how many steps are sampled.
+        seed: of the draws.
+    """
+
+    steps: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._random = random.Random(self.seed)
+
+    def draw(self, law: list[float]) -> int:
+        """The next token."""
+        return self._random.choices(range(len(law)), law)[0]
+
+
 @contextlib.contextmanager
 def sampling_by(current: Any) -> Iterator[None]:
     """Within this context, `generate` draws its tokens from `current.draw` and notes them in `current.generations`.
@@ -115,7 +135,7 @@ def sampling_by(current: Any) -> Iterator[None]:
     multinomial, generate = torch.multinomial, GenerationMixin.generate
 
     def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+        ids: Any = kwargs.get("input_ids", args[0] if args else kwargs.get("inputs"))
         mask = kwargs.get("attention_mask")
         ends = _ends(self, kwargs)
         shown = torch.ones_like(ids) if mask is None else mask

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import sys
 import tempfile
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,16 +22,24 @@ from opdtheory.end_to_end.language_model import TabularConfig, TabularForCausalL
 from opdtheory.end_to_end.tokenization import letters
 from opdtheory.errors import InvalidArgumentError, check_integer
 
-__all__ = ["TrainerPair", "trainer_pair"]
+__all__ = ["TrainerPair", "no_progress", "trainer_pair"]
 
 # Rows of the dataset: enough for a step of any trainer, and a multiple of most batches.
 _ROWS = 48
 
 # The logit of a padding token that is no end of sequence: neither model ever writes it.
-_NEVER = -25.0
+_NEVER = -50.0
 
 # Tokens beyond prompt and response that have rows, so that what a fault reads is seen for what it is.
 _BEYOND = 1
+
+
+class _Folder:
+    """A temporary folder that goes with its last owner."""
+
+    def __init__(self) -> None:
+        self.path = tempfile.mkdtemp(prefix="opdtheory-")
+        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -58,12 +68,12 @@ class TrainerPair:
     batch_size: int
     accumulate: int
     seed: int
-    _holder: tempfile.TemporaryDirectory[str] = field(repr=False)
+    _kept: _Folder = field(repr=False)
 
     @property
     def folder(self) -> str:
         """The temporary folder; it is removed with the pair."""
-        return self._holder.name
+        return self._kept.path
 
     @cached_property
     def dataset(self) -> Dataset:
@@ -102,7 +112,6 @@ class TrainerPair:
             "learning_rate": 0.0,
             "max_grad_norm": 0.0,
             "bf16": False,
-            "gradient_checkpointing": False,
             "use_cpu": True,
             "report_to": "none",
             "save_strategy": "no",
@@ -156,12 +165,12 @@ def trainer_pair(
         for text in texts:
             if not text or set(text) - set(words):
                 raise InvalidArgumentError(name, f"must hold letters of {words!r}, got {text!r}")
-    holder = tempfile.TemporaryDirectory(prefix="opdtheory-", ignore_cleanup_errors=True)
+    kept = _Folder()
     longest = max(map(len, prompts)) + max(horizon, *(len(answer) + 1 for answer in answers)) + _BEYOND
     student, teacher = _models(tokenizer, longest, distance, seed, dtype)
     # A trainer that keeps a reference model loads it from the student's path: the teacher takes its place.
-    saved = Path(holder.name) / "teacher"
-    with _no_progress():
+    saved = Path(kept.path) / "teacher"
+    with no_progress():
         teacher.save_pretrained(saved)
     tokenizer.save_pretrained(saved)
     for model in (student, teacher):
@@ -169,13 +178,13 @@ def trainer_pair(
     # Trainers look its class up among those of transformers, a module that others replace while they are imported.
     setattr(sys.modules["transformers"], TabularForCausalLM.__name__, TabularForCausalLM)
     return TrainerPair(
-        student, teacher, tokenizer, tuple(prompts), tuple(answers), horizon, batch_size, accumulate, seed, holder
+        student, teacher, tokenizer, tuple(prompts), tuple(answers), horizon, batch_size, accumulate, seed, kept
     )
 
 
 @contextlib.contextmanager
-def _no_progress() -> Iterator[None]:
-    """One table needs no progress bar."""
+def no_progress() -> Iterator[None]:
+    """Without the progress bars of transformers: a table needs none."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -199,9 +208,10 @@ def _models(
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": None,
     }
-    models = [TabularForCausalLM(TabularConfig(**config)).to(dtype) for _ in range(2)]
+    models = [TabularForCausalLM(TabularConfig(**config)) for _ in range(2)]
     noise = torch.randn(models[0].model.rows.count, 2, vocabulary, generator=generator, dtype=torch.float64)
     for number, model in enumerate(models):
+        torch.nn.Module.to(model, dtype)
         logits = noise[:, 0] + number * distance * noise[:, 1]
         if tokenizer.pad_token_id != tokenizer.eos_token_id:
             logits[:, tokenizer.pad_token_id] = _NEVER

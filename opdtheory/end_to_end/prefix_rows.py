@@ -13,6 +13,9 @@ from opdtheory.errors import InvalidArgumentError
 
 __all__ = ["PrefixRows"]
 
+# What an additive mask adds to the score of a token that is not read is far below this.
+_HIDDEN = -1e3
+
 
 @dataclass(frozen=True)
 class PrefixRows:
@@ -69,7 +72,8 @@ class PrefixRows:
         if row == self.count - 1:
             return None
         length = max(n for n in range(self.longest + 1) if self.starts[n] <= row)
-        code, tokens = row - self.starts[length], []
+        code = row - self.starts[length]
+        tokens: list[int] = []
         for _ in range(length):
             code, token = divmod(code, self.vocab_size)
             tokens.insert(0, token)
@@ -96,9 +100,7 @@ class PrefixRows:
         starts = torch.tensor(self.starts, device=ids.device)
         return torch.where(length > self.longest, self.count - 1, starts[length.clamp_max(self.longest)] + code)
 
-    def _read_by(
-        self, ids: Tensor, mask: Tensor | None, positions: Tensor | None, fresh: int
-    ) -> Bool[Tensor, "B T S"]:
+    def _read_by(self, ids: Tensor, mask: Tensor | None, positions: Tensor | None, fresh: int) -> Bool[Tensor, "B T S"]:
         """Which tokens each position reads."""
         total = ids.shape[1]
         keys = torch.arange(total, device=ids.device)
@@ -113,7 +115,7 @@ class PrefixRows:
             return causal & (mask[:, None, -total:] > 0)
         if mask.ndim == 4 and mask.shape[2] >= fresh and mask.shape[3] >= total:
             given = mask[:, 0, -fresh:, :total]
-            allowed = given if given.dtype == torch.bool else given > torch.finfo(given.dtype).min / 2
+            allowed = given if given.dtype == torch.bool else given > _HIDDEN
             return causal & allowed
         raise InvalidArgumentError(
             "attention_mask", f"must have shape (B, S) or (B, 1, T, S) for S = {total} tokens, got {tuple(mask.shape)}"

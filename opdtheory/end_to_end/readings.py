@@ -20,6 +20,7 @@ from torch import Tensor
 
 from opdtheory.divergences import Divergence
 from opdtheory.end_to_end.played import Leaf, Played
+from opdtheory.objective import Objective
 
 __all__ = ["DENOMINATORS", "KEPT", "PLAIN", "Denominator", "Kept", "Read", "Reading", "Shares", "gradient_of", "shares"]
 
@@ -29,15 +30,16 @@ Kept = Literal["all", "no end", "no first", "no last", "ended", "unended"]
 DENOMINATORS: dict[Denominator, str] = {
     "rollouts": "It sums over tokens and averages over rollouts.",
     "tokens": "It divides by the tokens of the whole step: rollouts weigh by 1/N within a batch (T11, token_mean).",
-    "micro-batch": "It averages the means of micro-batches: each divides by its own tokens, so that the gradient depends "
-    "on how a step is split (T17).",
+    "micro-batch": "It averages the means of micro-batches: each divides by its own tokens, so that the gradient "
+    "depends on how a step is split (T17).",
     "own length": "It averages over each rollout's own tokens: short rollouts weigh more (T11, sequence_mean).",
     "padded length": "It averages over padded positions too: the denominator is the longest answer of the micro-batch.",
     "with prompt": "It divides by the tokens of prompts and answers together.",
 }
 KEPT: dict[Kept, str] = {
     "all": "",
-    "no end": "The position at which the end of the sequence is written gets no gradient: nothing teaches when to stop.",
+    "no end": "The position at which the end of the sequence is written gets no gradient: nothing teaches when to "
+    "stop.",
     "no first": "The first token of each answer gets no gradient.",
     "no last": "The last token of each answer gets no gradient.",
     "ended": "Answers that reach the horizon without an end get no gradient.",
@@ -77,8 +79,8 @@ class Reading:
     student_temperature: float = 1.0
     teacher_temperature: float = 1.0
 
-    def words(self, divergence: Divergence) -> tuple[str, ...]:
-        """What is unlike the faithful reading of a divergence, in sentences."""
+    def words(self, objective: Objective) -> tuple[str, ...]:
+        """What is unlike the faithful reading of an objective, in sentences."""
         found = [DENOMINATORS[self.denominator]] if self.denominator != "rollouts" else []
         found += [KEPT[self.keep]] if self.keep != "all" else []
         late = {1: "late", -1: "early"}
@@ -97,7 +99,7 @@ class Reading:
         if self.teacher_shift:
             found.append(f"The teacher is read one token {late[self.teacher_shift]} beside the student.")
         # Detached or not, the reverse KL has the same gradient: only a constant is between them.
-        if self.stopped and divergence.name != "reverse_kl":
+        if self.stopped and objective.label != "reverse_kl":
             found.append("The divergence is a detached reward, which leaves out the slope u f'(u) (T2).")
         found += self._temperatures()
         return tuple(found)
@@ -236,12 +238,16 @@ class Read:
         return torch.zeros(self.shape, dtype=torch.float64).index_add(0, self.rows, -self.factor * rows)
 
 
-def gradient_of(played: Played, reading: Reading, divergence: Divergence) -> Float[Tensor, "R V"]:
+def gradient_of(played: Played, reading: Reading, objective: Objective) -> Float[Tensor, "R V"]:
     """The expected gradient of a reading in the student's table.
 
     Args:
         played: the outcomes.
         reading: how they are read.
-        divergence: what is scored.
+        objective: what is scored; token-local.
     """
-    return Read.of(played, reading).gradient(divergence, reading.stopped)
+    read = Read.of(played, reading)
+    total = torch.zeros(read.shape, dtype=torch.float64)
+    for coefficient, divergence in objective.terms:
+        total += coefficient * read.gradient(divergence, reading.stopped)
+    return total

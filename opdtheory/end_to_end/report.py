@@ -135,7 +135,10 @@ class TrainerAudit:
 
     def __str__(self) -> str:
         parts = [f"{self.name}: {self.headline}", "", text.paragraph(" ".join(self.words))]
-        parts += ["", *text.table([("gradient at", "share"), *((k, f"{v:.2%}") for k, v in self.where.items())], align="lr")]
+        parts += [
+            "",
+            *text.table([("gradient at", "share"), *((k, f"{v:.2%}") for k, v in self.where.items())], align="lr"),
+        ]
         if self.variants:
             rows = [("setting", "error at best scale", "scale", ""), *(variant.cells for variant in self.variants)]
             parts += ["", *text.table(rows, align="lrrl")]

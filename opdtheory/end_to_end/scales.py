@@ -22,7 +22,10 @@ _FACTS: dict[str, tuple[str, str]] = {
         "the gradients of a step's micro-batches are added up, not averaged",
         "it divides by the number of micro-batches once more than the claim does",
     ),
-    "horizon": ("it grows with the horizon", "it divides by the horizon, the largest length of an answer, whatever the answers' own"),
+    "horizon": (
+        "it grows with the horizon",
+        "it divides by the horizon, the largest length of an answer, whatever the answers' own",
+    ),
     "reference tokens": (
         "it grows with the tokens of the dataset's reference answers, which the rollouts do not have (T17)",
         "it divides by the tokens of the dataset's reference answers, which the rollouts do not have (T17)",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
-__all__ = ["item", "paragraph", "table"]
+__all__ = ["item", "paragraph", "percent", "table"]
 
 _WIDTH = 96
 
@@ -36,3 +36,8 @@ def paragraph(text: str) -> str:
 def item(text: str) -> str:
     """The text as an item of a list, in lines of at most 96 characters."""
     return textwrap.fill(text, width=_WIDTH, initial_indent="- ", subsequent_indent="  ")
+
+
+def percent(share: float) -> str:
+    """A share in per cent, to three digits."""
+    return f"{100 * share:.3g} %"

@@ -1,0 +1,111 @@
+r"""A trainer whose outcomes are too many to play: steps are sampled, and the verdict carries an error rate.
+
+The part of a step's gradient across the claimed one, $d = g - \frac{\langle g, E\rangle}{\langle E, E\rangle} E$, has
+mean zero if the trainer descends the claim at any scale. Each of its entries with enough steps is tested, all together
+at the error rate. An entry of the gradient without variance escapes such a test: it is compared exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from scipy import special
+from torch import Tensor
+
+from opdtheory.choices import Verdict
+from opdtheory.end_to_end.played import Played
+from opdtheory.rendering.text import percent
+
+__all__ = ["ALPHA", "STEPS", "Sampled", "judge"]
+
+# The probability that a faithful trainer is called biased, all entries together.
+ALPHA = 1e-3
+
+# Steps that are sampled.
+STEPS = 2_000
+
+# Steps in which an entry must differ from zero for its mean to be tested.
+_ENOUGH = 30
+
+# A verdict is given if a bias of this share of the gradient would have been seen.
+_MARGIN = 0.1
+
+_ROUNDING = 1e-5
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What sampled steps say of a claim.
+
+    Attributes:
+        verdict: `exact_up_to_scale` if no difference was found and one of a tenth would have been, `biased`, `zero`, or
+            `undecided`.
+        words: the finding in a sentence.
+        worst: the largest distance of an entry from the claim, in standard errors; infinite for an entry without
+            variance that differs.
+        limit: the distance that calls a trainer biased.
+        radius: the size of the difference that would have been seen, relative to the claimed gradient.
+    """
+
+    verdict: Verdict
+    words: str
+    worst: float
+    limit: float
+    radius: float
+
+
+def judge(played: Played, exact: Float[Tensor, "R V"], alpha: float = ALPHA) -> Sampled:
+    """Compare sampled steps with a claimed gradient, up to a positive scale.
+
+    Args:
+        played: steps with equal probabilities.
+        exact: the claimed gradient.
+        alpha: the probability of a false alarm.
+    """
+    steps = torch.stack([leaf.gradient.flatten() for leaf in played.leaves])
+    claim, count = exact.flatten(), len(steps)
+    size, mean = float(claim.norm()), steps.mean(0)
+    scale = float(mean @ claim) / size**2
+    fixed = _fixed(steps, claim, scale)
+    across = steps - (steps @ claim / size**2).unsqueeze(-1) * claim
+    error = across.std(0) / math.sqrt(count)
+    seen = (steps != 0).sum(0) >= _ENOUGH
+    tested = seen & (error > _ROUNDING * size / count)
+    ratios = torch.where(tested, across.mean(0) / torch.where(tested, error, 1.0), 0.0).abs()
+    limit = float(special.ndtri(1 - alpha / (2 * max(1, int(tested.sum())))))
+    worst = math.inf if fixed else float(ratios.max())
+    along = steps @ claim
+    downhill = float(along.mean()) / max(float(along.std()) / math.sqrt(count), 1e-300)
+    spread = float(across.var(0).sum().sqrt()) / math.sqrt(count)
+    radius = 3 * spread / max(abs(scale) * size, 1e-300)
+    found = f"In {count:,} sampled steps"
+    if worst > limit:
+        where = "an entry that never varies differs" if fixed else f"an entry is {worst:.3g} standard errors off"
+        return Sampled("biased", f"{found}, {where} from every multiple of the claimed gradient.", worst, limit, radius)
+    if downhill < -limit:
+        return Sampled("biased", f"{found}, the gradient points uphill.", downhill, limit, radius)
+    if downhill <= limit or radius > _MARGIN:
+        words = f"{found} no difference from the claim was found, but one of {percent(radius)} would have been missed."
+        return Sampled("undecided", words, worst, limit, radius)
+    words = (
+        f"{found} no difference from the claim was found; one of {percent(radius)} of the gradient would have been "
+        f"seen. A faithful trainer is called biased with probability {alpha:g}."
+    )
+    return Sampled("exact_up_to_scale", words, worst, limit, radius)
+
+
+def _fixed(steps: Tensor, claim: Tensor, scale: float) -> bool:
+    """Whether entries that never vary contradict the claim: where it is zero, or at different multiples of it."""
+    still = (steps - steps[0]).abs().max(0).values <= _ROUNDING * float(steps.abs().max())
+    values, wanted = steps[0][still], claim[still]
+    stray = values[wanted == 0]
+    if bool((stray.abs() > _ROUNDING * float(steps.abs().max())).any()):
+        return True
+    values, wanted = values[wanted != 0], wanted[wanted != 0]
+    if len(values) < 2 or scale <= 0:
+        return False
+    multiple = float(values @ wanted) / float(wanted @ wanted)
+    return bool(((values - multiple * wanted).abs() > 1e-3 * float(wanted.abs().max()) * abs(multiple)).any())

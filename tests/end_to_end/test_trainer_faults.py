@@ -1,0 +1,53 @@
+"""Faults put into TRL's GKD one at a time are caught, and named in words; the sound trainer passes."""
+
+from __future__ import annotations
+
+import pytest
+
+from opdtheory.end_to_end import audit_trainer
+from opdtheory.errors import InvalidArgumentError, LossError
+from tests.end_to_end import gkd_faults
+
+pytest.importorskip("trl")
+
+# The gradient of a table is right in either mode.
+_MODES = ("eval mode", "teacher in train mode")
+
+
+@pytest.mark.parametrize("name", gkd_faults.FAULTS)
+def test_a_fault_is_named(name: str) -> None:
+    build, phrase = gkd_faults.FAULTS[name]
+    found = audit_trainer(build, "reverse_kl", variants=False)
+    assert phrase in " ".join(found.words), str(found)
+    assert found.passes is (name in _MODES), str(found)
+
+
+@pytest.mark.parametrize("name", gkd_faults.REFUSED)
+def test_what_cannot_be_played_is_refused(name: str) -> None:
+    build, message = gkd_faults.REFUSED[name]
+    with pytest.raises((InvalidArgumentError, LossError), match=message):
+        audit_trainer(build, "reverse_kl", variants=False)
+
+
+def test_the_sound_trainer_passes_in_every_variant() -> None:
+    found = audit_trainer(gkd_faults.sound, "reverse_kl")
+    assert found.passes and found.verdict == "exact_up_to_scale" and found.error < 1e-7
+    assert (
+        found.scale == pytest.approx(0.5, abs=1e-7) and "tokens of the dataset's reference answers" in found.scale_cause
+    )
+    assert all(variant.holds for variant in found.variants) and len(found.variants) == 4
+    assert found.where == {"response": 1.0}
+    scales = {variant.name: variant.scale for variant in found.variants}
+    assert scales["reference answers of two lengths"] == pytest.approx(2 / 2.5)
+    assert found.outcomes == 49
+
+
+def test_a_fault_of_one_setting_shows_in_its_variant_alone() -> None:
+    """Padding that is taken for the end of the sequence, and means of micro-batches, are right in the main setting."""
+    end_is_padding = audit_trainer(gkd_faults.masks_by_token, "reverse_kl")
+    assert end_is_padding.verdict == "exact_up_to_scale" and not end_is_padding.passes
+    assert [v.name for v in end_is_padding.variants if v.holds is False] == ["padding is the end of the sequence"]
+    means = audit_trainer(gkd_faults.FAULTS["means of micro-batches"][0], "reverse_kl", reduction="token_mean")
+    assert means.verdict == "exact" and not means.passes
+    failed = [v for v in means.variants if v.holds is False]
+    assert [v.name for v in failed] == ["2 micro-batches of 1"] and "changes" in failed[0].words
