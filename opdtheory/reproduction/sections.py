@@ -77,12 +77,17 @@ def predictions(table: Sequence[Summary]) -> str:
         f"seed. That a difference within {LEVEL:g} counts as close although it excludes zero was settled while the "
         "runs went on.",
     ]
+    return "\n\n".join([*lines, *_held(table, tasks)])
+
+
+def _held(table: Sequence[Summary], tasks: Sequence[str]) -> list[str]:
+    """Each prediction that the arms of a table decide, and how it is held."""
+    lines = []
     for each in PREDICTIONS:
         words, found = predicted(table, tasks, each)
         if found:
-            lines.append(f"**{each.says}:** {words}.")
-            lines.append("\n".join(f"- {line}" for line in found))
-    return "\n\n".join(lines)
+            lines += [f"**{each.says}:** {words}.", "\n".join(f"- {line}" for line in found)]
+    return lines
 
 
 def variance(table: Sequence[Summary]) -> str:
@@ -137,6 +142,8 @@ def tuning(table: Sequence[Summary], chosen: Sequence[Summary]) -> str:
             "which is used for nothing else, by the sampled accuracy at the end; then run with the seeds of the "
             "comparison. Both arms of a difference have their own rate.",
             markdown_table(head, rows),
+            "The predictions that these arms decide, each arm at its own rate:",
+            *_held(chosen, _tasks(chosen)),
         ]
     )
 
