@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
@@ -184,14 +185,24 @@ def trainer_pair(
 
 @contextlib.contextmanager
 def no_progress() -> Iterator[None]:
-    """Without the progress bars of transformers: a table needs none."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
+    """Without the progress bars of transformers and datasets: a table needs none."""
+    switches = (
+        (
+            transformers_logging.is_progress_bar_enabled,
+            transformers_logging.disable_progress_bar,
+            transformers_logging.enable_progress_bar,
+        ),
+        (datasets.are_progress_bars_disabled, datasets.disable_progress_bars, datasets.enable_progress_bars),
+    )
+    shown = [switches[0][0](), not switches[1][0]()]
+    for _, off, _ in switches:
+        off()
     try:
         yield
     finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
+        for was, (_, _, on) in zip(shown, switches, strict=True):
+            if was:
+                on()
 
 
 def _models(

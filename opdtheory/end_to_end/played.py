@@ -129,8 +129,8 @@ class _Steps(TrainerCallback):
         if not self.generations or not any(answer for call in self.generations for answer in call.answers):
             raise LossError(
                 "the trainer drew no token in a step: it decodes greedily, trains on answers of the dataset, or "
-                "samples elsewhere (vLLM, a server); let generate sample in this process, or audit the update alone with "
-                "audit_update"
+                "samples elsewhere (vLLM, a server); let generate sample in this process, or audit the update alone "
+                "with audit_update"
             )
         key = tuple(tuple(prompt) for call in self.generations for prompt in call.prompts)
         if self.draws is not None:

@@ -36,17 +36,20 @@ from opdtheory.training.tasks import Example, Task
 from opdtheory.training.tasks import task as task_of
 from opdtheory.training.validation.observer import validate_run
 
-__all__ = ["train", "training_step"]
+__all__ = ["train", "training_step", "update_on"]
 
 
 def training_step(run: Run, step: int) -> dict[str, float]:
     """Take step number `step`, counted from 0, and return its metrics."""
+    # 1. The student answers this process's share of the step's prompts, several times each if rollouts form groups.
+    return update_on(run, step, *collect(run, step))
+
+
+def update_on(run: Run, step: int, examples: list[Example], samples: Samples) -> dict[str, float]:
+    """Update the student on this process's rollouts of a step, and return the metrics; the gradient is left in place."""
     config, loss = run.config, run.loss
     for settings in run.optimizer.param_groups:
         settings["lr"] = config.learning_rate_at(step)
-
-    # 1. The student answers this process's share of the step's prompts, several times each if rollouts form groups.
-    examples, samples = collect(run, step)
 
     # 2. What the loss is divided by: a count of the global batch, known before the first backward pass.
     tokens = float(run.processes.total(samples.mask.sum(dtype=torch.float64)))
