@@ -1,8 +1,9 @@
 """Whole trainers: what each says it minimises, and what an audit of the trainer itself finds.
 
-`python examples/trainers/gallery.py` audits the trainers that are installed and prints a table. With `--page` it updates
-`gallery.json` and `docs/trainers.md`, and keeps the records of what is absent; `--only TEXT` audits those whose name
-holds the text. `--verl FILE` takes the rows that `verl_engine.py` wrote in its own environment.
+`python examples/trainers/gallery.py` audits the trainers that are installed, and says which verdicts are not as
+recorded. With `--page` it updates `gallery.json` and `docs/trainers.md`, and keeps the records of what is absent;
+`--only TEXT` audits those whose name holds the text. `--verl FILE` takes the rows that `verl_engine.py` wrote in its own
+environment.
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ with the exact one (`opdtheory.audit_trainer`; `audit_update` for what is no `tr
 *claim* is what the trainer's documentation or its setting says, summed over tokens and averaged over rollouts, unless a
 mean is claimed; it is our reading, and a row that differs is no fault where another reading is meant. *scale* is the
 multiple of the claimed gradient that is nearest, *off by* the distance from that multiple, relative to it. Prompts are
-of one and two tokens, answers of at most two, with two letters and an end of sequence, batches of two rollouts. Samplers
-and some losses work in float32, so that errors of 1e-7 are rounding. Rewards are zero where a KL penalty is audited, and
-the reference model, or whatever a trainer loads from the student's path, is the teacher.
+of one and two tokens, answers of at most two, with two letters and an end of sequence, batches of two rollouts. Some
+samplers and losses work in float32, so that errors of 1e-7 are rounding. Rewards are zero where a KL penalty is
+audited, and the reference model, or whatever a trainer loads from the student's path, is the teacher.
 
 `make trainers` regenerates this page, and checks that every verdict is as recorded.
 """
