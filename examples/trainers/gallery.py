@@ -2,8 +2,8 @@
 
 `python examples/trainers/gallery.py` audits the trainers that are installed, and says which verdicts are not as
 recorded. With `--page` it updates `gallery.json` and `docs/trainers.md`, and keeps the records of what is absent;
-`--only TEXT` audits those whose name holds the text. `--verl FILE` takes the rows that `verl_engine.py` wrote in its own
-environment.
+`--only TEXT` audits those whose name holds the text. `--verl FILE` takes the rows that `verl_engine.py` wrote in its
+own environment.
 """
 
 from __future__ import annotations

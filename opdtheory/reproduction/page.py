@@ -119,7 +119,8 @@ def _wall(outcome: Outcome) -> str:
     trained = f" (including {models} training{'s' * (models > 1)} of the models below)" if models else ""
     workers, arms = mine[-1]["workers"], sum(each["arms"] for each in mine)
     some = f" for {arms} of them" if arms < len(outcome.rows) else ""
-    return f" and {minutes:.1f} minutes of wall-clock time{some}{trained}, {workers} process{'es' * (workers > 1)} at a time"
+    at_once = f"{workers} process{'es' * (workers > 1)} at a time"
+    return f" and {minutes:.1f} minutes of wall-clock time{some}{trained}, {at_once}"
 
 
 def _machine(found: dict[str, Any]) -> str:

@@ -46,7 +46,7 @@ def training_step(run: Run, step: int) -> dict[str, float]:
 
 
 def update_on(run: Run, step: int, examples: list[Example], samples: Samples) -> dict[str, float]:
-    """Update the student on this process's rollouts of a step, and return the metrics; the gradient is left in place."""
+    """Update the student on this process's rollouts of a step, leave the gradient in place, and return the metrics."""
     config, loss = run.config, run.loss
     for settings in run.optimizer.param_groups:
         settings["lr"] = config.learning_rate_at(step)
