@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from opdtheory.testing.assertions import claim_settings as claim_settings
     from opdtheory.testing.assertions import gradient_gap as gradient_gap
     from opdtheory.testing.marks import opd_loss as opd_loss
+    from opdtheory.testing.marks import opd_trainer as opd_trainer
     from opdtheory.testing.strategies import divergences as divergences
     from opdtheory.testing.strategies import policies as policies
     from opdtheory.testing.strategies import policy_pairs as policy_pairs
@@ -30,6 +31,7 @@ _HOMES = {
     "divergences": "strategies",
     "gradient_gap": "assertions",
     "opd_loss": "marks",
+    "opd_trainer": "marks",
     "policies": "strategies",
     "policy_pairs": "strategies",
     "rollouts": "strategies",

@@ -1,4 +1,4 @@
-"""`opd_loss`: a mark that says what a loss should minimise, for `pytest --opd-audit` to check.
+"""`opd_loss` and `opd_trainer`: marks that say what is minimised, for `pytest --opd-audit` to check.
 
 Nothing here imports torch, so a trainer's module can use the mark at no cost.
 """
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from opdtheory.divergences import Divergence
     from opdtheory.testing.calls import Call
 
-__all__ = ["LossClaim", "claims_of", "opd_loss"]
+__all__ = ["LossClaim", "TrainerClaim", "claims_of", "opd_loss", "opd_trainer", "trainer_claims_of"]
 
 # A function, or a static or class method, which is not itself callable.
 F = TypeVar("F")
 
-_ATTRIBUTE = "__opd_claims__"
+_ATTRIBUTE, _OF_TRAINER = "__opd_claims__", "__opd_trainer_claims__"
 
 
 @dataclass(frozen=True)
@@ -145,4 +145,67 @@ def claims_of(loss: object) -> tuple[LossClaim, ...]:
     found = getattr(loss, "__dict__", {}).get(_ATTRIBUTE)
     if found is None and isinstance(loss, staticmethod | classmethod):
         return claims_of(loss.__func__)
+    return found if isinstance(found, tuple) else ()
+
+
+@dataclass(frozen=True)
+class TrainerClaim:
+    """One `opd_trainer` mark.
+
+    Attributes:
+        claims: the divergence that the trainer should descend, an object or a catalogue name.
+        granularity: `token_local`, `token_return` or `sequence`.
+        settings: other arguments of `opdtheory.audit_trainer`.
+    """
+
+    claims: str | Divergence
+    granularity: str
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """The claim and its settings in one line."""
+        name = self.claims if isinstance(self.claims, str) else self.claims.label
+        settings = (" ".join(f"{key}={value}".split()) for key, value in sorted(self.settings.items()))
+        return "-".join([name, self.granularity, *settings])
+
+
+def opd_trainer(claims: str | Divergence, granularity: str = "token_local", **settings: Any) -> Callable[[F], F]:
+    """Mark a function that builds a trainer, or an update, for `pytest --opd-audit` to audit as a whole.
+
+    The function itself is returned unchanged. With one parameter it is `build(pair)`, which returns the trainer; with
+    three it is `update(pair, prompts, answers)`, which leaves a gradient. The audit passes if the trainer descends the
+    claim, up to a positive scale, in every setting that is asked.
+
+    Args:
+        claims: the divergence that the trainer should descend.
+        granularity: `token_local`, `token_return` or `sequence`.
+        **settings: other arguments of `opdtheory.audit_trainer`, such as `batch_size` and `reduction`.
+
+    Raises:
+        InvalidArgumentError: the granularity is unknown, or there is no divergence.
+
+    Example:
+        >>> @opd_trainer(claims="reverse_kl")
+        ... def build(pair):
+        ...     "Returns the trainer."
+        >>> [claim.label for claim in trainer_claims_of(build)]
+        ['reverse_kl-token_local']
+    """
+    if callable(claims):
+        raise InvalidArgumentError("claims", f"must be a divergence, as in @opd_trainer(claims=...), got {claims!r}")
+    if granularity not in GRANULARITIES:
+        raise InvalidArgumentError("granularity", f"must be one of {', '.join(GRANULARITIES)}, got {granularity!r}")
+    claim = TrainerClaim(claims, granularity, settings)
+
+    def mark(build: F) -> F:
+        setattr(build, _OF_TRAINER, (claim, *trainer_claims_of(build)))
+        return build
+
+    return mark
+
+
+def trainer_claims_of(build: object) -> tuple[TrainerClaim, ...]:
+    """The marks of a function that builds a trainer, the topmost first; anything else has none."""
+    found = getattr(build, "__dict__", {}).get(_OF_TRAINER)
     return found if isinstance(found, tuple) else ()

@@ -1,4 +1,4 @@
-"""The pytest plugin: `pytest --opd-audit` audits every function that is marked with `opd_loss`.
+"""The pytest plugin: `pytest --opd-audit` audits what is marked with `opd_loss` or `opd_trainer`.
 
 pytest loads it in every run of every project that has opdtheory installed. Without `--opd-audit` it only adds its
 options: nothing is collected, and neither torch nor the rest of opdtheory is imported.
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from opdtheory.auditing.known_biases import Judgement, KnownVerdict
     from opdtheory.rollouts import Rollouts
     from opdtheory.testing.marks import LossClaim
+    from opdtheory.testing.trainers import TrainerAuditItem
 
 __all__ = ["LossAudit", "pytest_addoption", "pytest_configure"]
 
@@ -40,7 +41,7 @@ _SHORT = {
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the command-line options."""
     group = parser.getgroup("opd", "opdtheory: audits of distillation losses")
-    group.addoption("--opd-audit", action="store_true", help="audit the functions marked with opd_loss")
+    group.addoption("--opd-audit", action="store_true", help="audit what is marked with opd_loss or opd_trainer")
     group.addoption(
         "--opd-baseline", metavar="FILE", help="file of known biases: those pass, a new one or one that grew fails"
     )
@@ -208,11 +209,22 @@ class _Audits:
         except InvalidArgumentError as error:
             raise pytest.UsageError(f"--opd-{error}") from None
 
-    def pytest_pycollect_makeitem(self, collector: pytest.Collector, name: str, obj: object) -> list[LossAudit] | None:
+    def pytest_pycollect_makeitem(
+        self, collector: pytest.Collector, name: str, obj: object
+    ) -> list[pytest.Item] | None:
         """Collect one item for each mark of a function in a module."""
         if not isinstance(collector, pytest.Module) or isinstance(obj, type):
             return None
-        return list(self.items(collector, name, obj, None)) or None
+        return [*self.items(collector, name, obj, None), *self.trainers(collector, name, obj)] or None
+
+    def trainers(self, collector: pytest.Module, name: str, build: object) -> Iterator[TrainerAuditItem]:
+        """One item for each mark of a function that builds a trainer."""
+        from opdtheory.testing.marks import trainer_claims_of
+        from opdtheory.testing.trainers import TrainerAuditItem
+
+        for claim in trainer_claims_of(build):
+            full = f"{name}[{claim.label}]"
+            yield TrainerAuditItem.from_parent(collector, name=full, build=build, claim=claim, pages=self.pages)
 
     def items(self, collector: pytest.Module, name: str, loss: object, owner: type | None) -> Iterator[LossAudit]:
         """One item for each mark of a function, which is a member of the class `owner` if there is one."""
