@@ -9,7 +9,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 # The public names; the checks below them are the library's own.
-__all__ = ["BudgetExceededError", "InvalidArgumentError", "LossError", "OpdTheoryError", "TrainingError"]
+__all__ = [
+    *("BudgetExceededError", "IntegrationError", "InvalidArgumentError", "LossError", "OpdTheoryError"),
+    "TrainingError",
+]
 
 
 class OpdTheoryError(Exception):
@@ -42,6 +45,10 @@ class BudgetExceededError(OpdTheoryError, ValueError):
         super().__init__(f"{what} needs {count:,}, over the budget of {budget:,}; {advice}")
         self.count = count
         self.budget = budget
+
+
+class IntegrationError(OpdTheoryError, ImportError):
+    """A training framework is missing, or is of a version that its plug-in was not written for."""
 
 
 class LossError(OpdTheoryError, ValueError):

@@ -67,6 +67,7 @@ def test_numbers_between_bounds() -> None:
         errors.InvalidArgumentError("eos", "must be a token"),
         errors.BudgetExceededError("batches", 10, 5, "audit fewer"),
         errors.LossError("the loss has no gradient"),
+        errors.IntegrationError("trl is missing"),
         errors.NotFiniteError("the loss is NaN", (2, 3, 4)),
         errors.TrainingError("the loss is NaN"),
     ],

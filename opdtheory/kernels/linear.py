@@ -14,6 +14,7 @@ from opdtheory.divergences import divergence as as_divergence
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.kernels import arguments
 from opdtheory.kernels.attached import graph_is_kept, last, outside_graphs
+from opdtheory.kernels.heads import HeadForm, check_bias, head_form
 from opdtheory.kernels.sweep import Evaluator, sweep
 
 __all__ = ["fused_linear_divergence"]
@@ -35,6 +36,14 @@ def fused_linear_divergence(
     mask: Shaped[Tensor, "*batch"] | None = None,
     temperature: float = 1.0,
     chunk_size: int | None = None,
+    *,
+    student_bias: Float[Tensor, " V"] | None = None,
+    teacher_bias: Float[Tensor, " V"] | None = None,
+    student_scale: float = 1.0,
+    teacher_scale: float = 1.0,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    entropy: Float[Tensor, "*batch"] | None = None,
 ) -> Float[Tensor, "*batch"]:
     r"""`fused_divergence` of the logits $z = W h$, of which only a chunk of positions is held at a time.
 
@@ -60,6 +69,13 @@ def fused_linear_divergence(
         mask: a weight for each position; where it is zero, nothing is computed.
         temperature: $\tau$, which divides both logits.
         chunk_size: the number of positions at a time (default: as many as have 8 million logits).
+        student_bias: $b$ of a head with a bias, $z = W h + b$; it gets its gradient.
+        teacher_bias: the teacher's, detached.
+        student_scale: $s$, which multiplies $W h + b$.
+        teacher_scale: the teacher's.
+        student_softcap: $c$ of soft-capped logits, $z = c \tanh(s (W h + b) / c)$.
+        teacher_softcap: the teacher's.
+        entropy: overwritten with the student's entropy in nats at each position, zero where the mask is.
 
     Returns:
         $\ell$, float64 if a head is, else float32.
@@ -90,14 +106,22 @@ def fused_linear_divergence(
             f"must have the {student_head.shape[0]} rows of the student's vocabulary, got {teacher_head.shape[0]}",
         )
     arguments.check_device("teacher_hidden", teacher_hidden, "the student's", student_hidden.device)
+    check_bias("student", student_bias, student_head)
+    check_bias("teacher", teacher_bias, teacher_head)
+    forms = (head_form("student", student_scale, student_softcap), head_form("teacher", teacher_scale, teacher_softcap))
+    if entropy is not None:
+        arguments.check_matching("entropy", entropy, "the batch", student_hidden[..., 0])
     _, weights = arguments.shared(student_hidden, mask, temperature, chunk_size, student_head, teacher_head)
     arguments.check_weights(weights)
     recorded = torch.is_grad_enabled()
-    wanted = recorded and student_hidden.requires_grad, recorded and student_head.requires_grad
-    job = _Job(as_divergence(divergence), float(temperature), chunk_size, _product_dtype(student_head), wanted)
-    values: Tensor = _Linear.apply(
-        student_hidden, student_head, teacher_hidden.detach(), teacher_head.detach(), weights, job
+    wanted = tuple(
+        recorded and each is not None and each.requires_grad for each in (student_hidden, student_head, student_bias)
     )
+    job = _Job(as_divergence(divergence), float(temperature), chunk_size, _product_dtype(student_head), wanted, forms)
+    teacher = _Teacher(
+        teacher_hidden.detach(), teacher_head.detach(), None if teacher_bias is None else teacher_bias.detach()
+    )
+    values: Tensor = _Linear.apply(student_hidden, student_head, student_bias, *teacher, weights, job, entropy)
     return values
 
 
@@ -108,77 +132,120 @@ class _Job(NamedTuple):
     temperature: float
     chunk_size: int | None
     dtype: torch.dtype
-    wanted: tuple[bool, bool]
+    wanted: tuple[bool, ...]
+    forms: tuple[HeadForm, HeadForm]
+
+
+class _Teacher(NamedTuple):
+    """The teacher's tensors."""
+
+    hidden: Tensor
+    head: Tensor
+    bias: Tensor | None
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: Tensor, other: Tensor, other_head: Tensor, weights: Tensor | None, job: _Job
+        ctx: Any,
+        hidden: Tensor,
+        head: Tensor,
+        bias: Tensor | None,
+        other: Tensor,
+        other_head: Tensor,
+        other_bias: Tensor | None,
+        weights: Tensor | None,
+        job: _Job,
+        entropy: Tensor | None,
     ) -> Tensor:
-        values, by_hidden, by_head = _work(hidden, head, other, other_head, weights, job)
-        ctx.save_for_backward(hidden, head, other, other_head, weights, by_hidden, by_head)
+        teacher = _Teacher(other, other_head, other_bias)
+        values, *found = _work(hidden, head, bias, teacher, weights, job, entropy)
+        ctx.save_for_backward(hidden, head, bias, *teacher, weights, *found)
         ctx.job = job
         return values.to(arguments.sum_dtype(head, other_head))
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
-        hidden, head, other, other_head, weights, *found = ctx.saved_tensors
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, head, bias, other, other_head, other_bias, weights, *found = ctx.saved_tensors
         with torch.no_grad():
             factors = upstream if weights is None else upstream[weights != 0]
             first = factors.flatten()[0] if factors.numel() else factors.new_ones(())
             if bool((factors != first).any()):
                 weights = upstream if weights is None else upstream * weights
-                found = _work(hidden, head, other, other_head, weights, ctx.job)[1:]
+                found = _work(hidden, head, bias, _Teacher(other, other_head, other_bias), weights, ctx.job)[1:]
             elif graph_is_kept():
                 # What is handed out may be overwritten, and another backward pass may follow.
                 found = [each if each is None else each * first for each in found]
             elif bool(first != 1):
                 found = [each if each is None else each.mul_(first) for each in found]
-        sources = upstream, hidden, head
-        by_hidden, by_head = (
+        sources = [each for each in (upstream, hidden, head, bias) if each is not None]
+        by_hidden, by_head, by_bias = (
             None if each is None else last("fused_linear_divergence", each, *sources) for each in found
         )
-        return by_hidden, by_head, None, None, None, None
+        return by_hidden, by_head, by_bias, None, None, None, None, None, None
 
 
 def _work(
     hidden: Tensor,
     head: Tensor,
-    other: Tensor,
-    other_head: Tensor,
+    bias: Tensor | None,
+    teacher: _Teacher,
     weights: Tensor | None,
     job: _Job,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Values `(...)`, and the gradients of their weighted sum in the hidden states and the head, where wanted."""
-    evaluator = Evaluator.of(job.divergence, arguments.sum_dtype(head, other_head), 1.0 / job.temperature)
+    entropy: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Values `(...)`, and the gradients of their weighted sum in hidden states, head and bias, where wanted."""
+    evaluator = Evaluator.of(job.divergence, arguments.sum_dtype(head, teacher.head), 1.0 / job.temperature)
+    form, other_form = job.forms
     values = torch.zeros(hidden.shape[:-1], dtype=torch.float64, device=hidden.device)
     by_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if job.wanted[0] else None
     wide = torch.float64 if job.dtype == torch.float64 else torch.float32
     by_head = torch.zeros(head.shape, dtype=wide, device=head.device) if job.wanted[1] else None
+    by_bias = torch.zeros(len(head), dtype=wide, device=head.device) if job.wanted[2] else None
     looked = (
         torch.arange(values.numel(), device=hidden.device) if weights is None else weights.flatten().nonzero()[:, 0]
     )
     rows = job.chunk_size or max(1, _ELEMENTS // head.shape[0])
     # The casts of autocast, once for all chunks.
-    student, teacher = head.to(job.dtype), other_head.to(job.dtype)
+    ours_head, theirs_head = head.to(job.dtype), teacher.head.to(job.dtype)
     logits = [torch.empty(min(rows, len(looked)), len(head), dtype=wide, device=head.device) for _ in range(2)]
-    flat, other_flat = hidden.reshape(-1, hidden.shape[-1]), other.reshape(-1, other.shape[-1])
+    flat, other_flat = hidden.reshape(-1, hidden.shape[-1]), teacher.hidden.reshape(-1, teacher.hidden.shape[-1])
+    entropies = None if entropy is None else torch.zeros_like(values)
     with torch.autocast(hidden.device.type, enabled=False):
         for part in looked.split(rows):
             states = flat[part].to(job.dtype)
-            ours = _logits(states, student, logits[0][: len(part)])
-            theirs = _logits(other_flat[part].to(job.dtype), teacher, logits[1][: len(part)])
+            ours = _logits(states, ours_head, logits[0][: len(part)])
+            theirs = _logits(other_flat[part].to(job.dtype), theirs_head, logits[1][: len(part)])
+            form.shape(ours, bias)
+            other_form.shape(theirs, teacher.bias)
+            if entropies is not None:
+                entropies.view(-1)[part] = _entropy(ours, job.temperature).double()
+            kept = form.keep(ours) if any(job.wanted) else None
             weight = None if weights is None else weights.flatten()[part]
             found = torch.empty(len(part), dtype=torch.float64, device=hidden.device)
             # The gradient takes the place of the logits.
             sweep(evaluator, ours, theirs, weight, None, found, ours if any(job.wanted) else None)
             values.view(-1)[part] = found
+            if any(job.wanted):
+                form.pull_back(ours, kept)
             if by_hidden is not None:
-                by_hidden.view(-1, hidden.shape[-1])[part] = _product(ours, student).to(hidden.dtype)
+                by_hidden.view(-1, hidden.shape[-1])[part] = _product(ours, ours_head).to(hidden.dtype)
             if by_head is not None:
                 _add_product(by_head, ours.T, states)
-    return values, by_hidden, None if by_head is None else by_head.to(head.dtype)
+            if by_bias is not None:
+                by_bias += ours.sum(0)
+    if entropy is not None and entropies is not None:
+        entropy.copy_(entropies)
+    by_bias = by_bias if by_bias is None or bias is None else by_bias.to(bias.dtype)
+    return values, by_hidden, None if by_head is None else by_head.to(head.dtype), by_bias
+
+
+def _entropy(logits: Tensor, temperature: float) -> Tensor:
+    r"""$-\sum_a p_a \log p_a$ of each row."""
+    scaled = logits / temperature
+    total = scaled.logsumexp(-1)
+    # A token of probability zero counts nothing.
+    return total - (scaled - total.unsqueeze(-1)).exp_().mul_(scaled.nan_to_num_(neginf=0.0)).sum(-1)
 
 
 def _logits(states: Tensor, head: Tensor, out: Tensor) -> Tensor:

@@ -264,3 +264,84 @@ def test_what_does_not_fit_is_refused(arguments: dict[str, Any], name: str) -> N
     with pytest.raises(InvalidArgumentError) as refused:
         opd.fused_linear_divergence(**{**given, **arguments})
     assert refused.value.argument == name
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 4])
+@pytest.mark.parametrize("upstream", ["ones", "varied"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"bias": True},
+        {"student_scale": 0.6, "teacher_scale": 1.7},
+        {"student_softcap": 1.5},
+        {"bias": True, "student_scale": -0.8, "student_softcap": 2.0, "teacher_softcap": 0.7},
+    ],
+    ids=str,
+)
+def test_other_heads_are_the_divergence_of_their_logits(form: dict[str, Any], chunk: int | None, upstream: str) -> None:
+    """Bias, scale and cap; the false twin leaves the cap's slope out."""
+    tensors = case(2, 5)
+    form = dict(form)
+    biases = [torch.randn(7, generator=torch.Generator().manual_seed(n), dtype=torch.float64) for n in (1, 2)]
+    leaves = tensors[:2]
+    if form.pop("bias", False):
+        leaves = [*leaves, biases[0].requires_grad_()]
+        given = {"student_bias": biases[0], "teacher_bias": biases[1]}
+    else:
+        given, biases = {}, [torch.zeros(7, dtype=torch.float64)] * 2
+    options = {"mask": torch.tensor([[1, 0, 1, 0.5, 1], [1, 1, 0, 0, -1]]), "temperature": 1.3}
+    entropy = torch.full((2, 5), torch.nan, dtype=torch.float64)
+    found = opd.fused_linear_divergence(*tensors, "jsd", chunk_size=chunk, entropy=entropy, **options, **form, **given)
+    hidden, head, other, other_head = tensors
+    products = [hidden @ head.T + biases[0], other @ other_head.T + biases[1]]
+    logits = []
+    for whose, z in zip(("student", "teacher"), products, strict=True):
+        z, cap = z * form.get(f"{whose}_scale", 1.0), form.get(f"{whose}_softcap")
+        logits.append(z if cap is None else cap * torch.tanh(z / cap))
+    wanted = opd.fused_divergence(*logits, "jsd", **options)
+    assert worst(found, wanted) < ALGEBRA
+    logs = (logits[0] / 1.3).log_softmax(-1)
+    assert worst(entropy, -(logs.exp() * logs).sum(-1) * (options["mask"] != 0)) < ALGEBRA
+    factors = {"ones": torch.ones(2, 5), "varied": torch.arange(10.0).view(2, 5)}[upstream].double()
+    slopes = [torch.autograd.grad(each, leaves, factors, retain_graph=True) for each in (found, wanted)]
+    assert all(worst(mine, theirs) < ALGEBRA for mine, theirs in zip(*slopes, strict=True))
+    if "student_softcap" in form:
+        straight = logits[0].detach() + products[0] - products[0].detach()
+        uncapped = opd.fused_divergence(straight, logits[1], "jsd", **options)
+        twin = torch.autograd.grad(uncapped, leaves, factors)
+        assert worst(twin[1], slopes[0][1]) > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_heads_in_narrow_dtypes(dtype: torch.dtype) -> None:
+    """Logits are float32: against float64 from the same rounded states."""
+    tensors = case(6, dtype=dtype)
+    bias = torch.linspace(-1, 1, 7).to(dtype).requires_grad_()
+    options = {"student_scale": 0.5, "student_softcap": 1.5}
+    entropy = torch.zeros(6)
+    found = opd.fused_linear_divergence(*tensors, "jsd", student_bias=bias, entropy=entropy, **options)
+    wide = [each.detach().double().requires_grad_() for each in (*tensors, bias)]
+    exact_entropy = torch.zeros(6, dtype=torch.float64)
+    wanted = opd.fused_linear_divergence(*wide[:4], "jsd", student_bias=wide[4], entropy=exact_entropy, **options)
+    assert found.dtype == torch.float32 and worst(found, wanted) < 1e-6 and worst(entropy, exact_entropy) < 1e-6
+    slopes = torch.autograd.grad(found.sum(), (*tensors[:2], bias))
+    exact = torch.autograd.grad(wanted.sum(), (*wide[:2], wide[4]))
+    for mine, theirs in zip(slopes, exact, strict=True):
+        assert mine.dtype == dtype and worst(mine, theirs) < 2 * torch.finfo(dtype).eps * float(theirs.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"student_bias": torch.zeros(6)}, "student_bias"),
+        ({"teacher_bias": torch.zeros(7, dtype=torch.int64)}, "teacher_bias"),
+        ({"student_scale": float("inf")}, "student_scale"),
+        ({"teacher_softcap": 0.0}, "teacher_softcap"),
+        ({"entropy": torch.zeros(5)}, "entropy"),
+    ],
+    ids=lambda each: each if isinstance(each, str) else "",
+)
+@pytest.mark.bad_input
+def test_forms_of_heads_that_do_not_fit_are_refused(options: dict[str, Any], name: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=f"^{name}: must"):
+        opd.fused_linear_divergence(*case(6), "jsd", **options)
