@@ -7,7 +7,7 @@ INPUTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help verify test test-slow lint format typecheck-runtime gallery mutation fuzz device bench accuracy coverage docs wheel clean
+.PHONY: help verify test test-slow lint format typecheck-runtime gallery trainers mutation fuzz device bench accuracy coverage docs wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -63,6 +63,9 @@ gallery: $(GALLERY)/.installed ## audit every published loss; writes docs/galler
 	$(GALLERY)/bin/python -W ignore examples/published_losses/gallery.py --page --require-all
 	$(GALLERY)/bin/python -W ignore examples/published_losses/gallery.py --write README.md
 	$(GALLERY)/bin/python -m pytest -p no:xdist -q tests/laws/test_gallery.py tests/laws/test_published_losses.py
+
+trainers: $(VENV)/.installed-dev ## audit whole trainers of TRL and our own; compares docs/trainers.md with what is found
+	$(BIN)/python -W ignore examples/trainers/gallery.py
 
 mutation: $(VENV)/.installed-dev ## break the library term by term; writes docs/mutation.md (about an hour)
 	$(BIN)/python -m tests.mutation --log reports/mutation.jsonl --page docs/mutation.md

@@ -86,7 +86,7 @@ def audit_trainer(
         histories: whether the claim is about the `student`'s own histories or those of its `sampler` (T15).
         variants: whether to ask other settings too: accumulation, equal prompts, padding that is the end of the
             sequence, longer reference answers, and those that tell what a scale is a function of.
-        method: `exact`, `monte_carlo`, or `auto`: exact where the outcomes fit the limit; else 2,000 steps are sampled
+        method: `exact`, `monte_carlo`, or `auto`: exact where the outcomes fit the limit; else 1,000 steps are sampled
             and the verdict carries an error rate.
         tolerance: relative error that counts as rounding.
         seed: seed of the tables.

@@ -19,13 +19,13 @@ from opdtheory.choices import Verdict
 from opdtheory.end_to_end.played import Played
 from opdtheory.rendering.text import percent
 
-__all__ = ["ALPHA", "STEPS", "Sampled", "judge"]
+__all__ = ["ALPHA", "STEPS", "Sampled", "judge", "judged"]
 
 # The probability that a faithful trainer is called biased, all entries together.
 ALPHA = 1e-3
 
 # Steps that are sampled.
-STEPS = 2_000
+STEPS = 1_000
 
 # Steps in which an entry must differ from zero for its mean to be tested.
 _ENOUGH = 30
@@ -66,7 +66,13 @@ def judge(played: Played, exact: Float[Tensor, "R V"], alpha: float = ALPHA) -> 
         alpha: the probability of a false alarm.
     """
     steps = torch.stack([leaf.gradient.flatten() for leaf in played.leaves])
-    claim, count = exact.flatten(), len(steps)
+    met = (steps != 0).any(0) | (exact.flatten() != 0)
+    return judged(steps[:, met], exact.flatten()[met], alpha)
+
+
+def judged(steps: Float[Tensor, "N K"], claim: Float[Tensor, " K"], alpha: float = ALPHA) -> Sampled:
+    """Compare independent gradients with the claimed one, as `judge` does."""
+    count = len(steps)
     size, mean = float(claim.norm()), steps.mean(0)
     scale = float(mean @ claim) / size**2
     fixed = _fixed(steps, claim, scale)
@@ -99,12 +105,14 @@ def judge(played: Played, exact: Float[Tensor, "R V"], alpha: float = ALPHA) -> 
 
 def _fixed(steps: Tensor, claim: Tensor, scale: float) -> bool:
     """Whether entries that never vary contradict the claim: where it is zero, or at different multiples of it."""
-    still = (steps - steps[0]).abs().max(0).values <= _ROUNDING * float(steps.abs().max())
+    rounding = _ROUNDING * float(steps.abs().max())
+    still = (steps - steps[0]).abs().max(0).values <= rounding
     values, wanted = steps[0][still], claim[still]
-    stray = values[wanted == 0]
-    if bool((stray.abs() > _ROUNDING * float(steps.abs().max())).any()):
+    # What the claim has there is zero, up to the probability of a padding token.
+    zero = wanted.abs() <= _ROUNDING * float(claim.abs().max())
+    if bool((values[zero].abs() > rounding).any()):
         return True
-    values, wanted = values[wanted != 0], wanted[wanted != 0]
+    values, wanted = values[~zero], wanted[~zero]
     if len(values) < 2 or scale <= 0:
         return False
     multiple = float(values @ wanted) / float(wanted @ wanted)
