@@ -66,6 +66,8 @@ gallery: $(GALLERY)/.installed ## audit every published loss; writes docs/galler
 
 trainers: $(VENV)/.installed-dev ## audit whole trainers of TRL and our own; compares docs/trainers.md with what is found
 	$(BIN)/python -W ignore examples/trainers/gallery.py
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target build/trl_1_0 "trl==1.0.0"
+	PYTHONPATH=build/trl_1_0 $(BIN)/python -W ignore examples/trainers/gallery.py --only "TRL 1.0.0"
 
 mutation: $(VENV)/.installed-dev ## break the library term by term; writes docs/mutation.md (about an hour)
 	$(BIN)/python -m tests.mutation --log reports/mutation.jsonl --page docs/mutation.md

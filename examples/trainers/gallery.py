@@ -57,6 +57,11 @@ def entries() -> tuple[Entry, ...]:
 
     found = list(reference.ENTRIES)
     try:
+        version = importlib.metadata.version("trl")
+        if version == "1.0.0":
+            from examples.trainers import trl_first
+
+            return trl_first.ENTRIES
         from examples.trainers import trl_trainers
     except ImportError as error:
         print(f"TRL's trainers are left as recorded: {error}", file=sys.stderr)

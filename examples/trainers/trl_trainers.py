@@ -10,33 +10,18 @@ from typing import Any
 
 from transformers import Trainer
 from trl import DistillationConfig, DistillationTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
-from trl.experimental.gkd import GKDConfig, GKDTrainer
 from trl.experimental.gold import GOLDConfig, GOLDTrainer
 from trl.experimental.iw_opd import IWOPDConfig, IWOPDTrainer
 from trl.experimental.sdft import SDFTConfig, SDFTTrainer
 
 from examples.trainers.entry import Entry
+from examples.trainers.gkd import gkd
 from opdtheory.end_to_end import TrainerPair
+from opdtheory.integrations.trl import OPDPlusTrainer, OPDTrainer
 
 __all__ = ["ENTRIES"]
 
 Build = Callable[[TrainerPair], Trainer]
-
-
-def gkd(**settings: Any) -> Build:
-    """`GKDTrainer`, on the student's own answers."""
-
-    def build(pair: TrainerPair) -> Trainer:
-        args = GKDConfig(**pair.arguments, max_new_tokens=pair.horizon, **{"lmbda": 1.0, **settings})
-        return GKDTrainer(
-            model=pair.student,
-            teacher_model=pair.teacher,
-            args=args,
-            train_dataset=pair.dataset,
-            processing_class=pair.tokenizer,
-        )
-
-    return build
 
 
 def distillation(**settings: Any) -> Build:
@@ -102,6 +87,39 @@ def sdft(**settings: Any) -> Build:
     return build
 
 
+def whole_vocabulary(divergence: str) -> Build:
+    """The plug-in `OPDTrainer`."""
+
+    def build(pair: TrainerPair) -> Trainer:
+        return OPDTrainer(
+            model=pair.student,
+            teacher_model=pair.teacher,
+            divergence=divergence,
+            args=DistillationConfig(**pair.arguments, max_completion_length=pair.horizon),
+            train_dataset=pair.dataset.select_columns(["prompt"]),
+            processing_class=pair.tokenizer,
+        )
+
+    return build
+
+
+def sampled_tokens(divergence: str) -> Build:
+    """The plug-in `OPDPlusTrainer`."""
+
+    def build(pair: TrainerPair) -> Trainer:
+        settings = {"loss_type": "dr_grpo", "num_generations": 2}
+        return OPDPlusTrainer(
+            pair.student,
+            pair.teacher,
+            divergence=divergence,
+            args=GRPOConfig(**pair.arguments, max_completion_length=pair.horizon, **settings),
+            train_dataset=pair.dataset.select_columns(["prompt"]),
+            processing_class=pair.tokenizer,
+        )
+
+    return build
+
+
 def no_reward(completions: list[str], **_: Any) -> list[float]:
     """Zero for every completion: what remains is the KL penalty."""
     return [0.0] * len(completions)
@@ -146,6 +164,8 @@ _KL = "documentation: `beta` is the KL coefficient, of a KL to the reference mod
 def _entry(name: str, build: Build, claim: str, says: str, **settings: Any) -> Entry:
     return Entry.of(name, "trl", build, claim, says, **settings)
 
+
+_OWN = ("reverse_kl", "forward_kl", "jsd", "chi2", "alpha(alpha=0.5)")
 
 ENTRIES: tuple[Entry, ...] = (
     _entry("GKDTrainer, beta=1, temperature=1", gkd(beta=1.0, temperature=1.0), "reverse_kl", _GKD),
@@ -193,4 +213,9 @@ ENTRIES: tuple[Entry, ...] = (
         _KL,
     ),
     _entry("RLOOTrainer, defaults", rloo(), "reverse_kl", _KL, granularity="sequence"),
+    *(_entry(f"OPDTrainer, {name}", whole_vocabulary(name), name, "our plug-in's documentation") for name in _OWN),
+    *(
+        _entry(f"OPDPlusTrainer, {name}, dr_grpo", sampled_tokens(name), name, "our plug-in's documentation")
+        for name in _OWN
+    ),
 )

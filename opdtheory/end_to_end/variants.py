@@ -31,16 +31,15 @@ def variants_of(play: Player, main: Played, followed: Descent | None, asked: Ask
     longer = tuple(f"{answer}{answer}" if n % 2 else answer for n, answer in enumerate(main.pair.answers))
     found = []
     if split is not None:
-        how = f"{split['accumulate']} micro-batches of {split['batch_size']}"
+        many = "one micro-batch" if split["accumulate"] == 1 else f"{split['accumulate']} micro-batches"
+        how = f"{many} of {split['batch_size']}"
         found.append(_same_gradient(play, main, asked, how, split))
     found.append(_same_gradient(play, main, asked, "reference answers of two lengths", {"answers": longer}))
-    found.append(
-        _same_descent(
-            play, main, followed, asked, "prompts of equal length", {"prompts": asked.settings["prompts"][:1]}
-        )
-    )
-    found.append(_same_descent(play, main, followed, asked, "padding is the end of the sequence", {"pad_is_eos": True}))
-    return tuple(found)
+    others: dict[str, dict[str, Any]] = {
+        "prompts of equal length": {"prompts": asked.settings["prompts"][:1]},
+        "padding that is the end of the sequence": {"pad_is_eos": True},
+    }
+    return (*found, *(_same_descent(play, main, followed, asked, *each) for each in others.items()))
 
 
 def _played(play: Player, asked: Asked, changes: dict[str, Any]) -> Played | str:

@@ -6,7 +6,7 @@ import pytest
 
 from opdtheory.end_to_end import audit_trainer
 from opdtheory.errors import InvalidArgumentError, LossError
-from tests.end_to_end import gkd_faults
+from tests.end_to_end import gkd_faults, grpo_faults
 
 pytest.importorskip("trl")
 
@@ -46,8 +46,24 @@ def test_a_fault_of_one_setting_shows_in_its_variant_alone() -> None:
     """Padding that is taken for the end of the sequence, and means of micro-batches, are right in the main setting."""
     end_is_padding = audit_trainer(gkd_faults.masks_by_token, "reverse_kl")
     assert end_is_padding.verdict == "exact_up_to_scale" and not end_is_padding.passes
-    assert [v.name for v in end_is_padding.variants if v.holds is False] == ["padding is the end of the sequence"]
+    assert [v.name for v in end_is_padding.variants if v.holds is False] == ["padding that is the end of the sequence"]
     means = audit_trainer(gkd_faults.FAULTS["means of micro-batches"][0], "reverse_kl", reduction="token_mean")
     assert means.verdict == "exact" and not means.passes
     failed = [v for v in means.variants if v.holds is False]
     assert [v.name for v in failed] == ["2 micro-batches of 1"] and "changes" in failed[0].words
+
+
+@pytest.mark.parametrize("name", grpo_faults.FAULTS)
+def test_a_fault_of_a_policy_gradient_is_named(name: str) -> None:
+    build, phrase = grpo_faults.FAULTS[name]
+    found = audit_trainer(build, "reverse_kl", variants=False)
+    assert phrase in " ".join(found.words) and not found.passes, str(found)
+
+
+def test_a_sound_policy_gradient_passes() -> None:
+    found = audit_trainer(grpo_faults.sound, "reverse_kl", variants=False)
+    assert found.passes and found.error < 1e-6 and found.scale == pytest.approx(0.5, abs=1e-6)
+    for build in grpo_faults.HARMLESS.values():
+        assert audit_trainer(build, "reverse_kl", variants=False).passes
+    for build in grpo_faults.CAUGHT.values():
+        assert not audit_trainer(build, "reverse_kl", variants=False).passes
