@@ -7,7 +7,7 @@ INPUTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help verify test test-slow lint format typecheck-runtime gallery trainers mutation fuzz device bench accuracy coverage docs wheel clean
+.PHONY: help verify test test-slow lint format typecheck-runtime gallery trainers verl mutation fuzz device bench accuracy coverage docs wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -68,6 +68,17 @@ trainers: $(VENV)/.installed-dev ## audit whole trainers of TRL and our own; com
 	$(BIN)/python -W ignore examples/trainers/gallery.py
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target build/trl_1_0 "trl==1.0.0"
 	PYTHONPATH=build/trl_1_0 $(BIN)/python -W ignore examples/trainers/gallery.py --only "TRL 1.0.0"
+
+# Another environment: verl needs an older transformers.
+VERL := build/verl
+$(VERL)/.installed: $(INPUTS) examples/trainers/requirements-verl.txt
+	$(PYTHON) -m venv $(VERL)
+	$(VERL)/bin/python -m pip install -q --disable-pip-version-check -r examples/trainers/requirements-verl.txt
+	$(VERL)/bin/python -m pip install -q --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+verl: $(VERL)/.installed ## audit verl's engine below its rollout, in an environment of its own; writes docs/verl.md
+	$(VERL)/bin/python examples/trainers/verl_engine.py --page docs/verl.md
 
 mutation: $(VENV)/.installed-dev ## break the library term by term; writes docs/mutation.md (about an hour)
 	$(BIN)/python -m tests.mutation --log reports/mutation.jsonl --page docs/mutation.md

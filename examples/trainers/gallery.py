@@ -2,8 +2,7 @@
 
 `python examples/trainers/gallery.py` audits the trainers that are installed, and says which verdicts are not as
 recorded. With `--page` it updates `gallery.json` and `docs/trainers.md`, and keeps the records of what is absent;
-`--only TEXT` audits those whose name holds the text. `--verl FILE` takes the rows that `verl_engine.py` wrote in its
-own environment.
+`--only TEXT` audits those whose name holds the text. verl has an environment and a page of its own (`verl_engine.py`).
 """
 
 from __future__ import annotations
@@ -45,7 +44,8 @@ of one and two tokens, answers of at most two, with two letters and an end of se
 samplers and losses work in float32, so that errors of 1e-7 are rounding. Rewards are zero where a KL penalty is
 audited, and the reference model, or whatever a trainer loads from the student's path, is the teacher.
 
-`make trainers` regenerates this page, and checks that every verdict is as recorded.
+`make trainers` checks that every verdict is as recorded; `python examples/trainers/gallery.py --page` writes this page.
+verl's engine below its rollout, with its own settings and our plug-in, has [a page of its own](verl.md).
 """
 
 _HEADER = ("trainer and setting", "package", "claim", "verdict", "scale", "off by", "cosine", "it follows")
@@ -128,7 +128,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--page", action="store_true", help="rewrite gallery.json and docs/trainers.md")
     parser.add_argument("--only", default="", help="audit the entries whose name holds this")
-    parser.add_argument("--verl", type=Path, help="rows written by verl_engine.py")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)  # tables are small
     kept = {each["name"]: each for each in json.loads(RECORD.read_text(encoding="utf-8"))} if RECORD.is_file() else {}
@@ -141,10 +140,6 @@ def main(arguments: list[str] | None = None) -> int:
         changed += _differences(kept.get(entry.name, {}), found)
         kept[entry.name] = found
         print(f"{entry.name}: {found['verdict']}, off by {found['error']:.1e}, {time.perf_counter() - start:.1f} s")
-    if options.verl is not None:
-        for each in json.loads(options.verl.read_text(encoding="utf-8")):
-            changed += _differences(kept.get(each["name"], {}), each)
-            kept[each["name"]] = each
     if options.page:
         RECORD.write_text(json.dumps(list(kept.values()), indent=1) + "\n", encoding="utf-8")
         PAGE.write_text(page(list(kept.values())), encoding="utf-8")

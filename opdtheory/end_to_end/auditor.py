@@ -254,7 +254,7 @@ def _main(play: Player, asked: Asked) -> Played:
 
 def _allowed(asked: Asked, followed: Descent) -> bool:
     """Whether a reading is one that the claim allows."""
-    reading = dataclasses.replace(followed.reading, sampled=False, stopped=False, denominator="rollouts")
+    reading = dataclasses.replace(followed.reading, sampled=False, stopped=False, centred=False, denominator="rollouts")
     own = followed.objective.terms == asked.claim.terms
     allowed = followed.reading.denominator in _REDUCTIONS[asked.claim.reduction]
     return own and not stopped(followed) and allowed and reading == PLAIN

@@ -91,13 +91,13 @@ class _Search:
         self._read: dict[Reading, Read] = {}
 
     def of(self, reading: Reading, divergence: Divergence) -> Descent:
-        key = dataclasses.replace(reading, stopped=False)
+        key = dataclasses.replace(reading, stopped=False, centred=False)
         if key not in self._read:
             positions = dataclasses.replace(key, student_temperature=1.0, teacher_temperature=1.0)
             if positions not in self._shares:
                 self._shares[positions] = shares(self.played, positions)
             self._read[key] = Read.of(self.played, key, self._shares[positions])
-        exact = self._read[key].gradient(divergence, reading.stopped)
+        exact = self._read[key].gradient(divergence, reading.stopped, reading.centred)
         return Descent(Objective.of(divergence), reading, distance(self.gradient, exact))
 
     def plain(self, divergence: Divergence) -> Tensor:
@@ -143,9 +143,7 @@ def _explanations(search: _Search, claim: Objective) -> Iterator[Descent]:
         yield search.of(PLAIN, own)
         for reading in _once():
             yield search.of(reading, own)
-            # A constant in the advantage matters where denominators vary with the tokens.
-            if reading.sampled:
-                yield search.of(dataclasses.replace(reading, stopped=True), own)
+            yield from _other_constants(search, reading, own)
     for entry, granularity in itertools.product([own, *others], GRANULARITIES):
         yield search.of(PLAIN, entry) if granularity == "token_local" else search.whole(entry, granularity)
     for entry in [own, *others]:
@@ -153,15 +151,23 @@ def _explanations(search: _Search, claim: Objective) -> Iterator[Descent]:
     yield from _at_temperatures(search, own)
     for reading in _twice():
         yield search.of(reading, own)
-        if reading.sampled:
-            yield search.of(dataclasses.replace(reading, stopped=True), own)
+        yield from _other_constants(search, reading, own)
     yield from _sums(search, [own, *others])
     for reading, entry in itertools.product(_once(), others):
         yield search.of(reading, entry)
+        yield from _other_constants(search, reading, entry)
     for reading in (dataclasses.replace(each, stopped=True) for each in _once()):
         for entry in [own, *others]:
             yield search.of(reading, entry)
     yield from _of_families(search)
+
+
+def _other_constants(search: _Search, reading: Reading, entry: Divergence) -> Iterator[Descent]:
+    """The same with other constants in the advantage, which matter where denominators vary with the tokens."""
+    if reading.sampled:
+        yield search.of(dataclasses.replace(reading, centred=True), entry)
+        if entry.name == "reverse_kl":  # as a detached reward it is itself, but for a constant
+            yield search.of(dataclasses.replace(reading, stopped=True), entry)
 
 
 def _once() -> Iterator[Reading]:

@@ -62,6 +62,7 @@ class Reading:
         teacher_shift: how many tokens late the teacher's row is read, beside the student's.
         sampled: whether only the sampled token is scored, so that denominators and tokens vary together.
         stopped: whether the divergence is a detached reward.
+        centred: whether $w_f(1)$ is subtracted from the weight, which matters where denominators vary with the tokens.
         student_temperature: divides the student's logits in the divergence.
         teacher_temperature: divides the teacher's.
     """
@@ -76,6 +77,7 @@ class Reading:
     teacher_shift: int = 0
     sampled: bool = False
     stopped: bool = False
+    centred: bool = False
     student_temperature: float = 1.0
     teacher_temperature: float = 1.0
 
@@ -226,10 +228,12 @@ class Read:
         factor = torch.tensor(list(found.values()), dtype=torch.float64).unsqueeze(-1) / reading.student_temperature
         return cls(keys[:, 0], keys[:, 2], log_p, log_q - log_p, factor, ours.shape)
 
-    def gradient(self, divergence: Divergence, stopped: bool = False) -> Float[Tensor, "R V"]:
+    def gradient(self, divergence: Divergence, stopped: bool = False, centred: bool = False) -> Float[Tensor, "R V"]:
         """The expected gradient in the student's table."""
         p = self.log_p.exp()
         advantage = -divergence.generator(self.log_u) if stopped else divergence.weight(self.log_u)
+        if centred:
+            advantage = advantage - divergence.weight(torch.zeros(1, dtype=torch.float64))
         if bool((self.tokens >= 0).all()):
             token = self.tokens.unsqueeze(-1)
             rows = advantage.gather(-1, token) * (torch.zeros_like(p).scatter(-1, token, 1.0) - p)
@@ -249,5 +253,5 @@ def gradient_of(played: Played, reading: Reading, objective: Objective) -> Float
     read = Read.of(played, reading)
     total = torch.zeros(read.shape, dtype=torch.float64)
     for coefficient, divergence in objective.terms:
-        total += coefficient * read.gradient(divergence, reading.stopped)
+        total += coefficient * read.gradient(divergence, reading.stopped, reading.centred)
     return total
