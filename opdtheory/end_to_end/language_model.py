@@ -34,14 +34,14 @@ class TabularConfig(PreTrainedConfig):
 
     model_type = "opdtheory_tabular"
 
-    # Some trainers ask for the fields of a transformer.
-    vocab_size: int = 4
-    longest: int = 4
-    hidden_size: int = 4
-    num_hidden_layers: int = 1
-    num_attention_heads: int = 1
-    num_key_value_heads: int = 1
-    tie_word_embeddings: bool = False
+    def __init__(self, vocab_size: int = 4, longest: int = 4, **others: Any) -> None:
+        """See the class."""
+        self.vocab_size = self.hidden_size = vocab_size
+        self.longest = longest
+        # Some trainers ask for the fields of a transformer.
+        self.num_hidden_layers = self.num_attention_heads = self.num_key_value_heads = 1
+        others.pop("hidden_size", None)
+        super().__init__(**{"tie_word_embeddings": False, **others})
 
 
 class TabularModel(PreTrainedModel):

@@ -125,11 +125,10 @@ class TrainerAudit:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as values that `json.dumps` takes; infinite numbers and NaN become None."""
-        record = dataclasses.asdict(dataclasses.replace(self, claim=None))  # type: ignore[arg-type]
-        record["objective"], record["granularity"] = self.claim.label, self.claim.granularity
-        record["reduction"] = self.claim.reduction
-        record |= {"passes": self.passes, "limits": self.limits, "schema_version": SCHEMA_VERSION}
-        del record["claim"]
+        record = {each.name: getattr(self, each.name) for each in dataclasses.fields(self) if each.name != "claim"}
+        record |= {"objective": self.claim.label, "granularity": self.claim.granularity}
+        record |= {"reduction": self.claim.reduction, "passes": self.passes, "limits": self.limits}
+        record |= {"variants": [dataclasses.asdict(each) for each in self.variants], "schema_version": SCHEMA_VERSION}
         found: dict[str, Any] = _plain(record)
         return found
 

@@ -140,6 +140,7 @@ def test_every_prefix_has_one_row() -> None:
     assert rows.row([0, 1, 2]) == rows.count - 1
 
 
+@pytest.mark.bad_input
 def test_bad_input_is_named() -> None:
     with pytest.raises(InvalidArgumentError, match=r"must have shape \(batch, time\), got \(2, 1, 1\)"):
         MODEL(torch.zeros(2, 1, 1, dtype=torch.long))
