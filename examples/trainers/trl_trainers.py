@@ -9,7 +9,16 @@ from collections.abc import Callable
 from typing import Any
 
 from transformers import Trainer
-from trl import DistillationConfig, DistillationTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+from trl import (
+    DistillationConfig,
+    DistillationTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    RLOOConfig,
+    RLOOTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 from trl.experimental.gold import GOLDConfig, GOLDTrainer
 from trl.experimental.iw_opd import IWOPDConfig, IWOPDTrainer
 from trl.experimental.sdft import SDFTConfig, SDFTTrainer
@@ -120,6 +129,20 @@ def sampled_tokens(divergence: str) -> Build:
     return build
 
 
+def sft(**settings: Any) -> Build:
+    """`SFTTrainer` on answers of the teacher."""
+
+    def build(pair: TrainerPair) -> Trainer:
+        return SFTTrainer(
+            model=pair.student,
+            args=SFTConfig(**pair.arguments, max_length=64, **settings),
+            train_dataset=pair.dataset.select_columns(["prompt", "completion"]),
+            processing_class=pair.tokenizer,
+        )
+
+    return build
+
+
 def no_reward(completions: list[str], **_: Any) -> list[float]:
     """Zero for every completion: what remains is the KL penalty."""
     return [0.0] * len(completions)
@@ -213,6 +236,24 @@ ENTRIES: tuple[Entry, ...] = (
         _KL,
     ),
     _entry("RLOOTrainer, defaults", rloo(), "reverse_kl", _KL, granularity="sequence"),
+    _entry(
+        "SFTTrainer on the teacher's answers",
+        sft(),
+        "forward_kl",
+        "common knowledge: the likelihood of the teacher's samples is the forward KL of sequences",
+        granularity="sequence",
+        teacher_answers=True,
+        reduction="token_mean",
+    ),
+    _entry(
+        "GKDTrainer, lmbda=0, beta=0, temperature=1, on the teacher's answers",
+        gkd(beta=0.0, temperature=1.0, lmbda=0.0),
+        "forward_kl",
+        _GKD,
+        granularity="sequence",
+        teacher_answers=True,
+        reduction="any",
+    ),
     *(_entry(f"OPDTrainer, {name}", whole_vocabulary(name), name, "our plug-in's documentation") for name in _OWN),
     *(
         _entry(f"OPDPlusTrainer, {name}, dr_grpo", sampled_tokens(name), name, "our plug-in's documentation")

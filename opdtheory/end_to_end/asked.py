@@ -53,6 +53,6 @@ class Asked:
 def claimed(played: Played, asked: Asked, reading: Reading) -> Tensor:
     """The claimed gradient: by the oracle, or at the sampler's histories, or as the mean that is claimed."""
     divergence = asked.claim.divergence
-    if asked.claim.granularity != "token_local" or (reading == PLAIN and asked.histories == "student"):
+    if reading == PLAIN and (asked.claim.granularity != "token_local" or asked.histories == "student"):
         return claimed_gradient(played.pair, divergence, asked.claim.granularity)
     return gradient_of(played, reading, asked.claim)

@@ -63,6 +63,7 @@ def audit_trainer(
     seed: int = 0,
     name: str | None = None,
     limit: int = BUDGET,
+    teacher_answers: bool = False,
 ) -> TrainerAudit:
     r"""Find out what a whole trainer descends, by playing every outcome of its own sampling.
 
@@ -92,6 +93,8 @@ def audit_trainer(
         seed: seed of the tables.
         name: name in the report (default: that of `build`).
         limit: the largest number of outcomes of one setting.
+        teacher_answers: for trainers that do not sample: the dataset holds the teacher's answers, each played with the
+            probability that the teacher gives it, and the claim is usually `forward_kl` of the `sequence`.
 
     Returns:
         A `TrainerAudit`; `print` it, or take `.verdict`, `.passes`, `.where`, `.variants` and `.words`.
@@ -116,6 +119,7 @@ def audit_trainer(
                 "prompts": tuple(prompts),
                 "horizon": horizon,
                 "seed": seed,
+                "teacher_answers": teacher_answers,
             },
             method,
         ),

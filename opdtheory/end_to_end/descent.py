@@ -12,7 +12,7 @@ from jaxtyping import Float
 from scipy import optimize
 from torch import Tensor
 
-from opdtheory.choices import GRANULARITIES
+from opdtheory.choices import GRANULARITIES, Granularity
 from opdtheory.divergences import Divergence
 from opdtheory.divergences.registry import Family, parameter_free, parametric
 from opdtheory.end_to_end.claims import claimed_gradient
@@ -98,7 +98,12 @@ class _Search:
                 self._shares[positions] = shares(self.played, positions)
             self._read[key] = Read.of(self.played, key, self._shares[positions])
         exact = self._read[key].gradient(divergence, reading.stopped, reading.centred)
-        return Descent(Objective.of(divergence), reading, distance(self.gradient, exact))
+        return Descent(Objective.of(divergence, self._granularity(divergence)), reading, distance(self.gradient, exact))
+
+    def _granularity(self, divergence: Divergence) -> Granularity:
+        """At the teacher's own answers, the forward KL of tokens is that of sequences (T6)."""
+        sequence = self.played.pair.teacher_answers and divergence.name == "forward_kl"
+        return "sequence" if sequence else "token_local"
 
     def plain(self, divergence: Divergence) -> Tensor:
         """The gradient of one objective as it should be read."""
@@ -139,7 +144,10 @@ def descent(played: Played, claim: Objective, tolerance: float) -> Descent | Non
 def _explanations(search: _Search, claim: Objective) -> Iterator[Descent]:
     own = claim.divergence
     others = [entry for entry in parameter_free() if entry != own]
-    if claim.granularity == "token_local":
+    given = search.played.pair.teacher_answers
+    if given and claim.granularity == "sequence":
+        yield search.whole(own, "sequence")
+    if given or claim.granularity == "token_local":
         yield search.of(PLAIN, own)
         for reading in _once():
             yield search.of(reading, own)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
 import shutil
 import sys
 import tempfile
@@ -34,6 +36,9 @@ _NEVER = -50.0
 # Tokens beyond prompt and response that have rows, so that what a fault reads is seen for what it is.
 _BEYOND = 1
 
+# An answer of the teacher less likely than this is left out.
+_FLOOR = 1e-15
+
 
 class _Folder:
     """A temporary folder that goes with its last owner."""
@@ -57,6 +62,7 @@ class TrainerPair:
         batch_size: rollouts that are scored at once.
         accumulate: such batches in one step of the optimizer.
         seed: seed of the tables.
+        teacher_answers: whether the dataset holds the teacher's answers, for trainers that do not sample.
         folder: a temporary folder for what the trainer writes.
     """
 
@@ -69,6 +75,7 @@ class TrainerPair:
     batch_size: int
     accumulate: int
     seed: int
+    teacher_answers: bool
     _kept: _Folder = field(repr=False)
 
     @property
@@ -80,8 +87,7 @@ class TrainerPair:
     def dataset(self) -> Dataset:
         """Rows with `prompt`, `messages` and `completion`, the prompts in turn."""
         rows = []
-        for number in range(_ROWS * len(self.prompts)):
-            prompt, answer = self.prompts[number % len(self.prompts)], self.answers[number % len(self.answers)]
+        for prompt, answer in self._texts():
             asked = {"role": "user", "content": prompt}
             rows.append(
                 {
@@ -91,6 +97,43 @@ class TrainerPair:
                 }
             )
         return Dataset.from_list(rows)
+
+    def _texts(self) -> list[tuple[str, str]]:
+        """The prompt and the answer of each row."""
+        if not self.teacher_answers:
+            return [
+                (self.prompts[n % len(self.prompts)], self.answers[n % len(self.answers)])
+                for n in range(_ROWS * len(self.prompts))
+            ]
+        decode = self.tokenizer.decode
+        return [(str(decode(prompt)), str(decode(answer[:-1]))) for _, step in self.given for prompt, answer in step]
+
+    @cached_property
+    def given(self) -> list[tuple[float, list[tuple[list[int], list[int]]]]]:
+        """With the teacher's answers: all that a step may hold, with its probability, in the order of the dataset."""
+        count, prompts = self.batch_size * self.accumulate, self.prompt_tokens
+        # Steps repeat their prompts with a period that divides the number of prompts.
+        period = len(prompts) // math.gcd(len(prompts), count)
+        found = []
+        for step in range(period):
+            asked = [prompts[(step * count + n) % len(prompts)] for n in range(count)]
+            for answers in itertools.product(*(self._answers_of_teacher(prompt) for prompt in asked)):
+                chance = math.prod(each for each, _ in answers) / period
+                found.append((chance, [(prompt, answer) for prompt, (_, answer) in zip(asked, answers, strict=True)]))
+        return found
+
+    def _answers_of_teacher(self, prompt: list[int]) -> list[tuple[float, list[int]]]:
+        """Every answer of the teacher, up to and including the end of the sequence, with its probability."""
+        model, end = self.teacher.model, self.tokenizer.eos_token_id
+        found: list[tuple[float, list[int]]] = []
+        begun: list[tuple[float, list[int]]] = [(1.0, [])]
+        while begun:
+            chance, answer = begun.pop()
+            law = model.table.detach()[model.rows.row(prompt + answer)].double().softmax(-1).tolist()
+            for token, share in enumerate(law):
+                if share > _FLOOR:
+                    (found if token == end else begun).append((chance * share, [*answer, token]))
+        return found
 
     @property
     def prompt_tokens(self) -> list[list[int]]:
@@ -133,6 +176,7 @@ def trainer_pair(
     words: str = "ab",
     distance: float = 1.0,
     dtype: torch.dtype = torch.float64,
+    teacher_answers: bool = False,
 ) -> TrainerPair:
     """An exactly known student and teacher for a trainer.
 
@@ -147,6 +191,8 @@ def trainer_pair(
         words: the letters, one token each.
         distance: standard deviation of the teacher's logits around the student's.
         dtype: of the tables.
+        teacher_answers: whether the dataset holds every answer of the teacher, for trainers that do not sample; the
+            teacher then always ends by the horizon.
 
     Raises:
         InvalidArgumentError: a prompt or an answer is empty or holds another letter, or a number is out of range.
@@ -169,6 +215,8 @@ def trainer_pair(
     kept = _Folder()
     longest = max(map(len, prompts)) + max(horizon, *(len(answer) + 1 for answer in answers)) + _BEYOND
     student, teacher = _models(tokenizer, longest, distance, seed, dtype)
+    if teacher_answers:
+        _end_by(horizon, teacher, [tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts])
     # A trainer that keeps a reference model loads it from the student's path: the teacher takes its place.
     saved = Path(kept.path) / "teacher"
     with no_progress():
@@ -178,9 +226,18 @@ def trainer_pair(
         model.config._name_or_path = model.name_or_path = str(saved)
     # Trainers look its class up among those of transformers, a module that others replace while they are imported.
     setattr(sys.modules["transformers"], TabularForCausalLM.__name__, TabularForCausalLM)
+    texts_of = (tuple(prompts), tuple(answers))
     return TrainerPair(
-        student, teacher, tokenizer, tuple(prompts), tuple(answers), horizon, batch_size, accumulate, seed, kept
+        student, teacher, tokenizer, *texts_of, horizon, batch_size, accumulate, seed, teacher_answers, kept
     )
+
+
+def _end_by(horizon: int, teacher: TabularForCausalLM, prompts: list[list[int]]) -> None:
+    """Let the teacher end every answer by the horizon, so that a dataset can hold all of them."""
+    with torch.no_grad():
+        for prompt in prompts:
+            rows = teacher.model.table[teacher.model.rows.after(prompt, horizon - 1)]
+            rows[:, teacher.config.eos_token_id] = -_NEVER
 
 
 @contextlib.contextmanager

@@ -119,7 +119,10 @@ class _Steps(TrainerCallback):
             )
         if self.read != 1:
             raise LossError(f"the trainer must step its optimizer once a step, got {self.read} times")
-        self._note()
+        if self.pair.teacher_answers:
+            self._note_given()
+        else:
+            self._note()
         self.steps += 1
         if self.done:
             control.should_training_stop = True
@@ -157,6 +160,17 @@ class _Steps(TrainerCallback):
                 raise _too_many(self.limit)
             if not self.current.advance():
                 self.open.discard(key)
+
+    def _note_given(self) -> None:
+        """Note a step on answers of the teacher, which the dataset holds."""
+        if self.generations:
+            raise LossError("the trainer generates, although the dataset holds the teacher's answers")
+        if self.steps == len(self.pair.given):
+            _check_again(self.leaves[()][0].gradient, self.found)
+            self.done = True
+            return
+        chance, rollouts = self.pair.given[self.steps]
+        self.leaves.setdefault((), []).append(Leaf(chance, list(rollouts), self.found))
 
     def _keep(self, key: tuple[Any, ...], probability: float) -> None:
         """Note the step's rollouts, their laws and the gradient."""

@@ -208,6 +208,7 @@ class Read:
         log_u: the log-ratios of teacher to student.
         factor: the share of each row's gradient in the logits, `(N, 1)`.
         shape: of the table.
+        given: whether the teacher wrote the answers, whose likelihood is then what a sampled token is scored by.
     """
 
     rows: Int64[Tensor, " N"]
@@ -216,6 +217,7 @@ class Read:
     log_u: Float[Tensor, "N V"]
     factor: Float[Tensor, "N 1"]
     shape: torch.Size
+    given: bool
 
     @classmethod
     def of(cls, played: Played, reading: Reading, given: Shares | None = None) -> Read:
@@ -226,7 +228,7 @@ class Read:
         log_p = (ours[keys[:, 0]] / reading.student_temperature).log_softmax(-1)
         log_q = (theirs[keys[:, 1]] / reading.teacher_temperature).log_softmax(-1)
         factor = torch.tensor(list(found.values()), dtype=torch.float64).unsqueeze(-1) / reading.student_temperature
-        return cls(keys[:, 0], keys[:, 2], log_p, log_q - log_p, factor, ours.shape)
+        return cls(keys[:, 0], keys[:, 2], log_p, log_q - log_p, factor, ours.shape, played.pair.teacher_answers)
 
     def gradient(self, divergence: Divergence, stopped: bool = False, centred: bool = False) -> Float[Tensor, "R V"]:
         """The expected gradient in the student's table."""
@@ -236,6 +238,10 @@ class Read:
             advantage = advantage - divergence.weight(torch.zeros(1, dtype=torch.float64))
         if bool((self.tokens >= 0).all()):
             token = self.tokens.unsqueeze(-1)
+            if self.given:
+                # The likelihood of the teacher's tokens is the forward KL; of other divergences nothing is known.
+                known = divergence.name == "forward_kl"
+                advantage = torch.ones_like(advantage) if known else torch.zeros_like(advantage)
             rows = advantage.gather(-1, token) * (torch.zeros_like(p).scatter(-1, token, 1.0) - p)
         else:
             rows = p * (advantage - (p * advantage).sum(-1, keepdim=True))

@@ -46,7 +46,9 @@ class Sampler:
 
 
 def sampler_of(played: Played) -> Sampler:
-    """Compare the laws that were drawn from with the student's and the teacher's."""
+    """Compare the laws that were drawn from with the student's and the teacher's; the student's if none was."""
+    if not played.laws:
+        return Sampler("student")
     model = played.pair.student.model
     tables = {
         name: each.model.table.detach().double()

@@ -34,7 +34,8 @@ def variants_of(play: Player, main: Played, followed: Descent | None, asked: Ask
         many = "one micro-batch" if split["accumulate"] == 1 else f"{split['accumulate']} micro-batches"
         how = f"{many} of {split['batch_size']}"
         found.append(_same_gradient(play, main, asked, how, split))
-    found.append(_same_gradient(play, main, asked, "reference answers of two lengths", {"answers": longer}))
+    if not main.pair.teacher_answers:
+        found.append(_same_gradient(play, main, asked, "reference answers of two lengths", {"answers": longer}))
     others: dict[str, dict[str, Any]] = {
         "prompts of equal length": {"prompts": asked.settings["prompts"][:1]},
         "padding that is the end of the sequence": {"pad_is_eos": True},
@@ -96,7 +97,7 @@ def _same_descent(
 def _follow(played: Played, followed: Descent) -> Tensor:
     """The gradient of what was found, in another setting."""
     objective = followed.objective
-    if objective.granularity != "token_local":
+    if objective.granularity != "token_local" and followed.reading == PLAIN:
         return claimed_gradient(played.pair, objective.divergence, objective.granularity)
     return gradient_of(played, followed.reading, objective)
 

@@ -59,6 +59,8 @@ def words_of(report: TrainerAudit, main: Played, followed: Descent | None, neare
     found += report.reading
     found += [report.scale_cause] if report.scale_cause else []
     found += _leaks(report)
+    if main.pair.teacher_answers and followed is not None and followed.objective.granularity == "token_local":
+        found.append("Its histories are the teacher's answers (T15).")
     found += _prompts(main)
     law = sampler_of(main).words
     found += [law] if law else []

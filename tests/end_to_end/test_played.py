@@ -67,3 +67,36 @@ def test_a_sound_policy_gradient_passes() -> None:
         assert audit_trainer(build, "reverse_kl", variants=False).passes
     for build in grpo_faults.CAUGHT.values():
         assert not audit_trainer(build, "reverse_kl", variants=False).passes
+
+
+def likelihood(pair, **settings):
+    from trl import SFTConfig, SFTTrainer
+
+    return SFTTrainer(
+        model=pair.student,
+        args=SFTConfig(**pair.arguments, max_length=64, **settings),
+        train_dataset=pair.dataset.select_columns(["prompt", "completion"]),
+        processing_class=pair.tokenizer,
+    )
+
+
+def test_the_likelihood_of_the_teachers_answers_is_the_forward_kl_of_sequences() -> None:
+    asked = {"teacher_answers": True, "variants": False}
+    mean = audit_trainer(likelihood, "forward_kl", "sequence", reduction="token_mean", **asked)
+    assert mean.verdict == "exact" and mean.error < 1e-6 and mean.outcomes == 9, str(mean)
+    assert mean.descends == "forward_kl (sequence)"
+    summed = audit_trainer(likelihood, "forward_kl", "sequence", **asked)
+    assert not summed.passes and "1/N within a batch" in " ".join(summed.words)
+    other = audit_trainer(likelihood, "reverse_kl", "sequence", reduction="any", **asked)
+    assert other.verdict == "other_objective" and "descends forward_kl (sequence)" in " ".join(other.words)
+
+
+def test_a_prompt_in_the_likelihood_and_a_trainer_that_samples_are_seen() -> None:
+    asked = {"teacher_answers": True, "variants": False, "reduction": "any"}
+    leaking = audit_trainer(
+        lambda pair: likelihood(pair, completion_only_loss=False), "forward_kl", "sequence", **asked
+    )
+    assert not leaking.passes and leaking.where["inside a prompt"] > 0, str(leaking)
+    assert "reads the prompt" in " ".join(leaking.words) or "The prompt's tokens carry" in " ".join(leaking.words)
+    with pytest.raises(LossError, match="generates, although"):
+        audit_trainer(gkd_faults.sound, "forward_kl", "sequence", **asked)
