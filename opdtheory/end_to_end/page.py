@@ -7,8 +7,7 @@ from pathlib import Path
 
 from opdtheory.choices import VERDICTS
 from opdtheory.end_to_end.report import TrainerAudit
-from opdtheory.rendering.html import breakable, cosine, number, plain_text, rows_of, section, sentence, table
-from opdtheory.rendering.style import CONTENT_POLICY, STYLE
+from opdtheory.rendering.html import cosine, document, number, plain_text, rows_of, section, sentence, table
 from opdtheory.rendering.text import percent
 from opdtheory.version import __version__
 
@@ -40,32 +39,11 @@ def render_trainer_audit(report: TrainerAudit) -> str:
         section("Settings", rows_of(_settings(report))),
         section("What was not asked", f"<ul>{''.join(f'<li>{escape(each)}</li>' for each in report.limits)}</ul>"),
     )
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{CONTENT_POLICY}">
-<title>{escape(report.name)}: {escape(verdict)}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<main>
-<header>
-<p class="kicker">Audit of a trainer</p>
-<h1>{breakable(report.name)}</h1>
-</header>
-<section class="verdict {tone}" aria-label="Verdict">
-<p class="word">{escape(verdict)}</p>
-<p class="lead">{lead}</p>
-</section>
-{"".join(each for each in sections if each)}
-</main>
-<footer><p>opdtheory {escape(__version__)}. {escape(played)} in {report.seconds:.1f} s.
-Errors are relative; at the best scale, to the scaled gradient.</p></footer>
-</body>
-</html>
-"""
+    foot = (
+        f"opdtheory {escape(__version__)}. {escape(played)} in {report.seconds:.1f} s.\n"
+        "Errors are relative; at the best scale, to the scaled gradient."
+    )
+    return document("Audit of a trainer", report.name, verdict, tone, f'<p class="lead">{lead}</p>', sections, foot)
 
 
 def _facts(report: TrainerAudit) -> str:

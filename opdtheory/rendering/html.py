@@ -7,10 +7,13 @@ import re
 from collections.abc import Iterable, Sequence
 from html import escape
 
+from opdtheory.rendering.style import CONTENT_POLICY, STYLE
+
 __all__ = [
     "aligned",
     "breakable",
     "cosine",
+    "document",
     "formula",
     "number",
     "plain_text",
@@ -22,6 +25,45 @@ __all__ = [
     "verdict_words",
     "yes_or_no",
 ]
+
+
+def document(kicker: str, name: str, verdict: str, tone: str, lead: str, sections: Iterable[str], foot: str) -> str:
+    """A page of an audit: one self-contained file, without scripts and without requests.
+
+    Args:
+        kicker: what is audited, above the name.
+        name: of what is audited.
+        verdict: in words.
+        tone: `good`, `bad` or `open`.
+        lead: paragraphs below the verdict, HTML.
+        sections: HTML; empty ones are left out.
+        foot: HTML.
+    """
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{CONTENT_POLICY}">
+<title>{escape(name)}: {escape(verdict)}</title>
+<style>{STYLE}</style>
+</head>
+<body>
+<main>
+<header>
+<p class="kicker">{escape(kicker)}</p>
+<h1>{breakable(name)}</h1>
+</header>
+<section class="verdict {tone}" aria-label="Verdict">
+<p class="word">{escape(verdict)}</p>
+{lead}
+</section>
+{"".join(each for each in sections if each)}
+</main>
+<footer><p>{foot}</p></footer>
+</body>
+</html>
+"""
 
 
 def section(title: str, body: str) -> str:

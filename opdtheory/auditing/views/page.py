@@ -17,8 +17,8 @@ from opdtheory.choices import VERDICTS
 from opdtheory.divergences import Divergence
 from opdtheory.rendering.html import (
     aligned,
-    breakable,
     cosine,
+    document,
     formula,
     number,
     plain_text,
@@ -30,7 +30,6 @@ from opdtheory.rendering.html import (
     verdict_words,
     yes_or_no,
 )
-from opdtheory.rendering.style import CONTENT_POLICY, STYLE
 from opdtheory.version import __version__
 
 __all__ = ["render_audit", "write_audit"]
@@ -105,33 +104,12 @@ def render_audit(report: Audit, *, divergence: str | Divergence | None = None) -
         _settings(record),
         _limits(report.limits),
     )
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{CONTENT_POLICY}">
-<title>{escape(report.name)}: {escape(verdict)}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<main>
-<header>
-<p class="kicker">Audit of a loss</p>
-<h1>{breakable(report.name)}</h1>
-</header>
-<section class="verdict {tone}" aria-label="Verdict">
-<p class="word">{escape(verdict)}</p>
-<p class="lead">{sentence(VERDICTS.get(report.verdict, ""))}</p>
-<p>{escape(report.summary())}</p>
-</section>
-{"".join(section for section in sections if section)}
-</main>
-<footer><p>opdtheory {escape(__version__)}. {report.evaluations:,} evaluations of the loss in {report.seconds:.1f} s.
-{exactness} Log-ratios are in nats, u is teacher over student.</p></footer>
-</body>
-</html>
-"""
+    lead = f'<p class="lead">{sentence(VERDICTS.get(report.verdict, ""))}</p>\n<p>{escape(report.summary())}</p>'
+    foot = (
+        f"opdtheory {escape(__version__)}. {report.evaluations:,} evaluations of the loss in {report.seconds:.1f} s.\n"
+        f"{exactness} Log-ratios are in nats, u is teacher over student."
+    )
+    return document("Audit of a loss", report.name, verdict, tone, lead, sections, foot)
 
 
 def _facts(report: Audit) -> str:
