@@ -112,8 +112,8 @@ class TrainerAudit:
         """What was not asked, in sentences."""
         settings = self.settings
         found = [
-            f"Other settings than {settings['batch_size']} rollouts at a time, {settings['accumulate']} at a step, "
-            f"answers of at most {settings['horizon']} tokens and prompts {', '.join(settings['prompts'])}: "
+            f"Other batches than of {settings['batch_size']} rollouts, {settings['accumulate']} in a step, answers of "
+            f"more than {settings['horizon']} tokens, other prompts than {' and '.join(settings['prompts'])}: "
             "batch_size, accumulate, horizon and prompts ask for them.",
             "Clipping of the gradient's norm, weight decay and the learning rate are switched off: the gradient is "
             "audited, not the optimizer.",
