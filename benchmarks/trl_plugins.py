@@ -3,7 +3,7 @@
 `python benchmarks/trl_plugins.py` trains a small transformer with random weights on given completions, and prints the
 median time of a step of each trainer over alternating repeats (of the CPU, or on a GPU by the clock), and the plug-in's
 relative to TRL's. The pairs do the same work: a teacher over the whole vocabulary, or a reference model and a policy
-gradient.
+gradient. The last pair is the plug-in's without and with exact tokens, to which the limit does not apply.
 """
 
 from __future__ import annotations
@@ -150,6 +150,15 @@ def measured(options: argparse.Namespace, folder: str) -> dict[str, dict[str, fl
         "OPDPlusTrainer": step(plus, GRPOConfig, options, folder, **settings),
     }
     found["sampled tokens, jsd"] = medians(calls, options.repeats)
+
+    def top(**rest: Any) -> Any:
+        return plus(top_k=16, baseline="rest", **rest)
+
+    calls = {
+        "OPDPlusTrainer": step(plus, GRPOConfig, options, folder, **settings),
+        "with top_k=16": step(top, GRPOConfig, options, folder, **settings),
+    }
+    found["exact tokens, jsd"] = medians(calls, options.repeats)
     return found
 
 
@@ -173,7 +182,8 @@ def main() -> int:
     worst = 0.0
     for case, times in found.items():
         (first, theirs), (second, ours) = times.items()
-        worst = max(worst, ours / theirs)
+        if not first.startswith("OPD"):
+            worst = max(worst, ours / theirs)
         print(f"{case}: {first} {theirs:.3f} s, {second} {ours:.3f} s, ratio {ours / theirs:.3f}")
     return int(worst > LIMIT)
 

@@ -112,7 +112,7 @@ def whole_vocabulary(divergence: str) -> Build:
     return build
 
 
-def sampled_tokens(divergence: str) -> Build:
+def sampled_tokens(divergence: str, **options: Any) -> Build:
     """The plug-in `OPDPlusTrainer`."""
 
     def build(pair: TrainerPair) -> Trainer:
@@ -124,6 +124,7 @@ def sampled_tokens(divergence: str) -> Build:
             args=GRPOConfig(**pair.arguments, max_completion_length=pair.horizon, **settings),
             train_dataset=pair.dataset.select_columns(["prompt"]),
             processing_class=pair.tokenizer,
+            **options,
         )
 
     return build
@@ -258,5 +259,14 @@ ENTRIES: tuple[Entry, ...] = (
     *(
         _entry(f"OPDPlusTrainer, {name}, dr_grpo", sampled_tokens(name), name, "our plug-in's documentation")
         for name in _OWN
+    ),
+    *(
+        _entry(
+            f"OPDPlusTrainer, {name}, dr_grpo, top_k=1",
+            sampled_tokens(name, top_k=1, baseline="rest"),
+            name,
+            "our plug-in's documentation",
+        )
+        for name in ("forward_kl", "jsd")
     ),
 )

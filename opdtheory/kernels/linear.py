@@ -2,7 +2,6 @@ r"""The divergence of next-token distributions from hidden states and output lay
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -15,15 +14,13 @@ from opdtheory.errors import InvalidArgumentError
 from opdtheory.kernels import arguments
 from opdtheory.kernels.attached import graph_is_kept, last, outside_graphs
 from opdtheory.kernels.heads import HeadForm, check_bias, head_form
+from opdtheory.kernels.products import add_product, product, product_dtype, products_of
 from opdtheory.kernels.sweep import Evaluator, sweep
 
 __all__ = ["fused_linear_divergence"]
 
 # Logits in a chunk: enough for a matrix product not to wait for the output layer to be read.
 _ELEMENTS = 2**23
-
-# Entries of an output layer of low precision that are held in float32 at a time.
-_UPCAST = 2**22
 
 
 @outside_graphs
@@ -117,7 +114,7 @@ def fused_linear_divergence(
     wanted = tuple(
         recorded and each is not None and each.requires_grad for each in (student_hidden, student_head, student_bias)
     )
-    job = _Job(as_divergence(divergence), float(temperature), chunk_size, _product_dtype(student_head), wanted, forms)
+    job = _Job(as_divergence(divergence), float(temperature), chunk_size, product_dtype(student_head), wanted, forms)
     teacher = _Teacher(
         teacher_hidden.detach(), teacher_head.detach(), None if teacher_bias is None else teacher_bias.detach()
     )
@@ -214,8 +211,8 @@ def _work(
     with torch.autocast(hidden.device.type, enabled=False):
         for part in looked.split(rows):
             states = flat[part].to(job.dtype)
-            ours = _logits(states, ours_head, logits[0][: len(part)])
-            theirs = _logits(other_flat[part].to(job.dtype), theirs_head, logits[1][: len(part)])
+            ours = products_of(states, ours_head, logits[0][: len(part)])
+            theirs = products_of(other_flat[part].to(job.dtype), theirs_head, logits[1][: len(part)])
             form.shape(ours, bias)
             other_form.shape(theirs, teacher.bias)
             if entropies is not None:
@@ -229,9 +226,9 @@ def _work(
             if any(job.wanted):
                 form.pull_back(ours, kept)
             if by_hidden is not None:
-                by_hidden.view(-1, hidden.shape[-1])[part] = _product(ours, ours_head).to(hidden.dtype)
+                by_hidden.view(-1, hidden.shape[-1])[part] = product(ours, ours_head).to(hidden.dtype)
             if by_head is not None:
-                _add_product(by_head, ours.T, states)
+                add_product(by_head, ours.T, states)
             if by_bias is not None:
                 by_bias += ours.sum(0)
     if entropy is not None and entropies is not None:
@@ -246,63 +243,6 @@ def _entropy(logits: Tensor, temperature: float) -> Tensor:
     total = scaled.logsumexp(-1)
     # A token of probability zero counts nothing.
     return total - (scaled - total.unsqueeze(-1)).exp_().mul_(scaled.nan_to_num_(neginf=0.0)).sum(-1)
-
-
-def _logits(states: Tensor, head: Tensor, out: Tensor) -> Tensor:
-    """The products of hidden states with the rows of a head, in the dtype of `out`."""
-    if head.dtype == out.dtype:
-        return torch.mm(states, head.T, out=out)
-    if _accumulates_wide(head):
-        return out.copy_(_wide_product(states, head.T))
-    states = states.to(out.dtype)
-    for place, block in _upcast(head, out.dtype):
-        out[:, place] = torch.mm(states, block.T)
-    return out
-
-
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """The matrix product in the dtype of the left factor, whose digits all count; the right one may be narrower."""
-    if left.dtype == right.dtype:
-        return torch.mm(left, right)
-    if _accumulates_wide(right):
-        # Two factors of eight bits each, whose products are summed in float32.
-        high = left.to(right.dtype)
-        low = (left - high).to(right.dtype)
-        return _wide_product(high, right) + _wide_product(low, right)
-    total = left.new_zeros(left.shape[0], right.shape[1])
-    for place, block in _upcast(right, left.dtype):
-        total.addmm_(left[:, place], block)
-    return total
-
-
-def _add_product(total: Tensor, left: Tensor, states: Tensor) -> None:
-    if _accumulates_wide(states):
-        total += _product(left, states)
-    else:
-        total.addmm_(left, states.to(total.dtype))
-
-
-def _wide_product(left: Tensor, right: Tensor) -> Tensor:
-    """The product of two bfloat16 matrices in float32."""
-    return torch.mm(left, right, out_dtype=torch.float32)
-
-
-def _upcast(matrix: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Some rows of a matrix at a time in a wider dtype."""
-    rows = max(1, _UPCAST // matrix.shape[1])
-    for start in range(0, matrix.shape[0], rows):
-        place = slice(start, start + rows)
-        yield place, matrix[place].to(dtype)
-
-
-def _accumulates_wide(matrix: Tensor) -> bool:
-    """Whether the device multiplies bfloat16 into float32; float16 would lose small gradients to underflow."""
-    return matrix.is_cuda and matrix.dtype == torch.bfloat16 and "dtype" in torch.ops.aten.mm.overloads()
-
-
-def _product_dtype(head: Tensor) -> torch.dtype:
-    kind = head.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.dtype
 
 
 def _check(hidden: object, head: object, whose: str) -> None:

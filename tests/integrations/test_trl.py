@@ -60,12 +60,12 @@ def test_two_processes_equal_one() -> None:
 
 @quiet
 @pytest.mark.filterwarnings("ignore:Implicitly cleaning up:ResourceWarning")
-@pytest.mark.parametrize("name", ["whole_vocabulary.py", "sampled_tokens.py", "check.py"])
+@pytest.mark.parametrize("name", ["whole_vocabulary.py", "sampled_tokens.py", "exact_top.py", "check.py"])
 def test_the_scripts_of_the_page_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They build a trainer on the exactly known pair; the last one audits it."""
     monkeypatch.chdir(tmp_path)
     blocks = dict(re.findall(r'^```py title="([^"]+)"\n(.*?)^```$', PAGE.read_text(encoding="utf-8"), re.M | re.S))
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     code, pair = blocks[name], trainer_pair()
     for there, here in HERE.items():
         assert there in code or name == "check.py"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import opdtheory as opd
 from opdtheory.errors import InvalidArgumentError
-from opdtheory.kernels import linear
+from opdtheory.kernels import products
 from tests.conftest import CHECKED
 from tests.tolerances import ALGEBRA
 
@@ -146,7 +146,7 @@ def test_narrow_states_are_rounded_once(name: str, near: float, dtype: torch.dty
 def test_a_wide_head_goes_through_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = case(9, dtype=torch.bfloat16, vocabulary=50)
     whole = torch.autograd.grad(opd.fused_linear_divergence(*tensors, "jsd").sum(), tensors[:2])
-    monkeypatch.setattr(linear, "_UPCAST", 4 * 7)
+    monkeypatch.setattr(products, "_UPCAST", 4 * 7)
     parts = torch.autograd.grad(opd.fused_linear_divergence(*tensors, "jsd").sum(), tensors[:2])
     assert all(worst(a.float(), b.float()) <= 2**-8 * float(b.abs().max()) for a, b in zip(parts, whole, strict=True))
 
@@ -160,9 +160,9 @@ def test_products_of_a_gpu_keep_sixteen_bits_of_the_gradient(monkeypatch: pytest
 
     left, right = torch.randn(30, 50), torch.randn(50, 8).bfloat16()
     exact = left.double() @ right.double()
-    monkeypatch.setattr(linear, "_accumulates_wide", lambda matrix: matrix.dtype == torch.bfloat16)
-    monkeypatch.setattr(linear, "_wide_product", product)
-    found = linear._product(left, right)
+    monkeypatch.setattr(products, "_accumulates_wide", lambda matrix: matrix.dtype == torch.bfloat16)
+    monkeypatch.setattr(products, "_wide_product", product)
+    found = products.product(left, right)
     assert found.dtype == torch.float32
     assert float((found - exact).norm() / exact.norm()) < 1e-5
     assert float((product(left.bfloat16(), right) - exact).norm() / exact.norm()) > 1e-3

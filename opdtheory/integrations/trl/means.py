@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-__all__ = ["Mean", "disturbances", "mean_of", "other_laws"]
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+__all__ = ["Mean", "disturbances", "mean_of", "other_laws", "reduced"]
 
 
 class Mean(NamedTuple):
@@ -74,3 +77,28 @@ def other_laws(args: Any) -> list[str]:
         for name, value in given.items()
         if value is not None and value not in whole[name]
     ]
+
+
+def reduced(
+    loss_type: str, values: Float[Tensor, "B T"], mask: Shaped[Tensor, "B T"], longest: int, steps: int, items: Any
+) -> Tensor:
+    """The mean over tokens that TRL takes of its own loss, of other values.
+
+    Args:
+        loss_type: `dr_grpo`, `luspo`, `dapo`, `bnpo` or `grpo`.
+        values: one for each token.
+        mask: 1 on the tokens that count.
+        longest: `max_completion_length`.
+        steps: the micro-batches of a step; 1 in evaluation.
+        items: the tokens of a step in a process, which `dapo` divides by.
+    """
+    per_rollout = (values * mask).sum(-1)
+    if loss_type == "dapo":
+        return per_rollout.sum() / items
+    if loss_type == "bnpo":
+        return per_rollout.sum() / mask.sum().clamp(min=1.0) / steps
+    if loss_type == "grpo":
+        per_rollout = per_rollout / mask.sum(-1).clamp(min=1.0)
+    elif loss_type == "dr_grpo":
+        per_rollout = per_rollout / longest
+    return per_rollout.mean() / steps

@@ -111,6 +111,13 @@ def main() -> None:
         "whole, a token": (Whole, DistillationConfig, {"divergence": "jsd", "per": "token"}, {}),
         "mean of means": (LocalMean, DistillationConfig, {"divergence": "jsd", "per": "token"}, {}),
         "sampled": (Sampled, GRPOConfig, {"divergence": "jsd"}, groups),
+        "sampled, two exact": (Sampled, GRPOConfig, {"divergence": "jsd", "top_k": 2, "baseline": "rest"}, groups),
+        "sampled, two exact, dapo": (
+            Sampled,
+            GRPOConfig,
+            {"divergence": "jsd", "top_k": 2},
+            {**groups, "loss_type": "dapo"},
+        ),
     }
     with tempfile.TemporaryDirectory() as folder:
         found = {
