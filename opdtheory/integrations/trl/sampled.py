@@ -75,7 +75,7 @@ class OPDPlusTrainer(GRPOTrainer):
         clip_weight: a bound of the weight, after `centred` and before the baseline; it biases too.
         centred: whether $w_f(1)$ is subtracted, which changes the variance alone (T7a).
         top_k: $k$, the number of the teacher's likeliest tokens that are exact; none by default. Needs a `loss_type` of
-            `dr_grpo`, `dapo`, `bnpo`, `grpo` or `luspo`, and no bounds.
+            `dr_grpo`, `dapo`, `bnpo`, `grpo` or `luspo`, and no bounds. Not the configuration's, which is of sampling.
         baseline: `constant` or `leave_one_out`, see `TokenWeight`; no bias. With `top_k`, it is $c$:
             `constant`, or `rest` for $c = w_f(q(T)/p(T))$, with $T$ all tokens outside $S$ (T19b).
         baseline_value: the constant.

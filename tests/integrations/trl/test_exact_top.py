@@ -51,8 +51,9 @@ def test_its_expected_gradient_is_that_of_the_divergence(name: str, k: int, base
     report = audit(sampled(divergence=named(name), top_k=k, baseline=baseline), named(name), prompts=("a", "ba"))
     assert report.verdict == "exact_up_to_scale" and report.error < 1e-6
     assert report.scale == pytest.approx(0.5, abs=1e-6)  # 1 / max_completion_length
+    # Of the trainer without exact tokens, rounded down.
     without = {"reverse_kl": 2.07, "forward_kl": 1.78, "jsd": 0.67, "chi2": 1.26, "alpha": 0.69}
-    assert report.variance < without[name]  # see the next test
+    assert report.variance < without[name]
 
 
 def test_its_variance_is_lower() -> None:
@@ -148,6 +149,11 @@ def test_the_mean_is_that_of_trl(loss_type: str, training: bool) -> None:
     }
     wanted = GRPOTrainer._compute_loss(trainer, trainer.model, inputs)
     assert trainer._mean_of(values, inputs).item() == pytest.approx(wanted.item(), rel=1e-6)
+
+
+def test_a_sum_over_tokens_is_exact_at_scale_one() -> None:
+    report = audit(sampled(divergence="jsd", settings={"loss_type": "luspo"}, top_k=1), "jsd", prompts=("ba",))
+    assert report.verdict == "exact" and report.relative_bias < 1e-6
 
 
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
