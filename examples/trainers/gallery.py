@@ -45,8 +45,8 @@ samplers and losses work in float32, so that errors of 1e-7 are rounding. Reward
 audited, and the reference model, or whatever a trainer loads from the student's path, is the teacher.
 
 `make trainers` checks that every verdict is as recorded; `python examples/trainers/gallery.py --page` writes this page.
-verl's engine below its rollout, with its own settings and our plug-in, has [a page of its own](verl.md). TRL's SDPO is not
-here, as its prompts hold words that two letters cannot write, nor are trainers that sample from a server.
+verl's engine below its rollout, with its own settings and our plug-in, has [a page of its own](verl.md). TRL's SDPO is
+not here, as its prompts hold words that two letters cannot write, nor are trainers that sample from a server.
 """
 
 _HEADER = ("trainer and setting", "package", "claim", "verdict", "scale", "off by", "cosine", "it follows")
