@@ -7,6 +7,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ class Played:
     modes: tuple[frozenset[bool], frozenset[bool]]
     sampled: bool = False
 
-    @property
+    @cached_property
     def gradient(self) -> Tensor:
         """The expected gradient in the student's table, `(R, V)`, float64."""
         return sum((leaf.probability * leaf.gradient for leaf in self.leaves), torch.zeros(()).double())
@@ -201,6 +202,10 @@ def play_trainer(
             not replay.
         BudgetExceededError: there are more outcomes.
     """
+    if pair.teacher_answers:
+        draws = None  # the dataset holds every answer, and each is played
+        if len(pair.given) > limit:
+            raise _too_many(limit)
     with _quiet():
         trainer = build(pair)
         _check(trainer, pair)

@@ -233,9 +233,8 @@ class Read:
     def gradient(self, divergence: Divergence, stopped: bool = False, centred: bool = False) -> Float[Tensor, "R V"]:
         """The expected gradient in the student's table."""
         p = self.log_p.exp()
-        advantage = -divergence.generator(self.log_u) if stopped else divergence.weight(self.log_u)
-        if centred:
-            advantage = advantage - divergence.weight(torch.zeros(1, dtype=torch.float64))
+        weight = divergence.centred_weight if centred else divergence.weight
+        advantage = -divergence.generator(self.log_u) if stopped else weight(self.log_u)
         if bool((self.tokens >= 0).all()):
             token = self.tokens.unsqueeze(-1)
             if self.given:

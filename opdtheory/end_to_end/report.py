@@ -103,6 +103,8 @@ class TrainerAudit:
     def headline(self) -> str:
         """The verdict in capitals, and that a variant fails if one does."""
         words = self.verdict.replace("_", " ").upper()
+        if self.monte_carlo is not None:
+            return f"{words}, BY SAMPLING"
         if self.verdict not in FAITHFUL or self.passes:
             return words
         return f"FAILS ({words} IN THE MAIN SETTING)"
@@ -120,6 +122,11 @@ class TrainerAudit:
             "One process, in the dtype of the table: narrower dtypes, sharding and engines that sample elsewhere.",
             "The table has no dropout; in which mode models are called is noted, not its effect.",
         ]
+        if self.monte_carlo is not None:
+            found.append(
+                f"{self.monte_carlo:,} steps were sampled, not all outcomes played, and no other setting was asked; "
+                "the findings say which difference is excluded."
+            )
         found += [f"{each.name}: {each.words}" for each in self.variants if each.holds is None]
         return tuple(found)
 

@@ -30,7 +30,7 @@ STEPS = 1_000
 # Steps in which an entry must differ from zero for its mean to be tested.
 _ENOUGH = 30
 
-# A verdict is given if a bias of this share of the gradient would have been seen.
+# A verdict is given if a difference of this share of the gradient is excluded.
 _MARGIN = 0.1
 
 _ROUNDING = 1e-5
@@ -41,13 +41,13 @@ class Sampled:
     """What sampled steps say of a claim.
 
     Attributes:
-        verdict: `exact_up_to_scale` if no difference was found and one of a tenth would have been, `biased`, `zero`, or
+        verdict: `exact_up_to_scale` if no difference was found and one of a tenth is excluded, `biased`, or
             `undecided`.
         words: the finding in a sentence.
         worst: the largest distance of an entry from the claim, in standard errors; infinite for an entry without
             variance that differs.
         limit: the distance that calls a trainer biased.
-        radius: the size of the difference that would have been seen, relative to the claimed gradient.
+        radius: what the difference is at most, relative to the scaled gradient, but for the same error rate.
     """
 
     verdict: Verdict
@@ -85,8 +85,11 @@ def judged(steps: Float[Tensor, "N K"], claim: Float[Tensor, " K"], alpha: float
     worst = math.inf if fixed else float(ratios.max())
     along = steps @ claim
     downhill = float(along.mean()) / max(float(along.std()) / math.sqrt(count), 1e-300)
+    # The mean is off by this at most: the length of a normal vector exceeds its root mean square by t of them with a
+    # probability below exp(-t^2 / 2).
     spread = float(across.var(0).sum().sqrt()) / math.sqrt(count)
-    radius = 3 * spread / max(abs(scale) * size, 1e-300)
+    largest = float(across.mean(0).norm()) + spread * (1 + math.sqrt(-2 * math.log(alpha)))
+    radius = largest / max(abs(scale) * size, 1e-300)
     found = f"In {count:,} sampled steps"
     if worst > limit:
         where = "an entry that never varies differs" if fixed else f"an entry is {worst:.3g} standard errors off"
@@ -94,11 +97,11 @@ def judged(steps: Float[Tensor, "N K"], claim: Float[Tensor, " K"], alpha: float
     if downhill < -limit:
         return Sampled("biased", f"{found}, the gradient points uphill.", downhill, limit, radius)
     if downhill <= limit or radius > _MARGIN:
-        words = f"{found} no difference from the claim was found, but one of {percent(radius)} would have been missed."
+        words = f"{found} no difference from the claim was found, but one of {percent(radius)} is not excluded."
         return Sampled("undecided", words, worst, limit, radius)
     words = (
-        f"{found} no difference from the claim was found; one of {percent(radius)} of the gradient would have been "
-        f"seen. A faithful trainer is called biased with probability {alpha:g}."
+        f"{found} no difference from the claim was found, and one of more than {percent(radius)} of the gradient is "
+        f"excluded, each with an error rate of {alpha:g}."
     )
     return Sampled("exact_up_to_scale", words, worst, limit, radius)
 

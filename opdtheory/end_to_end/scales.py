@@ -52,13 +52,12 @@ def facts_of(pair: TrainerPair) -> dict[str, float]:
     }
 
 
-def cause_of(main: Factor, others: Mapping[str, Factor], left: str = "") -> str:
+def cause_of(main: Factor, others: Mapping[str, Factor]) -> str:
     """The scale as a sentence: which facts it is a power of, and the constant that is left.
 
     Args:
         main: the main setting.
         others: settings that differ from one another in one fact each, by the name of that fact, and one named `base`.
-        left: a sentence about a constant that is left over.
     """
     if abs(main.scale - 1.0) < _NEAR:
         return ""
@@ -75,7 +74,7 @@ def cause_of(main: Factor, others: Mapping[str, Factor], left: str = "") -> str:
                 reasons.append(words)
     size = _number(main.scale)
     if not reasons:
-        return f"The scale {size} depends on none of rollouts, horizon and reference answers: a constant factor{left}."
+        return f"The scale {size} depends on none of rollouts, horizon and reference answers: a constant factor."
     rest = "" if abs(constant - 1.0) < _NEAR else f", and a constant factor {_number(constant)} is left"
     return f"The scale is {size}: {' and '.join(reasons)}{rest}."
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from opdtheory.end_to_end import audit_trainer
-from opdtheory.errors import InvalidArgumentError, LossError
+from opdtheory.errors import BudgetExceededError, InvalidArgumentError, LossError
 from tests.end_to_end import gkd_faults, grpo_faults
 from tests.sparse import some
 
@@ -99,5 +99,9 @@ def test_a_prompt_in_the_likelihood_and_a_trainer_that_samples_are_seen() -> Non
     )
     assert not leaking.passes and leaking.where["inside a prompt"] > 0, str(leaking)
     assert "reads the prompt" in " ".join(leaking.words) or "The prompt's tokens carry" in " ".join(leaking.words)
+    # There is nothing to sample: every answer is played, within the limit.
+    assert audit_trainer(likelihood, "forward_kl", "sequence", method="monte_carlo", **asked).monte_carlo is None
+    with pytest.raises(BudgetExceededError, match="fewer rollouts"):
+        audit_trainer(likelihood, "forward_kl", "sequence", method="exact", limit=5, **asked)
     with pytest.raises(LossError, match="generates, although"):
         audit_trainer(gkd_faults.sound, "forward_kl", "sequence", **asked)

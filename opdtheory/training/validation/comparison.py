@@ -136,6 +136,11 @@ def compare(
 
     vectors = [prefixes.pull_back(c) for c in (exact, predicted, expected)]
     compared = relations(*vectors)
+    if some is not None:
+        # A sum could hide weights that are wrong on single tokens.
+        apart = _apart(_singles(distribution).kappa, some)
+        if apart > _tolerance(prefixes):
+            compared["discrepancy"] = max(apart, compared["discrepancy"])
     exact_norm = compared["exact_norm"]
     unit = exact_norm or 1.0
     bias = difference(vectors[1], vectors[0])
@@ -179,7 +184,7 @@ def compare(
         parameters=prefixes.dimension,
         draws=draws if noisy else 0,
         run_on=1.0 if some is None else some.mass(prefixes.log_mu),
-        tolerance=_ROUNDING.get(prefixes.parameters[0].dtype, 1e-2),
+        tolerance=_tolerance(prefixes),
         z=z_against(predicted) if noisy else 0.0,
         z_limit=limit,
         z_exact=z_against(exact) if noisy else 0.0,
@@ -191,6 +196,18 @@ def compare(
         seed=seed,
         **compared,
     )
+
+
+def _tolerance(prefixes: Prefixes) -> float:
+    """The largest discrepancy that counts as rounding."""
+    return _ROUNDING.get(prefixes.parameters[0].dtype, 1e-2)
+
+
+def _apart(kappa: Float[Tensor, "N V"], some: Some) -> float:
+    """The largest distance of a drawn token's sensitivity from the stated one, relative to it and to typical ones."""
+    found, stated = (x.gather(-1, some.tokens) for x in (kappa, some.otherwise))
+    typical = stated.square().mean().sqrt().clamp_min(torch.finfo(stated.dtype).tiny)
+    return float(((found - stated).abs() / (stated.abs() + typical)).max())
 
 
 def random_images(prefixes: Prefixes, directions: int, seed: int) -> list[Tensor]:

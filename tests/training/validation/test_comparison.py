@@ -59,6 +59,20 @@ def test_the_tokens_drawn_stand_for_all_where_theory_states_the_weight(name: str
     assert wrong.discrepancy > wrong.tolerance
 
 
+def test_a_weight_that_is_wrong_on_one_drawn_token_alone_is_seen(prefixes: Prefixes) -> None:
+    """Changed up on one token and down on another, so that their sum with the probabilities stays as it is."""
+    loss = E("opd_plus", "hellinger", baseline="optimal")
+    p = prefixes.log_p.exp().mean(0)
+    likely, other = p.topk(2).indices.tolist()
+
+    def wrong(r):
+        shift = 1e-3 * ((r.tokens == likely).double() / p[likely] - (r.tokens == other).double() / p[other])
+        return loss(r) + r.token_sum(shift * r.student_logprobs)
+
+    found = compare(prefixes, loss, wrong, draws=200, directions=4, every_token=False)
+    assert not found.agrees and found.discrepancy > found.tolerance
+
+
 def test_a_ratio_is_part_of_the_weight_of_the_tokens_drawn(off_policy: Prefixes) -> None:
     for loss in (
         E("topk_tail_sampled", "chi2", k=2, importance="token"),
