@@ -9,10 +9,14 @@ import pytest
 
 
 def some(values: Iterable[Any], every: int = 3, ids: Iterable[str] | None = None) -> list[Any]:
-    """Parameters for `parametrize`: every `every`-th case as it is, the others marked slow."""
+    """Parameters for `parametrize`: every `every`-th case as it is, the others marked slow; a tuple is of several."""
     values = list(values)
     names = [None] * len(values) if ids is None else list(ids)
     return [
-        pytest.param(value, id=name, marks=[pytest.mark.slow] if number % every else [])
+        pytest.param(*_apart(value), id=name, marks=[pytest.mark.slow] if number % every else [])
         for number, (value, name) in enumerate(zip(values, names, strict=True))
     ]
+
+
+def _apart(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)

@@ -424,6 +424,7 @@ def test_seeds_out_of_range_are_usage_errors(losses: str, value: str, capsys: py
 @pytest.mark.parametrize(
     "name", ["copy", *(pytest.param(name, marks=pytest.mark.slow) for name in ("torch", "statistics"))]
 )
+@pytest.mark.slow
 def test_a_file_named_after_a_module_is_audited_by_python_m_too(name: str, losses: str) -> None:
     folder = Path(losses).parent
     (folder / f"{name}.py").write_text(f"import {name} as real\nassert real.__file__ != __file__\n{SOURCE}")

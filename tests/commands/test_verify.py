@@ -13,6 +13,7 @@ from opdtheory.verification.verify import Verification
 from tests.verification.runs import of
 
 
+@pytest.mark.slow
 def test_verify_prints_and_writes(
     verification: Verification, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,6 +13,7 @@ import opdtheory as opd
 from opdtheory.divergences import convexity
 from opdtheory.divergences.intervals import enclosures
 from opdtheory.errors import InvalidArgumentError
+from tests.sparse import some
 
 u = opd.u
 SECONDS = 10.0  # twice the promise, for a machine that is busy
@@ -66,7 +67,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize(("expr", "problem"), REFUSED.values(), ids=REFUSED)
+@pytest.mark.parametrize(("expr", "problem"), some(REFUSED.values(), ids=REFUSED))
 def test_what_is_no_generator_is_refused_in_time(expr: sympy.Expr, problem: str) -> None:
     start = time.monotonic()
     with pytest.raises(InvalidArgumentError, match=problem):
@@ -96,7 +97,7 @@ def test_generators_are_accepted(expr: sympy.Expr) -> None:
     assert convexity.check_generator(expr) == expr
 
 
-@pytest.mark.parametrize("name", ["jsd", "jeffreys", "chi2", "le_cam", "skew_jsd(beta=0.3)", "alpha(alpha=2.7)"])
+@pytest.mark.parametrize("name", some(["jsd", "jeffreys", "chi2", "le_cam", "skew_jsd(beta=0.3)", "alpha(alpha=2.7)"]))
 def test_entries_are_accepted_and_their_negatives_are_not(name: str) -> None:
     expr = opd.divergence(name).expr
     convexity.check_generator(expr)

@@ -11,6 +11,7 @@ from opdtheory.end_to_end.claims import claimed_gradient
 from opdtheory.end_to_end.played import play_update
 from opdtheory.end_to_end.sampling import judged
 from tests.end_to_end.update_faults import FAULTS, loop, policy_gradient, reverse_kl
+from tests.sparse import some
 
 
 def outcomes(played) -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,7 +59,7 @@ def test_the_difference_that_is_not_excluded_holds_the_true_one(claim: str) -> N
 
 @pytest.mark.parametrize(
     ("name", "verdict"),
-    [("one token late", "biased"), ("k3 loss", "biased"), ("uphill", "biased")],
+    some([("one token late", "biased"), ("k3 loss", "biased"), ("uphill", "biased")]),
 )
 def test_a_fault_is_found_by_sampling(name: str, verdict: str) -> None:
     found = audit_update(FAULTS[name][0], "reverse_kl", method="monte_carlo")

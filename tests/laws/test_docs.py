@@ -31,6 +31,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
+LONG = ("concepts.md", "tutorial.md")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "examples").rglob("*.md")), *sorted(DOCS.rglob("*.md"))]
 
 _BLOCK = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -157,7 +158,12 @@ def write(path: Path) -> int:
     return changed
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+# The longest pages are for `make test-slow`.
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, marks=[pytest.mark.slow] if p.name in LONG else []) for p in PAGES],
+    ids=[str(path.relative_to(ROOT)) for path in PAGES],
+)
 def test_pages_print_what_they_say(path):
     for output in run_page(path):
         assert output.agrees, (

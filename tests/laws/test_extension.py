@@ -227,6 +227,7 @@ def test_theorems_are_checked_on_it_with_a_kink_too(kinked: Divergence, number: 
         assert identity.run().passed, identity.name
 
 
+@pytest.mark.slow
 def test_theorems_are_checked_on_it(label: str) -> None:
     name = label.split("(")[0]
     expected = ["skew_chi2(share=0.2)", "skew_chi2(share=0.7)"] if name == "skew_chi2" else [name]

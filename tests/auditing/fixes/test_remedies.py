@@ -20,6 +20,7 @@ from opdtheory.errors import InvalidArgumentError
 from opdtheory.exact import Loss
 from opdtheory.rollouts import Rollouts
 from tests.auditing.fixes.losses import FAITHFUL, audited, cure, k1_loss, over_padding, times, zoo
+from tests.sparse import some
 
 
 def reward(advantage: Callable[[Rollouts], Tensor]) -> Loss:
@@ -180,7 +181,7 @@ WORDS = {
 
 
 # Every third case each time, all of them with the slow tests.
-@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) if i % 3 else c for i, c in enumerate(CASES)])
+@pytest.mark.parametrize("case", some(CASES, 6))
 def test_the_intended_remedy_comes_first_and_is_verified(case: str) -> None:
     loss, objective, settings, kind, verdict = CASES[case]
     # Half of the pairs, to save time; those left out refute least.

@@ -19,6 +19,7 @@ from opdtheory.exact import exact_gradient
 from opdtheory.objective import Objective
 from opdtheory.rollouts import Rollouts
 from tests.auditing.sampling.pairs import long_case, small_case
+from tests.sparse import some
 
 
 def _compare(loss, cases, divergence="reverse_kl", granularity="token_local", gamma=1.0, **settings):
@@ -70,7 +71,7 @@ _ZOO = [
 
 @pytest.mark.parametrize(
     ("batch_size", "name", "divergence", "options"),
-    [pytest.param(*each, marks=pytest.mark.slow) if i % 2 else each for i, each in enumerate(_ZOO)],
+    some(_ZOO, 4),
 )
 def test_verdicts_agree_with_the_exact_audit(batch_size: int, name: str, divergence: str | None, options: dict) -> None:
     loss = opd.estimator(name, divergence, **options)

@@ -14,12 +14,13 @@ from opdtheory.errors import InvalidArgumentError
 from opdtheory.integrations.trl import OPDPlusTrainer
 from opdtheory.integrations.trl.sampled import no_reward
 from tests.integrations.trl.builders import quiet, sampled
+from tests.sparse import some
 
 pytestmark = quiet
 audit = functools.partial(audit_trainer, variants=False, prompts=("ba",))
 
 
-@pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "chi2", "alpha"])
+@pytest.mark.parametrize("name", some(["forward_kl", "reverse_kl", "chi2", "alpha"]))
 def test_its_expected_gradient_is_that_of_the_divergence(name: str) -> None:
     divergence = opd.divergences.alpha(0.5) if name == "alpha" else opd.divergence(name)
     report = audit(sampled(divergence=divergence), divergence)
@@ -32,7 +33,7 @@ def test_micro_batches_and_prompts_of_unequal_length() -> None:
     assert report.error < 1e-6 and report.scale == pytest.approx(0.5, abs=1e-6)
 
 
-@pytest.mark.parametrize("loss_type", ["luspo", "dapo", "grpo", "cispo"])
+@pytest.mark.parametrize("loss_type", some(["luspo", "grpo", "dapo", "cispo"], 2))
 def test_other_means_are_what_they_say(loss_type: str) -> None:
     build = sampled(divergence="jsd", settings={"loss_type": loss_type})
     mean = build(trainer_pair()).mean
