@@ -1,0 +1,1 @@
+"""Real runs: what their logged log-probabilities say."""
