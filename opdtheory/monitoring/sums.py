@@ -57,18 +57,15 @@ class Sums:
     r"""Sums over tokens by bin of $\log u$ and group of rollouts, each token with a weight of its own.
 
     Attributes:
-        table: `(GROUPS, len(COLUMNS), bins)`, float64.
-        squares: the sum of squared weights by group, `(GROUPS,)`.
+        table: `(len(COLUMNS), GROUPS, bins)`, float64.
     """
 
-    table: Float[Tensor, "G C X"]
-    squares: Float[Tensor, " G"]
+    table: Float[Tensor, "C G X"]
 
     @classmethod
     def empty(cls) -> Sums:
         """No token."""
-        table = torch.zeros(GROUPS, len(COLUMNS), _BINS, dtype=torch.float64)
-        return cls(table, torch.zeros(GROUPS, dtype=torch.float64))
+        return cls(torch.zeros(len(COLUMNS), GROUPS, _BINS, dtype=torch.float64))
 
     def add(
         self,
@@ -103,25 +100,17 @@ class Sums:
         }
         for number, name in enumerate(COLUMNS):
             value = columns[name] if weight is None or name == "tokens" else columns[name] * weight
-            found = torch.bincount(place, value, GROUPS * _BINS)
-            self.table[:, number] += found.view(GROUPS, _BINS)
-        squares = columns["tokens"].square()
-        self.squares += torch.bincount(group, squares, GROUPS)
-
-    def merge(self, other: Sums) -> None:
-        """Add the sums of other tokens."""
-        self.table += other.table
-        self.squares += other.squares
+            self.table[number].view(-1).scatter_add_(0, place, value)
 
     @property
     def count(self) -> float:
         """The sum of the weights: the number of tokens where they are 1."""
-        return float(self.table[:, 0].sum())
+        return float(self.table[0].sum())
 
     @property
     def total(self) -> Float[Tensor, "C X"]:
         """The sums over all groups."""
-        return self.table.sum(0)
+        return self.table.sum(1)
 
     def occupied(self) -> tuple[Float[Tensor, " X"], Float[Tensor, "K C X"]]:
         """Where the tokens of each occupied bin lie, in nats, and the tables of all tokens and of all but each group.
@@ -131,7 +120,7 @@ class Sums:
         total = self.total
         some = total[0] > 0
         total = total[:, some]
-        groups = self.table[self.table[:, 0].sum(-1) > 0][:, :, some]
+        groups = self.table[:, self.table[0].sum(-1) > 0][:, :, some].transpose(0, 1)
         return total[1] / total[0], torch.cat([total.unsqueeze(0), total - groups])
 
     def number(self, function: Callable[[Tensor, Tensor], Tensor], confidence: float = 0.99) -> Number:

@@ -19,6 +19,9 @@ __all__ = ["Weight", "weight_of"]
 # Half the distance over which a slope is measured, in nats.
 _STEP = 1e-4
 
+# A difference over that distance is right to about its square.
+_NOTHING = 1e-6
+
 
 @dataclass(frozen=True)
 class Weight:
@@ -60,7 +63,8 @@ class Weight:
     def at_teacher(self) -> tuple[float, float]:
         r"""$A$ and $dA/d\log u$ at $u = 1$ (T5)."""
         zero = torch.zeros(1, dtype=torch.float64)
-        return float(self(zero)), float(self.slope(zero))
+        at_one, pull = float(self(zero)), float(self.slope(zero))
+        return at_one, pull if abs(pull) > _NOTHING else 0.0
 
     def _clamped(self, advantage: Tensor) -> Tensor:
         return advantage if self.bounds is None else advantage.clamp(*self.bounds)
