@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from opdtheory.monitoring.diagnosis import diagnose
-from opdtheory.monitoring.finding import Finding
+from opdtheory.monitoring.findings import Finding
 from opdtheory.monitoring.monitor import CollapseWarning, Monitor
 from opdtheory.monitoring.report import Diagnosis, Step
 

@@ -14,8 +14,7 @@ from opdtheory.errors import InvalidArgumentError
 from opdtheory.estimators import Estimator
 from opdtheory.monitoring.diagnosis import loss_of
 from opdtheory.monitoring.evidence import Evidence
-from opdtheory.monitoring.finding import Finding
-from opdtheory.monitoring.findings import foresights, setting_of
+from opdtheory.monitoring.findings import Finding, foresights, setting_of
 from opdtheory.monitoring.report import Diagnosis, Step
 from opdtheory.monitoring.sums import EDGE
 from opdtheory.monitoring.tokens import SampledTokens

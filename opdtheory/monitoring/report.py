@@ -13,16 +13,15 @@ import torch
 from opdtheory.divergences import Divergence
 from opdtheory.estimators import Estimator
 from opdtheory.monitoring.evidence import Evidence, leave_one_out
-from opdtheory.monitoring.finding import CONFIDENCE, Finding, Setting
-from opdtheory.monitoring.findings import FORESEES, findings, setting_of
+from opdtheory.monitoring.findings import CONFIDENCE, FORESEES, Finding, Setting, findings, setting_of
+from opdtheory.monitoring.findings.trends import trend
 from opdtheory.monitoring.measures import Measured, measured, moment, quantiles
 from opdtheory.monitoring.sums import Number, Sums, number_of
 from opdtheory.monitoring.tokens import REASONS
-from opdtheory.monitoring.trends import trend
 from opdtheory.monitoring.zoo import beside
 from opdtheory.rendering import text
 
-__all__ = ["SCHEMA_VERSION", "VERDICTS", "Diagnosis", "Step", "Verdict"]
+__all__ = ["SCHEMA_VERSION", "VERDICTS", "ZOO_COLUMNS", "Diagnosis", "Step", "Verdict", "cells"]
 
 SCHEMA_VERSION = 1
 
@@ -51,7 +50,7 @@ _AMOUNTS: dict[str, Verdict] = {
 }
 
 _SHARES = (0.001, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999)
-_ZOO = ("estimator", "falls on", "rises on", "slope", "at u = 1", "towards", "signal", "carried by")
+ZOO_COLUMNS = ("estimator", "falls on", "rises on", "slope", "at u = 1", "towards", "signal", "carried by")
 
 
 @dataclass(frozen=True)
@@ -234,7 +233,7 @@ class Diagnosis:
         for found in self.findings:
             mark = "WARNING " if found.level == "warning" else ""
             lines.append(text.item(f"{mark}{found.sentence}{' ' + found.remedy if found.remedy else ''}"))
-        lines += ["", *text.table([_ZOO, *map(cells, self.zoo)], align="lr")]
+        lines += ["", *text.table([ZOO_COLUMNS, *map(cells, self.zoo)], align="lr")]
         if self.signal:
             rows = [(name, f"{number}") for name, number in self.signal.items()]
             lines += ["", *text.table([("estimator", "exact signal to noise of a token"), *rows], align="lr")]

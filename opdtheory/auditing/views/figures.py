@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,8 @@ from opdtheory.choices import FAITHFUL
 from opdtheory.divergences import Divergence
 from opdtheory.divergences import divergence as as_divergence
 from opdtheory.errors import OpdTheoryError
-from opdtheory.rendering.svg import svg_of
+from opdtheory.rendering.figures import CLAIMED, FOUND, INK, MUTED, drawing, frame, page_svg
+from opdtheory.rendering.figures import sheet as new_sheet
 
 __all__ = ["Curves", "Figure", "curves", "figures"]
 
@@ -33,16 +33,6 @@ _ROUNDING = 1e-9
 
 # The left end of the logarithmic axis of relative biases.
 _SMALLEST = 1e-17
-
-# Placeholder colours, each of which becomes a variable of the page's style sheet.
-_COLOURS = {
-    "#010101": "var(--ink)",
-    "#020202": "var(--muted)",
-    "#030303": "var(--rule)",
-    "#040404": "var(--claimed)",
-    "#050505": "var(--found)",
-}
-_INK, _MUTED, _RULE, _CLAIMED, _FOUND = _COLOURS
 
 
 @dataclass(frozen=True)
@@ -129,31 +119,7 @@ def figures(report: Audit, drawn: Curves) -> list[Figure]:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    import matplotlib
-
-    style: dict[Any, Any] = {
-        "svg.hashsalt": "opdtheory",
-        "svg.fonttype": "none",
-        "font.family": "sans-serif",
-        "font.size": 10,
-        "mathtext.fontset": "dejavusans",
-        "text.color": _INK,
-        "axes.labelcolor": _INK,
-        "axes.edgecolor": _MUTED,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.linewidth": 0.8,
-        "axes.unicode_minus": True,
-        "xtick.color": _MUTED,
-        "ytick.color": _MUTED,
-        "xtick.labelcolor": _INK,
-        "ytick.labelcolor": _INK,
-        "grid.color": _RULE,
-        "grid.linewidth": 0.6,
-        "legend.frameon": False,
-        "lines.linewidth": 2.0,
-    }
-    with matplotlib.rc_context(style):
+    with drawing():
         found = [_weight(report, drawn), _generator(drawn), _bias(report), _variance(report)]
     return [figure for figure in found if figure is not None]
 
@@ -161,39 +127,41 @@ def figures(report: Audit, drawn: Curves) -> list[Figure]:
 def _weight(report: Audit, drawn: Curves) -> Figure | None:
     if len(drawn.log_u) == 0 or float(drawn.log_u[-1]) < 1.0:
         return None
-    sheet, axis = _sheet()
+    sheet, axis = new_sheet()
     inside = drawn.log_u.abs() <= _WINDOW
     if drawn.claimed is not None:
         _claimed_curve(axis, drawn.log_u, drawn.claimed)
     style = "-" if report.weight.depends_on_ratio_only else "--"
-    axis.plot(drawn.log_u, drawn.weight, style, color=_FOUND, label="recovered")
+    axis.plot(drawn.log_u, drawn.weight, style, color=FOUND, label="recovered")
     ends = [report.weight[key] for key in ("low", "high") if key in report.weight]
     if ends:
-        axis.fill_between(drawn.log_u, *ends, color=_FOUND, alpha=0.2, linewidth=0.0, label="interval")
+        axis.fill_between(drawn.log_u, *ends, color=FOUND, alpha=0.2, linewidth=0.0, label="interval")
     _heights(axis, [c[inside] for c in (drawn.weight, drawn.claimed, *ends) if c is not None], zero=True)
-    _frame(axis, "log u", "w(u) − w(1)")
+    frame(axis, "log u", "w(u) − w(1)")
     axis.legend(loc="best")
     sides = f"from {float(drawn.weight[inside][0]):.3g} at log u = {float(drawn.log_u[inside][0]):.3g} "
     sides += f"to {float(drawn.weight[inside][-1]):.3g} at log u = {float(drawn.log_u[inside][-1]):.3g}"
     shape = "never falls" if report.weight.non_decreasing else "falls in places"
     alt = f"Recovered weight of a token against the log-ratio: {sides}; it {shape}."
-    return Figure("Weight on a token", alt, _svg(sheet, "weight"))
+    return Figure("Weight on a token", alt, page_svg(sheet, "weight"))
 
 
 def _generator(drawn: Curves) -> Figure | None:
     if drawn.generator is None:
         return None
-    sheet, axis = _sheet()
+    sheet, axis = new_sheet()
     inside = drawn.generator_log_u.abs() <= 2.0
     if drawn.claimed_generator is not None:
         _claimed_curve(axis, drawn.generator_log_u, drawn.claimed_generator)
-    axis.plot(drawn.generator_log_u, drawn.generator, color=_FOUND, label="implied")
+    axis.plot(drawn.generator_log_u, drawn.generator, color=FOUND, label="implied")
     _heights(axis, [c[inside] for c in (drawn.generator, drawn.claimed_generator) if c is not None])
-    _frame(axis, "log u", "V(u)")
+    frame(axis, "log u", "V(u)")
     axis.legend(loc="best")
     low = float(drawn.generator.min())
     sign = "it is nowhere negative" if low >= -_ROUNDING else f"it falls to {low:.3g}"
-    return Figure("Implied generator", f"Generator implied by the recovered weight: {sign}.", _svg(sheet, "generator"))
+    return Figure(
+        "Implied generator", f"Generator implied by the recovered weight: {sign}.", page_svg(sheet, "generator")
+    )
 
 
 def _bias(report: Audit) -> Figure | None:
@@ -201,16 +169,16 @@ def _bias(report: Audit) -> Figure | None:
     if not values or len(values) < len(report.pairs):
         return None
     sheet, axis, rows = _rows(len(values))
-    axis.hlines(rows, _SMALLEST, values, color=_FOUND, linewidth=2.5, alpha=0.45)
-    axis.plot(values, rows, "o", color=_FOUND, markersize=7)
-    axis.axvline(report.tolerance, color=_CLAIMED, linestyle="--", linewidth=1.4)
-    axis.text(report.tolerance, 0.3, "rounding", ha="center", va="bottom", color=_INK, fontsize=9)
+    axis.hlines(rows, _SMALLEST, values, color=FOUND, linewidth=2.5, alpha=0.45)
+    axis.plot(values, rows, "o", color=FOUND, markersize=7)
+    axis.axvline(report.tolerance, color=CLAIMED, linestyle="--", linewidth=1.4)
+    axis.text(report.tolerance, 0.3, "rounding", ha="center", va="bottom", color=INK, fontsize=9)
     axis.set_xlim(_SMALLEST, max(10.0, 3.0 * max(values)))
     axis.set_xticks([1e-16, 1e-12, 1e-8, 1e-4, 1.0])
-    _frame(axis, "relative bias", "pair")
+    frame(axis, "relative bias", "pair")
     alt = f"Relative bias of {len(values)} pairs, from {min(values):.1e} to {max(values):.1e}; "
     alt += f"up to {report.tolerance:.0e} is rounding."
-    return Figure("Bias by pair", alt, _svg(sheet, "bias"))
+    return Figure("Bias by pair", alt, page_svg(sheet, "bias"))
 
 
 def _variance(report: Audit) -> Figure | None:
@@ -219,45 +187,24 @@ def _variance(report: Audit) -> Figure | None:
         return None
     sheet, axis, rows = _rows(len(pairs))
     own, whole = zip(*pairs, strict=True)
-    axis.hlines(rows, whole, own, color=_MUTED, linewidth=1.2, alpha=0.6)
-    axis.plot(whole, rows, "D", color=_CLAIMED, markersize=6, label="whole vocabulary")
-    axis.plot(own, rows, "o", color=_FOUND, markersize=7, label="this loss")
-    _frame(axis, "variance of one batch's gradient", "pair")
+    axis.hlines(rows, whole, own, color=MUTED, linewidth=1.2, alpha=0.6)
+    axis.plot(whole, rows, "D", color=CLAIMED, markersize=6, label="whole vocabulary")
+    axis.plot(own, rows, "o", color=FOUND, markersize=7, label="this loss")
+    frame(axis, "variance of one batch's gradient", "pair")
     axis.legend(loc="lower center", bbox_to_anchor=(0.5, 0.98), ncols=2, handletextpad=0.4, borderpad=0.0)
     ratios = [a / b for a, b in pairs]
     alt = "Variance of the loss's gradient against that of the whole-vocabulary estimator of the claim: "
     alt += f"{min(ratios):.3g} to {max(ratios):.3g} times."
-    return Figure("Variance by pair", alt, _svg(sheet, "variance"))
-
-
-def _sheet() -> tuple[Any, Any]:
-    # Not pyplot: no global state, and no display.
-    from matplotlib.figure import Figure as Sheet
-
-    sheet = Sheet(figsize=(4.5, 3.0))
-    sheet.subplots_adjust(left=0.125, right=0.97, bottom=0.17, top=0.9)
-    sheet.patch.set_alpha(0.0)
-    axis = sheet.subplots()
-    axis.patch.set_alpha(0.0)
-    return sheet, axis
+    return Figure("Variance by pair", alt, page_svg(sheet, "variance"))
 
 
 def _claimed_curve(axis: Any, log_u: Tensor, curve: Tensor) -> None:
-    axis.plot(log_u, curve, color=_CLAIMED, linewidth=4.5, alpha=0.55, label="claimed")
-
-
-def _frame(axis: Any, x: str, y: str) -> None:
-    axis.set_xlabel(x)
-    # Above the axis, so that it is horizontal and clear of wide tick labels.
-    axis.text(-0.1, 1.03, y, transform=axis.transAxes, ha="left", va="bottom")
-    axis.grid(True, axis="both" if axis.get_xscale() == "linear" else "x")
-    axis.set_axisbelow(True)
-    axis.minorticks_off()
+    axis.plot(log_u, curve, color=CLAIMED, linewidth=4.5, alpha=0.55, label="claimed")
 
 
 def _rows(count: int) -> tuple[Any, Any, list[int]]:
     """A sheet with a logarithmic axis and one row per pair."""
-    sheet, axis = _sheet()
+    sheet, axis = new_sheet()
     rows = list(range(1, count + 1))
     axis.set_xscale("log")
     axis.set_yticks(rows, [str(row) for row in rows])
@@ -274,13 +221,3 @@ def _heights(axis: Any, values: list[Tensor], zero: bool = False) -> None:
         low, high = min(low, 0.0), max(high, 0.0)
     middle, half = (low + high) / 2, _HEADROOM * (high - low) / 2
     axis.set_ylim(middle - half, middle + half)
-
-
-def _svg(sheet: Any, prefix: str) -> str:
-    # Figures share one page: ids must be distinct, and colours come from the page.
-    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}-", svg_of(sheet))
-    text = re.sub(r"<metadata>.*?</metadata>\s*|<style.*?</style>\s*", "", text, flags=re.DOTALL)
-    text = re.sub(r"font-family: [^;\"]+", "font-family: inherit", text)
-    for colour, variable in _COLOURS.items():
-        text = text.replace(colour, variable)
-    return text.replace("<svg ", '<svg aria-hidden="true" ', 1)

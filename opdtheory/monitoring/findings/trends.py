@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
-from opdtheory.monitoring.finding import Finding, Setting
+from opdtheory.monitoring.findings.finding import Finding, Setting
 from opdtheory.monitoring.sums import Number
 
 __all__ = ["HasMetrics", "distances", "trend"]

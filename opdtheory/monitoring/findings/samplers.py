@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from opdtheory.monitoring.evidence import leave_one_out
-from opdtheory.monitoring.finding import ALPHA, CONFIDENCE, Finding, Setting, share
+from opdtheory.monitoring.findings.finding import ALPHA, CONFIDENCE, Finding, Setting, share
 from opdtheory.monitoring.measures import moment
 from opdtheory.monitoring.sums import Number, Sums, number_of
 

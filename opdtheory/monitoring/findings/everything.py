@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from opdtheory.estimators import Estimator
-from opdtheory.monitoring.descent import clipping, collapse, collapsed, gauge, no_pull, no_signal, noise
 from opdtheory.monitoring.evidence import Evidence
-from opdtheory.monitoring.finding import CONFIDENCE, Finding, Setting
+from opdtheory.monitoring.findings.descent import clipping, collapse, collapsed, gauge, no_pull, no_signal, noise
+from opdtheory.monitoring.findings.finding import CONFIDENCE, Finding, Setting
+from opdtheory.monitoring.findings.samplers import mismatch, own_probabilities, support
+from opdtheory.monitoring.findings.savings import baseline, length, tail, top_k
 from opdtheory.monitoring.measures import measured
-from opdtheory.monitoring.samplers import mismatch, own_probabilities, support
-from opdtheory.monitoring.savings import baseline, length, tail, top_k
 from opdtheory.monitoring.weights import weight_of
 
 __all__ = ["FORESEES", "findings", "foresights", "setting_of"]

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from opdtheory.monitoring.finding import Finding, Setting, share
+from opdtheory.monitoring.findings.finding import Finding, Setting, share
 from opdtheory.monitoring.measures import moment
 from opdtheory.monitoring.sums import COLUMNS, Number
 

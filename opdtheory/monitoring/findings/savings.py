@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from opdtheory.monitoring.evidence import LIKELY, leave_one_out
-from opdtheory.monitoring.finding import Finding, Setting, share
+from opdtheory.monitoring.findings.finding import Finding, Setting, share
 from opdtheory.monitoring.measures import tail_index
 from opdtheory.monitoring.sums import COLUMNS, Sums, number_of
 

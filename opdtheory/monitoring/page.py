@@ -1,0 +1,127 @@
+"""The page of a diagnosis: one self-contained HTML file, without scripts and without requests."""
+
+from __future__ import annotations
+
+from html import escape
+from pathlib import Path
+
+from opdtheory.monitoring.figures import Figure, figures
+from opdtheory.monitoring.report import ZOO_COLUMNS, Diagnosis, cells
+from opdtheory.monitoring.sums import Number
+from opdtheory.rendering.html import document, number, prose, rows_of, section, sentence, table
+from opdtheory.version import __version__
+
+__all__ = ["render_diagnosis", "write_diagnosis"]
+
+_TONES = {"nothing_found": "good", "clipped": "open", "other_samples": "open"}
+
+
+def write_diagnosis(found: Diagnosis, path: Path) -> Path:
+    """Write the page of a diagnosis, creating its folder if necessary, and return the path."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(render_diagnosis(found), encoding="utf-8")
+    return path
+
+
+def render_diagnosis(found: Diagnosis) -> str:
+    """The page as HTML: the verdict, the findings, figures, other estimators on the same tokens, and limits."""
+    try:
+        drawn = figures(found)
+    except ImportError:
+        drawn = []
+    lead = f"<p class='lead'>{prose(sentence(found.headline))}</p>"
+    for each in found.warnings[:1]:
+        lead += f"<p>{prose(each.sentence)} {prose(each.remedy)}</p>"
+    sections = (
+        _facts(found),
+        section("Findings", _findings(found)),
+        section("Figures", _figures(drawn)) if drawn else "",
+        section("Other estimators on these tokens", _zoo(found)),
+        section("The tokens", rows_of(_tokens(found))),
+        section("What these tokens cannot say", _list(found.limits)),
+    )
+    return document(
+        "Diagnosis of a run",
+        found.source,
+        found.verdict.replace("_", " "),
+        _TONES.get(found.verdict, "bad"),
+        lead,
+        sections,
+        f"opdtheory {escape(__version__)}; the theorems are those of its documentation.",
+    )
+
+
+def _facts(found: Diagnosis) -> str:
+    foreseen = "–" if found.first_warning is None else f"step {found.first_warning}"
+    facts = {
+        "Tokens": f"{found.tokens:,}",
+        "Rollouts": f"{found.evidence.rollouts:,}",
+        "Steps": str(len(found.steps)) if found.steps else "–",
+        "KL(p|q), nats a token": number(found.reverse_kl.value),
+        "Weight falls on": f"{100 * found.setting.measured.falls.value:.2g} %",
+        "Collapse foreseen": foreseen,
+    }
+    shown = "".join(f"<div><dt>{escape(key)}</dt><dd>{value}</dd></div>" for key, value in facts.items())
+    return f"<dl class='facts'>{shown}</dl>"
+
+
+def _findings(found: Diagnosis) -> str:
+    rows = []
+    for each in found.findings:
+        tone = "bad" if each.level == "warning" else "note"
+        what = f"{prose(each.sentence)} {prose(each.remedy)}"
+        rows.append(
+            (
+                f"<span class='{tone}'>{escape(each.level)}</span>",
+                what,
+                _interval(each.number),
+                escape(each.quantity),
+                escape(each.theorem),
+            )
+        )
+    head = ("level", "finding", "number", "of what", "theorem")
+    return table(head, rows, "Everything that was found, warnings first; intervals hold at 99.9 %")
+
+
+def _interval(given: Number) -> str:
+    if given.low is None or given.high is None:
+        return number(given.value)
+    return f"{number(given.value)} [{number(given.low)}, {number(given.high)}]"
+
+
+def _figures(drawn: list[Figure]) -> str:
+    parts = [
+        f"<figure role='img' aria-label='{escape(each.alt, quote=True)}'><h3>{escape(each.title)}</h3>{each.svg}"
+        f"<figcaption>{escape(each.alt)}</figcaption></figure>"
+        for each in drawn
+    ]
+    return f"<div class='figures'>{''.join(parts)}</div>"
+
+
+def _zoo(found: Diagnosis) -> str:
+    rows = [
+        tuple(escape(cell).replace("-", "−") if i else escape(cell) for i, cell in enumerate(cells(row)))
+        for row in found.zoo
+    ]
+    caption = (
+        "The estimator in use comes first; slope, pull at u = 1, step towards the teacher, signal to noise of a token"
+    )
+    shown = table(ZOO_COLUMNS, rows, caption, numbers=range(1, len(ZOO_COLUMNS)))
+    if found.signal:
+        exact = [(escape(name), _interval(each)) for name, each in found.signal.items()]
+        shown += table(
+            ("estimator", "signal to noise of a token"), exact, "Exact, from whole distributions", numbers=(1,)
+        )
+    return shown
+
+
+def _tokens(found: Diagnosis) -> list[tuple[str, str]]:
+    rows = [(f"log u, {100 * share:g} % quantile", number(round(value, 4))) for share, value in found.log_u.items()]
+    rows.append(("KL(p|q), nats a token", _interval(found.reverse_kl)))
+    rows.append(("tokens of one step", f"{found.batch_tokens:,.0f}"))
+    return rows + [("left out", escape(each)) for each in found.left_out]
+
+
+def _list(items: tuple[str, ...]) -> str:
+    return f"<ul>{''.join(f'<li>{prose(each)}</li>' for each in items)}</ul>"
