@@ -8,7 +8,7 @@ from pathlib import Path
 from opdtheory.monitoring.figures import Figure, figures
 from opdtheory.monitoring.report import ZOO_COLUMNS, Diagnosis, cells
 from opdtheory.monitoring.sums import Number
-from opdtheory.rendering.html import document, number, prose, rows_of, section, sentence, table
+from opdtheory.rendering.html import document, number, prose, rows_of, section, table
 from opdtheory.version import __version__
 
 __all__ = ["render_diagnosis", "write_diagnosis"]
@@ -30,7 +30,7 @@ def render_diagnosis(found: Diagnosis) -> str:
         drawn = figures(found)
     except ImportError:
         drawn = []
-    lead = f"<p class='lead'>{prose(sentence(found.headline))}</p>"
+    lead = f"<p class='lead'>{prose(found.headline)}.</p>"
     for each in found.warnings[:1]:
         lead += f"<p>{prose(each.sentence)} {prose(each.remedy)}</p>"
     sections = (
@@ -54,12 +54,13 @@ def render_diagnosis(found: Diagnosis) -> str:
 
 def _facts(found: Diagnosis) -> str:
     foreseen = "–" if found.first_warning is None else f"step {found.first_warning}"
+    falls = found.steps[0].metrics["opd/falls"] if found.steps else found.setting.measured.falls.value
     facts = {
         "Tokens": f"{found.tokens:,}",
         "Rollouts": f"{found.evidence.rollouts:,}",
         "Steps": str(len(found.steps)) if found.steps else "–",
         "KL(p|q), nats a token": number(found.reverse_kl.value),
-        "Weight falls on": f"{100 * found.setting.measured.falls.value:.2g} %",
+        "Weight falls on": f"{100 * falls:.2g} % of the tokens{' at first' if found.steps else ''}",
         "Collapse foreseen": foreseen,
     }
     shown = "".join(f"<div><dt>{escape(key)}</dt><dd>{value}</dd></div>" for key, value in facts.items())

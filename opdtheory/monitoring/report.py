@@ -28,7 +28,7 @@ SCHEMA_VERSION = 1
 Verdict = Literal["collapse", "no_signal", "noise", "other_samples", "clipped", "nothing_found"]
 
 VERDICTS: dict[Verdict, str] = {
-    "collapse": "moves away from the teacher",
+    "collapse": "heads for a collapse",
     "no_signal": "learns nothing",
     "noise": "is drowned in noise",
     "other_samples": "learns from another policy's samples",

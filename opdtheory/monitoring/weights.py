@@ -32,8 +32,8 @@ class Weight:
         name: of the estimator.
         function: of $\log u$, elementwise.
         clip: the bound on $|\log u|$, in nats; None if there is none.
-        drops: whether tokens beyond that bound weigh nothing, as a clip within a differentiated loss makes it; else they
-            weigh what the bound does.
+        drops: whether tokens beyond that bound weigh nothing, as a clip within a differentiated loss makes it; else
+            they weigh what the bound does.
         bounds: the interval to which the advantage is clamped; None if it is not.
     """
 

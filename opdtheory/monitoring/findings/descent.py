@@ -39,9 +39,8 @@ def collapse(s: Setting) -> Iterator[Finding]:
     yield Finding(
         "collapse",
         "warning",
-        f"The weight of {s.label} falls on {share(falls)} of the tokens (T4), {at_teacher} (T5): the run moves away "
-        f"from "
-        "the teacher.",
+        f"The weight of {s.label} falls on {share(falls)} of the tokens (T4), {at_teacher} (T5): a collapse "
+        "is to be expected.",
         slope,
         "mean slope of the weight over log u, by squared score",
         "T4, T5",
