@@ -149,5 +149,5 @@ def _curve(axis: Any, weight: Weight, points: Float[Tensor, " X"], colour: str, 
     values = weight(points) - weight(torch.zeros(1, dtype=torch.float64))
     inside = points.abs() <= 1.5
     height = float(values[inside].abs().max())
-    axis.plot(points, (values / max(height, 1e-12)).clamp(-1.6, 1.6), color=colour, label=label)
+    axis.plot(points, values / max(height, 1e-12), color=colour, label=label)
     axis.set_ylim(-1.7, 1.9)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from opdtheory.reproduction.plan import Arm, Plan
 from opdtheory.training.intervals import NORMAL, student_t, wilson, wilson_of_share
 
-__all__ = ["Share", "Summary", "Word", "problems_of", "share_of", "summaries", "tuned"]
+__all__ = ["Share", "Summary", "Word", "problems_of", "share_of", "summaries", "tuned", "verdict_of"]
 
 # Whether an arm's accuracy ends above or below that of its students, or without a finished run.
 Word = Literal["trains", "declines", "collapses", "stays", "mixed", "fails"]
@@ -153,7 +153,7 @@ def _summary(rows: Sequence[Mapping[str, Any]]) -> Summary:
             return None
         return share_of([row[when][f"{name}_accuracy"] for row in done], problems_of(done[0]))
 
-    word, evidence = _verdict(done, len(failed))
+    word, evidence = verdict_of(done, len(failed))
     return Summary(
         arm=Arm.of_row(rows[0]),
         seeds=tuple(row["seed"] for row in done),
@@ -173,10 +173,15 @@ def problems_of(row: Mapping[str, Any]) -> int:
     return int(row["identity"]["fields"]["eval_examples"])
 
 
-def _verdict(done: Sequence[Mapping[str, Any]], failed: int) -> tuple[Word, str]:
+def verdict_of(done: Sequence[Mapping[str, Any]], failed: int = 0) -> tuple[Word, str]:
     """Whether the sampled accuracy ends above or below the student's own, with disjoint 95 % intervals.
 
     An arm that ends below in every seed collapses if its KL to the teacher also more than doubles, else declines.
+
+    Args:
+        done: rows of the finished seeds; of each its evaluations `start` and `end` are read, and the number of
+            problems, see `problems_of`.
+        failed: number of seeds without a finished run.
     """
     total = len(done) + failed
     if failed:

@@ -50,14 +50,23 @@ def uniforms(seed: int, step: int | str, prompts: Sequence[int], each: int, leng
 
 @torch.no_grad()
 def respond(
-    student: LanguageModel, task: Task, examples: Sequence[Example], config: TrainConfig, draws: Tensor | None
+    student: LanguageModel,
+    task: Task,
+    examples: Sequence[Example],
+    config: TrainConfig,
+    draws: Tensor | None,
+    temperature: float | None = None,
 ) -> Samples:
-    """One response of the student to each example, sampled with the given uniforms, or greedy if they are None."""
+    """One response of the student to each example, sampled with the given uniforms, or greedy if they are None.
+
+    The temperature is that of the scores by default: `config.temperature`.
+    """
+    temperature = config.temperature if temperature is None else temperature
     return student.sample(
         task_prompts(student, examples),
         max_new_tokens=longest(task, config),
         uniforms=draws,
-        temperature=config.temperature if draws is not None else 1.0,
+        temperature=temperature if draws is not None else 1.0,
         greedy=draws is None,
         environment=task.environment,
     )

@@ -106,6 +106,12 @@ class TrainConfig:
         None, "rollouts in one backward pass, in whole groups; affects only rounding", low=1
     )
     temperature: float = _field(1.0, "divides the logits of both models, in sampling and in the loss", above=0.0)
+    sampling_temperature: float | None = _field(
+        None,
+        "divides the student's logits in sampling alone, as an inference engine would that samples at another "
+        "temperature than the trainer scores at (default: the temperature)",
+        above=0.0,
+    )
     max_new_tokens: int | None = _field(None, "longest response (default: the task's own)", low=1)
     # The optimiser
     steps: int = _field(200, "batches of rollouts", low=1)
@@ -131,6 +137,9 @@ class TrainConfig:
     )
     checkpoint_every: int = _runtime(1, "steps between checkpoints; 0: only after the last step", low=0)
     keep_checkpoints: int = _runtime(2, "number of checkpoints to keep", low=1)
+    record_every: int = _runtime(0, "steps between records of rollouts in the folder of the run; 0: none", low=0)
+    record_logits: bool = _runtime(False, "record whole rows of logits too, which takes space")
+    monitor: bool = _runtime(False, "add what foresees a collapse to the metrics of every step, and warn of one")
     tensorboard: bool = _runtime(False, "also write TensorBoard event files")
     progress: bool = _runtime(True, "progress bar with live metrics on a terminal")
     cache: str | None = _runtime(None, "folder of trained teachers and students")
@@ -157,6 +166,20 @@ class TrainConfig:
     def batch_size(self) -> int:
         """Rollouts in the global batch."""
         return self.prompts_per_step * self.rollouts_per_prompt
+
+    @property
+    def rollout_temperature(self) -> float:
+        """What divides the student's logits where rollouts are sampled."""
+        return self.temperature if self.sampling_temperature is None else self.sampling_temperature
+
+    @property
+    def samples_itself(self) -> bool:
+        """Whether the student whose tokens are scored is the policy that samples them."""
+        return self.rollout_temperature == self.temperature
+
+    def records(self, finished: int) -> bool:
+        """Whether the rollouts of step number `finished`, counted from 1, are recorded."""
+        return self.record_every > 0 and self.is_due(finished, self.record_every)
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of step number `step`, from 0: linear warm-up, then linear decay to zero."""
@@ -203,8 +226,12 @@ class TrainConfig:
         return "".join(f"{name} = {_as_toml('none' if value is None else value)}\n" for name, value in changed.items())
 
     def identity(self) -> dict[str, Any]:
-        """The fields that the trained parameters depend on: all but those in `RUNTIME`."""
-        return {name: value for name, value in self.to_dict().items() if name not in RUNTIME}
+        """The fields that the trained parameters depend on: all but those in `RUNTIME`.
+
+        A sampling temperature that changes nothing is left out, as in runs from before there was one.
+        """
+        without = RUNTIME | {"sampling_temperature"} if self.samples_itself else RUNTIME
+        return {name: value for name, value in self.to_dict().items() if name not in without}
 
     def _check_together(self) -> None:
         grouped = self.zscore or self.baseline in ("group_mean", "leave_one_out")
@@ -221,11 +248,42 @@ class TrainConfig:
         if self.warmup_steps > self.steps:
             raise InvalidArgumentError("warmup_steps", f"must be at most steps={self.steps}, got {self.warmup_steps}")
         loss = self.loss()
-        if self.validate_every and (loss.name == "supervised" or not loss.is_token_local):
-            why = "it has no rollouts" if loss.name == "supervised" else "its weights look beyond the next token"
+        unstated = {"supervised": "it has no rollouts", "exact_opd": "no weight of a sampled token is stated"}
+        if self.validate_every and (loss.name in unstated or not loss.is_token_local):
+            why = unstated.get(loss.name, "its weights look beyond the next token")
             raise InvalidArgumentError("validate_every", f"does not apply to {loss.name}: {why}")
+        if self.validate_every and not self.samples_itself:
+            self._check_validation_off_policy(loss)
         if self.control is not None and self.updates_per_batch > 1:
             raise InvalidArgumentError("updates_per_batch", f"must be 1 for a control, got {self.updates_per_batch}")
+        self._check_logs(loss)
+
+    def _check_validation_off_policy(self, loss: Estimator) -> None:
+        from opdtheory.training.objective import unpredicted_off_policy
+
+        why = unpredicted_off_policy(loss)
+        if why is not None:
+            raise InvalidArgumentError(
+                "validate_every",
+                f"does not apply to {loss.label} with sampling_temperature={self.sampling_temperature:g}: {why}",
+            )
+
+    def _check_logs(self, loss: Estimator) -> None:
+        if self.record_logits and not self.record_every:
+            raise InvalidArgumentError("record_logits", "applies only with record_every, the steps between records")
+        if self.record_every and self.out is None:
+            raise InvalidArgumentError("record_every", "must have a folder: set out, the folder of the run")
+        if self.record_every and loss.name == "supervised":
+            raise InvalidArgumentError("record_every", "does not apply to supervised: it has no rollouts")
+        if self.monitor:
+            from opdtheory.monitoring.weights import weight_of
+
+            try:
+                weight_of(loss)
+            except InvalidArgumentError:
+                raise InvalidArgumentError(
+                    "monitor", f"does not apply to {loss.label}: its advantage is no function of the token's own ratio"
+                ) from None
 
 
 def _fields_of(part: str) -> tuple[str, ...]:

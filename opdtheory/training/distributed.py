@@ -65,6 +65,14 @@ class Processes:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all processes, in their order, in the first process; an empty list in the others."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] | None = [None] * self.size if self.is_first else None
+        dist.gather_object(value, found, dst=0)
+        return found or []
+
     def wait(self) -> None:
         """Wait for all processes."""
         if self.size > 1:

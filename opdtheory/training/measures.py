@@ -15,7 +15,7 @@ from opdtheory.estimators.sampled import Differentiated, RatioAdvantage, ReturnT
 from opdtheory.rollouts import Rollouts
 from opdtheory.training.objective import ExactScore
 
-__all__ = ["Tally", "clipped", "distances", "step_report"]
+__all__ = ["Tally", "clipped", "distances", "entropies", "step_report"]
 
 _SUMS = ("loss", "tokens", "reverse_kl", "forward_kl", "entropy", "clipped", "present", "correct", "rollouts")
 
@@ -77,6 +77,13 @@ def distances(rollouts: Rollouts) -> dict[str, Float[Tensor, ""]]:
         "entropy": -_expected(log_p, log_p),
     }
     return {name: torch.where(rollouts.mask > 0, value, 0.0).sum(dtype=torch.float64) for name, value in sums.items()}
+
+
+@torch.no_grad()
+def entropies(rollouts: Rollouts) -> Float[Tensor, "B T"]:
+    """The entropy of the student at every token, in nats; 0 where masked."""
+    log_p = torch.log_softmax(unmasked(rollouts, rollouts.student_logits), dim=-1)
+    return unmasked(rollouts, -_expected(log_p, log_p))
 
 
 def _expected(log_p: Tensor, values: Tensor) -> Float[Tensor, "B T"]:

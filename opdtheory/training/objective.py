@@ -20,7 +20,16 @@ from opdtheory.estimators.base import Assumptions, unmasked
 from opdtheory.estimators.sampled import RatioAdvantage, ScoreFunction
 from opdtheory.rollouts import Rollouts
 
-__all__ = ["ExactScore", "divergence_text", "group_losses", "needs_groups", "objective", "parse_divergence", "summed"]
+__all__ = [
+    "ExactScore",
+    "divergence_text",
+    "group_losses",
+    "needs_groups",
+    "objective",
+    "parse_divergence",
+    "summed",
+    "unpredicted_off_policy",
+]
 
 _FIELDS = (
     *("tokens", "mask", "student_logits", "teacher_logits"),
@@ -131,6 +140,20 @@ def needs_groups(loss: Estimator) -> bool:
     """Whether the loss of one rollout depends on the others in its group."""
     rule = loss.token_loss
     return isinstance(rule, ScoreFunction) and (rule.zscore or rule.baseline in ("group_mean", "leave_one_out"))
+
+
+def unpredicted_off_policy(loss: Estimator) -> str | None:
+    """Why no gradient is predicted for rollouts that the student did not sample; None where one is."""
+    importance = loss.settings.get("importance")
+    if needs_groups(loss):
+        return "the rollouts of a prompt are compared with each other, which is predicted on-policy only"
+    if importance is None and "baseline" in loss.settings:
+        return "without importance weights its baseline biases"
+    if importance in ("prefix", "sequence", "sequence_mask", "gspo"):
+        return f"importance={importance!r} looks beyond the token"
+    if loss.name in ("constant_advantage", "topk_reward"):
+        return "its advantage has a zero mean on-policy only"
+    return None
 
 
 def group_losses(loss: Estimator, rollouts: Rollouts, group_size: int) -> Float[Tensor, "B T"]:

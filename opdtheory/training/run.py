@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -16,7 +16,26 @@ from opdtheory.training.metrics import Metrics
 from opdtheory.training.models.language_model import LanguageModel
 from opdtheory.training.tasks import Task
 
-__all__ = ["Observer", "Run", "TrainResult"]
+__all__ = ["Observer", "RolloutMonitor", "Run", "TrainResult"]
+
+
+@runtime_checkable
+class RolloutMonitor(Protocol):
+    """What a step asks of a monitor: to take the log-probabilities of its tokens, and to say what they foretell."""
+
+    def add(
+        self,
+        student_logprobs: Any,
+        teacher_logprobs: Any,
+        behavior_logprobs: Any = None,
+        mask: Any = None,
+        *,
+        entropy: Any = None,
+    ) -> None:
+        """Take the tokens of some rollouts, `(B, T)` each."""
+
+    def step(self, number: int | None = None) -> dict[str, float]:
+        """The metrics of the tokens since the last call."""
 
 
 @dataclass
@@ -32,6 +51,7 @@ class Run:
         loss: the loss that is minimised.
         optimizer: AdamW on the student's parameters.
         metrics: rows of finished steps.
+        monitor: in the first process, what watches the rollouts of all; None if nothing does.
     """
 
     config: TrainConfig
@@ -42,6 +62,7 @@ class Run:
     loss: Estimator
     optimizer: torch.optim.Optimizer
     metrics: Metrics
+    monitor: RolloutMonitor | None = None
 
     @property
     def folder(self) -> Path | None:

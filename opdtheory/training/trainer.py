@@ -24,13 +24,14 @@ from opdtheory.training.batches import demonstrate, longest, parts, respond, ste
 from opdtheory.training.config import TrainConfig
 from opdtheory.training.distributed import Processes, processes
 from opdtheory.training.evaluation import evaluate
-from opdtheory.training.failures import failure
 from opdtheory.training.loading import load_models
 from opdtheory.training.measures import Tally, clipped, distances, step_report
 from opdtheory.training.metrics import Metrics
 from opdtheory.training.models.language_model import LanguageModel, response_logits
 from opdtheory.training.models.samples import Samples
 from opdtheory.training.objective import summed
+from opdtheory.training.records.failures import failure
+from opdtheory.training.records.rollouts import StepLog, monitor_of
 from opdtheory.training.run import Observer, Run, TrainResult
 from opdtheory.training.tasks import Example, Task
 from opdtheory.training.tasks import task as task_of
@@ -58,6 +59,7 @@ def update_on(run: Run, step: int, examples: list[Example], samples: Samples) ->
     pieces = list(parts(samples, config.microbatch))
     teacher_logits: dict[int, Tensor] = {}
     tallies, norms = [], []
+    log, logged = StepLog(run, step + 1), dict[str, float]()
     for update in range(config.updates_per_batch):
         tally = Tally.empty(run.processes.device)
         run.optimizer.zero_grad(set_to_none=True)
@@ -79,9 +81,12 @@ def update_on(run: Run, step: int, examples: list[Example], samples: Samples) ->
             tally.add(loss=value, clipped=clipped(loss, rollouts), tokens=rollouts.mask.sum())
             if update == 0 and config.control != "supervised":
                 tally.add(**distances(rollouts))
+            if update == 0:
+                log.add(rollouts)
 
         # 5. The sum over processes is the gradient of the global batch; then one AdamW step.
         if update == 0:
+            logged = log.finish()
             tally.add(present=samples.present.sum(), rollouts=len(samples))
             tally.add(correct=sum(run.task.correct(examples, samples, run.student.vocabulary)))
         run.processes.total(tally.sums)
@@ -94,7 +99,7 @@ def update_on(run: Run, step: int, examples: list[Example], samples: Samples) ->
         run.optimizer.step()
         tallies.append(tally)
         norms.append(norm)
-    report = step_report(tallies, norms) | {"learning_rate": config.learning_rate_at(step)}
+    report = step_report(tallies, norms) | {"learning_rate": config.learning_rate_at(step)} | logged
     if config.control == "supervised":  # there are no rollouts
         return {key: report[key] for key in ("loss", "gradient_norm", "learning_rate", "tokens")}
     return report
@@ -109,7 +114,7 @@ def collect(run: Run, step: int) -> tuple[list[Example], Samples]:
     if config.control == "supervised":
         return examples, demonstrate(run.student, run.task, examples, config.seed, step, mine.start * each)
     draws = uniforms(config.seed, step, mine, each, longest(run.task, config))
-    samples = respond(run.student, run.task, examples, config, draws)
+    samples = respond(run.student, run.task, examples, config, draws, config.rollout_temperature)
     empty = (samples.mask.sum(-1) == 0).nonzero().flatten().tolist()
     if empty:
         problem = f"{len(empty)} of {len(samples)} rollouts have no token of the student, the first for the prompt "
@@ -126,7 +131,8 @@ def score(run: Run, piece: Samples) -> Tensor:
 def as_rollouts(run: Run, piece: Samples, teacher_logits: Tensor) -> Rollouts:
     """The estimator's input: the piece with both models' logits, the student's differentiable.
 
-    The sampled log-probabilities are those of the behaviour policy, which is the student before its first update.
+    The sampled log-probabilities are those of the behaviour policy, which is the student before its first update, at
+    the temperature of the sampling.
     """
     logits = response_logits(run.student, piece) / run.config.temperature
     if run.config.check_rollouts:
@@ -240,6 +246,8 @@ def started(
     if kept is not None:
         (kept / "config.toml").write_text(config.to_toml(), encoding="utf-8")
     run = Run(config, team, task, student, teacher, config.loss(), optimizer, metrics)
+    if config.monitor and team.is_first:
+        run.monitor = monitor_of(config)
     try:
         metrics.rows = team.from_first(metrics.rows)
         # The rows of finished steps may be lost. A student that is trained is never evaluated as step 0.

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from opdtheory.estimators import Estimator
+from opdtheory.training import trainer
 from opdtheory.training.batches import respond, step_examples, uniforms
 from opdtheory.training.config import TrainConfig
 from opdtheory.training.distributed import processes
@@ -74,6 +76,26 @@ CASES = [
 ]
 
 REDUCTIONS = ("token_mean", "token_sum", "sequence_mean")
+
+
+class Watcher:
+    """A monitor that remembers what it gets, and counts tokens."""
+
+    def __init__(self, loss: Estimator, *, together: int = 1) -> None:
+        self.loss, self.together = loss, together
+        self.added: list[dict[str, torch.Tensor]] = []
+        self.steps: list[int | None] = []
+
+    def add(self, student_logprobs, teacher_logprobs, behavior_logprobs=None, mask=None, *, entropy=None) -> None:
+        """Remember the tensors by name."""
+        names = ("student_logprobs", "teacher_logprobs", "behavior_logprobs", "mask", "entropy")
+        values = (student_logprobs, teacher_logprobs, behavior_logprobs, mask, entropy)
+        self.added.append(dict(zip(names, values, strict=True)))
+
+    def step(self, number: int | None = None) -> dict[str, float]:
+        """The number of tokens of the last batch."""
+        self.steps.append(number)
+        return {"opd/tokens": float(self.added[-1]["mask"].sum())}
 
 
 def model(seed: int, width: int = 16) -> Transformer:
@@ -146,7 +168,8 @@ def main(what: str, out: str) -> None:
         with processes("cpu") as team:
             found, report, _ = gradients(config(**GROUPED, microbatch=6))
             torch.save((found, report), f"{out}/rank_{team.rank}.pt")
-            state = trained(f"{out}/run", **GROUPED, eval_examples=7)
+            trainer.monitor_of = lambda settings: Watcher(settings.loss())
+            state = trained(f"{out}/run", **GROUPED, eval_examples=7, record_every=3, monitor=True)
             torch.save(state, f"{out}/state_{team.rank}.pt")
     else:
         trained(out, steps=int(what), eval_every=4, eval_examples=5)

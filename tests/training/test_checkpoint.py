@@ -85,8 +85,10 @@ def test_another_configuration_is_refused(tmp_path: Path) -> None:
     for change in ({"seed": 1}, {"learning_rate": 0.1}, {"steps": 3}):
         with pytest.raises(InvalidArgumentError, match=next(iter(change))):
             trained(tmp_path, **{"steps": 2, **change})
-    # What is only of the machine may change.
-    trained(tmp_path, steps=2, keep_checkpoints=5, check_rollouts=False)
+    with pytest.raises(InvalidArgumentError, match="sampling_temperature: must be None, as in the run in .*, got 0.7"):
+        trained(tmp_path, steps=2, sampling_temperature=0.7)
+    # What is only of the machine may change, and what changes nothing.
+    trained(tmp_path, steps=2, keep_checkpoints=5, check_rollouts=False, record_every=1, sampling_temperature=1.0)
 
 
 def test_one_run_at_a_time_in_a_folder(tmp_path: Path) -> None:

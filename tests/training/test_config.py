@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -41,6 +44,7 @@ def test_what_is_no_divergence_is_refused(text: str) -> None:
         ({"learning_rate": float("nan")}, "learning_rate"),
         ({"learning_rate": 0.0}, "learning_rate"),
         ({"temperature": -1.0}, "temperature"),
+        ({"sampling_temperature": 0.0}, "sampling_temperature"),
         ({"beta2": 1.0}, "beta2"),
         ({"dtype": "float16"}, "dtype"),
         ({"zscore": 1}, "zscore"),
@@ -137,6 +141,30 @@ def test_toml_and_overrides(tmp_path: Path) -> None:
         TrainConfig.from_toml(path)
     with pytest.raises(InvalidArgumentError, match="cannot be read"):
         TrainConfig.from_toml(tmp_path / "missing.toml")
+
+
+# Digests of identities from before there was a sampling temperature.
+IDENTITIES = [
+    ({"divergence": "jsd"}, "8e7d5af10fa5e08cefb5edd175bbb1789e5b05a1e300f7bc1e32112609fccb78"),
+    (
+        {"divergence": "forward_kl", "estimator": "opd", "clip_log_ratio": 6.0, "temperature": 1.3},
+        "0f9f3d7ca0a28ab22740b1eec85b619214406a8314ee1039cc48b0a21a6e97eb",
+    ),
+]
+
+
+@pytest.mark.parametrize(("fields", "digest"), IDENTITIES, ids=["jsd", "forward_kl"])
+def test_a_run_without_a_sampling_temperature_is_the_run_that_it_was(fields: dict[str, object], digest: str) -> None:
+    def digest_of(settings: TrainConfig) -> str:
+        return hashlib.sha256(json.dumps(settings.identity(), sort_keys=True).encode()).hexdigest()
+
+    before = TrainConfig(**fields)
+    assert digest_of(before) == digest
+    same = dataclasses.replace(before, sampling_temperature=before.temperature, out="x", record_every=3, monitor=True)
+    assert digest_of(same) == digest and same.samples_itself
+    other = before.replace(sampling_temperature=0.7)
+    assert digest_of(other) != digest and other.identity()["sampling_temperature"] == 0.7
+    assert (before.rollout_temperature, other.rollout_temperature) == (before.temperature, 0.7)
 
 
 def test_schedule_rises_and_falls_in_lines() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -13,6 +14,7 @@ import torch
 
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.training.distributed import Processes, processes
+from opdtheory.training.records.rollouts import record_path
 from tests.tolerances import ALGEBRA
 from tests.training.runs import GROUPED, config, distance, gradients, trained
 
@@ -97,19 +99,25 @@ def _alone(settings, rank: int):
 
 
 def test_two_processes_finish_the_run_of_one(two: Path, tmp_path: Path) -> None:
-    straight = trained(tmp_path, **GROUPED, eval_examples=7)
+    straight = trained(tmp_path, **GROUPED, eval_examples=7, record_every=3)
     first, second = (torch.load(two / f"state_{rank}.pt") for rank in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     # AdamW divides by the gradient's size, so rounding grows where a gradient is nearly zero.
     assert max(float((first[name] - straight[name]).abs().max()) for name in straight) < 1e-8
     one, other = (folder.joinpath("metrics.jsonl").read_text() for folder in (tmp_path, two / "run"))
     assert _accuracies(one) == _accuracies(other)
+    # The monitor sees the rollouts of both.
+    rows = [json.loads(line) for line in other.splitlines()]
+    assert [row.get("opd/tokens") for row in rows] == [row.get("tokens") for row in rows]
+    # One file holds the rollouts of both, in the order of the prompts.
+    for step in (3, 6):
+        alone, both = (torch.load(record_path(folder, step), weights_only=True) for folder in (tmp_path, two / "run"))
+        assert alone.keys() == both.keys()
+        assert all(float((value - both[name]).abs().max()) < 1e-8 for name, value in alone.items())
     assert [path.name for path in (two / "run").iterdir() if path.suffix == ".json"] == []
 
 
 def _accuracies(text: str) -> list[tuple[object, ...]]:
-    import json
-
     names = ("step", "sampled_accuracy", "greedy_accuracy", "response_length", "tokens")
     return [tuple(json.loads(line).get(name) for name in names) for line in text.splitlines()]
 
@@ -136,6 +144,7 @@ def test_one_process_needs_no_group() -> None:
         assert (team.rank, team.size, team.is_first) == (0, 1, True)
         values = torch.tensor([1.0, 2.0])
         assert team.total(values) is values and team.from_first("x") == "x"
+        assert team.gather("x") == ["x"]
         team.wait()
     assert not torch.distributed.is_initialized()
 

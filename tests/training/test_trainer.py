@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,30 @@ def test_later_updates_are_off_policy() -> None:
     assert once["clip_fraction"] < 0.01
     assert twice["clip_fraction"] > 0.4
     assert twice["reverse_kl"] == once["reverse_kl"]
+
+
+def test_rollouts_at_another_temperature_are_off_policy() -> None:
+    settings = config(divergence="jsd", importance="token", clip_gradient=None, sampling_temperature=0.6)
+    found, _, _ = gradients(settings)
+    # By hand: the sampler is the student at 0.6, and p/mu weights its tokens.
+    student, teacher, samples = first_batch(settings.replace(temperature=0.6))
+    scored = rollouts(student, teacher, samples)
+    loss = opd.estimator("opd_plus", "jsd", importance="token", reduction="token_mean")
+    assert distance(found, gradient(student, loss(scored))) < ALGEBRA
+    # The twin takes the student's own log-probabilities for those of the sampler.
+    student, teacher, samples = first_batch(settings.replace(temperature=0.6))
+    own = rollouts(student, teacher, samples)
+    blind = dataclasses.replace(own, behavior_logprobs=own.student_logprobs.detach())
+    assert distance(gradient(student, loss(blind)), found) > 1e-2
+
+
+def test_an_evaluation_samples_the_student_itself() -> None:
+    settings = config(eval_examples=16, steps=1, warmup_steps=0)
+    plain, mismatched = (
+        opd.train(each, student=model(0), teacher=model(1, 24), task=TASK).rows[0]
+        for each in (settings, settings.replace(sampling_temperature=0.3))
+    )
+    assert plain == mismatched
 
 
 def test_more_supervision_learns_the_demonstrations() -> None:

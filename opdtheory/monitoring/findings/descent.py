@@ -58,10 +58,8 @@ def collapsed(s: Setting) -> Iterator[Finding]:
             "collapsed",
             "warning",
             f"The student gives its tokens a mean probability of {1 - open_minded.value:.3g} and is "
-            f"{distance.value:.2g} "
-            "nats a token from the teacher: it has collapsed onto answers of its own, where the score, and with it "
-            "every "
-            "gradient of a sampled token, vanishes (T5).",
+            f"{distance.value:.2g} nats a token from the teacher: it has collapsed onto answers of its own, where "
+            "the score, and with it every gradient of a sampled token, vanishes (T5).",
             distance,
             "KL(p|q), nats per token",
             "T5",

@@ -13,7 +13,7 @@ from opdtheory.monitoring.findings.finding import ALPHA, CONFIDENCE, Finding, Se
 from opdtheory.monitoring.measures import moment
 from opdtheory.monitoring.sums import Number, Sums, number_of
 
-__all__ = ["log_winnings", "mismatch", "own_probabilities", "support"]
+__all__ = ["distance", "log_winnings", "mismatch", "own_probabilities", "support"]
 
 # A sampler this far from the student, in nats per token, is another policy; rounding of engines stays well below.
 _APART = 5e-3
@@ -23,13 +23,16 @@ _SCORE_AS_SAMPLED = "Log the sampler's own log-probabilities, and score at the t
 
 def own_probabilities(s: Setting) -> Iterator[Finding]:
     """Whether the tokens were sampled from the probabilities that are logged as the student's."""
-    if s.evidence.off_policy is not None:
+    if s.evidence.off_policy is not None and _is_apart(distance(s.evidence.off_policy.ratio)):
         return
     number = None
     if float(s.evidence.surprise[:, 0].sum()) > 0:
         totals = leave_one_out(s.evidence.surprise)
         number = number_of(totals[:, 1] / totals[:, 0], CONFIDENCE)
-    yield _from_ratio(s) if number is None or number.interval is None else _from_entropy(number, number.interval)
+    if number is not None and number.interval is not None:
+        yield _from_entropy(number, number.interval)
+    elif s.evidence.off_policy is None:
+        yield _from_ratio(s)
 
 
 def _from_entropy(number: Number, interval: tuple[float, float]) -> Finding:
@@ -44,8 +47,8 @@ def _from_entropy(number: Number, interval: tuple[float, float]) -> Finding:
     less = "less" if high < 0 else "more"
     sentence = (
         f"The tokens are {abs(number.value):.2g} nats {less} surprising than the student's entropy says: they are no "
-        f"samples "
-        "of these probabilities (another temperature, top-p, a stale or quantised engine, a wrong mask; T8, T10)."
+        "samples of these probabilities (another temperature, top-p, a stale or quantised engine, a wrong mask; T8, "
+        "T10)."
     )
     return Finding("not_own_probabilities", "warning", sentence, number, quantity, theorem, _SCORE_AS_SAMPLED)
 
@@ -59,8 +62,7 @@ def _from_ratio(s: Setting) -> Finding:
     if won > math.log(1 / ALPHA):
         sentence = (
             f"The mean of u is {mean.value:.4g}; samples of these probabilities would bring so much evidence of more "
-            f"than "
-            f"1 at most once in {math.exp(min(won, 200.0)):.1g} runs (T8, T10)."
+            f"than 1 at most once in {math.exp(min(won, 200.0)):.1g} runs (T8, T10)."
         )
         return Finding("not_own_probabilities", "warning", sentence, mean, quantity, theorem, _SCORE_AS_SAMPLED)
     effective = sums.number(_effective)
@@ -90,13 +92,21 @@ def _effective(points: Tensor, tables: Tensor) -> Tensor:
     return (n * u).sum(-1).square() / ((n * u.square()).sum(-1) * n.sum(-1))
 
 
+def distance(ratio: Sums) -> Number:
+    r"""$KL(\mu\|p)$ in nats per token: under the sampler the mean of $\rho - 1 - \log\rho$, never negative."""
+    return ratio.number(moment(lambda x: x.expm1() - x), CONFIDENCE)
+
+
+def _is_apart(number: Number) -> bool:
+    return (number.value if number.low is None else number.low) >= _APART
+
+
 def mismatch(s: Setting) -> Iterator[Finding]:
     """How far the sampler is from the student, and what importance weights would make of it."""
     if s.evidence.off_policy is None:
         return
     ratio = s.evidence.off_policy.ratio
-    # Under the sampler, rho - 1 - log rho has the mean KL(mu|p), and is never negative.
-    apart = ratio.number(moment(lambda x: x.expm1() - x), CONFIDENCE)
+    apart = distance(ratio)
 
     def beyond(low: float, high: float) -> str:
         outside = moment(lambda x: ((x < math.log(low)) | (x > math.log(high))).to(x.dtype))
@@ -108,7 +118,7 @@ def mismatch(s: Setting) -> Iterator[Finding]:
         f"{beyond(1e-30, 2)}, a mask of [0.5, 5] {beyond(0.5, 5)} (T8, T14)."
     )
     quantity = "KL(mu|p), nats per token"
-    if (apart.value if apart.low is None else apart.low) < _APART:
+    if not _is_apart(apart):
         yield Finding("sampler", "note", f"The sampler is close: {shown}", apart, quantity, "T8, T14")
         return
     yield Finding(
@@ -129,9 +139,8 @@ def support(s: Setting) -> Iterator[Finding]:
         yield Finding(
             "support",
             "warning",
-            f"The teacher gives probability zero to {count:,} of {tokens:,} tokens, where f(0) enters: it is infinite "
-            f"for "
-            "the reverse KL (T10). They count at log u = -40 here.",
+            f"The teacher gives probability zero to {count:,} of {tokens:,} tokens, where f(0) enters: it is "
+            "infinite for the reverse KL (T10). They count at log u = -40 here.",
             Number(count / tokens),
             "share of tokens that the teacher cannot write",
             "T10",

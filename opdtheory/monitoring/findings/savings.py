@@ -52,9 +52,8 @@ def baseline(s: Setting) -> Iterator[Finding]:
         yield Finding(
             "baseline",
             "note",
-            f"A constant baseline of {m.best_constant.value:.3g} would save {share(m.saving)} of the second moment of "
-            f"a "
-            "token's gradient (T7a).",
+            f"A constant baseline of {m.best_constant.value:.3g} would save {share(m.saving)} of the second moment "
+            "of a token's gradient (T7a).",
             m.saving,
             "share of the second moment that the best constant saves",
             "T7a",
@@ -72,8 +71,7 @@ def top_k(s: Setting) -> Iterator[Finding]:
         "top_k",
         "note",
         f"At least {share(number)} of the second moment comes from tokens among the teacher's {LIKELY} likeliest; an "
-        f"exact "
-        "sum over these takes it away (T13).",
+        "exact sum over these takes it away (T13).",
         number,
         f"least share of the second moment on the teacher's {LIKELY} likeliest tokens",
         "T13",

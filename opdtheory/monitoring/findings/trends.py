@@ -44,15 +44,13 @@ def trend(setting: Setting, steps: Sequence[HasMetrics]) -> Iterator[Finding]:
     if last > first and setting.measured.slope.value > 0:
         why = (
             "; the weight points to the teacher, so look at what the tokens do not show: the learning rate, its "
-            "warm-up, "
-            "noise of the batch, the optimiser"
+            "warm-up, noise of the batch, the optimiser"
         )
     yield Finding(
         "trend",
         "note",
         f"KL(p|q) at the student's own histories {way} from {first:.3g} to {last:.3g} nats a token between the first "
-        f"and "
-        f"the last tenth of the steps{why}.",
+        f"and the last tenth of the steps{why}.",
         Number(last / first if first else float("inf")),
         "KL(p|q) at the end over that at the start",
         "T4",

@@ -30,13 +30,17 @@ def task_prefixes(
     problems: int,
     seed: int,
 ) -> Prefixes:
-    """Prefixes of the student's answers to `count` problems of the test split, drawn with the seed `problems`."""
+    """Prefixes of the student's answers to `count` problems of the test split, drawn with the seed `problems`.
+
+    They are sampled as the run samples: at another temperature than the scores', the sampler is not the student (T8).
+    """
     return Prefixes.sample(
         student,
         teacher,
         task_prompts(student, task.examples("test", count, problems)),
         max_new_tokens=longest(task, config),
         temperature=config.temperature,
+        sampling_temperature=config.sampling_temperature,
         environment=task.environment,
         seed=seed,
     )

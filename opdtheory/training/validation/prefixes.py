@@ -57,6 +57,7 @@ class Prefixes:
         max_new_tokens: int,
         behavior: LanguageModel | None = None,
         temperature: float = 1.0,
+        sampling_temperature: float | None = None,
         environment: Environment | None = None,
         parameters: Callable[[str], bool] | None = None,
         seed: int = 0,
@@ -70,6 +71,7 @@ class Prefixes:
             max_new_tokens: largest length of a response.
             behavior: the model that samples; by default the student.
             temperature: divides all logits, in sampling and in the loss.
+            sampling_temperature: divides the logits in sampling, in place of `temperature`.
             environment: answers calls; its tokens make no prefixes.
             parameters: selects parameters that require a gradient by name; by default all.
             seed: seed of the samples.
@@ -78,10 +80,12 @@ class Prefixes:
             InvalidArgumentError: the vocabularies differ, no parameter is selected, or no rollout has a token.
         """
         check_same_vocabulary(student, teacher)
-        samples = (behavior or student).sample(
+        sampler = student if behavior is None else behavior
+        sampled_at = temperature if sampling_temperature is None else sampling_temperature
+        samples = sampler.sample(
             prompts,
             max_new_tokens=max_new_tokens,
-            temperature=temperature,
+            temperature=sampled_at,
             environment=environment,
             generator=torch.Generator(device=student.device).manual_seed(seed),
         )
@@ -98,13 +102,14 @@ class Prefixes:
             raise InvalidArgumentError("parameters", "must select a parameter of the student that requires a gradient")
         live = samples.mask > 0
 
-        def distribution(model: LanguageModel) -> Tensor:
+        def distribution(model: LanguageModel, divisor: float) -> Tensor:
             with torch.no_grad(), _differentiable(model):
-                return torch.log_softmax(response_logits(model, samples)[live].double() / temperature, dim=-1)
+                return torch.log_softmax(response_logits(model, samples)[live].double() / divisor, dim=-1)
 
-        log_p = distribution(student)
-        log_mu = log_p if behavior is None or behavior is student else distribution(behavior)
-        return cls(student, samples, names, temperature, log_p, distribution(teacher), log_mu)
+        log_p = distribution(student, temperature)
+        itself = sampler is student and sampled_at == temperature
+        log_mu = log_p if itself else distribution(sampler, sampled_at)
+        return cls(student, samples, names, temperature, log_p, distribution(teacher, temperature), log_mu)
 
     def __len__(self) -> int:
         return self.log_p.shape[0]
