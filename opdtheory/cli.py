@@ -1,4 +1,4 @@
-"""The command line: `opdtheory verify`, `audit`, `audit-trainer`, `table`, `train`, `reproduce` and `bench`.
+"""The command line: `opdtheory verify`, `audit`, `audit-trainer`, `diagnose`, `table`, `train`, `reproduce`, `bench`.
 
 The exit status is 0 if what the command checks holds, 1 if it does not, and 2 for a usage error. Only the core's
 packages are needed; tables are coloured if rich is installed.
@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from opdtheory.commands import audit, audit_trainer, bench, reproduce, table, train, verify
+from opdtheory.commands import audit, audit_trainer, bench, diagnose, reproduce, table, train, verify
 from opdtheory.commands.console import FAILS, USAGE, HelpFormatter, complain
 from opdtheory.errors import OpdTheoryError, TrainingError
 from opdtheory.version import __version__
@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"opdtheory {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for command in (verify, table, audit, audit_trainer, train, reproduce, bench):
+    for command in (verify, table, audit, audit_trainer, diagnose, train, reproduce, bench):
         command.add_parser(commands)
     for command_parser in commands.choices.values():
         command_parser.formatter_class = HelpFormatter

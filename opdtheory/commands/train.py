@@ -6,12 +6,12 @@ import argparse
 import dataclasses
 import json
 import os
-import typing
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from opdtheory.commands.console import FAILS, HOLDS, complain, or_none
+from opdtheory.commands.console import FAILS, HOLDS, complain
+from opdtheory.commands.fields import add_fields
 from opdtheory.rendering import text
-from opdtheory.training.config import TrainConfig, field_kinds
+from opdtheory.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from opdtheory.commands.console import Commands
@@ -32,15 +32,8 @@ def add_parser(commands: Commands) -> None:
     )
     parser.add_argument("--config", metavar="FILE", help="TOML file of fields; options override it")
     parser.add_argument("--json", action="store_true", help="print the run as JSON")
-    kinds = field_kinds()
-    for field in dataclasses.fields(TrainConfig):
-        text = field.metadata["help"].replace("%", "%%")
-        if field.default is not None:
-            shown = {True: "on", False: "off"}[field.default] if isinstance(field.default, bool) else field.default
-            text += f" (default: {shown})"
-        # Without the option, the field comes from the file or has its default.
-        flag, reader = f"--{field.name.replace('_', '-')}", _reader(*kinds[field.name])
-        parser.add_argument(flag, dest=field.name, default=argparse.SUPPRESS, help=text, **reader)
+    # Without an option, the field comes from the file or has its default.
+    add_fields(parser)
     parser.set_defaults(run=run)
 
 
@@ -98,15 +91,3 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         *(number("greedy_accuracy"), interval("greedy"), number("test_sampled_accuracy"), interval("test_sampled")),
         *(number(f"test_{name}") for name in ("reverse_kl", "forward_kl", "entropy")),
     )
-
-
-def _reader(kind: Any, optional: bool) -> dict[str, Any]:
-    """How argparse reads a field of this type."""
-    if kind is bool:
-        return {"action": argparse.BooleanOptionalAction}
-    if typing.get_origin(kind) is Literal:
-        return {"choices": typing.get_args(kind)}
-    if typing.get_origin(kind) is tuple:
-        return {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")}
-    metavar = {int: "N", float: "X", str: "TEXT"}[kind]
-    return {"type": or_none(kind) if optional else kind, "metavar": metavar}

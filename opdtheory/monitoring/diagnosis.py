@@ -13,7 +13,7 @@ from opdtheory.estimators import Estimator
 from opdtheory.estimators import estimator as estimator_of
 from opdtheory.monitoring.evidence import Evidence
 from opdtheory.monitoring.report import Diagnosis
-from opdtheory.monitoring.tokens import SampledTokens
+from opdtheory.monitoring.tokens import SampledTokens, words_of
 from opdtheory.monitoring.weights import weight_of
 from opdtheory.monitoring.zoo import beside
 
@@ -77,7 +77,8 @@ def diagnose(
     evidence.add(tokens)
     if not evidence.tokens:
         raise InvalidArgumentError("student_logprobs", f"must hold a usable token; left out: {dict(evidence.left_out)}")
-    return Diagnosis(loss, evidence, float(evidence.tokens) if batch_tokens is None else float(batch_tokens))
+    size = float(evidence.tokens) if batch_tokens is None else float(batch_tokens)
+    return Diagnosis(loss, evidence, size, left_out=words_of(evidence.left_out))
 
 
 def loss_of(estimator: str | Estimator, divergence: str | Divergence | None, options: Mapping[str, Any]) -> Estimator:

@@ -139,9 +139,8 @@ def _bars(axis: Any, sums: Sums, low: float, high: float) -> None:
     inside = (place >= 0) & (place < _BARS)
     counts = torch.zeros(_BARS, dtype=torch.float64).index_add_(0, place[inside], sums.total[0][inside])
     # Roots, so that rare tokens show.
-    axis.bar(
-        edges[:-1], counts.sqrt(), width=edges[1:] - edges[:-1], align="edge", color=MUTED, alpha=0.45, linewidth=0
-    )
+    heights, widths, left = counts.sqrt().numpy(), (edges[1:] - edges[:-1]).numpy(), edges[:-1].numpy()
+    axis.bar(left, heights, width=widths, align="edge", color=MUTED, alpha=0.45, linewidth=0)
 
 
 def _curve(axis: Any, weight: Weight, points: Float[Tensor, " X"], colour: str, label: str) -> None:

@@ -17,7 +17,7 @@ from opdtheory.monitoring.evidence import Evidence
 from opdtheory.monitoring.findings import Finding, foresights, setting_of
 from opdtheory.monitoring.report import Diagnosis, Step
 from opdtheory.monitoring.sums import EDGE
-from opdtheory.monitoring.tokens import SampledTokens
+from opdtheory.monitoring.tokens import SampledTokens, words_of
 from opdtheory.monitoring.weights import Weight, weight_of
 from opdtheory.monitoring.zoo import beside
 
@@ -123,18 +123,26 @@ class Monitor:
         """The findings by which a collapse was foreseen, as they were when they first held."""
         return tuple(self._first.values())
 
-    def diagnosis(self, source: str = "a monitor") -> Diagnosis:
+    def diagnosis(
+        self, source: str = "a monitor", *, batch_tokens: float | None = None, left_out: Sequence[str] | None = None
+    ) -> Diagnosis:
         """What all tokens so far say.
 
+        Args:
+            source: where they come from, in words.
+            batch_tokens: the tokens of one optimiser step; by default the median of the steps.
+            left_out: what could not be used, in sentences; by default what this monitor itself left out.
+
         Raises:
-            InvalidArgumentError: there is none yet.
+            InvalidArgumentError: there is no token yet.
         """
         if self._now:
             self.step()
         if not self._whole.tokens:
             raise InvalidArgumentError("tokens", f"must be some; left out: {dict(self._whole.left_out)}")
-        size = statistics.median(step.tokens for step in self._steps)
-        return Diagnosis(self.loss, self._whole, float(size), tuple(self._steps), dict(self._first), source)
+        size = float(statistics.median(step.tokens for step in self._steps)) if batch_tokens is None else batch_tokens
+        words = words_of(self._whole.left_out) if left_out is None else tuple(left_out)
+        return Diagnosis(self.loss, self._whole, size, tuple(self._steps), dict(self._first), source, words)
 
 
 def metrics_of(weight: Weight, parts: Sequence[SampledTokens]) -> dict[str, float]:

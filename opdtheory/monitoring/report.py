@@ -17,7 +17,6 @@ from opdtheory.monitoring.findings import CONFIDENCE, FORESEES, Finding, Setting
 from opdtheory.monitoring.findings.trends import trend
 from opdtheory.monitoring.measures import Measured, measured, moment, quantiles
 from opdtheory.monitoring.sums import Number, Sums, number_of
-from opdtheory.monitoring.tokens import REASONS
 from opdtheory.monitoring.zoo import beside
 from opdtheory.rendering import text
 
@@ -81,6 +80,7 @@ class Diagnosis:
         steps: in the order read; empty if the tokens came without steps.
         first: findings by which a collapse was foreseen, as they were at the step where each first held.
         source: where the tokens come from, in words.
+        left_out: what could not be used, a sentence for each reason.
     """
 
     loss: Estimator
@@ -89,6 +89,7 @@ class Diagnosis:
     steps: tuple[Step, ...] = field(default=(), repr=False)
     first: Mapping[str, Finding] = field(default_factory=dict, repr=False)
     source: str = "arrays"
+    left_out: tuple[str, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -181,11 +182,6 @@ class Diagnosis:
         return self.evidence.own.number(moment(torch.neg), CONFIDENCE)
 
     @property
-    def left_out(self) -> tuple[str, ...]:
-        """What could not be used, a sentence for each reason."""
-        return tuple(f"{count:,} tokens {REASONS.get(why, why)}" for why, count in self.evidence.left_out.items())
-
-    @property
     def limits(self) -> tuple[str, ...]:
         """What these tokens cannot say."""
         found = [
@@ -222,7 +218,7 @@ class Diagnosis:
             "signal": {name: list(number) for name, number in self.signal.items()},
             "zoo": [{key: _plain(value) for key, value in vars(each).items()} for each in self.zoo],
             "steps": [{**vars(each), "metrics": dict(each.metrics)} for each in self.steps],
-            "left_out": dict(self.evidence.left_out),
+            "left_out": list(self.left_out),
             "limits": list(self.limits),
         }
         plain: dict[str, Any] = _plain(found)
@@ -248,7 +244,7 @@ class Diagnosis:
         if self.first:
             facts.append(f"A collapse is foreseen from step {self.first_warning} on.")
         if self.left_out:
-            facts.append(f"Left out: {'; '.join(self.left_out)}.")
+            facts.append(f"Left out: {' '.join(self.left_out)}")
         return [text.paragraph(fact) for fact in facts]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from opdtheory.errors import InvalidArgumentError
 
-__all__ = ["REASONS", "SampledTokens"]
+__all__ = ["REASONS", "SampledTokens", "words_of"]
 
 # Why a token is left out, in words. A masked one is no fault and is not counted.
 REASONS = {
@@ -149,6 +149,11 @@ class SampledTokens:
             teacher_logits=as_double(teacher_logits),
             left_out=left_out,
         )
+
+
+def words_of(left_out: Mapping[str, int]) -> tuple[str, ...]:
+    """What was left out, a sentence for each reason."""
+    return tuple(f"{count:,} tokens {REASONS.get(reason, reason)}." for reason, count in left_out.items() if count)
 
 
 def _usable(
