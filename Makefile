@@ -78,6 +78,7 @@ $(VERL)/.installed: $(INPUTS) examples/trainers/requirements-verl.txt
 	@touch $@
 
 verl: $(VERL)/.installed ## audit verl's engine below its rollout, in an environment of its own; writes docs/verl.md
+	$(VERL)/bin/python examples/trainers/verl_monitor.py
 	$(VERL)/bin/python examples/trainers/verl_engine.py --page docs/verl.md
 
 mutation: $(VENV)/.installed-dev ## break the library term by term; writes docs/mutation.md (about an hour)

@@ -72,8 +72,10 @@ def model(options: argparse.Namespace, seed: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def step(build: Callable[..., Any], config: type, options: argparse.Namespace, folder: str, **settings: Any) -> Any:
-    """A call that computes the gradient of a step, scoring included."""
+def trainer_of(
+    build: Callable[..., Any], config: type, options: argparse.Namespace, folder: str, **settings: Any
+) -> Any:
+    """A trainer that has taken a step."""
     trainer = build(
         args=config(
             folder,
@@ -95,6 +97,12 @@ def step(build: Callable[..., Any], config: type, options: argparse.Namespace, f
     trainer.vocabulary = options.vocabulary
     trainer.remove_callback(PrinterCallback)
     trainer.train()
+    return trainer
+
+
+def step(build: Callable[..., Any], config: type, options: argparse.Namespace, folder: str, **settings: Any) -> Any:
+    """A call that computes the gradient of a step, scoring included."""
+    trainer = trainer_of(build, config, options, folder, **settings)
     rows = next(iter(trainer.get_train_dataloader()))
     wrapped = trainer.model_wrapped
 

@@ -1,8 +1,8 @@
 """Hold the diagnosis to runs whose outcome is known, in the formats of seven trainers.
 
-`python examples/runs/check.py FOLDER ...` reads what `make.py` made: each run in each format. A verdict is right if a run
-that collapsed is foreseen to, within the first tenth of its steps, if one that did not is not, and if the two that are
-wrong in another way are told so. `--write` puts the table into docs/runs.md and the figures into record.json.
+`python examples/runs/check.py FOLDER ...` reads what `make.py` made: each run in each format. A verdict is right if a
+run that collapsed is foreseen to, within the first tenth of its steps, if one that did not is not, and if the two that
+are wrong in another way are told so. `--write` puts the table into docs/runs.md and the figures into record.json.
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ def read(folder: Path) -> dict[str, Any]:
     said: dict[str, Any] = {}
     for name in FORMATS:
         with tempfile.TemporaryDirectory() as made:
-            written = formats.written(name, Path(made), [(n, {k: row[v] for k, v in roles.items()}) for n, row in records])
+            written = formats.written(
+                name, Path(made), [(n, {k: row[v] for k, v in roles.items()}) for n, row in records]
+            )
             said[name] = summary(diagnose_file(written, loss, **MAPPED.get(name, {})))
     if "student_logits" in records[0][1]:
         said["arrays with logits"] = summary(with_logits(records, loss))
@@ -113,7 +115,16 @@ def with_logits(records: Sequence[tuple[int, dict[str, Tensor]]], loss: Any) -> 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The runs as a table of the page."""
-    head = ("run", "student, seed", "what became of it", "sampled accuracy", "KL(p\\|q)", "verdict", "foreseen at", "right")
+    head = (
+        "run",
+        "student, seed",
+        "what became of it",
+        "sampled accuracy",
+        "KL(p\\|q)",
+        "verdict",
+        "foreseen at",
+        "right",
+    )
     return markdown_table(head, [_cells(row) for row in rows])
 
 

@@ -1,7 +1,7 @@
 """Cut three of the runs that `make.py` made to a size that ships: `python examples/runs/small.py FOLDER`.
 
-Every other step, and the first eight rollouts of each: log-probabilities to four decimals, in the field names of our own
-trainer. The sampler's are kept where it is not the student.
+Every other step, and the first eight rollouts of each: log-probabilities to four decimals, in the field names of our
+own trainer. The sampler's are kept where it is not the student.
 """
 
 from __future__ import annotations

@@ -76,6 +76,9 @@ class Update:
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
+        # What the last step was given, without padding, and what the engine returned of it for the log.
+        self.batch: dict[str, Tensor] = {}
+        self.metrics: dict = {}
 
     def __call__(self, pair, prompts, answers) -> None:
         engine = self.engine(pair)
@@ -93,7 +96,8 @@ class Update:
         del batch["teacher_logprobs_sampled"]
         loss = _loss(self.setting)
         with engine.train_mode(), contextlib.redirect_stdout(io.StringIO()):
-            engine.train_batch(_tensordict(batch, flags), loss)
+            self.metrics = engine.train_batch(_tensordict(batch, flags), loss)["metrics"]
+            self.batch = batch
             table = engine.module.model.table.grad
         pair.student.model.table.grad = (
             table.full_tensor().detach().to(pair.student.model.table.dtype) if table is not None else None

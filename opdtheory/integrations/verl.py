@@ -26,8 +26,8 @@ SUPPORTED = (0, 9)
 # The advantage estimator that the policy losses need.
 LOG_RATIO = "opd_plus_log_ratio"
 
-_ALGORITHMS, _DISTILLATION = "verl.trainer.ppo.core_algos", "verl.trainer.distillation.losses"
-_PADDING = "verl.workers.utils.padding"
+_ALGORITHMS, DISTILLATION_LOSSES = "verl.trainer.ppo.core_algos", "verl.trainer.distillation.losses"
+PADDING = "verl.workers.utils.padding"
 
 # What of verl is used.
 _NEEDED = {
@@ -35,8 +35,8 @@ _NEEDED = {
         *("ADV_ESTIMATOR_REGISTRY", "POLICY_LOSS_REGISTRY"),
         *("agg_loss", "register_adv_est", "register_policy_loss"),
     ),
-    _DISTILLATION: ("DISTILLATION_LOSS_REGISTRY", "DistillationLossSettings", "register_distillation_loss"),
-    _PADDING: ("no_padding_2_padding",),
+    DISTILLATION_LOSSES: ("DISTILLATION_LOSS_REGISTRY", "DistillationLossSettings", "register_distillation_loss"),
+    PADDING: ("no_padding_2_padding",),
 }
 
 
@@ -74,8 +74,8 @@ def register(divergence: str | Divergence = "reverse_kl", *, centred: bool = Fal
     name = _name(divergence) if name is None else name
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
         raise InvalidArgumentError("name", f"must hold letters, digits, '_', '.' and '-' only, got {name!r}")
-    modules = _modules()
-    algorithms, distillation = modules[_ALGORITHMS], modules[_DISTILLATION]
+    modules = verl_modules()
+    algorithms, distillation = modules[_ALGORITHMS], modules[DISTILLATION_LOSSES]
     settings = distillation.DistillationLossSettings(names=[name], use_estimator=True)
     for registry, key, value, decorator in (
         (algorithms.ADV_ESTIMATOR_REGISTRY, LOG_RATIO, LogRatio(), algorithms.register_adv_est),
@@ -196,7 +196,7 @@ class PolicyLoss(_Weight):
         if rollout_is_weights is not None:
             losses = losses * rollout_is_weights
         batch = {} if config is None else config.global_batch_info
-        agg_loss = _modules()[_ALGORITHMS].agg_loss
+        agg_loss = verl_modules()[_ALGORITHMS].agg_loss
         loss = agg_loss(loss_mat=losses, loss_mask=response_mask, loss_agg_mode=loss_agg_mode, **batch)
         metrics = {
             "actor/ppo_kl": float(-moved.detach().sum() / response_mask.sum().clamp_min(1)),
@@ -233,7 +233,7 @@ class DistillationLoss(_Weight):
                 "it is met; set it to null",
                 stacklevel=2,
             )
-        padded = _modules()[_PADDING].no_padding_2_padding
+        padded = verl_modules()[PADDING].no_padding_2_padding
         log_p, log_q = padded(model_output["log_probs"], data), padded(data["teacher_logprobs"], data)
         if log_q.ndim != 3 or log_q.shape[-1] != 1:
             raise LossError(
@@ -286,7 +286,7 @@ def _name(divergence: Divergence) -> str:
     return "opd_plus_" + re.sub(r"[^A-Za-z0-9.-]+", "_", label).strip("_")
 
 
-def _modules() -> dict[str, ModuleType]:
+def verl_modules() -> dict[str, ModuleType]:
     """The modules of verl that are used, which hold what is used of them."""
     wanted = f"opdtheory supports verl {SUPPORTED[0]}.{SUPPORTED[1]}"
     try:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from opdtheory.divergences import Divergence
+from opdtheory.divergences import divergence as divergence_of
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.estimators import Estimator
 from opdtheory.estimators import estimator as estimator_of
@@ -92,11 +93,22 @@ def loss_of(estimator: str | Estimator, divergence: str | Divergence | None, opt
             raise InvalidArgumentError("estimator", "must be a name if a divergence or options are given")
         loss = estimator
     else:
-        try:
-            loss = estimator_of(estimator, divergence, **options)
-        except InvalidArgumentError as error:
-            if divergence is not None or error.argument != "divergence":
-                raise
-            loss = estimator_of(estimator, "reverse_kl", **options)
+        loss = _named(estimator, divergence, options)
     weight_of(loss)
     return loss
+
+
+def _named(name: str, divergence: str | Divergence | None, options: Mapping[str, Any]) -> Estimator:
+    """The estimator of a name; its only divergence may be named too, and where one is needed it is the reverse KL."""
+    try:
+        return estimator_of(name, divergence, **options)
+    except InvalidArgumentError as error:
+        if error.argument != "divergence":
+            raise
+        try:
+            loss = estimator_of(name, "reverse_kl" if divergence is None else None, **options)
+        except InvalidArgumentError:
+            raise error from None
+        if divergence is not None and loss.claim.divergence.label != divergence_of(divergence).label:
+            raise
+        return loss

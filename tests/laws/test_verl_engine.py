@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
@@ -113,3 +114,16 @@ def test_the_engine_s_wrong_twins_are_seen(examples: SimpleNamespace, monkeypatc
     report = audit_update(examples.update.Update(row.setting), "jsd", variants=False)
     assert report.verdict == "biased"
     assert report.error > 0.1
+
+
+def test_the_monitor_reads_the_engines_batches_and_changes_no_gradient() -> None:
+    root = EXAMPLES.parents[1]
+    code = (
+        "import sys, runpy; sys.path.insert(0, sys.argv[1]); import verl_platform\n"
+        "script = sys.argv[1] + '/verl_monitor.py'; sys.argv[:] = [script]\n"
+        "runpy.run_path(script, run_name='__main__')\n"
+    )
+    command = [sys.executable, "-c", code, str(EXAMPLES)]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert done.stdout.count("same bits True") == 7

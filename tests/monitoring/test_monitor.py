@@ -93,3 +93,11 @@ def test_an_estimator_of_the_library_is_taken_as_it_is():
     assert Monitor(loss).loss is loss
     with pytest.raises(InvalidArgumentError, match="estimator"):
         Monitor(loss, "jsd")
+
+
+def test_the_only_divergence_of_an_estimator_may_be_named():
+    assert Monitor("k1_reward", "reverse_kl").loss.name == "k1_reward"
+    assert Monitor("opd").loss.claim.divergence.name == "reverse_kl"
+    for wrong in (("k1_reward", "jsd"), ("opd", "no such")):
+        with pytest.raises(InvalidArgumentError, match="divergence"):
+            Monitor(*wrong)

@@ -143,13 +143,14 @@ def last_hidden_states(model: Any) -> Iterator[list[Tensor]]:
         raise IntegrationError(f"trl: top_k saw no forward pass of {type(backbone).__name__}")
 
 
-def output_layer(model: Any, temperature: float, dtype: torch.dtype | None) -> OutputLayer:
+def output_layer(model: Any, temperature: float, dtype: torch.dtype | None, *, argument: str = "top_k") -> OutputLayer:
     """The output layer of a model, with the scale and the soft-capping that its configuration names.
 
     Args:
         model: a causal language model of transformers, maybe with an adapter of PEFT.
         temperature: divides its logits.
         dtype: of the product, by default that of the weight.
+        argument: what needs the layer, for the message.
 
     Raises:
         InvalidArgumentError: the layer is not a `torch.nn.Linear`, as with an adapter on it.
@@ -158,7 +159,7 @@ def output_layer(model: Any, temperature: float, dtype: torch.dtype | None) -> O
     layer = model.get_output_embeddings()
     if not isinstance(layer, nn.Linear):
         raise InvalidArgumentError(
-            "top_k", f"needs models whose output layer is a torch.nn.Linear, got {type(layer).__name__}"
+            argument, f"needs models whose output layer is a torch.nn.Linear, got {type(layer).__name__}"
         )
     settings = model.config.get_text_config()
     form = head_form("student", _scale(settings), getattr(settings, "final_logit_softcapping", None))
