@@ -188,11 +188,11 @@ def test_an_evaluation_is_not_read(added: list[SampledTokens]) -> None:
 
 
 def test_a_collapse_is_warned_of_once() -> None:
-    pair = a_pair(batch_size=512, distance=2.0)
+    pair = a_pair(batch_size=64, distance=2.0)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        watched(GRPOTrainer, pair, OPDMonitor("opd", "forward_kl"), max_steps=3)
-        sound = watched(GRPOTrainer, a_pair(batch_size=512, distance=2.0), OPDMonitor("k1_reward", "reverse_kl"))
+        watched(GRPOTrainer, pair, OPDMonitor("opd", "forward_kl"), max_steps=12)
+        sound = watched(GRPOTrainer, a_pair(batch_size=64, distance=2.0), OPDMonitor("k1_reward", "reverse_kl"))
     assert [each.category.__name__ for each in said].count("CollapseWarning") == 1
     assert logged(sound, "opd/falls") == [0.0] * 3
 
