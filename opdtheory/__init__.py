@@ -25,6 +25,7 @@ _NAMES = {
         *("fused_divergence", "fused_linear_divergence", "fused_parallel_divergence"),
         *("fused_sampled_tail", "fused_top_k_divergence"),
     ),
+    "monitoring": ("Diagnosis", "Monitor", "diagnose", "diagnose_file", "recommend"),
     "rollouts": ("Rollouts",),
     "training.config": ("TrainConfig",),
     "training.trainer": ("train",),
@@ -72,6 +73,11 @@ if TYPE_CHECKING:
     from opdtheory.kernels import fused_parallel_divergence as fused_parallel_divergence
     from opdtheory.kernels import fused_sampled_tail as fused_sampled_tail
     from opdtheory.kernels import fused_top_k_divergence as fused_top_k_divergence
+    from opdtheory.monitoring import Diagnosis as Diagnosis
+    from opdtheory.monitoring import Monitor as Monitor
+    from opdtheory.monitoring import diagnose as diagnose
+    from opdtheory.monitoring import diagnose_file as diagnose_file
+    from opdtheory.monitoring import recommend as recommend
     from opdtheory.rollouts import Rollouts as Rollouts
     from opdtheory.training.config import TrainConfig as TrainConfig
     from opdtheory.training.trainer import train as train

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["add_parser", "run"]
 
+# As `recommend` has them; no torch here.
+_HAVE = ("sampled", "top_k", "vocabulary")
 _FIELDS = ("student", "teacher", "behavior", "mask")
 
 
@@ -46,6 +48,11 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--batch-tokens", type=float, metavar="N", help="tokens of one optimiser step (default: median of the steps)"
     )
+    parser.add_argument(
+        "--have",
+        choices=_HAVE,
+        help="what the teacher can send of a token: also rank the estimators that it suffices for",
+    )
     parser.add_argument("--json", action="store_true", help="print the diagnosis as JSON, and nothing else")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the diagnosis as a self-contained HTML page")
     add_fields(parser.add_argument_group("options of the estimator"), ESTIMATOR_OPTIONS, defaults=False)
@@ -59,7 +66,15 @@ def run(options: argparse.Namespace) -> int:
         from opdtheory.monitoring.page import write_diagnosis
 
         write_diagnosis(found, options.html)
-    print(json.dumps(found.to_dict(), indent=2) if options.json else found)
+    advice = None
+    if options.have is not None:
+        from opdtheory.monitoring import recommend
+
+        advice = recommend(found, options.have)
+    if options.json:
+        print(json.dumps(found.to_dict() | ({} if advice is None else {"advice": advice.to_dict()}), indent=2))
+    else:
+        print(found, *([] if advice is None else ["", advice]), sep="\n")
     if options.html is not None:
         aside(options, f"wrote {options.html}")
     return FAILS if found.warnings else HOLDS

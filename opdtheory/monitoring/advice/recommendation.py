@@ -36,7 +36,12 @@ class Found(Protocol):
 
     @property
     def tokens(self) -> int:
-        """The number of tokens in a batch of the run, or of all tokens."""
+        """The number of all tokens."""
+        ...
+
+    @property
+    def batch_tokens(self) -> float:
+        """The number of tokens in a batch of the run."""
         ...
 
     @property
@@ -86,7 +91,7 @@ def recommend(
         k: the number of the teacher's likeliest tokens that `top_k` sends.
         group: rollouts of each prompt, which stand next to each other; baselines over a group need 2. Every rollout
             must have a token that counts.
-        batch_tokens: sampled tokens of a batch; by default those given.
+        batch_tokens: sampled tokens of a batch; by default those of a diagnosed run's step, or all that are given.
         server: whether the teacher is behind a server, which never sends whole distributions.
         teachers: the number of teachers (T16); the numbers are those of the first.
         batches: leave out the largest outcomes that a run of so many batches meets less than once, all together: heavy
@@ -134,7 +139,8 @@ def recommend(
         listed = _with_yours(listed, _running(source))
     if rows is None:
         sums, count = sums_of(source)
-        tokens = count if batch_tokens is None else batch_tokens
+        own = round(source.batch_tokens) if diagnosed else count
+        tokens = own if batch_tokens is None else batch_tokens
         proxies = Proxies(target, sums, tokens, float(coherence), group)
         measured = proxies.measure(listed)
         vocabulary, notes = None, proxies.notes(have)
