@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -94,9 +95,8 @@ class SampledTokens:
         """
         given = {"student_logprobs": student, "teacher_logprobs": teacher, "behavior_logprobs": behavior}
         given |= {"mask": mask, "entropy": entropy}
-        columns = {name: _rows(name, value) for name, value in given.items() if value is not None}
-        lengths, ragged = _common_lengths(columns)
-        flat = {name: _joined(rows, lengths) for name, rows in columns.items()}
+        columns = {name: _plain(value) for name, value in given.items() if value is not None}
+        flat, lengths, ragged = _padded(columns) or _of_rows(columns)
         number = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.int64))
         logits = [
             _flat_logits(name, value, len(number))
@@ -164,9 +164,9 @@ def _usable(
     known = [student, teacher] if behavior is None else [student, teacher, behavior]
     left_out: dict[str, int] = {}
     faults = {
-        "nan": lambda: torch.stack([torch.isnan(x) for x in known]).any(0),
+        "nan": lambda: _any(torch.isnan(x) for x in known),
         "impossible": lambda: (student == -torch.inf) | (False if behavior is None else behavior == -torch.inf),
-        "above_zero": lambda: torch.stack([x > _ABOVE for x in known]).any(0),
+        "above_zero": lambda: _any(x > _ABOVE for x in known),
     }
     for reason, fault in faults.items():
         bad = keep & fault()
@@ -177,14 +177,41 @@ def _usable(
     return keep, left_out
 
 
-def _rows(name: str, value: Any) -> list[Tensor]:
-    """The rows of a tensor, an array or nested lists."""
+def _any(flags: Iterable[Tensor]) -> Tensor:
+    return reduce(torch.logical_or, flags)
+
+
+def _plain(value: Any) -> Any:
+    """A tensor without its gradient, in place of an array of numbers or a tensor; nested ones as their rows."""
     if isinstance(value, np.ndarray) and value.dtype != object:
-        value = torch.from_numpy(np.ascontiguousarray(value))
+        return torch.from_numpy(value if value.flags.writeable else value.copy())
+    if isinstance(value, Tensor):
+        value = value.detach()
+        return list(value.unbind()) if value.is_nested else value
+    return value
+
+
+def _padded(columns: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[int], int] | None:
+    """The columns, the lengths of their rows and no token lost, if all are tensors of one shape `(B, T)`."""
+    shapes = {value.shape if isinstance(value, Tensor) else None for value in columns.values()}
+    shape = shapes.pop()
+    if shapes or shape is None or len(shape) != 2:
+        return None
+    return {name: value.flatten() for name, value in columns.items()}, [shape[1]] * shape[0], 0
+
+
+def _of_rows(columns: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[int], int]:
+    """The columns, the lengths of their rows and the number of tokens lost because rows differ in length."""
+    rows = {name: _rows(name, value) for name, value in columns.items()}
+    lengths, ragged = _common_lengths(rows)
+    return {name: _joined(each, lengths) for name, each in rows.items()}, lengths, ragged
+
+
+def _rows(name: str, value: Any) -> list[Tensor]:
+    """The rows of a tensor or of nested lists."""
     if isinstance(value, Tensor):
         if value.ndim not in (1, 2):
             raise InvalidArgumentError(name, f"must have shape (T,) or (B, T), got {tuple(value.shape)}")
-        value = value.detach()
         return [value] if value.ndim == 1 else list(value)
     if not isinstance(value, Sequence | np.ndarray) or isinstance(value, str):
         raise InvalidArgumentError(name, f"must be an array or lists of numbers, got {type(value).__name__}")
@@ -215,8 +242,9 @@ def _common_lengths(columns: Mapping[str, list[Tensor]]) -> tuple[list[int], int
     lengths, ragged = [], 0
     for rows in zip(*columns.values(), strict=True):
         sizes = {len(row) for row in rows}
-        lengths.append(sizes.pop() if len(sizes) == 1 else 0)
-        ragged += max(sizes, default=0) if sizes else 0
+        agree = len(sizes) == 1
+        lengths.append(max(sizes) if agree else 0)
+        ragged += 0 if agree else max(sizes)
     return lengths, ragged
 
 
