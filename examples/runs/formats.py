@@ -37,7 +37,7 @@ def ragged(step: Step) -> list[dict[str, list]]:
 
 
 def renamed(record: dict, names: dict[str, str]) -> dict:
-    return {name: record[role] for role, name in names.items()}
+    return {name: record[role] for role, name in names.items() if role in record}
 
 
 TRL = {"student": "old_per_token_logps", "teacher": "ref_per_token_logps", "behavior": "sampling_per_token_logps"}
@@ -118,6 +118,7 @@ def slime_pt(folder: Path, steps: list[Step]) -> Path:
         data = {
             name: [torch.tensor(row[role], dtype=torch.int if role == "mask" else torch.float32) for row in rows]
             for role, name in SLIME.items()
+            if role in step
         }
         data["response_lengths"] = [len(row["student"]) for row in rows]
         torch.save({"rollout_id": n, "rank": 0, "rollout_data": data}, folder / f"train_{n}_0.pt")
@@ -131,6 +132,7 @@ def slime_samples_pt(folder: Path, steps: list[Step]) -> Path:
             {
                 name: torch.tensor(row[role], dtype=torch.int if role == "mask" else torch.float32)
                 for role, name in SLIME.items()
+                if role in step
             }
             | {"data_parallel_rank": 0, "rollout_position": place}
             for place, row in enumerate(ragged(step))
@@ -160,7 +162,11 @@ def nemo_rl(folder: Path, steps: list[Step], *, teacher: str | None = "teacher_l
         lists = {role: value.tolist() for role, value in step.items()}
         lists["mask"] = step["mask"].float().tolist()
         records = [
-            {**{name: [lists[role][row]] for role, name in names.items()}, "sample_loss_mask": [1.0], "idx": row}
+            {
+                **{name: [lists[role][row]] for role, name in names.items() if role in lists},
+                "sample_loss_mask": [1.0],
+                "idx": row,
+            }
             for row in range(len(step["mask"]))
         ]
         records.append(records[0] | {"sample_loss_mask": [0.0], "idx": len(records)})
@@ -194,7 +200,10 @@ def parquet_nested(folder: Path, steps: list[Step]) -> Path:
     import pyarrow.parquet as pq
 
     records = [
-        {"global_step": n, "rollout_data": {name: [row[role] for row in ragged(step)] for role, name in SLIME.items()}}
+        {
+            "global_step": n,
+            "rollout_data": {name: [row[role] for row in ragged(step)] for role, name in SLIME.items() if role in step},
+        }
         for n, step in enumerate(steps)
     ]
     pq.write_table(pa.Table.from_pylist(records), folder / "run.parquet")

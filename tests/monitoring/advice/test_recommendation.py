@@ -151,6 +151,11 @@ class Run:
     estimator: Any
     divergence: Any
 
+    @property
+    def batch_tokens(self) -> float:
+        """All tokens are one batch."""
+        return float(self.tokens)
+
 
 def diagnosed(given: Rollouts, loss: Any = "opd", divergence: Any = "forward_kl") -> Run:
     tokens = SampledTokens.of(given.student_logprobs, given.teacher_logprobs, mask=given.mask)
