@@ -42,18 +42,17 @@ OTHERWISE = {"mismatch": "other_samples", "over_clipped": "clipped"}
 FORESEEN = ("collapse", "noise", "no_signal")
 
 
-def steps_of(folder: Path) -> Iterator[tuple[int, dict[str, Tensor]]]:
+def steps_of(folder: Path) -> Iterator[dict[str, Tensor]]:
     """The recorded steps of a run, in order."""
     for path in sorted((folder / "rollouts").glob("step_*.pt")):
-        found = torch.load(path, weights_only=True)
-        yield int(found["step"]), found
+        yield torch.load(path, weights_only=True)
 
 
 def is_right(name: str, word: str, found: dict[str, Any], steps: int) -> bool:
     """Whether what was found of a run is what became of it."""
     if word == "collapses":
         first = found["first_warning"]
-        return found["verdict"] in FORESEEN and first is not None and first <= steps / 10
+        return found["verdict"] in FORESEEN and first is not None and first < steps / 10
     return found["verdict"] == OTHERWISE.get(name, "nothing_found") and found["first_warning"] is None
 
 
@@ -75,11 +74,10 @@ def read(folder: Path) -> dict[str, Any]:
     said: dict[str, Any] = {}
     for name in FORMATS:
         with tempfile.TemporaryDirectory() as made:
-            written = formats.written(
-                name, Path(made), [(n, {k: row[v] for k, v in roles.items()}) for n, row in records]
-            )
+            steps = [{role: row[field] for role, field in roles.items()} for row in records]
+            written = formats.WRITERS[name][1](Path(made), steps)
             said[name] = summary(diagnose_file(written, loss, **MAPPED.get(name, {})))
-    if "student_logits" in records[0][1]:
+    if "student_logits" in records[0]:
         said["arrays with logits"] = summary(with_logits(records, loss))
     return {
         "name": outcome["name"],
@@ -95,12 +93,12 @@ def read(folder: Path) -> dict[str, Any]:
     }
 
 
-def with_logits(records: Sequence[tuple[int, dict[str, Tensor]]], loss: Any) -> Diagnosis:
+def with_logits(records: Sequence[dict[str, Tensor]], loss: Any) -> Diagnosis:
     """The diagnosis of arrays with both whole distributions."""
     monitor = Monitor(loss)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CollapseWarning)
-        for step, row in records:
+        for step, row in enumerate(records):
             given = {name: row[name] for name in ("entropy", "student_logits", "teacher_logits")}
             behavior = row["behavior_logprobs"]
             same = torch.equal(behavior, row["student_logprobs"])

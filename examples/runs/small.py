@@ -29,7 +29,8 @@ def lines(folder: Path, behavior: bool) -> list[str]:
     """A line for each rollout."""
     names = ("student_logprobs", "teacher_logprobs", *(("behavior_logprobs",) if behavior else ()))
     found = []
-    for step, row in steps_of(folder):
+    for row in steps_of(folder):
+        step = int(row["step"])
         if step % EVERY == 1:
             for number in range(ROLLOUTS):
                 length = int(row["mask"][number].sum())

@@ -157,4 +157,5 @@ def _square(tokens: SampledTokens) -> Tensor | None:
     if tokens.student_logits is None:
         return None
     p = tokens.student.exp()
-    return 1 - 2 * p + torch.softmax(tokens.student_logits, -1).square().sum(-1)
+    # Of a certain token, rounding may leave less than zero.
+    return (1 - 2 * p + torch.softmax(tokens.student_logits, -1).square().sum(-1)).clamp_min(0.0)

@@ -37,7 +37,7 @@ def row_sums(
         p, q = log_p.exp(), log_q.exp()
         # Tokens of probability zero under the student count nothing.
         log_u = torch.where(p > 0, log_q - log_p, 0.0).clamp(-EDGE, EDGE)
-        length = 1 - 2 * p + p.square().sum(-1, keepdim=True)
+        length = (1 - 2 * p + p.square().sum(-1, keepdim=True)).clamp_min(0.0)
         for weight in weights:
             a = weight(log_u)
             step = p * (a - (p * a).sum(-1, keepdim=True))

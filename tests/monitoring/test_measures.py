@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 import opdtheory as opd
+from opdtheory.monitoring import diagnose
 from opdtheory.monitoring.evidence import leave_one_out
 from opdtheory.monitoring.measures import measured, quantiles, tail_index
 from opdtheory.monitoring.monitor import metrics_of
@@ -139,3 +142,14 @@ def test_leaving_out_a_group_leaves_the_others():
     sums[0] = 0.0
     found = leave_one_out(sums)
     assert found.tolist() == [[12.0, 15.0], [10.0, 12.0], [8.0, 10.0], [6.0, 8.0]]
+
+
+def test_certain_tokens_have_no_score_and_no_nan():
+    """Of a token with p = 1, 1 - 2p + sum p^2 is zero, and rounding may leave less."""
+    logits = torch.zeros(400, 50, dtype=torch.float64)
+    logits[:, 0] = torch.linspace(20, 60, 400)
+    log_p, log_q = logits.log_softmax(-1)[:, 0].view(20, 20), torch.full((20, 20), -0.5, dtype=torch.float64)
+    whole = {"student_logits": logits.view(20, 20, 50), "teacher_logits": torch.zeros(20, 20, 50)}
+    found = diagnose(log_p, log_q, estimator="opd_plus", divergence="jsd", clip_log_ratio=0.2, **whole)
+    assert all(math.isfinite(each.number.value) for each in found.findings)
+    assert all(math.isfinite(number.value) for number in found.signal.values())
