@@ -148,7 +148,9 @@ def test_certain_tokens_have_no_score_and_no_nan():
     """Of a token with p = 1, 1 - 2p + sum p^2 is zero, and rounding may leave less."""
     logits = torch.zeros(400, 50, dtype=torch.float64)
     logits[:, 0] = torch.linspace(20, 60, 400)
-    log_p, log_q = logits.log_softmax(-1)[:, 0].view(20, 20), torch.full((20, 20), -0.5, dtype=torch.float64)
+    # As trainers log them, rounded to float32.
+    log_p = logits.log_softmax(-1)[:, 0].float().view(20, 20)
+    log_q = torch.full((20, 20), -0.5, dtype=torch.float64)
     whole = {"student_logits": logits.view(20, 20, 50), "teacher_logits": torch.zeros(20, 20, 50)}
     found = diagnose(log_p, log_q, estimator="opd_plus", divergence="jsd", clip_log_ratio=0.2, **whole)
     assert all(math.isfinite(each.number.value) for each in found.findings)
