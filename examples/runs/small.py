@@ -1,6 +1,6 @@
 """Cut three of the runs that `make.py` made to a size that ships: `python examples/runs/small.py FOLDER`.
 
-Every other step, and the first eight rollouts of each: log-probabilities to four decimals, in the field names of our
+Every other step, and the first eight rollouts of each: log-probabilities to four digits, in the field names of our
 own trainer. The sampler's are kept where it is not the student.
 """
 
@@ -40,7 +40,7 @@ def lines(folder: Path, behavior: bool) -> list[str]:
 
 
 def _rounded(values: Tensor) -> list[float]:
-    return [round(value, DIGITS) for value in values.double().tolist()]
+    return [float(f"{value:.{DIGITS}g}") for value in values.double().tolist()]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

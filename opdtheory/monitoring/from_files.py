@@ -2,10 +2,13 @@ r"""`diagnose_file`: what the files of a run say, read step by step."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
+
+import torch
 
 from opdtheory.divergences import Divergence
 from opdtheory.estimators import Estimator
@@ -55,6 +58,7 @@ def diagnose_file(
     """
     monitor = Monitor(estimator, divergence, together=together, **options)
     with (
+        _one_thread(),
         warnings.catch_warnings(),
         read_run(path, student=student, teacher=teacher, behavior=behavior, mask=mask, progress=progress) as reader,
     ):
@@ -73,3 +77,14 @@ def diagnose_file(
         called = reader.sources[0].name if len(reader.sources) == 1 else f"{len(reader.sources):,} files"
         source = called + (f" of {' and '.join(names)}" if names else "")
         return monitor.diagnosis(source, batch_tokens=batch_tokens, left_out=reader.left_out.words)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """One thread of torch: the sums are too small to gain from more, and the processes that parse need the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -9,7 +9,16 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from opdtheory.monitoring.files.fields import ROLLOUT_MASKS, Fields, Mapped, chosen, flattened, step_entries, whole
+from opdtheory.monitoring.files.fields import (
+    ROLLOUT_MASKS,
+    WHOLE,
+    Fields,
+    Mapped,
+    chosen,
+    flattened,
+    step_entries,
+    whole,
+)
 
 __all__ = ["Block", "Findings", "Gatherer", "Key", "NotRowsError", "Rows", "assembled", "joined", "rows_of"]
 
@@ -177,9 +186,26 @@ def _block(flat: Mapping[str, Any], fields: Fields, step: int | None) -> tuple[B
     single = {"student": fields.student, "teacher": fields.teacher, "behavior": fields.behavior}
     single["entropy"] = fields.entropy
     columns = {role: rows_of(flat[name]) for role, name in single.items() if name is not None}
+    over_prompt = WHOLE.get(fields.trainer or "", frozenset())
+    for role, name in single.items():
+        if name is not None and name.rpartition(".")[2] in over_prompt:
+            columns[role] = of_responses(columns[role], columns["student"].lengths)
     masks = [rows_of(flat[name]) for name in fields.masks]
     rollout_masks = [_numbers(flat[name]) for name in fields.rollout_masks]
     return assembled(columns, masks, rollout_masks, step, fields.trainer)
+
+
+def of_responses(rows: Rows, lengths: NDArray[np.int64]) -> Rows:
+    """The responses' part of rows over prompt and response, whose numbers stand one place before their tokens.
+
+    Rows as long as the responses are these already.
+    """
+    if len(rows.lengths) != len(lengths) or not (rows.lengths > lengths).all():
+        return rows
+    ends = rows.lengths.cumsum() - 1
+    first = np.repeat(ends - lengths, lengths)
+    within = np.arange(int(lengths.sum())) - np.repeat(lengths.cumsum() - lengths, lengths)
+    return Rows(rows.values[first + within], lengths)
 
 
 def assembled(

@@ -55,6 +55,7 @@ class Names:
         masks: 1 on tokens that count; the product of those that a record has.
         rollout_masks: 1 on rollouts that count, one number for each.
         entropy: of the student, in nats.
+        whole: names of rows over prompt and response, the number of a token one place before it.
         remark: what a reader of its files should know.
     """
 
@@ -65,6 +66,7 @@ class Names:
     masks: tuple[str, ...] = ()
     rollout_masks: tuple[str, ...] = ()
     entropy: tuple[str, ...] = ()
+    whole: tuple[str, ...] = ()
     remark: str = ""
 
     @property
@@ -102,6 +104,7 @@ TRAINERS: tuple[Names, ...] = (
         behavior=("rollout_log_probs",),
         masks=("response_mask",),
         entropy=("entropys",),
+        whole=("teacher_logprobs",),
         remark="`batch` of a DataProto; `log_probs` are those of the policy while it is updated",
     ),
     Names(
@@ -148,6 +151,9 @@ TRAINERS: tuple[Names, ...] = (
         remark="the fields of `Experience`",
     ),
 )
+
+# By trainer, the names of rows over prompt and response.
+WHOLE = {names.trainer: frozenset(names.whole) for names in TRAINERS if names.whole}
 
 # Names of what is one number for each rollout.
 ROLLOUT_MASKS = frozenset(name for names in TRAINERS for name in names.rollout_masks)

@@ -100,4 +100,5 @@ class Setting:
 
 def share(number: Number) -> str:
     """A share in per cent, as sentences say it."""
-    return f"{100 * number.value:.2g} %"
+    percent = 100 * number.value
+    return f"{percent:.0f} %" if percent >= 10 else f"{percent:.2g} %"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -334,3 +336,40 @@ def test_several_files_are_read_in_the_order_given(tmp_path):
         write_lines(tmp_path / f"step_{step}.jsonl", [{k: v for k, v in LINE.items() if k != "step"}])
     chunks = list(read_run([tmp_path / "step_2.jsonl", tmp_path / "step_1.jsonl"]))
     assert [chunk.step for chunk in chunks] == [2, 1]
+
+
+DATA = Path(__file__).parents[1] / "data"
+
+
+def test_a_batch_of_verls_engine_is_read_without_mapping():
+    """Its teacher's log-probabilities are over prompt and response, each one place before its token."""
+    batch = torch.load(DATA / "verl_batch.pt", weights_only=True)
+    (chunk,) = read_run(DATA / "verl_batch.pt")
+    mask = batch["response_mask"] > 0
+    assert chunk.trainer == "verl" and len(chunk.tokens) == int(mask.sum()) == 7
+    assert torch.allclose(chunk.tokens.student, batch["old_log_probs"][mask].double())
+    # The reference model was the teacher itself.
+    assert torch.allclose(chunk.tokens.teacher, batch["ref_log_prob"][mask].double(), atol=1e-6)
+    (by_name,) = read_run(DATA / "verl_batch.pt", teacher="ref_log_prob")
+    assert torch.allclose(by_name.tokens.teacher, chunk.tokens.teacher, atol=1e-6)
+
+
+def test_rows_over_prompt_and_response_are_cut_by_their_own_lengths():
+    from opdtheory.monitoring.files.blocks import Rows, of_responses
+
+    values = np.arange(11.0)  # rows of 5 and 6
+    found = of_responses(Rows(values, np.array([5, 6])), np.array([2, 3]))
+    assert found.values.tolist() == [2.0, 3.0, 7.0, 8.0, 9.0] and found.lengths.tolist() == [2, 3]
+    same = Rows(np.arange(5.0), np.array([2, 3]))
+    assert of_responses(same, np.array([2, 3])) is same
+
+
+@pytest.mark.parametrize("name", ["trl_grpo_engine.pt", "trl_grpo_record.jsonl"])
+def test_objects_of_trls_grpo_trainer_are_read_without_mapping(name):
+    (chunk,) = [chunk for chunk in read_run(DATA / name)][:1]
+    assert chunk.trainer == "TRL" and len(chunk.tokens) > 3 and (chunk.tokens.teacher <= 0).all()
+
+
+def test_trls_batch_without_the_students_log_probabilities_says_why():
+    with pytest.raises(InvalidArgumentError, match="old_per_token_logps` is absent"):
+        list(read_run(DATA / "trl_grpo.pt"))
