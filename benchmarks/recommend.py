@@ -44,17 +44,18 @@ RESAMPLED, ALPHA = 1000, 0.05
 
 _HEAD = """# What `recommend` was held against
 
-`python benchmarks/recommend.py --smollm2 --write docs/recommend.md` writes this page. [`opdtheory.recommend`](api/monitoring.md)
-ranks estimators by the error of their gradient: the square of the bias and the variance of a batch, both over the square of
-the exact gradient. Here the errors are measured in the parameters of real models, at fixed histories. A cell is Spearman's
-rank correlation between the stated errors and the measured ones, with a 95 % interval from a bootstrap.
+`python benchmarks/recommend.py --smollm2 --write docs/recommend.md` writes this page.
+[`opdtheory.recommend`](api/monitoring.md) ranks estimators by the error of their gradient: the square of the bias and
+the variance of a batch, both over the square of the exact gradient. Here the errors are measured in the parameters of
+real models, at fixed histories. A cell is Spearman's rank correlation between the stated errors and the measured
+ones, with a 95 % interval from a bootstrap.
 
 - *expected*: bias and variance along random directions, with an exact sum over the vocabulary.
-- *sampled*: the mean over batches that were drawn, each with the estimator's own code. Of a weight with a heavy tail, few
-  batches show the rare tokens that make most of its variance. With `batches` given, `recommend` leaves out what so many
-  batches do not show.
-- *without logits*: the proxies that log-probabilities of sampled tokens allow, which leave some estimators unjudged. The
-  constant in them was set on the arithmetic pair.
+- *sampled*: the mean over batches that were drawn, each with the estimator's own code. Of a weight with a heavy tail,
+  few batches show the rare tokens that make most of its variance. With `batches` given, `recommend` leaves out what
+  so many batches do not show.
+- *without logits*: the proxies that log-probabilities of sampled tokens allow, which leave some estimators unjudged.
+  The constant in them was set on the arithmetic pair.
 
 Trust ranks more than values."""
 
