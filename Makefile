@@ -7,7 +7,7 @@ INPUTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help verify test test-slow lint format typecheck-runtime gallery trainers verl mutation fuzz device bench accuracy coverage docs wheel clean
+.PHONY: help verify test test-slow lint format typecheck-runtime gallery trainers verl runs mutation fuzz device bench accuracy coverage docs wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -80,6 +80,11 @@ $(VERL)/.installed: $(INPUTS) examples/trainers/requirements-verl.txt
 verl: $(VERL)/.installed ## audit verl's engine below its rollout, in an environment of its own; writes docs/verl.md
 	$(VERL)/bin/python examples/trainers/verl_monitor.py
 	$(VERL)/bin/python examples/trainers/verl_engine.py --page docs/verl.md
+
+runs: $(VENV)/.installed-dev ## make the runs that a diagnosis is held to, of two students, and read them in all formats
+	$(BIN)/python examples/runs/make.py --out build/runs/first --cache build/runs/models --logits
+	$(BIN)/python examples/runs/make.py --out build/runs/second --cache build/runs/models --seed 11 --pair-seed 1
+	$(BIN)/python examples/runs/check.py build/runs/first build/runs/second
 
 mutation: $(VENV)/.installed-dev ## break the library term by term; writes docs/mutation.md (about an hour)
 	$(BIN)/python -m tests.mutation --log reports/mutation.jsonl --page docs/mutation.md

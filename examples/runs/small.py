@@ -1,7 +1,7 @@
 """Cut three of the runs that `make.py` made to a size that ships: `python examples/runs/small.py FOLDER`.
 
-Every other step, and the first eight rollouts of each: log-probabilities to four digits, in the field names of our
-own trainer. The sampler's are kept where it is not the student.
+Every other step: forty rollouts of each of the first ten, eight of each later one, log-probabilities to four digits, in
+the field names of our own trainer. The sampler's are kept where it is not the student.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from examples.runs.check import steps_of
 
 HERE = Path(__file__).resolve().parent
 KEPT = {"healthy": "opd_plus_jsd", "stop_gradient_forward_kl": "opd_forward_kl", "engine_at_0.7": "mismatch"}
-EVERY, ROLLOUTS, DIGITS = 2, 8, 4
+EVERY, DIGITS = 2, 4
+EARLY, MANY, FEW = 10, 40, 8
 
 
 def lines(folder: Path, behavior: bool) -> list[str]:
@@ -32,7 +33,7 @@ def lines(folder: Path, behavior: bool) -> list[str]:
     for row in steps_of(folder):
         step = int(row["step"])
         if step % EVERY == 1:
-            for number in range(ROLLOUTS):
+            for number in range(MANY if step <= EARLY else FEW):
                 length = int(row["mask"][number].sum())
                 kept = {name: _rounded(row[name][number, :length]) for name in names}
                 found.append(json.dumps({"step": step, **kept}))

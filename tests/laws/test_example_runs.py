@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples.runs import make
+import opdtheory as opd
+from examples.runs import check, make
 from opdtheory.errors import TrainingError
 from opdtheory.training import loading
 from opdtheory.training.tasks import task
@@ -68,3 +69,49 @@ def test_a_run_that_breaks_off_fails(pair: None, tmp_path: Path, monkeypatch: py
     (found,) = make.make_all(["opd_chi2"], tmp_path)
     assert found == json.loads((tmp_path / "opd_chi2" / "outcome.json").read_text())
     assert make.line_of(found) == "opd_chi2: fails, step 2: the loss is nan"
+
+
+RECORD = json.loads(check.RECORD.read_text(encoding="utf-8"))
+
+
+def test_every_run_of_two_students_was_read_right() -> None:
+    assert {(row["pair_seed"], row["seed"]) for row in RECORD} == {(0, 0), (1, 11)}
+    for pair in {(row["pair_seed"], row["seed"]) for row in RECORD}:
+        assert sorted(row["name"] for row in RECORD if (row["pair_seed"], row["seed"]) == pair) == sorted(make.RUNS)
+    for row in RECORD:
+        assert set(row["said"]) >= set(check.FORMATS)
+        judged = [check.is_right(row["name"], row["word"], said, row["steps"]) for said in row["said"].values()]
+        assert row["right"] and all(judged), row["name"]
+    assert any("arrays with logits" in row["said"] for row in RECORD)
+
+
+def test_a_wrong_reading_is_not_right() -> None:
+    late = {"verdict": "collapse", "first_warning": 12, "tokens": 1}
+    assert not check.is_right("opd_jsd", "collapses", late, 120)
+    assert check.is_right("opd_jsd", "collapses", late | {"first_warning": 11}, 120)
+    missed = {"verdict": "nothing_found", "first_warning": None, "tokens": 1}
+    assert not check.is_right("opd_jsd", "collapses", missed, 120) and check.is_right("x", "trains", missed, 120)
+    assert not check.is_right("x", "trains", late, 120) and not check.is_right("mismatch", "stays", missed, 120)
+
+
+def test_the_page_shows_the_record() -> None:
+    text = check.PAGE.read_text(encoding="utf-8")
+    assert check.page_with(text, check.table(RECORD)) == text, "python examples/runs/check.py FOLDER ... --write"
+
+
+@pytest.mark.parametrize(
+    ("name", "estimator", "divergence", "verdict"),
+    [
+        ("healthy", "opd_plus", "jsd", "nothing_found"),
+        ("stop_gradient_forward_kl", "opd", "forward_kl", "collapse"),
+        ("engine_at_0.7", "opd", "reverse_kl", "other_samples"),
+    ],
+)
+def test_runs_that_ship_are_read_as_the_guide_says(name: str, estimator: str, divergence: str, verdict: str) -> None:
+    path = check.HERE / f"{name}.jsonl.gz"
+    found = opd.diagnose_file(path, estimator, divergence)
+    assert found.verdict == verdict and found.first_warning == (1 if verdict == "collapse" else None)
+    assert path.stat().st_size < 200_000
+    # The twins: the healthy run read as stop-gradient, the collapsed one as what would have been right.
+    twin = opd.diagnose_file(path, "opd" if name == "healthy" else "opd_plus", divergence)
+    assert (twin.verdict == "collapse") == (name == "healthy")
