@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -92,6 +93,16 @@ def test_a_wrong_reading_is_not_right() -> None:
     missed = {"verdict": "nothing_found", "first_warning": None, "tokens": 1}
     assert not check.is_right("opd_jsd", "collapses", missed, 120) and check.is_right("x", "trains", missed, 120)
     assert not check.is_right("x", "trains", late, 120) and not check.is_right("mismatch", "stays", missed, 120)
+
+
+def test_the_page_shows_the_names_that_are_recognised() -> None:
+    path = check.PAGE.parent / "generate_runs.py"
+    spec = importlib.util.spec_from_file_location("generate_runs", path)
+    assert spec is not None and spec.loader is not None
+    generate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generate)
+    text = check.PAGE.read_text(encoding="utf-8")
+    assert generate.page_with(text) == text, "python docs/generate_runs.py"
 
 
 def test_the_page_shows_the_record() -> None:
