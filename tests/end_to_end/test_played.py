@@ -15,7 +15,7 @@ pytest.importorskip("trl")
 _MODES = ("eval mode", "teacher in train mode")
 
 
-@pytest.mark.parametrize("name", some(gkd_faults.FAULTS, 5))
+@pytest.mark.parametrize("name", some(gkd_faults.FAULTS, 8))
 def test_a_fault_is_named(name: str) -> None:
     build, phrase = gkd_faults.FAULTS[name]
     found = audit_trainer(build, "reverse_kl", variants=False)

@@ -110,6 +110,7 @@ def test_the_audit_names_its_weight() -> None:
     assert opd.audit(opd.estimator("half_square", alpha=2.0), "reverse_kl").scale == pytest.approx(2.0)
 
 
+@pytest.mark.slow
 def test_the_table_has_its_row(capsys: pytest.CaptureFixture[str]) -> None:
     (row,) = (row for row in rows() if row.estimator.name == "bounded_reward")
     assert (row.verdict, row.stability, row.second_moment) == ("some f-divergence", "attracts", "bounded")

@@ -129,7 +129,7 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("name", some(WRONG))
+@pytest.mark.parametrize("name", some(WRONG, 4))
 def test_what_is_wrong_beyond_the_panel_does_not_pass_and_says_where(name):
     loss, settings, where = WRONG[name]
     report = opd.audit(loss, "reverse_kl", reduction="any", **settings)

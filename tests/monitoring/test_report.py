@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 import sys
 
 import pytest
@@ -12,6 +14,8 @@ from opdtheory.monitoring import Diagnosis, Monitor, diagnose
 from opdtheory.monitoring.page import render_diagnosis, write_diagnosis
 from opdtheory.monitoring.report import VERDICTS
 from tests.monitoring.runs import drawn, laws
+
+CHROMIUM = shutil.which("chromium")
 
 
 @pytest.fixture(scope="module")
@@ -97,3 +101,22 @@ def test_a_diagnosis_is_repeatable():
     rows = drawn(*laws(60, 8, seed=1), rollouts=32, length=20, seed=2)
     first, second = (str(diagnose(rows["student"], rows["teacher"], estimator="opd", divergence="jsd")) for _ in "ab")
     assert first == second
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
+@pytest.mark.parametrize("width", [1400, 400])
+def test_a_browser_shows_the_page_within_its_width(run, tmp_path, width):
+    """The page sets its own width as its title, by a script that only the test adds."""
+    page = render_diagnosis(run)
+    probe = "<script>document.title = document.documentElement.scrollWidth + ' ' + document.images.length</script>"
+    policy = page[page.index("<meta http-equiv") : page.index(">", page.index("<meta http-equiv")) + 1]
+    path = tmp_path / "page.html"
+    path.write_text(page.replace(policy, "").replace("</body>", f"{probe}</body>"), encoding="utf-8")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
+    command = [str(CHROMIUM), *flags, f"--window-size={width},900", path.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    shown = done.stdout.partition("<title>")[2].partition("</title>")[0].split()
+    # Chromium's own window is at least 500 wide.
+    assert int(shown[0]) <= max(width, 500) and done.stdout.count("<svg") == 5
+    assert "heads for a collapse" in done.stdout

@@ -11,7 +11,7 @@ from opdtheory.verification.verify import Verification, verify
 @functools.cache
 def few() -> Verification:
     """Two quick theorems and a few estimators; tests/laws runs all of them."""
-    return verify(["T1b", "T8c", "k1_loss", "k3_loss", "opd_plus"])
+    return verify(["T1b", "T8c", "k1_loss", "k3_loss", "sign"])
 
 
 def of(*identities: IdentityResult, steps: bool = True) -> Verification:

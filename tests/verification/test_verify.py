@@ -16,7 +16,7 @@ def test_what_is_selected_is_verified(verification: Verification) -> None:
     failed += [f"{r.name}: {r.claim.verdict}, audit {r.audit.verdict}" for r in verification.estimators if not r.passed]
     assert verification.passed, failed
     assert [r.number for r in verification.theorems] == ["T1b", "T8c"]
-    assert {r.audit.name.split("'")[1] for r in verification.estimators} == {"k1_loss", "k3_loss", "opd_plus"}
+    assert {r.audit.name.split("'")[1] for r in verification.estimators} == {"k1_loss", "k3_loss", "sign"}
     assert verification.twins_refuted >= len(verification.identities) + len(verification.estimators)
 
 

@@ -45,7 +45,7 @@ def named(name: str) -> opd.Divergence:
     return opd.divergences.alpha(0.5) if name == "alpha" else opd.divergence(name)
 
 
-@pytest.mark.parametrize(("k", "baseline"), [(1, "rest"), (2, None)])
+@pytest.mark.parametrize(("k", "baseline"), some([(1, "rest"), (2, None)], 2))
 @pytest.mark.parametrize("name", some(NAMES))
 def test_its_expected_gradient_is_that_of_the_divergence(name: str, k: int, baseline: Any) -> None:
     report = audit(sampled(divergence=named(name), top_k=k, baseline=baseline), named(name), prompts=("a", "ba"))
