@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from opdtheory.choices import FAITHFUL, Verdict
 from opdtheory.objective import Objective
 from opdtheory.rendering import text
+from opdtheory.rendering.values import plain_values
 
 __all__ = ["SCHEMA_VERSION", "TrainerAudit", "Variant"]
 
@@ -136,7 +136,7 @@ class TrainerAudit:
         record |= {"objective": self.claim.label, "granularity": self.claim.granularity}
         record |= {"reduction": self.claim.reduction, "passes": self.passes, "limits": self.limits}
         record |= {"variants": [dataclasses.asdict(each) for each in self.variants], "schema_version": SCHEMA_VERSION}
-        found: dict[str, Any] = _plain(record)
+        found: dict[str, Any] = plain_values(record)
         return found
 
     def __str__(self) -> str:
@@ -150,13 +150,3 @@ class TrainerAudit:
             parts += ["", *text.table(rows, align="lrrl")]
         parts += ["", "What was not asked:", *map(text.item, self.limits)]
         return "\n".join(parts)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

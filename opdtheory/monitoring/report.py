@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,6 +18,7 @@ from opdtheory.monitoring.measures import Measured, measured, moment, quantiles
 from opdtheory.monitoring.sums import Number, Sums, number_of
 from opdtheory.monitoring.zoo import beside
 from opdtheory.rendering import text
+from opdtheory.rendering.values import plain_values
 
 __all__ = ["SCHEMA_VERSION", "VERDICTS", "ZOO_COLUMNS", "Diagnosis", "Step", "Verdict", "cells"]
 
@@ -216,12 +216,12 @@ class Diagnosis:
             "log_u": {str(share): value for share, value in self.log_u.items()},
             "reverse_kl": list(self.reverse_kl),
             "signal": {name: list(number) for name, number in self.signal.items()},
-            "zoo": [{key: _plain(value) for key, value in vars(each).items()} for each in self.zoo],
+            "zoo": [{key: plain_values(value) for key, value in vars(each).items()} for each in self.zoo],
             "steps": [{**vars(each), "metrics": dict(each.metrics)} for each in self.steps],
             "left_out": list(self.left_out),
             "limits": list(self.limits),
         }
-        plain: dict[str, Any] = _plain(found)
+        plain: dict[str, Any] = plain_values(found)
         return plain
 
     def __str__(self) -> str:
@@ -253,11 +253,3 @@ def cells(row: Measured) -> tuple[str, ...]:
     shares = (f"{100 * each.value:.0f} %" for each in (row.falls, row.rises))
     numbers = (row.slope.value, row.pull, row.towards.value, row.signal.value)
     return (row.name, *shares, *(f"{value:+.2g}" for value in numbers), f"{100 * row.carried.value:.2g} %")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -113,18 +113,20 @@ def mismatch(s: Setting) -> Iterator[Finding]:
         return share(ratio.number(outside))
 
     shown = (
-        f"{apart.value:.2g} nats per token from the student, with p/mu outside [1/2, 2] on {beyond(0.5, 2)} of them; "
-        f"weights p/mu leave an effective {share(ratio.number(_effective))} of the tokens, TIS at 2 cuts "
-        f"{beyond(1e-30, 2)}, a mask of [0.5, 5] {beyond(0.5, 5)} (T8, T14)."
+        f"it is {apart.value:.2g} nats per token from the student, p/mu lies outside [1/2, 2] on {beyond(0.5, 2)} of "
+        f"them, weights p/mu leave an effective {share(ratio.number(_effective))} of them, TIS at 2 cuts "
+        f"{beyond(1e-30, 2)} and a mask of [0.5, 5] {beyond(0.5, 5)} (T8, T14)."
     )
     quantity = "KL(mu|p), nats per token"
     if not _is_apart(apart):
-        yield Finding("sampler", "note", f"The sampler is close: {shown}", apart, quantity, "T8, T14")
+        yield Finding(
+            "sampler", "note", f"What sampled these tokens is close to the student: {shown}", apart, quantity, "T8, T14"
+        )
         return
     yield Finding(
         "mismatch",
         "warning",
-        f"Another policy sampled: {shown}" + ("" if s.importance else " Nothing corrects for it."),
+        f"Another policy sampled these tokens: {shown}" + ("" if s.importance else " Nothing corrects for it."),
         apart,
         quantity,
         "T8, T14",
