@@ -79,7 +79,7 @@ def rollout_moments(
 
     Example:
         >>> import opdtheory as opd
-        >>> student, teacher = (opd.MarkovPolicy.random(4, 10_000, seed=s) for s in (0, 1))
+        >>> student, teacher = (opd.MarkovPolicy.random(4, 1_000, seed=s) for s in (0, 1))
         >>> jsd = opd.divergence("jsd")
         >>> sampled, summed = (rollout_moments(student, teacher, jsd.weight, summed_tokens=k) for k in (0, 4))
         >>> sampled.variance > summed.variance

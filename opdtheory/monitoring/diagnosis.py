@@ -60,6 +60,7 @@ def diagnose(
         T4, T5 (where the weight falls), T7 (noise), T8 and T14 (other samplers), T11 (lengths), T13 (top tokens).
 
     Example:
+        >>> import torch
         >>> student = torch.full((4, 8), -1.0)
         >>> diagnose(student, student + 0.1, estimator="k1_loss").verdict
         'no_signal'

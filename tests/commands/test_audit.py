@@ -129,6 +129,7 @@ def test_audit_writes_a_page(losses: str, tmp_path: Path, capsys: pytest.Capture
     assert json.loads(captured.out)["verdict"] == "other_objective" and "wrote" in captured.err
 
 
+@pytest.mark.slow
 def test_a_recorded_bias_holds_and_a_new_one_fails(
     losses: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -390,6 +391,7 @@ def test_positions_that_are_no_numbers_are_usage_errors(losses: str, text: str) 
     assert exit_.value.code == 2
 
 
+@pytest.mark.slow
 def test_options_win_over_claims_and_claims_over_the_project(losses: str, capsys: pytest.CaptureFixture[str]) -> None:
     project = Path(losses).with_name("pyproject.toml")
     project.write_text('[tool.opdtheory]\nobjective = "forward_kl"\neos = 0\nseed = 3\nshared_prompt = true\n')

@@ -75,6 +75,7 @@ def test_a_sampled_sum_is_exact_in_every_granularity(granularity):
     assert opd.audit(lambda r: loss(r, 8.0), claim, granularity, details=False).verdict != "exact"
 
 
+@pytest.mark.slow
 def test_what_a_biased_sum_is_told():
     report = opd.audit(lambda r: summed(r, {"reverse_kl": 9, "forward_kl": 1}), "8*reverse_kl + forward_kl")
     assert report.verdict == "biased"
@@ -138,6 +139,7 @@ def test_scores_at_a_temperature_need_rollouts_at_that_temperature(tau):
     assert both(k2, sampling_temperature=tau) == "biased"
 
 
+@pytest.mark.slow
 def test_a_softened_loss_is_described_as_such():
     report = opd.audit(
         lambda r: r.token_sum(vocabulary(r, "forward_kl", tau=(2, 2))),
@@ -165,6 +167,7 @@ def token_ratio(r: Rollouts) -> Tensor:
 @pytest.mark.parametrize(
     "settings", [{}, *(pytest.param(each, marks=slow) for each in ({"eos": 0}, {"prompts": 2, "environment": (1,)}))]
 )
+@pytest.mark.slow
 def test_histories_of_the_sampler(settings):
     def ratio(r: Rollouts) -> Tensor:
         return r.token_sum(-token_ratio(r) * r.log_u.detach() * r.student_logprobs)
@@ -201,6 +204,7 @@ def test_a_sound_loss_at_the_samplers_histories_passes_every_check():
         pytest.param((0.8, 0.2), "reverse_kl", marks=slow),
     ],
 )
+@pytest.mark.slow
 def test_several_teachers(weights, name):
     def loss(r: Rollouts, shares: tuple[float, ...] = weights or (0.5, 0.5)) -> Tensor:
         return r.token_sum(sum(c * vocabulary(r, name, t.logits) for c, t in zip(shares, r.teachers, strict=True)))
@@ -238,6 +242,7 @@ def test_several_teachers_in_full():
 
 
 @pytest.mark.parametrize("lam", [1.25, pytest.param(0.5, marks=slow), pytest.param(2.0, marks=slow)])
+@pytest.mark.slow
 def test_an_extrapolated_teacher(lam):
     def loss(r: Rollouts, factor: float = lam) -> Tensor:
         reward = factor * (r.teacher_logprobs - r.base_logprobs) - (r.student_logprobs - r.base_logprobs)

@@ -31,7 +31,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
-LONG = ("concepts.md", "tutorial.md")
+LONG = ("ci.md", "concepts.md", "tutorial.md")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "examples").rglob("*.md")), *sorted(DOCS.rglob("*.md"))]
 
 _BLOCK = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -167,6 +167,7 @@ def test_the_fused_loss_compiles(label: str) -> None:
 
 
 @pytest.mark.parametrize("name", some(("full_vocab", "opd_plus"), 2))
+@pytest.mark.slow
 def test_audits_name_it(label: str, name: str) -> None:
     loss = opd.estimator(name, label)
     testing.assert_claim(loss)
@@ -208,6 +209,7 @@ def kinked(monkeypatch: pytest.MonkeyPatch) -> Divergence:
     )
 
 
+@pytest.mark.slow
 def test_a_generator_with_a_kink_is_one_entry_too(kinked: Divergence) -> None:
     settings = hypothesis.settings(max_examples=300, deadline=None, database=None, derandomize=True)
     assert hypothesis.find(testing.divergences(), lambda d: d is kinked, settings=settings) is kinked

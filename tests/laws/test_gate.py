@@ -178,6 +178,7 @@ RIGHT = {
 
 
 @pytest.mark.parametrize("name", RIGHT)
+@pytest.mark.slow
 def test_what_refuses_a_world_is_audited_within_its_own_and_told_so(name):
     loss, settings, limit = RIGHT[name]
     report = opd.audit(loss, "reverse_kl", **settings)
@@ -203,6 +204,7 @@ def test_a_kink_is_no_fault_of_a_sound_loss(name):
 
 
 @pytest.mark.parametrize("name", NARROW)
+@pytest.mark.slow
 def test_a_small_or_narrow_loss_is_judged_by_its_own_size(name):
     report = opd.audit(NARROW[name], "reverse_kl")
     assert report.passes and report.verdict == "exact_up_to_scale"
@@ -253,7 +255,7 @@ def sampled(reduce: str) -> Callable[[Rollouts], Tensor]:
         *(pytest.param(each, marks=pytest.mark.slow) for each in ({}, {"batch_size": 2}, {"batch_size": 3})),
     ],
 )
-@pytest.mark.parametrize("reduction", some(["token_mean", "sequence_mean", "token_sum"], 2))
+@pytest.mark.parametrize("reduction", some(["token_mean", "sequence_mean", "token_sum"]))
 def test_the_reduction_of_a_loss_is_found(reduction, settings):
     loss = sampled(reduction)
     found = opd.audit(loss, "reverse_kl", reduction="any", details=False, **settings)
@@ -275,6 +277,7 @@ def test_a_mean_says_what_it_is_first_and_what_it_costs():
     assert opd.audit(sampled("token_sum"), "reverse_kl").against_sum == []
 
 
+@pytest.mark.slow
 def test_a_token_mean_of_a_large_batch_is_exact_without_sampling():
     report = opd.audit(sampled("token_mean"), "reverse_kl", batch_size=32, eos=0)
     assert report.monte_carlo is None and report.reduction == "token_mean" and not report.passes
@@ -306,6 +309,7 @@ def test_lengths_narrow_the_claim():
         opd.audit(k2, reduction="mean")
 
 
+@pytest.mark.slow
 def test_one_meaning_of_passing():
     from opdtheory.auditing.known_biases import judge
     from opdtheory.testing import assert_minimises, assert_unbiased

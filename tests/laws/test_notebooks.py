@@ -123,6 +123,7 @@ def test_notebooks_run_and_print_what_is_stored(path, kernel):
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::RuntimeWarning")
+@pytest.mark.slow
 def test_a_notebook_leaves_nothing_to_the_next(tmp_path, kernel):
     texts = {}
     for name, source in (("first", "left = 1"), ("second", "print('left' in globals())"), ("third", "1 / 0")):

@@ -51,6 +51,7 @@ def test_granularity_and_settings_reach_the_audit():
         assert_unbiased(k1, "reverse_kl", "sequence", name="mine")
 
 
+@pytest.mark.slow
 def test_a_scale_is_allowed_on_request_only():
     def doubled(r):
         return 2 * k2(r)
@@ -156,6 +157,7 @@ def test_the_gap_is_relative_to_what_is_large():
             gradient_gap(wrong, [one, one])
 
 
+@pytest.mark.slow
 def test_minimising_is_up_to_a_positive_scale():
     report = assert_minimises(lambda r: 3 * k2(r), "reverse_kl", seed=1)
     assert report.scale == pytest.approx(3.0) and report.settings["seed"] == 1
@@ -319,6 +321,7 @@ class Long:
         return "\n".join(f"(layer {n})" for n in range(60))
 
 
+@pytest.mark.slow
 def test_failures_are_at_most_forty_lines():
     failing = [
         lambda: assert_unbiased(Long(k3), "reverse_kl"),

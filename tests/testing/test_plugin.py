@@ -114,6 +114,7 @@ def test_marked_functions_of_test_files_are_audited(pytester):
     chosen.assert_outcomes(passed=2, deselected=2)
 
 
+@pytest.mark.slow
 def test_modules_given_by_path_or_by_name_are_audited(pytester, monkeypatch):
     package = pytester.mkpydir("trainer_losses")
     (package / "kl.py").write_text(SOURCE, encoding="utf-8")
@@ -156,6 +157,7 @@ def test_a_known_bias_passes_one_that_grew_fails_one_that_vanished_is_told(pytes
         monkey.undo()
 
 
+@pytest.mark.slow
 def test_equal_marks_are_told_apart(pytester):
     pytester.makepyfile(
         test_losses="""
@@ -312,6 +314,7 @@ class OfUnittest(unittest.TestCase):
 """
 
 
+@pytest.mark.slow
 def test_marked_methods_of_classes_are_audited(pytester):
     pytester.makepyfile(test_methods=METHODS)
     result = run(pytester, "--opd-audit", "-v")

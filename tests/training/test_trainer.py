@@ -31,7 +31,7 @@ from tests.training.runs import (
 )
 
 
-@pytest.mark.parametrize("case", some(CASES, ids=map(name_of, CASES)))
+@pytest.mark.parametrize("case", some(CASES, 5, ids=map(name_of, CASES)))
 def test_accumulation_changes_nothing(case: dict[str, object]) -> None:
     for reduction in REDUCTIONS:
         settings = config(**case, reduction=reduction, clip_gradient=None, temperature=1.3)

@@ -26,6 +26,7 @@ def test_every_named_estimator_is_verified() -> None:
     assert {loss.name for loss in shipped_estimators()} == set(opd.estimator_names())
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(verification: Verification) -> None:
     again = verify(["T1b", "k1_loss"], workers=2)
     assert again.passed

@@ -288,6 +288,7 @@ def test_bad_arguments_are_named(arguments: dict[str, Any], named: str) -> None:
         remedies(loss, report=audited(loss, "jsd"), **arguments)
 
 
+@pytest.mark.slow
 def test_the_work_is_bounded_in_calls() -> None:
     """Calls rather than seconds, which a busy machine changes."""
     cases: list[tuple[Loss, str, dict[str, Any]]] = [

@@ -99,6 +99,7 @@ def test_names_what_is_followed_instead() -> None:
 
 
 @pytest.mark.bad_input
+@pytest.mark.slow
 def test_sequences_that_nobody_can_enumerate() -> None:
     """32**16 sequences in groups of 8, of policies that `Case` is not annotated for."""
     case = long_case()
@@ -198,6 +199,7 @@ def test_a_smaller_rate_needs_more_observations() -> None:
 
 @pytest.mark.parametrize("at", ["first step", "each step", "behind the end"])
 @pytest.mark.parametrize(("size", "seen"), [(1e-3, True), (1e-7, True), (1e-14, False)])
+@pytest.mark.slow
 def test_a_difference_without_variance_is_compared_to_rounding(at: str, size: float, seen: bool) -> None:
     """The residual is a constant along most directions and zero along the others, so no interval has a length."""
     plain, case = opd.estimator("opd_plus", "jsd"), small_case(3, 2, eos=0)
@@ -236,6 +238,7 @@ def _by_sizes(r: Rollouts) -> torch.Tensor:
     ],
     ids=["window mean", "mean of squares", "forward", "by sizes"],
 )
+@pytest.mark.slow
 def test_a_scale_that_differs_by_pair_is_told_from_a_wrong_direction(loss, claim: str, settings: dict) -> None:
     batch_size, eos = settings["batch_size"], settings.get("eos")
     cases = Scenario(1, eos).pairs()[1:4:2]
@@ -263,6 +266,7 @@ def test_a_wrong_direction_is_not_called_right(turn) -> None:
     assert "at any scale" in result.words and "The direction is that" not in result.words
 
 
+@pytest.mark.slow
 def test_the_scale_of_a_token_mean_is_near_the_exact_one() -> None:
     """Enumerated at two rollouts, on the same pairs: within the intervals of the samples."""
     loss, cases = _token_mean(lambda r: r.log_u.detach()), Scenario(2, 0).pairs()[1:4:2]

@@ -43,6 +43,7 @@ def test_a_member_of_a_family_is_named_at_a_batch_size_that_only_sampling_reache
     assert "intervals that hold jointly" in page and "conjectured from batches of 2" in page
 
 
+@pytest.mark.slow
 def test_what_holds_at_a_smaller_batch_size_is_not_taken_to_hold_at_a_larger_one() -> None:
     """A loss that is another one in small batches: neither its name there nor its weight there is claimed."""
     small, large = (

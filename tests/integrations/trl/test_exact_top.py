@@ -56,12 +56,14 @@ def test_its_expected_gradient_is_that_of_the_divergence(name: str, k: int, base
     assert report.variance < without[name]
 
 
+@pytest.mark.slow
 def test_its_variance_is_lower() -> None:
     plain = audit(sampled(divergence="jsd"), "jsd", prompts=("ba",))
     split = audit(sampled(divergence="jsd", top_k=1, baseline="rest"), "jsd", prompts=("ba",))
     assert split.variance < 0.75 * plain.variance
 
 
+@pytest.mark.slow
 def test_micro_batches() -> None:
     build = sampled(divergence="jsd", top_k=2, baseline="constant", baseline_value=0.3, centred=True)
     report = audit(build, "jsd", batch_size=1, accumulate=2, prompts=("a", "ba"))
@@ -91,7 +93,7 @@ class Unbalanced(ExactTop):
         return weights, ExactTop(self.divergence, self.k).parts(log_p, log_q, log_u, outside)[1]
 
 
-@pytest.mark.parametrize("twin", [Counted, Dropped, Unbalanced])
+@pytest.mark.parametrize("twin", some([Counted, Dropped, Unbalanced]))
 def test_a_wrong_twin_is_seen(twin: type) -> None:
     def build(pair: TrainerPair) -> Any:
         trainer = sampled(divergence="jsd", top_k=1, baseline="constant", baseline_value=0.5)(pair)
@@ -157,6 +159,7 @@ def test_a_sum_over_tokens_is_exact_at_scale_one() -> None:
 
 
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
+@pytest.mark.slow
 def test_one_token_makes_all_means_the_same(loss_type: str) -> None:
     build = sampled(divergence="jsd", settings={"loss_type": loss_type}, top_k=1, baseline="rest")
     report = audit(build, "jsd", batch_size=1, accumulate=2, horizon=1, prompts=("a", "ba"))

@@ -170,6 +170,7 @@ def test_numbers_that_json_lacks_are_null() -> None:
     assert (of(Path("a/run.jsonl"), 0), of(Path("a/run.jsonl"), 3)) == (Path("a/run.jsonl"), Path("a/run.3.jsonl"))
 
 
+@pytest.mark.slow
 def test_the_log_has_means_over_its_steps() -> None:
     every = logged(watched(GRPOTrainer, max_steps=4))
     two = logged(watched(GRPOTrainer, max_steps=4, logging_steps=2))
