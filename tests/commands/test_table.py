@@ -11,6 +11,7 @@ from opdtheory.commands.table import render
 from opdtheory.verification.estimators import rows
 
 
+@pytest.mark.slow
 def test_formats(capsys: pytest.CaptureFixture[str]) -> None:
     table = rows()
     text, markdown, latex = render(table), render(table, "markdown"), render(table, "latex")

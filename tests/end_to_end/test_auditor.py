@@ -63,11 +63,13 @@ def test_a_claim_may_be_a_mean() -> None:
 
 @pytest.mark.parametrize(
     ("factor", "words"),
-    [
-        (lambda pair: 2.0 * pair.batch_size * pair.accumulate, "sums over the rollouts of a step"),
-        (lambda pair: 1.0 / pair.horizon, "divides by the horizon"),
-        (lambda pair: 0.3, "a constant factor"),
-    ],
+    some(
+        [
+            (lambda pair: 2.0 * pair.batch_size * pair.accumulate, "sums over the rollouts of a step"),
+            (lambda pair: 1.0 / pair.horizon, "divides by the horizon"),
+            (lambda pair: 0.3, "a constant factor"),
+        ]
+    ),
 )
 def test_the_cause_of_a_scale_is_found(factor, words: str) -> None:
     def update(pair, prompts, answers):

@@ -23,7 +23,7 @@ def test_a_fault_is_named(name: str) -> None:
     assert found.passes is (name in _MODES), str(found)
 
 
-@pytest.mark.parametrize("name", gkd_faults.REFUSED)
+@pytest.mark.parametrize("name", some(gkd_faults.REFUSED))
 def test_what_cannot_be_played_is_refused(name: str) -> None:
     build, message = gkd_faults.REFUSED[name]
     with pytest.raises((InvalidArgumentError, LossError), match=message):
@@ -83,6 +83,7 @@ def likelihood(pair, **settings):
     )
 
 
+@pytest.mark.slow
 def test_the_likelihood_of_the_teachers_answers_is_the_forward_kl_of_sequences() -> None:
     asked = {"teacher_answers": True, "variants": False}
     mean = audit_trainer(likelihood, "forward_kl", "sequence", reduction="token_mean", **asked)

@@ -648,7 +648,7 @@ def mapped_skip(r):
 
 
 @pytest.mark.parametrize("loss", some([skips_equal_returns, drops_duplicates, halves_one_pair, mapped_skip], 2))
-@pytest.mark.parametrize("batch_size", [2, 3])
+@pytest.mark.parametrize("batch_size", some([2, 3], 2))
 def test_coupling_of_a_few_batches_only_is_not_overlooked(loss, batch_size):
     pair = random_pair(3, 2, seed=3)
     found = gradient_moments(loss, *pair, batch_size)

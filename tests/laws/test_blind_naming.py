@@ -182,7 +182,7 @@ def test_every_estimator_is_among_the_subjects() -> None:
     assert {subject.name for subject in subjects(0)} >= set(estimator_names())
 
 
-@pytest.mark.parametrize("draw", some(range(DRAWN)))
+@pytest.mark.parametrize("draw", some(range(DRAWN), DRAWN))
 def test_drawn_at_random(draw: int) -> None:
     seed = 20_000 + draw
     pool = [s for s in subjects(seed) if claim_settings(s.claim)["batch_size"] <= 2]

@@ -61,7 +61,7 @@ def test_every_entry_is_pinned():
     assert list(EXPECTED) == [entry.function for entry in claims_rollouts.ENTRIES]
 
 
-@pytest.fixture(scope="module", params=some(claims_rollouts.ENTRIES), ids=lambda entry: entry.function)
+@pytest.fixture(scope="module", params=some(claims_rollouts.ENTRIES, 8), ids=lambda entry: entry.function)
 def audited(request: pytest.FixtureRequest) -> Iterator[tuple[gallery.Entry, opd.Audit]]:
     yield request.param, request.param.audit()
 

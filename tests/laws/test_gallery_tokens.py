@@ -52,7 +52,7 @@ EXPECTED: Pins = {
 }
 
 
-@pytest.fixture(scope="module", params=some(claims_tokens.ENTRIES), ids=lambda entry: entry.function)
+@pytest.fixture(scope="module", params=some(claims_tokens.ENTRIES, 8), ids=lambda entry: entry.function)
 def audited(request: pytest.FixtureRequest) -> Iterator[tuple[gallery.Entry, opd.Audit]]:
     yield request.param, request.param.audit()
 

@@ -92,7 +92,7 @@ def check(audit: opd.Audit, expected: Expected) -> None:
 
 
 # One entry after the other, so that the two tests of an entry share its audit.
-@pytest.fixture(scope="module", params=some(gallery.IN_README), ids=lambda entry: entry.function)
+@pytest.fixture(scope="module", params=some(gallery.IN_README, 6), ids=lambda entry: entry.function)
 def audited(request: pytest.FixtureRequest) -> Iterator[tuple[gallery.Entry, opd.Audit]]:
     yield request.param, request.param.audit()
 

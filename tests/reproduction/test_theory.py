@@ -14,6 +14,7 @@ from tests.reproduction.rows import ARMS
 SUPERVISED = TrainConfig(control="supervised")
 
 
+@pytest.mark.slow
 def test_theory_reads_the_weights():
     found = {name: reading(arm.config()) for name, arm in ARMS.items()}
     genuine = {name for name, each in found.items() if each.descends}

@@ -72,6 +72,7 @@ def test_a_weight_of_the_other_sign_ascends(alpha: float) -> None:
     assert not any("log q - " in text for text in of(of_both(lambda p, q: 2 * p - q)).words)
 
 
+@pytest.mark.slow
 def test_what_a_weight_of_one_step_would_follow_is_not_said_of_a_loss_that_does_not() -> None:
     """Masked ratios off-policy, a mean over tokens, a discount by position: on one step all are density-power."""
 

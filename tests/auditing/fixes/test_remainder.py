@@ -12,6 +12,7 @@ from opdtheory.exact import Loss
 from opdtheory.exact.enumeration import Enumeration
 from opdtheory.rollouts import Rollouts
 from tests.auditing.fixes.losses import cure, facts_of, zoo
+from tests.sparse import some
 from tests.tolerances import ENUMERATION
 
 
@@ -38,7 +39,9 @@ def negative_entropy(r: Rollouts) -> Tensor:
     return r.token_sum((log_p.exp() * log_p).sum(-1))
 
 
-@pytest.mark.parametrize(("loss", "batch_size"), [(rewarded, 1), (rewarded_early, 1), (rewarded_against_the_others, 2)])
+@pytest.mark.parametrize(
+    ("loss", "batch_size"), some([(rewarded, 1), (rewarded_early, 1), (rewarded_against_the_others, 2)])
+)
 def test_a_reward_set_apart_is_named_and_no_detach_is_called_verified(loss: Loss, batch_size: int) -> None:
     first = cure(loss, "reverse_kl", pairs=2, batch_size=batch_size)[0]
     assert (first.kind, first.verified) == ("reward", False)

@@ -11,6 +11,7 @@ from opdtheory.auditing.fixes.steps import moved
 from opdtheory.exact import Loss
 from opdtheory.rollouts import Rollouts
 from tests.auditing.fixes.losses import cure, zoo
+from tests.sparse import some
 
 
 def kl(p: Tensor, q: Tensor) -> Tensor:
@@ -86,7 +87,7 @@ CASES: dict[str, tuple[Loss, str, str]] = {
 }
 
 
-@pytest.mark.parametrize("eos", [None, 0])
+@pytest.mark.parametrize("eos", some([None, 0]))
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_is_named(case: str, eos: int | None) -> None:
     loss, objective, words = CASES[case]

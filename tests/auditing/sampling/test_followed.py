@@ -13,6 +13,7 @@ from opdtheory.auditing.sampling.scout import Scout
 from opdtheory.auditing.scenario import Scenario
 from opdtheory.objective import Objective
 from tests.auditing.sampling.pairs import Loss
+from tests.sparse import some
 
 
 def named(loss: Loss, claim: str, scout: Scout | None = None, batch_size: int = 1, seed: int = 0) -> Named | None:
@@ -35,10 +36,13 @@ def named(loss: Loss, claim: str, scout: Scout | None = None, batch_size: int = 
 
 @pytest.mark.parametrize(
     ("loss", "label", "granularity", "gamma"),
-    [
-        (opd.estimator("return_to_go", "jsd", gamma=0.8, discounted=True), "jsd", "token_return", 0.8),
-        (opd.estimator("k3_reward"), "reverse_kl - forward_kl", "token_local", 1.0),
-    ],
+    some(
+        [
+            (opd.estimator("return_to_go", "jsd", gamma=0.8, discounted=True), "jsd", "token_return", 0.8),
+            (opd.estimator("k3_reward"), "reverse_kl - forward_kl", "token_local", 1.0),
+        ],
+        2,
+    ),
     ids=["discount", "signed sum"],
 )
 def test_names_from_samples_alone(loss: Loss, label: str, granularity: str, gamma: float) -> None:

@@ -53,6 +53,7 @@ def test_the_page_says_what_the_report_says(report):
     assert page.tags.count("svg") == 4 and page.tags.count("h1") == 1
 
 
+@pytest.mark.slow
 def test_every_verdict_has_a_page(reports):
     found = {report.verdict for report in reports}
     assert found == set(VERDICTS) - {"undecided"}
