@@ -1,7 +1,7 @@
-"""The time and memory of reading a run of many tokens: seconds, tokens a second and peak memory, by file format.
+"""The time and memory of diagnosing a run of many tokens: seconds, tokens a second and peak memory, by file format.
 
 `python benchmarks/diagnose.py --tokens 100000000` writes a synthetic run of each format into a temporary folder, reads
-it in a process of its own into the sums of a diagnosis, and deletes it.
+diagnoses it in a process of its own, and deletes it.
 """
 
 from __future__ import annotations
@@ -97,22 +97,17 @@ FORMATS: dict[str, Callable[[Path, int], None]] = {
 
 
 def read(folder: Path) -> None:
-    """Read a run into sums and print the figures as JSON; memory is that of this process and its largest child."""
-    from opdtheory.monitoring.files.reading import read_run
-    from opdtheory.monitoring.sums import Sums, group_of
+    """Diagnose a run and print the figures as JSON; memory is that of this process and its largest child."""
+    from opdtheory.monitoring import diagnose_file
 
     start = time.perf_counter()
-    sums = Sums.empty()
-    reader = read_run(folder)
-    for chunk in reader:
-        tokens = chunk.tokens
-        sums.add(tokens.log_u, tokens.student, group_of(tokens.rollout))
+    found = diagnose_file(folder, "opd_plus", "jsd")
+    assert str(found)
     took = time.perf_counter() - start
-    del reader
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     own, child = (each.ru_maxrss / 1e3 for each in used)
     processor = sum(each.ru_utime + each.ru_stime for each in used)
-    print(json.dumps({"tokens": sums.count, "seconds": took, "processor": processor, "own": own, "child": child}))
+    print(json.dumps({"tokens": found.tokens, "seconds": took, "processor": processor, "own": own, "child": child}))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -90,10 +90,10 @@ def watched(trainer: Any, call: Callable[..., None], options: argparse.Namespace
     return {name: statistics.median(times) for name, times in taken.items()}
 
 
-def alone(options: argparse.Namespace, folder: Path) -> dict[str, float]:
+def alone(count: int, length: int, options: argparse.Namespace, folder: str) -> dict[str, float]:
     """The median seconds of `add`, of `step` and of the record for a batch of tokens."""
     draw = torch.Generator().manual_seed(0)
-    shape = (options.rollouts, options.tokens)
+    shape = (count, length)
     student = torch.rand(shape, generator=draw).clamp(min=1e-6).log()
     teacher = (student + 0.5 * torch.randn(shape, generator=draw)).clamp(max=0.0)
     mask = torch.ones(shape)
@@ -102,7 +102,9 @@ def alone(options: argparse.Namespace, folder: Path) -> dict[str, float]:
     for repeat in range(options.repeats + 1):
         add = seconds(lambda: monitor.add(student, teacher, None, mask))
         end = seconds(lambda repeat=repeat: monitor.step(repeat))
-        written = seconds(lambda repeat=repeat: write_rollouts(folder / "alone.jsonl", repeat, rollouts, "teacher"))
+        written = seconds(
+            lambda repeat=repeat: write_rollouts(Path(folder) / "alone.jsonl", repeat, rollouts, "teacher")
+        )
         if repeat:
             for name, spent in zip(taken, (add, end, written), strict=True):
                 taken[name].append(spent)
@@ -133,10 +135,17 @@ def main() -> int:
     logging.disable(logging.ERROR)
     with tempfile.TemporaryDirectory() as folder:
         found: dict[str, dict[str, float]] = measured(options, folder)
-        found[f"{options.rollouts} x {options.tokens} tokens"] = alone(options, Path(folder))
+        found[f"{options.rollouts} x {options.tokens} tokens"] = alone(
+            options.rollouts, options.tokens, options, folder
+        )
+        own = alone(options.batch, options.length, options, folder)
     print(f"{machine()}; {vars(options)}")
     for name, times in found.items():
         print(f"{name}: " + ", ".join(f"{which} {time:.4f} s" for which, time in times.items()))
+    # Two steps differ by more than the sums cost, so their own time is set against a step's.
+    for name in list(found)[:3]:
+        share = (own["add"] + own["step"]) / found[name]["plain"]
+        print(f"{name}: the sums of {options.batch} x {options.length} tokens take {share:.2%} of a step")
     if options.out:
         options.out.write_text(json.dumps({"machine": machine(), "seconds": found}, indent=1) + "\n")
     return 0
