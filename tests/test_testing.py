@@ -32,6 +32,7 @@ def test_importing_the_library_leaves_the_testing_layer_alone():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_assertions_work_without_hypothesis_and_strategies_say_what_is_missing():
     done = python(
         """

@@ -196,6 +196,7 @@ NARROW = {
 
 
 @pytest.mark.parametrize("name", ["sign", "opd_plus", "full_vocab"])
+@pytest.mark.slow
 def test_a_kink_is_no_fault_of_a_sound_loss(name):
     """At a ratio of one the sign of a rounding error would be a weight, so no world asks there."""
     loss = opd.estimator(name) if name == "sign" else opd.estimator(name, "total_variation")

@@ -59,6 +59,7 @@ def test_no_help_loads_torch() -> None:
     assert json.loads(loaded) == []
 
 
+@pytest.mark.slow
 def test_import_adds_under_a_quarter_second_to_torch() -> None:
     code = "import time, torch; t = time.perf_counter(); import opdtheory; print(time.perf_counter() - t)"
     seconds = sorted(float(_in_a_fresh_interpreter(code)) for _ in range(3))

@@ -123,6 +123,7 @@ def test_rollouts_shrink_to_one_uniform_token():
     assert r.student_logits.tolist() == r.teacher_logits.tolist() == [[[0.0, 0.0]]]
 
 
+@pytest.mark.slow
 def test_variable_lengths_and_tokens_of_an_environment_are_drawn():
     small = rollouts(vocab_size=2, horizon=(1, 3), batch_size=(1, 2))
     assert minimal(small, lambda r: r.mask.sum(-1).unique().numel() > 1).tokens.shape == (2, 1)

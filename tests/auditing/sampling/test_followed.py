@@ -45,6 +45,7 @@ def named(loss: Loss, claim: str, scout: Scout | None = None, batch_size: int = 
     ),
     ids=["discount", "signed sum"],
 )
+@pytest.mark.slow
 def test_names_from_samples_alone(loss: Loss, label: str, granularity: str, gamma: float) -> None:
     found = named(loss, "hellinger")
     assert found is not None

@@ -38,6 +38,7 @@ def test_a_weight_that_rises_does_not(estimator):
     assert not found.foresees_collapse and found.verdict == "nothing_found", str(found)
 
 
+@pytest.mark.slow
 def test_a_gauge_cures_jsd_and_the_finding_goes():
     """T5b: OPD with f - log(2)/2 (u - 1) descends a divergence."""
     u, log = opd.u, __import__("sympy").log
