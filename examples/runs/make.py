@@ -25,7 +25,6 @@ from opdtheory.training.trainer import train
 TASK = "arithmetic"
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "hellinger", "chi2")
 SETTINGS: dict[str, Any] = {
-    "task": TASK,
     "prompts_per_step": 128,
     "learning_rate": 2e-3,
     "clip_log_ratio": 6.0,
@@ -56,6 +55,7 @@ def config_of(
     name: str,
     out: Path,
     *,
+    task: str = TASK,
     seed: int = 0,
     pair_seed: int = 0,
     steps: int = STEPS,
@@ -63,7 +63,7 @@ def config_of(
     logits: bool = False,
 ) -> TrainConfig:
     """The configuration of a run, whose folder is below `out`."""
-    own = {"seed": seed, "pair_seed": pair_seed, "steps": steps, "warmup_steps": min(WARMUP, steps)}
+    own = {"task": task, "seed": seed, "pair_seed": pair_seed, "steps": steps, "warmup_steps": min(WARMUP, steps)}
     return TrainConfig(
         **{**SETTINGS, **own, "cache": cache, "record_logits": logits, "out": str(out / name), **RUNS[name]}
     )
@@ -91,7 +91,7 @@ def make(name: str, out: Path, **settings: Any) -> dict[str, Any]:
 def make_all(names: Sequence[str], out: Path, workers: int = 1, **settings: Any) -> Iterator[dict[str, Any]]:
     """The outcomes of several runs, so many at a time."""
     # Before the workers start, or each of them would train a teacher that the cache lacks.
-    load_pair(TASK, settings.get("pair_seed", 0), cache=settings.get("cache"))
+    load_pair(settings.get("task", TASK), settings.get("pair_seed", 0), cache=settings.get("cache"))
     one = partial(make, out=out, **settings)
     if workers == 1:
         yield from map(one, names)
@@ -117,6 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder of the runs")
     parser.add_argument("--only", nargs="+", choices=RUNS, metavar="NAME", help=f"some of {', '.join(RUNS)}")
+    parser.add_argument("--task", default=TASK, metavar="NAME", help=f"the task (default: {TASK})")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of prompts and samples")
     parser.add_argument("--pair-seed", type=int, default=0, metavar="N", help="seed of the student before the run")
     parser.add_argument("--steps", type=int, default=STEPS, metavar="N", help="batches of rollouts of a run")

@@ -42,6 +42,7 @@ def test_without_a_record_the_claim_decides(faithful, other):
     assert judge(faithful, met=lambda verdict: verdict == "biased").status == "new"
 
 
+@pytest.mark.slow
 def test_a_known_bias_passes_and_any_growth_fails():
     known = KnownVerdict.of(biased(0.1))
     assert judge(biased(0.1), known).status == "known"

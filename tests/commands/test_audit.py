@@ -80,6 +80,7 @@ def test_audit_as_json(losses: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert record["settings"]["seed"] == 1
 
 
+@pytest.mark.slow
 def test_audit_takes_the_claim_of_an_estimator(losses: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["audit", f"{losses}:claimed"]) == 0
     assert "jsd (token_return)" in capsys.readouterr().out

@@ -37,7 +37,6 @@ MODES = {
 
 
 @pytest.mark.parametrize("mode", some(MODES))
-@pytest.mark.slow
 def test_audits_and_expectations_are_the_same_under_every_mode(mode):
     pair = opd.random_pair(3, 2, eos=0)
     plain, expected = opd.audit(k2), opd.expected_gradient(k2, *pair)

@@ -89,7 +89,7 @@ def test_powers_near_the_kl_divergences(alpha, scale):
 
 
 @pytest.mark.parametrize("horizon", some([200, 1, 7]))
-@pytest.mark.parametrize("distance", some([1e-8, 0.0, 1e-4, 1e-12], 2))
+@pytest.mark.parametrize("distance", some([1e-8, 0.0, 1e-4, 1e-12], 4))
 def test_no_divergence_of_chains_is_negative(horizon, distance):
     for seed in range(5):
         student = MarkovPolicy.random(4, horizon, seed=seed)

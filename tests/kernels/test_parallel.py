@@ -86,6 +86,7 @@ def rank() -> None:
 
 
 @pytest.mark.parametrize("ranks", (2, pytest.param(4, marks=pytest.mark.slow)))
+@pytest.mark.slow
 def test_processes_agree_with_one(ranks: int) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

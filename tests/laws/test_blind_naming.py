@@ -267,6 +267,7 @@ def test_coupled_losses_drawn_at_random(batch_size: int) -> None:
             check_coupled(report, subject.claim, batch_size, scale)
 
 
+@pytest.mark.slow
 def test_a_coupled_loss_drawn_at_random_is_named_from_samples() -> None:
     seed, batch_size = 40_013, 13
     subject, _ = coupled(random.Random(seed))

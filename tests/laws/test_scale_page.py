@@ -23,6 +23,7 @@ def script():
     return module
 
 
+@pytest.mark.slow
 def test_the_page_is_what_the_script_makes(script):
     assert (DOCS / "scale.md").read_text(encoding="utf-8") == script.page()
 

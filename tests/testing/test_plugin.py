@@ -347,6 +347,7 @@ def test_marked_methods_of_classes_are_audited(pytester):
     run(pytester).assert_outcomes(passed=2)
 
 
+@pytest.mark.slow
 def test_a_mark_says_how_to_call_a_function(pytester):
     pytester.makepyfile(
         test_calls="""

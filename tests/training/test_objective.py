@@ -29,6 +29,7 @@ def test_numbers_in_a_generator_are_exact() -> None:
     assert parse_divergence(divergence_text(given)).expr == given.expr
 
 
+@pytest.mark.slow
 def test_a_generator_of_one_s_own_is_not_taken_for_the_entry_of_its_name() -> None:
     given = opd.Divergence.from_expr(2 * opd.divergence("jsd").expr, name="jsd")
     assert parse_divergence(divergence_text(given)).expr.equals(given.expr)

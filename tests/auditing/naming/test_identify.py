@@ -99,6 +99,7 @@ def test_no_discount_is_fitted_to_the_return_to_go_of_no_objective() -> None:
     assert best_combination(gradients, ExactGradients(cases), "token_local", 1e-9) is None
 
 
+@pytest.mark.slow
 def test_a_plain_name_is_kept_where_a_fitted_member_is_hardly_nearer() -> None:
     def weighted(r: Rollouts) -> torch.Tensor:
         return r.sequence_mean(r.log_u.square() / 2)

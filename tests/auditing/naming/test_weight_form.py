@@ -102,6 +102,7 @@ def test_expression_and_generator_are_those_of_the_recovered_weight() -> None:
         np.testing.assert_allclose(form.generator_values, evaluated(generator, recovered.log_u), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_larger_batches_name_families_and_sums() -> None:
     for batch_size, loss, named in (
         (4, opd.estimator("opd_plus", opd.divergences.alpha(0.3), baseline="group_mean"), "alpha(alpha=0.3)"),

@@ -35,6 +35,7 @@ def test_micro_batches_leave_it_alone() -> None:
     assert report.verdict == "exact" and report.relative_bias < 1e-6
 
 
+@pytest.mark.slow
 def test_a_mean_over_tokens_is_another_objective() -> None:
     build = whole(divergence="jsd", per="token")
     assert audit(build, "jsd").verdict == "biased"
