@@ -8,6 +8,7 @@ rounding only. The sums are kept apart for 32 groups of rollouts, from which int
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -135,5 +136,11 @@ def number_of(values: Float[Tensor, " K"], confidence: float = 0.99) -> Number:
     if groups < _FEWEST or not bool(torch.isfinite(values).all()):
         return Number(found)
     spread = float(((groups - 1) * (others - others.mean()).square().mean()).sqrt())
-    reach = spread * float(stats.t.ppf((1 + confidence) / 2, groups - 1))
+    reach = spread * _quantile(confidence, groups - 1)
     return Number(found, found - reach, found + reach)
+
+
+@functools.cache
+def _quantile(confidence: float, freedom: int) -> float:
+    """Where Student's t ends the two-sided interval; asked for at every step of a run."""
+    return float(stats.t.ppf((1 + confidence) / 2, freedom))

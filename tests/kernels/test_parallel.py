@@ -85,7 +85,7 @@ def rank() -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("ranks", (2, pytest.param(4, marks=pytest.mark.slow)))
+@pytest.mark.parametrize("ranks", (2, 4))
 @pytest.mark.slow
 def test_processes_agree_with_one(ranks: int) -> None:
     with socket.socket() as free:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from opdtheory.monitoring.findings.finding import Finding, Setting, share
 from opdtheory.monitoring.measures import moment
-from opdtheory.monitoring.sums import COLUMNS, Number
+from opdtheory.monitoring.sums import COLUMNS, Number, number_of
 
 __all__ = ["clipping", "collapse", "collapsed", "gauge", "no_pull", "no_signal", "noise"]
 
@@ -50,9 +50,9 @@ def collapse(s: Setting) -> Iterator[Finding]:
 
 def collapsed(s: Setting) -> Iterator[Finding]:
     """The student is certain of what the teacher would not write: no token has a gradient any more."""
-    sums = s.evidence.own
-    open_minded = sums.number(lambda points, tables: tables[:, _LENGTH].sum(-1) / tables[:, 0].sum(-1))
-    distance = sums.number(moment(torch.neg))
+    points, tables = s.evidence.own.occupied()
+    open_minded = number_of(tables[:, _LENGTH].sum(-1) / tables[:, 0].sum(-1))
+    distance = number_of(moment(torch.neg)(points, tables))
     if open_minded.value < _CERTAIN and distance.value > _FAR:
         yield Finding(
             "collapsed",
