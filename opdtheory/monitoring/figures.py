@@ -111,11 +111,8 @@ def _over_steps(
         axis.set_yscale("log")
     axis.set_ylim(low, high)
     if found.first_warning is not None:
-        axis.axvline(found.first_warning, color=BAD, linestyle="--", linewidth=1.4)
-        where = axis.get_xaxis_transform()
-        axis.text(
-            found.first_warning, 1.0, "foreseen", transform=where, ha="center", va="bottom", color=BAD, fontsize=9
-        )
+        axis.axvline(found.first_warning, color=BAD, linestyle="--", linewidth=1.4, label="collapse foreseen")
+        axis.legend(loc="best", fontsize=9)
     frame(axis, "step", unit)
     ends = [found.steps[end].metrics[names[0]] for end in (0, -1)]
     alt = f"{what} over {len(numbers)} steps, from {ends[0]:.3g} to {ends[1]:.3g}."

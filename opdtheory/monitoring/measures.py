@@ -91,18 +91,18 @@ def measured(weight: Weight, sums: Sums, confidence: float = 0.99) -> Measured:
     at_one, pull = weight.at_teacher()
     return Measured(
         name=weight.name,
-        falls=number((n * (slope < -level)).sum(-1) / tokens),
-        rises=number((n * (slope > level)).sum(-1) / tokens),
+        falls=number((n * (slope < -level)).sum(-1) / tokens).within(0.0, 1.0),
+        rises=number((n * (slope > level)).sum(-1) / tokens).within(0.0, 1.0),
         slope=number((square * slope).sum(-1) / squares),
         at_one=at_one,
         pull=pull,
         towards=number(towards),
         signal=number(_ratio(towards, loud)),
         tail=tail_index((a - a[_median(n[0])]).abs() * length[0] / n[0], n),
-        carried=number(_ratio(carried, torch.ones_like(carried))),
+        carried=number(_ratio(carried, torch.ones_like(carried))).within(0.0, 1.0),
         noise=number(noise),
         best_constant=number(best),
-        saving=number(_ratio(whole - noise, whole)),
+        saving=number(_ratio(whole - noise, whole)).within(0.0, 1.0),
     )
 
 

@@ -60,7 +60,7 @@ def _facts(found: Diagnosis) -> str:
         "Rollouts": f"{found.evidence.rollouts:,}",
         "Steps": str(len(found.steps)) if found.steps else "–",
         "KL(p|q), nats a token": number(found.reverse_kl.value),
-        "Weight falls on": f"{100 * falls:.2g} % of the tokens{' at first' if found.steps else ''}",
+        "Weight falls on": f"{100 * falls:.2g} %{' at first' if found.steps else ''}",
         "Collapse foreseen": foreseen,
     }
     shown = "".join(f"<div><dt>{escape(key)}</dt><dd>{value}</dd></div>" for key, value in facts.items())

@@ -47,6 +47,12 @@ class Number(NamedTuple):
         """The ends of the interval."""
         return None if self.low is None or self.high is None else (self.low, self.high)
 
+    def within(self, lowest: float, highest: float) -> Number:
+        """The interval cut to the values that are possible."""
+        if self.low is None or self.high is None:
+            return self
+        return Number(self.value, max(self.low, lowest), min(self.high, highest))
+
 
 def group_of(rollout: Int64[Tensor, " N"], first: int = 0, together: int = 1) -> Int64[Tensor, " N"]:
     """The group of each token: that of its rollout, `together` rollouts of one prompt in one group."""

@@ -66,7 +66,7 @@ def top_k(s: Setting) -> Iterator[Finding]:
         return
     parts = [_noise_by_group(s, sums) for sums in (s.evidence.sampled, s.evidence.likely)]
     totals = leave_one_out(torch.stack(parts, -1))
-    number = number_of(totals[:, 1] / totals[:, 0])
+    number = number_of(totals[:, 1] / totals[:, 0]).within(0.0, 1.0)
     yield Finding(
         "top_k",
         "note",
