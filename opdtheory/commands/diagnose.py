@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opdtheory.commands.console import FAILS, HOLDS, UsageError, aside
+from opdtheory.commands.console import FAILS, HOLDS, UsageError, aside, console
 from opdtheory.commands.fields import add_fields
 from opdtheory.training.config import ESTIMATOR_OPTIONS, TrainConfig
 
@@ -66,6 +66,8 @@ def run(options: argparse.Namespace) -> int:
         from opdtheory.monitoring.page import write_diagnosis
 
         write_diagnosis(found, options.html)
+    from opdtheory.monitoring.terminal import print_diagnosis
+
     advice = None
     if options.have is not None:
         from opdtheory.monitoring import recommend
@@ -74,7 +76,8 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(found.to_dict() | ({} if advice is None else {"advice": advice.to_dict()}), indent=2))
     else:
-        print(found, *([] if advice is None else ["", advice]), sep="\n")
+        print_diagnosis(found, console())
+        print(*([] if advice is None else ["", advice]), sep="\n", end="" if advice is None else "\n")
     if options.html is not None:
         aside(options, f"wrote {options.html}")
     return FAILS if found.warnings else HOLDS

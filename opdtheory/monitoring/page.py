@@ -8,12 +8,11 @@ from pathlib import Path
 from opdtheory.monitoring.figures import Figure, figures
 from opdtheory.monitoring.report import ZOO_COLUMNS, Diagnosis, cells
 from opdtheory.monitoring.sums import Number
+from opdtheory.monitoring.terminal import TONES
 from opdtheory.rendering.html import document, number, prose, rows_of, section, table
 from opdtheory.version import __version__
 
 __all__ = ["render_diagnosis", "write_diagnosis"]
-
-_TONES = {"nothing_found": "good", "clipped": "open", "other_samples": "open"}
 
 
 def write_diagnosis(found: Diagnosis, path: Path) -> Path:
@@ -45,7 +44,7 @@ def render_diagnosis(found: Diagnosis) -> str:
         "Diagnosis of a run",
         found.source,
         found.verdict.replace("_", " "),
-        _TONES.get(found.verdict, "bad"),
+        TONES.get(found.verdict, "bad"),
         lead,
         sections,
         f"opdtheory {escape(__version__)}; the theorems are those of its documentation.",

@@ -225,7 +225,7 @@ class Diagnosis:
         return plain
 
     def __str__(self) -> str:
-        lines = [text.paragraph(f"{self.headline}."), "", *self._facts(), ""]
+        lines = [text.paragraph(f"{self.headline}."), "", *map(text.paragraph, self.facts), ""]
         for found in self.findings:
             mark = "WARNING " if found.level == "warning" else ""
             lines.append(text.item(f"{mark}{found.sentence}{' ' + found.remedy if found.remedy else ''}"))
@@ -236,7 +236,9 @@ class Diagnosis:
         lines += ["", "What these tokens cannot say:", *map(text.item, self.limits)]
         return "\n".join(lines)
 
-    def _facts(self) -> list[str]:
+    @property
+    def facts(self) -> tuple[str, ...]:
+        """How much was read and where the tokens lie, in sentences."""
         steps = f", {len(self.steps)} steps" if self.steps else ""
         facts = [f"{self.tokens:,} tokens of {self.evidence.rollouts:,} rollouts{steps}, from {self.source}."]
         quantile = ", ".join(f"{100 * share:g} %: {value:.2f}" for share, value in self.log_u.items())
@@ -245,7 +247,7 @@ class Diagnosis:
             facts.append(f"A collapse is foreseen from step {self.first_warning} on.")
         if self.left_out:
             facts.append(f"Left out: {' '.join(self.left_out)}")
-        return [text.paragraph(fact) for fact in facts]
+        return tuple(facts)
 
 
 def cells(row: Measured) -> tuple[str, ...]:

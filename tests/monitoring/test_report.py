@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import torch
 from opdtheory.monitoring import Diagnosis, Monitor, diagnose
 from opdtheory.monitoring.page import render_diagnosis, write_diagnosis
 from opdtheory.monitoring.report import VERDICTS
+from opdtheory.monitoring.terminal import print_diagnosis
 from tests.monitoring.runs import drawn, laws
 
 CHROMIUM = shutil.which("chromium")
@@ -120,3 +123,15 @@ def test_a_browser_shows_the_page_within_its_width(run, tmp_path, width):
     # Chromium's own window is at least 500 wide.
     assert int(shown[0]) <= max(width, 500) and done.stdout.count("<svg") == 5
     assert "heads for a collapse" in done.stdout
+
+
+def test_a_terminal_shows_the_same_in_colour(run, sound, capsys):
+    rich = pytest.importorskip("rich.console")
+    for found, word in ((run, "COLLAPSE"), (sound, "NOTHING FOUND")):
+        buffer = io.StringIO()
+        print_diagnosis(found, rich.Console(file=buffer, force_terminal=True, width=120))
+        shown = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", buffer.getvalue()).split())
+        assert "\x1b[" in buffer.getvalue() and word in shown
+        assert all(" ".join(each.sentence.split()) in shown for each in found.findings)
+    print_diagnosis(run, rich.Console(file=io.StringIO()))
+    assert capsys.readouterr().out.strip() == str(run).strip()
