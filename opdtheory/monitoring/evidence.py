@@ -57,7 +57,7 @@ _LENGTHS = ("rollouts", "length", "squared_length", "weight")
 
 @dataclass
 class Evidence:
-    r"""The sums of a run, or of one of its steps.
+    r"""The sums of a run.
 
     Attributes:
         weight: of the estimator in use.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -81,21 +80,20 @@ def _ratio(ratio: Sums) -> Figure:
 
 
 def _distance(found: Diagnosis) -> Figure:
-    return _over_steps(found, ("opd/reverse_kl",), "nats per token", "Distance from the teacher", "KL(p|q)", low=0.0)
+    return _over_steps(found, "opd/reverse_kl", "nats per token", "Distance from the teacher", "KL(p|q)", low=0.0)
 
 
 def _slopes(found: Diagnosis) -> Figure:
-    return _over_steps(found, ("opd/falls",), "share of tokens", "Where the weight falls", "share", low=0.0, high=1.02)
+    return _over_steps(found, "opd/falls", "share of tokens", "Where the weight falls", "share", low=0.0, high=1.02)
 
 
 def _noise(found: Diagnosis) -> Figure:
-    names = ("opd/carried",)
-    return _over_steps(found, names, "effective share", "Tokens that carry a step", "share", logarithmic=True)
+    return _over_steps(found, "opd/carried", "effective share", "Tokens that carry a step", "share", logarithmic=True)
 
 
 def _over_steps(
     found: Diagnosis,
-    names: Sequence[str],
+    name: str,
     unit: str,
     title: str,
     what: str,
@@ -105,8 +103,8 @@ def _over_steps(
 ) -> Figure:
     drawn, axis = sheet()
     numbers = [step.number for step in found.steps]
-    for name in names:
-        axis.plot(numbers, [step.metrics[name] for step in found.steps], color=FOUND)
+    values = [step.metrics[name] for step in found.steps]
+    axis.plot(numbers, values, color=FOUND)
     if logarithmic:
         axis.set_yscale("log")
     axis.set_ylim(low, high)
@@ -114,9 +112,8 @@ def _over_steps(
         axis.axvline(found.first_warning, color=BAD, linestyle="--", linewidth=1.4, label="collapse foreseen")
         axis.legend(loc="best", fontsize=9)
     frame(axis, "step", unit)
-    ends = [found.steps[end].metrics[names[0]] for end in (0, -1)]
-    alt = f"{what} over {len(numbers)} steps, from {ends[0]:.3g} to {ends[1]:.3g}."
-    return Figure(title, alt, page_svg(drawn, names[0].removeprefix("opd/")))
+    alt = f"{what} over {len(numbers)} steps, from {values[0]:.3g} to {values[-1]:.3g}."
+    return Figure(title, alt, page_svg(drawn, name.removeprefix("opd/")))
 
 
 def _window(sums: Sums) -> tuple[float, float]:

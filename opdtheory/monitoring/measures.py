@@ -26,6 +26,9 @@ _TOKENS, _, _LENGTH, _SQUARE, _APART = range(len(COLUMNS))
 # A slope below this share of the largest one is rounding.
 _FLAT = 1e-9
 
+# The square of rounding, over that of a weight.
+_ROUNDING = 1e-24
+
 # The tail is the largest hundredth of the tokens, if that is some.
 _TAIL, _FEWEST_IN_TAIL = 0.01, 50
 
@@ -65,6 +68,12 @@ class Measured:
     noise: Number
     best_constant: Number
     saving: Number
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether the weight is level where the tokens lie and the same for all, to rounding; a step is level alone."""
+        level = self.rises.value == self.falls.value == 0
+        return level and self.noise.value <= _ROUNDING * self.best_constant.value**2
 
 
 def measured(weight: Weight, sums: Sums, confidence: float = 0.99) -> Measured:

@@ -48,6 +48,9 @@ _AMOUNTS: dict[str, Verdict] = {
     "clipping": "clipped",
 }
 
+# Importance weights that a histogram of tokens cannot follow.
+_WHOLE_ROLLOUT = ("prefix", "sequence", "sequence_mask", "gspo", "ppo")
+
 _SHARES = (0.001, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999)
 ZOO_COLUMNS = ("estimator", "falls on", "rises on", "slope", "at u = 1", "towards", "signal", "carried by")
 
@@ -192,6 +195,11 @@ class Diagnosis:
         ]
         if self.signal:
             found[1] = "The exact signal to noise is that of the logits, each history by itself."
+        if self.setting.importance in _WHOLE_ROLLOUT:
+            found.append(
+                f"importance={self.setting.importance!r} weighs by more than the token's own ratio, and is read as if "
+                "by that alone."
+            )
         if not self.steps:
             found.append("The tokens came without steps: nothing is said of when.")
         if self.setting.measured.slope.interval is None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from opdtheory.monitoring.findings.finding import Finding, Setting, share
-from opdtheory.monitoring.measures import moment
+from opdtheory.estimators import estimator
+from opdtheory.monitoring.findings.finding import CONFIDENCE, Finding, Setting, share
+from opdtheory.monitoring.measures import measured, moment
 from opdtheory.monitoring.sums import COLUMNS, Number, number_of
+from opdtheory.monitoring.weights import weight_of
 
 __all__ = ["clipping", "collapse", "collapsed", "gauge", "no_pull", "no_signal", "noise"]
 
@@ -44,7 +47,20 @@ def collapse(s: Setting) -> Iterator[Finding]:
         slope,
         "mean slope of the weight over log u, by squared score",
         "T4, T5",
-        f"Use opd_plus with {s.divergence}: its weight rises everywhere.",
+        _instead(s),
+    )
+
+
+def _instead(s: Setting) -> str:
+    """The corrected weight of the same divergence, unless its noise would drown the same tokens."""
+    loss = estimator("opd_plus", s.loss.claim.divergence)
+    weight = weight_of(loss)
+    found = replace(s, loss=loss, weight=weight, measured=measured(weight, s.evidence.own, CONFIDENCE))
+    if next(noise(found), None) is None:
+        return f"Use opd_plus with {s.divergence}: its weight rises everywhere."
+    return (
+        f"opd_plus with {s.divergence} has a weight that rises everywhere, but its noise would drown a batch of these "
+        "tokens: use opd_plus with jsd or hellinger."
     )
 
 
@@ -91,7 +107,7 @@ def noise(s: Setting) -> Iterator[Finding]:
 
 def no_signal(s: Setting) -> Iterator[Finding]:
     """The weight is a constant, so its expected gradient is zero."""
-    if s.measured.rises.value == 0 and s.measured.falls.value == 0:
+    if s.measured.is_constant:
         yield Finding(
             "no_signal",
             "warning",
@@ -107,7 +123,7 @@ def no_signal(s: Setting) -> Iterator[Finding]:
 def no_pull(s: Setting) -> Iterator[Finding]:
     """The teacher does not attract to first order."""
     pull = s.measured.pull
-    if pull > 0 or s.measured.rises.value == s.measured.falls.value == 0:
+    if pull > 0 or s.measured.is_constant:
         return
     how = (
         "falls, so that a student at the teacher leaves it" if pull < 0 else "is level, so that nothing holds a student"

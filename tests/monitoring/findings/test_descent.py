@@ -61,6 +61,28 @@ def test_a_constant_weight_learns_nothing():
     assert found.verdict == "no_signal" and "no_pull" not in names(found)
 
 
+def test_a_weight_that_steps_is_no_constant():
+    """The sign is level on both sides of u = 1, and its expected gradient is that of the total variation."""
+    found = near("sign")
+    assert found.verdict == "nothing_found" and "no_pull" not in names(found)
+
+
+def test_what_is_advised_is_no_noise_on_the_same_tokens():
+    """OPD+ of chi2 is not advised where it would be drowned; on tokens of a thin tail it is."""
+    thin = near("opd", "chi2").warnings[0]
+    assert "Use opd_plus with chi2" in thin.remedy
+    heavy_tail = {each.name: each for each in heavy("chi2", estimator="opd").warnings}
+    assert "use opd_plus with jsd" in heavy_tail["collapse"].remedy
+
+
+def test_ratios_of_whole_rollouts_are_a_limit():
+    rows = drawn(*laws(50, 6, seed=3), rollouts=64, length=20, seed=4, temperature=0.8)
+    given = (rows["student"], rows["teacher"], rows["behavior"])
+    for importance, told in (("gspo", True), ("token", False)):
+        found = diagnose(*given, estimator="opd_plus", divergence="jsd", importance=importance)
+        assert any("more than the token's own ratio" in each for each in found.limits) == told
+
+
 def test_the_pull_at_the_teacher_is_noted():
     assert "no_pull" in names(near("opd", "chi2")) and "no_pull" not in names(near("opd_plus", "chi2"))
 
@@ -73,12 +95,12 @@ def test_a_clip_is_judged_by_what_it_changes():
     assert "clipping" not in names(near("opd_plus", "forward_kl"))
 
 
-def heavy(divergence: str, tokens: int = 40_000) -> Diagnosis:
+def heavy(divergence: str, tokens: int = 40_000, estimator: str = "opd_plus") -> Diagnosis:
     """A student that almost never writes what its teacher likes: u is large on rare tokens, with index 1.5."""
     generator = torch.Generator().manual_seed(0)
-    log_u = -torch.rand(tokens // 40, 40, dtype=torch.float64, generator=generator).log() / 1.5 - 0.5
+    log_u = -torch.rand(tokens // 40, 40, dtype=torch.float64, generator=generator).log() / 1.5 - 0.2
     log_q = -1.0 - log_u.clamp(min=0.0) * 0.2
-    return diagnose(log_q - log_u, log_q, estimator="opd_plus", divergence=divergence, batch_tokens=400)
+    return diagnose(log_q - log_u, log_q, estimator=estimator, divergence=divergence, batch_tokens=400)
 
 
 def test_noise_without_a_variance_is_told_from_loud_noise():
