@@ -118,7 +118,7 @@ class Step:
 
     Attributes:
         says: the step's formula, in LaTeX.
-        why: what it follows from.
+        why: what it follows from, in whole sentences.
         holds: whether the machine confirms it: a difference simplifies to zero, or an inequality is decided.
         in_words: whether `why` is the proof, and `holds` confirms only a lemma or an instance of it.
     """
@@ -252,10 +252,13 @@ class IdentityResult:
 class Theorem:
     r"""A named statement of the theory.
 
+    Formulas in `meaning`, `hypotheses`, `advice` and the steps' `why` stand between dollar signs, in LaTeX.
+
     Attributes:
         number: such as `T1`.
         name: in a few words.
-        statement: in LaTeX and words.
+        meaning: what it says, in one to three sentences that a student can follow.
+        statement: in LaTeX and words; a semicolon and a wide space end a line.
         hypotheses: what it assumes.
         source: the paper or textbook it comes from, or "derived here".
         advice: what a practitioner should do about it.
@@ -271,6 +274,7 @@ class Theorem:
     advice: str
     derivation: tuple[Step, ...] = ()
     identities: tuple[Identity, ...] = ()
+    meaning: str = ""
 
     def run(self) -> TheoremResult:
         """Verify every step and run every check."""

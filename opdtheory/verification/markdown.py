@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+
+from opdtheory.rendering.mathematics import lines_of
 from opdtheory.theorems.theorem import IdentityResult, Theorem, TheoremResult
 
 __all__ = ["index", "page", "slug"]
@@ -13,6 +16,9 @@ _HOW = {
     "numeric": "numeric, float64",
 }
 
+# A one-letter name with an index or a power, such as w_f or e^C.
+_INDEXED = re.compile(r"\b[A-Za-z][_^]\w+")
+
 
 def slug(theorem: Theorem) -> str:
     """The page's file name without its ending."""
@@ -22,41 +28,55 @@ def slug(theorem: Theorem) -> str:
 def index(theorems: tuple[Theorem, ...]) -> str:
     """The page that lists all theorems with what to do about each."""
     lines = ["# The theorems", "", "| | theorem | what to do |", "|---|---|---|"]
-    lines += [f"| [{t.number}]({slug(t)}.md) | {t.name} | {t.advice} |" for t in theorems]
+    lines += [f"| [{t.number}]({slug(t)}.md) | {t.name} | {_in_cell(t.advice)} |" for t in theorems]
     return "\n".join(lines) + "\n"
 
 
 def page(theorem: Theorem, result: TheoremResult) -> str:
-    """The page of one theorem: statement, derivation, numbers, false twins."""
+    """The page of one theorem: meaning, statement, derivation, what to do; what was checked is folded."""
     parts = [
         f"# {theorem.number}: {theorem.name}",
-        _displayed(theorem.statement),
-        "**Hypotheses.** " + "; ".join(theorem.hypotheses) + ".",
-        f"**Source.** {theorem.source.rstrip('.')}.",
-        f"**What to do.** {theorem.advice}",
+        theorem.meaning,
+        "## Statement",
+        *map(_displayed, lines_of(theorem.statement)),
+        "**Hypotheses.** " + _sentence("; ".join(theorem.hypotheses)),
     ]
     if result.steps:
-        parts += ["## Derivation", "Each step is decided by sympy unless it says otherwise.", _derivation(result)]
+        parts += ["## Derivation", _derivation(result)]
+    parts += ["## What to do", theorem.advice]
     if result.identities:
-        parts += ["## Checks", _checks(result.identities), "## False twins", _TWINS, _twins(result.identities)]
-    return "\n\n".join(parts) + "\n"
-
-
-_TWINS = "Wrong forms of the same claims; the same checks must find them wrong by far more than rounding."
+        parts += ["## What was checked", _counted(result.identities)]
+        parts += [_folded("The checks", _checks(result.identities))]
+        parts += [_folded("The false twins", _twins(result.identities))]
+    parts += [f"**Source.** {_sentence(theorem.source)}"]
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def _derivation(result: TheoremResult) -> str:
-    lines = []
+    lines = ["Sympy decides each step, except where it says otherwise."]
     for number, step in enumerate(result.steps, start=1):
         note = " *(Proved in words; the machine checks a lemma or an instance.)*" if step.in_words else ""
-        lines += [f"**{number}.** {step.why[:1].upper()}{step.why[1:].rstrip('.')}.{note}", _displayed(step.says)]
+        lines += [f"**Step {number}.** {_sentence(step.why)}{note}", *map(_displayed, lines_of(step.says))]
     return "\n\n".join(lines)
+
+
+def _counted(identities: list[IdentityResult]) -> str:
+    cases, twins = sum(r.cases for r in identities), sum(len(r.twins) for r in identities)
+    checks = "One check ran" if len(identities) == 1 else f"{len(identities)} checks ran"
+    return (
+        f"{checks}, on {cases:,} cases in all. Beside each stand wrong forms of its claim, {twins} in all, which the"
+        " same check must find wrong by far more than rounding."
+    )
+
+
+def _folded(title: str, body: str) -> str:
+    return f'<details markdown="1">\n<summary>{title}</summary>\n\n{body}\n\n</details>'
 
 
 def _checks(identities: list[IdentityResult]) -> str:
     lines = ["| check | claim | how | cases | largest error | tolerance |", "|---|---|---|---|---|---|"]
     lines += [
-        f"| {r.name} | {_inline(r.statement)} | {_HOW[r.kind]} | {r.cases} | "
+        f"| {_named(r.name)} | {_in_cell(f'${r.statement}$')} | {_HOW[r.kind]} | {r.cases} | "
         f"{_number(r.error)} | {_number(r.tolerance)} |"
         for r in identities
     ]
@@ -65,7 +85,11 @@ def _checks(identities: list[IdentityResult]) -> str:
 
 def _twins(identities: list[IdentityResult]) -> str:
     lines = ["| check | false twin | off by |", "|---|---|---|"]
-    lines += [f"| {r.name} | {twin} | {_number(error)} |" for r in identities for twin, error in r.twins.items()]
+    lines += [
+        f"| {_named(r.name)} | {_named(twin)} | {_number(error)} |"
+        for r in identities
+        for twin, error in r.twins.items()
+    ]
     return "\n".join(lines)
 
 
@@ -73,9 +97,18 @@ def _displayed(formula: str) -> str:
     return f"$$\n{formula}\n$$"
 
 
-def _inline(formula: str) -> str:
+def _named(name: str) -> str:
+    """A name in which words with an index or a power are formulas."""
+    return _INDEXED.sub(r"$\g<0>$", name)
+
+
+def _in_cell(text: str) -> str:
     # A bar would end the cell of the table.
-    return f"${formula}$".replace(r"\|", r"\Vert ").replace("|", r"\vert ")
+    return text.replace(r"\|", r"\Vert ").replace("|", r"\vert ")
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:].rstrip('.')}."
 
 
 def _number(value: float) -> str:

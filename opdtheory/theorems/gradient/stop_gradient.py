@@ -47,44 +47,60 @@ def theorems() -> list[Theorem]:
         Theorem(
             number="T2",
             name="bias of stop-gradient",
+            meaning=(
+                "A loss that detaches the reward $-f(u)$ misses a term of the gradient: the one that says how the"
+                " reward itself changes with the student. The missing term vanishes for the reverse KL and for no"
+                " other divergence. The value of such a loss is misleading too, as it moves along another slope than"
+                " the divergence."
+            ),
             statement=(
                 r"g_{sg} = \nabla D_f + E_p[u f'(u)\,s];\quad \text{the bias vanishes for all } p, q \iff"
                 r" f = -c\log u;\quad E_{p_\theta}[f(u_{\theta_0})] - D_f(\theta)"
                 r" = E_p[u f'(u)\,s]\cdot(\theta - \theta_0) + O(|\theta - \theta_0|^2)"
             ),
             hypotheses=(
-                "f differentiable away from u = 1, continuous, f(1) = 0",
-                "at least two tokens, p and q positive and otherwise free",
+                "$f$ is continuous, differentiable away from $u = 1$, and $f(1) = 0$",
+                "there are at least two tokens, and $p$ and $q$ are positive and otherwise free",
             ),
             source="OPD+, arXiv 2606.01039; Tang & Munos, arXiv 2506.09477; the converse and the value derived here",
-            advice="Use -f(u) as a detached reward for the reverse KL only; elsewhere its step and loss curve mislead.",
+            advice=(
+                "Use $-f(u)$ as a detached reward for the reverse KL only; elsewhere its step and its loss curve"
+                " mislead."
+            ),
             derivation=(
                 Step(
                     r"\partial_p[p\,f(q/p_0)]_{p_0 = p} - \partial_p[p\,f(q/p)] = u f'(u)",
-                    "freezing the ratio drops one term of the product rule, f undefined; sum over atoms for the bias",
+                    "the product rule has a term for the ratio, which freezing the ratio drops. This holds for any"
+                    " $f$, token by token; the sum over tokens is the bias",
                     _frozen_slope,
                 ),
                 Step(
                     r"u f'(u) = \text{const} \implies E_p[u f'(u)\,s] = \text{const}\cdot E_p[s] = 0",
-                    'the score has mean zero, which proves the "if" direction',
+                    'the score has mean zero, so a constant $u f\'(u)$ adds nothing. This proves the "if" direction',
                     _constant_has_no_bias,
                 ),
                 Step(
                     r"p_1 = \frac{u_2 - 1}{u_2 - u_1},\ p_2 = \dots = p_{1+m} = \frac{1 - p_1}{m}:"
                     r"\quad \text{bias in } z_1 = p_1(1 - p_1)\,(u_1 f'(u_1) - u_2 f'(u_2))",
-                    "any u_1 < 1 < u_2 are the ratios of some p and q on any number 1 + m of tokens",
+                    "for the converse, any two ratios $u_1 < 1 < u_2$ occur together: some $p$ and $q$ on $1 + m$"
+                    " tokens have them. The bias in the first logit is then the difference of $u f'(u)$ between the"
+                    " two ratios",
                     _every_pair_of_ratios,
                 ),
                 Step(
                     r"u_1 f'(u_1) = u_2 f'(u_2)\ \forall u_1 < 1 < u_2 \implies u f'(u) = -c \implies f = -c\log u",
-                    'fix u_2 and move u_1, then the other way round: one constant on both sides. This proves "only if"',
+                    "without bias, the two ratios have the same $u f'(u)$. Fix $u_2$ and move $u_1$, then the other"
+                    " way round: $u f'(u)$ is one constant, and integrating gives the logarithm. This proves \"only"
+                    ' if"',
                     _only_logarithm,
                     in_words=True,
                 ),
                 Step(
                     r"p f(q/p_0) - p f(q/p) = u_0 f'(u_0)\,(p - p_0)"
                     r" - \tfrac12\,\tfrac{q^2}{p_0^3} f''(u_0)\,(p - p_0)^2 + \dots",
-                    "Taylor at p_0, f undefined: the value's first-order bias is the same vector, the rest is negative",
+                    "expand one token's term of the frozen value and of the divergence around $p_0$, where they"
+                    " agree. To first order they differ by the same vector as the gradients, and the next term is"
+                    " negative: the frozen value falls below its tangent",
                     _value_to_second_order,
                 ),
             ),

@@ -1,0 +1,179 @@
+r"""Formulas in LaTeX as MathML, which browsers typeset without a script, a font or a network (extra `plots`).
+
+`<math>` does not break over lines. A formula is therefore written as one element per term, so that a line may end
+before a relation or a sign, first between the outermost terms and only then within brackets. Words inside
+`\text{...}` are ordinary text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from functools import lru_cache
+from html import escape
+from xml.etree import ElementTree
+
+__all__ = ["display", "inline", "lines_of", "typeset"]
+
+_FORMULA = re.compile(r"(?<!\\)\$([^$]+)(?<!\\)\$")
+# Where one line of a display ends: after a semicolon between two statements.
+_NEXT_LINE = re.compile(r"\\q?quad\b|\\ ")
+_OPEN, _CLOSE = frozenset("([{⟨⌈⌊"), frozenset(")]}⟩⌉⌋")
+_RELATIONS = frozenset("=≠<>≤≥≡≈≃∼∝∈∉⊂⊆→←↔↦⇒⇐⇔⟹⟸⟺⟶≪≫≔")
+_SIGNS = frozenset("+−-±·⋅×∕")
+_SEPARATORS = frozenset(",;:")
+_THIN = "0.167em"
+
+
+def inline(latex: str) -> str:
+    """A formula within a sentence, as HTML; as LaTeX in `<code>` where `latex2mathml` is not installed."""
+    return _shown(latex, shown_large=False)
+
+
+def display(latex: str) -> str:
+    r"""A formula on lines of its own, as HTML: one line for each statement that ends with `;\quad`."""
+    rows = "".join(f"<div class='formula-line'>{_shown(line, shown_large=True)}</div>" for line in lines_of(latex))
+    return f"<div class='formula-display'>{rows}</div>"
+
+
+def typeset(prose: str) -> str:
+    """Text as HTML, in which formulas stand between dollar signs."""
+    parts = _FORMULA.split(prose)
+    return "".join(inline(part) if i % 2 else escape(part, quote=False) for i, part in enumerate(parts))
+
+
+def lines_of(latex: str) -> list[str]:
+    r"""The statements of a formula that are separated by a semicolon and a wide space outside all braces."""
+    lines, depth, start, i = [], 0, 0, 0
+    while i < len(latex):
+        depth += {"{": 1, "}": -1}.get(latex[i], 0) if latex[i - 1 : i] != "\\" else 0
+        space = _NEXT_LINE.match(latex, i + 1) if latex[i] == ";" and depth == 0 else None
+        if space:
+            lines.append(latex[start:i])
+            start = i = space.end()
+        else:
+            i += 1
+    return [line.strip() for line in (*lines, latex[start:]) if line.strip()]
+
+
+@lru_cache(maxsize=4096)
+def _shown(latex: str, shown_large: bool) -> str:
+    try:
+        from latex2mathml.converter import convert
+    except ImportError:
+        return f"<code>{escape(latex)}</code>"
+    root = ElementTree.fromstring(re.sub(r' xmlns="[^"]*"', "", convert(latex)))
+    _tidy(root)
+    return f"<span class='formula'>{''.join(_terms(_flat(root), shown_large))}</span>"
+
+
+# What the conversion leaves to mend.
+
+_LIMITS = {"msub": "munder", "msup": "mover", "msubsup": "munderover"}
+
+
+def _tidy(element: ElementTree.Element) -> None:
+    """Join upright letters to a name, space the names of functions, and make arrows operators."""
+    for child in element:
+        _tidy(child)
+    letters = [child.text or "" for child in element if child.tag == "mi" and child.get("mathvariant") == "normal"]
+    if element.tag == "mrow" and len(letters) == len(element) > 1:
+        element.clear()
+        element.tag, element.text = "mi", "".join(letters)
+    if element.tag == "mi" and element.text and ("←" <= element.text <= "⇿" or "⟰" <= element.text <= "⟿"):
+        element.tag = "mo"
+    if element.tag in _LIMITS and element[0].tag == "mo" and element[0].text in ("∑", "∏"):
+        element.tag = _LIMITS[element.tag]
+    children = list(element)
+    for before, after in zip(children, children[1:], strict=False):
+        if (_names(before) and not _opens(after) and after.tag not in ("mo", "mspace")) or (
+            _names(after) and before.tag in ("mi", "mn", "msub", "msup", "msubsup", "mfrac", "mrow", "mstyle")
+        ):
+            if element.tag in ("mrow", "mstyle", "math", "mtd"):
+                element.insert(list(element).index(after), ElementTree.Element("mspace", width=_THIN))
+
+
+def _names(element: ElementTree.Element) -> bool:
+    """Whether the element is the name of a function, such as log, with or without an index."""
+    base = element[0] if element.tag in ("msub", "msup", "msubsup", "munder") and len(element) else element
+    return base.tag == "mi" and len(base.text or "") > 1 and (base.text or "").isalpha()
+
+
+def _opens(element: ElementTree.Element) -> bool:
+    return element.tag == "mo" and (element.text or "") in _OPEN
+
+
+# Terms, between which a line may end.
+
+_Parts = list[ElementTree.Element]
+
+
+def _flat(root: ElementTree.Element) -> _Parts:
+    """The parts of a formula, without the rows that only hold others; a style is handed down to what it holds."""
+    parts: _Parts = []
+    for child in root:
+        if child.tag == "mrow":
+            parts += _flat(child)
+        elif child.tag == "mstyle" and len(child) > 1:
+            parts += [_styled(part, child.attrib) for part in _flat(child)]
+        else:
+            parts.append(child)
+    return parts
+
+
+def _styled(part: ElementTree.Element, attributes: dict[str, str]) -> ElementTree.Element:
+    if part.tag in ("mo", "mi", "mn", "mspace", "mtext"):
+        return part
+    wrapped = ElementTree.Element("mstyle", attributes)
+    wrapped.append(part)
+    return wrapped
+
+
+def _terms(parts: _Parts, shown_large: bool) -> Iterator[str]:
+    """The outermost terms as HTML, each made of shorter ones if there is a place within its brackets to end a line."""
+    for i, term in enumerate(_split(parts, within=False)):
+        if _is_prose(term[0]):
+            yield escape(term[0].text or "", quote=False)
+            continue
+        pieces = _split(term, within=True)
+        texts = [_element(piece, shown_large, first=i == j == 0) for j, piece in enumerate(pieces)]
+        yield texts[0] if len(texts) == 1 else f"<span class='term'>{'<wbr>'.join(texts)}</span>"
+        yield "<wbr>"
+
+
+def _split(parts: _Parts, within: bool) -> list[_Parts]:
+    """Cut before relations and signs, after separators and around prose; within brackets too if asked to."""
+    terms: list[_Parts] = [[]]
+    depth = 0
+    for part in parts:
+        sign = (part.text or "") if part.tag == "mo" else ""
+        depth -= sign in _CLOSE
+        alone, free = _is_prose(part) and depth == 0, within or depth == 0
+        if terms[-1] and (alone or (free and _starts_term(sign, terms[-1][-1]))):
+            terms.append([])
+        terms[-1].append(part)
+        depth += sign in _OPEN
+        if alone or (free and (sign in _SEPARATORS or _is_wide(part))):
+            terms.append([])
+    return [term for term in terms if term]
+
+
+def _starts_term(sign: str, before: ElementTree.Element) -> bool:
+    # A sign that follows an operator or an opening bracket belongs to its number.
+    infix = before.tag != "mo" or (before.text or "") in _CLOSE | {"!", "′", "|"}
+    return sign in _RELATIONS or (sign in _SIGNS and infix)
+
+
+def _is_prose(part: ElementTree.Element) -> bool:
+    return part.tag == "mtext" and " " in (part.text or "").strip("\xa0").replace("\xa0", " ")
+
+
+def _is_wide(part: ElementTree.Element) -> bool:
+    return part.tag == "mspace" and part.get("width") in ("1em", "2em")
+
+
+def _element(parts: _Parts, shown_large: bool, first: bool) -> str:
+    if parts[0].tag == "mo" and not first and (parts[0].text or "") in _RELATIONS | _SIGNS:
+        parts[0].set("form", "infix")  # at the start of an element it would be taken for a prefix
+    inner = "".join(ElementTree.tostring(part, encoding="unicode") for part in parts)
+    return f"<math displaystyle='{str(shown_large).lower()}'>{inner}</math>"
