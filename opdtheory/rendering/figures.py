@@ -7,9 +7,10 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from opdtheory.rendering.style import palette
 from opdtheory.rendering.svg import svg_of
 
-__all__ = ["BAD", "CLAIMED", "FOUND", "INK", "MUTED", "RULE", "drawing", "frame", "page_svg", "sheet"]
+__all__ = ["BAD", "CLAIMED", "FOUND", "INK", "MUTED", "RULE", "drawing", "frame", "page_svg", "picture", "sheet"]
 
 # Placeholder colours, each of which becomes a variable of the page's style sheet.
 _COLOURS = {
@@ -89,3 +90,9 @@ def page_svg(drawn: Any, prefix: str) -> str:
     for colour, variable in _COLOURS.items():
         text = text.replace(colour, variable)
     return text.replace("<svg ", '<svg aria-hidden="true" ', 1)
+
+
+def picture(drawn: Any) -> str:
+    """A file of its own, which carries the colours of both palettes."""
+    style = f"<style>{palette()} svg {{ font-family: system-ui, sans-serif; }}</style>"
+    return re.sub(r"(<svg [^>]*>)", rf"\1{style}", page_svg(drawn, "picture"), count=1)

@@ -62,7 +62,14 @@ def _shown(latex: str, shown_large: bool) -> str:
         from latex2mathml.converter import convert
     except ImportError:
         return f"<code>{escape(latex)}</code>"
-    root = ElementTree.fromstring(re.sub(r' xmlns="[^"]*"', "", convert(latex)))
+    source = re.sub(r' xmlns="[^"]*"', "", convert(latex))
+    # The words of \\text come out as they are.
+    source = re.sub(r"(?<=<mtext>).*?(?=</mtext>)", lambda words: re.sub(r"&(?!#)", "&amp;", words[0]), source)
+    source = re.sub(r"<(?![/\w])", "&lt;", source)
+    try:
+        root = ElementTree.fromstring(source)
+    except ElementTree.ParseError as error:
+        raise ValueError(f"the formula must be LaTeX mathematics, got {latex!r}") from error
     _tidy(root)
     return f"<span class='formula'>{''.join(_terms(_flat(root), shown_large))}</span>"
 

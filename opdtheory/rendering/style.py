@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["CONTENT_POLICY", "DARK", "LIGHT", "STYLE"]
+__all__ = ["CONTENT_POLICY", "DARK", "FORMULAS", "LIGHT", "STYLE", "palette"]
 
 # Whatever the page contains, nothing is fetched and nothing is run.
 CONTENT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -33,15 +33,29 @@ DARK = {
 }
 
 
+# A line of a formula ends between its outermost terms first, and only then within one.
+FORMULAS = """
+math { font-family: "STIX Two Math", "Latin Modern Math", "Cambria Math", math; white-space: nowrap; }
+.formula .term { display: inline-block; }
+.formula-display { margin: .9em 0; }
+.formula-line { text-align: center; line-height: 2; margin: .3em 0; }
+"""
+
+
 def _variables(palette: dict[str, str]) -> str:
     return " ".join(f"--{name}: {colour};" for name, colour in palette.items())
 
 
-STYLE = (
-    f"""
+def palette() -> str:
+    """The colours as variables, for a light and for a dark page."""
+    return f"""
 :root {{ color-scheme: light dark; {_variables(LIGHT)} }}
 @media (prefers-color-scheme: dark) {{ :root {{ {_variables(DARK)} }} }}
 """
+
+
+STYLE = (
+    palette()
     + """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); line-height: 1.55; font-size: 1.0625rem;
