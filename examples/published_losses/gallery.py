@@ -61,16 +61,7 @@ ENTRIES: tuple[Entry, ...] = (
 )
 
 _README_HEADER = ("loss", "package", "says it minimises", "the audit finds", "rollouts that end early")
-_PAGE_HEADER = (
-    "loss",
-    "package",
-    "says it minimises",
-    "verdict",
-    "implied divergence",
-    "cosine",
-    "rollouts that end early",
-    "on student rollouts",
-)
+_PAGE_HEADER = ("loss", "says it minimises", "descends", "in detail")
 _NAMES = {
     "forward_kl": "forward KL",
     "reverse_kl": "reverse KL",
@@ -168,8 +159,14 @@ def record(entry: Entry, audit: opd.Audit) -> dict[str, Any]:
 
 
 def page(records: dict[str, dict[str, Any]]) -> str:
-    """The table of `docs/gallery.md` from the records by function."""
-    return table((_page_row(e, records[e.function]) for e in ENTRIES if e.function in records), _PAGE_HEADER)
+    """The tables of `docs/gallery.md` from the records by function, one for each package and for each kind of paper."""
+    groups: dict[str, list[str]] = {}
+    for entry in ENTRIES:
+        if entry.function in records:
+            recorded = records[entry.function]
+            group = f"{recorded['package']} {recorded['version']}" if recorded["version"] else _kind(entry)
+            groups.setdefault(group, []).append(_page_row(entry, recorded))
+    return "\n\n".join(f"### {group}\n\n{table(rows, _PAGE_HEADER)}" for group, rows in groups.items())
 
 
 def table(rows: Iterable[str], header: tuple[str, ...] = _README_HEADER) -> str:
@@ -234,12 +231,23 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def _kind(entry: Entry) -> str:
+    """What the papers' estimators of one module have in common."""
+    if entry in claims_tokens.ENTRIES:
+        return "From papers of 2025 and 2026: token by token"
+    if entry in claims_rollouts.ENTRIES:
+        return "From papers of 2025 and 2026: rollouts, samplers, teachers and rewards"
+    return "From well-known papers"
+
+
 def _page_row(entry: Entry, recorded: dict[str, Any]) -> str:
-    package = entry.origin if recorded["version"] == "" else f"{recorded['package']} {recorded['version']}"
     label = f"[{entry.label}]({entry.source})" if entry.source.startswith("https://") else entry.label
-    verdict = recorded["verdict"].replace("_", " ")
-    cells = (recorded[key] for key in ("implied", "cosine", "at_variable_lengths", "sentence"))
-    return _line(label, package, entry.says, verdict, *cells)
+    # The page's heading names a package; a paper stands with its loss.
+    where = f"<br>{entry.origin}" if recorded["version"] == "" else ""
+    verdict = f"{recorded['verdict'].replace('_', ' ')}, cosine {recorded['cosine']}"
+    early = recorded["at_variable_lengths"]
+    detail = recorded["sentence"] + ("" if early == "–" else f" With rollouts that end early: {early}.")
+    return _line(f"{label}{where}", entry.says, f"{recorded['implied']}<br>({verdict})", detail)
 
 
 def _line(*cells: str) -> str:

@@ -121,7 +121,7 @@ def test_the_record_says_what_is_pinned(function):
 def test_the_page_shows_the_record_and_nothing_else():
     table = gallery.between_markers(gallery.PAGE.read_text(encoding="utf-8"))
     assert table == gallery.page(RECORDS), "regenerate with: make gallery"
-    assert len(table.splitlines()) == 2 + len(gallery.ENTRIES)
+    assert sum(line.startswith("| ") for line in table.splitlines()) == len(gallery.ENTRIES) + 2 * table.count("### ")
 
 
 INSTALLED = [e for e in (*claims_packages.ENTRIES, *claims_papers.ENTRIES) if e.version is not None]
