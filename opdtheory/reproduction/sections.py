@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from opdtheory.rendering.markdown import markdown_table
+from opdtheory.rendering.markdown import folded, markdown_table
 from opdtheory.reproduction.claims import (
     LEVEL,
     PREDICTIONS,
@@ -23,10 +23,8 @@ from opdtheory.reproduction.theory import Reading, reading
 
 __all__ = ["arms", "predictions", "reports", "starts", "theory", "tuning", "variance"]
 
-_GRID = (
-    *("arm", "seeds", "greedy", "sampled", f"against `{REFERENCE}`", "KL(p‖q)", "KL(q‖p)"),
-    *("entropy", "gradient norm", "clipped", "length", "verdict"),
-)
+_ENDS = ("arm", "seeds", "greedy", "sampled", f"against `{REFERENCE}`", "verdict")
+_MEASURES = ("arm", "KL(p‖q)", "KL(q‖p)", "entropy", "gradient norm", "clipped", "length")
 
 
 def starts(table: Sequence[Summary]) -> str:
@@ -165,9 +163,11 @@ def arms(table: Sequence[Summary]) -> str:
         mine = [each for each in table if each.task == task]
         lines.append(f"### {task}\n\n{_beginning(mine)}")
         for group, title in (("main", "Compared"), ("control", "Controls")):
-            rows = [_grid_row(table, each) for each in mine if each.group == group]
-            if rows:
-                lines.append(f"**{title}**\n\n{markdown_table(_GRID, rows)}")
+            members = [each for each in mine if each.group == group]
+            if members:
+                lines.append(f"**{title}**\n\n{markdown_table(_ENDS, [_end_row(table, each) for each in members])}")
+                measures = markdown_table(_MEASURES, [_measure_row(each) for each in members])
+                lines.append(folded(f"{title}: distances, entropy, gradients and lengths", measures))
     return "\n\n".join(lines)
 
 
@@ -191,19 +191,25 @@ def _beginning(mine: Sequence[Summary]) -> str:
     )
 
 
-def _grid_row(table: Sequence[Summary], each: Summary) -> tuple[str, ...]:
-    measures = ("reverse_kl", "forward_kl", "entropy", "gradient_norm")
-    clipped, length = each.means.get("clip_fraction"), each.means.get("response_length")
+def _end_row(table: Sequence[Summary], each: Summary) -> tuple[str, ...]:
     against = None if each.name == REFERENCE else ours(table, each.task, Comparison(each.name))
     return (
         f"`{each.name}`",
         str(len(each.seeds)),
         *("-" if share is None else str(share) for share in (each.greedy, each.sampled)),
         _shown(against),
+        "; ".join([each.verdict, *each.failed]),
+    )
+
+
+def _measure_row(each: Summary) -> tuple[str, ...]:
+    measures = ("reverse_kl", "forward_kl", "entropy", "gradient_norm")
+    clipped, length = each.means.get("clip_fraction"), each.means.get("response_length")
+    return (
+        f"`{each.name}`",
         *(_number(each.means.get(name)) for name in measures),
         "-" if clipped is None else f"{100 * clipped:.1f} %",
         "-" if length is None else f"{length:.0f}",
-        "; ".join([each.verdict, *each.failed]),
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from opdtheory.rendering.html import verdict_words
-from opdtheory.rendering.markdown import markdown_table
+from opdtheory.rendering.markdown import folded, markdown_table
 from opdtheory.training.validation.comparison import LEVEL
 from opdtheory.training.validation.report import Validation
 
@@ -98,7 +98,7 @@ def page(record: Mapping[str, Record]) -> str:
     for section in SECTIONS:
         if section in record:
             rows = record[section]["rows"]
-            parts.append(f"## {_TITLES[section]}\n\n{_TEXTS[section]} {_facts(record[section])}\n\n{_table(rows)}\n")
+            parts.append(f"## {_TITLES[section]}\n\n{_TEXTS[section]} {_facts(record[section])}\n\n{_tables(rows)}\n")
     found = [Validation.from_dict(row) for section in SECTIONS if section in record for row in record[section]["rows"]]
     wrong = [row.estimator for row in found if not row.agrees]
     agreement = f"All {len(found)} rows agree: summed gradients to rounding, sampled ones within their limit."
@@ -115,27 +115,32 @@ def _facts(section: Record) -> str:
     return f"{text}; {section['seconds']:.0f} s of processor time."
 
 
-def _table(rows: Sequence[Record]) -> str:
-    sampled = any(row["z"] is not None for row in rows)
-    header = ["estimator", "claims", "bias", "predicted", "off by", "cosine"]
-    if sampled:
-        header += ["z", "z, exact", "along the gradient", "theory", "variance", "SNR, 1 rollout", "SNR, 128"]
-    header.append("verdict")
-    table = []
-    for row in rows:
-        found = Validation.from_dict(row)
-        cells = [
-            f"`{found.estimator}`" + (", off-policy" if row.get("off_policy") else "") + _run_on(found),
-            verdict_words(found.claimed),
-            _number(found.bias),
-            _number(found.predicted_bias),
-            f"{found.discrepancy:.0e}",
-            "none" if found.cosine is None else f"{found.cosine:+.3f}",
-        ]
-        if sampled:
-            cells += _sampled(found)
-        table.append([*cells, found.verdict])
-    return markdown_table(header, table)
+def _tables(rows: Sequence[Record]) -> str:
+    """The expected gradients, and folded what was sampled, if anything was."""
+    found = [Validation.from_dict(row) for row in rows]
+    names = [
+        f"`{each.estimator}`" + (", off-policy" if row.get("off_policy") else "") + _run_on(each)
+        for row, each in zip(rows, found, strict=True)
+    ]
+    expected = [(name, *_expected(each)) for name, each in zip(names, found, strict=True)]
+    head = ("estimator", "claims", "bias", "predicted", "off by", "cosine", "verdict")
+    parts = [markdown_table(head, expected)]
+    if any(each.z is not None for each in found):
+        sampled = [(name, *_sampled(each)) for name, each in zip(names, found, strict=True)]
+        head = ("estimator", "z", "z, exact", "along the gradient", "theory", "variance", "SNR of 1 and 128")
+        parts.append(folded("The same with sampled gradients", markdown_table(head, sampled)))
+    return "\n\n".join(parts)
+
+
+def _expected(found: Validation) -> tuple[str, ...]:
+    return (
+        verdict_words(found.claimed),
+        _number(found.bias),
+        _number(found.predicted_bias),
+        f"{found.discrepancy:.0e}",
+        "none" if found.cosine is None else f"{found.cosine:+.3f}",
+        found.verdict,
+    )
 
 
 def _run_on(found: Validation) -> str:
@@ -153,8 +158,8 @@ def _sampled(found: Validation) -> list[str]:
             f"{_signed(found.along)} [{_signed(low)}, {_signed(high)}]",
             _signed(found.along_predicted),
         ]
-    noise = [found.noise(rollouts) for rollouts in (1, 128)]
-    return [*along, _number(found.variance), *(_number(value) for value in noise)]
+    noise = ", ".join(_number(found.noise(rollouts)) for rollouts in (1, 128))
+    return [*along, _number(found.variance), noise]
 
 
 def _number(value: float | None, sign: str = "") -> str:

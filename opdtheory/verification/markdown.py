@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from opdtheory.rendering.markdown import folded
 from opdtheory.rendering.mathematics import lines_of
 from opdtheory.theorems.theorem import IdentityResult, Theorem, TheoremResult
 
@@ -46,8 +47,8 @@ def page(theorem: Theorem, result: TheoremResult) -> str:
     parts += ["## What to do", theorem.advice]
     if result.identities:
         parts += ["## What was checked", _counted(result.identities)]
-        parts += [_folded("The checks", _checks(result.identities))]
-        parts += [_folded("The false twins", _twins(result.identities))]
+        parts += [folded("The checks", _checks(result.identities))]
+        parts += [folded("The false twins", _twins(result.identities))]
     parts += [f"**Source.** {_sentence(theorem.source)}"]
     return "\n\n".join(filter(None, parts)) + "\n"
 
@@ -67,10 +68,6 @@ def _counted(identities: list[IdentityResult]) -> str:
         f"{checks}, on {cases:,} cases in all. Beside each stand wrong forms of its claim, {twins} in all, which the"
         " same check must find wrong by far more than rounding."
     )
-
-
-def _folded(title: str, body: str) -> str:
-    return f'<details markdown="1">\n<summary>{title}</summary>\n\n{body}\n\n</details>'
 
 
 def _checks(identities: list[IdentityResult]) -> str:
