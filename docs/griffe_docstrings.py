@@ -7,9 +7,12 @@ from typing import Any
 
 import griffe
 
+# What describes a field in the source, beside its default, which comes first.
+_FIELDS = ("_field", "_option", "_runtime")
+
 
 class Docstrings(griffe.Extension):
-    """`Example:` is shown as code, like `Examples:`; an `__init__` that refers to its class says nothing of its own."""
+    """`Example:` is code, like `Examples:`; an `__init__` says nothing of its own; a field has its value for a default."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         """Rewrite one docstring before it is parsed."""
@@ -19,3 +22,9 @@ class Docstrings(griffe.Extension):
             obj.docstring = None
         else:
             obj.docstring.value = re.sub(r"^Example:$", "Examples:", obj.docstring.value, flags=re.MULTILINE)
+
+    def on_class_members(self, *, cls: griffe.Class, **_: Any) -> None:
+        """Show the default of a dataclass's field where the source has a call that also describes it."""
+        for member in cls.attributes.values():
+            if isinstance(member.value, griffe.ExprCall) and str(member.value.function) in _FIELDS:
+                member.value = member.value.arguments[0]

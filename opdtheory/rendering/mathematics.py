@@ -140,7 +140,8 @@ def _terms(parts: _Parts, shown_large: bool) -> Iterator[str]:
     """The outermost terms as HTML, each made of shorter ones if there is a place within its brackets to end a line."""
     for i, term in enumerate(_split(parts, within=False)):
         if _is_prose(term[0]):
-            yield escape(term[0].text or "", quote=False)
+            # The conversion writes spaces that do not break.
+            yield escape((term[0].text or "").replace("\xa0", " "), quote=False)
             continue
         pieces = _split(term, within=True)
         texts = [_element(piece, shown_large, first=i == j == 0) for j, piece in enumerate(pieces)]
