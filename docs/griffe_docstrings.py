@@ -12,7 +12,7 @@ _FIELDS = ("_field", "_option", "_runtime")
 
 
 class Docstrings(griffe.Extension):
-    """`Example:` is code, like `Examples:`; an `__init__` says nothing of its own; a field has its value for a default."""
+    """`Example:` is code, `__init__` says nothing of its own, and a field is shown with the value of its default."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         """Rewrite one docstring before it is parsed."""

@@ -119,7 +119,7 @@ def expected_gradient(
         teacher: the policy `q`.
         batch_size: the number of rollouts in a batch.
         behavior: the policy that samples (default: the student).
-        budget: the largest number of loss evaluations, and of sequences, which never exceed 2**18.
+        budget: the largest number of loss evaluations, and of sequences, which never exceed $2^{18}$.
         shared_prompt: whether the rollouts of a batch answer one prompt, drawn once, and are independent given it, as
             in a group of GRPO; otherwise each rollout draws its own. The prompt is what an environment writes before
             the student's first token.

@@ -44,7 +44,7 @@ def local_gradient(
 
     Raises:
         InvalidArgumentError: a wrong name, a temperature that is not above 0, or policies that do not match.
-        BudgetExceededError: more than 2**24 sequences.
+        BudgetExceededError: more than $2^{24}$ sequences.
 
     Example:
         >>> import opdtheory as opd

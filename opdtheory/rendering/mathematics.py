@@ -62,7 +62,9 @@ def _shown(latex: str, shown_large: bool) -> str:
         from latex2mathml.converter import convert
     except ImportError:
         return f"<code>{escape(latex)}</code>"
-    source = re.sub(r' xmlns="[^"]*"', "", convert(latex))
+    # The converter knows the signs and not, after \\big, the names.
+    source = convert(re.sub(r"\\vert(?![a-z])", "|", re.sub(r"\\Vert(?![a-z])", r"\\|", latex)))
+    source = re.sub(r' xmlns="[^"]*"', "", source)
     # The words of \\text come out as they are.
     source = re.sub(r"(?<=<mtext>).*?(?=</mtext>)", lambda words: re.sub(r"&(?!#)", "&amp;", words[0]), source)
     source = re.sub(r"<(?![/\w])", "&lt;", source)

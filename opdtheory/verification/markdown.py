@@ -101,7 +101,7 @@ def _named(name: str) -> str:
 
 def _in_cell(text: str) -> str:
     # A bar would end the cell of the table.
-    return text.replace(r"\|", r"\Vert ").replace("|", r"\vert ")
+    return text.replace(r"\|", r"\Vert{}").replace("|", r"\vert{}")
 
 
 def _sentence(text: str) -> str:
