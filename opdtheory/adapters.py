@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -50,6 +51,7 @@ def bind(method: Callable[..., R], /, **attributes: Any) -> Callable[..., R]:
         **attributes: the attributes that the method reads from `self`.
 
     Raises:
+        InvalidArgumentError: the method is bound to an instance or a class already.
         AttributeError: when called, if the method reads an attribute that was not given.
 
     Example:
@@ -59,7 +61,16 @@ def bind(method: Callable[..., R], /, **attributes: Any) -> Callable[..., R]:
         >>> bind(Trainer._scaled, beta=0.5)(4.0)
         2.0
     """
-    return functools.partial(method, _Attributes(**attributes))
+    if inspect.ismethod(method):
+        owner = method.__self__ if isinstance(method.__self__, type) else type(method.__self__)
+        name = f"{owner.__name__}.{method.__name__}"
+        raise InvalidArgumentError(
+            "method", f"must be a function as on its class, {name}, got one that is bound already"
+        )
+    bound = functools.partial(method, _Attributes(**attributes))
+    # Reports show the name of a function.
+    vars(bound)["__name__"] = getattr(method, "__name__", type(method).__name__)
+    return bound
 
 
 def from_logprobs(
@@ -181,6 +192,8 @@ def from_advantage(
         _check_result("advantage", values)
         if values.shape != log_p.shape:
             problem = f"must return one value per token, {tuple(log_p.shape)}, got shape {tuple(values.shape)}"
+            if tuple(values.shape) == tuple(log_p.shape[:1]):
+                problem += ", one per rollout; .unsqueeze(-1).expand_as(log_p) gives it to each of its tokens"
             raise InvalidArgumentError("advantage", problem)
         score = (log_p - rollouts.behavior_logprobs).exp() if importance_ratio else log_p
         return reduce(rollouts, -(values.detach() if detach else values) * score)
@@ -281,6 +294,7 @@ def _caller(f: Callable[..., Tensor], names: Sequence[str | None] | None, given:
     if not callable(f):
         raise InvalidArgumentError("f", f"must be a function of {', '.join(given)}, got {f!r}")
     if names is None:
+        _check_takes(f, given)
         return f
     if isinstance(names, str) or len(names) != len(given):
         raise InvalidArgumentError("names", f"must be {len(given)} names, for {', '.join(given)}, got {names!r}")
@@ -290,6 +304,23 @@ def _caller(f: Callable[..., Tensor], names: Sequence[str | None] | None, given:
         return f(**{name: value for name, value in zip(keywords, arguments, strict=True) if name is not None})
 
     return call
+
+
+def _check_takes(f: Callable[..., Any], given: tuple[str, ...]) -> None:
+    """Raise if a function cannot be called with what an adapter passes, as far as its signature tells."""
+    try:
+        signature = inspect.signature(f, follow_wrapped=False)
+    except (TypeError, ValueError):  # a builtin may have none
+        return
+    try:
+        signature.bind(*given)
+    except TypeError as error:
+        problem = f"must take {len(given)} arguments, {', '.join(given)}, got {_signed(f, signature)}: {error}"
+        raise InvalidArgumentError("f", f"{problem}; names=(...) passes them by keyword, None leaves one out") from None
+
+
+def _signed(f: Callable[..., Any], signature: inspect.Signature) -> str:
+    return f"{getattr(f, '__name__', type(f).__name__)}({', '.join(signature.parameters)})"
 
 
 def _reducer(reduction: str) -> Callable[[Rollouts, Any], Tensor]:
@@ -303,11 +334,22 @@ def _reducer(reduction: str) -> Callable[[Rollouts, Any], Tensor]:
         if value.shape != rollouts.mask.shape:
             shape = tuple(rollouts.mask.shape)
             problem = f"must return a scalar or one value per token, {shape}, got shape {tuple(value.shape)}"
-            raise InvalidArgumentError("f", problem)
+            raise InvalidArgumentError("f", f"{problem}{_mended(value.shape, shape)}")
         reduced: Tensor = getattr(rollouts, reduction)(value)
         return reduced
 
     return reduce
+
+
+def _mended(got: Sequence[int], shape: tuple[int, ...]) -> str:
+    """How to make one value per token, or a scalar, of a shape that a trainer's code often gives."""
+    if tuple(got) == shape[:1]:
+        return ", one value per rollout; .mean() makes a scalar of it"
+    if tuple(got[:2]) == shape and len(got) == 3:
+        return ", one value per entry of the vocabulary; .sum(-1) adds them up"
+    if tuple(got) == (math.prod(shape),):
+        return f", all tokens in a row; .reshape{shape} brings them back"
+    return ""
 
 
 def _check_result(argument: str, value: object) -> None:

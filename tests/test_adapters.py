@@ -166,7 +166,9 @@ def test_a_top_k_payload_is_the_teachers_likeliest_tokens():
 
 
 def test_the_name_of_the_function_is_kept():
-    for loss in (from_logits(forward_kl), from_top_k(forward_kl, 2), from_hidden(fused)):
+    top_k = from_top_k(forward_kl, 2, names=("student_logits", None, "teacher_logits", "labels"))
+    assert from_logprobs(opd.bind(Trainer.pair, beta=1.0)).__name__ == "pair"
+    for loss in (from_logits(forward_kl), top_k, from_hidden(fused)):
         assert loss.__name__ in ("forward_kl", "fused")
 
 
@@ -184,6 +186,45 @@ BAD_SETTINGS = {
 def test_a_bad_setting_is_refused_by_name(argument):
     with pytest.raises(InvalidArgumentError, match=f"^{argument}: "):
         BAD_SETTINGS[argument]()
+
+
+def test_a_function_of_other_arguments_is_refused_with_what_it_would_get():
+    with pytest.raises(
+        InvalidArgumentError, match=r"must take 2 arguments, student_logprobs, .*got f\(p, q, mask\): .*'mask'"
+    ):
+
+        def f(p: Tensor, q: Tensor, mask: Tensor) -> Tensor:
+            return (p - q) * mask
+
+        from_logprobs(f)
+    with pytest.raises(InvalidArgumentError, match="must take 3 arguments.*names="):
+        from_logits(lambda student, teacher: student)
+    from_logits(lambda student, teacher, labels=None, temperature=1.0: student)
+    from_logits(lambda *logits: logits[0])
+    with pytest.raises(InvalidArgumentError, match="must be a function as on its class, Trainer.loss, got one that is"):
+        opd.bind(Trainer().loss, beta=1.0)
+
+
+class Trainer:
+    def loss(self, x: Tensor) -> Tensor:
+        return x
+
+    def pair(self, p: Tensor, q: Tensor) -> Tensor:
+        return self.beta * (p - q)
+
+
+MENDED = {
+    r"one value per rollout; \.mean\(\)": from_logprobs(lambda p, q: (p - q).sum(-1)),
+    r"one value per entry of the vocabulary; \.sum\(-1\)": from_logits(lambda s, t, labels: s - t),
+    r"all tokens in a row; \.reshape\(2, 3\)": from_logprobs(lambda p, q: (p - q).flatten()),
+    r"one per rollout; \.unsqueeze\(-1\)": from_advantage(lambda p, q: (q - p).sum(-1), detach=True),
+}
+
+
+@pytest.mark.parametrize("words", MENDED)
+def test_a_result_of_a_common_shape_is_refused_with_what_mends_it(words):
+    with pytest.raises(InvalidArgumentError, match=words):
+        MENDED[words](rollouts())
 
 
 BAD_RESULTS = {

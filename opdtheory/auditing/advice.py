@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,12 +43,11 @@ def _advice(loss: Loss, shape: tuple[int, ...]) -> str | None:
     batch_size, horizon, vocab_size = shape
     if _is_finite(loss, batch_size, horizon, vocab_size):
         return None  # the size of the batch is not the cause
-    if _is_finite(loss, batch_size, horizon + _FURTHER, vocab_size):
-        return _LONGER
-    for count in (2, 3, 4):
-        if batch_size < count and _is_finite(loss, count, horizon, vocab_size):
-            return _MORE.format(count=count)
-    return None
+    longer = [_LONGER] if _is_finite(loss, batch_size, horizon + _FURTHER, vocab_size) else []
+    counts = (count for count in (2, 3, 4) if count > batch_size and _is_finite(loss, count, horizon, vocab_size))
+    # A loss that shifts has no token left in any number of rollouts of one step; a standard deviation has.
+    more = [_MORE.format(count=count) for count in itertools.islice(counts, 1)]
+    return "; ".join([*longer, *more]) or None
 
 
 def _is_finite(loss: Loss, batch_size: int, horizon: int, vocab_size: int) -> bool:

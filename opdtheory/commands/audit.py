@@ -11,7 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opdtheory.choices import ACCUMULATIONS, CLAIMED_REDUCTIONS, GRANULARITIES, HISTORIES, LENGTHS, METHODS
-from opdtheory.commands.console import FAILS, HOLDS, UsageError, aside, console, or_none, output_apart
+from opdtheory.commands.console import (
+    FAILS,
+    HOLDS,
+    USAGE,
+    UsageError,
+    aside,
+    complain,
+    console,
+    or_none,
+    output_apart,
+)
 from opdtheory.commands.targets import Target, failure, find, importable
 from opdtheory.errors import LossError, NotFiniteError, OpdTheoryError
 
@@ -201,13 +211,13 @@ def add_parser(commands: Commands) -> None:
     parser = commands.add_parser(
         "audit",
         help="find out what a loss really minimises",
-        description="Audit loss(rollouts) -> scalar, named as PATH.py:FUNCTION or package.module:FUNCTION. The loss, "
-        "its module and the expression of --call run as Python code. Options win over the claim that a loss carries, "
-        "which wins over [tool.opdtheory] in the nearest pyproject.toml.",
+        description="Audit loss(rollouts) -> scalar, named as PATH.py:FUNCTION or package.module:FUNCTION; of several, "
+        "each by itself. The loss, its module and the expression of --call run as Python code. Options win over the "
+        "claim that a loss carries, which wins over [tool.opdtheory] in the nearest pyproject.toml.",
         epilog="exit status: 0 if the loss follows its claim or has a known bias, 1 if not, 2 if the loss or a file "
-        "cannot be found, imported, run, read, written or audited",
+        "cannot be found, imported, run, read, written or audited; of several losses, the largest",
     )
-    parser.add_argument("loss", metavar="LOSS", help="PATH.py:FUNCTION or package.module:FUNCTION")
+    parser.add_argument("losses", nargs="+", metavar="LOSS", help="PATH.py:FUNCTION or package.module:FUNCTION")
     for each in SETTINGS:
         flag, shown = f"--{each.name.replace('_', '-')}", each.shown or each.default
         # Without the option, the value comes from elsewhere.
@@ -232,10 +242,30 @@ def add_parser(commands: Commands) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Audit the loss and return the exit status."""
+    """Audit each loss and return the exit status, of several the largest."""
+    if len(options.losses) == 1:
+        return _run(options, options.losses[0])
+    if options.json or options.html is not None:
+        raise UsageError(f"--json and --html take one loss, got {len(options.losses)}")
+    status = HOLDS
+    for number, loss in enumerate(options.losses):
+        if number:
+            print()
+        # One that cannot be audited keeps none of the others from it.
+        try:
+            status = max(status, _run(options, loss))
+        except OpdTheoryError as error:
+            complain(options, error)
+            status = USAGE
+    return status
+
+
+def _run(options: argparse.Namespace, loss: str) -> int:
+    """Audit one loss and return the exit status."""
     from opdtheory.auditing.known_biases import judge, read_known
     from opdtheory.auditing.views.terminal import print_audit
 
+    options.loss = loss
     known = {} if options.baseline is None else read_known(options.baseline)
     # What the loss and its module print is no part of the JSON.
     with output_apart(options.json):

@@ -77,6 +77,22 @@ def test_a_loss_of_a_group_is_told_of_the_batch_size(loss, count):
     assert torch.isfinite(torch.tensor(audit(loss, batch_size=count, details=False).cosine))
 
 
+def of_all_tokens(r):
+    """Divides by the spread of all tokens, which a single one has not."""
+    reward = r.log_u.detach()
+    centred = reward - reward.mean()
+    spread = (centred.square().sum() / torch.tensor(reward.numel() - 1.0)).sqrt() + 1e-6
+    return r.token_sum(-centred / spread * r.student_logprobs)
+
+
+def test_a_loss_that_a_setting_of_either_kind_makes_finite_is_told_of_both():
+    with pytest.raises(LossError) as caught:
+        audit(of_all_tokens)
+    said = str(caught.value)
+    assert "shifted=True" in said and "audit it with batch_size=2" in said
+    assert torch.isfinite(torch.tensor(audit(of_all_tokens, batch_size=2, details=False).cosine))
+
+
 def without_eps(r):
     """Divides by a spread that is zero where two rollouts are equal, however many there are."""
     rewards = (r.log_u.detach() * r.mask).sum(-1)

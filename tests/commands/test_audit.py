@@ -57,6 +57,14 @@ def test_audit_of_a_file(losses: str, capsys: pytest.CaptureFixture[str]) -> Non
     assert cli.main(["audit", f"{losses}:Losses.right"]) == 0
 
 
+def test_audit_of_several(losses: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["audit", f"{losses}:k9", f"{losses}:k3"]) == 2
+    said = capsys.readouterr()
+    assert "has no 'k9'" in said.err and "k3: OTHER OBJECTIVE" in said.out
+    assert cli.main(["audit", f"{losses}:k3", f"{losses}:k2", "--json"]) == 2
+    assert "--json and --html take one loss, got 2" in capsys.readouterr().err
+
+
 def test_audit_of_a_module(losses: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.syspath_prepend(str(Path(losses).parent))
     assert cli.main(["audit", "my_losses:k2"]) == 0

@@ -1,175 +1,60 @@
 """The documentation keeps up with the library: its code prints what the pages say, and no public name is missing.
 
-Each page is run from top to bottom, in one namespace and in an empty working directory:
-
-- a `python` block is executed, and must print what the `text` block right below it says, or nothing;
-- with `title="name.py"` it is saved under that name as well; of a `test_*.py` every test is called;
-- in a `console` block that shows output `$ opdtheory audit ...` and `$ echo $?` are run and must print what follows;
-  other commands are for the reader.
-
-Numbers may differ in their last printed digit, and below 1e-9 freely. `python tests/laws/test_docs.py --write` puts
-today's outputs into the pages, or into those named after it.
+`tests/laws/pages.py` says how a page is run. `python -m tests.laws.test_docs --write` puts today's outputs into the
+pages, or into those named after it.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
-import itertools
-import os
 import re
-import shlex
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
-from decimal import Decimal
 from pathlib import Path
 
 import pytest
 
+from tests.laws import shell
+from tests.laws.pages import run_page, same, write
+from tests.laws.workflows import check_yaml
+
+__all__ = ["same"]
+
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
-LONG = ("ci.md", "concepts.md", "tutorial.md")
-PAGES = [ROOT / "README.md", *sorted((ROOT / "examples").rglob("*.md")), *sorted(DOCS.rglob("*.md"))]
-
-_BLOCK = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-_TITLE = re.compile(r'title="([^"]+)"')
-_NUMBER = re.compile(r"(?<![\w.])[-+]?\d+(?:\.\d+)?(?:e[-+]\d+)?(?!\w)")
-_ROUNDING = 1e-9
-
-
-@dataclass(frozen=True)
-class Output:
-    """What a page says that its code prints, and what it prints."""
-
-    line: int
-    start: int
-    end: int
-    shown: bool
-    said: str
-    printed: str
-
-    @property
-    def agrees(self) -> bool:
-        return same(self.said, self.printed)
+LONG = ("adapt.md", "ci.md", "concepts.md", "tutorial.md", "project/README.md")
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
+    *sorted((ROOT / "examples").rglob("*.md")),
+    *sorted(DOCS.rglob("*.md")),
+]
 
 
-def same(said: str, printed: str) -> bool:
-    """Whether two outputs are equal but for white space and the last digit of numbers."""
-    said, printed = " ".join(said.split()), " ".join(printed.split())
-    if _NUMBER.sub("#", said) != _NUMBER.sub("#", printed):
-        return False
-    return all(_close(a, b) for a, b in zip(_NUMBER.findall(said), _NUMBER.findall(printed), strict=True))
+def check(path, long):
+    for output in run_page(path, long):
+        assert output.agrees, (
+            f"{path.relative_to(ROOT)}:{output.line} prints\n{output.printed}\nand not\n{output.said}\n"
+            "regenerate with: python -m tests.laws.test_docs --write"
+        )
 
 
-def _close(a: str, b: str) -> bool:
-    if max(abs(float(a)), abs(float(b))) < _ROUNDING:
-        return True
-    last_digit = 10.0 ** max(int(Decimal(x).as_tuple().exponent) for x in (a, b))
-    return abs(float(a) - float(b)) <= 1.01 * last_digit
-
-
-def run_page(path: Path) -> list[Output]:
-    """Run every block of a page and return all that it says and does print."""
-    page = path.read_text(encoding="utf-8")
-    blocks = list(_BLOCK.finditer(page))
-    outputs = []
-    with _empty_directory():
-        # Dataclasses and pickling look the defining module up by name.
-        namespace: dict[str, object] = {"__name__": "__main__"}
-        for block, following in itertools.pairwise([*blocks, None]):
-            assert block is not None
-            line = page.count("\n", 0, block.start()) + 1
-            if block[1] == "python":
-                printed = _run_python(block[3], block[2], namespace, f"{path.name}:{line}")
-                shown = following if following and following[1] == "text" else None
-                if shown and page[block.end() : shown.start()].strip():
-                    shown = None
-                start, end = (shown.start(3), shown.end(3)) if shown else (block.end(), block.end())
-                outputs.append(Output(line, start, end, shown is not None, page[start:end], printed))
-            elif block[1] == "console" and any(not line.startswith("$ ") for line in block[3].splitlines()):
-                outputs.append(Output(line, block.start(3), block.end(3), True, block[3], _run_console(block[3])))
-    return outputs
-
-
-@contextlib.contextmanager
-def _empty_directory() -> Iterator[None]:
-    """An empty working directory that imports find, but for a link to the examples."""
-    before, modules = Path.cwd(), set(sys.modules)
-    with tempfile.TemporaryDirectory() as directory:
-        (Path(directory) / "examples").symlink_to(ROOT / "examples")
-        os.chdir(directory)
-        sys.path.insert(0, directory)
-        try:
-            yield
-        finally:
-            os.chdir(before)
-            sys.path.remove(directory)
-            for name in set(sys.modules) - modules:
-                if str(getattr(sys.modules[name], "__file__", "")).startswith(directory):
-                    del sys.modules[name]
-
-
-def _run_python(code: str, options: str, namespace: dict[str, object], where: str) -> str:
-    title = _TITLE.search(options)
-    known = set(namespace)
-    if title:
-        Path(title[1]).write_text(code, encoding="utf-8")
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        exec(compile(code, where, "exec"), namespace)
-        if title and title[1].startswith("test_"):
-            for name in [name for name in namespace if name.startswith("test_") and name not in known]:
-                namespace[name]()  # type: ignore[operator]
-    return printed.getvalue()
-
-
-def _run_console(text: str) -> str:
-    from opdtheory.cli import main
-
-    shown, status = [], 0
-    for line in text.splitlines():
-        if not line.startswith("$ "):
-            continue
-        shown.append(line + "\n")
-        command = shlex.split(line[2:], comments=True)
-        if command == ["echo", "$?"]:
-            shown.append(f"{status}\n")
-        elif command[:2] == ["opdtheory", "audit"]:
-            with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.redirect_stderr(printed):
-                try:
-                    status = main(command[1:])
-                except SystemExit as usage:
-                    status = int(usage.code or 0)
-            shown.append(printed.getvalue())
-    return "".join(shown)
-
-
-def write(path: Path) -> int:
-    """Put today's outputs into a page; returns how many of them had changed."""
-    page, changed = path.read_text(encoding="utf-8"), 0
-    for output in reversed(run_page(path)):
-        if output.said.strip() != output.printed.strip():
-            changed += not output.agrees
-            printed = output.printed if output.shown else f"\n\n```text\n{output.printed}```"
-            page = page[: output.start] + printed + page[output.end :]
-    path.write_text(page, encoding="utf-8")
-    return changed
-
-
-# The longest pages are for `make test-slow`.
+# The longest pages are for `make test-slow`, and so are the longest commands.
 @pytest.mark.parametrize(
     "path",
-    [pytest.param(p, marks=[pytest.mark.slow] if p.name in LONG else []) for p in PAGES],
+    [pytest.param(p, marks=[pytest.mark.slow] if p.as_posix().endswith(LONG) else []) for p in PAGES],
     ids=[str(path.relative_to(ROOT)) for path in PAGES],
 )
 def test_pages_print_what_they_say(path):
-    for output in run_page(path):
-        assert output.agrees, (
-            f"{path.relative_to(ROOT)}:{output.line} prints\n{output.printed}\nand not\n{output.said}\n"
-            "regenerate with: python tests/laws/test_docs.py --write"
-        )
+    check(path, long=False)
+
+
+def _long(path):
+    return any(line.startswith("$ ") and set(shell.LONG) & set(line.split()) for line in path.read_text().splitlines())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [path for path in PAGES if _long(path)], ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_longest_commands_run(path):
+    check(path, long=True)
 
 
 def test_outputs_are_compared_by_their_digits():
@@ -179,6 +64,7 @@ def test_outputs_are_compared_by_their_digits():
     assert not same("bias 1.24e-03", "bias 1.24e-04")
     assert not same("T4 (k3)", "T5 (k3)")
     assert not same("1 2", "1")
+    assert not same("6 of 6 pairs", "5 of 6 pairs") and same("off by 94 %", "off by 95 %")
 
 
 def test_a_page_that_lies_is_caught_and_rewritten(tmp_path):
@@ -189,6 +75,103 @@ def test_a_page_that_lies_is_caught_and_rewritten(tmp_path):
     assert write(page) == 2
     assert page.read_text(encoding="utf-8") == source.replace("0.5", "0.25") + "\n```text\nnew\n```\n"
     assert all(output.agrees for output in run_page(page))
+
+
+def page_of(tmp_path, *blocks):
+    page = tmp_path / "page.md"
+    page.write_text("\n".join(f"```{head}\n{body}\n```\n" for head, body in blocks), encoding="utf-8")
+    return page
+
+
+def test_a_file_must_have_its_imports(tmp_path):
+    losses = ('python title="parts.py"', "def half(x):\n    return x / 2")
+    tests = "def test_half():\n    assert half(2) == 1"
+    imports = "from parts import half\n\n\n"
+    run_page(page_of(tmp_path, losses, ('python title="test_parts.py"', imports + tests)))
+    with pytest.raises(NameError, match="half"):
+        run_page(page_of(tmp_path, losses, ('python title="test_parts.py"', tests)))
+    with pytest.raises(NameError, match="half"):
+        run_page(page_of(tmp_path, losses, ("python", "half(2)")))
+    with pytest.raises(NameError, match="math"):
+        run_page(page_of(tmp_path, ("python", "import math"), ('python title="parts.py"', "tau = math.tau")))
+    more = ('python title="parts.py"', "print(half(3))")
+    assert run_page(page_of(tmp_path, losses, more))[1].printed == "1.5\n"
+
+
+def test_no_command_is_skipped(tmp_path):
+    for command in (
+        "sparkle --all",
+        "opdtheory polish",
+        "opdtheory audit --polish a.py:f",
+        "opdtheory audit examples/published_losses/trl_losses.py:missing",
+        "opdtheory train --divergence nonesuch",
+        "make polish",
+        "pip install opdtheory[polish]",
+        "python examples/missing.py",
+        "python examples/published_losses/gallery.py --polish",
+        "git add missing.json",
+        "cat missing.json",
+        "pytest --opd-polish",
+        "opdtheory table | head",
+    ):
+        for language, prompt in (("console", "$ "), ("sh", "")):
+            with pytest.raises(AssertionError, match="page.md:1"):
+                run_page(page_of(tmp_path, (language, prompt + command)))
+    with pytest.raises(AssertionError, match="ends with status 2"):
+        run_page(page_of(tmp_path, ("console", "$ opdtheory audit missing.py:f")))
+    with pytest.raises(AssertionError, match="block of fish"):
+        run_page(page_of(tmp_path, ("fish", "set x 1")))
+    indented = tmp_path / "page.md"
+    indented.write_text("- a list\n\n    ```console\n    $ sparkle\n    ```\n", encoding="utf-8")
+    with pytest.raises(AssertionError, match="indented"):
+        run_page(indented)
+
+
+def test_a_wrong_digit_of_a_command_is_caught(tmp_path):
+    losses = ('python title="k.py"', "def k2(r):\n    return r.token_sum(r.log_u.square() / 2)")
+    shown = "$ opdtheory audit k.py:k2 --lengths fixed\nk.py:k2: EXACT\n...\n{}\n...\n$ echo $?\n0"
+    row = "sharpness 0.3, distance 1         8.27e-16  +1.000000  {}            2.872e-01"
+    for number, agrees in (("1.288e+00", True), ("1.289e+00", True), ("1.290e+00", False)):
+        page = page_of(tmp_path, losses, ("console", shown.format(row.format(number))))
+        assert run_page(page)[1].agrees is agrees
+    wrong_status = page_of(tmp_path, losses, ("console", shown.format(row.format("1.288e+00"))[:-1] + "1"))
+    assert not run_page(wrong_status)[1].agrees
+    assert write(wrong_status) == 1
+    assert run_page(wrong_status)[1].agrees
+
+
+def test_dots_stand_for_lines_that_are_left_out():
+    assert same("a 1.00\n...\nz 2.0", "a 1.01\nb 7\nc\nz 2.1")
+    assert same("...\nz", "a\nz") and same("a\n...", "a\nz") and same("a\n...\nz", "a\nz")
+    assert not same("a 1.00\n...\nz 2", "a 1.10\nb\nz 2") and not same("...\nz 2", "a\nz 3")
+    assert not same("a\n...\nz", "a\nz\nb")
+    assert not same("a ... z", "a b z")
+    assert same("1 passed in 1.02s", "1 passed in 61.31s (0:01:01)") and not same(
+        "1 passed in 1.02s", "2 passed in 1.02s"
+    )
+
+
+def test_yaml_names_what_exists():
+    step = "steps:\n  - run: {}\n"
+    action = "steps:\n  - uses: OWNER/opdtheory@v0.2.0\n    with: {{{}}}\n"
+    hook = "repos:\n  - repo: https://github.com/OWNER/opdtheory\n    hooks: [{{id: {}}}]\n"
+    for text in (
+        step.format("make test"),
+        action.format("targets: 'a.py:f'"),
+        hook.format("opdtheory-audit, args: [a.py:f]"),
+    ):
+        check_yaml(text)
+    for text in (
+        step.format("make polish"),
+        action.format("target: 'a.py:f'"),
+        action.format("targets: 'a.py:f', arguments: --polish"),
+        action.format("targets: 'a.py:f', objective: nonesuch"),
+        hook.format("polish, args: [a.py:f]"),
+        hook.format("opdtheory-audit, args: [a.py:f, --polish]"),
+        hook.format("opdtheory-audit"),
+    ):
+        with pytest.raises((AssertionError, ValueError)):
+            check_yaml(text)
 
 
 def test_every_public_name_is_in_the_api_pages():
@@ -231,6 +214,6 @@ def test_site_builds(tmp_path):
 
 if __name__ == "__main__":
     if sys.argv[1:2] != ["--write"]:
-        sys.exit("usage: python tests/laws/test_docs.py --write [PAGE ...]")
+        sys.exit("usage: python -m tests.laws.test_docs --write [PAGE ...]")
     for each in [Path(name).resolve() for name in sys.argv[2:]] or PAGES:
         print(f"{each}: {write(each)} outputs changed")

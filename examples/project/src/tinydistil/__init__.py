@@ -1,0 +1,1 @@
+"""A distillation trainer in miniature."""
