@@ -37,24 +37,39 @@ def theorems() -> list[Theorem]:
         Theorem(
             number="T3b",
             name="control variate",
-            statement=(
-                r"f(u) + c(u-1) \text{ has mean } D_f \text{ for every } c \text{ and least variance at }"
-                r" c^* = -\mathrm{Cov}(f(u), u-1)/\mathrm{Var}(u);\quad k_1 \to k_3 \text{ is } c: 0 \to 1"
+            meaning=(
+                r"Adding $c(u - 1)$ to a one-sample estimate of a divergence keeps its mean and changes its variance,"
+                r" which is least at one value $c^*$. The estimators $k_1 = -\log u$ and $k_3 = u - 1 - \log u$ of the"
+                r" reverse KL are the cases $c = 0$ and $c = 1$, so the one whose $c$ is nearer to $c^*$ has the"
+                r" smaller variance."
             ),
-            hypotheses=("E_p[u] = 1: p is positive wherever q is", "Var(u) finite and positive"),
+            statement=(
+                r"E_p[f(u) + c(u-1)] = D_f \text{ for every } c;\quad"
+                r" \mathrm{Var}(f(u) + c(u-1)) \text{ is least at } c^* = -\mathrm{Cov}(f(u),"
+                r" u-1)/\mathrm{Var}(u);\quad"
+                r" \text{for } f = -\log u,\ k_1 \text{ has } c = 0 \text{ and } k_3 \text{ has } c = 1"
+            ),
+            hypotheses=(
+                "$E_p[u] = 1$, which holds if $p$ is positive wherever $q$ is",
+                r"$\mathrm{Var}(u)$ is finite and positive",
+            ),
             source="Schulman, Approximating KL divergence (2020); derived here",
-            advice="Report k3 near the teacher, k1 where the ratios spread so far that c* falls below one half.",
+            advice=(
+                "Report $k_3$ near the teacher, $k_1$ where the ratios spread so far that $c^*$ falls below one half."
+            ),
             derivation=(
                 Step(
-                    r"\mathrm{Var}(f + c(u-1)) - \mathrm{Var} f = c\,(c - 2c^*)\,\mathrm{Var}(u),\quad"
+                    r"\mathrm{Var}(f + c(u-1)) - \mathrm{Var}(f) = c\,(c - 2c^*)\,\mathrm{Var}(u);\quad"
                     r" c^* = -\mathrm{Cov}(f, u - 1)/\mathrm{Var}(u)",
-                    "a parabola in c",
+                    "the variance is a parabola in $c$; sympy finds its lowest point and its value there",
                     _best_gauge,
                 ),
                 Step(
-                    r"k_3 = k_1 + 1\cdot(u - 1),\quad c^* = \frac{KL(p\|q) + KL(q\|p)}{\chi^2(q\|p)}"
-                    r"\quad\text{for } f = -\log u",
-                    "k1 to k3 is c from 0 to 1; k3 is convex with its zero at one, so no sample of it is negative",
+                    r"k_3 = k_1 + 1\cdot(u - 1);\quad"
+                    r" c^* = \frac{\mathrm{KL}(p\|q) + \mathrm{KL}(q\|p)}{\chi^2(q\|p)} \text{ for } f = -\log u",
+                    r"going from $k_1$ to $k_3$ moves $c$ from 0 to 1. For the reverse KL, $-\mathrm{Cov}(k_1, u - 1)"
+                    r" = E_p[(u - 1)\log u]$ is the sum of both KL divergences, and $\mathrm{Var}(u) = \chi^2(q\|p)$."
+                    r" $k_3$ is convex in $u$ with its minimum, zero, at one, so no sample of it is negative",
                     _schulman,
                 ),
             ),
@@ -77,7 +92,7 @@ def theorems() -> list[Theorem]:
                 Identity(
                     "when k3 is quieter than k1",
                     r"\mathrm{Var}\,k_3 < \mathrm{Var}\,k_1 \iff"
-                    r" \frac{KL(p\|q) + KL(q\|p)}{\chi^2(q\|p)} > \tfrac12",
+                    r" \frac{\mathrm{KL}(p\|q) + \mathrm{KL}(q\|p)}{\chi^2(q\|p)} > \tfrac12",
                     _check_schulman,
                     Fraction(1, 2),
                     {"always": Fraction(0), "above one only": Fraction(1)},
@@ -85,7 +100,7 @@ def theorems() -> list[Theorem]:
                 ),
                 Identity(
                     "the gauge moves the variance",
-                    r"\mathrm{Var}\ \text{of the token\_return estimator depends on } c \iff T > 1",
+                    r"\mathrm{Var}\,\hat g_{\mathrm{return}} \text{ depends on } c \iff T > 1",
                     _check_return_variance,
                     lambda horizon: horizon > 1,
                     {"never": lambda horizon: False, "always": lambda horizon: True},

@@ -40,33 +40,48 @@ def theorems() -> list[Theorem]:
         Theorem(
             number="T3",
             name="gauge",
-            statement=(
-                r"f \to f + c(u-1):\quad D_f \text{ unchanged},\quad w_f \to w_f + c,\quad"
-                r" g_{sg} \to g_{sg} - c\,\nabla KL(q\|p),\quad"
-                r" \text{and } \textstyle\sum_{m>n} f(u_m) \text{ gains a martingale}"
+            meaning=(
+                "Adding $c(u - 1)$ to the generator, a change of gauge, leaves the divergence as it is and moves its"
+                " exact weight by a constant only. A loss that detaches the reward $-f(u)$ does notice it: two ways of"
+                " writing the same divergence then train in different directions. Under an exact weight the gauge"
+                " moves nothing but the variance."
             ),
-            hypotheses=("E_p[u] = 1: p is positive wherever q is",),
+            statement=(
+                r"D_{f + c(u-1)} = D_f;\quad"
+                r" w_{f + c(u-1)} = w_f + c;\quad"
+                r" g_{sg}[f + c(u-1)] = g_{sg}[f] - c\,\nabla\mathrm{KL}(q\|p);\quad"
+                r" \textstyle\sum_{m>n} f(u_m) \text{ gains the martingale } c\sum_{m>n}(u_m - 1)"
+            ),
+            hypotheses=("$E_p[u] = 1$, which holds if $p$ is positive wherever $q$ is",),
             source="derived here",
-            advice="Under an exact weight, choose the gauge for low variance; under -f(u) it decides what is learnt.",
+            advice=(
+                "Under an exact weight, choose the gauge for low variance; under $-f(u)$ it decides what is learnt."
+            ),
             derivation=(
                 Step(
                     r"E_p[f(u) + c(u - 1)] = E_p[f(u)] + c\,(\textstyle\sum q - \sum p)",
-                    "p u = q, atom by atom",
+                    "since $p u = q$ for every token, the extra term adds up to $c$ times the difference of two sums"
+                    " that both equal one",
                     _value_unmoved,
                 ),
                 Step(
                     r"w_{f + c(u-1)} = w_f + c",
-                    "u (f' + c) - f - c(u - 1), f undefined; a constant weight is a baseline",
+                    "insert $f + c(u - 1)$ into $u f' - f$: it adds $u c - c(u - 1) = c$, for any $f$. A constant"
+                    " weight is a baseline and does not move the gradient",
                     lambda: furthest(_check_weight_shift(lambda u, c: c)) == 0.0,
                 ),
                 Step(
-                    r"E_p[c(u - 1)\,s] = c\,E_q[s] = -c\,\nabla KL(q\|p)",
-                    "p u = q and E_p[s] = 0, for any family",
+                    r"E_p[c(u - 1)\,s] = c\,E_q[s] = -c\,\nabla\mathrm{KL}(q\|p)",
+                    r"the gauge adds this term to the stop-gradient direction $g_{sg}[f] = E_p[f(u)\,s]$. Since $p u ="
+                    r" q$ and $E_p[s] = 0$, it is $c\,E_q[s]$, and $-E_q[s]$ is the gradient of the forward KL. This"
+                    r" holds for any family, because sympy treats the probabilities as undefined functions of $\theta$",
                     _direction_moved,
                 ),
                 Step(
                     r"E[(u_m - 1)\,s_n] = E\left[s_n\,E[u_m - 1 \mid h_m]\right] = 0,\quad m > n",
-                    "the tower property: later ratios are a martingale difference given the history",
+                    "given the history $h_m$, the earlier score $s_n$ is known and $u_m$ has mean one. The terms"
+                    " $c(u_m - 1)$ of later tokens are therefore martingale differences, and by the tower property"
+                    " they add nothing to the expected gradient",
                     _later_ratios_vanish,
                     in_words=True,
                 ),
@@ -121,7 +136,7 @@ def theorems() -> list[Theorem]:
                 ),
                 Identity(
                     "the gauge moves stop-gradient",
-                    r"g_{sg}[f + c(u-1)] - g_{sg}[f] = -c\,\nabla KL(q\|p)",
+                    r"g_{sg}[f + c(u-1)] - g_{sg}[f] = -c\,\nabla\mathrm{KL}(q\|p)",
                     _check_direction,
                     "forward_kl",
                     {"the reverse KL instead": "reverse_kl"},

@@ -42,24 +42,38 @@ def theorems() -> list[Theorem]:
         Theorem(
             number="T1",
             name="OPD+ identity",
-            statement=r"\nabla_\theta D_f(q\|p_\theta) = -E_{p_\theta}[w_f(u)\,s], \quad w_f(u) = u f'(u) - f(u)",
-            hypotheses=("f differentiable, f(1) = 0", "p_θ differentiable in θ and positive where q is"),
+            meaning=(
+                r"The exact gradient of any f-divergence between student and teacher is, up to its sign, a mean over"
+                r" the student's own tokens: the score $s = \nabla_\theta\log p_\theta$ of each token, times a weight"
+                r" $w_f(u)$ that depends only on its ratio $u = q/p_\theta$, teacher over student. Tokens that the"
+                r" student sampled are therefore enough to estimate the gradient without bias, for any parametric"
+                r" family."
+            ),
+            statement=r"\nabla_\theta D_f(q\|p_\theta) = -E_{p_\theta}[w_f(u)\,s];\quad w_f(u) = u f'(u) - f(u)",
+            hypotheses=(
+                "$f$ is differentiable and $f(1) = 0$",
+                r"$p_\theta$ is differentiable in $\theta$ and positive wherever $q$ is",
+            ),
             source="OPD+, arXiv 2606.01039",
-            advice="Put u f'(u) - f(u) where the code has -f(u); nothing else changes.",
+            advice="Put $u f'(u) - f(u)$ where the code has $-f(u)$; nothing else changes.",
             derivation=(
                 Step(
                     r"\frac{\partial}{\partial p}\left[p\,f(q/p)\right] = f(u) - u f'(u) = -w_f(u)",
-                    "the product and chain rules, with f an undefined function",
+                    "differentiate one token's term by the product rule and the chain rule. This holds for any $f$,"
+                    " because sympy treats it as an undefined function",
                     _per_atom,
                 ),
                 Step(
                     r"\partial_\theta \sum_i p_i f(q_i/p_i) = -\sum_i p_i\,w_f(u_i)\,\partial_\theta\log p_i",
-                    "the first step per atom, and p ∂log p = ∂p; three undefined functions of θ stand for any family",
+                    r"add up the first step over the tokens and use $p\,\partial_\theta\log p = \partial_\theta p$."
+                    r" Sympy checks three tokens whose probabilities are undefined functions of $\theta$; these stand"
+                    r" for any parametric family",
                     _any_family,
                 ),
                 Step(
                     r"\partial D/\partial z_a = -p_a\,(w_f(u_a) - E_p w_f)",
-                    "the softmax Jacobian",
+                    r"for softmax logits $z$, insert the Jacobian $\partial p_b/\partial z_a = p_b(\delta_{ab} -"
+                    r" p_a)$: it subtracts from each weight the mean of all weights",
                     _softmax,
                 ),
             ),
@@ -111,17 +125,27 @@ def theorems() -> list[Theorem]:
         Theorem(
             number="T1b",
             name="variational reading",
-            statement=r"w_f(u) = f^*(f'(u)), \quad w_f'(u) = u f''(u) \ge 0",
-            hypotheses=("f convex and differentiable",),
-            source="f-GAN, arXiv 1606.00709; derived here",
-            advice="The weight may be learnt as a critic; it never falls as u grows.",
+            meaning=(
+                "The weight is the convex conjugate $f^*$ of the generator, taken at the slope $f'(u)$; in the"
+                " language of an f-GAN, the slope is the best critic. The weight never falls as the ratio grows: of"
+                " two tokens, the one with the larger ratio never gets the smaller weight."
+            ),
+            statement=r"w_f(u) = f^*(f'(u));\quad w_f'(u) = u f''(u) \ge 0",
+            hypotheses=("$f$ is convex and differentiable, and twice differentiable where $f''$ is written",),
+            source="Nowozin et al., f-GAN, arXiv 1606.00709; derived here",
+            advice="The weight may be learnt as a critic; it never falls as $u$ grows.",
             derivation=(
                 Step(
                     r"\sup_x [x f'(u) - f(x)] \text{ is attained at } x = u \text{ with value } w_f(u)",
-                    "the slope in x vanishes at x = u, and convexity makes it a maximum",
+                    "the slope in $x$ vanishes at $x = u$, and because $f$ is convex, this makes it a maximum. Sympy"
+                    " checks the slope and the value for an undefined $f$",
                     _envelope,
                 ),
-                Step(r"w_f'(u) = u f''(u)", "the product rule, with f an undefined function", _increasing),
+                Step(
+                    r"w_f'(u) = u f''(u)",
+                    r"differentiate $w_f = u f' - f$ by the product rule, for any $f$; a convex $f$ has $f'' \ge 0$",
+                    _increasing,
+                ),
             ),
             identities=(
                 Identity(

@@ -33,28 +33,43 @@ def theorems() -> list[Theorem]:
         Theorem(
             number="T2b",
             name="exact up to scale",
-            statement=(
-                r"g_{sg}[f + c(u-1)] = k\,\nabla D_f \text{ for all } p, q \iff"
-                r" f + c(u-1) = b\,(u^a - 1),\ a = 1 - 1/k \ (\text{or } -b\log u,\ k = 1)"
+            meaning=(
+                "A loss that detaches the reward may still follow the exact gradient of its divergence up to a"
+                " constant factor $k$. It does so for every student and teacher only if the generator, after some"
+                " multiple of $u - 1$ is added, is a power of the ratio or its logarithm; and it goes downhill only if"
+                " the exponent $a$ is below one."
             ),
-            hypotheses=("f smooth, f(1) = 0", "k does not depend on p and q; at least two tokens"),
+            statement=(
+                r"g_{sg}[f + c(u-1)] = k\,\nabla D_f \text{ for all } p, q \iff f + c(u-1) = b\,(u^a - 1),\ a = 1 -"
+                r" 1/k \ (\text{or } -b\log u,\ k = 1)"
+            ),
+            hypotheses=(
+                "$f$ is smooth and $f(1) = 0$",
+                "$k$ does not depend on $p$ and $q$",
+                "there are at least two tokens",
+            ),
             source="derived here",
-            advice="With detached rewards, drop the linear term of an alpha-divergence whose alpha is below one.",
+            advice=(r"With detached rewards, drop the linear term of an alpha-divergence whose $\alpha$ is below one."),
             derivation=(
                 Step(
                     r"g_{sg} = k\,\nabla D_f\ \forall p, q \iff f + k\,w_f = \text{const}",
-                    "as in T2, with h = f + k w_f in place of u f': two atoms with any ratios on either side of one",
+                    r"write $f$ for the generator with its multiple of $u - 1$, which moves $w_f$ by a constant only."
+                    r" Since $g_{sg} = E_p[f(u)\,s]$, the difference of the two sides is then $E_p[h(u)\,s]$ with $h ="
+                    r" f + k\,w_f$. As in T2, two tokens can have any two ratios on either side of one, and their"
+                    r" gradients agree only if $h$ is the same at both; so $h$ is constant",
                     _affine,
                     in_words=True,
                 ),
                 Step(
                     r"f + k(u f' - f) = \text{const},\ f(1) = 0 \iff f = b\,(u^a - 1),\ a = 1 - 1/k",
-                    "a linear differential equation of the first order; a = 0 is the logarithm of T2",
+                    "this is a linear differential equation of the first order, so its solutions with $f(1) = 0$"
+                    " differ in the factor $b$ only. The case $a = 0$ is the logarithm of T2",
                     _powers_solve,
                 ),
                 Step(
                     r"k = 1/(1 - a) > 0 \iff a < 1",
-                    "for a above one, as for chi2 with u^2 - 1, the detached reward ascends the divergence exactly",
+                    r"the loss descends the divergence if the factor $k$ is positive. For $a$ above one, as for"
+                    r" $\chi^2$ written as $u^2 - 1$, the detached reward ascends the divergence exactly",
                     _sign_of_scale,
                 ),
             ),

@@ -46,14 +46,28 @@ def _chain_rule() -> Theorem:
     return Theorem(
         number="T6c",
         name="chain rule of the reverse KL",
-        statement=r"KL(P\|Q) = -E_P\sum_n\log u_n: \text{ token\_return at } \gamma = 1 \text{ is sequence}",
-        hypotheses=("f = -log u", "γ = 1"),
+        meaning=(
+            r"The reverse KL between whole sequences is the mean, over the student's rollouts, of minus the sum of the"
+            r" log-ratios. For the reverse KL, the sum over tokens without a discount, $J_{\mathrm{return}}$, and the"
+            r" divergence of whole sequences, $J_{\mathrm{sequence}}$, are therefore the same objective, with the same"
+            r" gradient."
+        ),
+        statement=(
+            r"\mathrm{KL}(P\|Q) = -E_P\sum_n\log u_n;\quad"
+            r" J_{\mathrm{return}} = J_{\mathrm{sequence}} \text{ at } \gamma = 1"
+        ),
+        hypotheses=(
+            r"$f = -\log u$",
+            r"$\gamma = 1$",
+        ),
         source="the chain rule of the relative entropy",
         advice="For the reverse KL the undiscounted return-to-go trains the whole sequence's divergence.",
         derivation=(
             Step(
                 r"w_f(U) - \Big[w_f(u_n) - \sum_{m>n}f(u_m)\Big] = \sum_{m<n}\log u_m",
-                "log U is a sum; the history determines the difference, so it is a baseline (T6a, first step)",
+                r"$\log U$ is the sum of the tokens' log-ratios, so the weights of the two objectives differ by the"
+                r" log-ratios of earlier tokens. The history determines these, so the difference is a baseline (T6a,"
+                r" first step)",
                 _step_log,
             ),
         ),
@@ -82,32 +96,46 @@ def _only_reverse() -> Theorem:
     return Theorem(
         number="T6h",
         name="only the reverse KL adds up",
-        statement=r"D_f(Q\|P) = E_P\Big[\sum_n f(u_n)\Big] \text{ for all } P, Q \iff "
-        r"f = -c\log u + \kappa(u-1),\ c \ge 0",
-        hypotheses=("f convex, f(1) = 0; no derivative is needed", "at least two tokens"),
+        meaning=(
+            "For which generators is the divergence of whole sequences the sum of $f(u_n)$ over the tokens of the"
+            " student's rollouts? Only for that of the reverse KL, up to scale and gauge. For any other there are a"
+            " student and a teacher for which a sum over tokens is not the divergence of their sequences."
+        ),
+        statement=(
+            r"D_f(Q\|P) = E_P\Big[\sum_n f(u_n)\Big] \text{ for all } P, Q \iff f = -c\log u + \kappa(u-1),\ c \ge 0"
+        ),
+        hypotheses=(
+            "$f$ is convex and $f(1) = 0$; no derivative is needed",
+            "there are at least two tokens",
+        ),
         source="derived here; Cauchy's functional equation",
-        advice="Use a return-to-go to optimise whole sequences for the reverse KL only; other generators need w_f(U).",
+        advice=(
+            "Use a return-to-go to optimise whole sequences for the reverse KL only; other generators need $w_f(U)$."
+        ),
         derivation=(
             Step(
                 r"P(x)\,E[f(xY) - f(x) - f(Y)] = 0 \;\Rightarrow\; f(xy) - f(x) - f(y) = k(x)(y-1)",
-                "models that differ after one first token only, of ratio x; Y is any distribution of mean 1, so any "
-                "y_1 < 1 < y_2",
+                "take models that differ in the first token, and after it in one row only, that of a first token of"
+                " ratio $x$. The two sides of the claim then differ by the left side here. The ratio $Y$ in that row"
+                " has mean 1 and is otherwise free, so it may take any two values $y_1 < 1 < y_2$, and this leaves"
+                " only a multiple of $y - 1$",
                 _step_two_points,
             ),
             Step(
                 r"k(x)(y-1) = k(y)(x-1) \;\Rightarrow\; k(x) = \kappa(x-1)",
-                "xy = yx, so k(x)/(x-1) does not depend on x",
+                "since $xy = yx$, the roles of $x$ and $y$ can be exchanged, so $k(x)/(x-1)$ does not depend on $x$",
                 _step_exchange,
             ),
             Step(
                 r"F(u) = f(u) - \kappa(u-1): \quad F(xy) = F(x) + F(y)",
-                "(x-1)(y-1) = (xy-1) - (x-1) - (y-1): what remains of κ is a gauge",
+                r"subtract $\kappa(u - 1)$ from $f$ and use $(x-1)(y-1) = (xy-1) - (x-1) - (y-1)$: the equation"
+                r" becomes Cauchy's, and what remains of $\kappa$ is a gauge",
                 _step_gauge,
             ),
             Step(
                 r"F = -c\log u,\quad c \ge 0",
-                "Cauchy: a convex F is continuous, and the continuous solutions are the logarithms, here by the slope "
-                "at y = 1; convexity needs c ≥ 0",
+                r"a convex $F$ is continuous, and the continuous solutions of Cauchy's equation are the logarithms;"
+                r" sympy finds them from the slope of the equation at $y = 1$. Convexity needs $c \ge 0$",
                 _step_cauchy,
                 in_words=True,
             ),

@@ -46,18 +46,29 @@ def _ends() -> Theorem:
     return Theorem(
         number="T6e",
         name="end of sequence and length cap",
-        statement=r"\text{T6a with sums over } n \le L: \text{ after the end } u = 1,\ s = 0,\ f(1) = 0; "
-        r"\text{ the end token itself counts, and so does a rollout cut at the cap}",
+        meaning=(
+            "Rollouts end with an EOS token or are cut at a length cap. The weights of T6a stay exact if the sums run"
+            " over the $L$ tokens that were written: padding after the end adds nothing, while the EOS token and the"
+            " rollouts cut at the cap count like all others."
+        ),
+        statement=(
+            r"\text{T6a holds with sums over } n \le L;\quad"
+            r" \text{after the end } u = 1,\ s = 0,\ f(1) = 0;\quad"
+            r" \text{the end token itself counts, and so does a rollout cut at the cap}"
+        ),
         hypotheses=(
-            "a sequence ends after its EOS token or at T tokens; the same cap applies to both models",
-            "f(1) = 0",
+            "a sequence ends after its EOS token or at $T$ tokens, and the same cap applies to both models",
+            "$f(1) = 0$",
         ),
         source="derived here",
-        advice="Mask what follows EOS, keep EOS, and keep truncated rollouts: dropping them conditions on the outcome.",
+        advice=(
+            "Mask what follows EOS, keep EOS, and keep truncated rollouts: dropping them conditions on the outcome."
+        ),
         derivation=(
             Step(
                 r"\nabla E_P f(U) = -E_P[w_f(U)\textstyle\sum_{n \le L} s_n]",
-                "a first token that may end the sequence; f and the distributions undefined",
+                "this is T1 with a whole sequence in the place of a token, where the first token may already end the"
+                " sequence. Sympy treats $f$ and the distributions as undefined functions",
                 lambda: step_sequence(ends=True),
             ),
         ),
@@ -92,20 +103,29 @@ def _environment() -> Theorem:
     return Theorem(
         number="T6f",
         name="tokens of an environment",
-        statement=r"P = \prod p\prod\kappa,\ Q = \prod q\prod\kappa: \text{ its tokens have } u = 1,\ s = 0: "
-        r"\text{ each is in the history and nowhere else}",
+        meaning=(
+            r"A tool or another environment may write some tokens of a rollout. Student and teacher meet these with"
+            r" the same probability $\kappa$, which cancels in their ratio and has no score. So they belong in the"
+            r" history that the models read, and neither in the score nor in the reward."
+        ),
+        statement=(
+            r"P = \prod p\prod\kappa,\ Q = \prod q\prod\kappa;\quad"
+            r" \text{the environment's tokens have } u = 1,\ s = 0;\quad"
+            r" \text{each is in the history and nowhere else}"
+        ),
         hypotheses=(
-            "the environment's distribution κ(e|h) does not depend on θ",
+            r"the environment's distribution $\kappa(e \mid h)$ does not depend on $\theta$",
             "both models meet the same environment",
         ),
         source="derived here",
-        advice="Mask tool results out of the score and out of the reward; the models' probabilities of them do not "
-        "count.",
+        advice=(
+            "Mask tool results out of the score and out of the reward; the models' probabilities of them do not count."
+        ),
         derivation=(
             Step(
                 r"\nabla E_P f(U) = -E_P[w_f(U)(s_1 + s_3)],\quad U = u_1 u_3",
-                "three tokens, the second drawn from κ(.|y_1): κ cancels in U and has no score; f and the "
-                "distributions undefined",
+                r"take three tokens, of which the environment draws the second from $\kappa(\cdot \mid y_1)$: it"
+                r" cancels in $U$ and has no score. Sympy treats $f$ and the distributions as undefined functions",
                 lambda: step_sequence(environment=True),
             ),
         ),

@@ -50,25 +50,46 @@ def _weights() -> Theorem:
     return Theorem(
         number="T6a",
         name="weights of a sum over tokens and of a whole sequence",
-        statement=r"\nabla E_p\sum_n\gamma^{n-1}f(u_n) = "
-        r"-E_p\sum_n \gamma^{n-1}\Big[w_f(u_n) - \sum_{m>n}\gamma^{m-n}f(u_m)\Big]s_n,"
-        r"\qquad \nabla D_f(Q\|P) = -E_p\sum_n w_f(U)\,s_n,\ U = \prod_n u_n",
-        hypotheses=("f differentiable, f(1) = 0", "p_θ differentiable and positive where q is", "0 ≤ γ ≤ 1"),
+        meaning=(
+            r"On whole rollouts a divergence can be summed over the tokens, with a discount $\gamma$, or taken between"
+            r" the distributions $P$ and $Q$ of whole sequences. The two objectives have different exact weights: the"
+            r" token's own $w_f(u_n)$ minus the discounted costs $f(u_m)$ of the tokens after it, or $w_f(U)$ of the"
+            r" whole sequence's ratio on every token."
+        ),
+        statement=(
+            r"\nabla E_p\sum_n\gamma^{n-1}f(u_n) = -E_p\sum_n \gamma^{n-1}\Big[w_f(u_n) -"
+            r" \sum_{m>n}\gamma^{m-n}f(u_m)\Big]s_n;\quad"
+            r" \nabla D_f(Q\|P) = -E_p\sum_n w_f(U)\,s_n,\ U = \prod_n u_n"
+        ),
+        hypotheses=(
+            "$f$ is differentiable and $f(1) = 0$",
+            r"$p_\theta$ is differentiable and positive wherever $q$ is",
+            r"$0 \le \gamma \le 1$",
+        ),
         source="derived here from T1 and the policy-gradient theorem",
-        advice="Choose the objective first, then its weight: a student that cannot match the teacher has a different "
-        "minimiser under each.",
+        advice=(
+            "Choose the objective first, then its weight: a student that cannot match the teacher has a different"
+            " minimiser under each."
+        ),
         derivation=(
             Step(
                 r"E_p[s_n \mid h_n] = 0",
-                "a row sums to one, so a reward already earned is multiplied by a score of mean zero",
+                "the probabilities of a row sum to one, so the score has mean zero given the history. A reward already"
+                " earned is fixed by that history; multiplied by a score of mean zero, it adds nothing",
                 _step_score,
             ),
             Step(
                 r"\nabla E_p[f(u_1) + \gamma f(u_2)] = -E_p[(w_1 - \gamma f(u_2))\,s_1 + \gamma w_2\,s_2]",
-                "T1 for the token itself, the score function for later tokens; f and the distributions undefined",
+                "write $w_n$ for $w_f(u_n)$. T1 gives the part of each token's own ratio, and the score function that"
+                " of later tokens. Sympy treats $f$ and the distributions as undefined functions",
                 _step_return,
             ),
-            Step(r"\nabla E_p f(U) = -E_p[w_f(U)(s_1 + s_2)]", "T1 with a sequence as the atom", step_sequence),
+            Step(
+                r"\nabla E_p f(U) = -E_p[w_f(U)(s_1 + s_2)]",
+                "this is T1 with a whole sequence in the place of a token; the score of a sequence is the sum of the"
+                " scores of its tokens",
+                step_sequence,
+            ),
         ),
         identities=(
             Identity(
@@ -117,16 +138,26 @@ def _gap() -> Theorem:
     return Theorem(
         number="T6b",
         name="what the per-token weight leaves out",
-        statement=r"\nabla E_p\sum_n f(u_n) - g_{\gamma=0} = E_p\Big[\sum_n s_n\sum_{m>n}f(u_m)\Big],\quad "
-        r"g_{\gamma=0} = -E_p\sum_n w_f(u_n)\,s_n",
-        hypotheses=("as T6a, γ = 1",),
+        meaning=(
+            "An estimator that gives each token the weight of its own ratio ignores that the token also changes which"
+            " histories come after it. What it leaves out of the gradient of the sum over tokens is exactly a"
+            " policy-gradient term: each score times the costs of all later tokens."
+        ),
+        statement=(
+            r"\nabla E_p\sum_n f(u_n) - g_{\gamma=0} = E_p\Big[\sum_n s_n\sum_{m>n}f(u_m)\Big];\quad"
+            r" g_{\gamma=0} = -E_p\sum_n w_f(u_n)\,s_n"
+        ),
+        hypotheses=(r"those of T6a, with $\gamma = 1$",),
         source="derived here; the estimator is that of OPD+, arXiv 2606.01039",
-        advice="The per-token estimator ignores that a token changes which histories follow. If that matters, add the "
-        "return-to-go -Σ_{m>n} f(u_m) to the weight, at the price of its variance.",
+        advice=(
+            r"The per-token estimator ignores that a token changes which histories follow. If that matters, add the"
+            r" return-to-go $-\sum_{m>n} f(u_m)$ to the weight, at the price of its variance."
+        ),
         derivation=(
             Step(
                 r"\nabla E_p[f(u_1) + f(u_2)] + E_p[w_1 s_1 + w_2 s_2] = E_p[s_1 f(u_2)]",
-                "T6a at γ = 1 minus its own first terms",
+                r"take T6a at $\gamma = 1$ and subtract the terms of the tokens' own weights $w_n = w_f(u_n)$. Of two"
+                r" tokens, the score of the first times the cost of the second remains",
                 _step_gap,
             ),
         ),
@@ -154,21 +185,36 @@ def _forward() -> Theorem:
     return Theorem(
         number="T6d",
         name="forward KL on the student's own prefixes",
-        statement=r"KL(Q\|P) = \sum_n E_P[U_{<n}\,KL(q\|p)(h_n)],\quad \nabla KL(Q\|P) = -E_P\sum_n U_{<n}u_n s_n = "
-        r"\sum_h Q(h)(p-q)(h)",
-        hypotheses=("f = u log u", "p positive where q is"),
+        meaning=(
+            "The forward KL of whole sequences counts a prefix as often as the teacher writes it, but rollouts of the"
+            " student visit it as often as the student does. The forward KL summed over the student's own prefixes is"
+            " therefore another objective, unless each prefix is weighted by $U_{<n}$, the ratio of the tokens before."
+        ),
+        statement=(
+            r"\mathrm{KL}(Q\|P) = \sum_n E_P[U_{<n}\,\mathrm{KL}(q\|p)(h_n)];\quad"
+            r" \nabla\mathrm{KL}(Q\|P) = -E_P\sum_n U_{<n}u_n s_n = \sum_h Q(h)(p-q)(h)"
+        ),
+        hypotheses=(
+            r"$f = u\log u$",
+            "$p$ is positive wherever $q$ is",
+            "the last form is the gradient in the logits of the row of each history $h$",
+        ),
         source="derived here; the second form is supervised distillation on the teacher's texts",
-        advice="Forward KL on student rollouts is not the objective of distillation on teacher rollouts. Weighting "
-        "prefixes by U_{<n} turns one into the other, at a variance that grows with the length.",
+        advice=(
+            "Forward KL on student rollouts is not the objective of distillation on teacher rollouts. Weighting"
+            " prefixes by $U_{<n}$ turns one into the other, at a variance that grows with the length."
+        ),
         derivation=(
             Step(
                 r"E_P[U\log U] = E_P[u_1\log u_1 + u_1\,u_2\log u_2]",
-                "the chain rule under Q, and E_Q = E_P U",
+                "this is the chain rule of the KL divergence under the teacher $Q$, written as a mean under the"
+                " student by $E_Q[x] = E_P[U x]$",
                 _step_forward,
             ),
             Step(
                 r"E_P[U\,s_1] = E_P[u_1 s_1]",
-                "w_f(U) = U + const, and E[u_m | h_m] = 1 for every later token",
+                r"the weight is $w_f(U) = U$ up to a constant, and every later token has $E[u_m \mid h_m] = 1$, so its"
+                r" ratio drops out of the mean",
                 _step_forward_weight,
             ),
         ),
@@ -194,7 +240,7 @@ def _forward() -> Theorem:
             ),
             Identity(
                 "value",
-                r"KL(Q\|P) = \sum_n E_P[U_{<n}\,KL(q\|p)(h_n)]",
+                r"\mathrm{KL}(Q\|P) = \sum_n E_P[U_{<n}\,\mathrm{KL}(q\|p)(h_n)]",
                 _check_prefix_value,
                 1,
                 {"prefixes of the student (token_local)": 0, "U squared": 2},
@@ -203,7 +249,7 @@ def _forward() -> Theorem:
             ),
             Identity(
                 "weighted loss as a black box",
-                r"E[\hat g] = \nabla KL(Q\|P) \text{ for } A_n = U_{<n}u_n",
+                r"E[\hat g] = \nabla\mathrm{KL}(Q\|P) \text{ for } A_n = U_{<n}u_n",
                 _check_prefix_loss,
                 1,
                 {"prefixes of the student (token_local)": 0, "U squared": 2},

@@ -41,24 +41,40 @@ def theorems() -> list[Theorem]:
     theorem = Theorem(
         number="T6g",
         name="the usual return-to-go is the gradient of no objective",
-        statement=r"G = -E_p\Big[\sum_n s_n\big(w_f(u_n) - \sum_{m>n}\gamma^{m-n} f(u_m)\big)\Big] \text{ is the "
-        r"gradient of a function of } \theta \text{ for all } p, q \iff \gamma = 1 \text{ (or one token)}",
+        meaning=(
+            r"A discounted return-to-go is usually computed without the outer factor $\gamma^{n-1}$. For $\gamma < 1$"
+            r" the direction that this gives is the gradient of no function at all, so there is no objective that must"
+            r" fall while a training follows it."
+        ),
+        statement=(
+            r"G = -E_p\Big[\sum_n s_n\big(w_f(u_n) - \sum_{m>n}\gamma^{m-n} f(u_m)\big)\Big];\quad"
+            r" G \text{ is the gradient of a function of } \theta \text{ for all } p, q \iff \gamma = 1 \text{ (or one"
+            r" token)}"
+        ),
         hypotheses=(
-            "a logit for every history and token; a family with fewer parameters may hide the asymmetry",
-            "at least two tokens, p ≠ q in a row after the first, f strictly convex at 1",
-            "0 ≤ γ < 1; γ = 0 is token_local, a gradient only if the prefixes are held fixed",
+            "there is a logit for every history and token; a family with fewer parameters may hide the asymmetry",
+            r"there are at least two tokens, $p \ne q$ in a row after the first, and $f$ is strictly convex at 1",
+            r"$0 \le \gamma < 1$; at $\gamma = 0$ this is the per-token weight of T6b, whose direction is a gradient"
+            r" only if the prefixes are held fixed",
         ),
         source="derived here",
-        advice="Multiply by γ^{n-1} if you mean the discount, or take γ = 1: then an objective exists and must fall.",
+        advice=(
+            r"Multiply by $\gamma^{n-1}$ if you mean the discount, or take $\gamma = 1$: then an objective exists and"
+            r" must fall."
+        ),
         derivation=(
             Step(
                 r"\partial_h G_k - \partial_k G_h = (\gamma - 1)\,\partial_k P(h)\,\partial_h D_f(h)",
-                "k is the first row and h the row after one token: G_k discounts the cost at h, G_h does not",
+                "the derivatives of a gradient are symmetric. Let $k$ be a logit of the first row and $h$ one of a row"
+                " after one token: $G_k$ discounts the cost at $h$ and $G_h$ does not, so their mixed derivatives"
+                " differ",
                 _step_symmetry,
             ),
             Step(
                 r"\partial_{h,1} D_f(h) = -p(1-p)\,(w_f(u_1) - w_f(u_2)) \ne 0",
-                "the weight never falls (T1b), and differs on the two sides of 1 if f is strictly convex there",
+                "this is the slope of the divergence of a row of two tokens. The weight never falls (T1b), and it"
+                " takes different values on the two sides of 1 if $f$ is strictly convex there; so the mixed"
+                " derivatives of the first step do differ",
                 _step_not_zero,
                 in_words=True,
             ),

@@ -21,62 +21,79 @@ def theorems() -> list[Theorem]:
         Theorem(
             number="T5",
             name="stability at the teacher",
+            meaning=(
+                "Near the teacher, the slope $w'(1)$ of the weight at $u = 1$ decides whether training pulls the"
+                " student the rest of the way or pushes it off, and how fast. For a loss that detaches the reward"
+                " $-f(u)$ this slope is $-f'(1)$: positive for the reverse KL, zero for the JSD, negative for the"
+                " forward KL in its usual form. For the exact weight it is $f''(1)$, whatever the gauge."
+            ),
             statement=(
-                r"J = -w'(1)\,(\mathrm{diag}\,q - q q^\top):\ \text{the teacher attracts exponentially iff } w'(1) > 0,"
-                r"\ \text{repels so iff } w'(1) < 0;\quad w' = -f'(1)\ \text{for OPD},\ f''(1)\ \text{for OPD+}"
+                r"J = \frac{\partial\dot z}{\partial z}\Big|_{p=q} = -w'(1)\,(\mathrm{diag}\,q - q q^\top);\quad"
+                r" \text{the teacher attracts exponentially} \iff w'(1) > 0, \text{ and repels so} \iff w'(1) <"
+                r" 0;\quad"
+                r" w'(1) = -f'(1) \text{ for OPD},\ f''(1) \text{ for OPD+}"
             ),
             hypotheses=(
-                "softmax logits, expected gradients, small steps",
-                "w differentiable at 1; q positive",
-                "at w'(1) = 0 the first non-zero derivative at 1 decides: attracting iff positive and of odd order",
+                "the student is a softmax of its logits $z$ and follows the expected gradient in small steps",
+                "$w$ is differentiable at 1, and $q$ is positive",
+                "if $w'(1) = 0$, the first derivative at 1 that is not zero decides: the teacher attracts iff that"
+                " derivative is positive and of odd order",
             ),
             source="derived here; linear stability of a gradient flow",
-            advice="Compute w'(1) before training: if negative, or zero as for the JSD, no learning rate helps.",
+            advice="Compute $w'(1)$ before training: if negative, or zero as for the JSD, no learning rate helps.",
             derivation=(
                 Step(
                     r"\dot z_a = p_a (w(u_a) - E_p w) = 0 \text{ at } p = q",
-                    "every ratio is 1; three atoms, w an undefined function",
+                    "at the teacher every ratio is 1, so every weight equals the mean weight and nothing moves. Sympy"
+                    " checks three tokens, with $w$ as an undefined function",
                     _fixed,
                 ),
                 Step(
                     r"\partial \dot z_a/\partial z_b\,|_{p=q} = -w'(1)\, q_a (\delta_{ab} - q_b)",
-                    "the chain rule through softmax; three atoms, w an undefined function",
+                    "differentiate the velocity through the softmax by the chain rule, for three tokens and an"
+                    " undefined $w$",
                     _linearised,
                 ),
                 Step(
                     r"x^\top (\mathrm{diag}\,q - qq^\top) x = \mathrm{Var}_q(x)"
                     r" = \tfrac12 \textstyle\sum_{ab} q_a q_b (x_a - x_b)^2",
-                    "so all eigenvalues but that of the constants, which softmax ignores, have the sign of -w'(1)",
+                    "the quadratic form of this matrix is a variance. So all eigenvalues of $J$ have the sign of"
+                    " $-w'(1)$, except the one of constant vectors, which softmax ignores",
                     _variance_form,
                 ),
                 Step(
                     r"\det(x - J) = x\,(x^2 + w'(1)\,(1 - \textstyle\sum q^2)\,x + 3 w'(1)^2 q_1 q_2 q_3)",
-                    "three atoms; the other two roots are real, since the discriminant is a sum of squares",
+                    "for three tokens this is the characteristic polynomial. Its other two roots are real, since the"
+                    " discriminant is a sum of squares",
                     _eigenvalues,
                 ),
                 Step(
-                    r"w'(1) = -f'(1) - c \text{ for } -(f + c(u-1)), \qquad w'(1) = f''(1) \text{ for OPD+}",
-                    "the product rule, f an undefined function: the first depends on the gauge, the second does not",
+                    r"w'(1) = -f'(1) - c \text{ for } w = -(f + c(u-1));\quad w'(1) = f''(1) \text{ for OPD+}",
+                    "differentiate both weights, with $f$ as an undefined function: the first slope depends on the"
+                    " gauge $c$, the second does not",
                     _slopes,
                 ),
                 Step(
-                    r"-f'(1):\ u\log u: -1,\ \mathrm{JSD}, \chi^2: 0,\ -\log u: 1,\ u\log u - 2(u-1): 1",
-                    "differentiated by sympy",
+                    r"-f'(1) = -1 \text{ for } u\log u;\quad"
+                    r" -f'(1) = 0 \text{ for the JSD and for } \chi^2;\quad"
+                    r" -f'(1) = 1 \text{ for } -\log u \text{ and for } u\log u - 2(u-1)",
+                    "sympy differentiates the generators in their usual form, and the forward KL in another gauge",
                     _catalogue_slopes,
                 ),
                 Step(
                     r"w'(1) = 0,\ p_a = q_a(1 - \varepsilon x_a):\quad"
                     r"\dot z_a = \tfrac12 w''(1)\, q_a (x_a^2 - E_q x^2)\, \varepsilon^2 + O(\varepsilon^3)",
-                    "expansion to the second order, three atoms",
+                    r"if the slope is zero, expand the velocity to second order in the error $\varepsilon x$, where"
+                    r" $E_q[x] = 0$; sympy does so for three tokens",
                     _second_order,
                 ),
                 Step(
                     r"-\tfrac12 \tfrac{d}{dt}\lVert z - \log q\rVert^2 = \mathrm{Cov}_p(\log u, w)"
                     r" = \tfrac{w^{(m)}(1)}{m!} E_q[x^{m+1}]\, \varepsilon^{m+1} + O(\varepsilon^{m+2})",
-                    "m is the order of the first non-zero derivative of w at 1. For odd m the leading term has the "
-                    "sign of that derivative for every x, so the distance falls or grows; for even m it changes sign "
-                    "with x unless q is uniform on two atoms, and a gradient flow is not attracted to a point that is "
-                    "not a minimum",
+                    "let $m$ be the order of the first derivative of $w$ at 1 that is not zero. For odd $m$ the"
+                    " leading term has the sign of that derivative for every $x$, so the distance falls or grows. For"
+                    " even $m$ it changes sign with $x$, unless $q$ is uniform on two tokens; and a gradient flow is"
+                    " not attracted to a point that is not a minimum",
                     _leading_order,
                     in_words=True,
                 ),

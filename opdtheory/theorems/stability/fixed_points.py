@@ -20,56 +20,68 @@ def theorems() -> list[Theorem]:
         Theorem(
             number="T5c",
             name="the only fixed point, and clipping",
+            meaning=(
+                "Where can training stop? The teacher is the only point of rest, whatever the teacher is, exactly if"
+                " no ratio below one has the weight of a ratio above one; if such a weight never falls, the student is"
+                " drawn to the teacher from everywhere. Clipping the weight spoils this if the interval leaves out"
+                " $w(1)$, while clipping the log-ratio never does."
+            ),
             statement=(
-                r"\text{The teacher rests under every } w(u).\ \text{It alone does, whatever } q, \text{ iff }"
-                r" w(u_1) \ne w(u_2) \text{ for all } u_1 < 1 < u_2;\ \text{a non-decreasing such } w"
-                r"\ \text{attracts from everywhere, } \tfrac{d}{dt}\lVert z - \log q\rVert^2"
-                r" = -2\,\mathrm{Cov}_p(\log u, w) \le 0.\ \text{For increasing } w:"
-                r"\ \mathrm{clamp}(w, a, b),\ a < b, \text{ keeps this iff } a \le w(1) \le b;"
-                r"\ w(\mathrm{clamp}(\log u, -C, C)) \text{ for every } C > 0"
+                r"\text{the teacher is a fixed point of every } w(u);\quad"
+                r" \text{it is the only one, whatever } q, \iff w(u_1) \ne w(u_2) \text{ for all } u_1 < 1 < u_2;\quad"
+                r" \text{if such a } w \text{ is non-decreasing, the teacher attracts from everywhere: }"
+                r" \tfrac{d}{dt}\lVert z - \log q\rVert^2 = -2\,\mathrm{Cov}_p(\log u, w) \le 0;\quad"
+                r" \text{for increasing } w,\ \mathrm{clamp}(w, a, b) \text{ with } a < b \text{ keeps this} \iff a"
+                r" \le w(1) \le b;\quad"
+                r" \text{for increasing } w,\ w(\mathrm{clamp}(\log u, -C, C)) \text{ keeps this for every } C > 0"
             ),
             hypotheses=(
-                "fixed points with every probability positive",
-                "one row of logits; with a row for each history h the rate carries the factor P(h), the student's "
-                "probability of reaching h, which stays away from zero as no distance grows",
-                "w continuous; strictly increasing before it is clipped",
-                "inside (a, b) the rate of T5 is kept too; at w(1) = a or b the pull is one-sided",
+                "fixed points are those with every probability positive",
+                "there is one row of logits $z$; with a row for each history $h$, the rate carries the factor $P(h)$,"
+                " the student's probability of reaching $h$, which stays away from zero because no distance grows",
+                "$w$ is continuous, and strictly increasing before it is clipped",
+                "if $w(1)$ lies inside $(a, b)$, the rate of T5 is kept too; if $w(1)$ is $a$ or $b$, the pull is"
+                " one-sided",
             ),
             source="derived here; Chebyshev's association inequality",
             advice=(
-                "Centre the weight before you clip it, or clip log u: an interval that leaves w(1) out stops the "
-                "training before it arrives."
+                r"Centre the weight before you clip it, or clip $\log u$: an interval that leaves $w(1)$ out stops the"
+                r" training before it arrives."
             ),
             derivation=(
                 Step(
                     r"\dot z_2 = p_1 p_2 (w(u_2) - w(u_1)), \quad p_1 = \frac{u_2 - 1}{u_2 - u_1}",
-                    "a fixed point has equal weights on all tokens. A student other than the teacher has a ratio below "
-                    "and one above 1, as they average to 1, so distinct values exclude it; equal values at "
-                    "u_1 < 1 < u_2 make these two tokens a fixed point",
+                    "at a fixed point all tokens have the same weight. The ratios average to 1, so a student other"
+                    " than the teacher has a ratio below 1 and one above 1, and distinct weights at these exclude it."
+                    " If instead $w(u_1) = w(u_2)$ for some $u_1 < 1 < u_2$, the two tokens with these ratios are"
+                    " another fixed point",
                     _ratios_on_both_sides,
                 ),
                 Step(
                     r"\tfrac{d}{dt}\tfrac12\lVert z - \log q\rVert^2 = -\mathrm{Cov}_p(\log u, w)",
-                    "log u is minus the error, up to a constant; three atoms with any weights",
+                    r"$\log u$ is minus the error $z - \log q$, up to a constant, which drops out since the velocities"
+                    r" add up to zero. Sympy checks three tokens with any weights",
                     _slope_of_distance,
                 ),
                 Step(
                     r"\mathrm{Cov}_p(x, w) = \tfrac12\textstyle\sum_{ab} p_a p_b (x_a - x_b)(w_a - w_b)",
-                    "no term is negative for a non-decreasing weight, and all vanish only at a fixed point: the "
-                    "distance is a Lyapunov function, it bounds the logits up to constants, and LaSalle applies",
+                    r"with $x = \log u$ and a non-decreasing weight, no term is negative, and all vanish only at a"
+                    r" fixed point. The distance is therefore a Lyapunov function, which bounds the logits up to"
+                    r" constants, and LaSalle's principle gives convergence",
                     _association,
                 ),
                 Step(
                     r"\log u_b - \log u_a = (z_a - \log q_a) - (z_b - \log q_b)",
-                    "1 lies between the smallest and the largest ratio, so |log u| never exceeds sqrt(2) times the "
-                    "initial distance, and w need only be monotone up to there",
+                    r"the number 1 lies between the smallest and the largest ratio, so $|\log u|$ never exceeds"
+                    r" $\sqrt2$ times the initial distance, and $w$ needs to be monotone only up to there",
                     _widest_ratio,
                 ),
                 Step(
-                    r"\mathrm{clamp}(w, a, b)(u_1) = \mathrm{clamp}(w, a, b)(u_2),\ u_1 < 1 < u_2"
-                    r" \iff w(1) < a \text{ or } w(1) > b",
-                    "the flat pieces of a clamped increasing w are {w <= a} and {w >= b}; ratios on either side of 1 "
-                    "share one iff it contains a neighbourhood of 1. Clamping log u puts flat pieces at |log u| >= C",
+                    r"\mathrm{clamp}(w, a, b)(u_1) = \mathrm{clamp}(w, a, b)(u_2) \text{ for some } u_1 < 1 < u_2 \iff"
+                    r" w(1) < a \text{ or } w(1) > b",
+                    r"a clamped increasing $w$ is flat where $w \le a$ and where $w \ge b$. Ratios on either side of 1"
+                    r" share one of these pieces if and only if it contains a neighbourhood of 1. Clamping $\log u$"
+                    r" puts the flat pieces at $|\log u| \ge C$, on which 1 does not lie",
                     _flat_pieces,
                     in_words=True,
                 ),

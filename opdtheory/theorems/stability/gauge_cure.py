@@ -21,55 +21,69 @@ def theorems() -> list[Theorem]:
         Theorem(
             number="T5b",
             name="gauges that cure stop-gradient",
+            meaning=(
+                r"Some losses with a detached reward can be cured by adding a multiple of $u - 1$ to the generator,"
+                r" which makes their weight non-decreasing. This is possible only if $f'$ stays bounded as $u$ grows,"
+                r" as for the JSD, or if the ratio is clipped, which the forward KL and $\chi^2$ need. Even then"
+                r" another divergence than the intended one is descended, unless the generator belongs to the alpha"
+                r" family and the gauge is exactly the right one."
+            ),
             statement=(
-                r"-(f + c(u-1)) \text{ is non-decreasing on } (0, \infty) \text{ iff } c \le -f'(\infty),"
-                r"\ \text{on } \log u \le C \text{ iff } c \le -f'(e^C).\ \text{It descends } V[-f - c(u-1)],"
-                r"\ \text{which is } k D_f,\ k > 0,\ \text{iff } f \text{ is the } \alpha\text{-generator with }"
-                r"\alpha = 1 - 1/k \text{ up to scale and gauge, and } c = -f'(\infty)"
+                r"-(f + c(u-1)) \text{ is non-decreasing on } (0, \infty) \iff c \le -f'(\infty);\quad"
+                r" \text{it is non-decreasing on } \log u \le C \iff c \le -f'(e^C);\quad"
+                r" \text{the loss descends } V[-f - c(u-1)];\quad"
+                r" \text{this is } k D_f,\ k > 0, \iff f \text{ is the } \alpha\text{-generator with } \alpha = 1 -"
+                r" 1/k \text{ up to scale and gauge, and } c = -f'(\infty)"
             ),
             hypotheses=(
-                "f convex and differentiable where it has no kink",
-                "C of either sign; only ratios u <= e^C occur",
+                "$f$ is convex, and differentiable where it has no kink",
+                r"$C$ may have either sign; under the clip only ratios $u \le e^C$ occur",
             ),
             source="derived here",
             advice=(
-                "Prefer OPD+; where only the reward may change, add f'(∞)(u - 1) to it, under a clip f'(e^C)(u - 1), "
-                "and know that another divergence is descended."
+                r"Prefer OPD+; where only the reward may change, add $f'(\infty)(u - 1)$ to it, under a clip"
+                r" $f'(e^C)(u - 1)$, and know that another divergence is descended."
             ),
             derivation=(
                 Step(
                     r"V[-f - c(u-1)]'' = -\frac{f' + c}{u}",
-                    "T4: V[w]'' = w'/u; f undefined",
+                    "T4 says that $V[w]'' = w'/u$; insert $w = -f - c(u-1)$, with $f$ as an undefined function",
                     _slope_of_weight,
                 ),
                 Step(
                     r"f' + c \le 0 \text{ on } (0, \infty) \iff c \le -\sup f' = -f'(\infty)",
-                    "f' is non-decreasing, so its supremum is its limit; on log u <= C it is the value at e^C. The "
-                    "machine checks the catalogue on a grid",
+                    r"$f'$ never falls, so its supremum is its limit; on $\log u \le C$ the supremum is the value at"
+                    r" $e^C$. The machine checks on a grid that no generator of the catalogue has a slope above its"
+                    r" limit",
                     _supremum,
                     in_words=True,
                 ),
                 Step(
-                    r"f'(\infty):\ \mathrm{JSD}\ \tfrac12\log 2,\ \mathrm{Hellinger}^2\ 1,\ \mathrm{Le\ Cam}\ 1,\ "
-                    r"\tfrac12|u-1|\ \tfrac12,\ u\log u\ \infty,\ \chi^2\ \infty",
-                    "limits by sympy",
+                    r"f'(\infty) = \tfrac12\log 2 \text{ for the JSD};\quad"
+                    r" f'(\infty) = 1 \text{ for } \mathrm{Hellinger}^2 \text{ and Le Cam};\quad"
+                    r" f'(\infty) = \tfrac12 \text{ for } \tfrac12|u-1|;\quad"
+                    r" f'(\infty) = \infty \text{ for } u\log u \text{ and } \chi^2",
+                    "sympy takes the limits. Where the limit is finite a cure exists; where it is infinite none does",
                     _named_limits,
                 ),
                 Step(
-                    r"f'(e^C):\ u\log u\ \ C + 1,\qquad \chi^2\ \ 2(e^C - 1)",
-                    "substitution",
+                    r"f'(e^C) = C + 1 \text{ for } u\log u;\quad f'(e^C) = 2(e^C - 1) \text{ for } \chi^2",
+                    "insert $u = e^C$ into the slopes of the two generators, which have no cure without a clip",
                     _clipped_limits,
                 ),
                 Step(
                     r"-(f' + c) = k\,u f'' \iff f' = -c + A u^{-1/k}",
-                    "variation of the constant A: the alpha family with alpha = 1 - 1/k < 1, in the gauge in which f' "
-                    "vanishes at infinity",
+                    r"the loss descends $k D_f$ if its weight has $k$ times the slope of $w_f$, which is $u f''$ by"
+                    r" T1b. Variation of the constant $A$ finds all solutions: they are the alpha family with $\alpha"
+                    r" = 1 - 1/k < 1$, in the gauge in which the slope vanishes at infinity",
                     _proportional,
                 ),
                 Step(
-                    r"k:\ \mathrm{Hellinger}^2\ 2,\ \text{Neyman } \tfrac12,\ \text{reverse KL } 1;"
-                    r"\ \text{JSD, Le Cam: none}",
-                    "the quotient of the two sides, by sympy",
+                    r"k = 2 \text{ for } \mathrm{Hellinger}^2;\quad"
+                    r" k = \tfrac12 \text{ for Neyman's } \chi^2;\quad"
+                    r" k = 1 \text{ for the reverse KL};\quad"
+                    r" \text{none for the JSD and Le Cam}",
+                    r"sympy divides the left side by $u f''$ at $c = -f'(\infty)$ and sees whether $u$ drops out",
                     _named_factors,
                 ),
             ),

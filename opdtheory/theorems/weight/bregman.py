@@ -41,37 +41,50 @@ def theorems() -> list[Theorem]:
         Theorem(
             number="T4b",
             name="weights beyond the ratio",
+            meaning=(
+                r"Some rewards depend on both probabilities and not only on their ratio. Their expected gradient is"
+                r" still that of a sum over the tokens, which is a Bregman divergence if the weight is a difference"
+                r" $\varphi'(q) - \varphi'(p)$. Two simple conditions on the weight make the teacher the minimum."
+            ),
             statement=(
                 r"\nabla\textstyle\sum_a H(p_a, q_a) = -E_p[A(p, q)\,s] \text{ for } \partial_p H = -A;\quad"
-                r" A = \varphi'(q) - \varphi'(p) \text{ is the Bregman divergence of } \varphi;\quad"
-                r" \text{the teacher minimises if } A \text{ falls in } p \text{ and } A(x, x) \text{ is constant}"
+                r" A = \varphi'(q) - \varphi'(p) \text{ is the weight of the Bregman divergence of } \varphi;\quad"
+                r" \text{the teacher is the minimum if } A \text{ falls in } p \text{ and } A(x, x) \text{ is"
+                r" constant}"
             ),
             hypotheses=(
-                "A differentiable in p",
-                "for the minimum, a softmax or another family that reaches q; for its converse, three tokens or more",
+                "$A$ is differentiable in $p$",
+                "for the minimum, the student is a softmax or of another family that reaches $q$; that a constant"
+                " $A(x, x)$ is necessary takes three tokens or more",
             ),
             source="PowerOPD, arXiv 2606.17199; density-power divergence, Basu et al. (1998); derived here",
-            advice="For a reward that depends on both probabilities, first check that A(x, x) does not depend on x.",
+            advice=(
+                "For a reward that depends on both probabilities, first check that $A(x, x)$ does not depend on $x$."
+            ),
             derivation=(
                 Step(
                     r"\partial_\theta H(p, q) = -p\,A(p, q)\,\partial_\theta\log p",
-                    "the chain rule, with H and p undefined functions; sum over atoms",
+                    "apply the chain rule, with $H$ and $p$ as undefined functions; summing over the tokens gives the"
+                    " claim",
                     _chain,
                 ),
                 Step(
                     r"\partial_p[\varphi(p) - \varphi(q) - \varphi'(q)(p - q)] = -(\varphi'(q) - \varphi'(p))",
-                    "differentiate, with the potential an undefined function",
+                    r"differentiate one token's term of the Bregman divergence, with the potential $\varphi$ as an"
+                    r" undefined function",
                     _bregman_weight,
                 ),
                 Step(
                     r"\varphi = x^{1+\alpha}/(1+\alpha):\quad A = q^\alpha - p^\alpha",
-                    "the density-power divergence, also called the beta-divergence; convex for positive alpha",
+                    r"this potential gives the density-power divergence, also called the beta-divergence; it is convex"
+                    r" for positive $\alpha$",
                     _density_power,
                 ),
                 Step(
                     r"p = q:\quad -p_a(A_a - E_p A) = 0\ \forall q \iff A(x, x) \text{ constant}",
-                    "two atoms q and 1 - q, then three: A(x, x) = A(1 - x, 1 - x) and A(x, x) = A(y, y) for x + y < 1;"
-                    " the sum of H is convex in p if A falls in p, and then a stationary point is its minimum",
+                    "take two tokens with probabilities $x$ and $1 - x$: the teacher stays only if $A(x, x) = A(1 - x,"
+                    " 1 - x)$. With a third token, $A(x, x) = A(y, y)$ whenever $x + y < 1$, so $A(x, x)$ is constant."
+                    " If $A$ falls in $p$, the sum of $H$ is convex in $p$, and a stationary point is its minimum",
                     _stationary,
                     in_words=True,
                 ),

@@ -17,48 +17,74 @@ def theorems() -> list[Theorem]:
         Theorem(
             number="T4",
             name="implied divergence",
+            meaning=(
+                "Whatever weight $w(u)$ a loss puts on sampled tokens, its expected gradient is that of $E_p[V(u)]$"
+                " for a function $V$ which the integral below gives. If the weight never falls as $u$ grows, $V$ is"
+                " convex and some f-divergence is minimised, though perhaps not the intended one; if the weight falls"
+                " anywhere, $V$ is not convex and no f-divergence is."
+            ),
             statement=(
-                r"V[w](u) = u\int_1^u w(t)\,t^{-2}dt:\quad w_{V[w]} = w,\quad V[w_f] = f \text{ up to gauge},\quad"
-                r" V[w]'' = w'/u;\quad V[w] \text{ is a genuine f-divergence} \iff w \text{ is non-decreasing}"
+                r"V[w](u) = u\int_1^u w(t)\,t^{-2}\,dt;\quad"
+                r" w_{V[w]} = w;\quad"
+                r" V[w_f] = f \text{ up to gauge};\quad"
+                r" V[w]'' = w'/u;\quad"
+                r" V[w] \text{ is convex, a genuine f-divergence} \iff w \text{ is non-decreasing}"
             ),
             hypotheses=(
-                "the estimator descends -E_p[w(u) s] with a weight of the ratio alone, locally bounded on (0, ∞)",
-                "where w jumps, V has a kink, and any value between the two sides will do",
+                r"the estimator descends $-E_p[w(u)\,s]$, where the weight depends on the ratio alone and is locally"
+                r" bounded on $(0, \infty)$",
+                "where $w$ jumps, $V$ has a kink, and any value of $w$ between the two sides will do",
             ),
             source="derived here",
-            advice="Plot the local weight over log u: where it falls as u grows, no divergence is being minimised.",
+            advice=(
+                r"Plot the local weight over $\log u$: where it falls as $u$ grows, no divergence is being minimised."
+            ),
             derivation=(
-                Step(r"u V' - V = w", "differentiate the integral, with w an undefined function", _inverse),
                 Step(
-                    r"V[k] = k\,(u - 1)", "a constant weight is a gauge: neither moves the gradient", _constant_is_gauge
+                    r"u V' - V = w",
+                    "differentiate the integral. By T1, $u V' - V$ is the weight of the generator $V$, so $V[w]$ has"
+                    " the weight $w$. This holds for any $w$, because sympy treats it as an undefined function",
+                    _inverse,
+                ),
+                Step(
+                    r"V[k] = k\,(u - 1)",
+                    "a constant weight implies a pure gauge term (T3); neither of them moves the gradient",
+                    _constant_is_gauge,
                 ),
                 Step(
                     r"\int_1^u w_f(t)\,t^{-2}dt = f(u)/u - f(1) \implies V[w_f] = f",
-                    "f/t is the primitive, with f an undefined function, and f(1) = 0",
+                    "the integrand has the primitive $f(t)/t$, for any $f$, and $f(1) = 0$ removes its value at 1",
                     _primitive,
                 ),
-                Step(r"V[w]'' = w'/u", "differentiate twice, with w an undefined function", _second_derivative),
+                Step(
+                    r"V[w]'' = w'/u",
+                    "differentiate the integral twice, with $w$ as an undefined function",
+                    _second_derivative,
+                ),
                 Step(
                     r"V'(b) - V'(a) = \int_a^b \frac{dw(t)}{t}\ \ge\ \frac{w(b) - w(a)}{b}",
-                    "by parts; with jumps, a Stieltjes integral to which a jump j at t adds j/t. So V' never falls if "
-                    "and only if w never does, differentiable or not",
+                    r"integrate by parts. Where $w$ jumps, this is a Stieltjes integral, to which a jump by $j$ at $t$"
+                    r" adds $j/t$; the inequality is that of a $w$ that never falls, as $1/t \ge 1/b$. So $V'$ never"
+                    r" falls if and only if $w$ never does, whether $w$ is differentiable or not",
                     _monotone_is_convex,
                     in_words=True,
                 ),
                 Step(
                     r"\nabla_\theta\,\kappa(\log u) = -\kappa'(\log u)\,s",
-                    "differentiating a loss of log u makes its slope the weight of the score; kappa is undefined",
+                    r"a loss $\kappa(\log u)$ that is differentiated without detaching anything puts its slope as a"
+                    r" weight on the score, for any $\kappa$",
                     _loss_weight,
                 ),
                 Step(
                     r"V[-f]'' = -f'/u",
-                    "stop-gradient descends a genuine divergence exactly if f never rises",
+                    "stop-gradient has the weight $-f$, so it descends a genuine divergence exactly if $f$ never rises",
                     _stop_gradient,
                 ),
                 Step(
                     r"w \text{ non-decreasing} \implies \mathrm{clamp}(w, a, b),\ w(\mathrm{clamp}(\log u, -C, C))"
                     r" \text{ non-decreasing}",
-                    "a clamp is non-decreasing, and so is a composition of non-decreasing maps",
+                    "a clamp never falls, and neither does a composition of functions that never fall: clipping keeps"
+                    " a divergence genuine, though it becomes another one",
                     _clips,
                     in_words=True,
                 ),
