@@ -6,6 +6,7 @@ and stores their outputs.
 
 from __future__ import annotations
 
+import base64
 import copy
 import os
 import sys
@@ -97,6 +98,14 @@ def outputs(notebook: nbformat.NotebookNode) -> list[tuple[str, str]]:
 
 def test_there_are_notebooks():
     assert NOTEBOOKS
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_stored_figures_can_be_shown(path):
+    for cell in nbformat.read(path, as_version=4).cells:
+        for output in cell.get("outputs", []):
+            if "image/png" in output.get("data", {}):
+                assert base64.b64decode(output["data"]["image/png"]).startswith(b"\x89PNG")
 
 
 # The kernel's sockets and asyncio's loop are closed late, by their finalisers.

@@ -266,61 +266,83 @@ def test_a_page_tells_everything():
     one = Theorem(
         "T0",
         "one",
-        "x = 1",
+        r"x = 1;\quad \text{a; \quad b}",
         ("first", "second"),
         "here.",
         "Nothing.",
-        (Step("1 = 1", "arithmetic.", lambda: True), Step("2 = 2", "more", lambda: True, in_words=True)),
+        meaning="Nothing is lost.",
+        derivation=(Step("1 = 1", "arithmetic.", lambda: True), Step("2 = 2", "more", lambda: True, in_words=True)),
     )
     checks = [result(twins={"sign": math.inf, "term": 0.5}), result(error=0.0, kind="exact", tolerance=0.0)]
     steps = [step.run() for step in one.derivation]
-    assert page(one, TheoremResult("T0", "one", steps, checks, 0.0)).splitlines() == [
-        "# T0: one",
-        "",
-        "$$",
-        "x = 1",
-        "$$",
-        "",
-        "**Hypotheses.** first; second.",
-        "",
-        "**Source.** here.",
-        "",
-        "**What to do.** Nothing.",
-        "",
-        "## Derivation",
-        "",
-        "Each step is decided by sympy unless it says otherwise.",
-        "",
-        "**1.** Arithmetic.",
-        "",
-        "$$",
-        "1 = 1",
-        "$$",
-        "",
-        "**2.** More. *(Proved in words; the machine checks a lemma or an instance.)*",
-        "",
-        "$$",
-        "2 = 2",
-        "$$",
-        "",
-        "## Checks",
-        "",
-        "| check | claim | how | cases | largest error | tolerance |",
-        "|---|---|---|---|---|---|",
-        "| name | $x = x$ | numeric, float64 | 3 | 1.0e-15 | 1.0e-12 |",
-        "| name | $x = x$ | exact, in fractions | 3 | 0 | 0 |",
-        "",
-        "## False twins",
-        "",
-        "Wrong forms of the same claims; the same checks must find them wrong by far more than rounding.",
-        "",
-        "| check | false twin | off by |",
-        "|---|---|---|",
-        "| name | sign | refuted outright |",
-        "| name | term | 5.0e-01 |",
-        "| name | sign flipped | 5.0e-01 |",
-    ]
-    assert page(one, TheoremResult("T0", "one", steps, checks, 0.0)).endswith(" |\n")
+    written = page(one, TheoremResult("T0", "one", steps, checks, 0.0))
+    assert (
+        written
+        == """# T0: one
+
+Nothing is lost.
+
+## Statement
+
+$$
+x = 1
+$$
+
+$$
+\\text{a; \\quad b}
+$$
+
+**Hypotheses.** First; second.
+
+## Derivation
+
+Sympy decides each step, except where it says otherwise.
+
+**Step 1.** Arithmetic.
+
+$$
+1 = 1
+$$
+
+**Step 2.** More. *(Proved in words; the machine checks a lemma or an instance.)*
+
+$$
+2 = 2
+$$
+
+## What to do
+
+Nothing.
+
+## What was checked
+
+2 checks ran, on 6 cases in all. Beside each stand wrong forms of its claim, 3 in all, which the same check must find \
+wrong by far more than rounding.
+
+<details markdown="1">
+<summary>The checks</summary>
+
+| check | claim | how | cases | largest error | tolerance |
+|---|---|---|---|---|---|
+| name | $x = x$ | numeric, float64 | 3 | 1.0e-15 | 1.0e-12 |
+| name | $x = x$ | exact, in fractions | 3 | 0 | 0 |
+
+</details>
+
+<details markdown="1">
+<summary>The false twins</summary>
+
+| check | false twin | off by |
+|---|---|---|
+| name | sign | refuted outright |
+| name | term | 5.0e-01 |
+| name | sign flipped | 5.0e-01 |
+
+</details>
+
+**Source.** Here.
+"""
+    )
     assert index((one,)) == (
         "# The theorems\n\n| | theorem | what to do |\n|---|---|---|\n| [T0](t0.md) | one | Nothing. |\n"
     )

@@ -177,8 +177,7 @@ def _affine() -> bool:
 
 def _powers_solve() -> bool:
     r"""$f + k(u f' - f)$ with $k = 1/(1 - a)$ is constant for $f = b(u^a - 1)$ and nothing else with $f(1) = 0$."""
-    u, a = sympy.symbols("u a", positive=True)
-    b = sympy.Symbol("b")
+    u, a, b = sympy.Symbol("u", positive=True), sympy.Symbol("a", real=True), sympy.Symbol("b")
     k = 1 / (1 - a)
     f = b * (u**a - 1)
     constant = f.subs(u, 1) == 0 and sympy.simplify(sympy.diff(f + k * (u * sympy.diff(f, u) - f), u)) == 0

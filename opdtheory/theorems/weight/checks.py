@@ -142,7 +142,7 @@ def identities() -> tuple[Identity, ...]:
         ),
         Identity(
             "round trip by quadrature",
-            r"V[w_f] = f - f'(1)(u - 1)",
+            r"V[w_f - w_f(1)] = f - f'(1)(u - 1)",
             _check_quadrature,
             lambda d, log_u: d.weight(log_u),
             {
