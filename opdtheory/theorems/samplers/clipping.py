@@ -23,17 +23,33 @@ def theorems() -> list[Theorem]:
     theorem = Theorem(
         number="T8c",
         name="PPO's clipping",
-        statement=r"E_\mu[\nabla \ell_{\mathrm{PPO}}] = -E_p[1_{\mathrm{kept}}\,A\,s],\quad "
-        r"\mathrm{dropped} = (A > 0, \rho > 1+\epsilon) \text{ or } (A < 0, \rho < 1-\epsilon),\ \rho = p/\mu",
-        hypotheses=("one step", "mu > 0 where p is"),
+        meaning=(
+            r"PPO's clipped surrogate drops the gradient of a token whose ratio has left the interval on the side to"
+            r" which its advantage pushes, and keeps every other token as importance sampling would. It is unbiased"
+            r" while every ratio is inside; otherwise its bias is the part that it drops."
+        ),
+        statement=(
+            r"E_\mu[\nabla \ell_{\mathrm{PPO}}] = -E_p[1_{\mathrm{kept}}\,A\,s],\ \rho = p/\mu;\quad"
+            r" \text{a token is dropped, not kept} \iff (A > 0,\ \rho > 1+\epsilon) \text{ or } (A < 0,\ \rho <"
+            r" 1-\epsilon)"
+        ),
+        hypotheses=(
+            r"$\ell_{\mathrm{PPO}} = -\min(\rho A, \mathrm{clip}(\rho)\,A)$, where $\mathrm{clip}$ keeps the ratio"
+            r" within $[1-\epsilon, 1+\epsilon]$ and $A$ is detached",
+            "there is one step",
+            r"$\mu > 0$ where $p$ is",
+        ),
         source="PPO, arXiv 1707.06347; derived here",
-        advice="PPO's surrogate is unbiased while every ratio lies inside the clip range; outside, the bias is the "
-        "dropped part, which depends on the advantage's sign and so on its baseline.",
+        advice=(
+            "PPO's surrogate is unbiased while every ratio lies inside the clip range; outside, the bias is the"
+            " dropped part, which depends on the advantage's sign and so on its baseline."
+        ),
         derivation=(
             Step(
-                r"\min(\rho A, \mathrm{clip}(\rho) A) = \mathrm{const} \iff \text{dropped}",
-                "beyond an end of the interval the clipped branch is constant, and is the smaller one iff A pushes "
-                "further out; otherwise the gradient is A ρ s, and E_mu[ρ A s] = E_p[A s]",
+                r"\min(\rho A, \mathrm{clip}(\rho)\,A) = \text{const} \iff \text{dropped}",
+                r"beyond an end of the interval the clipped branch is constant, and it is the smaller one exactly if"
+                r" $A$ pushes further out. Otherwise the gradient of the minimum is $\rho A\,s$, and"
+                r" $E_\mu[\rho A\,s] = E_p[A\,s]$",
                 _ppo_branches,
                 in_words=True,
             ),

@@ -49,46 +49,65 @@ def _importance_weights() -> Theorem:
     return Theorem(
         number="T8",
         name="rollouts of another policy",
-        statement=r"-E_\mu\big[\tfrac{p}{\mu}\,w(q/p)\,s\big] = \nabla D_f; \quad "
-        r"-E_\mu[w(q/p)\,s] - \nabla D_f = -E_p\big[(\tfrac{\mu}{p} - 1)\,w\,s\big]; \quad "
-        r"E_\mu[w(q/\mu)\,s] = E_p[w(q/p)\,s] \text{ for the forward KL alone}",
+        meaning=(
+            r"Rollouts often come from another policy $\mu$: an older student, or an inference engine whose"
+            r" probabilities differ. The factor $p/\mu$ brings back the exact gradient, and without it the bias is"
+            r" known. Putting $\mu$ for $p$ inside the weight instead, without the factor, works for the forward KL"
+            r" alone, in the sense that the hypotheses spell out."
+        ),
+        statement=(
+            r"-E_\mu\big[\tfrac{p}{\mu}\,w(q/p)\,s\big] = \nabla D_f;\quad"
+            r" -E_\mu[w(q/p)\,s] - \nabla D_f = -E_p\big[(\tfrac{\mu}{p} - 1)\,w\,s\big];\quad"
+            r" E_\mu[w(q/\mu)\,s] = E_p[w(q/p)\,s] \text{ for the forward KL alone}"
+        ),
         hypotheses=(
-            "one step; over several steps the product of the ratios up to and including the token, for token_local",
-            "mu > 0 where p is",
-            "'alone': up to scale, with the weight u itself and no importance weight, for all q and mu; with u + c "
-            "the two differ by c E_mu[s], which is not zero off-policy",
-            "this 'alone' holds under each p on three tokens or more, and on two tokens under each p but the uniform "
-            "one, where |u - 1| needs no ratio either",
+            "there is one step; over several steps the ratio is the product of the ratios up to and including the"
+            " token, for the objective `token_local`",
+            r"$\mu > 0$ where $p$ is",
+            r"'alone' is meant up to scale, with the weight $u$ itself and no importance weight, for all $q$ and"
+            r" $\mu$; with $u + c$ the two sides differ by $c\,E_\mu[s]$, which is not zero off-policy",
+            "this 'alone' holds under each $p$ on three tokens or more, and on two tokens under each $p$ but the"
+            " uniform one, where $|u - 1|$ needs no ratio either",
         ),
         source="importance sampling; the biases derived here",
-        advice="Weight by the ratio p/mu of the prefix; for the forward KL on one step q/mu needs no other ratio.",
+        advice=(
+            r"Weight by the ratio $p/\mu$ of the prefix; for the forward KL on one step $q/\mu$ needs no other ratio."
+        ),
         derivation=(
-            Step(r"\mu \cdot \tfrac{p}{\mu} = p", "atom by atom, any scores", _importance),
             Step(
-                r"-E_\mu[w s] + E_p[w s] = -E_p[(\tfrac{\mu}{p} - 1) w s]",
-                "atom by atom; the sign is that of the loss gradient",
+                r"\mu \cdot \tfrac{p}{\mu} = p",
+                r"token by token, the ratio turns an expectation under $\mu$ into one under $p$, whatever the weights"
+                r" and the scores are. The gradient under $p$ is T1",
+                _importance,
+            ),
+            Step(
+                r"-E_\mu[w\,s] + E_p[w\,s] = -E_p[(\tfrac{\mu}{p} - 1)\,w\,s]",
+                "collect the terms of each token. The sign is that of the gradient of a loss",
                 _bias,
             ),
             Step(
                 r"\mu\,w(q/\mu) = p\,w(q/p) + d\,p \text{ at every token, for all } \mu \iff w = c\,u",
-                "all tokens share d. With three or more, move mu between two of them: a third one's equation "
-                "fixes d, so the slope in mu, w - u w', vanishes, which leaves the multiples of u; for w = u both "
-                "sides are q",
+                r"in the logits, $\sum_a m_a s_a$ is the same for two sets of masses $m_a$ exactly if they differ by"
+                r" a multiple of $p$; $d$ is that multiple, the same at every token. With three tokens or more, move"
+                r" $\mu$ between two of them: a third one's equation fixes $d$, so the slope in $\mu$, which is"
+                r" $w - u w'$, vanishes, and this leaves the multiples of $u$. Conversely, for $w = u$ both sides are"
+                r" $q$",
                 _linear_needs_no_ratio,
                 in_words=True,
             ),
             Step(
-                r"V = 2:\ \partial_{\mu_1}\big(p_2\,\mu_1 w(u_1) - p_1\,\mu_2 w(u_2)\big) = p_2\,g(u_1) + p_1\,g(u_2),"
-                r"\quad g = w - u w',\ u = q/\mu",
-                "two tokens: d may depend on mu, and elimination leaves one condition, that this slope vanishes for "
-                "all u_1 < 1 < u_2 and, with the ratios exchanged, p_2 g(u_2) + p_1 g(u_1) too: g = 0 unless "
-                "p_1 = p_2, where g(u_1) = -g(u_2) remains, as for |u - 1|",
+                r"V = 2:\ \partial_{\mu_1}\big(p_2\,\mu_1 w(u_1) - p_1\,\mu_2 w(u_2)\big) = p_2\,g(u_1) +"
+                r" p_1\,g(u_2),\ g = w - u w',\ u = q/\mu",
+                r"with two tokens, $d$ may depend on $\mu$. Eliminating it leaves one condition: this slope vanishes"
+                r" for all $u_1 < 1 < u_2$. With the two ratios exchanged, $p_2\,g(u_2) + p_1\,g(u_1)$ vanishes too."
+                r" So $g = 0$ unless $p_1 = p_2$, where $g(u_1) = -g(u_2)$ remains, as for $|u - 1|$",
                 _two_tokens,
                 in_words=True,
             ),
             Step(
                 r"p\log\tfrac{q}{\mu} = p\log\tfrac{q}{p} + p\log\tfrac{p}{\mu}",
-                "so for the reverse KL q/mu in place of q/p, under the ratio, descends KL(p||q) - KL(p||mu)",
+                r"the logarithm splits in two. For the reverse KL, $q/\mu$ in place of $q/p$, under the ratio"
+                r" $p/\mu$, thus descends $\mathrm{KL}(p\|q) - \mathrm{KL}(p\|\mu)$",
                 _reverse_with_mu,
             ),
         ),
@@ -169,7 +188,7 @@ def _importance_weights() -> Theorem:
             ),
             Identity(
                 "q/mu under the ratio, reverse KL",
-                r"-E_\mu[\tfrac{p}{\mu}\log\tfrac{q}{\mu}\,s] = \nabla KL(p\|q) - \nabla KL(p\|\mu)",
+                r"-E_\mu[\tfrac{p}{\mu}\log\tfrac{q}{\mu}\,s] = \nabla \mathrm{KL}(p\|q) - \nabla \mathrm{KL}(p\|\mu)",
                 _check_reverse_with_mu,
                 minus,
                 {
@@ -187,22 +206,35 @@ def _fixed_point() -> Theorem:
     return Theorem(
         number="T8b",
         name="the gauge matters off-policy",
-        statement=r"p = q:\ -E_\mu[w_f(u)\,s] = -w_f(1)\,(\mu - q); \quad "
-        r"\nabla E_\mu[\tfrac12\log^2 u] = -E_\mu[\log u\; s] = "
-        r"\nabla KL(p\|q) - E_p\big[(\tfrac{\mu}{p} - 1)\log u\; s\big]",
-        hypotheses=("one softmax row", "no importance weight", "mu held fixed"),
+        meaning=(
+            r"On-policy a constant in the weight changes nothing but the variance. Off-policy and without a ratio it"
+            r" moves the student even where it equals the teacher, unless the weight is centred, $w_f(1) = 0$. The k2"
+            r" loss, $\tfrac12\log^2 u$, has the centred weight $\log u$; its gradient misses that of the reverse KL"
+            r" by a known bias."
+        ),
+        statement=(
+            r"p = q:\ -E_\mu[w_f(u)\,s] = -w_f(1)\,(\mu - q);\quad"
+            r" \nabla E_\mu[\tfrac12\log^2 u] = -E_\mu[\log u\,s] = \nabla \mathrm{KL}(p\|q) -"
+            r" E_p\big[(\tfrac{\mu}{p} - 1)\log u\,s\big]"
+        ),
+        hypotheses=("there is one softmax row", "no importance weight is used", r"$\mu$ is held fixed"),
         source="derived here",
-        advice="Where you have no ratios, centre the weight: the teacher then stays a fixed point off-policy, which it "
-        "is not under the reverse KL's log u - 1 or the forward KL's u.",
+        advice=(
+            r"Where you have no ratios, centre the weight: the teacher then stays a fixed point off-policy, which it"
+            r" is not under the reverse KL's $\log u - 1$ or the forward KL's $u$."
+        ),
         derivation=(
             Step(
                 r"E_\mu[s] = \mu - p",
-                "a constant is a baseline under p only; at p = q the weight is the constant w_f(1) = f'(1)",
+                "a constant is a baseline under $p$ only, because under any other policy the score of a softmax row"
+                " has another mean. At $p = q$ the weight is the constant $w_f(1) = f'(1)$, which gives the first"
+                " claim",
                 _score_under_mu,
             ),
             Step(
                 r"\partial_{\log p}\,\tfrac12(\log q - \log p)^2 = -\log u",
-                "so the k2 loss has the reverse KL's centred weight, and is smallest where p = q on the support of mu",
+                r"the slope of one token's term shows that the k2 loss has the reverse KL's centred weight. The loss"
+                r" is smallest where $p = q$ on the support of $\mu$. Its bias is that of T8 with $w = \log u$",
                 _k2_slope,
             ),
         ),
@@ -218,7 +250,7 @@ def _fixed_point() -> Theorem:
             ),
             Identity(
                 "k2 loss off-policy",
-                r"\nabla E_\mu[\tfrac12\log^2 u] - \nabla KL(p\|q) = -E_p[(\tfrac{\mu}{p} - 1)\log u\; s]",
+                r"\nabla E_\mu[\tfrac12\log^2 u] - \nabla \mathrm{KL}(p\|q) = -E_p[(\tfrac{\mu}{p} - 1)\log u\; s]",
                 _check_k2,
                 lambda p, mu: mu / p - 1,
                 {"unbiased": lambda p, mu: 0 * p, "sign flipped": lambda p, mu: 1 - mu / p},

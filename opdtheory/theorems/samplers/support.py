@@ -38,28 +38,36 @@ def theorems() -> list[Theorem]:
         Theorem(
             number="T10",
             name="support",
-            statement=(
-                r"q_a \to 0:\ p_a f(q_a/p_a) \to f(0^+)\, p_a; \qquad p_a \to 0:\ p_a f(q_a/p_a) \to f'(\infty)\, q_a, "
-                r"\text{ which no rollout of the student sees}"
+            meaning=(
+                r"A token that one of the two models excludes still counts in the divergence. If the teacher excludes"
+                r" it, it counts $f(0^+)$ per unit of the student's probability, which is infinite for the reverse"
+                r" KL. If the student excludes it, it counts $f'(\infty)$ per unit of the teacher's probability, and"
+                r" no rollout of the student ever shows it."
             ),
-            hypotheses=("f convex",),
+            statement=(
+                r"q_a \to 0:\ p_a f(q_a/p_a) \to f(0^+)\,p_a;\quad"
+                r" p_a \to 0:\ p_a f(q_a/p_a) \to f'(\infty)\,q_a, \text{ which no rollout of the student sees}"
+            ),
+            hypotheses=(r"$f$ is convex; $f'(\infty)$ is the limit of its slope for large $u$, which may be infinite",),
             source="Csiszar (1967); derived here",
             advice=(
-                "A sampled value misses f'(inf) times the teacher's mass that the student never samples: add it from "
-                "the logits, or choose f with f'(inf) = 0. Where f'(inf) is infinite, sum over the vocabulary, or "
-                "compare with a mixture of teacher and student, as a skew divergence does."
+                r"A sampled value misses $f'(\infty)$ times the teacher's mass that the student never samples: add it"
+                r" from the logits, or choose $f$ with $f'(\infty) = 0$. Where $f'(\infty)$ is infinite, sum over the"
+                r" vocabulary, or compare with a mixture of teacher and student, as a skew divergence does."
             ),
             derivation=(
                 Step(
-                    r"p f(q/p) = q\, f(u)/u \to q\, f'(\infty)",
-                    "f convex has a slope at infinity, and f(u)/u has the same limit (l'Hopital); the machine confirms "
-                    "the rearrangement",
+                    r"p f(q/p) = q\,f(u)/u \to q\,f'(\infty)",
+                    r"insert $p = q/u$ and let $p$ tend to zero, so that $u$ grows without bound. A convex $f$ has a"
+                    r" slope at infinity, and $f(u)/u$ has the same limit by l'Hôpital's rule; the machine confirms"
+                    r" the rearrangement. As $q$ tends to zero, $u$ does too, and $f(0^+)$ is the limit of $f(u)$",
                     _boundary,
                     in_words=True,
                 ),
                 Step(
-                    r"p\, w_f(q/p) = q\, (f'(u) - f(u)/u) \to 0 \text{ if } f'(\infty) < \infty",
-                    "both terms tend to f'(inf), so the pull of a vanishing token vanishes with it",
+                    r"p\,w_f(q/p) = q\,(f'(u) - f(u)/u) \to 0 \text{ if } f'(\infty) < \infty",
+                    r"both terms in the bracket tend to $f'(\infty)$, so the pull on a vanishing token vanishes with"
+                    r" it",
                     _pull_per_mass,
                 ),
             ),

@@ -41,39 +41,51 @@ def theorems() -> list[Theorem]:
         Theorem(
             number="T10b",
             name="truncated sampling",
+            meaning=(
+                r"A rollout sampled at a temperature, or with top-p or top-k, comes from another distribution $\mu$"
+                r" than the student's. With the ratio $p/\mu$, only the tokens that $\mu$ never samples are missing"
+                r" from the gradient; without it, every token counts with $\mu_a$ in place of $p_a$. The centred"
+                r" weight keeps the teacher at rest all the same, but also every other student that agrees with the"
+                r" teacher on the tokens that are sampled."
+            ),
             statement=(
-                r"E_\mu[(p/\mu)\, A s] = E_p[A s] - \sum_{\mu_a = 0} p_a A_a s_a, \qquad "
-                r"E_\mu[A s] = E_p[A s] + \sum_a (\mu_a - p_a) A_a s_a; \qquad "
-                r"E_\mu[(w_f(u) - w_f(1))\, s] = 0 \iff p_a = q_a \text{ wherever } \mu_a > 0"
+                r"E_\mu[(p/\mu)\,A\,s] = E_p[A\,s] - \sum_{\mu_a = 0} p_a A_a s_a;\quad"
+                r" E_\mu[A\,s] = E_p[A\,s] + \sum_a (\mu_a - p_a)\,A_a s_a;\quad"
+                r" E_\mu[(w_f(u) - w_f(1))\,s] = 0 \iff p_a = q_a \text{ wherever } \mu_a > 0"
             ),
             hypotheses=(
-                "rollouts sampled from mu: the student at a temperature, or its top-p or top-k tokens",
-                "the fixed points: one step, some token never sampled, w_f(u) = w_f(1) at u = 1 only; with or without "
-                "the ratio p/mu",
+                r"rollouts are sampled from $\mu$: the student at a temperature, or its top-p or top-k tokens",
+                r"for the third claim, there is one step, some token is never sampled, and $w_f(u) = w_f(1)$ at"
+                r" $u = 1$ only; it holds with or without the ratio $p/\mu$",
             ),
             source="derived here",
             advice=(
-                "Roll out at temperature 1 without top-p or top-k. Prefix ratios undo a temperature. Under top-p the "
-                "teacher stays a fixed point of opd_plus_centred, but so is every student that differs from it only on "
-                "tokens that are never sampled."
+                "Roll out at temperature 1 without top-p or top-k. Prefix ratios undo a temperature. Under top-p the"
+                " teacher stays a fixed point of `opd_plus_centred`, but so is every student that differs from it"
+                " only on tokens that are never sampled."
             ),
             derivation=(
                 Step(
-                    r"\sum_{\mu_a > 0} \mu_a \tfrac{p_a}{\mu_a} A_a s_a = "
-                    r"\sum_a p_a A_a s_a - \sum_{\mu_a = 0} p_a A_a s_a",
-                    "change of distribution; no ratio brings back a token that is never sampled",
+                    r"\sum_{\mu_a > 0} \mu_a\,\tfrac{p_a}{\mu_a}\,A_a s_a = \sum_a p_a A_a s_a - \sum_{\mu_a = 0} p_a"
+                    r" A_a s_a",
+                    r"this is the change of distribution of T8, but the sum runs over sampled tokens only: no ratio"
+                    r" brings back a token that is never sampled. Without the ratio, each token's term has $\mu_a$ in"
+                    r" place of $p_a$",
                     _change_of_distribution,
                 ),
                 Step(
-                    r"\sum_{a \in S} p_a c\, s_a = -c \sum_{a \notin S} p_a s_a \ne 0",
-                    "the score has mean zero under p only, so under top-p a constant baseline moves the mean",
+                    r"\sum_{a \in S} p_a\,c\,s_a = -c \sum_{a \notin S} p_a s_a \ne 0",
+                    "let $S$ be the tokens that are sampled. The score has mean zero under $p$ only, so under top-p a"
+                    " constant baseline $c$ moves the mean",
                     _baseline_counts,
                 ),
                 Step(
-                    r"\mu_b = 0 < p_b:\ \dot z_b = -p_b\, E_\mu[A] = 0 \implies "
-                    r"\dot z_a = \mu_a A_a = 0 \text{ for every sampled } a",
-                    "a token that is never sampled rests only if the mean advantage is zero, and then a sampled one "
-                    "only if its own is: the centred weight vanishes where mu > 0, and nothing is asked elsewhere",
+                    r"\mu_b = 0 < p_b:\ \dot z_b = -p_b\,E_\mu[A] = 0 \implies \dot z_a = \mu_a A_a = 0 \text{ for"
+                    r" every sampled } a",
+                    r"$\dot z$ is the mean update of the logits, with the components"
+                    r" $\dot z_a = \mu_a A_a - p_a\,E_\mu[A]$. A token that is never sampled rests only if the mean"
+                    r" advantage is zero, and then a sampled one only if its own advantage is zero. With the centred"
+                    r" weight as the advantage, this asks for $u = 1$ where $\mu > 0$ and for nothing elsewhere",
                     _rest_on_the_sampled,
                 ),
             ),

@@ -48,23 +48,30 @@ def theorems() -> list[Theorem]:
         Theorem(
             number="T9c",
             name="renormalised on S",
-            statement=(
-                r"D_f(q_S \| p_S),\ p_S = p/p(S): \text{ minimal iff } p_S = q_S; "
-                r"\text{ flat along the tail and along } p(S)"
+            meaning=(
+                "If both models are renormalised on a set $S$ of tokens before they are compared, the loss is"
+                " smallest where the student agrees with the teacher given $S$. It says nothing of the rest: neither"
+                " the tail nor the mass $p(S)$ changes its value."
             ),
-            hypotheses=("S fixed", "p and q positive somewhere on S", "f strictly convex at 1"),
+            statement=(
+                r"D_f(q_S \| p_S),\ p_S = p/p(S), \text{ is minimal} \iff p_S = q_S;\quad"
+                r" \text{it is flat along the tail and along } p(S)"
+            ),
+            hypotheses=("$S$ is fixed", "$p$ and $q$ are positive somewhere on $S$", "$f$ is strictly convex at 1"),
             source="derived here",
-            advice="Renormalise only together with a term that controls p(S), such as a tail bucket.",
+            advice="Renormalise only together with a term that controls $p(S)$, such as a tail bucket.",
             derivation=(
                 Step(
                     r"(t p_a) / \textstyle\sum_S t p = p_a/p(S)",
-                    "homogeneous of degree zero in the masses on S, and no tail mass occurs",
+                    "the distribution on $S$ is the same if all masses on $S$ are multiplied by $t$, and no mass of"
+                    " the tail occurs in it",
                     _homogeneous,
                 ),
                 Step(
                     r"D_f(q_S \| p_S) \ge f(1) = 0",
-                    "Jensen for the distributions on S, with equality iff the ratio is constant on S; the machine "
-                    "confirms that the Jensen gap of two atoms has a double zero at equal ratios",
+                    "this is Jensen's inequality for the distributions on $S$, with equality exactly if the ratio is"
+                    " constant on $S$, that is, if $p_S = q_S$. The machine confirms that the Jensen gap of two atoms"
+                    " has a double zero at equal ratios",
                     _jensen,
                     in_words=True,
                 ),
@@ -90,25 +97,35 @@ def theorems() -> list[Theorem]:
         Theorem(
             number="T9d",
             name="one bucket for the tail",
-            statement=(
-                r"D_f(Kq\|Kp) \le D_f(q\|p), \quad \nabla D_f(Kq\|Kp) = -E_p[w_f(u_{K(a)})\, s_a]"
-                r", \quad K \text{ merges the tail}"
+            meaning=(
+                "Merging all tokens outside $S$ into one bucket leaves a genuine divergence, between the merged"
+                " distributions, which is at most the full one. Its gradient is that of T1, with the bucket's ratio"
+                " on every token of the tail."
             ),
-            hypotheses=("S fixed", "f convex"),
+            statement=r"D_f(Kq\|Kp) \le D_f(q\|p);\quad \nabla D_f(Kq\|Kp) = -E_p[w_f(u_{K(a)})\,s_a]",
+            hypotheses=(
+                "$S$ is fixed; $K$ merges the tail, all tokens outside $S$, into one bucket; $u_{K(a)}$ is the ratio"
+                " of token $a$, or that of the bucket if $a$ is in the tail",
+                "$f$ is convex",
+            ),
             source="data processing, Csiszar (1967); the gradient derived here",
-            advice="Use this one of the top-k losses: it also controls p(S), and misses only the distribution within "
-            "the tail.",
+            advice=(
+                "Use this one of the top-k losses: it also controls $p(S)$, and misses only the distribution within"
+                " the tail."
+            ),
             derivation=(
                 Step(
-                    r"p_0 f(u_0) + p_1 f(u_1) \ge (p_0 + p_1) f\!\left(\tfrac{q_0 + q_1}{p_0 + p_1}\right)",
-                    "Jensen in the tail, with equality iff its ratios agree (f strictly convex); the machine confirms "
-                    "that the gap of two atoms has a double zero at equal ratios",
+                    r"p_0 f(u_0) + p_1 f(u_1) \ge (p_0 + p_1)\,f\!\left(\tfrac{q_0 + q_1}{p_0 + p_1}\right)",
+                    "this is Jensen's inequality in the tail, with equality exactly if its ratios agree, where $f$ is"
+                    " strictly convex. The machine confirms that the gap of two atoms has a double zero at equal"
+                    " ratios",
                     _jensen,
                     in_words=True,
                 ),
                 Step(
                     r"\partial_{p_0}\,[P f(Q/P)] = -w_f(Q/P),\quad P = p_0 + p_1",
-                    "T1 for the merged distribution: every tail token carries the bucket's weight",
+                    "$P$ and $Q$ are the bucket's masses. This is T1 for the merged distribution: every tail token"
+                    " carries the bucket's weight",
                     _bucket,
                 ),
             ),
@@ -123,7 +140,7 @@ def theorems() -> list[Theorem]:
                 ),
                 Identity(
                     "what the bucket loses",
-                    r"KL(p\|q) - KL(Kp\|Kq) = p(S^c)\, KL(p_{S^c}\|q_{S^c})",
+                    r"\mathrm{KL}(p\|q) - \mathrm{KL}(Kp\|Kq) = p(S^c)\, \mathrm{KL}(p_{S^c}\|q_{S^c})",
                     _check_lost,
                     lambda p_tail, q_tail, name: p_tail if name == "reverse_kl" else q_tail,
                     {
@@ -151,12 +168,22 @@ def theorems() -> list[Theorem]:
         Theorem(
             number="T9e",
             name="detached top-k reward",
-            statement=r"E_p[A(h_n)\, s_n \mid h_n] = 0 \text{ for an advantage } A(h_n) = -D_{\mathrm{top}\,k}(h_n)",
-            hypotheses=("A depends on the history before the token, not on the token", "A is detached"),
+            meaning=(
+                "A top-k divergence depends on the history alone: it is the same whichever token is sampled next. As"
+                " a detached reward of that token it is therefore a baseline, and its expected gradient is zero for"
+                " every student and teacher."
+            ),
+            statement=r"E_p[A(h_n)\,s_n \mid h_n] = 0 \text{ for an advantage } A(h_n) = -D_{\text{top-}k}(h_n)",
+            hypotheses=("$A$ depends on the history before the token, not on the token", "$A$ is detached"),
             source="derived here; the score has mean zero",
             advice="Differentiate a top-k divergence: as a detached reward of its own token it is only noise.",
             derivation=(
-                Step(r"\sum_a p_a\, A\, \partial_z \log p_a = A\, \partial_z 1 = 0", "softmax of three", _score_mean),
+                Step(
+                    r"\sum_a p_a\,A\,\partial_z \log p_a = A\,\partial_z 1 = 0",
+                    "given the history, $A$ is a constant, and the probabilities of the next token sum to one. Sympy"
+                    " confirms it for a softmax of three tokens",
+                    _score_mean,
+                ),
             ),
             identities=(
                 Identity(

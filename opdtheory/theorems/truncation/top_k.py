@@ -53,48 +53,59 @@ def theorems() -> list[Theorem]:
         Theorem(
             number="T9",
             name="truncated terms",
+            meaning=(
+                "A loss may sum the terms of a divergence over a set $S$ of tokens only, such as the teacher's $k$"
+                " likeliest. Its minimiser is the teacher divided by one constant on $S$, and that constant is 1 only"
+                " for generators with $f'(1) = 0$. The forward KL draws all mass into $S$; the reverse KL leaves only"
+                " $q(S)/e$ there and pushes the rest out."
+            ),
             statement=(
-                r"\min_p \sum_{a \in S} p_a f(q_a/p_a) \text{ is attained at } p = q/\max(u_0, q(S)) \text{ on } S, "
-                r"\quad w_f(u_0) = 0"
+                r"\min_p \sum_{a \in S} p_a f(q_a/p_a) \text{ is attained at } p = q/\max(u_0, q(S)) \text{ on }"
+                r" S;\quad"
+                r" w_f(u_0) = 0"
             ),
             hypotheses=(
-                "S fixed and not the whole vocabulary",
-                "f strictly convex, u_0 = 0 where w_f > 0 throughout",
-                "the student can put mass outside S",
+                "$S$ is fixed and not the whole vocabulary",
+                "$f$ is strictly convex, and $u_0 = 0$ where $w_f > 0$ throughout",
+                "the student can put mass outside $S$",
             ),
             source="derived here",
             advice=(
-                "Never sum plain KL terms over the top k: use a generator with f'(1) = 0, such as "
-                "p log(p/q) - p + q, renormalise, or keep a bucket for the tail."
+                r"Never sum plain KL terms over the top $k$: use a generator with $f'(1) = 0$ (the reverse KL's terms"
+                r" are then $p\log(p/q) - p + q$), renormalise, or keep a bucket for the tail."
             ),
             derivation=(
                 Step(
-                    r"\partial_{p_a}\Big[\sum_S p f(q/p) + \lambda \big(\sum_a p_a - 1\big)\Big] = "
-                    r"\lambda - w_f(u_a) \text{ on } S, \quad \lambda \text{ outside}",
-                    "Lagrange, f undefined",
+                    r"\partial_{p_a}\Big[\sum_S p f(q/p) + \lambda \big(\sum_a p_a - 1\big)\Big] = \lambda - w_f(u_a)"
+                    r" \text{ on } S, \quad \lambda \text{ outside}",
+                    r"a multiplier $\lambda$ keeps the sum of the probabilities at one. This holds for any $f$,"
+                    r" because sympy treats it as an undefined function",
                     _lagrange,
                 ),
                 Step(
                     r"\partial_p^2\,[p f(q/p)] = q^2 f''(q/p)/p^3 \ge 0",
-                    "a convex problem: the Karush-Kuhn-Tucker conditions are sufficient",
+                    "the problem is convex, so the conditions of Karush, Kuhn and Tucker are sufficient for the"
+                    " minimum",
                     _convex,
                 ),
                 Step(
-                    r"\lambda = w_f(q(S)) \text{ and no tail if } w_f(q(S)) \ge 0, "
-                    r"\text{ else } \lambda = 0,\ u = u_0 \text{ and } p(S) = q(S)/u_0",
-                    "w_f' = u f'' > 0, so u is constant on S; mass outside S needs lambda = 0, an empty tail "
-                    "lambda >= 0; the machine confirms w_f' = u f'', w_f(1) = f'(1), and w_f + c for f + c(u-1)",
+                    r"w_f(q(S)) \ge 0:\ \lambda = w_f(q(S)) \text{ and no tail};\quad"
+                    r" \text{else } \lambda = 0,\ u = u_0 \text{ and } p(S) = q(S)/u_0",
+                    r"on $S$ the slope vanishes, so $w_f(u_a) = \lambda$, and $u$ is constant on $S$ because"
+                    r" $w_f' = u f'' > 0$. Without mass outside $S$ it is $u = q(S)$. Mass outside $S$ needs"
+                    r" $\lambda = 0$, and an empty tail needs $\lambda \ge 0$. The machine confirms $w_f' = u f''$,"
+                    r" $w_f(1) = f'(1)$, and that $f + c(u-1)$ has the weight $w_f + c$",
                     _level,
                     in_words=True,
                 ),
                 Step(
-                    r"f = u \log u:\quad p = q/q(S),\quad \text{value } q(S) \log q(S)",
-                    "(a): w_f = u has no root, so the tail is empty",
+                    r"f = u \log u:\quad p = q/q(S),\quad \text{value } q(S)\,\log q(S)",
+                    "for the forward KL, $w_f = u$ has no root, so the tail is empty",
                     _forward,
                 ),
                 Step(
                     r"f = -\log u:\quad u_0 = e,\quad p = q/e,\quad \text{value } -q(S)/e",
-                    "(b): w_f = log u - 1, and q(S) < e",
+                    r"for the reverse KL, $w_f = \log u - 1$ has the root $e$, and $q(S) < e$",
                     _reverse,
                 ),
             ),
@@ -113,7 +124,7 @@ def theorems() -> list[Theorem]:
                 ),
                 Identity(
                     "(a) forward KL",
-                    r"p = q/q(S),\quad \sum_S q \log(q/p) = q(S) \log q(S) < 0",
+                    r"p = q/q(S),\quad \sum_S q \log(q/p) = q(S)\,\log q(S) < 0",
                     functools.partial(_check_kl, "forward_kl"),
                     lambda b, inside: (b / inside, inside * iv.log(inside)),
                     {
@@ -149,7 +160,7 @@ def theorems() -> list[Theorem]:
                 ),
                 Identity(
                     "the pull at the teacher",
-                    r"\partial_{z_b} \sum_S p f(q/p)\big|_{p=q} = -f'(1)\, q_b\, (1_S(b) - q(S)): "
+                    r"\partial_{z_b} \big[\sum_S p f(q/p)\big]_{p=q} = -f'(1)\, q_b\, (1_S(b) - q(S)): "
                     r"\text{ zero iff } f'(1) = 0",
                     _check_at_teacher,
                     lambda slope: -slope,

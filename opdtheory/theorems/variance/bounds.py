@@ -41,57 +41,86 @@ def theorems() -> list[Theorem]:
     theorem = Theorem(
         number="T7h",
         name="how quiet a forward-KL estimator can be",
-        statement=r"\mathrm{Var}[-(u-b)s] \ge \chi^2(q\|p)(1+|p|^2) - 3|p-q|^2 - "
-        r"\tfrac{4(|p|^2 - p\cdot q)^2}{1-|p|^2} \ge \tfrac{V}{V-1}(1-\max p)^2\chi^2(q\|p) - |p-q|^2; \quad "
-        r"\mathrm{sd}_q(T) + \mathrm{sd}_p(T) \ge \sqrt{\chi^2(q\|p)\,(1-|r|^2) - |p-q|^2},\ "
-        r"r_a = \tfrac{p_a(u_a-1)^2}{\chi^2}",
+        meaning=(
+            r"The variance of a sampled estimate of the forward KL's gradient cannot be made as small as one likes."
+            r" No constant baseline brings it below a bound that grows with $\chi^2(q\|p)$. An unbiased estimator"
+            r" that sees the teacher at the sampled token only may be quiet for one teacher, but its standard"
+            r" deviations for the teacher $q$ and for a teacher that equals the student have a sum that is bounded"
+            r" from below."
+        ),
+        statement=(
+            r"\mathrm{Var}[-(u-b)\,s] \ge \chi^2(q\|p)\,(1+|p|^2) - 3|p-q|^2 - \tfrac{4(|p|^2 - p\cdot q)^2}{1-|p|^2}"
+            r" \ge \tfrac{V}{V-1}(1-\max p)^2\,\chi^2(q\|p) - |p-q|^2;\quad"
+            r" \mathrm{sd}_q(T) + \mathrm{sd}_p(T) \ge \sqrt{\chi^2(q\|p)\,(1-|r|^2) - |p-q|^2},\ r_a ="
+            r" \tfrac{p_a(u_a-1)^2}{\chi^2(q\|p)}"
+        ),
         hypotheses=(
-            "one softmax row of V tokens with positive probabilities, one token y from p, gradient in the logits",
-            "first bound: every estimator A(y) s_y that is unbiased; A = u - b is the only such form",
-            "second bound: T(y, q_y) sees the teacher at the sampled token only, is unbiased for every teacher, and is "
-            "differentiable in q_y; V >= 3; sd_q is the standard deviation when the teacher is q; for any other "
-            "family, tr Var_r(s) - |E_q s|²/chi2 replaces 1 - |r|² - |p-q|²/chi2",
-            "an estimator that sees the teacher's whole row may be constant: no bound holds",
+            "there is one softmax row of $V$ tokens with positive probabilities, one token $y$ is sampled from $p$,"
+            " and the gradient is in the logits",
+            r"the first bound holds for every unbiased estimator $-A(y)\,s_y$, since $A = u - b$ is the only such form",
+            r"the second bound is for an estimator $T(y, q_y)$ that sees the teacher at the sampled token only, is"
+            r" unbiased for every teacher and differentiable in $q_y$, with $V \ge 3$; $\mathrm{sd}_q$ is its"
+            r" standard deviation when the teacher is $q$, and $\mathrm{sd}_p$ when the teacher equals the student",
+            r"for any other family, $\mathrm{tr}\,\mathrm{Var}_r(s) - |E_q s|^2/\chi^2(q\|p)$ replaces"
+            r" $1 - |r|^2 - |p-q|^2/\chi^2(q\|p)$",
+            "an estimator that sees the teacher's whole row may be constant, so that no bound holds for it",
         ),
         source="derived here; two teachers are compared as two parameters are by Hammersley, Chapman and Robbins",
-        advice="Where chi2 is large, no constant makes a sampled forward KL quiet: sum over the vocabulary, or take "
-        "another divergence. Of the estimators that are at rest at the teacher, (u-1)(s - kappa), with kappa the mean "
-        "score under r, is the quietest.",
+        advice=(
+            r"Where $\chi^2$ is large, no constant makes a sampled forward KL quiet: sum over the vocabulary, or take"
+            r" another divergence. Of the estimators that are at rest at the teacher, $(u-1)(s - \kappa)$, with"
+            r" $\kappa$ the mean score under $r$, is the quietest."
+        ),
         derivation=(
             Step(
-                r"\mathrm{Var}[-(u-1)s] = \chi^2(1+|p|^2) - 3|p-q|^2,\quad b^* - 1 = "
-                r"\tfrac{2(|p|^2 - p\cdot q)}{1-|p|^2}",
-                "softmax norms 1 - 2p_a + |p|²; b* saves T7a's excess (b* - 1)² E_p|s|²",
+                r"\mathrm{Var}[-(u-1)\,s] = \chi^2\,(1+|p|^2) - 3|p-q|^2;\quad"
+                r" b^* - 1 = \tfrac{2(|p|^2 - p\cdot q)}{1-|p|^2}",
+                r"softmax scores have the norms $|s_a|^2 = 1 - 2p_a + |p|^2$, and $\chi^2$ is short for"
+                r" $\chi^2(q\|p)$. The best constant $b^*$ saves T7a's excess $(b^* - 1)^2\,E_p|s|^2$, where"
+                r" $E_p|s|^2 = 1 - |p|^2$, which gives the first bound",
                 _centred_closed_form,
             ),
             Step(
-                r"|s_a|^2 \ge \tfrac{V}{V-1}(1-p_a)^2,\quad E_p[(u-b)^2] \ge \chi^2",
-                "Cauchy-Schwarz on the other V - 1 probabilities (machine: V = 3, the gap is a square), and E_p u = 1",
+                r"|s_a|^2 \ge \tfrac{V}{V-1}(1-p_a)^2;\quad E_p[(u-b)^2] \ge \chi^2",
+                "the first follows from Cauchy-Schwarz on the other $V - 1$ probabilities; the machine confirms it"
+                " for $V = 3$, where the gap is a square. The second follows from $E_p u = 1$. Together they bound"
+                " the second moment of the gradient, and $|p-q|^2$ is the square of its mean",
                 _norm_floor,
                 in_words=True,
             ),
             Step(
                 r"T(a, q_a) = -u_a (s_a - \kappa) + d_a/p_a,\quad \textstyle\sum_a d_a = -\kappa",
-                "unbiased for every q means sum_a φ_a(q_a) = 0 on the simplex, φ_a = p_a T + q_a s_a; moving mass from "
-                "b to a gives φ_a'(q_a) = φ_b'(q_b), and with a third token both arguments are free, so φ' = κ "
-                "(machine: polynomials up to degree 4; two tokens leave more freedom)",
+                r"an estimator that is unbiased for every $q$ has $\sum_a \phi_a(q_a) = 0$ on the simplex, where"
+                r" $\phi_a = p_a T + q_a s_a$. Moving mass from $b$ to $a$ gives $\phi_a'(q_a) = \phi_b'(q_b)$; with"
+                r" a third token both arguments are free, so $\phi_a'$ is one constant vector $\kappa$, and $d_a$ is"
+                r" $\phi_a$ at zero. The machine confirms it for polynomials up to degree 4; two tokens leave more"
+                r" freedom",
                 _only_affine,
                 in_words=True,
             ),
             Step(
                 r"T_q - T_{q'} = -(u - u')(s - \kappa)",
-                "d cancels; for q' = p the difference is -(u-1)(s-κ), of mean p - q",
+                r"compare two teachers, $q$ and $q'$, under the same student: $d$ cancels. For $q' = p$ the"
+                r" difference is $-(u-1)(s-\kappa)$, and its mean is $p - q$",
                 _difference_of_teachers,
             ),
             Step(
-                r"E_p[(u-1)^2|s-\kappa|^2] = \chi^2\,(\mathrm{tr\,Var}_r(s) + |\kappa - E_r s|^2)",
-                "complete the square under r; any scores",
+                r"E_p[(u-1)^2|s-\kappa|^2] = \chi^2\,(\mathrm{tr}\,\mathrm{Var}_r(s) + |\kappa - E_r s|^2)",
+                r"complete the square under $r$, for any scores. The smallest value is at the mean score,"
+                r" $\kappa = E_r s$",
                 _tilted_square,
             ),
-            Step(r"\mathrm{tr\,Var}_r(s) = 1 - |r|^2", "softmax scores differ by unit vectors", _softmax_spread),
+            Step(
+                r"\mathrm{tr}\,\mathrm{Var}_r(s) = 1 - |r|^2",
+                "a softmax score is $s_a = e_a - p$, a unit vector less a constant, so that its spread is that of the"
+                " unit vectors",
+                _softmax_spread,
+            ),
             Step(
                 r"\mathrm{sd}(T_q - T_p) \le \mathrm{sd}(T_q) + \mathrm{sd}(T_p)",
-                "the triangle inequality in L²; the machine checks it in two dimensions by Lagrange's identity",
+                r"this is the triangle inequality in $L^2$; the machine checks it in two dimensions by Lagrange's"
+                r" identity. By the three steps before it, the variance on the left is at least"
+                r" $\chi^2\,(1-|r|^2) - |p-q|^2$, which proves the second bound",
                 _triangle,
                 in_words=True,
             ),

@@ -41,31 +41,54 @@ def theorems() -> list[Theorem]:
     theorem = Theorem(
         number="T7a",
         name="constant baselines",
-        statement=r"E_p[(w-b)s] = E_p[w s]; \quad \mathrm{Var}(b) = \mathrm{Var}(b^*) + (b-b^*)^2 E_p|s|^2, \quad "
-        r"b^* = \frac{E_p[w|s|^2]}{E_p|s|^2}; \quad w_f - w_f(1) = w_{f - f'(1)(u-1)}",
-        hypotheses=("one sampled token, g = -(w(u) - b) s", "b does not depend on the sample", "f(1) = 0"),
+        meaning=(
+            "A number that is subtracted from every weight leaves the mean of the sampled gradient as it is and"
+            " changes only its variance. One such number, $b^*$, is the best, and any other adds variance in"
+            " proportion to the square of its distance from $b^*$. Subtracting $w_f(1)$, so that the weight vanishes"
+            " where student and teacher agree, is only another gauge of the same divergence."
+        ),
+        statement=(
+            r"E_p[(w-b)\,s] = E_p[w\,s];\quad"
+            r" \mathrm{Var}(b) = \mathrm{Var}(b^*) + (b-b^*)^2\,E_p|s|^2;\quad"
+            r" b^* = \frac{E_p[w|s|^2]}{E_p|s|^2};\quad"
+            r" w_f - w_f(1) = w_{f - f'(1)(u-1)}"
+        ),
+        hypotheses=(
+            r"one token is sampled from $p$, and the gradient is $g = -(w(u) - b)\,s$, where $s$ is the token's"
+            r" score; $\mathrm{Var}(b)$ is the trace of the covariance of $g$",
+            "the baseline $b$ does not depend on the sample",
+            "$f(1) = 0$",
+        ),
         source="OPD+, arXiv 2606.01039; the optimal constant by Greensmith, Bartlett & Baxter (2004); derived here",
-        advice="Use `opd_plus_centred`: no constant changes the mean, and this one drops the -1 of the reverse KL and "
-        "the 1 of the forward KL, which are noise near the teacher.",
+        advice=(
+            "Use `opd_plus_centred`: no constant changes the mean, and this one drops the $-1$ of the reverse KL and"
+            " the $1$ of the forward KL, which are noise near the teacher."
+        ),
         derivation=(
             Step(
                 r"E_p[b\,s] = b\,\partial_\theta \textstyle\sum_a p_a = 0",
-                "three atoms, undefined functions of θ that sum to one",
+                r"the probabilities sum to one at every parameter $\theta$, so the score has mean zero, and so has a"
+                r" constant times the score. Sympy confirms it for three tokens, whose probabilities are undefined"
+                r" functions of $\theta$",
                 _score_has_no_mean,
             ),
             Step(
-                r"E_p[(w-b)^2|s|^2] = E_p[(w-b^*)^2|s|^2] + (b-b^*)^2 E_p|s|^2",
-                "complete the square; any scores of mean zero",
+                r"E_p[(w-b)^2|s|^2] = E_p[(w-b^*)^2|s|^2] + (b-b^*)^2\,E_p|s|^2",
+                "complete the square in $b$. The mean of the gradient is the same for every $b$, so the variance"
+                " changes by as much as this second moment. Only the lengths of the scores enter, so it holds for any"
+                " family of distributions",
                 _parabola,
             ),
             Step(
-                r"E_p[(\log u - 1)^2] = E_p[\log^2 u] + 2\,KL(p\|q) + 1",
-                "E_p[-log u] = KL(p||q)",
+                r"E_p[(\log u - 1)^2] = E_p[\log^2 u] + 2\,\mathrm{KL}(p\|q) + 1",
+                r"expand the square and insert $E_p[-\log u] = \mathrm{KL}(p\|q)$. This is what the $-1$ in the"
+                r" reverse KL's weight adds to the mean square of the weight",
                 _adds_two_kl_plus_one,
             ),
             Step(
-                r"w_f(1) = f'(1),\quad w_{f - c(u-1)} = w_f - c",
-                "f(1) = 0; the gauge of T3 with c = f'(1)",
+                r"w_f(1) = f'(1);\quad w_{f - c(u-1)} = w_f - c",
+                "the first holds because $f(1) = 0$. The second is the gauge of T3, which leaves the divergence as it"
+                " is; with $c = f'(1)$ it centres the weight",
                 _centring_is_a_gauge,
             ),
         ),
@@ -105,7 +128,7 @@ def theorems() -> list[Theorem]:
             ),
             Identity(
                 "the -1 of the reverse KL",
-                r"E_p[(\log u - 1)^2] - E_p[\log^2 u] = 2\,KL(p\|q) + 1",
+                r"E_p[(\log u - 1)^2] - E_p[\log^2 u] = 2\,\mathrm{KL}(p\|q) + 1",
                 _check_minus_one,
                 lambda reverse, forward: 2 * reverse + 1,
                 {

@@ -56,52 +56,72 @@ def _group_baselines() -> Theorem:
     return Theorem(
         number="T7e",
         name="baselines and scales from a group",
-        statement=r"E[(A_i - \bar A_{-i}) s_i] = E[A s], \quad E[(A_i - \bar A) s_i] = \tfrac{G-1}{G} E[A s], \quad "
-        r"E\big[\tfrac{A_i - \bar A}{\sigma} s_i\big] \not\parallel E[A s] \text{ in general}",
+        meaning=(
+            "With several rollouts of one prompt, the mean of the others is a baseline that keeps the mean of the"
+            " gradient. The mean of all of them, the rollout's own included, shrinks it by exactly $(G-1)/G$ if all"
+            " rollouts have one length. Dividing by the group's standard deviation changes the direction in general."
+        ),
+        statement=(
+            r"E[(A_i - \bar A_{-i})\,s_i] = E[A\,s];\quad"
+            r" E[(A_i - \bar A)\,s_i] = \tfrac{G-1}{G}\,E[A\,s];\quad"
+            r" E\big[\tfrac{A_i - \bar A}{\sigma}\,s_i\big] \not\parallel E[A\,s] \text{ in general}"
+        ),
         hypotheses=(
-            "G independent rollouts, A_i a function of rollout i",
-            "for the group mean: all rollouts of one length; otherwise the number still running is random",
-            "exceptions to the last claim, sufficient and not necessary: an advantage of two values, with G = 2 or 3, "
-            "or with one step at any G; one step and an advantage of three equally spaced values, symmetrically "
-            "distributed",
+            r"the $G$ rollouts are independent, and the advantage $A_i$ is a function of rollout $i$; $\bar A$ is the"
+            r" mean of the group, $\bar A_{-i}$ that of the others, $\sigma$ the group's standard deviation",
+            "for the group mean, all rollouts have one length; otherwise the number still running is random",
+            "the last claim has exceptions, for which each of these is sufficient and not necessary: an advantage of"
+            " two values, with $G = 2$ or $G = 3$, or with one step at any $G$; one step and an advantage of three"
+            " equally spaced values, symmetrically distributed",
         ),
         source="RLOO, arXiv 2402.14740; GRPO, arXiv 2402.03300; derived here",
-        advice="Use leave-one-out, or multiply the group mean's gradient by G/(G-1); do not divide by the group's "
-        "standard deviation if the direction matters.",
+        advice=(
+            "Use leave-one-out, or multiply the group mean's gradient by $G/(G-1)$; do not divide by the group's"
+            " standard deviation if the direction matters."
+        ),
         derivation=(
             Step(
-                r"E[\bar A_{-i}\, s_i] = E[\bar A_{-i}]\,E[s_i] = 0",
-                "independence; summed over all groups of 2, 3 and 4 with symbolic weights and scores",
+                r"E[\bar A_{-i}\,s_i] = E[\bar A_{-i}]\,E[s_i] = 0",
+                "the other rollouts are independent of this one, whose score has mean zero. Sympy sums over all"
+                " groups of 2, 3 and 4 rollouts, with symbolic weights and scores",
                 lambda: _expected_with(_others, lambda size: one),
             ),
             Step(
-                r"E[\bar A\, s_i] = \tfrac1G E[A_i s_i]",
-                "only a rollout's own term is correlated with its score",
+                r"E[\bar A\,s_i] = \tfrac1G\,E[A_i s_i]",
+                "of the $G$ terms of the group's mean, only the rollout's own is correlated with its score. So the"
+                " baseline takes away one part in $G$ of the gradient",
                 lambda: _expected_with(_everyone, lambda size: Fraction(size - 1, size)),
             ),
             Step(
                 r"\sigma^2 = \tfrac{k(G-k)}{G(G-1)}(b-a)^2 \text{ for } k \text{ of } G \text{ at } b",
-                "two values a and b",
+                "let the advantage take two values, $a$ and $b$: the group's variance depends only on how many"
+                " rollouts have which",
                 _spread_of_two_values,
             ),
             Step(
-                r"k(G-k) \text{ is the same for all } 0<k<G \iff G \le 3",
-                "G - 1 at k = 1 and 2(G - 2) at k = 2 are equal for G = 3 only; for G = 2 there is only k = 1",
+                r"k(G-k) \text{ is the same for all } 0 < k < G \iff G \le 3",
+                r"the product is $G - 1$ at $k = 1$ and $2(G - 2)$ at $k = 2$, which are equal for $G = 3$ only; for"
+                r" $G = 2$ there is only $k = 1$. Up to three rollouts, $\sigma$ is therefore one constant in all"
+                r" groups that have a spread, and dividing by it turns no direction",
                 _one_spread_only_up_to_three,
                 in_words=True,
             ),
             Step(
-                r"A \in \{a, b\}:\ E[\tfrac{A_i - \bar A}{\sigma} \mid A_i] = \alpha + \beta A_i,\ \beta > 0",
-                "given A_i, the expected z-score is a function of two values, so affine and increasing, for any G; "
-                "beta depends on the distribution of A, which differs between steps: hence one step",
+                r"A \in \{a, b\}:\ E\big[\tfrac{A_i - \bar A}{\sigma} \mid A_i\big] = \alpha + \beta A_i,\ \beta > 0",
+                r"given $A_i$, the expected z-score is a function of two values, so it is affine, for any $G$. In"
+                r" every group with a spread the z-score of the larger value is positive and that of the smaller one"
+                r" negative, so $\beta > 0$. This slope depends on the distribution of $A$, which differs between"
+                r" steps: hence the exception is for one step",
                 _affine_on_two_values,
                 in_words=True,
             ),
             Step(
-                r"A \in \{-1, 0, 1\},\ P(A = 1) = P(A = -1):\ E[z_i \mid A_i = 0] = 0,\ "
-                r"E[z_i \mid A_i = -1] = -E[z_i \mid A_i = 1]",
-                "the sign of every advantage turned, the groups have the same distribution: an odd function of three "
-                "such values is affine; summed over all groups of 2 and 3 with a symbolic probability",
+                r"A \in \{-1, 0, 1\},\ P(A = 1) = P(A = -1):\ E[z_i \mid A_i = 0] = 0,\ E[z_i \mid A_i = -1] = -E[z_i"
+                r" \mid A_i = 1]",
+                r"$z_i = (A_i - \bar A)/\sigma$ is the z-score. If every advantage changes its sign, the groups have"
+                r" the same distribution, so the expected z-score is an odd function of $A_i$, and an odd function of"
+                r" three such values is affine. Sympy sums over all groups of 2 and 3 rollouts, with a symbolic"
+                r" probability",
                 _odd_on_symmetric_values,
             ),
         ),
@@ -178,14 +198,19 @@ def _independent() -> Theorem:
     return Theorem(
         number="T7f",
         name="averaging rollouts",
-        statement=r"\mathrm{Var}\big(\tfrac1G\textstyle\sum_i \hat g_i\big) = \tfrac1G \mathrm{Var}(\hat g)",
-        hypotheses=("G independent rollouts from one distribution, no baseline that couples them",),
+        meaning=(
+            "The mean of $G$ independent rollouts has $1/G$ of the variance of one. A smaller variance can therefore"
+            " be counted in rollouts."
+        ),
+        statement=r"\mathrm{Var}\big(\tfrac1G\textstyle\sum_i \hat g_i\big) = \tfrac1G\,\mathrm{Var}(\hat g)",
+        hypotheses=("the $G$ rollouts are independent and from one distribution, and no baseline couples them",),
         source="textbook",
-        advice="Compare estimators at equal cost: a variance G times smaller is worth G times the rollouts.",
+        advice="Compare estimators at equal cost: a variance $G$ times smaller is worth $G$ times the rollouts.",
         derivation=(
             Step(
-                r"E|\tfrac1G\textstyle\sum_i X_i|^2 = \tfrac{1}{G^2}\sum_{i,j} E[X_i X_j] = \tfrac1G E|X|^2",
-                "centred and independent: cross terms vanish",
+                r"E|\tfrac1G\textstyle\sum_i X_i|^2 = \tfrac{1}{G^2}\sum_{i,j} E[X_i X_j] = \tfrac1G\,E|X|^2",
+                "let $X_i$ be a rollout's gradient less its mean. The cross terms vanish because the rollouts are"
+                " independent, and $G$ equal squares remain. Sympy sums over all groups of 2 and 3 rollouts",
                 _variance_of_a_mean,
             ),
         ),

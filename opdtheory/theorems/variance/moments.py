@@ -38,31 +38,50 @@ def theorems() -> list[Theorem]:
     theorem = Theorem(
         number="T7d",
         name="second moments in closed form",
-        statement=r"w = u:\ E_p[w^2] = 1 + \chi^2(q\|p); \quad w = u - 1:\ \chi^2(q\|p); "
-        r"\quad w = \log u:\ E_p[\log^2 u]; \quad w = \log u - 1:\ E_p[\log^2 u] + 2KL(p\|q) + 1; \quad "
-        r"w_{\mathrm{JSD}} = \tfrac12\log\tfrac{1+u}{2} \ge -\tfrac12\log 2,\ "
-        r"E_p[w_{\mathrm{JSD}}^2] \le \tfrac12\log^2 2",
-        hypotheses=("p positive where q is",),
+        meaning=(
+            r"How noisy a sampled gradient is depends on the mean square of the token's weight. For the forward KL"
+            r" this is $1 + \chi^2(q\|p)$, which has no bound: it explodes where the student nearly excludes a token"
+            r" that the teacher wants. For the JSD it is at most $\tfrac12\log^2 2$, about 0.24, for every student"
+            r" and teacher."
+        ),
+        statement=(
+            r"w = u:\ E_p[w^2] = 1 + \chi^2(q\|p);\quad"
+            r" w = u - 1:\ E_p[w^2] = \chi^2(q\|p);\quad"
+            r" w = \log u:\ E_p[w^2] = E_p[\log^2 u];\quad"
+            r" w = \log u - 1:\ E_p[w^2] = E_p[\log^2 u] + 2\,\mathrm{KL}(p\|q) + 1;\quad"
+            r" w_{\mathrm{JSD}} = \tfrac12\log\tfrac{1+u}{2} \ge -\tfrac12\log 2;\quad"
+            r" E_p[w_{\mathrm{JSD}}^2] \le \tfrac12\log^2 2"
+        ),
+        hypotheses=("$p$ is positive where $q$ is",),
         source="derived here",
-        advice="Where the student nearly excludes a token that the teacher wants, the forward KL's weight explodes "
-        "with chi2; the JSD's second moment never exceeds 0.25.",
+        advice=(
+            r"Where the student nearly excludes a token that the teacher wants, the forward KL's weight explodes with"
+            r" $\chi^2$; the JSD's second moment never exceeds 0.25."
+        ),
         derivation=(
             Step(
                 r"p\,u^2 = p(u-1)^2 + 2q - p",
-                "summed over atoms: E_p[u^2] = chi2(q||p) + 1, and E_p[(u-1)^2] = chi2",
+                r"insert $u = q/p$, then sum over the tokens. Both $p$ and $q$ sum to one, and"
+                r" $E_p[(u-1)^2] = \chi^2(q\|p)$, so $E_p[u^2] = \chi^2(q\|p) + 1$. The fourth line of the statement"
+                r" is a step of T7a",
                 _forward_square,
             ),
             Step(
-                r"w_{\mathrm{JSD}} = \tfrac12\log\tfrac{1+u}{2},\ w' = \tfrac{1}{2(1+u)} > 0,\ "
-                r"w(0^+) = -\tfrac12\log 2,\ w - \tfrac12\log u + \tfrac12\log 2 = \tfrac12\log(1+\tfrac1u) \to 0",
-                "from the catalogue's generator; increasing, so its limit at 0 bounds it from below",
+                r"w_{\mathrm{JSD}} = \tfrac12\log\tfrac{1+u}{2},\ w' = \tfrac{1}{2(1+u)} > 0,\ w(0^+) = -\tfrac12\log"
+                r" 2;\quad"
+                r" w - \tfrac12\log u + \tfrac12\log 2 = \tfrac12\log(1+\tfrac1u) \to 0",
+                r"the weight follows from the catalogue's generator. It increases, so its limit at $u = 0$ bounds it"
+                r" from below. For large $u$ it grows like $\tfrac12\log u$",
                 _jsd_weight,
             ),
             Step(
-                r"\log^2 x \le 2\log^2 2\; x\ \ (x \ge \tfrac12) \;\Rightarrow\; "
-                r"E_p[w_{\mathrm{JSD}}^2] \le \tfrac12\log^2 2\; E_p\big[\tfrac{1+u}{2}\big] = \tfrac12\log^2 2",
-                "with x = (1+u)/2, whose mean is 1; log²x/x has the slope log x (2 - log x)/x²: it falls from x = 1/2 "
-                "to 1 and rises to its other maximum at e², which is smaller",
+                r"\log^2 x \le 2x\,\log^2 2 \text{ for } x \ge \tfrac12;\quad"
+                r" E_p[w_{\mathrm{JSD}}^2] \le \tfrac12\log^2 2\,E_p\big[\tfrac{1+u}{2}\big] = \tfrac12\log^2 2",
+                r"take $x = (1+u)/2$, which is at least $\tfrac12$ and has mean 1, so that"
+                r" $w_{\mathrm{JSD}} = \tfrac12\log x$. The slope of $\log^2 x / x$ is $\log x\,(2 - \log x)/x^2$: it"
+                r" falls from $x = \tfrac12$ to 1 and then rises to its other maximum at $e^2$, which is smaller. So"
+                r" $\log^2 x / x$ is at most $2\log^2 2$, its value at $\tfrac12$, and the second line follows from"
+                r" the first",
                 _log_square_below_line,
                 in_words=True,
             ),

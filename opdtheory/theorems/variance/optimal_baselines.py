@@ -37,40 +37,54 @@ def theorems() -> list[Theorem]:
     theorem = Theorem(
         number="T7g",
         name="which baseline is optimal for which divergence",
-        statement=r"b^* = f'(1) + f''(1)\,\frac{E_p[(u-1)|s|^2]}{E_p|s|^2} + O(\epsilon^2), \quad "
-        r"\frac{\mathrm{Var}(b^*)}{\mathrm{Var}(f'(1))} \to 1 - "
-        r"\frac{E_p[v|s|^2]^2 / E_p|s|^2}{\mathrm{Var}(v s)}, \quad "
-        r"b^*_{\mathrm{forward\,KL}} = \frac{1 + |p|^2 - 2p\cdot q}{1 - |p|^2}",
+        meaning=(
+            "Near the teacher the best constant baseline is $f'(1)$, the one that centres the weight, up to a"
+            " correction that shrinks with the distance. What the correction saves is, in the limit, the same share"
+            " of the variance for every divergence. For the forward KL on one softmax row the best constant has a"
+            " closed form at any distance."
+        ),
+        statement=(
+            r"b^* = f'(1) + f''(1)\,\frac{E_p[(u-1)|s|^2]}{E_p|s|^2} + O(\epsilon^2);\quad"
+            r" \frac{\mathrm{Var}(b^*)}{\mathrm{Var}(f'(1))} \to 1 -"
+            r" \frac{(E_p[v|s|^2])^2}{E_p|s|^2\,\mathrm{Var}(v\,s)} \text{ as } \epsilon \to 0;\quad"
+            r" b^*_{\text{forward KL}} = \frac{1 + |p|^2 - 2p\cdot q}{1 - |p|^2}"
+        ),
         hypotheses=(
-            "u = 1 + εv with E_p[v] = 0",
-            "for the order ε²: f'' Lipschitz at 1; for the share of the variance: f''(1) > 0",
-            "the closed form: one softmax row",
+            r"$u = 1 + \epsilon v$ with $E_p[v] = 0$; $b^*$ and $\mathrm{Var}(b)$ are those of T7a",
+            r"for the order $\epsilon^2$, $f''$ is Lipschitz at 1; for the share of the variance, $f''(1) > 0$",
+            "the closed form is for one softmax row",
         ),
         source="derived here",
-        advice="Centre the weight: every other fixed constant leaves noise at the teacher. Beyond that, the optimal "
-        "constant saves the same share of the variance for all divergences.",
+        advice=(
+            "Centre the weight: every other fixed constant leaves noise at the teacher. Beyond that, the optimal"
+            " constant saves the same share of the variance for all divergences."
+        ),
         derivation=(
             Step(
-                r"\frac{d}{d\epsilon} b^*\Big|_0 = f''(1)\,E_p[v|s|^2]/E_p|s|^2,\quad b^*|_0 = w_f(1) = f'(1)",
-                "w' = u f'' and the chain rule, f undefined: centring is optimal to leading order; the remaining "
-                "constant is of order ε, and so is the weight",
+                r"\frac{d}{d\epsilon} b^*\Big|_0 = f''(1)\,\frac{E_p[v|s|^2]}{E_p|s|^2};\quad b^*|_0 = w_f(1) = f'(1)",
+                r"differentiate T7a's $b^*$ by the chain rule, with $w_f' = u f''$; sympy treats $f$ as an undefined"
+                r" function. Centring is thus optimal to leading order. The rest of $b^*$ is of order $\epsilon$, and"
+                r" so is the centred weight, so in the limit $b^*$ still saves a share: $(b^* - f'(1))^2\,E_p|s|^2$"
+                r" of a variance that is $\epsilon^2 f''(1)^2\,\mathrm{Var}(v\,s)$ to leading order",
                 _first_order,
             ),
             Step(
-                r"b^*_{\mathrm{forward\,KL}} = E_q|s|^2 / E_p|s|^2",
-                "w = u and the norms of softmax scores",
+                r"b^*_{\text{forward KL}} = E_q|s|^2 / E_p|s|^2",
+                r"the weight is $w = u$, and $p\,u = q$. The norms of softmax scores, $|s_a|^2 = 1 - 2p_a + |p|^2$,"
+                r" give the closed form",
                 _forward_norms,
             ),
             Step(
-                r"V = 2:\ b^* = w_1 p_2 + w_2 p_1,\ (w_a - b^*) s_a \text{ the same for both tokens}",
-                "two tokens: the optimal constant leaves no variance",
+                r"V = 2:\ b^* = w_1 p_2 + w_2 p_1,\ (w_a - b^*)\,s_a \text{ is the same for both tokens}",
+                "with a vocabulary of two tokens the optimal constant leaves no variance",
                 _two_values,
             ),
             Step(
-                r"E_p[w_f(u)] = w_f(1) \text{ for all pairs} \iff w_f \text{ affine} \iff "
-                r"f = c\,u\log u + \text{gauge}",
-                "two atoms 1 - x and 1 + y: differentiated twice in y, the condition says w'' = 0; the converse is "
-                "E_p u = 1; so centring minimises E_p[w²] exactly for the forward KL alone",
+                r"E_p[w_f(u)] = w_f(1) \text{ for all pairs} \iff w_f \text{ is affine} \iff f = c\,u\log u +"
+                r" \text{gauge}",
+                "take two atoms with the ratios $1 - x$ and $1 + y$: differentiated twice in $y$, or in $x$, the"
+                " condition says that $w'' = 0$. The converse is $E_p u = 1$. So centring minimises $E_p[w^2]$"
+                " exactly for the forward KL alone",
                 _affine_mean,
                 in_words=True,
             ),
@@ -123,7 +137,7 @@ def theorems() -> list[Theorem]:
             ),
             Identity(
                 "what the hypotheses exclude",
-                r"f'' = 1 + |u-1|^{1/2}: \text{ the remainder over } \epsilon^2 \text{ is unbounded}; \quad "
+                r"f'' = 1 + |u-1|^{1/2}: \text{ the remainder over } \epsilon^2 \text{ is unbounded};\quad "
                 r"f = (u-1)^4: \text{ the share is that of } v^3",
                 _check_hypotheses,
                 (False, 3),

@@ -59,29 +59,49 @@ def _history() -> Theorem:
     return Theorem(
         number="T7b",
         name="baselines that read the history",
-        statement=r"E_p\Big[\sum_n b_n(h_n)\,s_n\Big] = 0; \quad E_p[\log u \mid h] = -KL(p\|q)(h); \quad "
-        r"\text{but } b_n = E_p[w \mid h_n] \text{ lowers the variance of } w s \text{ iff } |b_n - b^*| < |b^*|",
+        meaning=(
+            r"A baseline may read all that was written before the token, and both models' logits there, without"
+            r" changing the mean of the gradient. The mean of the weight at that history is one such baseline; for"
+            r" $\log u$, the centred weight of the reverse KL, it is minus the KL divergence there. It does not"
+            r" always lower the variance."
+        ),
+        statement=(
+            r"E_p\Big[\sum_n b_n(h_n)\,s_n\Big] = 0;\quad"
+            r" E_p[\log u \mid h] = -\mathrm{KL}(p\|q)(h);\quad"
+            r" b_n = E_p[w \mid h_n] \text{ lowers the variance of } w\,s \iff |b_n - b^*| < |b^*|"
+        ),
         hypotheses=(
-            "b_n depends on the history h_n, not on y_n or on later tokens",
-            "the third claim: one softmax row, against no baseline; b* as in T7a",
+            "the baseline $b_n$ depends on the history $h_n$, not on $y_n$ or on later tokens",
+            "the third claim is about one softmax row and compares with no baseline; $b^*$ is that of T7a",
         ),
         source="vOPD, arXiv 2605.07865; the third claim derived here",
-        advice="A baseline computed from both models' logits at the history never changes the mean. Measure whether "
-        "it lowers the variance: for chi2 it may raise it.",
+        advice=(
+            r"A baseline computed from both models' logits at the history never changes the mean. Measure whether it"
+            r" lowers the variance: for $\chi^2$ it may raise it."
+        ),
         derivation=(
             Step(
                 r"E_p[b(h)\,s \mid h] = b(h)\,\textstyle\sum_a \partial p_a = 0",
-                "given h the baseline is a constant, and probabilities sum to one",
+                "given the history, the baseline is a constant, and the probabilities of the next token sum to one."
+                " Sympy confirms it for two steps of two tokens, with probabilities that are undefined functions of a"
+                " parameter",
                 _given_history,
             ),
             Step(
                 r"E_p[b(y_{>n})\,s_n] \ne 0 \text{ in general}",
-                "the distribution of later tokens depends on y_n: two tokens, a baseline that depends on the second",
+                r"the distribution of later tokens depends on $y_n$, so a baseline must not read them. Two steps with"
+                r" the tokens 0 and 1 show it: let $p$ be the probability that the first token is 0, and let the"
+                r" baseline be 1 if the second token is 0, which has probability $r_a$ after the first token $a$, and"
+                r" 0 otherwise. Then the mean of baseline times first score is $p(1-p)(r_0 - r_1)$ in the logit of"
+                r" token 0",
                 _later_token_biases,
             ),
             Step(
                 r"E_p[(w-b)^2] = E_p[(w - E_p w)^2] + (b - E_p w)^2",
-                "so the conditional mean is the best baseline for the weight's square, not for that of w s",
+                r"complete the square: the conditional mean is the best baseline for the mean square of the weight,"
+                r" but not for that of $w\,s$, where T7a's $b^*$ is the best. By T7a the variance exceeds the least"
+                r" one by $(b - b^*)^2\,E_p|s|^2$ with a baseline $b$, and by $(b^*)^2\,E_p|s|^2$ without one, which"
+                r" gives the third claim",
                 _mean_is_best_for_squares,
             ),
         ),
@@ -109,7 +129,7 @@ def _history() -> Theorem:
             ),
             Identity(
                 "for the reverse KL it is minus the KL",
-                r"E_p[\log u \mid h] = -KL(p\|q)(h)",
+                r"E_p[\log u \mid h] = -\mathrm{KL}(p\|q)(h)",
                 _check_mean_is_kl,
                 lambda reverse, forward: -reverse,
                 {"sign flipped": lambda reverse, forward: reverse, "forward KL": lambda reverse, forward: -forward},
@@ -132,27 +152,44 @@ def _vocabulary() -> Theorem:
     return Theorem(
         number="T7c",
         name="the whole vocabulary is the Rao-Blackwellisation",
-        statement=r"\nabla \textstyle\sum_a p_a f(q_a/p_a) = E_p[-w_f(u)\,s \mid h]; \quad "
-        r"\mathrm{Var}(\hat g) = \mathrm{Var}(\hat g_{\mathrm{vocab}}) "
-        r"+ \textstyle\sum_n E\,\mathrm{Var}(w_n s_n \mid h_n) + 2\sum_{n<m} E\langle \delta_n, m_m(h_m)\rangle, "
-        r"\text{ the last sum zero where rows share no parameters}",
+        meaning=(
+            "A loss that sums over the vocabulary has, at each history, the mean of the sampled gradient as its"
+            " gradient: the noise of the token's choice is gone, and the noise of the histories stays. Where"
+            " positions share no parameters, its variance is never the larger one. Where they do, an early token's"
+            " noise may happen to cancel what it does to later means, and then the sampled gradient can have the"
+            " smaller variance."
+        ),
+        statement=(
+            r"\nabla \textstyle\sum_a p_a f(q_a/p_a) = E_p[-w_f(u)\,s \mid h];\quad"
+            r" \mathrm{Var}(\hat g) = \mathrm{Var}(\hat g_{\mathrm{vocab}}) + \textstyle\sum_n E\,\mathrm{Var}(w_n"
+            r" s_n \mid h_n) + 2\sum_{n<m} E\langle \delta_n, m_m(h_m)\rangle;\quad"
+            r" \textstyle\sum_{n<m} E\langle \delta_n, m_m(h_m)\rangle = 0 \text{ where rows share no parameters}"
+        ),
         hypotheses=(
-            "delta_n = -w_n s_n - E[-w_n s_n | h_n] and m_n(h_n) = E[-w_n s_n | h_n]",
-            "the variance is never larger for one step, for each position's term by itself, and for tables of logits; "
-            "with shared parameters the whole vocabulary may have the larger variance, as the last check shows",
+            r"$\hat g = -\sum_n w_n s_n$ is the sampled gradient; $m_n(h_n) = E[-w_n s_n \mid h_n]$ is the mean of"
+            r" its term at position $n$ given the history, and $\delta_n = -w_n s_n - m_n(h_n)$ is what the sampled"
+            r" token adds to that mean; $\hat g_{\mathrm{vocab}} = \sum_n m_n(h_n)$",
+            "the whole vocabulary never has the larger variance for one step, for each position's term by itself, and"
+            " for tables of logits; with shared parameters it may, as the last check shows",
         ),
         source="Rao-Blackwell; the cross term derived here",
-        advice="Sum over the vocabulary if you have the logits. The noise of the histories remains; in a network, "
-        "which shares parameters, the total is not always smaller.",
+        advice=(
+            "Sum over the vocabulary if you have the logits. The noise of the histories remains; in a network, which"
+            " shares parameters, the total is not always smaller."
+        ),
         derivation=(
             Step(
                 r"\partial_{z} \textstyle\sum_a p_a f(q_a/p_a) = -E_p[w_f(u)\,s]",
-                "T1 on one row: the mean of the sampled gradient given the history, which y_n does not enter",
+                "this is T1 on one row of logits $z$. The left-hand side does not contain the sampled token $y_n$,"
+                " and the right-hand side is the mean of the sampled gradient given the history",
                 _inner_mean,
             ),
             Step(
                 r"E|X + m|^2 = E|X - EX|^2 + |EX + m|^2",
-                "the spread within a history adds to what the history fixes; with disjoint rows nothing else does",
+                r"let $X$ be one position's term and $m$ any vector that the history fixes: the spread within a"
+                r" history adds to what the history fixes. Between positions, $\delta_n$ has mean zero given $h_n$,"
+                r" so only its products with later means can remain. Where rows share no parameters these are zero,"
+                r" as the two vectors have no coordinate in common",
                 _total_variance,
             ),
         ),
