@@ -26,6 +26,7 @@ if str(ROOT) not in sys.path:
 import opdtheory as opd  # noqa: E402
 from examples.published_losses import gallery  # noqa: E402
 from opdtheory.errors import OpdTheoryError  # noqa: E402
+from opdtheory.rendering.table import Table  # noqa: E402
 from opdtheory.testing.assertions import claim_settings  # noqa: E402
 from opdtheory.verification.verify import shipped_estimators  # noqa: E402
 
@@ -215,13 +216,11 @@ def warm_up(subject: Subject) -> None:
 
 
 def table(timings: list[Timing]) -> str:
-    width = max(len(t.subject.name) for t in timings)
-    lines = [f"{'subject':<{width}}  {'wall s':>7}  {'cpu s':>7}  {'evaluations':>11}  verdict"]
+    rows = [("subject", "wall s", "cpu s", "evaluations", "verdict")]
     for t in timings:
         over = "  over the limit" if t.cpu > t.subject.limit else ""
-        row = f"{t.subject.name:<{width}}  {t.wall:>7.2f}  {t.cpu:>7.2f}  {t.evaluations:>11}  {t.verdict}{over}"
-        lines.append(row)
-    return "\n".join(lines)
+        rows.append((t.subject.name, f"{t.wall:.2f}", f"{t.cpu:.2f}", str(t.evaluations), f"{t.verdict}{over}"))
+    return "\n".join(Table(rows, "lrrrl").lines())
 
 
 def summary(timings: list[Timing]) -> str:

@@ -47,7 +47,7 @@ def reference_update(
             teacher,
             config.loss(),
             _Still([pair.student.model.table], lr=0.0),
-            Metrics(None, 0, 1, tensorboard=False, progress=False),
+            Metrics(None, 0),
         )
         update_on(run, 0, [Example("", "", "") for _ in prompts], _samples(pair, student, prompts, answers))
 

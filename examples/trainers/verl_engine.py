@@ -19,7 +19,7 @@ from verl_update import Update
 from opdtheory.divergences import divergence
 from opdtheory.end_to_end import TrainerAudit, audit_update
 from opdtheory.end_to_end.auditor import TOLERANCE
-from opdtheory.rendering import text
+from opdtheory.rendering.table import Table
 
 # What a page marks its table with.
 MARKS = ("<!-- rows -->", "<!-- end of rows -->")
@@ -95,7 +95,7 @@ def main() -> None:
     if options.page:
         options.page.write_text(written(options.page.read_text(encoding="utf-8"), records), encoding="utf-8")
     titles = ("setting", "claim", "verdict", "scale", "error", "cosine", "descends", "changes with")
-    print("\n".join(text.table([titles, *map(cells, records)], align="lllrrrll")))
+    Table([titles, *map(cells, records)], "lllrrrll").show()
 
 
 if __name__ == "__main__":

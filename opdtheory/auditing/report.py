@@ -22,6 +22,7 @@ from opdtheory.choices import FAITHFUL, Reduction, Verdict
 from opdtheory.exact.expectation import Sampled
 from opdtheory.objective import Objective
 from opdtheory.rendering import text
+from opdtheory.rendering.table import Table
 
 __all__ = ["COMPUTED", "NOT_JSON", "PAIR_COLUMNS", "SCHEMA_VERSION", "Audit", "PairResult", "Remedy"]
 
@@ -239,7 +240,7 @@ class Audit:
         rule = f"{self.name}: {self.headline}"
         parts = [rule, "", text.paragraph(self.summary())]
         if self.pairs:
-            parts += ["", *text.table((PAIR_COLUMNS, *(pair.cells for pair in self.pairs)), align="lr")]
+            parts += ["", *Table((PAIR_COLUMNS, *(pair.cells for pair in self.pairs)), "lr").lines()]
         if self.remedies:
             parts += ["", "What would make it right:", *(text.item(_told(remedy)) for remedy in self.remedies)]
         narrow = [f"{r.dtype}: {r.words}" for r in self.numerics if r.regime == "realistic" and _matters(r)]

@@ -8,8 +8,8 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from opdtheory.commands.console import FAILS, HOLDS
-from opdtheory.rendering import text
+from opdtheory.commands.console import FAILS, HOLDS, console
+from opdtheory.rendering.table import Cell, Styled, Table
 
 if TYPE_CHECKING:
     from opdtheory.commands.console import Commands
@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
     else:
         print(f"{options.tokens} x {options.vocabulary:,} words, {options.dtype}, forward and backward")
         print(machine(), end="\n\n")
-        print(_as_text(rows))
+        _as_table(rows).show(console())
     return HOLDS if all(row.agrees for row in rows) else FAILS
 
 
@@ -75,10 +75,10 @@ def _as_json(row: Comparison) -> dict[str, Any]:
 _COLUMNS = ("divergence", "ms", "textbook", "of its time", "MB", "textbook", "of its memory", "gradient off by", "")
 
 
-def _as_text(rows: Sequence[Comparison]) -> str:
-    table = [_COLUMNS]
+def _as_table(rows: Sequence[Comparison]) -> Table:
+    lines: list[tuple[Cell, ...]] = [_COLUMNS]
     for row in rows:
-        table.append(
+        lines.append(
             (
                 row.divergence,
                 f"{row.milliseconds:.2f}",
@@ -88,7 +88,7 @@ def _as_text(rows: Sequence[Comparison]) -> str:
                 f"{row.textbook_megabytes:.0f}",
                 f"{row.megabytes / row.textbook_megabytes:.3f}" if row.textbook_megabytes else "-",
                 f"{row.difference:.0e}",
-                "" if row.agrees else f"WRONG: more than {row.allowed:.0e}",
+                "" if row.agrees else Styled(f"WRONG: more than {row.allowed:.0e}", "bold red"),
             )
         )
-    return "\n".join(text.table(table))
+    return Table(lines)

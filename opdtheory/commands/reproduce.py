@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from opdtheory.commands.console import FAILS, HOLDS, aside, complain
+from opdtheory.commands.console import FAILS, HOLDS, aside, complain, console
 from opdtheory.reproduction.plan import PLANS, plan_of
 
 if TYPE_CHECKING:
@@ -90,12 +90,15 @@ def run(options: argparse.Namespace) -> int:
     if not outcome.rows:
         complain(options, "there is no row to write a page from")
         return FAILS
-    from opdtheory.reproduction.claims import as_text
+    from opdtheory.reproduction.claims import as_table
     from opdtheory.reproduction.page import write_page
     from opdtheory.reproduction.summary import summaries
 
     table = summaries(outcome.rows)
-    print(json.dumps([each.to_dict() for each in table], indent=2) if options.json else as_text(table))
+    if options.json:
+        print(json.dumps([each.to_dict() for each in table], indent=2))
+    else:
+        as_table(table).show(console())
     path = write_page(outcome, options.page or options.out / "reproduction.md")
     aside(options, f"wrote {path}")
     for name, reason in outcome.missing.items():

@@ -7,9 +7,9 @@ import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, get_args
 
-from opdtheory.commands.console import HOLDS
-from opdtheory.rendering import text
+from opdtheory.commands.console import HOLDS, console
 from opdtheory.rendering.markdown import markdown_table
+from opdtheory.rendering.table import Table
 
 if TYPE_CHECKING:
     from opdtheory.commands.console import Commands
@@ -33,7 +33,12 @@ def run(options: argparse.Namespace) -> int:
     from opdtheory.verification.estimators import rows
 
     table = rows()
-    print(json.dumps([row.to_dict() for row in table], indent=2) if options.json else render(table, options.format))
+    if options.json:
+        print(json.dumps([row.to_dict() for row in table], indent=2))
+    elif options.format == "text":
+        _as_table(table).show(console())
+    else:
+        print(render(table, options.format))
     return HOLDS
 
 
@@ -47,10 +52,13 @@ def render(table: list[Row], style: Format = "text") -> str:
     """The table as plain text, Markdown or a LaTeX `tabular`."""
     if style == "latex":
         return _latex(table)
-    lines = [_HEADER, *(_cells(row) for row in table)]
     if style == "markdown":
-        return markdown_table(_HEADER, lines[1:])
-    return "\n".join(text.table(lines))
+        return markdown_table(_HEADER, [_cells(row) for row in table])
+    return "\n".join(_as_table(table).lines())
+
+
+def _as_table(table: list[Row]) -> Table:
+    return Table([_HEADER, *(_cells(row) for row in table)])
 
 
 def _cells(row: Row) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from opdtheory.commands.console import FAILS, HOLDS, aside
 from opdtheory.commands.console import console as console_of
-from opdtheory.rendering import text
+from opdtheory.rendering.table import Cell, Styled, Table
 
 if TYPE_CHECKING:
     from opdtheory.commands.console import Commands
@@ -49,10 +49,8 @@ def run(options: argparse.Namespace) -> int:
         result = verify(options.select, workers=workers)
     if options.json:
         print(json.dumps(result.to_dict(), indent=2))
-    elif console is not None:
-        _print_rich(console, result)
     else:
-        _print_plain(result)
+        _print(result, console)
     if not options.no_report:
         from opdtheory.verification.page import write_page
 
@@ -116,31 +114,30 @@ def _summary(result: Verification) -> str:
     )
 
 
-def _print_rich(console: Any, result: Verification) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    for title, header, rows in (
-        ("Theorems", _THEOREM_HEADER, _theorem_rows(result)),
-        ("Estimators", _ESTIMATOR_HEADER, _estimator_rows(result)),
-    ):
-        table = Table(title=title, title_justify="left")
-        for column in header:
-            table.add_column(column, overflow="fold")
-        for row in rows:
-            mark = Text(row[0], style="green" if row[0] == "ok" else "bold red")
-            # A theorem's own row heads those of its checks.
-            table.add_row(
-                mark, *(Text(cell) for cell in row[1:]), style="bold" if row[1] and header[1] == "theorem" else ""
-            )
-        console.print(table)
-    console.print(Text(_summary(result), style="bold green" if result.passed else "bold red"))
+def _print(result: Verification, console: Any) -> None:
+    _theorems(result).show(console)
+    print()
+    _estimators(result).show(console)
+    print()
+    if console is not None and console.is_terminal:
+        console.print(_summary(result), style="bold green" if result.passed else "bold red", markup=False)
+    else:
+        print(_summary(result))
 
 
-def _print_plain(result: Verification) -> None:
-    for header, rows in (
-        (_THEOREM_HEADER, _theorem_rows(result)),
-        (_ESTIMATOR_HEADER, _estimator_rows(result)),
-    ):
-        print(*text.table((header, *rows)), sep="\n", end="\n\n")
-    print(_summary(result))
+def _theorems(result: Verification) -> Table:
+    # A theorem's own row heads those of its checks.
+    rows = [
+        (_marked(row[0]), *(Styled(cell, "bold") if row[1] else cell for cell in row[1:]))
+        for row in _theorem_rows(result)
+    ]
+    return Table([_THEOREM_HEADER, *rows], "llllrrlr", "Theorems")
+
+
+def _estimators(result: Verification) -> Table:
+    rows = [(_marked(row[0]), *row[1:]) for row in _estimator_rows(result)]
+    return Table([_ESTIMATOR_HEADER, *rows], "l", "Estimators")
+
+
+def _marked(mark: str) -> Cell:
+    return Styled(mark, "green" if mark == "ok" else "bold red")

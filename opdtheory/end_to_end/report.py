@@ -9,6 +9,7 @@ from typing import Any
 from opdtheory.choices import FAITHFUL, Verdict
 from opdtheory.objective import Objective
 from opdtheory.rendering import text
+from opdtheory.rendering.table import Table
 from opdtheory.rendering.values import plain_values
 
 __all__ = ["SCHEMA_VERSION", "TrainerAudit", "Variant"]
@@ -143,10 +144,10 @@ class TrainerAudit:
         parts = [f"{self.name}: {self.headline}", "", text.paragraph(" ".join(self.words))]
         parts += [
             "",
-            *text.table([("gradient at", "share"), *((k, f"{v:.2%}") for k, v in self.where.items())], align="lr"),
+            *Table([("gradient at", "share"), *((k, f"{v:.2%}") for k, v in self.where.items())], "lr").lines(),
         ]
         if self.variants:
             rows = [("setting", "error at best scale", "scale", ""), *(variant.cells for variant in self.variants)]
-            parts += ["", *text.table(rows, align="lrrl")]
+            parts += ["", *Table(rows, "lrrl").lines()]
         parts += ["", "What was not asked:", *map(text.item, self.limits)]
         return "\n".join(parts)

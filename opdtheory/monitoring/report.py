@@ -18,6 +18,7 @@ from opdtheory.monitoring.measures import Measured, measured, moment, quantiles
 from opdtheory.monitoring.sums import Number, Sums, number_of
 from opdtheory.monitoring.zoo import beside
 from opdtheory.rendering import text
+from opdtheory.rendering.table import Table
 from opdtheory.rendering.values import plain_values
 
 __all__ = ["SCHEMA_VERSION", "VERDICTS", "ZOO_COLUMNS", "Diagnosis", "Step", "Verdict", "cells"]
@@ -237,10 +238,10 @@ class Diagnosis:
         for found in self.findings:
             mark = "WARNING " if found.level == "warning" else ""
             lines.append(text.item(f"{mark}{found.sentence}{' ' + found.remedy if found.remedy else ''}"))
-        lines += ["", *text.table([ZOO_COLUMNS, *map(cells, self.zoo)], align="lr")]
+        lines += ["", *zoo_table(self).lines()]
         if self.signal:
             rows = [(name, f"{number}") for name, number in self.signal.items()]
-            lines += ["", *text.table([("estimator", "exact signal to noise of a token"), *rows], align="lr")]
+            lines += ["", *Table([("estimator", "exact signal to noise of a token"), *rows], "lr").lines()]
         lines += ["", "What these tokens cannot say:", *map(text.item, self.limits)]
         return "\n".join(lines)
 
@@ -256,6 +257,12 @@ class Diagnosis:
         if self.left_out:
             facts.append(f"Left out: {' '.join(self.left_out)}")
         return tuple(facts)
+
+
+def zoo_table(found: Diagnosis) -> Table:
+    """The estimators on these tokens, the one in use first."""
+    rows = [ZOO_COLUMNS, *map(cells, found.zoo)]
+    return Table(rows, "lr", "Estimators on these tokens, the one in use first")
 
 
 def cells(row: Measured) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from opdtheory.monitoring.report import ZOO_COLUMNS, Diagnosis, cells
+from opdtheory.monitoring.report import Diagnosis, zoo_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,8 +21,6 @@ def print_diagnosis(found: Diagnosis, console: Console | None = None) -> None:
     if console is None or not console.is_terminal:
         print(found)
         return
-    from rich import box
-    from rich.table import Table
     from rich.text import Text
 
     colour = _COLOURS[TONES.get(found.verdict, "bad")]
@@ -37,13 +35,9 @@ def print_diagnosis(found: Diagnosis, console: Console | None = None) -> None:
         mark = ("warning ", "bold red") if each.level == "warning" else ("", "")
         remedy = f" {each.remedy}" if each.remedy else ""
         console.print(Text.assemble("  • ", mark, each.sentence, (remedy, "bold")))
-    table = Table(title="Estimators on these tokens, the one in use first", box=box.SIMPLE, title_justify="left")
-    for number, name in enumerate(ZOO_COLUMNS):
-        table.add_column(name, justify="right" if number else "left")
-    for row in found.zoo:
-        table.add_row(*cells(row))
     console.print()
-    console.print(table)
+    zoo_table(found).show(console)
+    console.print()
     console.print(Text("What these tokens cannot say", style="bold"))
     for limit in found.limits:
         console.print(Text.assemble("  • ", limit))

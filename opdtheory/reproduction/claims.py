@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Literal, NamedTuple
 
-from opdtheory.rendering import text
+from opdtheory.rendering.table import Table
 from opdtheory.reproduction.plan import REFERENCE
 from opdtheory.reproduction.summary import Share, Summary
 from opdtheory.training.intervals import student_t
@@ -21,7 +21,7 @@ __all__ = [
     "Difference",
     "Prediction",
     "Report",
-    "as_text",
+    "as_table",
     "difference",
     "find",
     "ours",
@@ -250,9 +250,9 @@ def predicted(table: Sequence[Summary], tasks: Sequence[str], prediction: Predic
 _COLUMNS = ("task", "arm", "seeds", "start", "greedy", "sampled", "95 %", "KL(p|q)", f"against {REFERENCE}")
 
 
-def as_text(table: Sequence[Summary]) -> str:
+def as_table(table: Sequence[Summary]) -> Table:
     """The table for a terminal."""
-    return "\n".join(text.table([_COLUMNS, *(_cells(table, each) for each in table)]))
+    return Table([_COLUMNS, *(_cells(table, each) for each in table)])
 
 
 def _cells(table: Sequence[Summary], each: Summary) -> tuple[str, ...]:

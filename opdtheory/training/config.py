@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from opdtheory.choices import Baseline, Control, Importance, Reduction, Support
 from opdtheory.errors import InvalidArgumentError
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 # No count or seed of a run is larger; torch and numpy refuse larger seeds.
 _LARGEST = 2**32 - 1
+
+# Steps of warm-up where a run has as many and does not say.
+_WARMUP = 20
 
 # Characters of a wrong value that an error shows.
 _LONGEST = 60
@@ -74,7 +77,9 @@ class TrainConfig:
     # The estimator
     estimator: str = _field("opd_plus", "one of opdtheory.estimator_names()")
     divergence: str | None = _field(
-        None, "a catalogue name such as jsd or 'skew_jsd(beta=0.1)', or a generator in u such as 'u*log(u)-7*(u-1)'"
+        None,
+        "a catalogue name such as jsd or 'skew_jsd(beta=0.1)', or a generator in u such as 'u*log(u)-7*(u-1)'; "
+        "without one, the command takes reverse_kl",
     )
     reduction: Reduction = _option("token_mean", "reduction over the whole batch, however it is split")
     baseline: Baseline | None = _option(None, "baseline; group_mean and leave_one_out use the rollouts of one prompt")
@@ -116,7 +121,13 @@ class TrainConfig:
     # The optimiser
     steps: int = _field(200, "batches of rollouts", low=1)
     learning_rate: float = _field(7e-4, "peak learning rate of AdamW", above=0.0)
-    warmup_steps: int = _field(20, "steps of linear warm-up, followed by linear decay to zero", low=0)
+    # None only on construction.
+    warmup_steps: int = _field(
+        None,
+        "steps of linear warm-up, followed by linear decay to zero "
+        f"(default: {_WARMUP}, or all steps if there are fewer)",
+        low=0,
+    )
     beta1: float = _field(0.9, "AdamW's decay rate of the average gradient", low=0.0, below=1.0)
     beta2: float = _field(0.999, "AdamW's decay rate of the average squared gradient", low=0.0, below=1.0)
     weight_decay: float = _field(0.0, "AdamW's weight decay", low=0.0)
@@ -129,7 +140,9 @@ class TrainConfig:
     # The machine
     device: str = _field("auto", "cpu, cuda, cuda:1; auto uses a GPU if there is one")
     dtype: Literal["float32", "float64"] = _field("float32", "dtype of parameters and arithmetic")
-    threads: int | None = _runtime(None, "number of torch's threads on the CPU", low=1, high=1024)
+    threads: int | None = _runtime(
+        None, "number of torch's threads on the CPU; the command takes 1 for the task's own models", low=1, high=1024
+    )
     check_rollouts: bool = _runtime(True, "validate every batch: cheap on a CPU, a few waits for the device on a GPU")
     # What is kept
     out: str | None = _runtime(
@@ -141,8 +154,15 @@ class TrainConfig:
     record_logits: bool = _runtime(False, "record whole rows of logits too, which takes space")
     monitor: bool = _runtime(False, "add what foresees a collapse to the metrics of every step, and warn of one")
     tensorboard: bool = _runtime(False, "also write TensorBoard event files")
-    progress: bool = _runtime(True, "progress bar with live metrics on a terminal")
+    progress: bool = _runtime(
+        True,
+        "progress bar with live metrics on a terminal; the command also tells of models in the making, and into "
+        "a pipe or a log it writes a line now and then",
+    )
     cache: str | None = _runtime(None, "folder of trained teachers and students")
+
+    # Whether the warm-up was not given; no field.
+    _warms_up_by_itself: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.divergence is not None and not isinstance(self.divergence, str):
@@ -150,7 +170,10 @@ class TrainConfig:
 
             object.__setattr__(self, "divergence", divergence_text(self.divergence))
         kinds = field_kinds()
+        object.__setattr__(self, "_warms_up_by_itself", self.warmup_steps is None)
         for each in dataclasses.fields(self):
+            if each.name == "warmup_steps" and self._warms_up_by_itself:
+                object.__setattr__(self, each.name, self._own_warmup)
             value = _checked(each.name, getattr(self, each.name), *kinds[each.name], each.metadata)
             object.__setattr__(self, each.name, value)
         self._check_together()
@@ -161,6 +184,10 @@ class TrainConfig:
 
         options = {name: getattr(self, name) for name in ESTIMATOR_OPTIONS}
         return objective(self.estimator, self.divergence, options, self.control, self.advantage)
+
+    @property
+    def _own_warmup(self) -> int:
+        return min(_WARMUP, self.steps)
 
     @property
     def batch_size(self) -> int:
@@ -192,8 +219,13 @@ class TrainConfig:
         return finished == self.steps or (every > 0 and finished % every == 0)
 
     def replace(self, **changes: Any) -> TrainConfig:
-        """The same configuration with some fields changed; raises for an unknown name."""
+        """The same configuration with some fields changed; raises for an unknown name.
+
+        A warm-up that was not given follows the steps.
+        """
         _check_names(changes)
+        if self._warms_up_by_itself:
+            changes = {"warmup_steps": None, **changes}
         return dataclasses.replace(self, **changes)
 
     @classmethod
@@ -222,7 +254,9 @@ class TrainConfig:
     def to_toml(self) -> str:
         """The fields that differ from their default, as `from_toml` reads them."""
         given = self.to_dict()
-        changed = {each.name: given[each.name] for each in dataclasses.fields(self) if given[each.name] != each.default}
+        defaults = {each.name: each.default for each in dataclasses.fields(self)}
+        defaults["warmup_steps"] = self._own_warmup if self._warms_up_by_itself else None
+        changed = {name: value for name, value in given.items() if value != defaults[name]}
         return "".join(f"{name} = {_as_toml('none' if value is None else value)}\n" for name, value in changed.items())
 
     def identity(self) -> dict[str, Any]:

@@ -1,12 +1,11 @@
-"""The metrics of a run: JSON lines that survive a kill, a progress bar, TensorBoard events."""
+"""The metrics of a run: JSON lines that survive a kill, TensorBoard events."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,8 +14,6 @@ from opdtheory.training.models.storage import whole_file
 
 __all__ = ["Metrics"]
 
-_SHOWN = ("reverse_kl", "sampled_accuracy", "greedy_accuracy", "gradient_norm", "clip_fraction", "response_length")
-
 
 class Metrics:
     """The rows of a run, one mapping for each finished step, in a list and in files.
@@ -24,16 +21,20 @@ class Metrics:
     Args:
         folder: folder of `metrics.jsonl`, from which rows after `step` are removed; None writes no file.
         step: number of steps that are already finished.
-        steps: number of steps of the run.
         tensorboard: write event files into `folder/tensorboard`.
-        progress: show a progress bar if standard error is a terminal and rich is installed.
+        show: called with each row.
 
     Raises:
         InvalidArgumentError: TensorBoard is requested but not installed, or there is no folder for it.
     """
 
     def __init__(
-        self, folder: Path | None, step: int, steps: int, *, tensorboard: bool = False, progress: bool = False
+        self,
+        folder: Path | None,
+        step: int,
+        *,
+        tensorboard: bool = False,
+        show: Callable[[Mapping[str, Any]], object] | None = None,
     ) -> None:
         self._board = _tensorboard(folder, step) if tensorboard else None
         self.rows: list[dict[str, Any]] = []
@@ -41,11 +42,7 @@ class Metrics:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             self.rows, self._file = _reopen(folder / "metrics.jsonl", step)
-        self._bar: Any = None
-        self._task: Any = None
-        if progress:
-            self._bar, self._task = _progress_bar(step, steps)
-        self._shown: dict[str, float] = {}
+        self._show = show
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Record a step and write its line to the file. Infinite values become null."""
@@ -58,10 +55,8 @@ class Metrics:
             for key, value in clean.items():
                 if isinstance(value, (int, float)) and key != "step":
                     self._board.add_scalar(key, value, clean["step"])
-        if self._bar is not None:
-            self._shown.update({key: clean[key] for key in _SHOWN if clean.get(key) is not None})
-            text = "  ".join(f"{key.replace('_', ' ')} {value:.3g}" for key, value in self._shown.items())
-            self._bar.update(self._task, completed=clean["step"], metrics=text)
+        if self._show is not None:
+            self._show(clean)
 
     def sync(self) -> None:
         """Wait until the rows are on the disk, which must come before the checkpoint of their step."""
@@ -69,13 +64,11 @@ class Metrics:
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Close the files and the bar."""
+        """Close the files."""
         if self._file is not None:
             self._file.close()
         if self._board is not None:
             self._board.close()
-        if self._bar is not None:
-            self._bar.stop()
 
 
 def _finite(value: Any) -> Any:
@@ -120,23 +113,3 @@ def _tensorboard(folder: Path | None, step: int) -> Any:
     except ImportError:
         raise InvalidArgumentError("tensorboard", 'must be installed: pip install "opdtheory[tensorboard]"') from None
     return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
-
-
-def _progress_bar(step: int, steps: int) -> tuple[Any, Any]:
-    if not sys.stderr.isatty():
-        return None, None
-    try:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-    except ImportError:
-        return None, None
-    bar = Progress(
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[metrics]}"),
-        console=Console(stderr=True),
-    )
-    bar.start()
-    return bar, bar.add_task("training", total=steps, completed=step, metrics="")

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -35,6 +36,7 @@ from opdtheory.training.tasks import task as task_named
 __all__ = ["Recipe", "accuracy", "load_model", "load_pair", "recipe_for", "train_supervised"]
 
 Role = Literal["teacher", "student"]
+Report = Callable[[int, float], None]
 
 # Incremented when the same recipe would give other weights: a new initialisation, loss or order of the examples.
 _FORMAT = 1
@@ -92,6 +94,10 @@ class Recipe:
         return f"{self.task}-{self.role}-{self.seed}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
+# While a model is made that the cache lacks.
+Making = Callable[[Recipe, Path], contextlib.AbstractContextManager[Report]]
+
+
 def recipe_for(task: str, role: Role, seed: int = 0, target: float | None = None) -> Recipe:
     """The recipe of the repository's experiments.
 
@@ -115,7 +121,12 @@ def recipe_for(task: str, role: Role, seed: int = 0, target: float | None = None
 
 
 def load_pair(
-    task: Task | str, seed: int = 0, *, cache: Path | str | None = None, teacher_seed: int = 0
+    task: Task | str,
+    seed: int = 0,
+    *,
+    cache: Path | str | None = None,
+    teacher_seed: int = 0,
+    making: Making | None = None,
 ) -> tuple[LanguageModel, LanguageModel]:
     """The student of a seed and the teacher, from the cache; a model that it lacks is trained first.
 
@@ -124,23 +135,35 @@ def load_pair(
         seed: seed of the student; the teacher does not depend on it.
         cache: folder; by default `$OPDTHEORY_CACHE`, else `~/.cache/opdtheory`.
         teacher_seed: seed of the teacher.
+        making: as for `load_model`.
 
     Returns:
         `(student, teacher)`; the teacher's parameters require no gradient.
     """
     name = task if isinstance(task, str) else task.name
-    student, _ = load_model(recipe_for(name, "student", seed), cache=cache)
-    teacher, _ = load_model(recipe_for(name, "teacher", teacher_seed), cache=cache)
+    student, _ = load_model(recipe_for(name, "student", seed), cache=cache, making=making)
+    teacher, _ = load_model(recipe_for(name, "teacher", teacher_seed), cache=cache, making=making)
     return student, teacher.requires_grad_(False)
 
 
 def load_model(
-    recipe: Recipe, *, cache: Path | str | None = None, report: Callable[[int, float], None] | None = None
+    recipe: Recipe,
+    *,
+    cache: Path | str | None = None,
+    report: Report | None = None,
+    making: Making | None = None,
 ) -> tuple[LanguageModel, dict[str, Any]]:
     """A model and its record, from the cache; if it is not there, it is trained and stored first.
 
     The record holds the recipe, the steps taken, the checksum of the weights, the training time in seconds and the
     accuracy on 512 problems of the test split.
+
+    Args:
+        recipe: what to load or train.
+        cache: folder; by default `$OPDTHEORY_CACHE`, else `~/.cache/opdtheory`.
+        report: called with each step's number and loss, if the model is trained.
+        making: entered while the model is made, if the cache lacks it, with the recipe and the file that it will be
+            kept in; what it yields is called like `report`.
 
     Raises:
         InvalidArgumentError: the cached weights do not have the recorded checksum, or are of another model.
@@ -156,14 +179,21 @@ def load_model(
             raise InvalidArgumentError("cache", f"{path} must hold the model's tensors; delete it to make it again")
         model.load_state_dict(tensors, strict=False)  # a tied output layer is stored under one name
         return model, record
+    with contextlib.nullcontext(None) if making is None else making(recipe, path) as told:
+        return _made(recipe, task, path, cache, [each for each in (report, told) if each is not None])
 
+
+def _made(
+    recipe: Recipe, task: Task, path: Path, cache: Path | str | None, reports: Sequence[Report]
+) -> tuple[LanguageModel, dict[str, Any]]:
+    """Train a model, score it and store it."""
     wall, processor = time.perf_counter(), time.process_time()
     steps = 0
 
     def noted(step: int, loss: float) -> None:
         nonlocal steps
         steps = step
-        if report is not None:
+        for report in reports:
             report(step, loss)
 
     model = train_supervised(recipe, cache=cache, report=noted)
@@ -181,9 +211,7 @@ def load_model(
     return model.cpu(), save_tensors(path, _own_tensors(model), record)
 
 
-def train_supervised(
-    recipe: Recipe, *, cache: Path | str | None = None, report: Callable[[int, float], None] | None = None
-) -> LanguageModel:
+def train_supervised(recipe: Recipe, *, cache: Path | str | None = None, report: Report | None = None) -> LanguageModel:
     """Train on demonstrations of the train split, each used once.
 
     The loss is the mean over the policy's own tokens, including the end-of-sequence token; the environment's tokens

@@ -30,6 +30,7 @@ from opdtheory.training.metrics import Metrics
 from opdtheory.training.models.language_model import LanguageModel, response_logits
 from opdtheory.training.models.samples import Samples
 from opdtheory.training.objective import summed
+from opdtheory.training.progress import Display, Silent, StepsOnly, plan
 from opdtheory.training.records.failures import failure
 from opdtheory.training.records.rollouts import StepLog, monitor_of
 from opdtheory.training.run import Observer, Run, TrainResult
@@ -161,6 +162,7 @@ def train(
     teacher: LanguageModel | None = None,
     task: Task | None = None,
     observers: Sequence[Observer] = (),
+    display: Display | None = None,
 ) -> TrainResult:
     """Train a student on its own samples, scored by a teacher; a stopped run in the same folder is resumed.
 
@@ -173,6 +175,9 @@ def train(
         task: the task; by default the one that `config` names.
         observers: called after each step with the run and the number of finished steps; what they return is added to
             the metrics.
+        display: what is told, in the first process, of models in the making and of the steps, such as
+            `opdtheory.training.progress.display_on(sys.stderr)`; by default nothing, but for a bar of the steps if
+            `config.progress` and standard error is a terminal.
 
     Raises:
         InvalidArgumentError: the models and the task do not fit together, the folder holds another run, or it is a
@@ -188,7 +193,11 @@ def train(
     with contextlib.ExitStack() as held:
         team = held.enter_context(processes(config.device))
         held.enter_context(checkpoint.locked(folder if team.is_first else None))
-        run, first = held.enter_context(started(config, team, student, teacher, task))
+        shown: Display = StepsOnly() if config.progress and team.is_first else Silent()
+        if display is not None and team.is_first:
+            shown = display
+        shown.say(plan(config))
+        run, first = held.enter_context(started(config, team, student, teacher, task, shown))
         for step in range(first, config.steps):
             began = time.perf_counter()
             row: dict[str, Any] = {"step": step + 1, **training_step(run, step)}
@@ -220,6 +229,7 @@ def started(
     student: LanguageModel | None,
     teacher: LanguageModel | None,
     task: Task | None,
+    display: Display | None = None,
 ) -> Iterator[tuple[Run, int]]:
     """A run that is ready for its next step, and the number of finished steps."""
     if team.size > config.prompts_per_step:
@@ -227,7 +237,8 @@ def started(
             "prompts_per_step", f"must be at least the number of processes, {team.size}, got {config.prompts_per_step}"
         )
     task = task_of(config.task) if task is None else task
-    student, teacher = load_models(config, task, team, student, teacher)
+    shown = Silent() if display is None else display
+    student, teacher = load_models(config, task, team, student, teacher, shown)
     optimizer = torch.optim.AdamW(
         student.parameters(), lr=0.0, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay, foreach=True
     )
@@ -240,15 +251,17 @@ def started(
         student.load_state_dict(saved.student)
         optimizer.load_state_dict(saved.optimizer)
         first = saved.step
+        shown.say(f"{folder} holds this run up to step {first:,} of {config.steps:,}.")
     kept = folder if team.is_first else None
-    board, bar = (wanted and team.is_first for wanted in (config.tensorboard, config.progress))
-    metrics = Metrics(kept, first, config.steps, tensorboard=board, progress=bar)
-    if kept is not None:
-        (kept / "config.toml").write_text(config.to_toml(), encoding="utf-8")
-    run = Run(config, team, task, student, teacher, config.loss(), optimizer, metrics)
-    if config.monitor and team.is_first:
-        run.monitor = monitor_of(config)
-    try:
+    with contextlib.ExitStack() as held:
+        show = held.enter_context(shown.training(config, first)) if first < config.steps else None
+        metrics = Metrics(kept, first, tensorboard=config.tensorboard and team.is_first, show=show)
+        held.callback(metrics.close)
+        if kept is not None:
+            (kept / "config.toml").write_text(config.to_toml(), encoding="utf-8")
+        run = Run(config, team, task, student, teacher, config.loss(), optimizer, metrics)
+        if config.monitor and team.is_first:
+            run.monitor = monitor_of(config)
         metrics.rows = team.from_first(metrics.rows)
         # The rows of finished steps may be lost. A student that is trained is never evaluated as step 0.
         last = metrics.rows[-1]["step"] if metrics.rows else -1
@@ -257,8 +270,6 @@ def started(
         if config.eval_examples and last < first:
             metrics.add({"step": first, **evaluate(student, teacher, task, config, team)})
         yield run, first
-    finally:
-        metrics.close()
 
 
 def _lost_rows(folder: Path | None, last: int, first: int) -> str:

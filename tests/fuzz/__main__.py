@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 
+from opdtheory.rendering.table import Table
 from tests.fuzz import batches, fused, oracle, ratios
 from tests.fuzz.calls import Call, described, judged
 
@@ -64,10 +65,11 @@ def main(arguments: list[str] | None = None) -> int:
     numbers = range(options.calls) if options.only is None else range(options.only, options.only + 1)
     start = time.process_time()
     counts, failures = fuzzed(options.seed, numbers)
-    print(f"{'':28}{'calls':>8}{'right':>8}{'refused':>9}{'failed':>8}")
+    rows = [("", "calls", "right", "refused", "failed")]
     for name, found in counts.items():
         row = [found[kind] for kind in ("right", "refused", "failed")]
-        print(f"{name:28}{sum(row):8,}{row[0]:8,}{row[1]:9,}{row[2]:8,}")
+        rows.append((name, *(f"{number:,}" for number in (sum(row), *row))))
+    Table(rows, "lr").show()
     print(f"{len(numbers):,} calls, {len(failures)} failed, {time.process_time() - start:.0f} s CPU")
     for failure in failures[:40]:
         print(failure)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -84,3 +85,47 @@ def test_a_full_folder_is_found(tmp_path: Path) -> None:
     tree(tmp_path, *(f"opdtheory/{top}/{n}.py" for top in ("auditing", "training") for n in range(FULLEST)))
     assert too_full(tree(tmp_path, "opdtheory/auditing/more.py", "opdtheory/training/models/more.py")) == []
     assert too_full(tree(tmp_path, "opdtheory/training/more.py")) == [f"opdtheory/training: {FULLEST + 1} files"]
+
+
+# What prints a table itself: rich's tables and columns, and fields that are padded by hand.
+OWN_TABLES = (
+    re.compile(r"rich(\.table|\s+import\s+.*\bbox\b|\.columns)"),
+    re.compile(r"\.[lr]just\("),
+    re.compile(r"\{[^{}\n]*:([<>^](\{|\d)|[1-9]\d*,?[ds]?\})"),
+)
+RENDERER = "opdtheory/rendering/table.py"
+
+
+def own_tables(root: Path) -> list[str]:
+    """Places, apart from the renderer, where a table is printed in a way of their own."""
+    found = []
+    for top in ("opdtheory", "examples", "benchmarks", "docs", "tests/fuzz", "tests/mutation"):
+        for path in sorted((root / top).rglob("*.py")):
+            name = path.relative_to(root).as_posix()
+            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+                if name != RENDERER and any(pattern.search(line) for pattern in OWN_TABLES):
+                    found.append(f"{name}:{number}: {line.strip()}")
+    return found
+
+
+def test_every_table_goes_through_one_renderer() -> None:
+    assert own_tables(ROOT) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from rich.table import Table",
+        "import rich.table",
+        "from rich import box",
+        "print(name.ljust(20), value)",
+        'print(f"{name:<{width}}  {value}")',
+        'print(f"{name:28}{calls:8,}")',
+        "print(f'{name:>12}')",
+    ],
+)
+def test_a_second_renderer_is_found(line: str, tmp_path: Path) -> None:
+    tree(tmp_path, RENDERER, "opdtheory/commands/table.py", "examples/a/b.py")
+    for path in (RENDERER, "examples/a/b.py"):
+        (tmp_path / path).write_text(line + "\n", encoding="utf-8")
+    assert own_tables(tmp_path) == [f"examples/a/b.py:1: {line}"]

@@ -1,19 +1,8 @@
-"""Tables and paragraphs of plain text."""
+"""Paragraphs of plain text."""
 
 from __future__ import annotations
 
 from opdtheory.rendering import text
-
-
-def test_columns_are_as_wide_as_their_widest_cell() -> None:
-    rows = [("name", "n", ""), ("a", "10", "x"), ("long name", "2", "")]
-    assert text.table(rows) == ["name       n", "a          10  x", "long name  2"]
-
-
-def test_the_last_side_counts_for_the_columns_after_it() -> None:
-    rows = [("name", "n", "share"), ("a", "10", "0.5")]
-    assert text.table(rows, align="lr") == ["name   n  share", "a     10    0.5"]
-    assert text.table(rows, align="r") == ["name   n  share", "   a  10    0.5"]
 
 
 def test_paragraphs_are_96_characters_wide() -> None:

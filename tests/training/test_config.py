@@ -172,3 +172,30 @@ def test_schedule_rises_and_falls_in_lines() -> None:
     rates = [settings.learning_rate_at(step) for step in range(10)]
     assert rates == pytest.approx([0.25, 0.5, 0.75, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
     assert config(steps=5, warmup_steps=5).learning_rate_at(4) == config().learning_rate
+
+
+def test_a_warm_up_that_is_not_given_fits_the_steps(tmp_path: Path) -> None:
+    assert [TrainConfig(divergence="jsd", steps=steps).warmup_steps for steps in (1, 5, 19, 20, 200)] == [
+        *(1, 5, 19),
+        *(20, 20),
+    ]
+    short = TrainConfig(divergence="jsd").replace(steps=5)
+    assert short.warmup_steps == 5 and short.replace(steps=100).warmup_steps == 20
+    assert short.replace(steps=100) == TrainConfig(divergence="jsd", steps=100, warmup_steps=20)
+    path = tmp_path / "run.toml"
+    path.write_text(short.to_toml())
+    assert "warmup" not in short.to_toml() and TrainConfig.from_toml(path, steps=3).warmup_steps == 3
+
+
+def test_a_warm_up_that_is_given_is_kept_or_refused(tmp_path: Path) -> None:
+    given = TrainConfig(divergence="jsd", warmup_steps=20)
+    path = tmp_path / "run.toml"
+    path.write_text(given.to_toml())
+    for shortened in (
+        lambda: TrainConfig(divergence="jsd", warmup_steps=20, steps=5),
+        lambda: given.replace(steps=5),
+        lambda: TrainConfig.from_toml(path, steps=5),
+    ):
+        with pytest.raises(InvalidArgumentError, match="warmup_steps: must be at most steps=5, got 20"):
+            shortened()
+    assert given.replace(steps=100, warmup_steps=7).replace(steps=50).warmup_steps == 7

@@ -16,9 +16,9 @@ def test_tensorboard_is_asked_for_by_its_extra(tmp_path: Path) -> None:
         import tensorboard  # noqa: F401
     except ImportError:
         with pytest.raises(InvalidArgumentError, match=r"opdtheory\[tensorboard\]"):
-            Metrics(tmp_path, 0, 1, tensorboard=True)
+            Metrics(tmp_path, 0, tensorboard=True)
     else:
-        metrics = Metrics(tmp_path, 0, 1, tensorboard=True)
+        metrics = Metrics(tmp_path, 0, tensorboard=True)
         metrics.add({"step": 1, "loss": 0.5})
         metrics.close()
         assert list((tmp_path / "tensorboard").glob("events*"))
@@ -27,7 +27,7 @@ def test_tensorboard_is_asked_for_by_its_extra(tmp_path: Path) -> None:
 def test_metrics_are_cut_to_the_finished_steps(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 0}\n{"step": 1, "x": 1.5}\n{"step": 2}\n{"step": 3')
-    metrics = Metrics(tmp_path, 1, 5)
+    metrics = Metrics(tmp_path, 1)
     assert metrics.rows == [{"step": 0}, {"step": 1, "x": 1.5}]
     metrics.add({"step": 2, "x": float("inf")})
     metrics.close()

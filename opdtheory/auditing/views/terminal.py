@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from opdtheory.auditing.report import PAIR_COLUMNS, Audit
+from opdtheory.rendering.table import Cell, Styled, Table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,7 +32,7 @@ def print_audit(report: Audit, console: Console | None = None) -> None:
     for table in (_pairs(report), _worlds(report), _checks(report), _numerics(report)):
         if table is not None:
             console.print()
-            console.print(table)
+            table.show(console)
     if report.remedies:
         console.print()
         console.print(Text("What would make it right", style="bold"))
@@ -54,56 +56,36 @@ def _weight(report: Audit) -> list[str]:
     return lines
 
 
-def _table(title: str, columns: list[tuple[str, str]], rows: list[list[Any]]) -> Any:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name, justify in columns:
-        table.add_column(name, justify="right" if justify == "right" else "left", overflow="fold")
-    for row in rows:
-        # `Text`, because rich would read brackets in a plain string as markup.
-        table.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
-    return table
+_MARKS = {True: Styled("ok", "green"), False: Styled("FAILED", "bold red"), None: Styled("-", "dim")}
 
 
-def _pairs(report: Audit) -> Any:
-    from rich.text import Text
+def _table(title: str, align: str, header: Sequence[str], rows: Sequence[Sequence[Cell]]) -> Table | None:
+    return Table([header, *rows], align, title) if rows else None
 
-    rows: list[list[Any]] = []
+
+def _pairs(report: Audit) -> Table | None:
+    rows: list[list[Cell]] = []
     for pair in report.pairs:
         label, bias, cosine, *variances = pair.cells
         good = report.passes or pair.relative_bias <= report.tolerance
-        shown = Text(bias, style="green" if good else "red"), Text(cosine, style="bold red" if pair.cosine < 0 else "")
+        shown = Styled(bias, "green" if good else "red"), Styled(cosine, "bold red" if pair.cosine < 0 else "")
         rows.append([label, *shown, *variances])
-    return _table("Pairs", [(name, "left" if name == "pair" else "right") for name in PAIR_COLUMNS], rows)
+    return _table("Pairs", "lr", PAIR_COLUMNS, rows)
 
 
-def _marks() -> dict[bool | None, Any]:
-    from rich.text import Text
-
-    return {True: Text("ok", style="green"), False: Text("FAILED", style="bold red"), None: Text("-", style="dim")}
-
-
-def _worlds(report: Audit) -> Any:
-    marks = _marks()
-    rows = [[marks[w.holds], w.name, _number(w.error), w.detail] for w in report.worlds]
-    columns = [("", "left"), ("world", "left"), ("error", "right"), ("", "left")]
-    return _table("Beyond the panel", columns, rows) if rows else None
+def _worlds(report: Audit) -> Table | None:
+    rows = [(_MARKS[w.holds], w.name, _number(w.error), w.detail) for w in report.worlds]
+    return _table("Beyond the panel", "llrl", ("", "world", "error", ""), rows)
 
 
-def _checks(report: Audit) -> Any:
-    marks = _marks()
-    rows = [[marks[c.passed], c.name, _number(c.value), c.detail] for c in report.checks]
-    columns = [("", "left"), ("check", "left"), ("value", "right"), ("", "left")]
-    return _table("Checks", columns, rows) if rows else None
+def _checks(report: Audit) -> Table | None:
+    rows = [(_MARKS[c.passed], c.name, _number(c.value), c.detail) for c in report.checks]
+    return _table("Checks", "llrl", ("", "check", "value", ""), rows)
 
 
-def _numerics(report: Audit) -> Any:
-    rows = [[r.dtype, r.regime, _number(r.worst_error), r.words] for r in report.numerics]
-    columns = [("dtype", "left"), ("log-ratios", "left"), ("worst error", "right"), ("", "left")]
-    return _table("Numerics", columns, rows) if rows else None
+def _numerics(report: Audit) -> Table | None:
+    rows = [(r.dtype, r.regime, _number(r.worst_error), r.words) for r in report.numerics]
+    return _table("Numerics", "llrl", ("dtype", "log-ratios", "worst error", ""), rows)
 
 
 def _number(value: float | None) -> str:

@@ -9,6 +9,7 @@ from opdtheory.divergences import Divergence
 from opdtheory.estimators import Estimator
 from opdtheory.monitoring.advice.candidates import Have
 from opdtheory.rendering import text
+from opdtheory.rendering.table import Table
 
 __all__ = ["Advice", "Choice"]
 
@@ -130,7 +131,7 @@ class Advice:
             numbers = (f"{x:.3g}" for x in (choice.error, choice.bias, choice.variance))
             mark = f"{rank}*" if choice.yours else str(rank)
             rows.append((mark, choice.loss.label, *numbers, *_counts(choice)))
-        lines += text.table(rows, "llr")
+        lines += Table(rows, "llr").lines()
         if any(choice.yours for choice in self.choices):
             lines.append("* the estimator of the run")
         best = self.best
