@@ -95,8 +95,8 @@ def _displayed(formula: str) -> str:
 
 
 def _named(name: str) -> str:
-    """A name in which words with an index or a power are formulas."""
-    return _INDEXED.sub(r"$\g<0>$", name)
+    """A name in a cell of a table, in which words with an index or a power are formulas."""
+    return _INDEXED.sub(r"$\g<0>$", name).replace("|", r"\|")
 
 
 def _in_cell(text: str) -> str:
