@@ -7,7 +7,7 @@ INPUTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help verify test test-slow lint format typecheck-runtime gallery trainers verl runs mutation fuzz device bench accuracy coverage docs wheel clean
+.PHONY: help verify test test-slow lint format typecheck-runtime gallery trainers verl runs mutation fuzz device bench accuracy coverage docs browser wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -117,6 +117,13 @@ coverage: $(VENV)/.installed-dev ## measure how often sampled audits are wrong; 
 
 docs: $(VENV)/.installed-dev ## build the documentation in site/
 	$(BIN)/mkdocs build --strict
+
+# Asked first what is missing, so that nothing is installed in vain.
+browser: $(VENV)/.installed-dev ## walk every page of the site and the reports in headless Chromium, with the network off
+	@$(BIN)/python -m tests.browser.chromium
+	$(PIP) -e ".[browser]"
+	OPDTHEORY_BROWSER=1 $(BIN)/python -m pytest -q -p no:xdist tests/browser
+	$(BIN)/python -m tests.browser
 
 wheel: $(VENV)/.installed-dev ## build a wheel in dist/
 	$(BIN)/python -m build --wheel
