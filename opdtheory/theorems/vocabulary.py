@@ -45,18 +45,35 @@ def theorems() -> list[Theorem]:
         Theorem(
             number="T12",
             name="whole-vocabulary losses",
-            statement=(
-                r"\nabla \sum_n \mathrm{sg}\big[E_{h_n}\big] \sum_a p_a f(q_a/p_a) = "
-                r"-E_p\Big[\sum_n w_f(u_n)\, s_n\Big]: \text{ token\_local}"
+            meaning=(
+                "A loss that sums $p f(q/p)$ over the whole vocabulary at each position has exactly the gradient of"
+                r" the objective `token_local`, which is $J_{\mathrm{local}}$ here: the divergence of the next-token"
+                " distributions, at histories of the student that are not differentiated. It needs the student's"
+                " probability in both places, as the factor in front and in the ratio; if one of them is detached,"
+                " half of the product rule is lost."
             ),
-            hypotheses=("histories are drawn from the student", "autograd differentiates the outer p and the ratio"),
+            statement=(
+                r"J_{\mathrm{local}} = \sum_n \mathrm{sg}\big[E_{h_n}\big] \sum_a p_a f(q_a/p_a);\quad \nabla"
+                r" J_{\mathrm{local}} = -E_p\Big[\sum_n w_f(u_n)\, s_n\Big]"
+            ),
+            hypotheses=(
+                r"histories $h_n$ are drawn from the student, and $\mathrm{sg}$ says that their distribution is not"
+                " differentiated",
+                "autograd differentiates the outer $p$ and the ratio",
+            ),
             source="derived here; GKD, arXiv 2306.13649",
-            advice="If you have both models' logits, sum p f(q/p) over the vocabulary; detach no term of the student.",
+            advice=(
+                "If you have both models' logits, sum $p f(q/p)$ over the vocabulary; detach no term of the student."
+            ),
             derivation=(
                 Step(
                     r"\frac{\partial}{\partial P}[P f(q/p)] + \frac{\partial}{\partial p}[P f(q/p)] = -w_f(u) "
                     r"\text{ at } P = p",
-                    "the product rule, with f an undefined function; the second part alone is -u f', the first alone f",
+                    "write $P$ for the outer probability and $p$ for the one in the ratio, and apply the product"
+                    " rule; this holds for any $f$, because sympy treats it as an undefined function. The first part"
+                    " alone, with the ratio detached, is $f(u)$; the second alone, with the outer factor detached, is"
+                    " $-u f'(u)$. Both together, times the gradient $p_a s_a$ of a token's probability and summed"
+                    " over the tokens, are the claim",
                     _product_rule,
                 ),
             ),
@@ -71,7 +88,7 @@ def theorems() -> list[Theorem]:
                 ),
                 Identity(
                     "backpropagation is token_local",
-                    r"E_p\Big[\nabla \sum_n \sum_a p_a f(q_a/p_a)\Big] = \nabla \text{token\_local}",
+                    r"E_p\Big[\nabla \sum_n \sum_a p_a f(q_a/p_a)\Big] = \nabla J_{\mathrm{local}}",
                     _check_vocabulary,
                     "nothing",
                     factors,
@@ -81,44 +98,59 @@ def theorems() -> list[Theorem]:
         Theorem(
             number="T12b",
             name="generalised JSD",
-            statement=(
-                r"D_\beta = \beta KL(q\|m) + (1-\beta) KL(p\|m) = \beta KL(q\|p) - KL(m\|p), \quad "
-                r"D_\beta/\beta = KL(q\|p) - \tfrac{\beta}{2} \chi^2(q\|p) + O(\beta^2), \quad "
-                r"\tfrac{D_\beta}{1-\beta} = KL(p\|q) - \tfrac{1-\beta}{2} \chi^2(p\|q) + O((1-\beta)^2)"
+            meaning=(
+                r"The generalised Jensen-Shannon divergence $D_\beta$ tends to zero at both ends of its range, $\beta"
+                r" \to 0$ and $\beta \to 1$. Only divided by the distance to the end does it tend to a KL, with a"
+                r" known slope: $D_\beta/\beta$ to the forward KL and $D_\beta/(1-\beta)$ to the reverse KL. A loss"
+                r" that is a KL at the end itself and $D_\beta$ next to it therefore jumps there."
             ),
-            hypotheses=("m = beta q + (1-beta) p, 0 < beta < 1", "p and q positive on the same tokens"),
+            statement=(
+                r"D_\beta = \beta\,\mathrm{KL}(q\|m) + (1-\beta)\,\mathrm{KL}(p\|m) = \beta\,\mathrm{KL}(q\|p) -"
+                r" \mathrm{KL}(m\|p);\quad \frac{D_\beta}{\beta} = \mathrm{KL}(q\|p) - \tfrac{\beta}{2} \chi^2(q\|p) +"
+                r" O(\beta^2);\quad \frac{D_\beta}{1-\beta} = \mathrm{KL}(p\|q) - \tfrac{1-\beta}{2} \chi^2(p\|q) +"
+                r" O((1-\beta)^2)"
+            ),
+            hypotheses=(
+                r"$m = \beta q + (1-\beta) p$ and $0 < \beta < 1$",
+                "$p$ and $q$ are positive on the same tokens",
+            ),
             source="GKD, arXiv 2306.13649; the expansion derived here",
             advice=(
-                "Near the ends scale the learning rate by 1/beta or 1/(1-beta); do not sweep beta up to a "
-                "special-cased 0 or 1, where the loss jumps from almost nothing to a KL."
+                r"Near the ends scale the learning rate by $1/\beta$ or $1/(1-\beta)$; do not sweep $\beta$ up to a"
+                " special-cased 0 or 1, where the loss jumps from almost nothing to a KL."
             ),
             derivation=(
                 Step(
-                    r"f_\beta = \beta u \log u - M \log M,\ M = \beta u + 1 - \beta,\quad "
-                    r"f_\beta'' = \beta(1-\beta)/(u M) > 0",
-                    "the perspective of both KLs to the mixture; checked here at beta = 1/3, and below for every beta",
+                    r"f_\beta = \beta u \log u - M \log M,\ M = \beta u + 1 - \beta;\quad f''_\beta ="
+                    r" \beta(1-\beta)/(u M) > 0",
+                    "divide the terms of both KLs to the mixture by $p$ and write them in the ratio $u = q/p$: their"
+                    r" sum is this generator, and it is convex. Sympy confirms the sum here at $\beta = 1/3$, and a"
+                    r" check below does so for every $\beta$",
                     _perspective,
                 ),
                 Step(
-                    r"\beta KL(q\|p) = D_\beta + KL(m\|p)",
-                    "per atom, with the mixture's mass written out (the compensation identity)",
+                    r"\beta\,\mathrm{KL}(q\|p) = D_\beta + \mathrm{KL}(m\|p)",
+                    "this is the compensation identity. Sympy confirms it token by token, with the mixture's"
+                    r" probability written out as $\beta q + (1-\beta) p$ where it stands before a logarithm",
                     _compensation,
                 ),
                 Step(
                     r"f_\beta/\beta = u\log u - (u-1) - \tfrac{\beta}{2}(u-1)^2 + O(\beta^2)",
-                    "sympy limits; u - 1 is a gauge",
+                    r"sympy computes the limit of $f_\beta/\beta$ as $\beta \to 0$ and the slope there. The term $u -"
+                    " 1$ is a gauge, which no divergence sees",
                     functools.partial(_series, 0),
                 ),
                 Step(
-                    r"\frac{d^3}{dx^3} (1+x)\log(1+x) = -(1+x)^{-2}, \text{ so } "
-                    r"\big|(1+x)\log(1+x) - x - \tfrac{x^2}{2}\big| \le \frac{|x|^3}{6 \min(1, 1+x)^2},"
-                    r"\ x = \beta(u-1)",
-                    "Taylor's remainder: between 0 and x the third derivative is largest at the smaller of 1 and 1 + x",
+                    r"\frac{d^3}{dx^3} (1+x)\log(1+x) = -(1+x)^{-2};\quad \big|(1+x)\log(1+x) - x -"
+                    r" \tfrac{x^2}{2}\big| \le \frac{|x|^3}{6 \min(1, 1+x)^2},\ x = \beta(u-1)",
+                    "what the expansion leaves is bounded by Taylor's remainder. The third derivative falls in size"
+                    r" as $x$ grows, so between 0 and $x$ it is at most $\min(1, 1+x)^{-2}$ in size",
                     _third_derivative,
                 ),
                 Step(
                     r"f_\beta/(1-\beta) = -\log u + (u-1) - \tfrac{1-\beta}{2}\tfrac{(u-1)^2}{u} + O((1-\beta)^2)",
-                    "sympy limits; u - 1 is a gauge",
+                    r"sympy computes the limit of $f_\beta/(1-\beta)$ as $\beta \to 1$ and the slope there. The term"
+                    " $u - 1$ is a gauge again",
                     functools.partial(_series, 1),
                 ),
             ),
@@ -159,7 +191,8 @@ def theorems() -> list[Theorem]:
                 ),
                 Identity(
                     "by how much a KL exceeds it",
-                    r"\beta KL(q\|p) - D_\beta = KL(m\|p), \quad (1-\beta) KL(p\|q) - D_\beta = KL(m\|q)",
+                    r"\beta\,\mathrm{KL}(q\|p) - D_\beta = \mathrm{KL}(m\|p);\quad (1-\beta)\,\mathrm{KL}(p\|q) -"
+                    r" D_\beta = \mathrm{KL}(m\|q)",
                     _check_deficit,
                     lambda ps, qs, mixture, end: kl(mixture, ps if end == 0 else qs),
                     {
@@ -171,8 +204,8 @@ def theorems() -> list[Theorem]:
                 ),
                 Identity(
                     "special-cased ends jump",
-                    r"0 < D_\beta < \beta KL(q\|p) \text{ and } KL(q\|p) - D_\beta > 0.99\, KL(q\|p): "
-                    r"\text{ certified, and so at the other end}",
+                    r"0 < D_\beta < \beta\,\mathrm{KL}(q\|p) \text{ and } \mathrm{KL}(q\|p) - D_\beta > 0.99\,"
+                    r" \mathrm{KL}(q\|p): \text{ certified, and so at the other end}",
                     _check_jump,
                     False,
                     {"the loss is continuous at the ends": True},
@@ -180,8 +213,8 @@ def theorems() -> list[Theorem]:
                 ),
                 Identity(
                     "remainder at the ends, certified",
-                    r"\big|D_\beta/\beta - KL(q\|p) + \tfrac{\beta}{2}\chi^2\big| \le \tfrac{\beta^2}{6}\, "
-                    r"E_p\,\frac{|u-1|^3}{\min(1, \beta u + 1 - \beta)^2}, \text{ and so at the other end}",
+                    r"\big|D_\beta/\beta - \mathrm{KL}(q\|p) + \tfrac{\beta}{2}\chi^2\big| \le \tfrac{\beta^2}{6}\,"
+                    r" E_p\,\frac{|u-1|^3}{\min(1, \beta u + 1 - \beta)^2}, \text{ and so at the other end}",
                     _check_remainder,
                     _remainder,
                     {
@@ -192,8 +225,8 @@ def theorems() -> list[Theorem]:
                 ),
                 Identity(
                     "rate at the ends",
-                    r"\big|D_\beta/\beta - KL(q\|p) + \tfrac{\beta}{2}\chi^2\big| \le \tfrac{\beta^2}{6}\, "
-                    r"E_p\,\frac{|u-1|^3}{\min(1, \beta u + 1 - \beta)^2}",
+                    r"\big|D_\beta/\beta - \mathrm{KL}(q\|p) + \tfrac{\beta}{2}\chi^2\big| \le \tfrac{\beta^2}{6}\,"
+                    r" E_p\,\frac{|u-1|^3}{\min(1, \beta u + 1 - \beta)^2}",
                     _check_rate,
                     (-0.5, "chi2", "neyman_chi2"),
                     {
@@ -204,8 +237,8 @@ def theorems() -> list[Theorem]:
                 ),
                 Identity(
                     "gradients at the ends",
-                    r"\nabla D_\beta \to 0, \quad \nabla D_\beta/\beta \to \nabla KL(q\|p), \quad "
-                    r"\nabla D_\beta/(1-\beta) \to \nabla KL(p\|q)",
+                    r"\nabla D_\beta \to 0, \quad \nabla D_\beta/\beta \to \nabla \mathrm{KL}(q\|p), \quad \nabla"
+                    r" D_\beta/(1-\beta) \to \nabla \mathrm{KL}(p\|q)",
                     _check_gradient_jump,
                     ("forward_kl", "reverse_kl"),
                     {"KLs exchanged": ("reverse_kl", "forward_kl")},

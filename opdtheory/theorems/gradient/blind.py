@@ -39,22 +39,41 @@ def _own_copy() -> Theorem:
     return Theorem(
         number="T18",
         name="a student beside its own copy",
-        statement=r"E_p[\nabla\varphi(\log p_\theta - \log\mathrm{sg}(p_\theta))] = \varphi'(0)\,E_p[s] = 0,\qquad "
-        r"\nabla D_f(\mathrm{sg}(p_\theta)\,\|\,p_\theta) = 0",
-        hypotheses=("rollouts of the student, summed over tokens", "φ is differentiable at zero"),
+        meaning=(
+            "A loss that compares the student with a detached copy of itself has no expected gradient, whatever the"
+            r" penalty $\varphi$ on the difference of the log-probabilities, and whatever the teacher. The same holds"
+            " for a divergence from the copy that is summed over the whole vocabulary. Such a loss moves the student"
+            " by noise at most."
+        ),
+        statement=(
+            r"E_p[\nabla\varphi(\log p_\theta - \log\mathrm{sg}(p_\theta))] = \varphi'(0)\,E_p[s] = 0;\quad \nabla"
+            r" D_f(\mathrm{sg}(p_\theta)\,\|\,p_\theta) = 0"
+        ),
+        hypotheses=(
+            "the rollouts are the student's, and the loss is summed over tokens",
+            r"$\varphi$ is differentiable at zero, and $f$ at one; $\mathrm{sg}$ marks the detached copy",
+        ),
         source="derived here",
-        advice="A loss that compares the student with a detached copy of itself has no expected gradient, whatever the "
-        "teacher; look for a log-probability that should have been the teacher's.",
+        advice=(
+            "A loss that compares the student with a detached copy of itself has no expected gradient, whatever the"
+            " teacher; look for a log-probability that should have been the teacher's."
+        ),
         derivation=(
             Step(
                 r"\nabla\varphi(\log p - \log\mathrm{sg}(p)) = \varphi'(0)\,s",
-                "the argument is zero while its slope is the score",
+                r"the argument of $\varphi$ is zero, but its slope is the score, because only one of the two terms is"
+                " differentiated",
                 _slope_at_copy,
             ),
-            Step(r"E_p[s] = 0", "probabilities sum to one", _score_vanishes),
+            Step(
+                r"E_p[s] = 0",
+                "the probabilities sum to one at all parameters, so the score has mean zero",
+                _score_vanishes,
+            ),
             Step(
                 r"\partial_p\,p f(\bar p/p)\big|_{\bar p = p} = -w_f(1)",
-                "the same number for every token, and a constant weight is a baseline",
+                r"write $\bar p$ for the copy. The slope of a token's term is then the same number at every token, and"
+                " a constant weight is a baseline, which adds nothing",
                 _divergence_of_copy,
             ),
         ),
@@ -81,28 +100,44 @@ def _log_ratio() -> Theorem:
     return Theorem(
         number="T18b",
         name="the log-ratio, backpropagated",
-        statement=r"E_p[\nabla\textstyle\sum_n(\log p_n - \log q_n)] = 0;\quad "
-        r"E_p\Big[\nabla\frac{\sum_{b,n}(\log p - \log q)}{N}\Big] = \nabla E_p[1/N],\ N = \sum_b L_b;\quad "
-        r"E_\mu[\nabla\textstyle\sum_n(\log p_n - \log q_n)] = -\nabla KL(\mu\|p)",
-        hypotheses=("the teacher is frozen", "μ does not depend on the student's parameters"),
+        meaning=(
+            r"If $\log p - \log q$ of sampled tokens is backpropagated, which is k1 as a loss, the teacher drops out"
+            " of the gradient. Summed over the student's own tokens, its expected gradient is zero. A token mean"
+            r" leaves a push on the lengths of rollouts, and the rollouts of another policy $\mu$ leave one away from"
+            r" $\mu$."
+        ),
+        statement=(
+            r"E_p[\nabla\textstyle\sum_n(\log p_n - \log q_n)] = 0;\quad E_p\Big[\nabla\frac{\sum_{b,n}(\log p - \log"
+            r" q)}{N}\Big] = \nabla E_p[1/N],\ N = \sum_b L_b;\quad E_\mu[\nabla\textstyle\sum_n(\log p_n - \log q_n)]"
+            r" = -\nabla\,\mathrm{KL}(\mu\|p)"
+        ),
+        hypotheses=(
+            "the teacher is frozen",
+            r"$\mu$ does not depend on the student's parameters",
+        ),
         source="on k1 as a loss: Tang and Munos, arXiv 2506.09477; the rest derived here",
-        advice="Do not backpropagate through log p - log q on samples (k1 as a loss): the teacher has no effect on the "
-        "gradient, a token mean leaves a push on lengths, and stale rollouts a push away from their sampler. Use it "
-        "detached, as a weight on the score.",
+        advice=(
+            r"Do not backpropagate through $\log p - \log q$ on samples (k1 as a loss): the teacher has no effect on"
+            " the gradient, a token mean leaves a push on lengths, and stale rollouts a push away from their sampler."
+            " Use it detached, as a weight on the score."
+        ),
         derivation=(
             Step(
                 r"\nabla(\log p - \log q) = s",
-                "the teacher is frozen, so its term is a constant",
+                "the teacher is frozen, so its term is a constant and only the score is left, whose mean under the"
+                " student is zero",
                 _teacher_drops_out,
             ),
             Step(
                 r"E_p[S/N] = \nabla E_p[1/N],\quad S = \textstyle\sum_{b,n} s_{b,n}",
-                "the score function: S is the gradient of the log-probability of the batch",
+                "the sum $S$ of the scores is the gradient of the log-probability of the whole batch, so $E_p[S/N]$"
+                " is a gradient too: that of $E_p[1/N]$",
                 score_of_length,
             ),
             Step(
-                r"E_\mu[S] = \nabla E_\mu[\log p] = -\nabla KL(\mu\|p)",
-                "the entropy of μ does not depend on the student; over sequences by the chain rule",
+                r"E_\mu[S] = \nabla E_\mu[\log p] = -\nabla\,\mathrm{KL}(\mu\|p)",
+                r"the entropy of $\mu$ does not depend on the student. Sympy confirms it for one row of three tokens;"
+                " over whole sequences it holds by the chain rule",
                 _away_from_sampler,
             ),
         ),
@@ -135,7 +170,7 @@ def _log_ratio() -> Theorem:
             ),
             Identity(
                 "rollouts of another policy",
-                r"E_\mu[\nabla\textstyle\sum_n(\log p_n - \log q_n)] = -\nabla KL(\mu\|p)",
+                r"E_\mu[\nabla\textstyle\sum_n(\log p_n - \log q_n)] = -\nabla\,\mathrm{KL}(\mu\|p)",
                 _check_off_policy,
                 lambda log_p, log_mu: -(log_mu.exp() * (log_mu - log_p)).sum(),
                 {

@@ -44,6 +44,7 @@ __all__ = [
     "mean_gradient",
     "minus",
     "optimal_baseline",
+    "projected",
     "pushed_scores",
     "ratios",
     "row_gradient",
@@ -140,6 +141,22 @@ def jacobians(size: int) -> Iterator[list[list[Fraction]]]:
 def pushed_scores(p: Sequence[Any], jacobian: Sequence[Sequence[Any]]) -> list[list[Any]]:
     """The score of each token in the parameters, one row of the Jacobian each."""
     return [[dot(row, score(p, a)) for row in jacobian] for a in range(len(p))]
+
+
+def projected(vector: Sequence[Any], known: Sequence[Sequence[Any]]) -> list[Any]:
+    """The projection on the span of some vectors, which may depend on each other."""
+    basis: list[list[Any]] = []
+    for each in known:
+        own = list(each)
+        for other in basis:
+            own = [x - dot(own, other) / square(other) * y for x, y in zip(own, other, strict=True)]
+        if square(own) != 0:
+            basis.append(own)
+    total = [0 * x for x in vector]
+    for each in basis:
+        share = dot(vector, each) / square(each)
+        total = [x + share * y for x, y in zip(total, each, strict=True)]
+    return total
 
 
 def spread(chances: Sequence[Any], vectors: Sequence[Sequence[Any]]) -> Any:

@@ -33,35 +33,57 @@ def _means() -> Theorem:
     return Theorem(
         number="T11",
         name="sum over tokens and mean over tokens",
-        statement=r"E\Big[\tfrac1B\sum_b N_b\Big] = \bar N,\qquad E\Big[\frac{\sum_b N_b}{\sum_b L_b}\Big] = "
-        r"\frac{\bar N}{\bar L} + \frac1B\Big[-\frac{\mathrm{Cov}(N, L)}{\bar L^2} + "
-        r"\frac{\bar N\,\mathrm{Var}(L)}{\bar L^3}\Big] + O(B^{-2})",
+        meaning=(
+            "A batch's summed gradient divided by the number of rollouts has the right mean. Divided by the number of"
+            " tokens, which is random, it tends to the mean gradient over the mean length, with a bias of order $1/B$"
+            " in the number $B$ of rollouts. The leading terms of the bias come from the covariance of gradient and"
+            " length and from the variance of the length."
+        ),
+        statement=(
+            r"E\Big[\tfrac1B\sum_b N_b\Big] = \bar N;\quad E\Big[\frac{\sum_b N_b}{\sum_b L_b}\Big] = \frac{\bar"
+            r" N}{\bar L} + \frac1B\Big[-\frac{\mathrm{Cov}(N, L)}{\bar L^2} + \frac{\bar N\,\mathrm{Var}(L)}{\bar"
+            r" L^3}\Big] + O(B^{-2})"
+        ),
         hypotheses=(
-            "B independent rollouts; N_b is a rollout's gradient (or one entry of it), L_b ≥ 1 its number of tokens",
+            r"the $B$ rollouts are independent; $N_b$ is the gradient of rollout $b$ (or one entry of it) and $L_b \ge"
+            r" 1$ its number of tokens, with means $\bar N$ and $\bar L$",
             "lengths are bounded",
         ),
         source="ratio estimators: Cochran, Sampling Techniques; the rest derived here",
-        advice="Sum over tokens and divide by a number that does not depend on the rollouts, such as B times the cap; "
-        "with a mean over tokens, centre the weight and take a large batch.",
+        advice=(
+            "Sum over tokens and divide by a number that does not depend on the rollouts, such as $B$ times the"
+            " length cap; with a mean over tokens, centre the weight and take a large batch."
+        ),
         derivation=(
-            Step(r"E[\tfrac1B\textstyle\sum_b N_b] = \bar N", "the mean is linear", mean_of_two),
+            Step(
+                r"E[\tfrac1B\textstyle\sum_b N_b] = \bar N",
+                "the mean is linear, so each rollout contributes its own mean. Sympy confirms it for two rollouts of"
+                " two possible values",
+                mean_of_two,
+            ),
             Step(
                 r"\frac{\bar N + \varepsilon n}{\bar L + \varepsilon l} = \frac{\bar N}{\bar L} + "
                 r"\varepsilon\Big(\frac{n}{\bar L} - \frac{\bar N l}{\bar L^2}\Big) + "
                 r"\varepsilon^2\Big(-\frac{n l}{\bar L^2} + \frac{\bar N l^2}{\bar L^3}\Big) + \dots",
-                "the Taylor series of the batch's ratio in the deviations of its two means, to the fourth order",
+                r"write $\varepsilon n$ and $\varepsilon l$ for the deviations of the batch's two means from $\bar N$"
+                r" and $\bar L$, and expand the ratio of the two means in a Taylor series. Sympy confirms it to the"
+                " fourth order",
                 _step_series,
             ),
             Step(
                 r"E[n l] = \mathrm{Cov}(N, L)/B,\quad E[l^2] = \mathrm{Var}(L)/B,\quad E[n l^2], E[l^3] = O(B^{-2})",
-                "rollouts are independent, so of the products only those in which no rollout stands alone have a mean; "
-                "lengths are bounded, so the remainder of the series is of the order of its first term",
+                "the deviations have mean zero and the rollouts are independent, so of the products only those in"
+                " which no rollout stands alone have a mean other than zero. Inserted in the series, these means give"
+                " the terms in $1/B$. Lengths are bounded, so the remainder of the series is of the order of its"
+                " first term",
                 _step_moments,
                 in_words=True,
             ),
             Step(
                 r"E[c\,S/L] = c\,\nabla E[1/L]",
-                "the score function: S is the gradient of the log-probability of the whole batch",
+                "a constant weight $c$ is no baseline under a mean over tokens. The sum $S$ of the scores is the"
+                " gradient of the log-probability of the whole batch, so $E[S/L]$, with $L$ for the batch's number of"
+                " tokens, is a gradient too: that of $E[1/L]$",
                 score_of_length,
             ),
         ),
@@ -76,7 +98,8 @@ def _means() -> Theorem:
             ),
             Identity(
                 "covariance with the length",
-                r"E[R] = (\bar N - \mathrm{Cov}(R, \bar L_B))/\bar L,\quad R = \textstyle\sum_b N_b/\sum_b L_b",
+                r"E[R] = (\bar N - \mathrm{Cov}(R, \bar L_B))/\bar L,\quad R = \textstyle\sum_b N_b/\sum_b L_b,\ \bar"
+                r" L_B = \tfrac1B\sum_b L_b",
                 _check_covariance,
                 -1,
                 {"sign flipped": 1, "dropped": 0},
@@ -97,7 +120,7 @@ def _means() -> Theorem:
             ),
             Identity(
                 "order 1/B squared",
-                r"\text{with the next term, eightfold}",
+                r"\text{with the term in } 1/B^2 \text{ too, what is left falls eightfold}",
                 _check_rate,
                 (first_order, second_order),
                 {
@@ -149,22 +172,40 @@ def _per_sequence() -> Theorem:
     return Theorem(
         number="T11b",
         name="mean over each rollout",
-        statement=r"E\Big[\tfrac1B\sum_b N_b/L_b\Big] = \sum_\ell \tfrac1\ell P(L = \ell)\,E[N \mid L = \ell]: "
-        r"\text{ a rollout counts } 1/L; \text{ with } N = -w_f(U)S \text{ it is } "
-        r"\nabla\sum_y \frac{p(y)}{L(y)}f(U(y))",
-        hypotheses=("independent rollouts of at least one token", "lengths vary; otherwise it is only a scale"),
+        meaning=(
+            "If each rollout's gradient is divided by its own length, a rollout counts $1/L$ whatever the batch size:"
+            " short rollouts count more. With the weight $w_f(U)$ of whole sequences the result is still an exact"
+            " gradient, but that of another objective, in which each sequence's term of the divergence is divided by"
+            " its length."
+        ),
+        statement=(
+            r"E\Big[\tfrac1B\sum_b N_b/L_b\Big] = \sum_\ell \tfrac1\ell P(L = \ell)\,E[N \mid L = \ell];\quad"
+            r" E\Big[\frac{-w_f(U)\,S}{L}\Big] = \nabla\sum_y \frac{p(y)}{L(y)}f(U(y))"
+        ),
+        hypotheses=(
+            "rollouts are independent and have at least one token; $N$ is a rollout's gradient and $L$ its length",
+            "lengths vary; otherwise the division is only a scale",
+            "$U$ is the ratio of a whole sequence's probabilities, and $S$ the sum of its scores",
+        ),
         source="derived here",
-        advice="Do not divide by each rollout's length unless short rollouts should count more; if you do, centre the "
-        "weight, or the teacher is not a fixed point.",
+        advice=(
+            "Do not divide by each rollout's length unless short rollouts should count more; if you do, centre the"
+            " weight, or the teacher is not a fixed point."
+        ),
         derivation=(
             Step(
                 r"\partial_p\,[p f(q/p)/L] = -w_f(u)/L",
-                "L(y) is a number attached to the sequence y, and T1 applies to each y",
+                "the length $L(y)$ is a number attached to the sequence $y$ and does not depend on the student's"
+                " parameters, so T1 applies to the term of each $y$. This holds for any $f$, because sympy treats it"
+                " as an undefined function",
                 _step_per_atom,
             ),
             Step(
                 r"E[c\,S/L] = c\,\nabla E[1/L]",
-                "so neither a constant nor a gauge c(U-1) is free: it changes the objective by c(E_Q[1/L] - E_P[1/L])",
+                "the sum $S$ of the scores is the gradient of the sequence's log-probability, so a constant weight"
+                r" $c$ has an expected gradient. Neither a constant nor a gauge $c\,(U - 1)$ is free here: the gauge"
+                r" changes the objective by $c\,(E_Q[1/L] - E_P[1/L])$, where $P$ and $Q$ are the distributions of"
+                " whole sequences under student and teacher",
                 score_of_length,
             ),
         ),

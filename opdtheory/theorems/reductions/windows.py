@@ -33,34 +33,49 @@ def theorems() -> list[Theorem]:
         Theorem(
             number="T17",
             name="micro-batches and windows",
-            statement=r"E\Big[\tfrac1M\sum_m \frac{\sum_{b\in m} N_b}{\sum_{b\in m} L_b}\Big] = "
-            r"E\Big[\frac{\sum_{b=1}^k N_b}{\sum_{b=1}^k L_b}\Big] \text{ for } M \text{ micro-batches of } k;\qquad "
-            r"E\Big[\frac{\sum_b N_b}{\sum_b L_b}\Big] = \frac{\bar N}{\bar L} + O\big(\tfrac1{Mk}\big)"
-            r"\text{ over the whole window};\qquad E[N/D] = E[N]\,E[1/D] \iff \mathrm{Cov}(N, 1/D) = 0",
+            meaning=(
+                "Averaging the token means of several micro-batches keeps the bias of a single micro-batch, however"
+                " many there are. Dividing the sum over the whole window of micro-batches by the window's number of"
+                " tokens leaves only the smaller bias of one large batch. A denominator from elsewhere only rescales"
+                " the gradient if its inverse is uncorrelated with the summed gradient, and not otherwise."
+            ),
+            statement=(
+                r"E\Big[\tfrac1M\sum_m \frac{\sum_{b\in m} N_b}{\sum_{b\in m} L_b}\Big] = E\Big[\frac{\sum_{b=1}^k"
+                r" N_b}{\sum_{b=1}^k L_b}\Big] \text{ for } M \text{ micro-batches of } k;\quad E\Big[\frac{\sum_b"
+                r" N_b}{\sum_b L_b}\Big] = \frac{\bar N}{\bar L} + O\big(\tfrac1{Mk}\big) \text{ over the whole"
+                r" window};\quad E[N/D] = E[N]\,E[1/D] \iff \mathrm{Cov}(N, 1/D) = 0"
+            ),
             hypotheses=(
-                "independent rollouts; N_b is a rollout's gradient (or one entry of it), L_b ≥ 1 its number of tokens",
-                "every micro-batch has the same number of rollouts",
-                "the denominator D is positive",
+                r"the rollouts are independent; $N_b$ is the gradient of rollout $b$ (or one entry of it) and $L_b \ge"
+                r" 1$ its number of tokens, with means $\bar N$ and $\bar L$",
+                "every micro-batch has the same number $k$ of rollouts",
+                "the denominator $D$ is positive, and $N$ is the summed gradient that it divides",
             ),
             source="derived here",
-            advice="Divide the sum of a whole window by the window's number of tokens: means of micro-batches keep the "
-            "bias of a micro-batch's size however many there are. A denominator of other data only rescales if it "
-            "does not depend on the rollouts.",
+            advice=(
+                "Divide the sum of a whole window by the window's number of tokens: means of micro-batches keep the"
+                " bias of a micro-batch's size however many there are. A denominator of other data only rescales if"
+                " it does not depend on the rollouts."
+            ),
             derivation=(
                 Step(
                     r"E[\tfrac1M\textstyle\sum_m R_m] = E[R_1]",
-                    "the mean is linear and micro-batches of equal size have one law",
+                    "write $R_m$ for the token mean of micro-batch $m$. The mean is linear, and micro-batches of"
+                    " equal size have the same distribution",
                     mean_of_two,
                 ),
                 Step(
-                    r"\frac{n_1 + n_2}{l_1 + l_2} \ne \tfrac12\Big(\frac{n_1}{l_1} + \frac{n_2}{l_2}\Big): \quad "
-                    r"\text{the difference is } \frac{(l_1 - l_2)(n_1 l_2 - n_2 l_1)}{2\,l_1 l_2 (l_1 + l_2)}",
-                    "zero iff the lengths are equal or the ratios are",
+                    r"\frac{n_1 + n_2}{l_1 + l_2} - \tfrac12\Big(\frac{n_1}{l_1} + \frac{n_2}{l_2}\Big) = \frac{(l_1 -"
+                    r" l_2)(n_1 l_2 - n_2 l_1)}{2\,l_1 l_2 (l_1 + l_2)}",
+                    "the ratio of the sums differs from the mean of the ratios by this amount, which is zero exactly"
+                    " if the two lengths are equal or the two ratios are. A window is one batch of $Mk$ rollouts, to"
+                    " which T11 applies",
                     _partition,
                 ),
                 Step(
                     r"E[N/D] - E[N]\,E[1/D] = \mathrm{Cov}(N, 1/D)",
-                    "the definition; independence makes it zero",
+                    "this is the definition of the covariance, and independence makes it zero. Sympy confirms both"
+                    " for two values of $N$ and two of $D$",
                     _covariance,
                 ),
             ),
@@ -101,7 +116,8 @@ def theorems() -> list[Theorem]:
                 ),
                 Identity(
                     "of the same rollouts",
-                    r"\text{another partition, the same number}",
+                    r"\text{another partition of the same rollouts: the same mean of the window, another mean of"
+                    " means}",
                     _check_partitions,
                     {_of_window: True, _mean_of_means: False},
                     {
@@ -136,8 +152,8 @@ def theorems() -> list[Theorem]:
                 ),
                 Identity(
                     "black boxes",
-                    r"E[\nabla \tfrac1M\textstyle\sum_m \ell_m] \text{ with } \ell_m \text{ a token mean of } k "
-                    r"= E[\nabla \ell_1]",
+                    r"E[\nabla \tfrac1M\textstyle\sum_m \ell_m] = E[\nabla \ell_1],\ \ell_m \text{ a token mean of } k"
+                    r" \text{ rollouts}",
                     _check_black_box,
                     "micro-batch",
                     {"the window's": "window", "the exact gradient": "exact"},

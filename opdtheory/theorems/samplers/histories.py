@@ -43,33 +43,51 @@ def theorems() -> list[Theorem]:
         Theorem(
             number="T15",
             name="whose histories",
-            statement=r"-E_\mu[\textstyle\sum_n \rho_n w_n s_n] = \nabla \sum_n E_{h_n\sim\mathrm{sg}(\mu)}"
-            r"D_f(q(\cdot|h_n)\,\|\,p(\cdot|h_n)),\quad \rho_n = p(y_n|h_n)/\mu(y_n|h_n);\qquad "
-            r"\text{with } \prod_{m\le n}\rho_m \text{ in place of } \rho_n, \text{ the student's histories}",
+            meaning=(
+                r"A loss on rollouts of another policy $\mu$ that gives each token its own importance ratio, without"
+                " the ratio of its prefix, follows the exact gradient of an objective: the divergence of the"
+                r" next-token distributions at the histories of $\mu$. This is another objective than the one at the"
+                r" student's histories, and not a biased form of it. Both have the teacher as their minimiser if $\mu$"
+                " visits every history that the student visits."
+            ),
+            statement=(
+                r"-E_\mu[\textstyle\sum_n \rho_n w_n s_n] = \nabla \sum_n E_{h_n\sim\mathrm{sg}(\mu)}"
+                r" D_f(q(\cdot|h_n)\,\|\,p(\cdot|h_n));\quad \rho_n = p(y_n|h_n)/\mu(y_n|h_n);\quad \text{with }"
+                r" \textstyle\prod_{m\le n}\rho_m \text{ in place of } \rho_n:\ \text{ the student's histories, }"
+                r" h_n\sim\mathrm{sg}(p)"
+            ),
             hypotheses=(
-                "mu(a|h) > 0 where p(a|h) is",
-                "the same minimiser: mu also visits every history that the student visits",
+                r"$\mu(a|h) > 0$ where $p(a|h)$ is; $\mathrm{sg}$ says that the distribution of the histories is not"
+                " differentiated",
+                r"for the same minimiser, $\mu$ also visits every history that the student visits, and $D_f$ vanishes"
+                " only where the two distributions agree",
             ),
             source="derived here",
-            advice="A loss with the token's ratio alone is exact for the sampler's histories: audit it with "
-            "histories='sampler'. That is another objective, not a biased form of the student's; it is minimised by "
-            "the teacher at every history that the sampler visits, and says nothing of the others.",
+            advice=(
+                "A loss with the token's ratio alone is exact for the sampler's histories: audit it with"
+                " `histories='sampler'`. That is another objective, not a biased form of the student's; it is"
+                " minimised by the teacher at every history that the sampler visits, and says nothing of the others."
+            ),
             derivation=(
                 Step(
                     r"E_\mu[\rho_n w_n s_n \mid h_n] = E_p[w_n s_n \mid h_n] = -\nabla D_f(q\|p \mid h_n)",
-                    "given the history, a token is one step of T1, of which the ratio changes the law",
+                    "given the history, a token is one step to which T1 applies, and its ratio turns the expectation"
+                    r" under $\mu$ into one under $p$. Sympy confirms it for three tokens and any $f$",
                     _given_the_history,
                 ),
                 Step(
                     r"E_\mu\big[\textstyle\prod_{m<n}\rho_m\, g(h_n)\big] = E_p[g(h_n)]",
-                    "the tower property: the ratios of the tokens before are the ratio of the prefix's probabilities",
+                    "by the tower property: the product of the ratios of the tokens before is the ratio of the"
+                    " prefix's probabilities, whatever the function $g$ of the history. Sympy confirms it for a"
+                    " prefix of two tokens",
                     _prefixes_change_hands,
                 ),
                 Step(
-                    r"\nabla\textstyle\sum_h \mu(h) D_f(h) = 0 \text{ at } p = q, \text{ and the sum is } 0 "
-                    r"\iff p(\cdot|h) = q(\cdot|h) \text{ wherever } \mu(h) > 0",
-                    "a sum of terms that are not negative, with positive factors, is zero iff each is; so where mu "
-                    "visits all that the student visits, both objectives have the teacher as their only minimiser",
+                    r"\nabla\textstyle\sum_h \mu(h) D_f(h) = 0 \text{ at } p = q;\quad \textstyle\sum_h \mu(h) D_f(h)"
+                    r" = 0 \iff p(\cdot|h) = q(\cdot|h) \text{ wherever } \mu(h) > 0",
+                    "a sum of terms that are not negative, with positive factors, is zero exactly if each term is. So"
+                    r" where $\mu$ visits all that the student visits, both objectives have the teacher as their only"
+                    " minimiser",
                     _zero_iff_each,
                     in_words=True,
                 ),
@@ -98,14 +116,15 @@ def theorems() -> list[Theorem]:
                 ),
                 Identity(
                     "black boxes and the oracle",
-                    r"-E_\mu[\textstyle\sum_n \rho_n w_n s_n] = \texttt{local\_gradient}(\texttt{histories} = \mu)",
+                    r"-E_\mu[\textstyle\sum_n \rho_n w_n s_n] = \sum_h \mu(h)\,\nabla D_f(h) \text{ as the exact"
+                    " oracle has it}",
                     _check_oracle,
                     "sampler",
                     {"the student's histories": "student", "the teacher's": "teacher"},
                 ),
                 Identity(
                     "another objective",
-                    r"\textstyle\sum_h \mu(h) D_f(h),\ \mu \text{ frozen}",
+                    r"-E_\mu[\textstyle\sum_n \rho_n w_n s_n] = \nabla\sum_h \mu(h) D_f(h),\ \mu \text{ frozen}",
                     _check_objective,
                     lambda student, behavior: behavior,
                     {
@@ -115,7 +134,7 @@ def theorems() -> list[Theorem]:
                 ),
                 Identity(
                     "where the minimiser is the teacher",
-                    r"p \ne q \text{ after } g \text{ only}: \nabla\textstyle\sum_h \nu(h) D_f(h) = 0 \iff \nu(g) = 0",
+                    r"p \ne q \text{ after } g \text{ only}:\ \nabla\textstyle\sum_h \nu(h) D_f(h) = 0 \iff \nu(g) = 0",
                     _check_unseen,
                     lambda chance: chance == 0,
                     {"never": lambda chance: False, "whenever it is rare": lambda chance: chance < Fraction(1, 2)},

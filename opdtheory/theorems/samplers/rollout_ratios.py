@@ -34,21 +34,37 @@ def _rollouts() -> Theorem:
     return Theorem(
         number="T14b",
         name="one factor for the whole rollout",
-        statement=r"E_\mu[\Phi\,\textstyle\sum_n w_n s_n] = E_p[\tfrac{\Phi}{R} \sum_n w_n s_n],\qquad "
-        r"R = \prod_n \rho_n,\quad \Phi = \min(R, C),\ 1_{\alpha\le R\le\beta} R \text{ or } R^{1/L}",
-        hypotheses=("rollouts of mu, L tokens, mu > 0 where p is", "Φ is detached: a number, with no gradient"),
-        source="GSPO, arXiv 2507.18071, for R^(1/L); the algebra derived here",
-        advice="A rollout's geometric mean of ratios has little variance and is not an importance weight: it is exact "
-        "for rollouts of one token only. Use it with a centred weight, and say that the gradient is biased.",
+        meaning=(
+            "Truncation, a mask or the geometric mean of the ratios may act on a rollout as a whole, as one factor"
+            r" $\Phi$ on all its tokens. In expectation each of the student's rollouts then counts $\Phi/R$ in place"
+            " of one, where $R$ is the ratio of the whole rollout's probabilities. For the geometric mean $R^{1/L}$"
+            " this is one only for rollouts of a single token, or where $R = 1$."
+        ),
+        statement=(
+            r"E_\mu[\Phi\,\textstyle\sum_n w_n s_n] = E_p[\tfrac{\Phi}{R} \sum_n w_n s_n],\ R = \prod_n \rho_n;\quad"
+            r" \Phi = \min(R, C),\ 1_{\alpha\le R\le\beta} R \text{ or } R^{1/L}"
+        ),
+        hypotheses=(
+            r"rollouts are drawn from $\mu$ and have $L$ tokens, and $\mu > 0$ where $p$ is; $\rho_n$ is the ratio"
+            r" $p/\mu$ of token $n$",
+            r"$\Phi$ is detached: it is a number, without a gradient",
+        ),
+        source="GSPO, arXiv 2507.18071, for $R^{1/L}$; the algebra derived here",
+        advice=(
+            "A rollout's geometric mean of ratios is not an importance weight, however little it varies: it is exact"
+            " for rollouts of one token only. Use it with a centred weight, and say that the gradient is biased."
+        ),
         derivation=(
             Step(
                 r"\mu(y)\,\Phi = p(y)\,\Phi/R(y)",
-                "R is the ratio of the whole rollout's probabilities",
+                "the product $R$ of the tokens' ratios is the ratio of the whole rollout's probabilities,"
+                r" $p(y)/\mu(y)$",
                 _per_rollout,
             ),
             Step(
                 r"R^{1/L}/R = R^{-(L-1)/L} = 1 \iff L = 1 \text{ or } R = 1",
-                "the powers add; a power of a positive number is one only where the number or the exponent is trivial",
+                "the exponents add up. A power of a positive number is one only if the number is one or the exponent"
+                " is zero",
                 _geometric_mean,
             ),
         ),

@@ -67,33 +67,48 @@ def _tokens() -> Theorem:
     return Theorem(
         number="T14",
         name="truncated and masked ratios",
-        statement=r"E_\mu[\min(\rho, C)\,w s] = E_p[\min(1, C/\rho)\,w s],\quad "
-        r"E_\mu[1_{\alpha\le\rho\le\beta}\,\rho\,w s] = E_p[1_{\alpha\le\rho\le\beta}\,w s],\qquad \rho = p/\mu; \quad "
-        r"\text{no bias} \iff (1 - F)\,w \text{ is constant};"
-        r"\quad F = \min(1, C/\rho) \text{ or } 1_{\alpha\le\rho\le\beta};\quad p = q:\ E_p[F w s] = w_f(1)\,E_p[F s]",
+        meaning=(
+            r"An importance ratio $\rho = p/\mu$ that is truncated at $C$, or masked outside an interval, leaves a"
+            " factor $F$ on the weight of each token, which is 1 where the ratio was left alone. The gradient is then"
+            r" biased unless the dropped part of the weight, $(1 - F)\,w$, is the same for every token. Where the"
+            " student is the teacher, $w_f(1)$ times the mean of $F s$ remains, so the teacher is a fixed point for"
+            " every sampler only if $w_f(1) = 0$."
+        ),
+        statement=(
+            r"E_\mu[\min(\rho, C)\,w s] = E_p[\min(1, C/\rho)\,w s],\ \rho = p/\mu;\quad"
+            r" E_\mu[1_{\alpha\le\rho\le\beta}\,\rho\,w s] = E_p[1_{\alpha\le\rho\le\beta}\,w s];\quad F = \min(1,"
+            r" C/\rho) \text{ or } F = 1_{\alpha\le\rho\le\beta}:\ \text{ no bias} \iff (1 - F)\,w \text{ is"
+            r" constant};\quad p = q:\ E_p[F w s] = w_f(1)\,E_p[F s]"
+        ),
         hypotheses=(
-            "one softmax row",
-            "mu > 0 where p is: another policy, or the same one as an inference engine computes it",
+            "there is one softmax row",
+            r"$\mu > 0$ where $p$ is; $\mu$ is another policy, or the same one as an inference engine computes it",
         ),
         source="IcePop, TIS and MIS as trainers document them; the algebra derived here",
-        advice="Truncate and mask ratios only with a centred weight, w_f(u) - w_f(1): with any other the teacher is no "
-        "fixed point. The bias that remains is the weight of the tokens whose ratio leaves the interval.",
+        advice=(
+            "Truncate and mask ratios only with a centred weight, $w_f(u) - w_f(1)$: with any other the teacher is no"
+            " fixed point. The bias that remains is the weight of the tokens whose ratio leaves the interval."
+        ),
         derivation=(
             Step(
-                r"\mu \min(p/\mu, C) = p \min(1, C\mu/p),\quad \mu\,1\,p/\mu = p\,1",
-                "atom by atom, on either side of the bound",
+                r"\mu \min(p/\mu, C) = p \min(1, C\mu/p);\quad \mu\,1_{\alpha\le\rho\le\beta}\,p/\mu ="
+                r" p\,1_{\alpha\le\rho\le\beta}",
+                "compare the two sides token by token, with the ratio above the bound and below it. Summed over the"
+                " tokens, these are the first two claims",
                 _atom_by_atom,
             ),
             Step(
                 r"E_p[(1 - F)\,w s] = 0 \iff (1 - F)\,w = E_p[(1 - F)\,w] \text{ where } p > 0",
-                "a softmax row's gradient is -p_a (A_a - E_p A), which is zero iff A does not depend on the token; "
-                "shown here for three tokens",
+                "the gradient of a softmax row with the weight $A$ is $-p_a (A_a - E_p A)$ in the logits, which is"
+                r" zero exactly if $A$ does not depend on the token; here $A = (1 - F)\,w$. Sympy shows it for three"
+                " tokens",
                 _only_constants_vanish,
             ),
             Step(
                 r"p = q:\quad w_f(u) = w_f(1) = f'(1)",
-                "every ratio is one there, so the factor F alone decides; it is constant for every mu only if the "
-                "weight is zero, and any bound is left by some mu",
+                "where student and teacher agree, $u = 1$ for every token, so the weight is the constant $w_f(1)$ and"
+                r" the factor $F$ alone decides. Whatever the bounds, there is a $\mu$ whose ratio leaves them at some"
+                r" tokens, so that $F$ is not constant: the gradient vanishes for every $\mu$ only if $w_f(1) = 0$",
                 _weight_at_one,
                 in_words=True,
             ),
@@ -114,8 +129,8 @@ def _tokens() -> Theorem:
             ),
             Identity(
                 "mask, with and without the ratio",
-                r"E_\mu[1_{\mathrm{kept}}\,\rho\,w s] = E_p[1_{\mathrm{kept}}\,w s],\quad "
-                r"E_\mu[1_{\mathrm{kept}}\,w s] = E_p[1_{\mathrm{kept}}\,w s / \rho]",
+                r"E_\mu[1_{\mathrm{kept}}\,\rho\,w s] = E_p[1_{\mathrm{kept}}\,w s];\quad E_\mu[1_{\mathrm{kept}}\,w"
+                r" s] = E_p[1_{\mathrm{kept}}\,w s / \rho]",
                 _check_factors,
                 (MASKED, Replaced(_kept, lambda rho: _kept(rho) / rho)),
                 {

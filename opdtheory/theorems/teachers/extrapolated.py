@@ -27,31 +27,43 @@ def _extrapolated() -> Theorem:
     return Theorem(
         number="T16b",
         name="an extrapolated teacher",
-        statement=r"E_p[\lambda\log(q/b) - \log(p/b)] = -KL(p\|m) + \log\textstyle\sum_a q_a^\lambda b_a^{1-\lambda},"
-        r"\quad m \propto q^\lambda b^{1-\lambda}",
+        meaning=(
+            "A reward for what the teacher $q$ prefers to a base policy $b$, less a penalty for leaving the base, is,"
+            r" up to a constant, minus the reverse KL to a third distribution $m$. With $\lambda > 1$ that target is"
+            r" an extrapolation beyond the teacher, with $0 < \lambda < 1$ it lies between base and teacher."
+        ),
+        statement=(
+            r"E_p[\lambda\log(q/b) - \log(p/b)] = -\mathrm{KL}(p\|m) + \log\textstyle\sum_a q_a^\lambda"
+            r" b_a^{1-\lambda},\ m \propto q^\lambda b^{1-\lambda}"
+        ),
         hypotheses=(
-            "teacher q and base b are positive on every token",
-            "the base is frozen; λ is any number, above one to go beyond the teacher",
+            "teacher $q$ and base $b$ are positive on every token",
+            r"the base is frozen; $\lambda$ is any number, above one to go beyond the teacher",
         ),
         source="derived here",
-        advice="A reward λ log(q/b) less a penalty log(p/b) is the reverse KL to q^λ b^(1-λ): the student goes past "
-        "the teacher for λ > 1 and stays short of it for λ < 1, and the teacher itself is no fixed point.",
+        advice=(
+            r"A reward $\lambda\log(q/b)$ less a penalty $\log(p/b)$ is the reverse KL to $q^\lambda b^{1-\lambda}$:"
+            r" the student goes past the teacher for $\lambda > 1$ and stays short of it for $\lambda < 1$; the"
+            r" teacher itself is a fixed point only where $\lambda = 1$ or it equals the base."
+        ),
         derivation=(
             Step(
                 r"\lambda\log(q/b) - \log(p/b) = -\log(p/m) + \log Z",
-                "collect the powers of the base; the normaliser does not depend on the student",
+                r"collect the powers of the base in $m = q^\lambda b^{1-\lambda}/Z$. The normaliser $Z$ does not"
+                " depend on the student",
                 _base_and_teacher,
             ),
             Step(
                 r"p = q:\quad \lambda\log(q/b) - \log(q/b) = (\lambda - 1)\log(q/b)",
-                "not constant unless λ = 1 or the base is the teacher",
+                r"at the teacher the weight is the same for every token only if $\lambda = 1$ or the base is the"
+                " teacher; otherwise the teacher is no fixed point",
                 _at_the_teacher,
             ),
         ),
         identities=(
             Identity(
                 "the value",
-                r"E_p[\lambda\log(q/b) - \log(p/b)] = -KL(p\|m) + \log Z",
+                r"E_p[\lambda\log(q/b) - \log(p/b)] = -\mathrm{KL}(p\|m) + \log Z",
                 _check_extrapolated_value,
                 lambda shift: shift,
                 {"the mixture's alone": lambda shift: 0 * shift, "sign flipped": lambda shift: -shift},
@@ -60,7 +72,7 @@ def _extrapolated() -> Theorem:
             ),
             Identity(
                 "the gradient",
-                r"-E_p[(\lambda\log(q/b) - \log(p/b))\,s] = \nabla KL(p\|m)",
+                r"-E_p[(\lambda\log(q/b) - \log(p/b))\,s] = \nabla\,\mathrm{KL}(p\|m)",
                 _check_extrapolated,
                 lambda power: (power, 1 - power),
                 {

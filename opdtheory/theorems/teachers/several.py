@@ -27,42 +27,58 @@ def _several() -> Theorem:
     return Theorem(
         number="T16",
         name="several teachers",
-        statement=r"\textstyle\sum_k \lambda_k KL(p\|q_k) = KL(p\|m) - \log\sum_a\prod_k q_k(a)^{\lambda_k},\ "
-        r"m \propto \prod_k q_k^{\lambda_k};\quad \nabla\sum_k \lambda_k KL(q_k\|p) = "
-        r"\nabla KL(\sum_k\lambda_k q_k\|p);\quad \nabla\sum_k\lambda_k D_f(q_k\|p) = "
-        r"-E_p[\sum_k\lambda_k w_f(q_k/p)\,s]",
-        hypotheses=("the shares are positive and sum to one", "every teacher is positive where another is"),
+        meaning=(
+            "A weighted sum of reverse KLs to several teachers is, up to a constant, the reverse KL to one teacher:"
+            " their normalised geometric mixture. For the forward KL that one teacher is the arithmetic mixture. For"
+            r" any divergence the weights $w_f(q_k/p)$ of the teachers add up, each times its share $\lambda_k$."
+        ),
+        statement=(
+            r"\textstyle\sum_k \lambda_k\,\mathrm{KL}(p\|q_k) = \mathrm{KL}(p\|m) - \log\sum_a\prod_k"
+            r" q_k(a)^{\lambda_k},\ m \propto \prod_k q_k^{\lambda_k};\quad \textstyle\nabla\sum_k"
+            r" \lambda_k\,\mathrm{KL}(q_k\|p) = \nabla\,\mathrm{KL}(\sum_k\lambda_k q_k\|p);\quad"
+            r" \textstyle\nabla\sum_k\lambda_k D_f(q_k\|p) = -E_p[\sum_k\lambda_k w_f(q_k/p)\,s]"
+        ),
+        hypotheses=(
+            r"the shares $\lambda_k$ are positive and sum to one",
+            "every teacher is positive where another is",
+        ),
         source="the α-mixtures: Amari, Integration of Stochastic Models (2007); the rest derived here",
-        advice="With the reverse KL the student goes to the normalised geometric mixture of its teachers, with the "
-        "forward KL to the arithmetic one. Add weights, not log-ratios, for any other divergence: the minimiser is "
-        "then neither mixture.",
+        advice=(
+            "With the reverse KL the student goes to the normalised geometric mixture of its teachers, with the"
+            " forward KL to the arithmetic one. Add weights, not log-ratios, for any other divergence: the minimiser"
+            " is then neither mixture."
+        ),
         derivation=(
             Step(
                 r"\textstyle\sum_k \lambda_k\log(p/q_k) = \log(p/m) - \log Z,\quad m = \prod_k q_k^{\lambda_k}/Z",
-                "the shares sum to one; the last term does not depend on the student",
+                "the shares sum to one, so $p$ keeps the power one, and the powers of the teachers make up the"
+                " mixture. The last term does not depend on the student. Sympy confirms it for two teachers",
                 _geometric,
             ),
             Step(
                 r"\partial_p\,\textstyle\sum_k\lambda_k\,q_k\log(q_k/p) = -\sum_k\lambda_k q_k/p = -m/p",
-                "the forward KL is linear in the teacher but for a term without the student",
+                "the forward KL is linear in the teacher, except for a term without the student; so in the slope only"
+                r" the mixture $m = \sum_k\lambda_k q_k$ is left",
                 _arithmetic,
             ),
             Step(
                 r"\partial_p\,\textstyle\sum_k\lambda_k\,p f(q_k/p) = -\sum_k\lambda_k w_f(q_k/p)",
-                "T1 for each teacher; sums are linear",
+                "apply T1 to each teacher, and add. This holds for any $f$, because sympy treats it as an undefined"
+                " function",
                 _weights_add,
             ),
             Step(
-                r"w_f = u^\alpha/\alpha + \mathrm{const}:\quad \textstyle\sum_k \lambda_k (q_k/p)^\alpha "
-                r"\text{ constant} \iff p \propto (\sum_k\lambda_k q_k^\alpha)^{1/\alpha}",
-                "the gradient in the logits vanishes iff the weight is constant; the power mean solves it",
+                r"w_f = u^\alpha/\alpha + \text{const}:\quad \textstyle\sum_k \lambda_k (q_k/p)^\alpha \text{ is"
+                r" constant} \iff p \propto (\sum_k\lambda_k q_k^\alpha)^{1/\alpha}",
+                "the gradient in the logits vanishes exactly if the weight is the same for every token. For a power"
+                " of the ratio, the power mean of the teachers solves this",
                 _power_mean,
             ),
         ),
         identities=(
             Identity(
                 "reverse KL: the value",
-                r"\textstyle\sum_k \lambda_k KL(p\|q_k) = KL(p\|m) - \log Z",
+                r"\textstyle\sum_k \lambda_k\,\mathrm{KL}(p\|q_k) = \mathrm{KL}(p\|m) - \log Z",
                 _check_reverse_value,
                 lambda to_mixture, z: to_mixture - iv.log(z),
                 {

@@ -32,30 +32,47 @@ def _tempered() -> Theorem:
     return Theorem(
         number="T16c",
         name="temperatures",
-        statement=r"\nabla_z D_f(q_\sigma\|p_\tau) = -\tfrac1\tau E_{p_\tau}[w_f(q_\sigma/p_\tau)\,s_\tau],\quad "
-        r"p_\tau = \mathrm{softmax}(z/\tau),\ s_\tau = e_a - p_\tau;\qquad "
-        r"E_{p_\tau}[s] = p_\tau - p \ne 0;\qquad \tau\to\infty:\ \tau^2\nabla_z D_f(q_\tau\|p_\tau) \to "
-        r"\tfrac{f''(1)}{V}\big(z - z_q - \overline{z - z_q}\big)",
-        hypotheses=("one softmax row with logits z, teacher's logits z_q", "f'' continuous at one, for the limit"),
-        source="Hinton et al., arXiv 1503.02531, for the factor τ²; the rest derived here",
-        advice="A temperature on both sides is the divergence of the softened distributions, and its gradient carries "
-        "1/τ; the customary τ² is a convention that keeps its size. On the teacher alone the student learns the "
-        "softened teacher. Draw rollouts at the temperature of the scores, or the score has a mean.",
+        meaning=(
+            r"A temperature $\tau$ on the student's logits and $\sigma$ on the teacher's leave T1 as it is, for the"
+            r" softened distributions, with a factor $1/\tau$ from the chain rule. At one high temperature $\tau$ on"
+            r" both, the gradient is close to $1/\tau^2$ times a difference of centred logits, which is why a factor"
+            r" $\tau^2$ is customary. Rollouts drawn at another temperature than that of the scores give the score a"
+            " mean, and a constant weight is then no baseline."
+        ),
+        statement=(
+            r"\nabla_z D_f(q_\sigma\|p_\tau) = -\tfrac1\tau E_{p_\tau}[w_f(q_\sigma/p_\tau)\,s_\tau];\quad p_\tau ="
+            r" \mathrm{softmax}(z/\tau),\ s_\tau = e_a - p_\tau;\quad E_{p_\tau}[s] = p_\tau - p \ne 0;\quad"
+            r" \tau\to\infty:\ \tau^2\nabla_z D_f(q_\tau\|p_\tau) \to \tfrac{f''(1)}{V}\big((z - \bar z) - (z_q -"
+            r" \bar z_q)\big)"
+        ),
+        hypotheses=(
+            "there is one softmax row of $V$ tokens with logits $z$, and the teacher's logits are $z_q$; $e_a$ is the"
+            " unit vector of the sampled token, and a bar is the mean over tokens",
+            r"for the mean of the score $s = e_a - p$, $\tau \ne 1$ and the logits $z$ are not all equal",
+            "for the limit, $f''$ is continuous at one",
+        ),
+        source=r"Hinton et al., arXiv 1503.02531, for the factor $\tau^2$; the rest derived here",
+        advice=(
+            "A temperature on both sides is the divergence of the softened distributions, and its gradient carries"
+            r" $1/\tau$; the customary $\tau^2$ is a convention that keeps its size. On the teacher alone the student"
+            " learns the softened teacher. Draw rollouts at the temperature of the scores, or the score has a mean."
+        ),
         derivation=(
             Step(
                 r"\partial_{z_b}\log p_\tau(a) = \tfrac1\tau(1_{a=b} - p_\tau(b))",
-                "the chain rule through z/τ, which is all that a temperature changes in T1",
+                r"apply the chain rule through $z/\tau$; the factor $1/\tau$ is all that a temperature changes in T1",
                 _tempered_score,
             ),
             Step(
                 r"E_{p_\tau}[e_a - p] = p_\tau - p",
-                "the score of p has mean zero under p only (T10)",
+                "the score $e_a - p$ has mean zero under $p$ only (T10)",
                 _score_elsewhere,
             ),
             Step(
-                r"w_f(1 + x) - w_f(1) = f''(1)\,x + O(x^2),\quad q_\tau/p_\tau - 1 = "
-                r"\tfrac1\tau\big(z_q - z - \overline{z_q - z}\big) + O(\tau^{-2})",
-                "w' = u f''; to first order a softmax of small logits is affine, and its rows tend to 1/V",
+                r"w_f(1 + x) - w_f(1) = f''(1)\,x + o(x);\quad q_\tau/p_\tau - 1 = \tfrac1\tau\big((z_q - \bar z_q)"
+                r" - (z - \bar z)\big) + O(\tau^{-2})",
+                "the slope of the weight is $w_f' = u f''(u)$. To first order a softmax of small logits is affine,"
+                " and its rows tend to $1/V$; inserted in the gradient, the two expansions give the limit",
                 _hot,
             ),
         ),
@@ -74,7 +91,7 @@ def _tempered() -> Theorem:
             ),
             Identity(
                 "on the teacher alone",
-                r"\sigma > 0:\quad \nabla E_p[\log p - \tfrac1\sigma\log q] = \nabla KL(p\|q^{1/\sigma}/Z)",
+                r"\sigma > 0:\quad \nabla E_p[\log p - \tfrac1\sigma\log q] = \nabla\,\mathrm{KL}(p\|q^{1/\sigma}/Z)",
                 _check_teacher_alone,
                 lambda sigma: 1 / sigma,
                 {"q itself": lambda sigma: Fraction(1), "the power inverted": lambda sigma: sigma},
@@ -83,7 +100,8 @@ def _tempered() -> Theorem:
             ),
             Identity(
                 "black box over several steps",
-                r"\text{a loss of softened rows} = \texttt{local\_gradient}(\tau, \sigma)",
+                r"E_p[\nabla\textstyle\sum_n D_f(q_\sigma\|p_\tau)] = \text{the exact oracle's gradient at } \tau"
+                r" \text{ and } \sigma",
                 _check_black_box,
                 lambda tau, sigma: (tau, sigma),
                 {
@@ -101,8 +119,8 @@ def _tempered() -> Theorem:
             ),
             Identity(
                 "why τ² is customary",
-                r"\lim_{\tau\to\infty} \tau^2\nabla_z D_f(q_\tau\|p_\tau) = "
-                r"\tfrac{f''(1)}{V}(z - z_q - \overline{z - z_q})",
+                r"\lim_{\tau\to\infty} \tau^2\nabla_z D_f(q_\tau\|p_\tau) = \tfrac{f''(1)}{V}\big((z - \bar z) - (z_q"
+                r" - \bar z_q)\big)",
                 _check_hot,
                 lambda curvature, size: curvature / size,
                 {

@@ -54,33 +54,48 @@ def theorems() -> list[Theorem]:
         Theorem(
             number="T13",
             name="exact on k tokens, sampled on the rest",
-            statement=r"\hat g = -\textstyle\sum_{a\in S} p_a (w_a - c)\,s_a - 1[y\notin S]\,(w_y - c)\,s_y:\quad "
-            r"E_p[\hat g] = \nabla D_f \text{ for every } f, c \text{ and } S;\qquad "
-            r"\mathrm{tr\,Var}[w_y s_y] - \mathrm{tr\,Var}[\hat g] = E_p[1_S w^2|s|^2] - |g_S|^2 - 2\,g_S\cdot g_T "
-            r"\ (c = 0);\quad c^* = \frac{E_p[1_T w|s|^2] - E_p[1_T w s]\cdot E_p[1_T s]}"
-            r"{E_p[1_T |s|^2] - |E_p[1_T s]|^2}",
+            meaning=(
+                "The gradient of one token can be summed exactly over a set $S$ of tokens and sampled on the rest $T$"
+                " only. This is unbiased for every f-divergence, so the teacher's log-probabilities of its $k$"
+                " likeliest tokens and of the sampled one are enough. The variance it saves against the sampled token"
+                " alone has a closed form, and so has the best constant $c$."
+            ),
+            statement=(
+                r"\hat g = -\textstyle\sum_{a\in S} p_a (w_a - c)\,s_a - 1[y\notin S]\,(w_y - c)\,s_y;\quad E_p[\hat"
+                r" g] = \nabla D_f \text{ for every } f, c \text{ and } S;\quad \mathrm{tr}\,\mathrm{Var}[w_y s_y] -"
+                r" \mathrm{tr}\,\mathrm{Var}[\hat g] = E_p[1_S w^2|s|^2] - |g_S|^2 - 2\,g_S\cdot g_T \text{ at } c ="
+                r" 0;\quad c^* = \frac{E_p[1_T w|s|^2] - E_p[1_T w s]\cdot E_p[1_T s]}{E_p[1_T |s|^2] - |E_p[1_T"
+                " s]|^2}"
+            ),
             hypotheses=(
-                "the set S is chosen without looking at the sampled token y; T is the rest, not empty",
-                "the constant c may depend on the history, not on y",
-                "off-policy: mu > 0 where p is",
+                "the set $S$ is chosen without looking at the sampled token $y$; $T$ is the rest and not empty",
+                "the constant $c$ may depend on the history, but not on $y$",
+                "$w_a = w_f(q_a/p_a)$; $g_S = -E_p[1_S w s]$ and $g_T = -E_p[1_T w s]$ are the parts of the gradient",
+                r"off-policy, $\mu > 0$ where $p$ is",
             ),
             source="the split of a sum into a known and a sampled part is classical; the rest derived here",
-            advice="One sampled token, the teacher's k log-probabilities and its log-probability of the sampled token "
-            "give an unbiased gradient of any f-divergence. Never put the sampled token into the set.",
+            advice=(
+                "One sampled token, the teacher's $k$ log-probabilities and its log-probability of the sampled token"
+                " give an unbiased gradient of any f-divergence. Never put the sampled token into the set."
+            ),
             derivation=(
                 Step(
                     r"\textstyle\sum_{a\in S} p_a (w_a - c) s_a + E_p[1_T (w - c)\,s] = E_p[(w - c)\,s] = E_p[w s]",
-                    "the two parts of one sum, and E_p[s] = 0",
+                    "the exact part and the mean of the sampled part are two parts of one sum over all tokens, which"
+                    " is minus the gradient by T1. A constant adds nothing, because $E_p[s] = 0$. Sympy confirms it"
+                    " for three tokens with any weights, one of them in $S$",
                     _two_parts,
                 ),
                 Step(
-                    r"\mathrm{tr\,Var}[\hat g] = E_p[1_T (w - c)^2|s|^2] - |E_p[1_T (w - c)\,s]|^2",
-                    "the exact part has no variance",
+                    r"\mathrm{tr}\,\mathrm{Var}[\hat g] = E_p[1_T (w - c)^2|s|^2] - |E_p[1_T (w - c)\,s]|^2",
+                    "the exact part is the same whichever token is drawn, so only the sampled part varies",
                     _only_the_tail,
                 ),
                 Step(
-                    r"\partial_c\,\mathrm{tr\,Var}[\hat g] = 0 \iff c = c^*",
-                    "a quadratic in c with the positive leading coefficient tr Var[1_T s]",
+                    r"\partial_c\,\mathrm{tr}\,\mathrm{Var}[\hat g] = 0 \iff c = c^*",
+                    r"the variance is quadratic in $c$, and its leading coefficient $\mathrm{tr}\,\mathrm{Var}[1_T s]$"
+                    " is positive, so the only zero of its slope is the minimum. Sympy compares the coefficients for"
+                    " three tokens",
                     _best_constant,
                 ),
             ),
@@ -102,8 +117,8 @@ def theorems() -> list[Theorem]:
                 ),
                 Identity(
                     "what the split saves",
-                    r"\mathrm{tr\,Var}[w_y s_y] - \mathrm{tr\,Var}[\hat g] = "
-                    r"E_p[1_S w^2|s|^2] - |g_S|^2 - 2\,g_S\cdot g_T",
+                    r"\mathrm{tr}\,\mathrm{Var}[w_y s_y] - \mathrm{tr}\,\mathrm{Var}[\hat g] = E_p[1_S w^2|s|^2] -"
+                    r" |g_S|^2 - 2\,g_S\cdot g_T",
                     _check_saving,
                     lambda moment, on_set, on_tail: moment - square(on_set) - 2 * dot(on_set, on_tail),
                     {
@@ -117,7 +132,7 @@ def theorems() -> list[Theorem]:
                 ),
                 Identity(
                     "the best constant",
-                    r"\mathrm{tr\,Var}[\hat g](c^* + 1) = \mathrm{tr\,Var}[\hat g](c^* - 1)",
+                    r"\mathrm{tr}\,\mathrm{Var}[\hat g](c^* + 1) = \mathrm{tr}\,\mathrm{Var}[\hat g](c^* - 1)",
                     _check_best,
                     lambda tail: (tail.w_norm - dot(tail.w_score, tail.score)) / (tail.norm - square(tail.score)),
                     {

@@ -19,6 +19,7 @@ from opdtheory.theorems.instances.one_sample import (
     dot,
     first_rows,
     jacobians,
+    projected,
     pushed_scores,
     score,
     simplex,
@@ -57,61 +58,83 @@ def theorems() -> list[Theorem]:
         Theorem(
             number="T19b",
             name="the least variance with some tokens known",
-            statement=r"\hat g = 1_S\,r_y + 1_T\,(k + A_y s_y):\quad \text{unbiased} \iff A = w_f - c,\ "
-            r"p_S E[r|S] + p_T k = g_S;\quad "
-            r"\mathrm{tr\,Var}[\hat g] = p_S\,\mathrm{tr\,Var}[r|S] + p_S p_T\,\big|E[r|S] - k - g_T/p_T\big|^2 + "
-            r"p_T\,\mathrm{tr\,Var}[(w-c)s|T],\quad g_S = E_p[1_S(w-c)s],\ g_T = E_p[1_T(w-c)s];\quad "
-            r"\text{the mean given } S\ (r = g_S/p_S,\ k = 0) \text{ saves } "
-            r"p_S\,\mathrm{tr\,Var}[(w-c)s|S] \ge 0;\quad "
-            r"\text{T13's split } (r = k = g_S) \text{ has } "
-            r"2\,g_S\cdot g_T - \tfrac{p_T}{p_S}|g_S|^2 \text{ more};\quad "
-            r"\text{least: } r = E[r|S],\ E[r|S] - k = \Pi_S\,g_T/p_T",
+            meaning=(
+                "When the probabilities of a set $S$ of tokens are known besides those of the sampled token, an"
+                " unbiased estimate still has the weight of T1 less a constant on the rest $T$, and on $S$ only its"
+                " mean is prescribed. Its variance is the sum of what varies within $S$, between $S$ and $T$, and"
+                " within $T$. The mean on $S$ in place of the sampled token never adds variance, T13's split may, and"
+                " the least variance takes the distributions on $T$ as well."
+            ),
+            statement=(
+                r"\hat g = 1_S\,r_y + 1_T\,(k + A_y s_y);\quad \text{unbiased} \iff A = w_f - c,\ p_S E[r|S] + p_T k"
+                r" = g_S;\quad \mathrm{tr}\,\mathrm{Var}[\hat g] = p_S\,\mathrm{tr}\,\mathrm{Var}[r|S] + p_S"
+                r" p_T\,\big|E[r|S] - k - g_T/p_T\big|^2 + p_T\,\mathrm{tr}\,\mathrm{Var}[(w-c)s|T];\quad g_S ="
+                r" E_p[1_S(w-c)s],\ g_T = E_p[1_T(w-c)s];\quad \text{the mean given } S\ (r = g_S/p_S,\ k = 0) \text{"
+                r" saves } p_S\,\mathrm{tr}\,\mathrm{Var}[(w-c)s|S] \ge 0;\quad \text{T13's split } (r = k = g_S)"
+                r" \text{ has } 2\,g_S\cdot g_T - \tfrac{p_T}{p_S}|g_S|^2 \text{ more than the mean given } S;\quad"
+                r" \text{least: } r = E[r|S],\ E[r|S] - k = \Pi_S\,g_T/p_T"
+            ),
             hypotheses=(
-                "S is chosen without looking at the sampled token y; neither S nor its rest T is empty",
-                "r, k and A depend on the probabilities of S, r also on y, A also on y, p_y and q_y; r and k are sums "
-                "of the scores of S; unbiased for all laws with these probabilities on S",
-                "uniqueness: scores in the logits; the variances: scores in any parameters",
-                "g_S, g_T and the spreads are taken at the constant c, which may depend on the probabilities of S",
-                "Π_S projects on the scores of S; like the best constant, what it gives takes the laws on T",
+                "$S$ is chosen without looking at the sampled token $y$; neither $S$ nor its rest $T$ is empty, and"
+                " $p_S$ and $p_T$ are their probabilities",
+                "$r$, $k$ and $A$ depend on the probabilities of $S$, $r$ also on $y$, and $A$ also on $y$, $p_y$ and"
+                " $q_y$; $r$ and $k$ are weighted sums of the scores of $S$; unbiased means: for all distributions"
+                " with these probabilities on $S$",
+                "for the uniqueness, scores are taken in the logits; for the variances, in any parameters",
+                "$g_S$, $g_T$ and the spreads are taken at the constant $c$, which may depend on the probabilities of"
+                " $S$",
+                r"$\Pi_S$ projects on the scores of $S$; like the best constant, what it gives needs the"
+                " distributions on $T$",
             ),
             source="the conditional mean is Rao-Blackwell's; the rest derived here",
-            advice="Take T13's split with c = w_f(q(T)/p(T)), the weight of the rest as one token: it has no variance "
-            "where the ratio is level on T. As a rule it has less than the sampled token alone, but not always; the "
-            "mean given S never has more, and is the same thing if S is one token. With both whole distributions sum "
-            "over the vocabulary: nothing is left to chance.",
+            advice=(
+                "Take T13's split with $c = w_f(q(T)/p(T))$, the weight of the rest as one token: it has no variance"
+                " where the ratio is level on $T$. As a rule it has less than the sampled token alone, but not"
+                " always; the mean given $S$ never has more, and is the sampled token alone if $S$ is one token. With"
+                " both whole distributions sum over the vocabulary: nothing is left to chance."
+            ),
             derivation=(
                 Step(
                     r"\textstyle\sum_a x_a s_a = 0 \iff x \propto p",
-                    "the scores of a softmax row have one relation; shown here for three tokens",
+                    "the scores of a softmax row satisfy one linear relation and no other; sympy shows it for three"
+                    " tokens",
                     _one_relation,
                 ),
                 Step(
                     r"x_a = K_a - p_a w_a \text{ on } S,\ p_a (A_a - w_a) \text{ on } T:\quad x = -c\,p",
-                    "K_a are the coefficients of p_S E[r|S] + p_T k; as K_a, p_a and w_a are known on S, so is c, and "
-                    "it is the constant of the tail too",
+                    "let $K_a$ be the coefficients of $p_S E[r|S] + p_T k$ in the scores of $S$. The estimate is"
+                    r" unbiased exactly if $\sum_a x_a s_a = 0$ for these $x_a$, which the first step turns into $x ="
+                    r" -c\,p$. As $K_a$, $p_a$ and $w_a$ are known on $S$, so is $c$, and it is the constant of the"
+                    " tail too",
                     lambda: freedom(3, 1) == freedom(2, 1) == 1,
                     in_words=True,
                 ),
                 Step(
                     r"\mathrm{Var}[\hat g] = p_S \mathrm{Var}[\hat g|S] + p_T \mathrm{Var}[\hat g|T] + "
                     r"p_S p_T |E[\hat g|S] - E[\hat g|T]|^2",
-                    "the law of total variance; two tokens in either event, one component",
+                    "this is the law of total variance for the events that $y$ is in $S$ or in $T$. Sympy confirms it"
+                    " for two tokens in either event and one component; the trace adds the components up",
                     _total_variance,
                 ),
                 Step(
                     r"\tfrac{p_S}{p_T}|g_T|^2 - p_S p_T\,\big|\tfrac{g_S}{p_S} - \tfrac{g_T}{p_T}\big|^2 = "
                     r"2\,g_S\cdot g_T - \tfrac{p_T}{p_S}|g_S|^2",
-                    "r - k is 0 for the split and g_S/p_S for the mean given S",
+                    "the two estimates differ in the middle term only, in which $E[r|S] - k$ is 0 for the split and"
+                    " $g_S/p_S$ for the mean given $S$. The sampled token alone has the same middle term as the mean"
+                    " given $S$, and the spread within $S$ besides, which is what the mean saves",
                     _split_against_mean,
                 ),
                 Step(
                     r"|v - \Lambda|^2 = |v - \Pi v|^2 + |\Pi v - \Lambda|^2",
-                    "Λ in the span of the scores of S and Π the projection on it; one direction, two components",
+                    r"here $v = g_T/p_T$, $\Lambda = E[r|S] - k$ is in the span of the scores of $S$, and $\Pi$ is the"
+                    " projection on that span. The two parts are at right angles, so the middle term is least at"
+                    r" $\Lambda = \Pi v$. Sympy confirms it for one direction and two components",
                     _projection,
                 ),
                 Step(
                     r"w = c \text{ on } T:\ g_T = 0,\ \mathrm{Var}[(w - c) s|T] = 0",
-                    "the split has r = k, so all three terms are zero",
+                    "where the weight is the constant $c$ on $T$, the last term of the variance is zero and so is"
+                    " $g_T$. The split has $r = k$, one known vector, so the other two terms are zero as well",
                     _level_tail,
                 ),
             ),
@@ -130,8 +153,8 @@ def theorems() -> list[Theorem]:
                 ),
                 Identity(
                     "what is left to chance",
-                    r"p_S\,\mathrm{tr\,Var}[r|S] + p_S p_T\,|\Lambda - g_T/p_T|^2 + p_T\,\mathrm{tr\,Var}[(w-c)s|T],\ "
-                    r"\Lambda = E[r|S] - k",
+                    r"p_S\,\mathrm{tr}\,\mathrm{Var}[r|S] + p_S p_T\,|\Lambda - g_T/p_T|^2 +"
+                    r" p_T\,\mathrm{tr}\,\mathrm{Var}[(w-c)s|T],\ \Lambda = E[r|S] - k",
                     _check_variance,
                     lambda parts, ahead, r: _within(parts, r) + _between(parts, ahead),
                     {
@@ -148,8 +171,8 @@ def theorems() -> list[Theorem]:
                 ),
                 Identity(
                     "what the mean given S saves",
-                    r"\mathrm{tr\,Var}[(w-c)s] - \mathrm{tr\,Var}[1_S\,g_S/p_S + 1_T (w-c)s] = "
-                    r"p_S\,\mathrm{tr\,Var}[(w-c)s|S]",
+                    r"\mathrm{tr}\,\mathrm{Var}[(w-c)s] - \mathrm{tr}\,\mathrm{Var}[1_S\,g_S/p_S + 1_T (w-c)s] ="
+                    r" p_S\,\mathrm{tr}\,\mathrm{Var}[(w-c)s|S]",
                     _check_mean_given_set,
                     lambda parts: parts.chance * parts.within_set,
                     {
@@ -179,7 +202,7 @@ def theorems() -> list[Theorem]:
                 ),
                 Identity(
                     "when the split is worse than the sampled token alone",
-                    r"2\,g_S\cdot g_T > \tfrac{p_T}{p_S}|g_S|^2 + p_S\,\mathrm{tr\,Var}[(w-c)s|S]",
+                    r"2\,g_S\cdot g_T > \tfrac{p_T}{p_S}|g_S|^2 + p_S\,\mathrm{tr}\,\mathrm{Var}[(w-c)s|S]",
                     _check_worse,
                     lambda parts: (
                         2 * dot(parts.on_set, parts.on_tail)
@@ -202,19 +225,21 @@ def theorems() -> list[Theorem]:
                 ),
                 Identity(
                     "the best known vector",
-                    r"\mathrm{tr\,Var}(\Lambda) - \mathrm{tr\,Var}(\Lambda^*) = p_S p_T\,|\Lambda - \Lambda^*|^2",
+                    r"\mathrm{tr}\,\mathrm{Var}(\Lambda) - \mathrm{tr}\,\mathrm{Var}(\Lambda^*) = p_S p_T\,|\Lambda -"
+                    r" \Lambda^*|^2",
                     _check_projection,
-                    lambda parts, known: _projected([x / (1 - parts.chance) for x in parts.on_tail], known),
+                    lambda parts, known: projected([x / (1 - parts.chance) for x in parts.on_tail], known),
                     {
                         "none, the split": lambda parts, known: [0 * x for x in parts.on_set],
                         "the mean given S": lambda parts, known: [x / parts.chance for x in parts.on_set],
-                        "not divided by the chance": lambda parts, known: _projected(parts.on_tail, known),
+                        "not divided by the chance": lambda parts, known: projected(parts.on_tail, known),
                     },
                     "exact",
                 ),
                 Identity(
                     "a level tail",
-                    r"u = q(T)/p(T) \text{ on } T,\ c = w_f(q(T)/p(T)):\ \mathrm{tr\,Var} = 0 \text{ for the split}",
+                    r"u = q(T)/p(T) \text{ on } T,\ c = w_f(q(T)/p(T)):\ \mathrm{tr}\,\mathrm{Var} = 0 \text{ for the"
+                    " split}",
                     _check_level_tail,
                     lambda level, at_one: level,
                     {"the centred constant": lambda level, at_one: at_one, "none": lambda level, at_one: Fraction(0)},
@@ -378,22 +403,6 @@ def _check_best_constants(worse: Callable[[bool], bool]) -> Cases:
     for p, q, first in ((d(3, 1, 8), d(3, 1, 1), True), (d(1, 2, 3, 4), d(7, 1, 1, 2), False)):
         alone, split = (_least(functools.partial(_forward_kl, p, q, split=way)) for way in (False, True))
         yield holds((split > alone) == worse(first), p, q)
-
-
-def _projected(vector: Vector, known: Sequence[Vector]) -> Vector:
-    """The projection on the span of some vectors, which may depend on each other."""
-    basis: list[Vector] = []
-    for each in known:
-        own = list(each)
-        for other in basis:
-            own = [x - dot(own, other) / square(other) * y for x, y in zip(own, other, strict=True)]
-        if square(own) != 0:
-            basis.append(own)
-    total = [0 * x for x in vector]
-    for each in basis:
-        share = dot(vector, each) / square(each)
-        total = [x + share * y for x, y in zip(total, each, strict=True)]
-    return total
 
 
 def _check_projection(best: Callable[[Parts, Sequence[Vector]], Vector]) -> Cases:

@@ -61,54 +61,66 @@ def theorems() -> list[Theorem]:
         Theorem(
             number="T19c",
             name="leave-one-out against a constant",
-            statement=r"\hat g = \tfrac1G \textstyle\sum_i (w_i - \bar w_{-i})\,s_i:\quad "
-            r"G\,\mathrm{tr\,Var}[\hat g] = \mathrm{tr\,Var}[(w - E_p w)s] + "
-            r"\frac{\mathrm{Var}_p(w)\,E_p|s|^2 + |E_p[w s]|^2}{G-1};\quad "
-            r"\text{above } \mathrm{tr\,Var}[(w - c^*)s] \text{ by } (E_p w - c^*)^2 E_p|s|^2 + "
-            r"\frac{\mathrm{Var}_p(w)\,E_p|s|^2 + |E_p[w s]|^2}{G-1}",
+            meaning=(
+                "A leave-one-out baseline subtracts from each token's weight the mean weight of the other tokens of"
+                " its group of $G$. Against the best constant $c^*$, known in advance, this costs variance twice: the"
+                " mean weight is not $c^*$, and learning it from the group costs a term in $1/(G-1)$."
+            ),
+            statement=(
+                r"\hat g = \tfrac1G \textstyle\sum_i (w_i - \bar w_{-i})\,s_i;\quad G\,\mathrm{tr}\,\mathrm{Var}[\hat"
+                r" g] = \mathrm{tr}\,\mathrm{Var}[(w - E_p w)s] + \frac{\mathrm{Var}_p(w)\,E_p|s|^2 + |E_p[w"
+                r" s]|^2}{G-1};\quad G\,\mathrm{tr}\,\mathrm{Var}[\hat g] - \mathrm{tr}\,\mathrm{Var}[(w - c^*)s] ="
+                r" (E_p w - c^*)^2 E_p|s|^2 + \frac{\mathrm{Var}_p(w)\,E_p|s|^2 + |E_p[w s]|^2}{G-1}"
+            ),
             hypotheses=(
-                "one step: G independent tokens after one history, G at least 2",
-                "w a function of the token; scores in any parameters, |s|² in any metric",
-                "c* = E[w|s|²]/E|s|², known in advance (T7a)",
+                r"there is one step: $G \ge 2$ independent tokens are drawn after one history; $\bar w_{-i}$ is the"
+                " mean weight of all of them but the one numbered $i$",
+                "$w$ is a function of the token; scores may be taken in any parameters, and $|s|^2$ in any metric",
+                "$c^* = E_p[w|s|^2]/E_p|s|^2$ is known in advance (T7a)",
             ),
             source="the estimate is a sample covariance, whose variance is textbook; the comparison derived here",
-            advice="A constant that is near the best, such as the centred weight's zero near the teacher, beats "
-            "leave-one-out for small groups: the learned baseline costs 1/(G-1) of the weight's spread. Leave-one-out "
-            "never beats the best constant, however large the group. The group's own mean is the same estimate times "
-            "(G-1)/G, so it only looks quieter.",
+            advice=(
+                "A constant that is near the best, such as the centred weight's zero near the teacher, beats"
+                " leave-one-out for small groups: the learned baseline costs $1/(G-1)$ of the weight's spread."
+                " Leave-one-out never beats the best constant, however large the group. The group's own mean is the"
+                " same estimate times $(G-1)/G$, so it only looks quieter."
+            ),
             derivation=(
                 Step(
                     r"\tfrac1G\textstyle\sum_i (w_i - \bar w_{-i}) s_i = \tfrac1G\sum_i (w_i - m) s_i - "
                     r"\tfrac{1}{G(G-1)}\sum_{i\ne j} (w_j - m)\,s_i",
-                    "any number m, here m = E_p[w]; groups of two to four",
+                    "this holds for any number $m$, and below it is $m = E_p[w]$. Sympy confirms it for groups of two"
+                    " to four",
                     _two_sums,
                 ),
                 Step(
-                    r"E[\tilde w_1 s_1\cdot\tilde w_2 s_1] = E[\tilde w_1 s_1\cdot\tilde w_1 s_2] = 0,\quad "
-                    r"E|\tilde w_2 s_1|^2 = \mathrm{Var}_p(w) E_p|s|^2,\quad "
-                    r"E[\tilde w_2 s_1\cdot\tilde w_1 s_2] = |E_p[w s]|^2",
-                    "independence and two means of zero, w̃ = w - E_p[w]; three tokens, one component",
+                    r"E[\tilde w_1 s_1\cdot\tilde w_2 s_1] = E[\tilde w_1 s_1\cdot\tilde w_1 s_2] = 0;\quad E|\tilde"
+                    r" w_2 s_1|^2 = \mathrm{Var}_p(w)\,E_p|s|^2;\quad E[\tilde w_2 s_1\cdot\tilde w_1 s_2] = |E_p[w"
+                    " s]|^2",
+                    r"write $\tilde w = w - E_p[w]$. The two tokens are independent, and both $\tilde w$ and the score"
+                    " have mean zero. Sympy confirms the products for three tokens and one component of the score",
                     _products,
                 ),
                 Step(
-                    r"\mathrm{Var} = \tfrac1G \mathrm{Var}[\tilde w s] + "
-                    r"\tfrac{G(G-1)}{G^2(G-1)^2}\big(E|\tilde w_2 s_1|^2 + E[\tilde w_2 s_1\cdot\tilde w_1 s_2]\big)",
-                    "the two sums are uncorrelated; of the products of two terms of the second sum, G(G-1) are a term "
-                    "with itself, as many a term with its mirror image, and the others have mean zero",
+                    r"\mathrm{tr}\,\mathrm{Var}[\hat g] = \tfrac1G\,\mathrm{tr}\,\mathrm{Var}[\tilde w s] +"
+                    r" \tfrac{G(G-1)}{G^2(G-1)^2}\big(E|\tilde w_2 s_1|^2 + E[\tilde w_2 s_1\cdot\tilde w_1 s_2]\big)",
+                    "the two sums are uncorrelated. Of the products of two terms of the second sum, $G(G-1)$ are a"
+                    " term with itself, as many are a term with its mirror image, and the others have mean zero",
                     _counted,
                     in_words=True,
                 ),
                 Step(
-                    r"\mathrm{tr\,Var}[(w-E_p w)s] = \mathrm{tr\,Var}[(w-c^*)s] + (E_p w - c^*)^2 E_p|s|^2",
-                    "the parabola of T7a at c = E_p[w]",
+                    r"\mathrm{tr}\,\mathrm{Var}[(w-E_p w)s] = \mathrm{tr}\,\mathrm{Var}[(w-c^*)s] + (E_p w - c^*)^2"
+                    " E_p|s|^2",
+                    "this is the parabola of T7a at $c = E_p[w]$",
                     _parabola,
                 ),
             ),
             identities=(
                 Identity(
                     "over every group",
-                    r"G\,\mathrm{tr\,Var}[\hat g] = \mathrm{tr\,Var}[(w - E_p w)s] + "
-                    r"\tfrac{1}{G-1}(\mathrm{Var}_p(w)\,E_p|s|^2 + |E_p[w s]|^2)",
+                    r"G\,\mathrm{tr}\,\mathrm{Var}[\hat g] = \mathrm{tr}\,\mathrm{Var}[(w - E_p w)s] +"
+                    r" \tfrac{1}{G-1}(\mathrm{Var}_p(w)\,E_p|s|^2 + |E_p[w s]|^2)",
                     _check_variance,
                     _claimed,
                     {
@@ -154,8 +166,8 @@ def theorems() -> list[Theorem]:
                 ),
                 Identity(
                     "the group's own mean",
-                    r"\hat g_{\mathrm{mean}} = \tfrac{G-1}{G}\,\hat g:\ "
-                    r"\mathrm{tr\,Var} = \tfrac{(G-1)^2}{G^2}\,\mathrm{tr\,Var}[\hat g]",
+                    r"\hat g_{\mathrm{mean}} = \tfrac{G-1}{G}\,\hat g:\ \mathrm{tr}\,\mathrm{Var}[\hat"
+                    r" g_{\mathrm{mean}}] = \tfrac{(G-1)^2}{G^2}\,\mathrm{tr}\,\mathrm{Var}[\hat g]",
                     _check_group_mean,
                     lambda size: Fraction(size - 1, size) ** 2,
                     {
@@ -167,7 +179,7 @@ def theorems() -> list[Theorem]:
                 ),
                 Identity(
                     "the library's leave-one-out as a black box",
-                    r"\text{in closed form and over every group}",
+                    r"G\,\mathrm{tr}\,\mathrm{Var}[\hat g] \text{ in closed form and over every group}",
                     _check_library,
                     "leave_one_out",
                     {"the best constant": "sampled", "the centred constant": "centred"},

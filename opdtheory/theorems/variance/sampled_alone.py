@@ -58,60 +58,76 @@ def theorems() -> list[Theorem]:
         Theorem(
             number="T19",
             name="the least variance of a sampled token alone",
-            statement=r"\big(\forall p, q:\ E_p[A(y, p_y, q_y)\,s_y] = E_p[w_f(u)\,s]\big) \iff A = w_f(q_y/p_y) - c; "
-            r"\qquad \mathrm{tr\,Var}(c) = \mathrm{tr\,Var}(c^*) + (c - c^*)^2 E_p|s|^2,\quad "
-            r"c^* = \frac{E_p[w|s|^2]}{E_p|s|^2},\quad "
-            r"\mathrm{tr\,Var}(0) - \mathrm{tr\,Var}(c^*) = \frac{E_p[w|s|^2]^2}{E_p|s|^2}; \qquad "
-            r"\text{no } c \text{ is } c^* \text{ for all } p, q",
+            meaning=(
+                "Say that a loss knows nothing but the student's and the teacher's log-probability of the sampled"
+                " token. The only weights that are unbiased for all students and teachers are then that of T1 less a"
+                " constant $c$. The variance is a parabola in $c$, and its lowest point $c^*$ depends on both whole"
+                " distributions, so no one constant is the best for all of them."
+            ),
+            statement=(
+                r"\big(\forall p, q:\ E_p[A(y, p_y, q_y)\,s_y] = E_p[w_f(u)\,s]\big) \iff A = w_f(q_y/p_y) - c;\quad"
+                r" \mathrm{tr}\,\mathrm{Var}(c) = \mathrm{tr}\,\mathrm{Var}(c^*) + (c - c^*)^2 E_p|s|^2;\quad c^* ="
+                r" \frac{E_p[w|s|^2]}{E_p|s|^2};\quad \mathrm{tr}\,\mathrm{Var}(0) - \mathrm{tr}\,\mathrm{Var}(c^*) ="
+                r" \frac{E_p[w|s|^2]^2}{E_p|s|^2};\quad \text{no } c \text{ is } c^* \text{ for all } p, q"
+            ),
             hypotheses=(
-                "the loss is a function of the sampled token, log p_y and log q_y, so that its gradient is a weight "
-                "times the score s_y",
-                "three or more tokens, all laws that give each a positive probability; scores in the logits",
-                "c may depend on the history, not on the token; on two tokens there are other weights",
-                "the variance: scores in any parameters, |s|² in any metric",
-                "the last claim: w_f not constant, and bounded near 1",
+                r"the loss is a function of the sampled token $y$, $\log p_y$ and $\log q_y$, so that its gradient is"
+                " a weight $A$ times the score $s_y$",
+                "there are three or more tokens, $p$ and $q$ are any distributions that give each a positive"
+                " probability, and the scores are taken in the logits",
+                "$c$ may depend on the history, but not on the token; on two tokens there are other weights",
+                r"$\mathrm{tr}\,\mathrm{Var}(c)$ is the trace of the covariance of $(w - c)\,s$, in which the scores"
+                " may be taken in any parameters and $|s|^2$ in any metric",
+                "for the last claim, $w_f$ is not constant, and it is bounded near 1",
             ),
             source="the parabola is T7a's; the rest derived here",
-            advice="With the sampled token alone, the constant is all that you can choose. The best one takes both "
-            "whole distributions; the centred weight w_f(u) - w_f(1) is the only fixed choice without variance at the "
-            "teacher.",
+            advice=(
+                "With the sampled token alone, the constant is all that you can choose. The best one takes both whole"
+                " distributions; the centred weight $w_f(u) - w_f(1)$ is the only fixed choice without variance at"
+                " the teacher."
+            ),
             derivation=(
                 Step(
                     r"\partial_\theta\,\ell(\log p_y) = \ell'(\log p_y)\,s_y",
-                    "the chain rule: a loss of the sampled token's log-probabilities is a weight on its score",
+                    "by the chain rule, the gradient of a loss of the sampled token's log-probabilities is a weight"
+                    " on the token's score",
                     _chain_rule,
                 ),
                 Step(
                     r"E_p[B s] = 0 \iff B_a = B_b \text{ for all tokens } a, b",
-                    "B = A - w_f; a softmax row's gradient is p_a (B_a - E_p B); shown here for three tokens",
+                    "write $B = A - w_f$ for what is added to the exact weight. Up to its sign, the gradient of a"
+                    " softmax row is $p_a (B_a - E_p B)$ in the logits, which vanishes exactly if $B$ is the same at"
+                    " all tokens; sympy shows it for three",
                     _level,
                 ),
                 Step(
                     r"B_a(x, y) = B_b(\epsilon, \delta) = B_a(x', y')",
-                    "three tokens: two of them may have any probabilities that leave some to the third, and small "
-                    "enough epsilon and delta go with (x, y) and with (x', y'); so B is one constant for all tokens. "
-                    "On two tokens p_b = 1 - p_a, and B_a(x, y) = B_b(1 - x, 1 - y) is all that is asked.",
+                    "write $B_a(x, y)$ for its value at token $a$ with $p_a = x$ and $q_a = y$. Of three tokens, two"
+                    r" may have any probabilities that leave some to the third, and small enough $\epsilon$ and"
+                    r" $\delta$ go with $(x, y)$ and with $(x', y')$; so $B$ is one constant for all tokens. On two"
+                    " tokens $p_b = 1 - p_a$, and $B_a(x, y) = B_b(1 - x, 1 - y)$ is all that is asked",
                     lambda: freedom(3, 0) == 1,
                     in_words=True,
                 ),
                 Step(
                     r"E_p[(w-c)^2|s|^2] = E_p[(w-c^*)^2|s|^2] + (c-c^*)^2 E_p|s|^2",
-                    "complete the square, |s|² being any positive numbers; c = 0 gives the saving",
+                    "complete the square in $c$; the squared scores $|s|^2$ may be any positive numbers, so the"
+                    " metric does not matter. The value at $c = 0$ gives the saving",
                     _parabola,
                 ),
                 Step(
                     r"p = (\epsilon,\ 1 - \epsilon - \epsilon^2,\ \epsilon^2):\quad "
                     r"\lim_{\epsilon\to0} c^* = w(u_1)",
-                    "the token that is almost certain has almost no score, so one rare token decides; its ratio may "
-                    "be anything while the others' stay near one",
+                    "the token that is almost certain has almost no score, so the first token, which is rare,"
+                    " decides. Its ratio $u_1$ may be anything while the ratios of the others stay near one",
                     _rare_token_decides,
                 ),
             ),
             identities=(
                 Identity(
                     "how much freedom",
-                    r"\dim\{B:\ E_p[B s] = 0\ \forall p, q\} = 1 \text{ on three and four tokens, } "
-                    r"\text{as many as pairs of laws on two}",
+                    r"\dim\{B:\ E_p[B s] = 0\ \forall p, q\} = 1 \text{ on three and four tokens, } \text{as many as"
+                    " pairs of distributions on two}",
                     _check_freedom,
                     lambda size, count: 1 if size > 2 else count,
                     {
@@ -137,7 +153,7 @@ def theorems() -> list[Theorem]:
                 ),
                 Identity(
                     "the best constant in any parameters",
-                    r"\mathrm{tr\,Var}(c^* + 1) = \mathrm{tr\,Var}(c^* - 1)",
+                    r"\mathrm{tr}\,\mathrm{Var}(c^* + 1) = \mathrm{tr}\,\mathrm{Var}(c^* - 1)",
                     _check_best,
                     lambda p, w, norms: _best(p, w, norms),
                     {
@@ -149,7 +165,7 @@ def theorems() -> list[Theorem]:
                 ),
                 Identity(
                     "what it saves",
-                    r"\mathrm{tr\,Var}(0) - \mathrm{tr\,Var}(c^*) = E_p[w|s|^2]^2 / E_p|s|^2",
+                    r"\mathrm{tr}\,\mathrm{Var}(0) - \mathrm{tr}\,\mathrm{Var}(c^*) = E_p[w|s|^2]^2 / E_p|s|^2",
                     _check_saving,
                     lambda p, w, norms: _best(p, w, norms) ** 2 * expectation(p, norms),
                     {
@@ -173,7 +189,7 @@ def theorems() -> list[Theorem]:
                 ),
                 Identity(
                     "the library's optimal baseline as a black box",
-                    r"\mathrm{tr\,Var}(c^*) \text{ in closed form and over every token}",
+                    r"\mathrm{tr}\,\mathrm{Var}(c^*) \text{ in closed form and over every token}",
                     _check_library,
                     "sampled",
                     {"the centred constant": "centred", "by leave-one-out": "leave_one_out"},
