@@ -7,7 +7,20 @@ from pathlib import Path
 
 from opdtheory.choices import VERDICTS
 from opdtheory.end_to_end.report import TrainerAudit
-from opdtheory.rendering.html import cosine, document, number, plain_text, rows_of, section, sentence, table
+from opdtheory.rendering.html import (
+    bullets,
+    cosine,
+    document,
+    facts,
+    number,
+    plain_text,
+    prose,
+    rows_of,
+    save_page,
+    section,
+    sentence,
+    table,
+)
 from opdtheory.rendering.text import percent
 from opdtheory.version import __version__
 
@@ -16,10 +29,7 @@ __all__ = ["render_trainer_audit", "write_trainer_audit"]
 
 def write_trainer_audit(report: TrainerAudit, path: Path) -> Path:
     """Write the page of an audit, creating its folder if necessary, and return the path."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render_trainer_audit(report), encoding="utf-8")
-    return path
+    return save_page(render_trainer_audit(report), path)
 
 
 def render_trainer_audit(report: TrainerAudit) -> str:
@@ -33,11 +43,11 @@ def render_trainer_audit(report: TrainerAudit) -> str:
         lead = "In the main setting it does what it claims, in another one it does not."
     sections = (
         _facts(report),
-        section("Findings", f"<ul>{''.join(f'<li>{escape(each)}</li>' for each in report.words)}</ul>"),
+        section("Findings", bullets(map(prose, report.words))),
         section("Where the gradient falls", _where(report)),
         section("In other settings", _variants(report)) if report.variants else "",
         section("Settings", rows_of(_settings(report))),
-        section("What was not asked", f"<ul>{''.join(f'<li>{escape(each)}</li>' for each in report.limits)}</ul>"),
+        section("What was not asked", bullets(map(prose, report.limits))),
     )
     foot = (
         f"opdtheory {escape(__version__)}. {escape(played)} in {report.seconds:.1f} s.\n"
@@ -47,14 +57,15 @@ def render_trainer_audit(report: TrainerAudit) -> str:
 
 
 def _facts(report: TrainerAudit) -> str:
-    facts = [
-        ("claimed", escape(f"{report.claim.label} ({report.claim.granularity})")),
-        ("follows", escape(report.descends or "nothing that we can name")),
-        ("off by, at best scale", number(report.error)),
-        ("cosine", cosine(report.cosine)),
-        ("best scale", number(report.scale)),
-    ]
-    return "<dl class='facts'>" + "".join(f"<div><dt>{k}</dt><dd>{v}</dd></div>" for k, v in facts) + "</dl>"
+    return facts(
+        [
+            ("claimed", escape(f"{report.claim.label} ({report.claim.granularity})")),
+            ("follows", escape(report.descends or "nothing that we can name")),
+            ("off by, at best scale", number(report.error)),
+            ("cosine", cosine(report.cosine)),
+            ("best scale", number(report.scale)),
+        ]
+    )
 
 
 def _settings(report: TrainerAudit) -> list[tuple[str, str]]:
@@ -63,10 +74,12 @@ def _settings(report: TrainerAudit) -> list[tuple[str, str]]:
 
 def _where(report: TrainerAudit) -> str:
     rows = [(escape(kind), percent(share)) for kind, share in report.where.items()]
-    return table(("gradient at", "share of its squared length"), rows, "Where the gradient falls", numbers=(1,))
+    about = "Shares of the gradient's squared length, by kind of prefix."
+    return table(("gradient at", "share of its squared length"), rows, about, numbers=(1,))
 
 
 def _variants(report: TrainerAudit) -> str:
-    rows = [tuple(map(escape, (*each.cells, each.words))) for each in report.variants]
+    rows = [tuple(map(prose, (*each.cells, each.words))) for each in report.variants]
     header = ("setting", "error at best scale", "scale over the main one", "", "what changes")
-    return table(header, rows, "The trainer in other settings", numbers=(1, 2))
+    about = "The same claim beside the main setting: its error there, and its scale relative to the main one."
+    return table(header, rows, about, numbers=(1, 2))

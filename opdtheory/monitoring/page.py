@@ -5,11 +5,22 @@ from __future__ import annotations
 from html import escape
 from pathlib import Path
 
-from opdtheory.monitoring.figures import Figure, figures
+from opdtheory.monitoring.figures import figures
 from opdtheory.monitoring.report import ZOO_COLUMNS, Diagnosis, cells
 from opdtheory.monitoring.sums import Number
 from opdtheory.monitoring.terminal import TONES
-from opdtheory.rendering.html import document, number, prose, rows_of, section, table
+from opdtheory.rendering.html import (
+    bullets,
+    document,
+    facts,
+    figure,
+    number,
+    prose,
+    rows_of,
+    save_page,
+    section,
+    table,
+)
 from opdtheory.version import __version__
 
 __all__ = ["render_diagnosis", "write_diagnosis"]
@@ -17,28 +28,21 @@ __all__ = ["render_diagnosis", "write_diagnosis"]
 
 def write_diagnosis(found: Diagnosis, path: Path) -> Path:
     """Write the page of a diagnosis, creating its folder if necessary, and return the path."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render_diagnosis(found), encoding="utf-8")
-    return path
+    return save_page(render_diagnosis(found), path)
 
 
 def render_diagnosis(found: Diagnosis) -> str:
     """The page as HTML: the verdict, the findings, figures, other estimators on the same tokens, and limits."""
-    try:
-        drawn = figures(found)
-    except ImportError:
-        drawn = []
     lead = f"<p class='lead'>{prose(found.headline)}.</p>"
     for each in found.warnings[:1]:
         lead += f"<p>{prose(each.sentence)} {prose(each.remedy)}</p>"
     sections = (
         _facts(found),
         section("Findings", _findings(found)),
-        section("Figures", _figures(drawn)) if drawn else "",
+        section("Figures", _figures(found)),
         section("Other estimators on these tokens", _zoo(found)),
         section("The tokens", rows_of(_tokens(found))),
-        section("What these tokens cannot say", _list(found.limits)),
+        section("What these tokens cannot say", bullets(map(prose, found.limits))),
     )
     return document(
         "Diagnosis of a run",
@@ -54,16 +58,16 @@ def render_diagnosis(found: Diagnosis) -> str:
 def _facts(found: Diagnosis) -> str:
     foreseen = "–" if found.first_warning is None else f"step {found.first_warning}"
     falls = found.steps[0].metrics["opd/falls"] if found.steps else found.setting.measured.falls.value
-    facts = {
-        "Tokens": f"{found.tokens:,}",
-        "Rollouts": f"{found.evidence.rollouts:,}",
-        "Steps": str(len(found.steps)) if found.steps else "–",
-        "KL(p|q), nats a token": number(found.reverse_kl.value),
-        "Weight falls on": f"{100 * falls:.2g} %{' at first' if found.steps else ''}",
-        "Collapse foreseen": foreseen,
-    }
-    shown = "".join(f"<div><dt>{escape(key)}</dt><dd>{value}</dd></div>" for key, value in facts.items())
-    return f"<dl class='facts'>{shown}</dl>"
+    return facts(
+        [
+            ("tokens", f"{found.tokens:,}"),
+            ("rollouts", f"{found.evidence.rollouts:,}"),
+            ("steps", str(len(found.steps)) if found.steps else "–"),
+            ("KL(p|q), nats a token", number(found.reverse_kl.value)),
+            ("weight falls on", f"{100 * falls:.2g} %{' at first' if found.steps else ''}"),
+            ("collapse foreseen", foreseen),
+        ]
+    )
 
 
 def _findings(found: Diagnosis) -> str:
@@ -81,7 +85,7 @@ def _findings(found: Diagnosis) -> str:
             )
         )
     head = ("level", "finding", "number", "of what", "theorem")
-    return table(head, rows, "Everything that was found, warnings first; intervals hold at 99.9 %")
+    return table(head, rows, "Everything that was found, warnings first; intervals hold at 99.9 %.")
 
 
 def _interval(given: Number) -> str:
@@ -90,12 +94,12 @@ def _interval(given: Number) -> str:
     return f"{number(given.value)} [{number(given.low)}, {number(given.high)}]"
 
 
-def _figures(drawn: list[Figure]) -> str:
-    parts = [
-        f"<figure role='img' aria-label='{escape(each.alt, quote=True)}'><h3>{escape(each.title)}</h3>{each.svg}"
-        f"<figcaption>{escape(each.alt)}</figcaption></figure>"
-        for each in drawn
-    ]
+def _figures(found: Diagnosis) -> str:
+    try:
+        drawn = figures(found)
+    except ImportError:
+        return "<p class='note'>No figures: install the extra <code>opdtheory[plots]</code>.</p>"
+    parts = (figure(each.title, each.alt, each.svg, each.alt[:1].upper() + each.alt[1:]) for each in drawn)
     return f"<div class='figures'>{''.join(parts)}</div>"
 
 
@@ -121,7 +125,3 @@ def _tokens(found: Diagnosis) -> list[tuple[str, str]]:
     rows.append(("KL(p|q), nats a token", _interval(found.reverse_kl)))
     rows.append(("tokens of one step", f"{found.batch_tokens:,.0f}"))
     return rows + [("left out", escape(each)) for each in found.left_out]
-
-
-def _list(items: tuple[str, ...]) -> str:
-    return f"<ul>{''.join(f'<li>{prose(each)}</li>' for each in items)}</ul>"

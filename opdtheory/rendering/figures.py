@@ -59,13 +59,14 @@ def drawing() -> Iterator[None]:
         yield
 
 
-def sheet() -> tuple[Any, Any]:
-    """A figure and its axis, without a background."""
+def sheet(small: bool = False) -> tuple[Any, Any]:
+    """A figure and its axis, without a background; a small one has no room for the names of its axes."""
     # Not pyplot: no global state, and no display.
     from matplotlib.figure import Figure as Sheet
 
-    drawn = Sheet(figsize=(4.5, 3.0))
-    drawn.subplots_adjust(left=0.125, right=0.97, bottom=0.17, top=0.9)
+    drawn = Sheet(figsize=(2.2, 1.5) if small else (4.5, 3.0))
+    left, bottom, top = (0.2, 0.19, 0.95) if small else (0.125, 0.17, 0.9)
+    drawn.subplots_adjust(left=left, right=0.97, bottom=bottom, top=top)
     drawn.patch.set_alpha(0.0)
     axis = drawn.subplots()
     axis.patch.set_alpha(0.0)

@@ -1,4 +1,4 @@
-"""HTML tables and lists; numbers, formulas and prose as in print."""
+"""A page and its parts as HTML: sections, tables, lists; numbers, formulas and prose as in print."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from html import escape
+from pathlib import Path
 
 from opdtheory.rendering.style import CONTENT_POLICY, STYLE
 
 __all__ = [
     "aligned",
     "breakable",
+    "bullets",
     "cosine",
     "document",
+    "facts",
+    "figure",
     "formula",
     "number",
     "plain_text",
@@ -23,16 +27,28 @@ __all__ = [
     "sentence",
     "table",
     "verdict_words",
+    "save_page",
     "yes_or_no",
 ]
 
+# A narrow page shows a table with more columns than this as one card a row, unless it is all numbers.
+_NARROW = 3
+
+
+def save_page(page: str, path: Path) -> Path:
+    """Write a page, creating its folder if necessary, and return the path."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="utf-8")
+    return path
+
 
 def document(kicker: str, name: str, verdict: str, tone: str, lead: str, sections: Iterable[str], foot: str) -> str:
-    """A page of an audit: one self-contained file, without scripts and without requests.
+    """A page: one self-contained file, without scripts and without requests.
 
     Args:
-        kicker: what is audited, above the name.
-        name: of what is audited.
+        kicker: what the page is, above the name.
+        name: of what it is about.
         verdict: in words.
         tone: `good`, `bad` or `open`.
         lead: paragraphs below the verdict, HTML.
@@ -66,24 +82,51 @@ def document(kicker: str, name: str, verdict: str, tone: str, lead: str, section
 """
 
 
-def section(title: str, body: str) -> str:
-    """A section with a heading; the body is HTML."""
-    return f"<section><h2>{escape(title)}</h2>{body}</section>"
+def section(title: str, body: str, name: str = "") -> str:
+    """A section with a heading; the body is HTML, and `name` is what links to it say."""
+    return f"<section{f' id={name!r}' if name else ''}><h2>{escape(title)}</h2>{body}</section>"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], caption: str, numbers: Sequence[int] = ()) -> str:
-    """A table that scrolls by itself on a narrow page; the cells are HTML."""
+    """A table under its caption; the cells are HTML.
 
-    def cell(tag: str, i: int, text: str, scope: str = "") -> str:
-        return f"<{tag}{scope}{' class=number' if i in numbers else ''}>{text}</{tag}>"
+    On a narrow page a row of a wide table is a card, and a table of numbers scrolls by itself beside its first column.
+    """
+    cards = _NARROW < len(header) and len(numbers) + 1 < len(header)
+
+    def cell(tag: str, i: int, text: str, more: str = "") -> str:
+        return f"<{tag}{more}{' class=number' if i in numbers else ''}>{text}</{tag}>"
+
+    def named(i: int) -> str:
+        return f" data-label='{escape(header[i], quote=True)}'" if cards and i and header[i] else ""
 
     head = "".join(
         cell("th", i, escape(text), " scope='col'") if text else "<td></td>" for i, text in enumerate(header)
     )
-    body = "".join(f"<tr>{''.join(cell('td', i, text) for i, text in enumerate(row))}</tr>" for row in rows)
+    body = "".join(f"<tr>{''.join(cell('td', i, text, named(i)) for i, text in enumerate(row))}</tr>" for row in rows)
     return (
-        f"<div class='scroll' tabindex='0' role='region' aria-label='{escape(caption, quote=True)}'><table>"
-        f"<caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+        f"<figure class='table'><figcaption>{escape(caption)}</figcaption>"
+        f"<div class='scroll' tabindex='0' role='region' aria-label='{escape(caption, quote=True)}'>"
+        f"<table{' class=cards' if cards else ''}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        "</div></figure>"
+    )
+
+
+def facts(pairs: Iterable[tuple[str, str]]) -> str:
+    """The few facts at the top of a page; the values are HTML."""
+    return f"<dl class='facts'>{''.join(f'<div><dt>{escape(k)}</dt><dd>{v}</dd></div>' for k, v in pairs)}</dl>"
+
+
+def bullets(items: Iterable[str]) -> str:
+    """A list of HTML."""
+    return f"<ul>{''.join(f'<li>{each}</li>' for each in items)}</ul>"
+
+
+def figure(title: str, alt: str, svg: str, caption: str) -> str:
+    """A figure with its heading, its description for readers who do not see it, and its caption."""
+    return (
+        f"<figure><h3>{escape(title)}</h3><div role='img' aria-label='{escape(alt, quote=True)}'>{svg}</div>"
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
 
 
@@ -160,7 +203,7 @@ def breakable(name: str) -> str:
 
 
 def formula(text: object) -> str:
-    """A sympy expression of `u` as HTML, with products without stars and plain powers raised."""
+    """A sympy expression of `u` as HTML, without stars and with plain powers raised; lines end between terms."""
     if not text:
         return ""
     shown = escape(str(text)).replace("-", "−")
@@ -169,4 +212,10 @@ def formula(text: object) -> str:
         # A power of more than a number stays as it is.
         return f"<code>{escape(str(text))}</code>"
     shown = re.sub(r"(?<![A-Za-z])u(?![A-Za-z])", "<var>u</var>", shown)
-    return f"<span class='formula'>{shown.replace('*', ' ')}</span>"
+    terms = re.split(r" (?=[+−] )", shown.replace("*", "\u202f"))
+    depth, whole = 0, [""]
+    for term in terms:
+        # A sign within brackets starts no term.
+        whole[-1:] = [f"{whole[-1]} {term}".strip()] if depth or not whole[-1] else [whole[-1], term]
+        depth += term.count("(") - term.count(")")
+    return f"<span class='formula'>{' '.join(f'<span class=term>{term}</span>' for term in whole)}</span>"

@@ -2,18 +2,18 @@ r"""Formulas in LaTeX as MathML, which browsers typeset without a script, a font
 
 `<math>` does not break over lines. A formula is therefore written as one element per term, so that a line may end
 before a relation or a sign, first between the outermost terms and only then within brackets. Words inside
-`\text{...}` are ordinary text.
+`\text{...}` are ordinary text. What cannot be read stays LaTeX in `<code>`. `rendering.style.FORMULAS` has the rules.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from functools import lru_cache
 from html import escape
+from importlib.util import find_spec
 from xml.etree import ElementTree
 
-__all__ = ["display", "inline", "lines_of", "typeset"]
+__all__ = ["can_typeset", "display", "inline", "lines_of", "typeset"]
 
 _FORMULA = re.compile(r"(?<!\\)\$([^$]+)(?<!\\)\$")
 # Where one line of a display ends: after a semicolon between two statements.
@@ -23,6 +23,11 @@ _RELATIONS = frozenset("=≠<>≤≥≡≈≃∼∝∈∉⊂⊆→←↔↦⇒�
 _SIGNS = frozenset("+−-±·⋅×∕")
 _SEPARATORS = frozenset(",;:")
 _THIN = "0.167em"
+
+
+def can_typeset() -> bool:
+    """Whether `latex2mathml` is installed; without it formulas stand as LaTeX."""
+    return find_spec("latex2mathml") is not None
 
 
 def inline(latex: str) -> str:
@@ -56,24 +61,42 @@ def lines_of(latex: str) -> list[str]:
     return [line.strip() for line in (*lines, latex[start:]) if line.strip()]
 
 
-@lru_cache(maxsize=4096)
 def _shown(latex: str, shown_large: bool) -> str:
+    shown = _converted(latex, shown_large) if can_typeset() else None
+    return f"<code>{escape(latex, quote=False)}</code>" if shown is None else f"<span class='formula'>{shown}</span>"
+
+
+@lru_cache(maxsize=4096)
+def _converted(latex: str, shown_large: bool) -> str | None:
+    """The terms of a formula as HTML; None if it cannot be read."""
+    from latex2mathml.converter import convert
+
+    if not _is_balanced(latex):
+        return None
     try:
-        from latex2mathml.converter import convert
-    except ImportError:
-        return f"<code>{escape(latex)}</code>"
-    # The converter knows the signs and not, after \\big, the names.
-    source = convert(re.sub(r"\\vert(?![a-z])", "|", re.sub(r"\\Vert(?![a-z])", r"\\|", latex)))
-    source = re.sub(r' xmlns="[^"]*"', "", source)
-    # The words of \\text come out as they are.
-    source = re.sub(r"(?<=<mtext>).*?(?=</mtext>)", lambda words: re.sub(r"&(?!#)", "&amp;", words[0]), source)
-    source = re.sub(r"<(?![/\w])", "&lt;", source)
-    try:
-        root = ElementTree.fromstring(source)
-    except ElementTree.ParseError as error:
-        raise ValueError(f"the formula must be LaTeX mathematics, got {latex!r}") from error
+        # The converter knows the signs and not, after \big, the names.
+        source = convert(re.sub(r"\\vert(?![a-z])", "|", re.sub(r"\\Vert(?![a-z])", r"\\|", latex)))
+        source = re.sub(r' xmlns="[^"]*"', "", source)
+        # The words of \text come out as they are.
+        source = re.sub(r"(?<=<mtext>).*?(?=</mtext>)", lambda words: re.sub(r"&(?!#)", "&amp;", words[0]), source)
+        root = ElementTree.fromstring(re.sub(r"<(?![/\w])", "&lt;", source))
+    except Exception:  # every mistake has an exception of its own, and they share no class
+        return None
     _tidy(root)
-    return f"<span class='formula'>{''.join(_terms(_flat(root), shown_large))}</span>"
+    # A command that is unknown comes back as its name.
+    if any("\\" in (element.text or "") for element in root.iter()):
+        return None
+    return "<wbr>".join(_terms(_flat(root), shown_large))
+
+
+def _is_balanced(latex: str) -> bool:
+    """Whether braces are; the conversion overlooks it."""
+    depth = 0
+    for brace in re.findall(r"[{}]", re.sub(r"\\.", "", latex)):
+        depth += 1 if brace == "{" else -1
+        if depth < 0:
+            return False
+    return depth == 0
 
 
 # What the conversion leaves to mend.
@@ -82,7 +105,7 @@ _LIMITS = {"msub": "munder", "msup": "mover", "msubsup": "munderover"}
 
 
 def _tidy(element: ElementTree.Element) -> None:
-    """Join upright letters to a name, space the names of functions, and make arrows operators."""
+    """Join upright letters to names, space those of functions, tell signs from differences, make arrows operators."""
     for child in element:
         _tidy(child)
     letters = [child.text or "" for child in element if child.tag == "mi" and child.get("mathvariant") == "normal"]
@@ -91,10 +114,16 @@ def _tidy(element: ElementTree.Element) -> None:
         element.tag, element.text = "mi", "".join(letters)
     if element.tag == "mi" and element.text and ("←" <= element.text <= "⇿" or "⟰" <= element.text <= "⟿"):
         element.tag = "mo"
+    if element.tag == "mtext" and element.text:
+        element.text = re.sub(r"\\([_&%#${}])", r"\1", element.text)
+    if element.tag == "mo" and not element.attrib and len(element.text or "") > 1 and (element.text or "").isalpha():
+        element.tag = "mi"
     if element.tag in _LIMITS and element[0].tag == "mo" and element[0].text in ("∑", "∏"):
         element.tag = _LIMITS[element.tag]
     children = list(element)
     for before, after in zip(children, children[1:], strict=False):
+        if after.tag == "mo" and after.text in ("+", "−", "-", "±") and not _ends_term(before):
+            after.set("form", "prefix")
         if (_names(before) and not _opens(after) and after.tag not in ("mo", "mspace")) or (
             _names(after) and before.tag in ("mi", "mn", "msub", "msup", "msubsup", "mfrac", "mrow", "mstyle")
         ):
@@ -109,6 +138,8 @@ def _names(element: ElementTree.Element) -> bool:
 
 
 def _opens(element: ElementTree.Element) -> bool:
+    while element.tag in ("mrow", "mstyle") and len(element):
+        element = element[0]
     return element.tag == "mo" and (element.text or "") in _OPEN
 
 
@@ -138,17 +169,18 @@ def _styled(part: ElementTree.Element, attributes: dict[str, str]) -> ElementTre
     return wrapped
 
 
-def _terms(parts: _Parts, shown_large: bool) -> Iterator[str]:
+def _terms(parts: _Parts, shown_large: bool) -> list[str]:
     """The outermost terms as HTML, each made of shorter ones if there is a place within its brackets to end a line."""
+    shown = []
     for i, term in enumerate(_split(parts, within=False)):
         if _is_prose(term[0]):
             # The conversion writes spaces that do not break.
-            yield escape((term[0].text or "").replace("\xa0", " "), quote=False)
+            shown.append(escape((term[0].text or "").replace("\xa0", " "), quote=False))
             continue
         pieces = _split(term, within=True)
         texts = [_element(piece, shown_large, first=i == j == 0) for j, piece in enumerate(pieces)]
-        yield texts[0] if len(texts) == 1 else f"<span class='term'>{'<wbr>'.join(texts)}</span>"
-        yield "<wbr>"
+        shown.append(texts[0] if len(texts) == 1 else f"<span class='term'>{'<wbr>'.join(texts)}</span>")
+    return shown
 
 
 def _split(parts: _Parts, within: bool) -> list[_Parts]:
@@ -157,21 +189,30 @@ def _split(parts: _Parts, within: bool) -> list[_Parts]:
     depth = 0
     for part in parts:
         sign = (part.text or "") if part.tag == "mo" else ""
-        depth -= sign in _CLOSE
+        depth -= _bracket(part) in _CLOSE
         alone, free = _is_prose(part) and depth == 0, within or depth == 0
         if terms[-1] and (alone or (free and _starts_term(sign, terms[-1][-1]))):
             terms.append([])
         terms[-1].append(part)
-        depth += sign in _OPEN
+        depth += _bracket(part) in _OPEN
         if alone or (free and (sign in _SEPARATORS or _is_wide(part))):
             terms.append([])
     return [term for term in terms if term]
 
 
+def _bracket(part: ElementTree.Element) -> str:
+    """The sign of an operator, also of one with a power, as of the bracket in `(a + b)^2`."""
+    base = part[0] if part.tag in ("msub", "msup", "msubsup") and len(part) else part
+    return (base.text or "") if base.tag == "mo" else ""
+
+
 def _starts_term(sign: str, before: ElementTree.Element) -> bool:
+    return sign in _RELATIONS or (sign in _SIGNS and _ends_term(before))
+
+
+def _ends_term(before: ElementTree.Element) -> bool:
     # A sign that follows an operator or an opening bracket belongs to its number.
-    infix = before.tag != "mo" or (before.text or "") in _CLOSE | {"!", "′", "|"}
-    return sign in _RELATIONS or (sign in _SIGNS and infix)
+    return before.tag != "mo" or (before.text or "") in _CLOSE | {"!", "′", "|", "…", "⋯", "∞"}
 
 
 def _is_prose(part: ElementTree.Element) -> bool:

@@ -1,4 +1,4 @@
-"""The style sheet of an audit's page, with a light and a dark palette."""
+"""The style sheet of all pages, with a light and a dark palette, and its rules for formulas."""
 
 from __future__ import annotations
 
@@ -33,36 +33,37 @@ DARK = {
 }
 
 
-# A line of a formula ends between its outermost terms first, and only then within one.
-FORMULAS = """
-math { font-family: "STIX Two Math", "Latin Modern Math", "Cambria Math", math; white-space: nowrap; }
-.formula .term { display: inline-block; }
-.formula-display { margin: .9em 0; }
-.formula-line { text-align: center; line-height: 2; margin: .3em 0; }
-"""
-
-
 def _variables(palette: dict[str, str]) -> str:
     return " ".join(f"--{name}: {colour};" for name, colour in palette.items())
 
 
+# What `rendering.mathematics` writes. A line ends between outermost terms first, as each is a box, then within one.
+FORMULAS = """
+math { font-family: "STIX Two Math", "Latin Modern Math", "Cambria Math", math; white-space: nowrap; }
+.formula { font-size: 1.08em; } .formula .term { display: inline-block; max-width: 100%; }
+.formula-display { margin: .8rem 0; }
+.formula-line { text-align: center; line-height: 2; margin: .35rem 0; overflow-x: auto; overflow-y: hidden; }
+"""
+
+
 def palette() -> str:
-    """The colours as variables, for a light and for a dark page."""
+    """The colours as variables, for a light and for a dark page; in print they are light."""
     return f"""
 :root {{ color-scheme: light dark; {_variables(LIGHT)} }}
-@media (prefers-color-scheme: dark) {{ :root {{ {_variables(DARK)} }} }}
+@media screen and (prefers-color-scheme: dark) {{ :root {{ {_variables(DARK)} }} }}
 """
 
 
 STYLE = (
     palette()
+    + FORMULAS
     + """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); line-height: 1.55; font-size: 1.0625rem;
   font-family: Charter, "Bitstream Charter", "Sitka Text", Cambria, Georgia, serif; }
 main, footer { max-width: 62rem; margin: 0 auto; padding: 0 1.25rem; }
 header { padding-top: 2.75rem; }
-.kicker, h3, th, dt, summary, caption, .word, figure svg, footer {
+.kicker, h3, th, dt, summary, .table > figcaption, .word, figure svg, footer, nav, .mark {
   font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
 .kicker { margin: 0; font-size: .8rem; letter-spacing: .08em; text-transform: uppercase; color: var(--muted); }
 h1 { margin: .2rem 0 1.4rem; line-height: 1.25; font-weight: 600; font-size: clamp(1.35rem, 4.5vw, 2rem);
@@ -88,29 +89,59 @@ dt { color: var(--muted); font-size: .82rem; }
 .facts dd { font-size: 1.05rem; font-variant-numeric: tabular-nums lining-nums; }
 .rows > div { display: grid; grid-template-columns: minmax(9rem, 15rem) 1fr; gap: .1rem 1.2rem; padding: .32rem 0;
   border-bottom: 1px solid var(--rule); align-items: baseline; }
+.rows .formula-display { margin: 0; } .rows .formula-line { text-align: left; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 25rem), 1fr)); gap: 2rem 2.2rem; }
 figure { margin: 0; min-width: 0; } figure svg { display: block; width: 100%; height: auto; }
 figcaption { font-size: .9rem; line-height: 1.45; color: var(--muted); margin-top: .3rem; }
 .scroll { overflow-x: auto; } .scroll:focus-visible { outline: 2px solid var(--found); outline-offset: 2px; }
 table { border-collapse: collapse; width: 100%; font-size: .95rem; }
-caption { text-align: left; color: var(--muted); font-size: .85rem; padding-bottom: .5rem; }
+.table { margin: .8rem 0 0; } .table > figcaption { margin: 0 0 .5rem; font-size: .85rem; }
 th { text-align: left; font-size: .8rem; font-weight: 600; vertical-align: bottom;
   border-bottom: 1.5px solid var(--ink); }
 thead td { border-bottom: 1.5px solid var(--ink); }
 th, td { padding: .34rem 1.3rem .34rem 0; } th:last-child, td:last-child { padding-right: 0; }
 td:not(.number):not(:first-child) { min-width: 8.5rem; }
-td:last-child:not(.number):not(:first-child) { min-width: 14rem; }
 td { border-bottom: 1px solid var(--rule); vertical-align: top; }
+.scroll > :not(.cards) :is(th, td):first-child { position: sticky; left: 0; background: var(--paper); }
 .number { text-align: right; font-variant-numeric: tabular-nums lining-nums; white-space: nowrap; }
 th.number { white-space: normal; }
-details { margin-top: 1.4rem; } summary { cursor: pointer; font-size: .95rem; color: var(--found); }
+details { margin-top: .9rem; } summary { cursor: pointer; font-size: .95rem; color: var(--found); }
 details > * + * { margin-top: .7rem; }
-code { font-size: .9em; } .formula { font-size: 1.08em; } sup { line-height: 0; font-size: .72em; }
+a { color: var(--found); text-underline-offset: .15em; }
+:is(a, summary):focus-visible { outline: 2px solid var(--found); outline-offset: 2px; }
+code { font-size: .9em; overflow-wrap: anywhere; } sup { line-height: 0; font-size: .72em; }
 footer { color: var(--muted); font-size: .82rem; margin-top: 2.5rem; padding-bottom: 2.5rem; }
 footer p { max-width: none; border-top: 1px solid var(--rule); padding-top: .8rem; }
+.mark { font-size: .8rem; font-weight: 600; white-space: nowrap; }
+.contents { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 18rem), 1fr)); gap: 1.3rem 2rem; }
+.contents ul { list-style: none; padding: 0; margin: 0; font-size: .9rem; line-height: 1.4; }
+.contents li { margin: .22rem 0; padding-left: 3.1rem; text-indent: -3.1rem; }
+.contents li b { display: inline-block; min-width: 3.1rem; text-indent: 0; font-weight: 600; }
+.entry { padding: .4rem 0 1.5rem; scroll-margin-top: 1rem; }
+.entry + .entry { border-top: 1px solid var(--rule); padding-top: 1.4rem; }
+.entry h3 { font-size: 1.05rem; } .entry h3 .mark { margin-left: .5rem; }
+.entry .back { font-size: .82rem; } .entry > p { max-width: 46rem; }
+.steps { padding-left: 1.5rem; } .steps > li { margin: .9rem 0; } .steps > li > p { max-width: 46rem; margin: 0; }
+.multiples { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 9.5rem), 1fr)); gap: 1.1rem; }
+.multiples figcaption { overflow-wrap: anywhere; font-size: .8rem; line-height: 1.35; }
 @media (max-width: 34rem) {
   .rows > div { grid-template-columns: 1fr; } body { font-size: 1rem; } .lead { font-size: 1.15rem; }
+  .cards, .cards tbody, .cards tr, .cards td { display: block; }
+  .cards thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+  .cards tr { padding: .55rem 0; border-bottom: 1px solid var(--rule); }
+  .cards tr:first-child { border-top: 1.5px solid var(--ink); }
+  .cards :is(td, td:not(.number):not(:first-child)) { border: 0; padding: .08rem 0; min-width: 0; text-align: left;
+    white-space: normal; overflow-wrap: anywhere; }
+  .cards td:empty { display: none; }
+  .cards td[data-label]::before { content: attr(data-label) "\\2002"; font-size: .78rem; color: var(--muted);
+    font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
+  .cards td.number[data-label]::before { display: inline-block; width: 11rem; padding-right: .6rem; }
+  .steps { padding-left: 1.1rem; }
 }
-@media print { .scroll { overflow: visible; } details { display: block; } }
+@media print {
+  .scroll { overflow: visible; } .back { display: none; }
+  details::details-content { content-visibility: visible; display: block; }
+  figure, tr, .formula-line, .steps > li { break-inside: avoid; } h2, h3 { break-after: avoid; }
+}
 """
 )

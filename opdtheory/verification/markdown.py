@@ -8,9 +8,9 @@ from opdtheory.rendering.markdown import folded
 from opdtheory.rendering.mathematics import lines_of
 from opdtheory.theorems.theorem import IdentityResult, Theorem, TheoremResult
 
-__all__ = ["index", "page", "slug"]
+__all__ = ["HOW", "index", "named", "page", "slug"]
 
-_HOW = {
+HOW = {
     "symbolic": "symbolic",
     "exact": "exact, in fractions",
     "rigorous": "rigorous, by intervals",
@@ -73,7 +73,7 @@ def _counted(identities: list[IdentityResult]) -> str:
 def _checks(identities: list[IdentityResult]) -> str:
     lines = ["| check | claim | how | cases | largest error | tolerance |", "|---|---|---|---|---|---|"]
     lines += [
-        f"| {_named(r.name)} | {_in_cell(f'${r.statement}$')} | {_HOW[r.kind]} | {r.cases} | "
+        f"| {_cell(r.name)} | {_in_cell(f'${r.statement}$')} | {HOW[r.kind]} | {r.cases} | "
         f"{_number(r.error)} | {_number(r.tolerance)} |"
         for r in identities
     ]
@@ -83,9 +83,7 @@ def _checks(identities: list[IdentityResult]) -> str:
 def _twins(identities: list[IdentityResult]) -> str:
     lines = ["| check | false twin | off by |", "|---|---|---|"]
     lines += [
-        f"| {_named(r.name)} | {_named(twin)} | {_number(error)} |"
-        for r in identities
-        for twin, error in r.twins.items()
+        f"| {_cell(r.name)} | {_cell(twin)} | {_number(error)} |" for r in identities for twin, error in r.twins.items()
     ]
     return "\n".join(lines)
 
@@ -94,9 +92,13 @@ def _displayed(formula: str) -> str:
     return f"$$\n{formula}\n$$"
 
 
-def _named(name: str) -> str:
-    """A name in a cell of a table, in which words with an index or a power are formulas."""
-    return _INDEXED.sub(r"$\g<0>$", name).replace("|", r"\|")
+def named(name: str) -> str:
+    """A name in which words with an index or a power are formulas."""
+    return _INDEXED.sub(r"$\g<0>$", name)
+
+
+def _cell(name: str) -> str:
+    return named(name).replace("|", r"\|")
 
 
 def _in_cell(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -17,19 +18,24 @@ from opdtheory.choices import VERDICTS
 from opdtheory.divergences import Divergence
 from opdtheory.rendering.html import (
     aligned,
+    bullets,
     cosine,
     document,
+    facts,
+    figure,
     formula,
     number,
     plain_text,
     prose,
     rows_of,
+    save_page,
     section,
     sentence,
     table,
     verdict_words,
     yes_or_no,
 )
+from opdtheory.rendering.mathematics import can_typeset, display, inline
 from opdtheory.version import __version__
 
 __all__ = ["render_audit", "write_audit"]
@@ -66,10 +72,7 @@ def write_audit(report: Audit, path: Path, *, divergence: str | Divergence | Non
         path: path of the HTML file.
         divergence: as in `render_audit`.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render_audit(report, divergence=divergence), encoding="utf-8")
-    return path
+    return save_page(render_audit(report, divergence=divergence), path)
 
 
 def render_audit(report: Audit, *, divergence: str | Divergence | None = None) -> str:
@@ -104,7 +107,8 @@ def render_audit(report: Audit, *, divergence: str | Divergence | None = None) -
         _settings(record),
         _limits(report.limits),
     )
-    lead = f'<p class="lead">{sentence(VERDICTS.get(report.verdict, ""))}</p>\n<p>{escape(report.summary())}</p>'
+    summary = _worded(report.summary(), report.form)
+    lead = f'<p class="lead">{sentence(VERDICTS.get(report.verdict, ""))}</p>\n<p>{summary}</p>'
     foot = (
         f"opdtheory {escape(__version__)}. {report.evaluations:,} evaluations of the loss in {report.seconds:.1f} s.\n"
         f"{exactness} Log-ratios are in nats, u is teacher over student."
@@ -113,14 +117,15 @@ def render_audit(report: Audit, *, divergence: str | Divergence | None = None) -
 
 
 def _facts(report: Audit) -> str:
-    facts = [
-        ("claimed", escape(f"{report.objective} ({report.granularity})")),
-        ("follows", escape(_followed(report))),
-        ("relative bias", number(report.relative_bias)),
-        ("smallest cosine", cosine(report.cosine)),
-        ("best scale", number(report.scale)),
-    ]
-    return "<dl class='facts'>" + "".join(f"<div><dt>{k}</dt><dd>{v}</dd></div>" for k, v in facts) + "</dl>"
+    return facts(
+        [
+            ("claimed", escape(f"{report.objective} ({report.granularity})")),
+            ("follows", prose(_followed(report))),
+            ("relative bias", number(report.relative_bias)),
+            ("smallest cosine", cosine(report.cosine)),
+            ("best scale", number(report.scale)),
+        ]
+    )
 
 
 def _followed(report: Audit) -> str:
@@ -140,8 +145,8 @@ def _remedies(remedies: list[Remedy]) -> str:
         if remedy.verified:
             found = escape(verdict_words(remedy.verdict))
             checked = f"audited: {found}, relative bias {number(remedy.relative_bias)}"
-        items.append(f"<li>{escape(remedy.text)} <span class='note'>({checked})</span></li>")
-    return section("What would make it right", f"<ul>{''.join(items)}</ul>") if items else ""
+        items.append(f"{prose(remedy.text)} <span class='note'>({checked})</span>")
+    return section("What would make it right", bullets(items)) if items else ""
 
 
 def _figures(report: Audit, drawn: Curves) -> str:
@@ -164,11 +169,7 @@ def _figures(report: Audit, drawn: Curves) -> str:
         "Variance by pair": "Trace of the covariance of one batch's gradient, for this loss and for the estimator that "
         "sums over the vocabulary.",
     }
-    parts = [
-        f"<figure><h3>{escape(f.title)}</h3><div role='img' aria-label='{escape(f.alt, quote=True)}'>{f.svg}</div>"
-        f"<figcaption>{escape(captions[f.title])}</figcaption></figure>"
-        for f in found
-    ]
+    parts = [figure(each.title, each.alt, each.svg, captions[each.title]) for each in found]
     return section("Figures", f"<div class='figures'>{''.join(parts)}</div>") if parts else ""
 
 
@@ -202,8 +203,7 @@ def _worlds(worlds: list[World]) -> str:
 
 
 def _limits(limits: tuple[str, ...]) -> str:
-    items = "".join(f"<li>{prose(sentence)}</li>" for sentence in limits)
-    return section("What was not asked", f"<ul>{items}</ul>") if items else ""
+    return section("What was not asked", bullets(map(prose, limits))) if limits else ""
 
 
 def _lengths(record: dict[str, Any]) -> str:
@@ -219,15 +219,17 @@ def _lengths(record: dict[str, Any]) -> str:
 def _form(form: WeightForm | None) -> str:
     if form is None:
         return ""
-    terms = ", ".join(f"{number(value)} × {escape(name)}" for name, value in form.terms.items())
+    terms = ", ".join(
+        f"<span class='term'>{number(value)} × {prose(name)}</span>" for name, value in form.terms.items()
+    )
     # An unknown limit is NaN.
     limits = {end: value for end, value in form.limits.items() if value == value}
     ends = ", ".join(f"{number(value)} as u → {'∞' if end == 'inf' else end}" for end, value in limits.items())
     rows = [
-        ("name", escape(form.label)),
+        ("name", prose(form.label)),
         ("combination", terms if len(form.terms) > 1 else ""),
-        ("weight w(u)", formula(form.expr)),
-        ("implied generator V(u)", formula(form.generator)),
+        ("weight w(u)", _formula(form.expr, form.latex, display)),
+        ("implied generator V(u)", _formula(form.generator, form.generator_latex, display)),
         ("a genuine f-divergence", yes_or_no(form.genuine)),
         ("fixed at other distributions", "<br>".join(map(prose, form.fixed_points))),
         ("slope at the teacher", number(form.slope_at_teacher)),
@@ -235,17 +237,29 @@ def _form(form: WeightForm | None) -> str:
         ("limits of w", ends),
         ("is plain OPD with the generator of", escape(form.stop_gradient_of or "")),
         ("growth", prose(form.growth)),
-        ("second moment", prose(form.second_moment)),
+        ("second moment", _worded(form.second_moment, form)),
         ("error of the fit", number(form.error)),
         ("seen for |log u| up to", number(form.seen_to) if form.seen_to else ""),
     ]
     return section("The weight as a formula", rows_of([row for row in rows if row[1]]))
 
 
+def _formula(expr: str | None, latex: str | None, typeset: Callable[[str], str] = inline) -> str:
+    """An expression in print, or in characters where formulas are not typeset."""
+    return typeset(latex) if latex and can_typeset() else formula(expr)
+
+
+def _worded(text: str, form: WeightForm | None) -> str:
+    """Prose that quotes the weight's expression, or `E_p[w^2]`, with both in print."""
+    if form is None or not form.expr:
+        return prose(text)
+    shown = _formula(form.expr, form.latex).join(map(prose, text.split(form.expr)))
+    return shown.replace("E_p[w<sup>2</sup>]", inline("E_p[w^2]") if can_typeset() else "E<sub>p</sub>[w<sup>2</sup>]")
+
+
 def _dependence(found: Dependence | None) -> str:
     if found is None:
         return ""
-    words = "".join(f"<li>{prose(word)}</li>" for word in found.words)
     rows = [
         ("the token's own ratio alone", yes_or_no(found.ratio_only)),
         ("other tokens of the rollout", yes_or_no(found.other_tokens)),
@@ -255,7 +269,7 @@ def _dependence(found: Dependence | None) -> str:
         ("the top-k set", "" if found.top_k is None else f"k = {found.top_k}"),
         ("both probabilities", escape(found.student_and_teacher or "")),
     ]
-    body = (f"<ul>{words}</ul>" if words else "") + rows_of([row for row in rows if row[1]])
+    body = (bullets(map(prose, found.words)) if found.words else "") + rows_of([row for row in rows if row[1]])
     return section("What the weight of a token depends on", body)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -17,9 +16,10 @@ from opdtheory.auditing import VERDICTS
 from opdtheory.auditing.sampling.montecarlo_result import MonteCarloResult
 from opdtheory.auditing.views import render_audit, write_audit
 from opdtheory.objective import Objective
+from opdtheory.rendering.html import formula
+from opdtheory.rendering.mathematics import display, inline
 from tests.auditing.views.parts import HOSTILE, SAMPLED, whole
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+from tests.rendering.browser import CHROMIUM, sticks_out
 
 
 class Page(HTMLParser):
@@ -130,6 +130,37 @@ def test_without_matplotlib_the_page_says_so(report, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     text = render_audit(report)
     assert "opdtheory[plots]" in text and "<svg" not in text
+
+
+def test_expressions_are_in_print_wherever_they_stand(report, monkeypatch):
+    pytest.importorskip("latex2mathml")
+    weight, latex = "-u*log(u) + 2*u**2", r"- u \log{\left(u \right)} + 2 u^{2}"
+    form = dataclasses.replace(
+        report.form,
+        expr=weight,
+        latex=latex,
+        generator=weight,
+        generator_latex=latex,
+        second_moment=f"E_p[w^2] with w = {weight}: finite",
+    )
+    shown = dataclasses.replace(report, form=form)
+    text = render_audit(shown)
+    assert text.count(inline(latex)) == 1 and text.count(display(latex)) == 2 and inline("E_p[w^2]") in text
+    assert "*log" not in Page(text).text and "<code>" not in text
+    # Without the extra, products have no star either, and no line ends in one.
+    monkeypatch.setitem(sys.modules, "latex2mathml", None)
+    text = render_audit(shown)
+    assert text.count(formula(weight)) == 3 and "<math" not in text and "*log" not in Page(text).text
+    assert "u\u202flog(u)" in Page(text).text
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
+@pytest.mark.parametrize("width", [1400, 400])
+def test_nothing_sticks_out_at_either_width(report, tmp_path, width):
+    found = sticks_out(render_audit(whole(report)), width, tmp_path)
+    # Tables of numbers scroll on a narrow page, beside their first column.
+    assert not found if width == 1400 else {kind for kind, _ in found} <= {"scroll"}
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
