@@ -23,6 +23,8 @@ _RELATIONS = frozenset("=≠<>≤≥≡≈≃∼∝∈∉⊂⊆→←↔↦⇒�
 _SIGNS = frozenset("+−-±·⋅×∕")
 _SEPARATORS = frozenset(",;:")
 _THIN = "0.167em"
+# A formula within a sentence of so few characters stays on one line.
+_SHORT = 9
 
 
 def can_typeset() -> bool:
@@ -86,7 +88,10 @@ def _converted(latex: str, shown_large: bool) -> str | None:
     # A command that is unknown comes back as its name.
     if any("\\" in (element.text or "") for element in root.iter()):
         return None
-    return "<wbr>".join(_terms(_flat(root), shown_large))
+    terms = _terms(_flat(root), shown_large)
+    if len(terms) > 1 and not shown_large and len("".join(root.itertext())) <= _SHORT:
+        return f"<span class='term'>{''.join(terms)}</span>"
+    return "<wbr>".join(terms)
 
 
 def _is_balanced(latex: str) -> bool:

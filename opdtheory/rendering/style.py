@@ -117,10 +117,12 @@ footer p { max-width: none; border-top: 1px solid var(--rule); padding-top: .8re
 .contents ul { list-style: none; padding: 0; margin: 0; font-size: .9rem; line-height: 1.4; }
 .contents li { margin: .22rem 0; padding-left: 3.1rem; text-indent: -3.1rem; }
 .contents li b { display: inline-block; min-width: 3.1rem; text-indent: 0; font-weight: 600; }
-.entry { padding: .4rem 0 1.5rem; scroll-margin-top: 1rem; }
-.entry + .entry { border-top: 1px solid var(--rule); padding-top: 1.4rem; }
-.entry h3 { font-size: 1.05rem; } .entry h3 .mark { margin-left: .5rem; }
-.entry .back { font-size: .82rem; } .entry > p { max-width: 46rem; }
+.entry { position: relative; padding: .4rem 0 1.2rem; scroll-margin-top: 1rem; }
+.entry + .entry { border-top: 1px solid var(--rule); padding-top: 1.1rem; }
+.entry details { margin-top: .45rem; } .entry h3 { font-size: 1.05rem; padding-right: 5rem; }
+.entry h3 .mark { margin-left: .5rem; }
+.entry .back { position: absolute; right: 0; top: .4rem; margin: 0; font-size: .82rem; }
+.entry + .entry .back { top: 1.1rem; } .entry > p { max-width: 46rem; }
 .steps { padding-left: 1.5rem; } .steps > li { margin: .9rem 0; } .steps > li > p { max-width: 46rem; margin: 0; }
 .multiples { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 9.5rem), 1fr)); gap: 1.1rem; }
 .multiples figcaption { overflow-wrap: anywhere; font-size: .8rem; line-height: 1.35; }

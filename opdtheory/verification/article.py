@@ -144,10 +144,10 @@ def _hold(holding: int, count: int, what: str) -> str:
 
 
 def _all_of(holding: int, count: int, what: str) -> str:
-    """`all 3 steps`, `2 of 3 steps`, `the step`."""
+    """`all 3 steps`, `both steps`, `the step`, `2 of 3 steps`."""
     if holding < count:
         return f"{holding} of {count} {what}s"
-    return f"the {what}" if count == 1 else f"all {count} {what}s"
+    return {1: f"the {what}", 2: f"both {what}s"}.get(count, f"all {count} {what}s")
 
 
 def _sentence(text: str) -> str:

@@ -21,6 +21,11 @@ def maths(shown: str) -> list[str]:
     return re.findall(r"<math.*?</math>", shown)
 
 
+def large(latex: str) -> str:
+    """A formula on a line of its own, without the line."""
+    return display(latex).partition("<div class='formula-line'>")[2].removesuffix("</div></div>")
+
+
 def text(shown: str) -> str:
     """What is printed, without spaces."""
     printed = "".join(ElementTree.fromstring(f"<p>{shown.replace('<wbr>', '')}</p>").itertext())
@@ -48,21 +53,28 @@ def test_a_semicolon_and_a_wide_space_end_a_line():
 
 
 def test_a_line_may_end_before_relations_and_signs_first_between_outermost_terms():
-    terms = inline("a + b = (c - d) e").split("<wbr>")
+    terms = large("a + b = (c - d) e").split("<wbr>")
     assert [text(f"<i>{term}</i>".replace("<i><span class='formula'>", "<i>")) for term in terms[:2]] == ["a", "+b"]
     # The last outermost term holds a shorter break of its own.
-    assert inline("a = (c - d) e").count("<span class='term'>") == 1
+    assert large("a = (c - d) e").count("<span class='term'>") == 1
     # A bracket may carry a power.
-    assert inline("a = (c - d)^2 + e").count("<span class='term'>") == 1
-    assert len(inline("(c - d)^2 + e").split("</span><wbr><math")) == 2
-    assert [len(maths(inline(latex))) for latex in ("a", "a b", "a + b", "a = -b", "-a", "(-a)")] == [1, 1, 2, 2, 1, 1]
+    assert large("a = (c - d)^2 + e").count("<span class='term'>") == 1
+    assert len(large("(c - d)^2 + e").split("</span><wbr><math")) == 2
+    assert [len(maths(large(latex))) for latex in ("a", "a b", "a + b", "a = -b", "-a", "(-a)")] == [1, 1, 2, 2, 1, 1]
 
 
 def test_a_sign_is_infix_between_terms_and_a_prefix_before_one():
-    second = maths(inline("a - b"))[1]
+    second = maths(large("a - b"))[1]
     assert '<mo form="infix">−</mo>' in second
-    assert '<mo form="prefix">−</mo>' in inline("a = -b") and '<mo form="prefix">−</mo>' in inline("f(-b)")
-    assert "prefix" not in inline("a - b") and "infix" not in maths(inline("- b"))[0]
+    assert '<mo form="prefix">−</mo>' in large("a = -b") and '<mo form="prefix">−</mo>' in large("f(-b)")
+    assert "prefix" not in large("a - b") and "infix" not in maths(large("- b"))[0]
+
+
+def test_a_short_formula_in_a_sentence_stays_on_one_line():
+    assert inline("u = 1").startswith("<span class='formula'><span class='term'><math") and "<wbr>" not in inline(
+        "u = 1"
+    )
+    assert "<wbr>" in large("u = 1") and "<wbr>" in inline("u_1 f(u_1) = u_2 f(u_2)")
 
 
 def test_names_of_functions_are_spaced_and_whole():
