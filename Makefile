@@ -3,11 +3,11 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
-INPUTS := pyproject.toml constraints.txt
+INPUTS := pyproject.toml constraints.txt opdtheory/version.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help verify test test-slow lint format typecheck-runtime gallery trainers verl runs mutation fuzz device bench accuracy coverage docs browser wheel clean
+.PHONY: help verify test test-slow lint format typecheck-runtime gallery trainers verl runs mutation fuzz device bench accuracy coverage docs browser wheel release clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -127,6 +127,10 @@ browser: $(VENV)/.installed-dev ## walk every page of the site and the reports i
 
 wheel: $(VENV)/.installed-dev ## build a wheel in dist/
 	$(BIN)/python -m build --wheel
+
+# Interpreters are found by name, `python3.10` to `python3.13`; each environment holds torch, so have 10 GB of disk.
+release: $(VENV)/.installed-dev ## build sdist and wheel, try both on Python 3.10 to 3.13 and at both ends of the ranges
+	$(BIN)/python -m tests.release --pythons 3.10,3.11,3.12,3.13 --lowest 3.10 --newest 3.13
 
 clean: ## remove .venv and everything built
 	rm -rf $(VENV) build dist site reports .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

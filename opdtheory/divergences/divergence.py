@@ -151,7 +151,8 @@ class Divergence:
         """The name with its parameters, such as `jsd` or `skew_jsd(beta=0.1)`."""
         if not self.parameters:
             return self.name
-        return f"{self.name}({', '.join(f'{key}={value!r}' for key, value in self.parameters.items())})"
+        # Without `items`, which torch 2.6 does not compile.
+        return f"{self.name}({', '.join(f'{key}={self.parameters[key]!r}' for key in self.parameters)})"
 
     @property
     def at_zero(self) -> float:

@@ -13,7 +13,10 @@ from opdtheory.divergences.custom import number, numeric, symbol
 from opdtheory.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import sympy
+    from torch import Tensor
 
 __all__ = [
     "centred",
@@ -24,6 +27,7 @@ __all__ = [
     "is_zero",
     "limits",
     "numeric",
+    "on_tensors",
     "only_u",
     "smooth_pieces",
     "same_divergence",
@@ -400,3 +404,25 @@ def _select(expression: sympy.Expr, point: sympy.Expr) -> sympy.Expr:
         return node.func(*arguments)
 
     return step(expression)
+
+
+def on_tensors(variable: sympy.Symbol, expression: sympy.Expr) -> Callable[[Tensor], Tensor]:
+    """An expression as a function of tensors; a constant one returns a number.
+
+    sympy prints for torch itself from 1.14 on, but torch 2.6 is installed with 1.13.
+    """
+    import sympy
+    import torch
+
+    def where(*pieces: Any) -> Any:
+        (value, condition), *rest = pieces
+        return sympy.Function("where")(condition, value, where(*rest)) if rest else value
+
+    # Torch takes logarithms of tensors only: constants go in as numbers.
+    parts = [x for x in sympy.preorder_traversal(expression) if getattr(x, "is_number", False) and not x.is_Rational]
+    in_numbers = expression.xreplace({x: sympy.N(x, 20) for x in parts})
+    # Python's own conditions, as which sympy would print these two, are not for tensors.
+    in_calls = in_numbers.replace(sympy.Piecewise, where).replace(sympy.sign, sympy.Function("sgn"))
+    names = {name: getattr(torch, name.lower()) for name in ("Abs", "exp", "log", "sgn", "sqrt", "tanh", "where")}
+    function: Callable[[Tensor], Tensor] = sympy.lambdify(variable, in_calls, [names])
+    return function

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 import sympy
+import torch
 from sympy import Abs, Max, Min, Rational, exp, log, sign, sqrt
 
 from opdtheory import divergences
@@ -18,8 +19,10 @@ from opdtheory.divergences import (
     same_up_to_scale,
     weight_of,
 )
+from opdtheory.divergences.transform import on_tensors
 from opdtheory.errors import InvalidArgumentError
 from tests.sparse import some
+from tests.tolerances import ALGEBRA
 
 u = divergences.u
 plain = sympy.Symbol("u")  # without assumptions
@@ -175,3 +178,18 @@ def test_a_dent_beside_one_and_one_far_away_are_found() -> None:
     points = [t for t in points if abs(t) <= 60]
     assert points[0] == -60 and points[-1] == 60
     assert max(b - a for a, b in pairwise(points)) < 0.125
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        u * log(u) - log(2) * sqrt(u) + exp(-u) * sympy.E,
+        sympy.tanh(u) + sign(u - 1) * Abs(u - Rational(3, 2)) + u**0.3,
+        sympy.Piecewise((1 - u * log(2), u < Rational(1, 2)), (log(u), u < 2), (u - sympy.E, True)),
+    ],
+)
+def test_an_expression_is_evaluated_on_tensors(expression: sympy.Expr) -> None:
+    points = [0.1, 0.5, 1.25, 2.0, 7.0]
+    found = on_tensors(u, expression)(torch.tensor(points, dtype=torch.float64))
+    wanted = [float(expression.subs(u, Rational(point)).evalf(30)) for point in points]
+    torch.testing.assert_close(found, torch.tensor(wanted, dtype=torch.float64), rtol=ALGEBRA, atol=0.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -27,6 +28,18 @@ def _in_a_fresh_interpreter(code: str) -> str:
 def test_installed_version_is_the_packages_own() -> None:
     installed = metadata.version("opdtheory")
     assert installed == opdtheory.__version__, "stale installation; delete .venv/.installed-* and run make again"
+
+
+def test_the_version_stands_in_the_changelog_and_in_the_citation() -> None:
+    assert released((ROOT.parent / "CHANGELOG.md").read_text(encoding="utf-8"))[0] == opdtheory.__version__
+    cited = (ROOT.parent / "CITATION.cff").read_text(encoding="utf-8")
+    assert re.findall(r"^version: (.*)$", cited, re.MULTILINE) == [opdtheory.__version__]
+    assert released("## [Unreleased]\n## [0.3.0]\n## [0.2.0] - 2026-11-28\n## [0.1.9] - soon\n") == ["0.2.0"]
+
+
+def released(changelog: str) -> list[str]:
+    """The versions with a date, the newest first."""
+    return re.findall(r"^## \[(\d+\.\d+\.\d+)\] - \d{4}-\d{2}-\d{2}$", changelog, re.MULTILINE)
 
 
 def test_metadata_names_every_supported_python() -> None:

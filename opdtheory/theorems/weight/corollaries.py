@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from opdtheory import divergences
+from opdtheory.divergences.transform import on_tensors
 from opdtheory.estimators import Estimator, estimator
 from opdtheory.exact import TabularPolicy, expected_gradient, random_pair
 from opdtheory.theorems.instances.cases import Pair, autograd_gradient
@@ -135,10 +136,7 @@ def check_weights(constant: float) -> Cases:
 def check_followed(table: Table) -> Cases:
     r"""Each loss, run as a black box, follows autograd of $\sum_h P(h)\,D_V(h)$ with $P$ held fixed."""
     for name, generator in table().items():
-        # Torch takes logarithms of tensors only: constants go in as numbers.
-        parts = [x for x in sympy.preorder_traversal(generator) if getattr(x, "is_number", False) and not x.is_Rational]
-        in_numbers = generator.xreplace({x: sympy.N(x, 20) for x in parts})
-        function = sympy.lambdify(divergences.symbol(), in_numbers, "torch")
+        function = on_tensors(divergences.symbol(), generator)
         yield close(_black_box(name), autograd_gradient(_pair(), _token_local, _pair()[1], function), name)
 
 

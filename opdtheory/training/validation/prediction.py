@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from opdtheory.divergences import Divergence, symbol
+from opdtheory.divergences.transform import on_tensors
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.estimators import Estimator
 from opdtheory.estimators.factory import formula_of
@@ -105,9 +106,7 @@ def _by_formula(name: str, options: Mapping[str, Any], divergence: Divergence) -
     if formula is None:
         raise InvalidArgumentError("estimator", f"must have a weight that the theory states, got {name!r}")
     log_u = sympy.Symbol("log_u", real=True)
-    weight: Callable[[Tensor], Tensor] = sympy.lambdify(
-        log_u, sympy.expand_log(formula.subs(symbol(), sympy.exp(log_u))), "torch"
-    )
+    weight = on_tensors(log_u, sympy.expand_log(formula.subs(symbol(), sympy.exp(log_u))))
     return lambda x: weight(x) + torch.zeros_like(x)
 
 

@@ -1,0 +1,1 @@
+"""Builds the package as it would be released, and runs it where nothing else is installed."""
