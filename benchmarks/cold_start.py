@@ -21,7 +21,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from opdtheory.rendering.text import table
+from opdtheory.rendering.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
 # What a newcomer should wait at most, in seconds by the clock.
@@ -121,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(wrong, file=sys.stderr)
             return 1
     rows = [("stage", "seconds", "of processor"), *((name, f"{a:.1f}", f"{b:.1f}") for name, a, b in stages.rows)]
-    print("\n".join(table(rows, "lr")))
+    Table(rows, "lr").show()
     for name, most in (("opdtheory audit", UNTIL_AUDIT), ("pytest", UNTIL_TEST)):
         print(f"from pip install to {name}: {stages.until(name, 'pip install .'):.0f} s (wanted: under {most} s)")
     print(f"other processes of this machine: load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")

@@ -27,13 +27,14 @@ def loaded(path: Path) -> ModuleType:
     return module
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("built") / "site"
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+def test_the_site_is_whole(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert built.returncode == 0, built.stdout + built.stderr
-    return folder
+    # One test, as processes that run tests side by side would each build the site.
+    no_page_shows_latex_or_needs_a_network(tmp_path / "site")
+    notebooks_are_pages_with_their_outputs(tmp_path / "site")
+    every_theorem_is_in_the_navigation(tmp_path / "site")
 
 
 class Text(HTMLParser):
@@ -60,7 +61,7 @@ class Text(HTMLParser):
 RAW = re.compile(r"\\[(\[a-zA-Z]|\$[^$ ]+\$|[_^]\{")
 
 
-def test_no_page_shows_latex_or_needs_a_network(site):
+def no_page_shows_latex_or_needs_a_network(site: Path) -> None:
     pages = sorted(site.rglob("*.html"))
     assert len(pages) > 90
     for page in pages:
@@ -71,7 +72,7 @@ def test_no_page_shows_latex_or_needs_a_network(site):
     assert RAW.search(r"a \(x\) b") and RAW.search("a $x$ b") and RAW.search("u_{n}") and not RAW.search("$5 and $6")
 
 
-def test_notebooks_are_pages_with_their_outputs(site):
+def notebooks_are_pages_with_their_outputs(site: Path) -> None:
     index = (site / "notebooks" / "index.html").read_text(encoding="utf-8")
     notebooks = sorted((ROOT / "notebooks").glob("*.ipynb"))
     for path in notebooks:
@@ -82,7 +83,7 @@ def test_notebooks_are_pages_with_their_outputs(site):
     assert len(list((site / "notebooks").glob("*.png"))) > len(notebooks)
 
 
-def test_every_theorem_is_in_the_navigation(site):
+def every_theorem_is_in_the_navigation(site: Path) -> None:
     page = (site / "theory" / "index.html").read_text(encoding="utf-8")
     listed = re.findall(r'<a href="(t\d+\w*)\.html" class="md-nav__link"', page)
     assert {path.stem for path in (ROOT / "docs" / "theory").glob("t*.md")} == set(listed)

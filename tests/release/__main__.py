@@ -18,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from opdtheory.rendering.text import table
+from opdtheory.rendering.table import Table
 from tests.release.artefacts import ROOT, wrong
 from tests.release.ranges import interpreter, lowest, requirements
 from tests.release.trial import EXTRAS, FailedError, Trial, call
@@ -105,7 +105,7 @@ def summary(trials: Sequence[Trial]) -> list[str]:
         times = (f"{trial.seconds[stage]:.0f}" if stage in trial.seconds else "" for stage in STAGES)
         result = trial.problem.partition("\n")[0] or "passes"
         rows.append((trial.version, trial.torch, kind, trial.ends or "", *times, result))
-    return table(rows, "llllrrrl")
+    return Table(rows, "llllrrrl").lines()
 
 
 def _parser() -> argparse.ArgumentParser:
