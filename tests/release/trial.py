@@ -99,17 +99,10 @@ class Trial:
         (source,) = (self.folder / "sdist").iterdir()
         # The tests are those of the sdist; the package is the one that is installed.
         shutil.rmtree(source / "opdtheory")
-        # At the ends, libraries warn of each other.
-        pytest = [
-            self._in("env/bin/python"),
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:xdist",
-            "-W",
-            "default::DeprecationWarning",
-        ]
+        # At the ends, libraries warn of each other, and of Python's own fixes.
+        kinds = ("DeprecationWarning", "FutureWarning", "RuntimeWarning")
+        warned = [part for kind in kinds for part in ("-W", f"default::{kind}")]
+        pytest = [self._in("env/bin/python"), "-m", "pytest", "-q", "-p", "no:xdist", *warned]
         said = self._call("tests", [*pytest, *TESTS], source)
         self.said += f"; {said.strip().splitlines()[-1]}"
 
@@ -117,15 +110,8 @@ class Trial:
         return self.folder / name
 
     def _pip(self, stage: str, what: str | Path) -> None:
-        command = [
-            self._in("env/bin/python"),
-            "-m",
-            "pip",
-            "install",
-            "-q",
-            "--disable-pip-version-check",
-            "--no-compile",
-        ]
+        pip = [self._in("env/bin/python"), "-m", "pip"]
+        command = [*pip, "install", "-q", "--disable-pip-version-check", "--no-compile"]
         if self.constraints:
             command += ["-c", self.constraints]
         self._call(stage, [*command, what])
