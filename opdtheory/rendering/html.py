@@ -189,12 +189,20 @@ def sentence(text: str) -> str:
 
 
 def prose(text: object) -> str:
-    """Text with formulas in plain characters, as HTML with arrows, minus signs and powers."""
+    """Text with formulas in plain characters, as HTML with arrows, minus signs, sums, indices and powers.
+
+    Only names of one letter have an index: `u_m`, but not `off_policy`.
+    """
     shown = escape(str(text or ""))
     for plain, sign in (("-&gt; inf", "→ ∞"), ("-&gt;", "→"), ("&lt;=", "≤"), ("&gt;=", "≥"), (" - ", " − ")):
         shown = shown.replace(plain, sign)
     shown = re.sub(r"(?<![\w)\]])-(?=[\du])", "−", shown)
-    return re.sub(r"(?:\^|\*\*)(−?\d+)", r"<sup>\1</sup>", shown)
+    shown = re.sub(r"\bsum_\{([^{}]*)\}", r"Σ<sub>\1</sub>", shown).replace("gamma^", "γ^")
+    shown = re.sub(r"\b([A-Za-z])_(\w)\b", r"\1<sub>\2</sub>", shown)
+    shown = re.sub(r"\^\(([^()]*)\)", lambda power: f"<sup>{power[1].replace('-', '−')}</sup>", shown)
+    shown = re.sub(r"(?:\^|\*\*)(−?\d+)", r"<sup>\1</sup>", shown)
+    # A space that neither breaks nor is wide stands for a product.
+    return re.sub(r"(?<=[\w)])\*(?=[\w(])", "\u202f", shown)
 
 
 def breakable(name: str) -> str:

@@ -42,7 +42,7 @@ FORMULAS = """
 math { font-family: "STIX Two Math", "Latin Modern Math", "Cambria Math", math; white-space: nowrap; }
 .formula { font-size: 1.08em; } .formula .term { display: inline-block; max-width: 100%; }
 .formula-display { margin: .8rem 0; }
-.formula-line { text-align: center; line-height: 2; margin: .35rem 0; overflow-x: auto; overflow-y: hidden; }
+.formula-line { text-align: center; line-height: 2; padding: .35rem 0; overflow-x: auto; overflow-y: hidden; }
 """
 
 

@@ -70,6 +70,7 @@ def _axes() -> tuple[Any, Any]:
     axis.axvline(0.0, color=MUTED, linewidth=0.6)
     axis.tick_params(labelsize=9, labelcolor=INK)
     axis.locator_params(nbins=4)
+    axis.ticklabel_format(axis="y", scilimits=(-3, 3))
     return drawn, axis
 
 

@@ -23,6 +23,12 @@ def test_numbers_and_formulas_read_as_in_print():
     assert prose("w - w(1) -> -0.3, like -u^2 as u -> inf <b>") == (
         "w − w(1) → −0.3, like −u<sup>2</sup> as u → ∞ &lt;b&gt;"
     )
+    assert prose("w(u_n) - sum_{m>n} gamma^(m-n) f(u_m)") == (
+        "w(u<sub>n</sub>) − Σ<sub>m&gt;n</sub> γ<sup>m−n</sup> f(u<sub>m</sub>)"
+    )
+    assert prose("u*log(u) + 2*u, off_policy=0.3, a * b, **kwargs") == (
+        "u\u202flog(u) + 2\u202fu, off_policy=0.3, a * b, **kwargs"
+    )
     assert prose("whole-vocabulary, k-1, f(u)-1") == "whole-vocabulary, k-1, f(u)-1" and prose(None) == ""
 
 

@@ -254,7 +254,7 @@ def _worded(text: str, form: WeightForm | None) -> str:
     if form is None or not form.expr:
         return prose(text)
     shown = _formula(form.expr, form.latex).join(map(prose, text.split(form.expr)))
-    return shown.replace("E_p[w<sup>2</sup>]", inline("E_p[w^2]") if can_typeset() else "E<sub>p</sub>[w<sup>2</sup>]")
+    return shown.replace("E<sub>p</sub>[w<sup>2</sup>]", inline("E_p[w^2]")) if can_typeset() else shown
 
 
 def _dependence(found: Dependence | None) -> str:
