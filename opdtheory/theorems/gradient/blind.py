@@ -230,7 +230,7 @@ def _check_row(claim: Callable[[Distribution, Distribution, Distribution], list[
     """A constant weight under a sampler, summed token by token; with the student as sampler nothing is left."""
     for p, q in rational_distributions():
         yield same(mean_gradient(p, [-1] * len(p)), [0] * len(p), p, q, "on-policy")
-        for mu in (p[::-1], q):
+        for mu in dict.fromkeys((p[::-1], q)):
             yield same(mean_gradient(p, [-1] * len(p), mu), claim(p, q, mu), p, q, mu)
 
 

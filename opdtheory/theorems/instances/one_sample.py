@@ -44,6 +44,7 @@ __all__ = [
     "mean_gradient",
     "minus",
     "optimal_baseline",
+    "parameters_of",
     "projected",
     "pushed_scores",
     "ratios",
@@ -141,6 +142,12 @@ def jacobians(size: int) -> Iterator[list[list[Fraction]]]:
 def pushed_scores(p: Sequence[Any], jacobian: Sequence[Sequence[Any]]) -> list[list[Any]]:
     """The score of each token in the parameters, one row of the Jacobian each."""
     return [[dot(row, score(p, a)) for row in jacobian] for a in range(len(p))]
+
+
+def parameters_of(p: Sequence[Any], scores: Sequence[Sequence[Any]]) -> str:
+    """A label: the logits, or how many other parameters."""
+    in_logits = all(list(each) == score(p, a) for a, each in enumerate(scores))
+    return "logits" if in_logits else f"{len(scores[0])} parameters"
 
 
 def projected(vector: Sequence[Any], known: Sequence[Sequence[Any]]) -> list[Any]:

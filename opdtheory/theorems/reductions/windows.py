@@ -212,7 +212,7 @@ def _check_partitions(alike: dict[Accumulate, bool]) -> Cases:
             accumulate([[rollouts[0], rollouts[j]], [r for i, r in enumerate(rollouts) if i not in (0, j)]])
             for j in (1, 2, 3)
         }
-        yield holds((len(values) == 1) == expected)
+        yield holds((len(values) == 1) == expected, accumulate.__name__)
 
 
 def _check_bias(sizes: dict[str, Callable[[int, int], int]]) -> Cases:

@@ -197,7 +197,7 @@ def _check_ratios(claim: dict[str, Visits]) -> Cases:
         for ratio, visits in claim.items():
             found, claimed = _sampled(tree, mu, ratio), _at(tree, visits(tree, mu))
             for row, left, right in zip(tree.logits, found, claimed, strict=True):
-                yield holds(left - right == Fraction(0), f"{tree.vocab_size} tokens", ratio, row)
+                yield holds(left - right == Fraction(0), tree, ratio, row)
 
 
 def _check_unseen(unnoticed: Callable[[Fraction], bool]) -> Cases:
@@ -212,7 +212,7 @@ def _check_unseen(unnoticed: Callable[[Fraction], bool]) -> Cases:
                 student[history] = tree.student[history]
                 lone = RationalTree(student, tree.teacher, {}, tree.sequences, tree.horizon, tree.eos)
                 rests = all(entry == Fraction(0) for entry in _at(lone, mu))
-                yield holds(rests == unnoticed(reach(mu, history)), f"seen {seen}", Row(history, 0))
+                yield holds(rests == unnoticed(reach(mu, history)), f"sampler {seed}", f"seen {seen}", Row(history, 0))
 
 
 # In float64, as black boxes.

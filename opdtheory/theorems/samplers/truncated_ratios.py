@@ -219,20 +219,19 @@ def _ratios(p: Distribution, mu: Distribution) -> list[Fraction]:
     return [a / m for a, m in zip(p, mu, strict=True)]
 
 
-def _check_factor(claim: Replaced) -> Cases:
+def _check_factor(claim: Replaced, *where: object) -> Cases:
     """The factor under the sampler against what it leaves under the student, from the scores."""
     for name in RATIONAL:
         for p, q, mu in _samplers():
             w, rho = weights(name, p, q), _ratios(p, mu)
             found = mean_gradient(p, [claim.factor(r) * x for r, x in zip(rho, w, strict=True)], mu)
-            yield same(
-                found, mean_gradient(p, [claim.left(r) * x for r, x in zip(rho, w, strict=True)]), name, p, q, mu
-            )
+            left = mean_gradient(p, [claim.left(r) * x for r, x in zip(rho, w, strict=True)])
+            yield same(found, left, name, p, q, mu, *where)
 
 
 def _check_factors(claims: tuple[Replaced, ...]) -> Cases:
-    for claim in claims:
-        yield from _check_factor(claim)
+    for claim, factor in zip(claims, ("with the ratio", "without"), strict=False):
+        yield from _check_factor(claim, factor)
 
 
 def _some_weights(p: Distribution, q: Distribution, left: list[Fraction]) -> Iterator[list[Fraction]]:
@@ -245,20 +244,30 @@ def _some_weights(p: Distribution, q: Distribution, left: list[Fraction]) -> Ite
         yield [1 / (1 - y) for y in left]
 
 
+# Factors in place of the ratio, by name.
+_REPLACED = {
+    "truncated": TRUNCATED,
+    "masked": MASKED,
+    "halved": Replaced(lambda rho: rho / 2, lambda rho: Fraction(1, 2)),
+}
+
+
 def _check_no_bias(predicted: Callable[[list[Fraction], list[Fraction], list[Fraction]], bool]) -> Cases:
     """Whether the loss is unbiased, as it comes out in fractions, against the criterion."""
-    for replaced in (TRUNCATED, MASKED, Replaced(lambda r: r / 2, lambda r: Fraction(1, 2))):
+    for factor, replaced in _REPLACED.items():
         for p, q, mu in _samplers():
             rho = _ratios(p, mu)
             left = [replaced.left(r) for r in rho]
-            for w in _some_weights(p, q, left):
+            for number, w in enumerate(_some_weights(p, q, left)):
                 found = mean_gradient(p, [replaced.factor(r) * x for r, x in zip(rho, w, strict=True)], mu)
-                yield holds((found == mean_gradient(p, w)) == predicted(rho, w, left), p, q, mu)
+                yield holds(
+                    (found == mean_gradient(p, w)) == predicted(rho, w, left), factor, p, q, mu, f"weight {number}"
+                )
 
 
 def _check_every_weight(predicted: Callable[[list[Fraction]], bool]) -> Cases:
     """Unbiased for the weights that are one on a single token, and so for all, by linearity."""
-    for replaced in (TRUNCATED, MASKED, Replaced(lambda r: r / 2, lambda r: Fraction(1, 2))):
+    for factor, replaced in _REPLACED.items():
         for p, _, mu in _samplers():
             rho = _ratios(p, mu)
             unbiased = True
@@ -266,7 +275,7 @@ def _check_every_weight(predicted: Callable[[list[Fraction]], bool]) -> Cases:
                 w = [Fraction(a == token) for a in range(len(p))]
                 found = mean_gradient(p, [replaced.factor(r) * x for r, x in zip(rho, w, strict=True)], mu)
                 unbiased &= found == mean_gradient(p, w)
-            yield holds(unbiased == predicted([replaced.left(r) for r in rho]), p, mu)
+            yield holds(unbiased == predicted([replaced.left(r) for r in rho]), factor, p, mu)
 
 
 def _check_at_teacher(value: Callable[[Any, Any, Any], list[Any]]) -> Cases:

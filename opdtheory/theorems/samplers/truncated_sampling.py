@@ -219,8 +219,9 @@ def _students(q: Distribution, k: int) -> Iterator[Distribution]:
         turned[a], levelled[a] = q[other], mass / len(tail)
     for a in range(len(q)):  # the same proportions on the kept tokens, half of the tail's mass
         heavier[a] = q[a] / 2 if a in tail else q[a] * (1 + mass / (2 * (1 - mass)))
-    yield from (q, tuple(turned), tuple(levelled), tuple(heavier))
-    yield from (p for p, _ in rational_distributions() if len(p) == len(q))
+    others = (p for p, _ in rational_distributions() if len(p) == len(q))
+    # A short tail may be its own turn.
+    yield from dict.fromkeys((q, tuple(turned), tuple(levelled), tuple(heavier), *others))
 
 
 def _check_rest(rests: Callable[[Distribution, Distribution, Distribution], bool]) -> Cases:

@@ -19,6 +19,7 @@ from opdtheory.theorems.instances.one_sample import (
     dot,
     first_rows,
     jacobians,
+    parameters_of,
     projected,
     pushed_scores,
     score,
@@ -278,7 +279,7 @@ class Row(NamedTuple):
 
     def where(self) -> tuple[object, ...]:
         """A label."""
-        return self.name, self.p, self.q, f"k {self.k}", f"c {self.c}", f"{len(self.scores[0])} parameters"
+        return self.name, self.p, self.q, f"k {self.k}", f"c {self.c}", parameters_of(self.p, self.scores)
 
 
 def _rows() -> Iterator[Row]:

@@ -19,6 +19,7 @@ from opdtheory.theorems.instances.one_sample import (
     dot,
     expectation,
     jacobians,
+    parameters_of,
     pushed_scores,
     spread,
     square,
@@ -241,7 +242,7 @@ class Group(NamedTuple):
 
     def where(self) -> tuple[object, ...]:
         """A label."""
-        return self.name, self.p, self.q, f"G {self.size}", f"{len(self.scores[0])} parameters"
+        return self.name, self.p, self.q, f"G {self.size}", parameters_of(self.p, self.scores)
 
 
 @functools.cache

@@ -21,6 +21,7 @@ from opdtheory.theorems.instances.one_sample import (
     jacobians,
     mean_gradient,
     optimal_baseline,
+    parameters_of,
     pushed_scores,
     score,
     simplex,
@@ -252,14 +253,14 @@ def _check_best(best: Formula) -> Cases:
     """A parabola takes equal values on either side of its lowest point."""
     for name, p, q, w, scores in _instances():
         c = best(p, w, [square(s) for s in scores])
-        yield same(_at(p, w, scores, c + 1), _at(p, w, scores, c - 1), name, p, q, f"{len(scores[0])} parameters")
+        yield same(_at(p, w, scores, c + 1), _at(p, w, scores, c - 1), name, p, q, parameters_of(p, scores))
 
 
 def _check_saving(saved: Formula) -> Cases:
     for name, p, q, w, scores in _instances():
         norms = [square(s) for s in scores]
         found = _at(p, w, scores, Fraction(0)) - _at(p, w, scores, _best(p, w, norms))
-        yield same(found, saved(p, w, norms), name, p, q, f"{len(scores[0])} parameters")
+        yield same(found, saved(p, w, norms), name, p, q, parameters_of(p, scores))
 
 
 def _check_rare_token(limit: Callable[[Distribution, list[Fraction], Fraction], Fraction]) -> Cases:
@@ -277,11 +278,12 @@ def _check_rare_token(limit: Callable[[Distribution, list[Fraction], Fraction], 
 
 def _check_library(which: str) -> Cases:
     for name in SMOOTH:
-        for pair in pairs():
+        for number, pair in enumerate(pairs()):
             row = first_rows(pair)
             student, teacher = (policy.logits[0] for policy in row)
             claimed: Tensor = getattr(least_variance(student, teacher, name, 0), which).variance[0]
-            yield close(sampled_variance("opd_plus", name, row, baseline="optimal"), claimed, name, row)
+            found = sampled_variance("opd_plus", name, row, baseline="optimal")
+            yield close(found, claimed, name, row, f"pair {number}")
 
 
 # The derivation.
