@@ -119,6 +119,8 @@ def _tidy(element: ElementTree.Element) -> None:
         element.tag, element.text = "mi", "".join(letters)
     if element.tag == "mi" and element.text and ("←" <= element.text <= "⇿" or "⟰" <= element.text <= "⟿"):
         element.tag = "mo"
+    if element.tag == "mo" and element.text == "∞":
+        element.tag = "mi"  # a number, without the space around an operator
     if element.tag == "mtext" and element.text:
         element.text = re.sub(r"\\([_&%#${}])", r"\1", element.text)
     if element.tag == "mo" and not element.attrib and len(element.text or "") > 1 and (element.text or "").isalpha():
