@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 
-def some(values: Iterable[Any], every: int = 3, ids: Iterable[str] | None = None) -> list[Any]:
+def some(values: Iterable[Any], every: int = 4, ids: Iterable[str] | None = None) -> list[Any]:
     """Parameters for `parametrize`: every `every`-th case as it is, the others marked slow; a tuple is of several."""
     values = list(values)
     names = [None] * len(values) if ids is None else list(ids)

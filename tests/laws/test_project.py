@@ -130,6 +130,7 @@ def run_steps(folder: Path, inputs: dict[str, str], skip: tuple[str, ...] = ("In
     return status, output, summary.read_text(encoding="utf-8") if summary.exists() else ""
 
 
+@pytest.mark.slow
 def test_the_action_fails_with_a_report_and_an_annotation(tmp_path: Path) -> None:
     (tmp_path / "losses.py").write_text(LOSSES, encoding="utf-8")
     status, output, summary = run_steps(tmp_path, {"targets": "\n losses.py:k3\n", "objective": "reverse_kl"})
