@@ -70,8 +70,14 @@ def _axes() -> tuple[Any, Any]:
     axis.axvline(0.0, color=MUTED, linewidth=0.6)
     axis.tick_params(labelsize=9, labelcolor=INK)
     axis.locator_params(nbins=4)
-    axis.ticklabel_format(axis="y", scilimits=(-3, 3))
+    axis.yaxis.set_major_formatter(_short)
     return drawn, axis
+
+
+def _short(value: float, _: int) -> str:
+    """A number that fits beside a small axis: thousands as k."""
+    text = f"{value / 1000:g}k" if abs(value) >= 1000 else f"{value:g}"
+    return text.replace("-", "−")
 
 
 def _small(drawn: Any, prefix: str, caption: str) -> str:
