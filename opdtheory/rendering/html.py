@@ -18,16 +18,17 @@ __all__ = [
     "document",
     "facts",
     "figure",
+    "folded",
     "formula",
     "number",
     "plain_text",
     "prose",
     "rows_of",
+    "save_page",
     "section",
     "sentence",
     "table",
     "verdict_words",
-    "save_page",
     "yes_or_no",
 ]
 
@@ -110,6 +111,11 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], caption: str, nu
         f"<table{' class=cards' if cards else ''}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
         "</div></figure>"
     )
+
+
+def folded(title: str, body: str, opened: bool = False) -> str:
+    """A part of a page that opens when its title is clicked; the body is HTML."""
+    return f"<details{' open' if opened else ''}><summary>{escape(title)}</summary>{body}</details>"
 
 
 def facts(pairs: Iterable[tuple[str, str]]) -> str:

@@ -219,7 +219,7 @@ def _starts_term(sign: str, before: ElementTree.Element) -> bool:
 
 def _ends_term(before: ElementTree.Element) -> bool:
     # A sign that follows an operator or an opening bracket belongs to its number.
-    return before.tag != "mo" or (before.text or "") in _CLOSE | {"!", "′", "|", "…", "⋯", "∞"}
+    return before.tag != "mo" or (before.text or "") in _CLOSE | {"!", "′", "|", "…", "⋯"}
 
 
 def _is_prose(part: ElementTree.Element) -> bool:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from html import escape
 
-from opdtheory.rendering.html import bullets, number, table
+from opdtheory.rendering.html import bullets, folded, number, table
 from opdtheory.rendering.mathematics import display, inline, typeset
 from opdtheory.theorems import IdentityResult, StepResult, Theorem, TheoremResult
-from opdtheory.verification.markdown import HOW, named
+from opdtheory.verification.markdown import HOW, as_sentence, named
 
 __all__ = ["anchor", "article", "mark"]
 
@@ -71,13 +71,13 @@ def _derivation(steps: list[StepResult]) -> str:
     if not steps:
         return ""
     items = "".join(
-        f"<li><p>{typeset(_sentence(step.why))} {mark(step.holds)}"
+        f"<li><p>{typeset(as_sentence(step.why))} {mark(step.holds)}"
         f"{_IN_WORDS if step.in_words else ''}</p>"
         f"{display(step.says)}</li>"
         for step in steps
     )
     holding = sum(step.holds for step in steps)
-    return _folded(
+    return folded(
         f"Derivation: {_hold(holding, len(steps), 'step')}",
         f"<ol class='steps'>{items}</ol>",
         holding < len(steps),
@@ -115,12 +115,12 @@ def _checks(checks: list[IdentityResult]) -> list[str]:
     ]
     surviving = sum(len(check.survivors) for check in checks)
     return [
-        _folded(
+        folded(
             f"Checks: {_hold(holding, len(checks), 'check')}, on {cases:,} cases",
             table(header, rows, about, numbers=(4, 5, 6)),
             holding < len(checks),
         ),
-        _folded(
+        folded(
             f"False twins: {_all_of(len(twins) - surviving, len(twins), 'twin')} refuted",
             table(
                 ("check", "false twin", "verdict", "off by"),
@@ -135,10 +135,6 @@ def _checks(checks: list[IdentityResult]) -> list[str]:
     ]
 
 
-def _folded(title: str, body: str, opened: bool) -> str:
-    return f"<details{' open' if opened else ''}><summary>{title}</summary>{body}</details>"
-
-
 def _hold(holding: int, count: int, what: str) -> str:
     return f"{_all_of(holding, count, what)} {'holds' if holding == count == 1 else 'hold'}"
 
@@ -148,10 +144,6 @@ def _all_of(holding: int, count: int, what: str) -> str:
     if holding < count:
         return f"{holding} of {count} {what}s"
     return {1: f"the {what}", 2: f"both {what}s"}.get(count, f"all {count} {what}s")
-
-
-def _sentence(text: str) -> str:
-    return f"{text[:1].upper()}{text[1:].rstrip('.')}."
 
 
 def _error(value: float) -> str:

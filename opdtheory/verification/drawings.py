@@ -9,7 +9,7 @@ import torch
 
 from opdtheory import divergences
 from opdtheory.rendering.figures import CLAIMED, FOUND, INK, MUTED, drawing, page_svg, sheet
-from opdtheory.rendering.html import prose, section, verdict_words
+from opdtheory.rendering.html import folded, prose, section, verdict_words
 from opdtheory.rendering.mathematics import typeset
 from opdtheory.verification.verify import EstimatorResult
 
@@ -17,11 +17,11 @@ __all__ = ["figures"]
 
 _DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "chi2", "hellinger", "le_cam")
 
-_ADVANTAGES = typeset(
+_ADVANTAGES = (
     "Against $\\log u$, the advantage that stop-gradient OPD puts on a token, $-f(u)$ (solid), and the one of OPD+, "
     "$u f'(u) - f(u)$ (dashed), both shifted to 0 at $u = 1$. Only for the reverse KL do they agree."
 )
-_RECOVERED = typeset(
+_RECOVERED = (
     "The weight of each audited estimator against $\\log u$, recovered from its exact expected gradient on one-step "
     "policies. A dashed line marks a weight that depends on more than $u$."
 )
@@ -36,10 +36,10 @@ def figures(results: list[EstimatorResult]) -> str:
     except ImportError:
         note = "<p class='note'>No figures: install the extra <code>opdtheory[plots]</code>.</p>"
         return section("Figures", note, "figures")
-    body = f"<p>{_ADVANTAGES}</p><div class='multiples'>{advantages}</div>"
+    body = f"<p>{typeset(_ADVANTAGES)}</p><div class='multiples'>{advantages}</div>"
     if recovered:
-        shown = f"<p>{_RECOVERED}</p><div class='multiples'>{recovered}</div>"
-        body += f"<details><summary>The weights of the {len(results)} estimators</summary>{shown}</details>"
+        shown = f"<p>{typeset(_RECOVERED)}</p><div class='multiples'>{recovered}</div>"
+        body += folded(f"The weights of the {len(results)} estimators", shown)
     return section("Figures", body, "figures")
 
 

@@ -8,7 +8,7 @@ from opdtheory.rendering.markdown import folded
 from opdtheory.rendering.mathematics import lines_of
 from opdtheory.theorems.theorem import IdentityResult, Theorem, TheoremResult
 
-__all__ = ["HOW", "index", "named", "page", "slug"]
+__all__ = ["HOW", "as_sentence", "index", "named", "page", "slug"]
 
 HOW = {
     "symbolic": "symbolic",
@@ -40,7 +40,7 @@ def page(theorem: Theorem, result: TheoremResult) -> str:
         theorem.meaning,
         "## Statement",
         *map(_displayed, lines_of(theorem.statement)),
-        "**Hypotheses.** " + _sentence("; ".join(theorem.hypotheses)),
+        "**Hypotheses.** " + as_sentence("; ".join(theorem.hypotheses)),
     ]
     if result.steps:
         parts += ["## Derivation", _derivation(result)]
@@ -49,7 +49,7 @@ def page(theorem: Theorem, result: TheoremResult) -> str:
         parts += ["## What was checked", _counted(result.identities)]
         parts += [folded("The checks", _checks(result.identities))]
         parts += [folded("The false twins", _twins(result.identities))]
-    parts += [f"**Source.** {_sentence(theorem.source)}"]
+    parts += [f"**Source.** {as_sentence(theorem.source)}"]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
@@ -57,7 +57,7 @@ def _derivation(result: TheoremResult) -> str:
     lines = ["Sympy decides each step, except where it says otherwise."]
     for number, step in enumerate(result.steps, start=1):
         note = " *(Proved in words; the machine checks a lemma or an instance.)*" if step.in_words else ""
-        lines += [f"**Step {number}.** {_sentence(step.why)}{note}", *map(_displayed, lines_of(step.says))]
+        lines += [f"**Step {number}.** {as_sentence(step.why)}{note}", *map(_displayed, lines_of(step.says))]
     return "\n\n".join(lines)
 
 
@@ -106,7 +106,8 @@ def _in_cell(text: str) -> str:
     return text.replace(r"\|", r"\Vert{}").replace("|", r"\vert{}")
 
 
-def _sentence(text: str) -> str:
+def as_sentence(text: str) -> str:
+    """The text with a capital letter and one full stop."""
     return f"{text[:1].upper()}{text[1:].rstrip('.')}."
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from opdtheory.choices import VERDICTS
-from opdtheory.rendering.html import document, number, prose, save_page, section, sentence, table, verdict_words
+from opdtheory.rendering.html import document, folded, number, prose, save_page, section, sentence, table, verdict_words
 from opdtheory.rendering.mathematics import can_typeset, typeset
 from opdtheory.theorems import TheoremResult, theorems
 from opdtheory.verification.article import anchor, article, mark
@@ -117,7 +117,7 @@ def _estimators(result: Verification) -> str:
         group = [each for each in result.estimators if each.claim.verdict == verdict]
         if group:
             title = f"Claimed {verdict_words(verdict)}: {_count(group)} of {len(group)} confirmed"
-            parts.append(f"<details><summary>{escape(title)}</summary>{_table(group, sentence(meaning))}</details>")
+            parts.append(folded(title, _table(group, sentence(meaning))))
     return section("Estimators", "".join(parts), "estimators")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import subprocess
 import sys
 import tempfile
@@ -131,19 +130,9 @@ def make(name: str, call: list[str], work: Path) -> Path:
     (work / _FILE).write_text(_LOSSES, encoding="utf-8")
     path = work / f"{name}.html"
     said = io.StringIO()
-    with _inside(work), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+    with contextlib.chdir(work), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         with contextlib.suppress(SystemExit):
             main([*call, "--report" if call[0] == "verify" else "--html", str(path)])
     if not path.is_file():
         raise SystemExit(f"opdtheory {' '.join(call)} wrote no page\n{said.getvalue()}")
     return path
-
-
-@contextlib.contextmanager
-def _inside(folder: Path) -> Iterator[None]:
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        yield
-    finally:
-        os.chdir(before)

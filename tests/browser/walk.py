@@ -20,7 +20,7 @@ from tests.browser.links import Links
 if TYPE_CHECKING:
     from playwright.async_api import Browser, Page
 
-__all__ = ["SCHEMES", "WIDTHS", "Target", "targets_of", "walk", "walked"]
+__all__ = ["SCHEMES", "WIDTHS", "Target", "targets_of", "walk"]
 
 WIDTHS, SCHEMES, HEIGHT = (1400, 400), ("light", "dark"), 900
 # Names of other machines lead nowhere, whether or not there is a network.
@@ -89,20 +89,15 @@ def walk(
         screenshots: folder for a picture of each page in each setting, or None.
         parallel: number of pages open at a time.
     """
-    return asyncio.run(walked(targets, widths, schemes, screenshots, parallel))
+    settings = [(width, scheme) for width in widths for scheme in schemes]
+    return asyncio.run(_walked(targets, settings, screenshots, parallel))
 
 
-async def walked(
-    targets: Sequence[Target],
-    widths: Sequence[int] = WIDTHS,
-    schemes: Sequence[str] = SCHEMES,
-    screenshots: Path | None = None,
-    parallel: int = 2,
+async def _walked(
+    targets: Sequence[Target], settings: Sequence[tuple[int, str]], screenshots: Path | None, parallel: int
 ) -> Findings:
-    """As `walk`, in a running event loop."""
     found = Findings()
     found.pages = [target.name for target in targets]
-    settings = [(width, scheme) for width in widths for scheme in schemes]
     with served({target.root for target in targets if target.root is not None}) as servers:
         async with launched() as browser:
             waiting = list(reversed(targets))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from examples.runs import check, make
 from opdtheory.errors import TrainingError
 from opdtheory.training import loading
 from opdtheory.training.tasks import task
+from tests.scripts import loaded
 from tests.training.runs import untrained
 
 
@@ -96,11 +96,7 @@ def test_a_wrong_reading_is_not_right() -> None:
 
 
 def test_the_page_shows_the_names_that_are_recognised() -> None:
-    path = check.PAGE.parent / "generate_runs.py"
-    spec = importlib.util.spec_from_file_location("generate_runs", path)
-    assert spec is not None and spec.loader is not None
-    generate = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(generate)
+    generate = loaded(check.PAGE.parent / "generate_runs.py")
     text = check.PAGE.read_text(encoding="utf-8")
     assert generate.page_with(text) == text, "python docs/generate_runs.py"
 

@@ -16,6 +16,7 @@ import opdtheory as opd
 from opdtheory.version import __version__
 from tests.laws.workflows import action, check_yaml, hooks
 from tests.losses import k3
+from tests.scripts import loaded
 
 pytest_plugins = ["pytester"]
 ROOT = Path(__file__).resolve().parents[2]
@@ -168,12 +169,7 @@ def test_the_action_audits_every_target_and_keeps_the_largest_status(tmp_path: P
 def test_an_input_of_the_action_is_never_a_command(
     tmp_path: Path, target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("action_audit", ROOT / ".github" / "audit.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = loaded(ROOT / ".github" / "audit.py")
     asked: list[list[str]] = []
 
     def run(command: list[str], **_: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 
@@ -10,6 +9,7 @@ import pytest
 from torch import Tensor
 
 from opdtheory import TabularPolicy, estimator, expected_gradient
+from tests.scripts import loaded
 from tests.tolerances import ENUMERATION
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -17,11 +17,7 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("generate_truncation", DOCS / "generate_truncation.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return loaded(DOCS / "generate_truncation.py")
 
 
 def of_estimator(name: str, form: str, cap: float, student: Tensor, teacher: Tensor, sampler: Tensor) -> Tensor:

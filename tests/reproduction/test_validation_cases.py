@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 
 import pytest
@@ -11,6 +10,7 @@ import opdtheory as opd
 from opdtheory.reproduction import validation_cases as cases
 from opdtheory.training.validation import Validation
 from tests.reproduction.rows import DOCS, recorded
+from tests.scripts import loaded
 
 
 def test_every_estimator_is_validated_and_agrees() -> None:
@@ -34,10 +34,7 @@ def test_a_few_rows_are_as_recorded(generator: object) -> None:
 
 @pytest.fixture
 def generator() -> object:
-    spec = importlib.util.spec_from_file_location("generate_validation", DOCS / "generate_validation.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return loaded(DOCS / "generate_validation.py")
 
 
 def test_a_drifted_record_is_noticed(generator, tmp_path, monkeypatch) -> None:

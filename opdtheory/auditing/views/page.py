@@ -23,6 +23,7 @@ from opdtheory.rendering.html import (
     document,
     facts,
     figure,
+    folded,
     formula,
     number,
     plain_text,
@@ -347,7 +348,7 @@ def _weight_table(report: Audit, drawn: Curves) -> str:
         rows = [(*row, number(low), number(high)) for row, (low, high) in zip(rows, ends, strict=True)]
     about = "The recovered weight by log-ratio."
     shown = table(header, rows, about, numbers=tuple(range(len(header))))
-    return f"<details><summary>The recovered weight as numbers</summary>{shown}</details>"
+    return folded("The recovered weight as numbers", shown)
 
 
 def _settings(record: dict[str, Any]) -> str:
@@ -355,4 +356,4 @@ def _settings(record: dict[str, Any]) -> str:
         (escape(_SETTINGS.get(key, key.replace("_", " "))), "none" if value in (None, [], "") else plain_text(value))
         for key, value in record["settings"].items()
     ]
-    return f"<details><summary>Settings</summary>{rows_of(rows)}</details>"
+    return folded("Settings", rows_of(rows))
