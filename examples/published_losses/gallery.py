@@ -232,22 +232,20 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _kind(entry: Entry) -> str:
-    """What the papers' estimators of one module have in common."""
+    """What the estimators of one module that were written from descriptions have in common."""
     if entry in claims_tokens.ENTRIES:
-        return "From papers of 2025 and 2026: token by token"
+        return "Written from descriptions: token by token"
     if entry in claims_rollouts.ENTRIES:
-        return "From papers of 2025 and 2026: rollouts, samplers, teachers and rewards"
-    return "From well-known papers"
+        return "Written from descriptions: rollouts, samplers, teachers and rewards"
+    return "Written from descriptions: well-known estimators"
 
 
 def _page_row(entry: Entry, recorded: dict[str, Any]) -> str:
     label = f"[{entry.label}]({entry.source})" if entry.source.startswith("https://") else entry.label
-    # The page's heading names a package; a paper stands with its loss.
-    where = f"<br>{entry.origin}" if recorded["version"] == "" else ""
     verdict = f"{recorded['verdict'].replace('_', ' ')}, cosine {recorded['cosine']}"
     early = recorded["at_variable_lengths"]
     detail = recorded["sentence"] + ("" if early == "–" else f" With rollouts that end early: {early}.")
-    return _line(f"{label}{where}", entry.says, f"{recorded['implied']}<br>({verdict})", detail)
+    return _line(label, entry.says, f"{recorded['implied']}<br>({verdict})", detail)
 
 
 def _line(*cells: str) -> str:

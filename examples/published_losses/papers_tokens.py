@@ -1,4 +1,4 @@
-"""Token-level losses of 2025 and 2026, written from their descriptions, as functions `loss(rollouts) -> scalar`.
+"""Token-level losses, most of 2025 and 2026, written from their descriptions, as functions `loss(rollouts) -> scalar`.
 
 The code is our own. Each docstring or comment links the source, says what of it could be read (the code, a quotation,
 or other people's notes on the paper), and what is uncertain or left out. Unless it says otherwise a loss is summed over

@@ -49,9 +49,9 @@ def theorems() -> list[Theorem]:
             name="bias of stop-gradient",
             meaning=(
                 "A loss that detaches the reward $-f(u)$ misses a term of the gradient: the one that says how the"
-                " reward itself changes with the student. The missing term vanishes for the reverse KL and for no"
-                " other divergence. The value of such a loss is misleading too, as it moves along another slope than"
-                " the divergence."
+                " reward itself changes with the student. For the reverse KL the missing term always vanishes; for"
+                " any other divergence there are students and teachers for which it does not. There the value of"
+                " the loss misleads too, as its slope is not that of the divergence."
             ),
             statement=(
                 r"g_{sg} = \nabla D_f + E_p[u f'(u)\,s];\quad \text{the bias vanishes for all } p, q \iff"
