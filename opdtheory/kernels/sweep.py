@@ -83,16 +83,16 @@ def sweep(
 
 
 def has_programs(device: torch.device) -> bool:
-    """Whether programs of `opdtheory.kernels.gpu` can process whole rows."""
+    """Whether those of `opdtheory.kernels.programs` can process whole rows."""
     return device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
 def _by_programs(evaluator: Evaluator, wides: list[Tensor], narrows: list[Tensor], rows: int) -> None:
     """Give each row to a program, and process by chunks the rows whose results are not finite there."""
-    from opdtheory.kernels.gpu import run_program
+    from opdtheory.kernels.programs.launch import run_program
 
     (student, teacher, *grad), (found, *weight) = wides, narrows
-    left = run_program(
+    any_left, left = run_program(
         evaluator.divergence,
         student,
         teacher,
@@ -101,7 +101,7 @@ def _by_programs(evaluator: Evaluator, wides: list[Tensor], narrows: list[Tensor
         found,
         grad[0] if grad else None,
     )
-    if bool(left.any()):
+    if bool(any_left):
         some, few = [each[left] for each in wides], [each[left] for each in narrows]
         _by_chunks(_Chunks(evaluator, spare=False), some, few, rows)
         found[left] = few[0]

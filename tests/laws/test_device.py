@@ -164,15 +164,15 @@ def test_at_the_teacher_there_is_no_gradient(name: str) -> None:
 def test_a_wrong_program_is_found_out(twin: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if not (INTERPRETED or torch.device(DEVICE).type == "cuda"):
         pytest.skip("no program runs here")
-    from opdtheory.kernels import gpu
+    from opdtheory.kernels.programs import launch
 
     def wrong(label: str) -> Any:
         program = right(label)
         changes = {"parameter": {"parameter": 0.11}, "boundary": {"at_zero": 0.0}, "kind": {"kind": "jeffreys"}}
         return program._replace(**changes[twin])
 
-    right = gpu.program_of
-    monkeypatch.setattr(gpu, "program_of", wrong)
+    right = launch.program_of
+    monkeypatch.setattr(launch, "program_of", wrong)
     value, slope, _ = errors("skew_jsd(beta=0.1)", *situations()["without tokens"], DEVICE)
     assert value > 1e-6 and slope > 1e-5
 

@@ -1,0 +1,280 @@
+r"""A row of logits held in registers by a group of programs, read once and written once.
+
+Each member of a group holds a block of the row. What it finds of its block, sums, it publishes to the others: each sum
+in a word of 64 bits together with the number of the exchange, so that a word that has arrived says so itself. Members
+add the words in the same order, so that all know the same totals, on every run. The words of two successive exchanges
+have separate places: who publishes the exchange after the next has seen all words of the next, whose senders had read
+those of this one.
+
+A member waits only for members of its own group. Programs join groups in the order in which they start, so that at most
+one group of a launch is incomplete, and the others finish, whatever else runs on the GPU.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from opdtheory.kernels.programs.elementary import (
+    apart,
+    boundary,
+    cross_slope,
+    cross_terms,
+    cross_value,
+    difference,
+    in_bits,
+    loaded,
+    powers,
+    reference,
+    rounded,
+    terms,
+    together,
+)
+
+__all__ = ["COLUMNS", "PEEK", "resident_program"]
+
+# Sums that an exchange has at most, and tokens that a reference logit is sought among.
+COLUMNS, PEEK = 4, 1024
+_COLUMNS, _PEEK = tl.constexpr(COLUMNS), tl.constexpr(PEEK)
+_INF = tl.constexpr(float("inf"))
+_LOW = tl.constexpr(0xFFFFFFFF)
+
+
+@triton.jit
+def _sent(words, number, value):
+    """Publish a number in float32, with that of the exchange."""
+    bits = value.to(tl.int32, bitcast=True).to(tl.int64) & _LOW
+    tl.atomic_xchg(words, (number.to(tl.int64) << 32) | bits, sem="relaxed")
+
+
+@triton.jit
+def _received(words, number, members, SLOTS: tl.constexpr):
+    """The sum of what all members publish, in float64, as soon as it is there; and a zero that comes with it."""
+    at = tl.arange(0, SLOTS)
+    mine = number.to(tl.int64) << 32
+    found = tl.load(words + at, mask=at < members, other=mine, volatile=True)
+    least = tl.min((found >> 32).to(tl.int32), 0)
+    while least < number:
+        found = tl.load(words + at, mask=at < members, other=mine, volatile=True)
+        least = tl.min((found >> 32).to(tl.int32), 0)
+    values = (found & _LOW).to(tl.int32).to(tl.float32, bitcast=True)
+    return tl.sum(values.to(tl.float64), 0), (least - number).to(tl.float32)
+
+
+@triton.jit
+def _taken(logits, row, step, word, start, words, factor, BLOCK: tl.constexpr):
+    """A block of a row, and the row's reference."""
+    logits += row.to(tl.int64) * step
+    return loaded(logits, word, start, words, BLOCK), reference(logits, word, words, factor, _PEEK)
+
+
+@triton.jit
+def _weight(weights, row, rows, WEIGHED: tl.constexpr):
+    """The weight of a row, float64, zero beyond the last one."""
+    if WEIGHED:
+        weight = tl.load(weights + row, mask=row < rows, other=0.0).to(tl.float64)
+    else:
+        weight = (row < rows).to(tl.float64)
+    return weight
+
+
+@triton.jit
+def resident_program(
+    student,
+    teacher,
+    gradient,
+    weights,
+    values,
+    left,
+    state,
+    boards,
+    student_row,
+    student_word,
+    teacher_row,
+    teacher_word,
+    gradient_row,
+    gradient_word,
+    gradient_rest,
+    rows,
+    words,
+    scale,
+    a,
+    b,
+    at_zero,
+    slope_at_infinity,
+    members,
+    groups,
+    KIND: tl.constexpr,
+    CROSS: tl.constexpr,
+    NARROW: tl.constexpr,
+    COARSE: tl.constexpr,
+    WEIGHED: tl.constexpr,
+    WANTED: tl.constexpr,
+    SPLIT: tl.constexpr,
+    SPOILT: tl.constexpr,
+    ALONE: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    if ALONE:
+        group = tl.program_id(0)
+        member = 0
+    else:
+        ticket = tl.atomic_add(state + 1, 1, sem="relaxed")
+        group = ticket // members
+        member = ticket % members
+    start = member * BLOCK
+    at = start + tl.arange(0, BLOCK).to(tl.int64)
+    inside = at < words
+    boards += group.to(tl.int64) * (2 * _COLUMNS * SLOTS)
+    factor = in_bits(scale)
+    number = 0
+    row = group
+    weight = _weight(weights, row, rows, WEIGHED)
+    # Of a row that is skipped, nothing is read.
+    wanted = tl.where(weight == 0.0, 0, words)
+    if NARROW:
+        # The next row is read while this one waits for its sums; wider logits would not find room.
+        held, top = _taken(student, row, student_row, student_word, start, wanted, factor, BLOCK)
+        other_held, other_top = _taken(teacher, row, teacher_row, teacher_word, start, wanted, factor, BLOCK)
+    while row < rows:
+        line = row.to(tl.int64)
+        after = row + groups
+        weight_after = _weight(weights, after, rows, WEIGHED)
+        wanted_after = tl.where(weight_after == 0.0, 0, words)
+        slopes = gradient + line * gradient_row + at * gradient_word
+        if weight == 0.0:
+            if member == 0:
+                tl.store(values + line, weight)
+                tl.store(left + line, False)
+            if WANTED:
+                tl.store(slopes, tl.zeros((BLOCK,), tl.float32), mask=inside)
+                if SPLIT:
+                    tl.store(slopes + gradient_rest, tl.zeros((BLOCK,), tl.float32), mask=inside)
+            if NARROW:
+                held, top = _taken(student, after, student_row, student_word, start, wanted_after, factor, BLOCK)
+                other_held, other_top = _taken(
+                    teacher, after, teacher_row, teacher_word, start, wanted_after, factor, BLOCK
+                )
+        else:
+            if not NARROW:
+                held, top = _taken(student, row, student_row, student_word, start, words, factor, BLOCK)
+                other_held, other_top = _taken(teacher, row, teacher_row, teacher_word, start, words, factor, BLOCK)
+            ours = held.to(tl.float32)
+            theirs = other_held.to(tl.float32)
+            its_top = other_top
+            distance = apart(top, other_top)
+            whole = together(distance, scale)
+            p = powers(ours, factor, top)
+            q = powers(theirs, factor, other_top)
+            d = difference(ours, theirs, scale, whole)
+            zero = 0.0
+            total = tl.sum(p, 0)
+            other_total = tl.sum(q, 0)
+            holes = False
+            if CROSS:
+                under_student, under_teacher = cross_terms(p, q, d, KIND)
+                first = tl.sum(under_student, 0)
+                second = tl.sum(under_teacher, 0)
+                holes = (tl.abs(first) + tl.abs(second) < _INF) == 0
+                if holes:
+                    # T10: a token that the distribution of the mean lacks counts nothing.
+                    under_student, under_teacher = cross_terms(p, q, d, KIND)
+                    first = tl.sum(tl.where(d < _INF, under_student, 0.0), 0)
+                    second = tl.sum(tl.where(d > -_INF, under_teacher, 0.0), 0)
+            if CROSS:
+                if NARROW:
+                    held, top = _taken(student, after, student_row, student_word, start, wanted_after, factor, BLOCK)
+                    other_held, other_top = _taken(
+                        teacher, after, teacher_row, teacher_word, start, wanted_after, factor, BLOCK
+                    )
+            if ALONE:
+                total = total.to(tl.float64)
+                other_total = other_total.to(tl.float64)
+                if CROSS:
+                    first = first.to(tl.float64)
+                    second = second.to(tl.float64)
+            else:
+                number += 1
+                board = boards + (number & 1) * (_COLUMNS * SLOTS)
+                _sent(board + member, number, total)
+                _sent(board + SLOTS + member, number, other_total)
+                if CROSS:
+                    if KIND != "forward_kl":
+                        _sent(board + 2 * SLOTS + member, number, first)
+                        first, zero = _received(board + 2 * SLOTS, number, members, SLOTS)
+                    if KIND != "reverse_kl":
+                        _sent(board + 3 * SLOTS + member, number, second)
+                        second, zero = _received(board + 3 * SLOTS, number, members, SLOTS)
+                total, zero = _received(board, number, members, SLOTS)
+                other_total, zero = _received(board + SLOTS, number, members, SLOTS)
+            inverse = 1.0 / total
+            ratio = total / other_total
+            quotient = rounded(ratio)
+            constant = distance - whole.to(tl.float64) * scale + tl.log(ratio)
+            if NARROW:
+                # By a zero that nobody knows before, so that numbers are computed again rather than kept.
+                q = powers(theirs, factor, its_top + zero)
+            if CROSS:
+                mean = first.to(tl.float64) * inverse
+                value = cross_value(mean, second.to(tl.float64) / other_total, constant, KIND)
+                slope = cross_slope(p, q * quotient, d, mean.to(tl.float32), KIND)
+                if holes:
+                    slope = tl.where(d < _INF, slope, 0.0)
+            else:
+                q = q * quotient
+                log_u = d + constant.to(tl.float32)
+                value_terms, mass = terms(p, q, log_u, a, b, KIND, COARSE)
+                first = tl.sum(value_terms, 0)
+                second = tl.sum(mass, 0)
+                if (tl.abs(first) + tl.abs(second) < _INF) == 0:
+                    # Read again, so that the logits need not be held for this.
+                    ours = loaded(student + line * student_row, student_word, start, words, BLOCK).to(tl.float32)
+                    theirs = loaded(teacher + line * teacher_row, teacher_word, start, words, BLOCK).to(tl.float32)
+                    q = powers(theirs, factor, its_top) * quotient
+                    log_u = difference(ours, theirs, scale, whole) + constant.to(tl.float32)
+                    value_terms, mass = terms(p, q, log_u, a, b, KIND, COARSE)
+                    value_terms, mass = boundary(value_terms, mass, p, q, ours, theirs, at_zero, slope_at_infinity)
+                    first = tl.sum(value_terms, 0)
+                    second = tl.sum(mass, 0)
+                if NARROW:
+                    held, top = _taken(student, after, student_row, student_word, start, wanted_after, factor, BLOCK)
+                    other_held, other_top = _taken(
+                        teacher, after, teacher_row, teacher_word, start, wanted_after, factor, BLOCK
+                    )
+                if ALONE:
+                    first = first.to(tl.float64)
+                    second = second.to(tl.float64)
+                else:
+                    number += 1
+                    board = boards + (number & 1) * (_COLUMNS * SLOTS)
+                    _sent(board + member, number, first)
+                    _sent(board + SLOTS + member, number, second)
+                    first, zero = _received(board, number, members, SLOTS)
+                    second, zero = _received(board + SLOTS, number, members, SLOTS)
+                value = first * inverse
+                mean = second * inverse
+                slope = tl.fma(p, -mean.to(tl.float32), mass)
+            # Every NaN and infinity has entered a sum. A distribution without tokens has no total.
+            finite = (tl.abs(value) + tl.abs(mean) + tl.abs(weight) < _INF) & (total > 0.0) & (other_total > 0.0)
+            if member == 0:
+                tl.store(left + line, finite == 0)
+                if finite:
+                    tl.store(values + line, weight * value)
+                else:
+                    tl.store(state, 1)
+                    if SPOILT:
+                        tl.store(values + line, float("nan"))
+            if WANTED:
+                slope = slope * (-weight * scale * inverse).to(tl.float32)
+                if finite:
+                    if SPLIT:
+                        high = slope.to(tl.bfloat16)
+                        tl.store(slopes, high, mask=inside)
+                        tl.store(slopes + gradient_rest, slope - high.to(tl.float32), mask=inside)
+                    else:
+                        tl.store(slopes, slope, mask=inside)
+                elif SPOILT:
+                    tl.store(slopes, tl.full((BLOCK,), float("nan"), tl.float32), mask=inside)
+        row = after
+        weight = weight_after
