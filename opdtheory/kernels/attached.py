@@ -9,6 +9,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from opdtheory.kernels import sweep
 from opdtheory.kernels.distributions import default_rows
 from opdtheory.kernels.sweep import matrices
 
@@ -75,6 +76,13 @@ class _Last(torch.autograd.Function):
 
 def scaled(gradient: Tensor, upstream: Tensor, in_place: bool) -> Tensor:
     """The gradient of each position times what comes from upstream; no pass is made where that is one everywhere."""
+    if gradient.dtype != torch.float64 and sweep.has_programs(gradient.device):
+        from opdtheory.kernels.programs.rescale import rescale
+
+        out = gradient if in_place else torch.empty_like(gradient)
+        for (source, target), (factors,) in matrices([gradient, out], [upstream.contiguous()]):
+            rescale(source, factors, source if in_place else target)
+        return out
     if bool((upstream == 1).all()):
         return gradient if in_place else gradient.clone()
     out = gradient if in_place else torch.empty_like(gradient)

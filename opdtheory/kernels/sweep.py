@@ -12,6 +12,7 @@ from torch import Tensor
 
 from opdtheory.divergences import Divergence
 from opdtheory.errors import InvalidArgumentError
+from opdtheory.kernels.arguments import check_weights
 from opdtheory.kernels.distributions import Buffers, Distributions, Row, affine, default_rows, distributions_of, narrow
 from opdtheory.kernels.forms import Filled, Form, fast_form
 from opdtheory.kernels.reference import reference_form
@@ -60,12 +61,16 @@ def sweep(
         teacher: logits of the same shape.
         weights: `(...)`, floating-point, or None for ones; positions of weight zero are skipped.
         chunk: the number of positions at a time.
-        values: `(...)`, float64, overwritten.
+        values: `(...)`, of float32 or float64, overwritten.
         gradient: like `student`, overwritten, or None; it may be `student` itself.
 
     Raises:
-        InvalidArgumentError: a row of non-zero weight holds NaN, +inf or only -inf.
+        InvalidArgumentError: a weight is not finite, or a row of non-zero weight holds NaN, +inf or only -inf.
     """
+    programs = evaluator.dtype == torch.float32 and has_programs(student.device)
+    if not programs:
+        # The programs look at weights themselves.
+        check_weights(weights)
     rows = chunk or default_rows(student.shape[-1], student.device)
     # The gradient serves as a buffer, unless it takes the place of logits that are still needed.
     spare = gradient is not student and gradient is not None and gradient.dtype == evaluator.dtype
@@ -73,7 +78,7 @@ def sweep(
     wide = [student, teacher] + ([] if gradient is None else [gradient])
     narrow = [values] + ([] if weights is None else [weights.contiguous()])
     for wides, narrows in matrices(wide, narrow):
-        if evaluator.dtype == torch.float32 and has_programs(student.device):
+        if programs:
             _by_programs(evaluator, wides, narrows, rows)
         elif rows == 1 and student.device.type == "cpu":
             found, *weight = narrows
@@ -92,6 +97,7 @@ def _by_programs(evaluator: Evaluator, wides: list[Tensor], narrows: list[Tensor
     from opdtheory.kernels.programs.launch import run_program
 
     (student, teacher, *grad), (found, *weight) = wides, narrows
+    captured = student.is_cuda and torch.cuda.is_current_stream_capturing()
     any_left, left = run_program(
         evaluator.divergence,
         student,
@@ -100,8 +106,11 @@ def _by_programs(evaluator: Evaluator, wides: list[Tensor], narrows: list[Tensor
         weight[0] if weight else None,
         found,
         grad[0] if grad else None,
+        spoilt=captured,
     )
-    if bool(any_left):
+    # The one time that the host waits; in a graph of the device's it cannot.
+    if not captured and bool(any_left):
+        check_weights(weight[0] if weight else None)
         some, few = [each[left] for each in wides], [each[left] for each in narrows]
         _by_chunks(_Chunks(evaluator, spare=False), some, few, rows)
         found[left] = few[0]

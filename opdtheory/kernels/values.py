@@ -36,14 +36,13 @@ def values_and_gradient(
     student: Tensor, teacher: Tensor, weights: Tensor | None, settings: Settings, wanted: bool
 ) -> tuple[Tensor, Tensor]:
     """The values, and their gradient or, if it is not wanted, an empty tensor."""
-    arguments.check_weights(weights)
-    values = torch.empty(student.shape[:-1], dtype=torch.float64, device=student.device)
-    gradient = torch.empty(student.shape if wanted else (0,), dtype=student.dtype, device=student.device)
     dtype = arguments.sum_dtype(student, teacher)
+    values = torch.empty(student.shape[:-1], dtype=dtype, device=student.device)
+    gradient = torch.empty(student.shape if wanted else (0,), dtype=student.dtype, device=student.device)
     if values.numel():
         evaluator = Evaluator.of(settings.divergence, dtype, 1.0 / settings.temperature)
         sweep(evaluator, student, teacher, weights, settings.chunk_size, values, gradient if wanted else None)
-    return values.to(dtype), gradient
+    return values, gradient
 
 
 def _differentiated(student: Tensor) -> bool:
