@@ -14,21 +14,34 @@ from opdtheory.machine import Run
 
 def operations(run: Run, before: Run = lambda: None, most: int = 8) -> str:
     """The operations that take the time of a run, with their shares; on a GPU in use, its kernels."""
+    return shares(spent(run, before), most)
+
+
+def spent(run: Run, before: Run = lambda: None) -> dict[str, float]:
+    """The microseconds of each operation of a run, after one that is not looked at; on a GPU in use, of its kernels."""
     run()
     before()
     with torch.profiler.profile() as profile:
         run()
-    spent = _self_times(profile.key_averages())
-    total = sum(spent.values())
-    longest = sorted(spent, key=lambda key: -spent[key])[:most]
-    return ", ".join(f"{key} {spent[key] / total:.0%}" for key in longest)
+    return _self_times(profile.key_averages())
+
+
+def shares(times: dict[str, float], most: int = 8) -> str:
+    """The longest operations with their shares of the whole time."""
+    total = sum(times.values())
+    longest = sorted(times, key=lambda key: -times[key])[:most]
+    return ", ".join(f"{key} {times[key] / total:.0%}" for key in longest)
 
 
 def _self_times(events: list[Any]) -> dict[str, float]:
     if not torch.cuda.is_initialized():
         return {event.key.removeprefix("aten::"): event.self_cpu_time_total for event in events}
     kernels = {event.key: event.self_device_time_total for event in events if event.device_type.name == "CUDA"}
-    return {key.split("<")[0].split("(")[0].removeprefix("void "): time for key, time in kernels.items()}
+    times: dict[str, float] = {}
+    for key, time in kernels.items():
+        name = key.split("<")[0].split("(")[0].removeprefix("void ")
+        times[name] = times.get(name, 0.0) + time
+    return times
 
 
 def slope(points: list[tuple[float, float]]) -> float:
