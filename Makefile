@@ -95,11 +95,11 @@ fuzz: $(VENV)/.installed-dev ## make 100,000 generated calls of the public API: 
 # Triton comes with torch for GPUs. Without a GPU it is installed for this target only and interprets the programs.
 device: $(VENV)/.installed-dev ## run the tests for a GPU; without one, interpret them on the CPU
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
-	  $(BIN)/python -m pytest -n auto --maxprocesses 8 tests/laws/test_device.py; \
+	  $(BIN)/python -m pytest -n auto --maxprocesses 8 tests/laws/test_device.py tests/kernels/test_programs.py; \
 	else \
 	  $(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target build/device "triton>=3.9" && \
 	  PYTHONPATH=build/device OPDTHEORY_TEST_DEVICE=cpu TRITON_INTERPRET=1 \
-	    $(BIN)/python -m pytest -n auto --maxprocesses 8 tests/laws/test_device.py; \
+	    $(BIN)/python -m pytest -n auto --maxprocesses 8 tests/laws/test_device.py tests/kernels/test_programs.py; \
 	fi
 
 bench: $(VENV)/.installed-dev ## compare time and memory with TRL (medians of alternated repeats); writes docs/performance.md

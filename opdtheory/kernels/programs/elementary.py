@@ -16,22 +16,27 @@ import triton.language as tl
 __all__ = [
     "apart",
     "boundary",
+    "bounded",
     "cross_slope",
     "cross_terms",
     "cross_value",
     "difference",
+    "gap",
     "in_bits",
     "loaded",
+    "parts",
     "powers",
     "reference",
     "rounded",
     "terms",
     "together",
+    "units",
 ]
 
 _LOG2E = tl.constexpr(1.4426950216293335)
 _LOG2E_REST = tl.constexpr(1.9259629911266175e-08)
 _LN2 = tl.constexpr(0.6931471805599453)
+_LOG2E_WIDE = tl.constexpr(1.4426950408889634)
 _INF = tl.constexpr(float("inf"))
 # Below the logits of any model: its exponential below any peak is zero.
 _LOWEST = tl.constexpr(-1e30)
@@ -181,11 +186,63 @@ def terms(p, q, log_u, a, b, KIND: tl.constexpr, COARSE: tl.constexpr):
 @triton.jit
 def boundary(value, mass, p, q, ours, theirs, at_zero, slope_at_infinity):
     """The same for all tokens, with what those cost that one distribution lacks (T10)."""
+    return bounded(value, mass, p, q, ours, theirs, at_zero, at_zero, slope_at_infinity)
+
+
+@triton.jit
+def bounded(value, mass, p, q, ours, theirs, value_at_zero, mass_at_zero, slope_at_infinity):
+    """As `boundary`, with the costs in the units of value and mass."""
     absent, lacking = ours == -_INF, theirs == -_INF
-    value = tl.where(lacking, p * at_zero, value)
-    mass = tl.where(absent, 0.0, tl.where(lacking, -p * at_zero, mass))
+    value = tl.where(lacking, p * value_at_zero, value)
+    mass = tl.where(absent, 0.0, tl.where(lacking, -p * mass_at_zero, mass))
     value = tl.where(absent, tl.where(lacking, 0.0, q * slope_at_infinity), value)
     return value, mass
+
+
+@triton.jit
+def units(a, b, scale, constant, quotient, at_zero, slope_at_infinity, KIND: tl.constexpr):
+    """What `parts` are counted in, so that factors that all tokens share are multiplied once.
+
+    Returns:
+        For the log-ratio, the factor of the difference of logits and the constant; for the teacher's exponentials, a
+        factor; for the value, the factors of the sums of both parts; for the mass, its factor; and for tokens that one
+        distribution lacks, their costs.
+    """
+    if KIND == "skew_jsd":
+        found = (
+            scale * _LOG2E,
+            (constant * _LOG2E_WIDE).to(tl.float32),
+            1.0,
+            _LN2 * a * quotient.to(tl.float64),
+            -_LN2 * b,
+            b * _LN2,
+            0.0,
+            at_zero / (b * _LN2),
+            slope_at_infinity / (a * _LN2),
+        )
+    else:
+        found = scale, constant.to(tl.float32), quotient, 1.0, 0.0, 1.0, at_zero, at_zero, slope_at_infinity
+    return found
+
+
+@triton.jit
+def parts(p, q, log_u, a, b, KIND: tl.constexpr, COARSE: tl.constexpr):
+    """A part of the value and the mass of each token, in units of their own: the JSD's in bits, per share, unscaled."""
+    if KIND == "skew_jsd":
+        ratio = tl.exp2(-tl.abs(log_u))
+        lesser = tl.where(log_u > 0.0, b, a)
+        weight = _log2(tl.fma(lesser, ratio - 1.0, 1.0), COARSE) + tl.maximum(log_u, 0.0)
+        value = q * (log_u - weight)
+        mass = p * weight
+    else:
+        value, mass = terms(p, q, log_u, a, b, KIND, COARSE)
+    return value, mass
+
+
+@triton.jit
+def gap(ours, theirs, whole):
+    """The difference of the logits, which is exact where student and teacher are close."""
+    return (theirs + whole) - ours
 
 
 @triton.jit

@@ -3,7 +3,7 @@ r"""Which program does the rows of a batch, and with what numbers."""
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,11 +17,11 @@ from opdtheory.kernels.programs.whole_row import whole_row_program
 __all__ = ["Group", "Program", "group_of", "program_of", "run_program", "splits"]
 
 # Tokens that a member of a group holds: two members of four warps fill the registers of a processor.
-_HELD, _WARPS, _PER_PROCESSOR = 8192, 4, 2
+HELD, WARPS, _PER_PROCESSOR = 8192, 4, 2
 # A row takes no more members than this share of those that run at once: the others must not wait for an incomplete one.
 _SHARE = 8
 # Tokens that a program of a whole row processes together, and its warps.
-_BLOCK, _BLOCK_WARPS = 2048, 8
+BLOCK, BLOCK_WARPS = 2048, 8
 _CROSS = ("forward_kl", "reverse_kl", "jeffreys")
 
 
@@ -51,6 +51,21 @@ def program_of(label: str) -> Program:
     return Program(kind, parameter, divergence.at_zero + slope, divergence.slope_at_infinity - slope)
 
 
+def constants(label: str, narrow: bool, interpreted: bool = False) -> dict[str, Any]:
+    """What a program is compiled for, with weights and a gradient: a divergence, and logits of two bytes or more."""
+    kind = program_of(label).kind
+    return {
+        "KIND": kind,
+        "CROSS": kind in _CROSS,
+        "NARROW": narrow,
+        # Interpreted, a program has no instructions of a GPU.
+        "COARSE": narrow and not interpreted,
+        "WEIGHED": True,
+        "WANTED": True,
+        "SPOILT": False,
+    }
+
+
 class Group(NamedTuple):
     """How many programs hold a row together, how many tokens each holds, and how many groups run at once."""
 
@@ -63,11 +78,11 @@ def group_of(rows: int, words: int, device: torch.device) -> Group | None:
     """The groups that hold rows of logits in registers, or None where a row is too long for the device."""
     if device.type == "cpu":
         # Interpreted one after the other, so that none can wait for another one.
-        return Group(1, triton.next_power_of_2(words), rows) if words <= _HELD else None
+        return Group(1, triton.next_power_of_2(words), rows) if words <= HELD else None
     if torch.version.hip is not None:
         return None
-    members = -(-words // _HELD)
-    held = _HELD if members > 1 else max(1024, triton.next_power_of_2(words))
+    members = -(-words // HELD)
+    held = HELD if members > 1 else max(1024, triton.next_power_of_2(words))
     capacity = _PER_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
     return None if members * _SHARE > capacity else Group(members, held, min(rows, capacity // members))
 
@@ -116,20 +131,14 @@ def run_program(
     tensors = (student, teacher, slopes, factors, values, left, state)
     strides = (*student.stride(), *teacher.stride(), *slopes.stride())
     numbers = (scale, program.parameter, 1.0 - program.parameter, program.at_zero, program.slope_at_infinity)
+    interpreted = student.device.type == "cpu"
+    options = constants(divergence.label, student.itemsize == teacher.itemsize == 2, interpreted)
+    options |= {"WEIGHED": weights is not None, "WANTED": gradient is not None, "SPOILT": spoilt}
     # Products and sums are fused only where the programs say so: at the teacher, q - p must be exactly zero.
-    narrow = student.itemsize == 2
-    options = {} if student.device.type == "cpu" else {"enable_fp_fusion": False}
-    options |= {
-        "KIND": program.kind,
-        "CROSS": program.kind in _CROSS,
-        # Interpreted, a program has no instructions of a GPU.
-        "COARSE": narrow and student.device.type != "cpu",
-        "WEIGHED": weights is not None,
-        "WANTED": gradient is not None,
-        "SPOILT": spoilt,
-    }
+    options |= {} if interpreted else {"enable_fp_fusion": False}
+    narrow = options.pop("NARROW")
     if group is None:
-        whole_row_program[(rows,)](*tensors, *strides, words, *numbers, BLOCK=_BLOCK, num_warps=_BLOCK_WARPS, **options)
+        whole_row_program[(rows,)](*tensors, *strides, words, *numbers, BLOCK=BLOCK, num_warps=BLOCK_WARPS, **options)
         return state[:1], left
     resident_program[(group.groups * group.members,)](
         *tensors,
@@ -146,7 +155,7 @@ def run_program(
         ALONE=group.members == 1,
         SLOTS=triton.next_power_of_2(group.members),
         BLOCK=group.held,
-        num_warps=_WARPS,
+        num_warps=WARPS,
         **options,
     )
     return state[:1], left

@@ -17,18 +17,19 @@ import triton.language as tl
 
 from opdtheory.kernels.programs.elementary import (
     apart,
-    boundary,
+    bounded,
     cross_slope,
     cross_terms,
     cross_value,
-    difference,
+    gap,
     in_bits,
     loaded,
+    parts,
     powers,
     reference,
     rounded,
-    terms,
     together,
+    units,
 )
 
 __all__ = ["COLUMNS", "PEEK", "resident_program"]
@@ -116,6 +117,7 @@ def resident_program(
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """The rows of a group, one after another: `left` says which rows are left to do, and the first state if any is."""
     if ALONE:
         group = tl.program_id(0)
         member = 0
@@ -167,7 +169,7 @@ def resident_program(
             whole = together(distance, scale)
             p = powers(ours, factor, top)
             q = powers(theirs, factor, other_top)
-            d = difference(ours, theirs, scale, whole)
+            d = gap(ours, theirs, whole)
             zero = 0.0
             total = tl.sum(p, 0)
             other_total = tl.sum(q, 0)
@@ -215,27 +217,40 @@ def resident_program(
             if NARROW:
                 # By a zero that nobody knows before, so that numbers are computed again rather than kept.
                 q = powers(theirs, factor, its_top + zero)
+            mass_unit = 1.0
             if CROSS:
                 mean = first.to(tl.float64) * inverse
-                value = cross_value(mean, second.to(tl.float64) / other_total, constant, KIND)
-                slope = cross_slope(p, q * quotient, d, mean.to(tl.float32), KIND)
+                value = cross_value(mean * scale, second.to(tl.float64) / other_total * scale, constant, KIND)
+                if KIND == "jeffreys":
+                    slope = cross_slope(p, q * quotient, d * scale, (mean * scale).to(tl.float32), KIND)
+                else:
+                    slope = cross_slope(p, q * quotient, d, mean.to(tl.float32), KIND)
+                if KIND == "reverse_kl":
+                    mass_unit = scale
                 if holes:
                     slope = tl.where(d < _INF, slope, 0.0)
             else:
-                q = q * quotient
-                log_u = d + constant.to(tl.float32)
-                value_terms, mass = terms(p, q, log_u, a, b, KIND, COARSE)
-                first = tl.sum(value_terms, 0)
+                # fmt: off
+                (
+                    step, shift, teacher_unit, first_unit, second_unit, mass_unit,
+                    value_at_zero, mass_at_zero, slope_end,
+                ) = units(a, b, scale, constant, quotient, at_zero, slope_at_infinity, KIND)
+                # fmt: on
+                q = q * teacher_unit
+                value_part, mass = parts(p, q, tl.fma(d, step, shift), a, b, KIND, COARSE)
+                first = tl.sum(value_part, 0)
                 second = tl.sum(mass, 0)
-                if (tl.abs(first) + tl.abs(second) < _INF) == 0:
+                holes = (tl.abs(first) + tl.abs(second) < _INF) == 0
+                if holes:
                     # Read again, so that the logits need not be held for this.
                     ours = loaded(student + line * student_row, student_word, start, words, BLOCK).to(tl.float32)
                     theirs = loaded(teacher + line * teacher_row, teacher_word, start, words, BLOCK).to(tl.float32)
-                    q = powers(theirs, factor, its_top) * quotient
-                    log_u = difference(ours, theirs, scale, whole) + constant.to(tl.float32)
-                    value_terms, mass = terms(p, q, log_u, a, b, KIND, COARSE)
-                    value_terms, mass = boundary(value_terms, mass, p, q, ours, theirs, at_zero, slope_at_infinity)
-                    first = tl.sum(value_terms, 0)
+                    q = powers(theirs, factor, its_top) * teacher_unit
+                    value_part, mass = parts(p, q, tl.fma(gap(ours, theirs, whole), step, shift), a, b, KIND, COARSE)
+                    value_part, mass = bounded(
+                        value_part, mass, p, q, ours, theirs, value_at_zero, mass_at_zero, slope_end
+                    )
+                    first = tl.sum(value_part, 0)
                     second = tl.sum(mass, 0)
                 if NARROW:
                     held, top = _taken(student, after, student_row, student_word, start, wanted_after, factor, BLOCK)
@@ -252,7 +267,7 @@ def resident_program(
                     _sent(board + SLOTS + member, number, second)
                     first, zero = _received(board, number, members, SLOTS)
                     second, zero = _received(board + SLOTS, number, members, SLOTS)
-                value = first * inverse
+                value = (first * first_unit + second * second_unit) * inverse
                 mean = second * inverse
                 slope = tl.fma(p, -mean.to(tl.float32), mass)
             # Every NaN and infinity has entered a sum. A distribution without tokens has no total.
@@ -266,7 +281,7 @@ def resident_program(
                     if SPOILT:
                         tl.store(values + line, float("nan"))
             if WANTED:
-                slope = slope * (-weight * scale * inverse).to(tl.float32)
+                slope = slope * (-weight * scale * mass_unit * inverse).to(tl.float32)
                 if finite:
                     if SPLIT:
                         high = slope.to(tl.bfloat16)

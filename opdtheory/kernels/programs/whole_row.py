@@ -11,18 +11,19 @@ import triton.language as tl
 
 from opdtheory.kernels.programs.elementary import (
     apart,
-    boundary,
+    bounded,
     cross_slope,
     cross_terms,
     cross_value,
-    difference,
+    gap,
     in_bits,
     loaded,
+    parts,
     powers,
     reference,
     rounded,
-    terms,
     together,
+    units,
 )
 
 __all__ = ["whole_row_program"]
@@ -43,15 +44,15 @@ def _block(
     top,
     other_top,
     whole,
-    quotient,
+    teacher_unit,
     BLOCK: tl.constexpr,
 ):
-    """The logits of a block, its probabilities times the student's total, and the differences of its logits."""
+    """The logits of a block, its probabilities times the student's total, and the gaps of its logits."""
     ours = loaded(student, student_word, start, words, BLOCK).to(tl.float32)
     theirs = loaded(teacher, teacher_word, start, words, BLOCK).to(tl.float32)
     p = powers(ours, factor, top)
-    q = powers(theirs, factor, other_top) * quotient
-    return ours, theirs, p, q, difference(ours, theirs, scale, whole)
+    q = powers(theirs, factor, other_top) * teacher_unit
+    return ours, theirs, p, q, gap(ours, theirs, whole)
 
 
 @triton.jit
@@ -83,6 +84,7 @@ def whole_row_program(
     SPOILT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """A row: `left` says whether it is left to do, and the first state if any is."""
     row = tl.program_id(0).to(tl.int64)
     student += row * student_row
     teacher += row * teacher_row
@@ -129,24 +131,40 @@ def whole_row_program(
         ratio = total / other_total
         quotient = rounded(ratio)
         constant = distance - whole.to(tl.float64) * scale + tl.log(ratio)
-        shift = constant.to(tl.float32)
+        mass_unit = 1.0
+        # fmt: off
+        (
+            step, shift, teacher_unit, first_unit, second_unit, own_unit,
+            value_at_zero, mass_at_zero, slope_end,
+        ) = units(a, b, scale, constant, quotient, at_zero, slope_at_infinity, KIND)
+        # fmt: on
         holes = tl.min(lowest, 0) == -_INF
         if CROSS:
             mean = tl.sum(firsts.to(tl.float64), 0) * inverse
-            value = cross_value(mean, tl.sum(seconds.to(tl.float64), 0) / other_total, constant, KIND)
+            other_mean = tl.sum(seconds.to(tl.float64), 0) / other_total
+            value = cross_value(mean * scale, other_mean * scale, constant, KIND)
+            if KIND == "jeffreys":
+                mean *= scale
+            if KIND == "reverse_kl":
+                mass_unit = scale
         else:
             for start in range(0, words, BLOCK):
                 ours, theirs, p, q, d = _block(
                     student, teacher, student_word, teacher_word, start, words, scale, factor, top, other_top, whole,
-                    quotient, BLOCK,
+                    teacher_unit, BLOCK,
                 )  # fmt: skip
-                value_terms, mass = terms(p, q, d + shift, a, b, KIND, COARSE)
+                value_part, mass = parts(p, q, tl.fma(d, step, shift), a, b, KIND, COARSE)
                 if holes:
-                    value_terms, mass = boundary(value_terms, mass, p, q, ours, theirs, at_zero, slope_at_infinity)
-                firsts += value_terms
+                    value_part, mass = bounded(
+                        value_part, mass, p, q, ours, theirs, value_at_zero, mass_at_zero, slope_end
+                    )
+                firsts += value_part
                 seconds += mass
-            value = tl.sum(firsts.to(tl.float64), 0) * inverse
-            mean = tl.sum(seconds.to(tl.float64), 0) * inverse
+            first = tl.sum(firsts.to(tl.float64), 0)
+            second = tl.sum(seconds.to(tl.float64), 0)
+            value = (first * first_unit + second * second_unit) * inverse
+            mean = second * inverse
+            mass_unit = own_unit
         # Every NaN and infinity has entered a sum. A distribution without tokens has no total.
         finite = (tl.abs(value) + tl.abs(mean) + tl.abs(weight) < _INF) & (total > 0.0) & (other_total > 0.0)
         tl.store(left + row, finite == 0)
@@ -157,20 +175,22 @@ def whole_row_program(
             if SPOILT:
                 tl.store(values + row, float("nan"))
         if WANTED:
-            slope_factor, centre = (-weight * scale * inverse).to(tl.float32), mean.to(tl.float32)
+            slope_factor, centre = (-weight * scale * mass_unit * inverse).to(tl.float32), mean.to(tl.float32)
             if finite:
                 for start in range(0, words, BLOCK):
                     ours, theirs, p, q, d = _block(
                         student, teacher, student_word, teacher_word, start, words, scale, factor, top, other_top,
-                        whole, quotient, BLOCK,
+                        whole, teacher_unit, BLOCK,
                     )  # fmt: skip
                     if CROSS:
+                        if KIND == "jeffreys":
+                            d = d * scale
                         slope = tl.where(d < _INF, cross_slope(p, q, d, centre, KIND), 0.0)
                     else:
-                        value_terms, mass = terms(p, q, d + shift, a, b, KIND, COARSE)
+                        value_part, mass = parts(p, q, tl.fma(d, step, shift), a, b, KIND, COARSE)
                         if holes:
-                            value_terms, mass = boundary(
-                                value_terms, mass, p, q, ours, theirs, at_zero, slope_at_infinity
+                            value_part, mass = bounded(
+                                value_part, mass, p, q, ours, theirs, value_at_zero, mass_at_zero, slope_end
                             )
                         slope = tl.fma(p, -centre, mass)
                     at = start + every
