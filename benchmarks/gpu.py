@@ -1,6 +1,6 @@
 """Our losses on a GPU beside eager formulas, torch.compile, Liger and TRL, in one run of a few minutes.
 
-`python benchmarks/gpu.py --record FILE --write docs/performance.md` needs torch with CUDA; a peer that is not
+`python benchmarks/gpu.py --record FILE --write docs/gpu.md` needs torch with CUDA; a peer that is not
 installed, does not fit or raises is named in its row. Each section is stored as soon as it is there, so that a run
 that is cut off loses the rest only, and after `--limit` seconds no further subject is begun. `--from FILE` writes the
 page of a record that another machine has made, and measures nothing. On a CPU (`--device cpu`, with few tokens and

@@ -4,7 +4,7 @@
 its assembler made. It prints, for each divergence and dtype, the registers of a thread, what it spills, and the
 instructions for a logit, without those that only rows with a token of probability zero take. From these follow three
 times that no run of a program can beat on a GPU: its bytes at the speed of a copy, its instructions at one for each
-scheduler and cycle, and its exponentials and logarithms at four cycles for a warp. `--write docs/performance.md` puts
+scheduler and cycle, and its exponentials and logarithms at four cycles for a warp. `--write docs/gpu.md` puts
 the table into that page.
 """
 

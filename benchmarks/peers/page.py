@@ -36,17 +36,17 @@ NONE = "–"
 
 def section(record: Record) -> str:
     """All that a page says of a record."""
-    parts = [_head(record), "#### Marks", _marks(record)]
+    parts = [_head(record), "### Marks", _marks(record)]
     for kind, title in TITLES.items():
         tables = [_table(table, record) for table in record["tables"] if table["kind"] == kind]
-        parts += [f"#### {title}", *tables] if tables else []
+        parts += [f"### {title}", *tables] if tables else []
     if record["errors"]:
-        parts += ["#### Errors against float64", *_errors(record["errors"])]
+        parts += ["### Errors against float64", *_errors(record["errors"])]
     if record["profile"]:
-        parts += ["#### Kernels", *_profile(record["profile"])]
+        parts += ["### Kernels", *_profile(record["profile"])]
     missing = list(_missing(record))
     if missing:
-        parts += ["#### Not measured", "\n".join(missing)]
+        parts += ["### Not measured", "\n".join(missing)]
     return "\n\n".join(parts)
 
 

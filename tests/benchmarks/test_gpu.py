@@ -109,7 +109,7 @@ def test_a_run_on_a_cpu_fills_every_row(tmp_path: Path, monkeypatch: pytest.Monk
     text = document.read_text(encoding="utf-8")
     told = page.section(found)
     assert text.startswith("before\n") and text.endswith("after\n") and told in text
-    assert "not measured again" not in told and "#### Not measured" not in told
+    assert "not measured again" not in told and "### Not measured" not in told
     said = capsys.readouterr()
     assert told in said.out and "done" in said.err.splitlines()[-1]
     # The same page from the record, by which a machine that cannot write here hands over its figures.
@@ -196,7 +196,7 @@ def test_what_is_cut_off_loses_the_rest_only(tmp_path: Path, monkeypatch: pytest
         gpu.main([*TINY, "--record", str(record)])
     found = records.load(record)
     assert len(found["tables"]) == 2 and len(found["asked"]) == 7
-    told = page.section(found).split("#### Not measured")[1]
+    told = page.section(found).split("### Not measured")[1]
     assert "- From hidden states, 6 tokens x 5 states x 200 words, bfloat16: `jsd` by ours, " in told
 
 
@@ -332,9 +332,9 @@ def test_marks_from_hidden_states() -> None:
 
 
 def test_the_page_is_that_of_its_record() -> None:
-    """If this fails: python benchmarks/gpu.py --from benchmarks/records/h200.json --write docs/performance.md."""
+    """If this fails: python benchmarks/gpu.py --from benchmarks/records/h200.json --write docs/gpu.md."""
     record = records.load(STORED)
-    text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
     between = text.split("<!-- begin: benchmarks/gpu.py -->")[1].split("<!-- end: benchmarks/gpu.py -->")[0]
     assert between.strip() == page.section(record)
     record["tables"][0]["rows"][0]["ms"] *= 1.1
@@ -351,7 +351,7 @@ def test_a_record_of_other_programs_says_so() -> None:
 
 def test_every_row_of_the_stored_record_is_there_or_named_as_missing() -> None:
     record = records.load(STORED)
-    missing = page.section(record).partition("#### Not measured")[2]
+    missing = page.section(record).partition("### Not measured")[2]
     for asked in record["asked"]:
         held = [t for t in record["tables"] if page._place(t) == page._place(asked)]
         rows = {(row["divergence"], row["by"]) for table in held for row in table["rows"]}

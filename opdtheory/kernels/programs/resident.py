@@ -7,7 +7,8 @@ have separate places: who publishes the exchange after the next has seen all wor
 those of this one.
 
 A member waits only for members of its own group. Programs join groups in the order in which they start, so that at most
-one group of a launch is incomplete, and the others finish, whatever else runs on the GPU.
+one group of a launch is incomplete, whatever else runs on the GPU, and the others finish. An incomplete one holds less
+than an eighth of what the GPU runs at once (`launch.group_of`): up to eight launches cannot block each other.
 """
 
 from __future__ import annotations
