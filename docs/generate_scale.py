@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import opdtheory as opd
+from opdtheory.kernels.products import CHUNK_BYTES
 
 PAGE = Path(__file__).parent / "scale.md"
 
@@ -54,7 +55,7 @@ def costs() -> list[Cost]:
             "whole vocabulary, hidden states sent, `fused_linear_divergence`",
             WIDTH * BYTES,
             2 * WIDTH * BYTES,
-            buffers + 4 * WORDS * WIDTH,
+            buffers + 4 * WORDS * WIDTH + CHUNK_BYTES,
             "2, and at most 2 of the form",
         ),
         Cost(
@@ -216,7 +217,8 @@ every loss: even one log-probability of the teacher needs the whole normaliser. 
 word for the loss are {passes / head:.1%} of that. So the choice is about bytes, not operations. The sampled token is
 cheap because the teacher sends one number. The whole vocabulary is cheap because the gradient is the only tensor of the
 logits' size that is held, and with hidden states there is none. `fused_linear_divergence` holds the gradient of the
-output layer in float32 ({size(4 * WORDS * WIDTH)}), as any training of that layer does.
+output layer in float32 ({size(4 * WORDS * WIDTH)}), as any training of that layer does, and {size(CHUNK_BYTES)} of
+logits.
 
 ## What it buys at one position
 

@@ -15,12 +15,9 @@ from torch import Tensor
 
 from opdtheory.kernels.attached import last
 from opdtheory.kernels.heads import PLAIN_HEAD, HeadForm
-from opdtheory.kernels.products import add_product, product, products_of
+from opdtheory.kernels.products import add_product, chunk_rows, product, products_of, wide_dtype
 
 __all__ = ["OutputLayer", "chosen_log_probs", "likeliest"]
-
-# Logits in a chunk.
-_ELEMENTS = 2**23
 
 
 class OutputLayer(NamedTuple):
@@ -43,7 +40,7 @@ class OutputLayer(NamedTuple):
     @property
     def wide(self) -> torch.dtype:
         """The dtype of logits."""
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
+        return wide_dtype(self.dtype)
 
 
 def chosen_log_probs(
@@ -95,7 +92,7 @@ def _chunks(hidden: Tensor, layer: OutputLayer) -> Iterator[tuple[slice, Tensor,
     r"""The place of each chunk, its hidden states, its $z / \tau$, and the logarithm of their summed exponentials."""
     weight = layer.weight.detach().to(layer.dtype)
     bias = None if layer.bias is None else layer.bias.detach()
-    rows = max(1, _ELEMENTS // len(weight))
+    rows = chunk_rows(len(weight), layer.wide)
     with torch.autocast(hidden.device.type, enabled=False):
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
@@ -123,7 +120,9 @@ class _Chosen(torch.autograd.Function):
         hidden, weight, bias, ids = ctx.saved_tensors
         layer = ctx.layer._replace(weight=weight, bias=bias)
         by_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
-        by_weight = torch.zeros(weight.shape, dtype=layer.wide, device=weight.device)
+        by_weight = (
+            torch.zeros(weight.shape, dtype=layer.wide, device=weight.device) if ctx.needs_input_grad[1] else None
+        )
         by_bias = torch.zeros(len(weight), dtype=layer.wide, device=weight.device)
         with torch.no_grad():
             factor = weight.detach().to(layer.dtype)
@@ -135,11 +134,15 @@ class _Chosen(torch.autograd.Function):
                 layer.form.pull_back(found, kept)
                 if by_hidden is not None:
                     by_hidden[part] = product(found, factor).to(hidden.dtype)
-                if ctx.needs_input_grad[1]:
+                if by_weight is not None:
                     add_product(by_weight, found.T, states)
                 by_bias += found.sum(0)
         sources = [each for each in (upstream, hidden, weight, bias) if each is not None]
-        found_all = (by_hidden, by_weight.to(weight.dtype), None if bias is None else by_bias.to(bias.dtype))
+        found_all = (
+            by_hidden,
+            None if by_weight is None else by_weight.to(weight.dtype),
+            None if bias is None else by_bias.to(bias.dtype),
+        )
         wanted = zip(found_all, ctx.needs_input_grad, strict=False)
         grads = (
             last("chosen_log_probs", each, *sources) if need and each is not None else None for each, need in wanted

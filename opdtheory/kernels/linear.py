@@ -13,14 +13,13 @@ from opdtheory.divergences import divergence as as_divergence
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.kernels import arguments
 from opdtheory.kernels.attached import graph_is_kept, last, outside_graphs
+from opdtheory.kernels.distributions import default_rows
 from opdtheory.kernels.heads import HeadForm, check_bias, head_form
-from opdtheory.kernels.products import add_product, product, product_dtype, products_of
+from opdtheory.kernels.layers import Layer, Sums, Tensors, check_lora
+from opdtheory.kernels.products import autocast_dtype, chunk_rows, wide_dtype
 from opdtheory.kernels.sweep import Evaluator, sweep
 
 __all__ = ["fused_linear_divergence"]
-
-# Logits in a chunk: enough for a matrix product not to wait for the output layer to be read.
-_ELEMENTS = 2**23
 
 
 @outside_graphs
@@ -41,6 +40,8 @@ def fused_linear_divergence(
     student_softcap: float | None = None,
     teacher_softcap: float | None = None,
     entropy: Float[Tensor, "*batch"] | None = None,
+    student_lora: tuple[Float[Tensor, "r D"], Float[Tensor, "V r"], float] | None = None,
+    teacher_lora: tuple[Float[Tensor, "k E"], Float[Tensor, "V k"], float] | None = None,
 ) -> Float[Tensor, "*batch"]:
     r"""`fused_divergence` of the logits $z = W h$, of which only a chunk of positions is held at a time.
 
@@ -50,12 +51,19 @@ def fused_linear_divergence(
     g_n = -\frac{m_n}{\tau}\, p_n (w_f(u_n) - E_{p_n} w_f)$$
 
     In nats, to be minimised; the teacher is detached. The forward pass computes the gradients in the hidden states and
-    the head together with the values, and holds these gradients, two chunks of logits and a few buffers; the backward
-    pass copies the gradients if the graph is kept (`retain_graph`). They assume that the upstream gradient is the same
-    at all positions of non-zero weight, as for a sum or a mean; for others the backward pass repeats the work. Hidden
-    states and heads enter in their own dtype (under autocast, that of autocast). Logits, $g$ and sums are float32 where
-    that is bfloat16 or float16, with up to 4 million entries of a head in float32 at a time, so that a gradient is
-    rounded once, at the end; with a float64 head everything is float64. First derivatives only; no `torch.vmap`.
+    the head together with the values, and holds these gradients and two chunks of logits of at most 268 MB together
+    (unless `chunk_size` says otherwise, or one position has more), half as much again with a soft-cap, and a few
+    buffers; the backward pass copies the gradients if the graph is kept (`retain_graph`). They assume that the upstream
+    gradient is the same at all positions of non-zero weight, as for a sum or a mean; for others the backward pass
+    repeats the work. What does not require a gradient costs none: a frozen head is only multiplied.
+
+    Hidden states and heads enter in their own dtype (under autocast, that of autocast). Logits, $g$ and sums are
+    float32 where that is bfloat16 or float16, with up to 4 million entries of a head in float32 at a time, so that a
+    gradient is rounded once, at the end; with a float64 head everything is float64. First derivatives only; no
+    `torch.vmap`.
+
+    With `student_lora` and `teacher_lora`, $z = W h + \gamma B (A h)$, as in an adapter of PEFT without dropout;
+    $W + \gamma B A$ is never made. $A$ and $B$ are held in the dtype of the logits, and the student's get gradients.
 
     Args:
         student_hidden: $h$, with any leading shape.
@@ -65,7 +73,7 @@ def fused_linear_divergence(
         divergence: an object or a catalogue name.
         mask: a weight for each position; where it is zero, nothing is computed.
         temperature: $\tau$, which divides both logits.
-        chunk_size: the number of positions at a time (default: as many as have 8 million logits).
+        chunk_size: the number of positions at a time (default: 220 of 151,936 words in float32).
         student_bias: $b$ of a head with a bias, $z = W h + b$; it gets its gradient.
         teacher_bias: the teacher's, detached.
         student_scale: $s$, which multiplies $W h + b$.
@@ -73,6 +81,9 @@ def fused_linear_divergence(
         student_softcap: $c$ of soft-capped logits, $z = c \tanh(s (W h + b) / c)$.
         teacher_softcap: the teacher's.
         entropy: overwritten with the student's entropy in nats at each position, zero where the mask is.
+        student_lora: $(A, B, \gamma)$, the weights `lora_A` and `lora_B` and the scaling of an adapter on the head, of
+            the hidden states' dtype or float32.
+        teacher_lora: the teacher's, detached.
 
     Returns:
         $\ell$, float64 if a head is, else float32.
@@ -105,144 +116,117 @@ def fused_linear_divergence(
     arguments.check_device("teacher_hidden", teacher_hidden, "the student's", student_hidden.device)
     check_bias("student", student_bias, student_head)
     check_bias("teacher", teacher_bias, teacher_head)
+    *ours, our_scaling = check_lora("student", student_lora, student_hidden, student_head)
+    *theirs, their_scaling = check_lora("teacher", teacher_lora, teacher_hidden, teacher_head)
     forms = (head_form("student", student_scale, student_softcap), head_form("teacher", teacher_scale, teacher_softcap))
     if entropy is not None:
         arguments.check_matching("entropy", entropy, "the batch", student_hidden[..., 0])
     _, weights = arguments.shared(student_hidden, mask, temperature, chunk_size, student_head, teacher_head)
     arguments.check_weights(weights)
+    student = Tensors(student_hidden, student_head, student_bias, *ours)
+    teacher = Tensors(teacher_hidden, teacher_head, teacher_bias, *theirs).detached()
     recorded = torch.is_grad_enabled()
-    wanted = tuple(
-        recorded and each is not None and each.requires_grad for each in (student_hidden, student_head, student_bias)
-    )
-    job = _Job(as_divergence(divergence), float(temperature), chunk_size, product_dtype(student_head), wanted, forms)
-    teacher = _Teacher(
-        teacher_hidden.detach(), teacher_head.detach(), None if teacher_bias is None else teacher_bias.detach()
-    )
-    values: Tensor = _Linear.apply(student_hidden, student_head, student_bias, *teacher, weights, job, entropy)
+    wanted = tuple(recorded and each is not None and each.requires_grad for each in student)
+    scalings = (our_scaling, their_scaling)
+    cast = autocast_dtype(student_head.device.type)
+    job = _Job(as_divergence(divergence), float(temperature), chunk_size, cast, wanted, forms, scalings)
+    values: Tensor = _Linear.apply(job, weights, entropy, *student, *teacher)
     return values
 
 
 class _Job(NamedTuple):
-    """The arguments of a call other than tensors, and the dtype of its matrix products."""
+    """The arguments of a call other than tensors, and the dtype of autocast, which may be off in a backward pass."""
 
     divergence: Divergence
     temperature: float
     chunk_size: int | None
-    dtype: torch.dtype
+    cast: torch.dtype | None
     wanted: tuple[bool, ...]
     forms: tuple[HeadForm, HeadForm]
+    scalings: tuple[float, float]
 
 
-class _Teacher(NamedTuple):
-    """The teacher's tensors."""
-
-    hidden: Tensor
-    head: Tensor
-    bias: Tensor | None
+_COUNT = len(Tensors._fields)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        head: Tensor,
-        bias: Tensor | None,
-        other: Tensor,
-        other_head: Tensor,
-        other_bias: Tensor | None,
-        weights: Tensor | None,
-        job: _Job,
-        entropy: Tensor | None,
-    ) -> Tensor:
-        teacher = _Teacher(other, other_head, other_bias)
-        values, *found = _work(hidden, head, bias, teacher, weights, job, entropy)
-        ctx.save_for_backward(hidden, head, bias, *teacher, weights, *found)
+    def forward(ctx: Any, job: _Job, weights: Tensor | None, entropy: Tensor | None, *tensors: Tensor | None) -> Tensor:
+        student, teacher = Tensors(*tensors[:_COUNT]), Tensors(*tensors[_COUNT:])  # type: ignore[arg-type]
+        values, found = _work(student, teacher, weights, job, entropy)
+        ctx.save_for_backward(weights, *tensors, *found)
         ctx.job = job
-        return values.to(arguments.sum_dtype(head, other_head))
+        return values.to(arguments.sum_dtype(student.head, teacher.head))
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, head, bias, other, other_head, other_bias, weights, *found = ctx.saved_tensors
+        weights, *saved = ctx.saved_tensors
+        student, teacher, found = Tensors(*saved[:_COUNT]), Tensors(*saved[_COUNT : 2 * _COUNT]), saved[2 * _COUNT :]
         with torch.no_grad():
             factors = upstream if weights is None else upstream[weights != 0]
             first = factors.flatten()[0] if factors.numel() else factors.new_ones(())
             if bool((factors != first).any()):
                 weights = upstream if weights is None else upstream * weights
-                found = _work(hidden, head, bias, _Teacher(other, other_head, other_bias), weights, ctx.job)[1:]
+                found = _work(student, teacher, weights, ctx.job)[1]
             elif graph_is_kept():
                 # What is handed out may be overwritten, and another backward pass may follow.
                 found = [each if each is None else each * first for each in found]
             elif bool(first != 1):
                 found = [each if each is None else each.mul_(first) for each in found]
-        sources = [each for each in (upstream, hidden, head, bias) if each is not None]
-        by_hidden, by_head, by_bias = (
-            None if each is None else last("fused_linear_divergence", each, *sources) for each in found
-        )
-        return by_hidden, by_head, by_bias, None, None, None, None, None, None
+        sources = [each for each in (upstream, *student) if each is not None]
+        slopes = [None if each is None else last("fused_linear_divergence", each, *sources) for each in found]
+        return None, None, None, *slopes, *[None] * _COUNT
 
 
 def _work(
-    hidden: Tensor,
-    head: Tensor,
-    bias: Tensor | None,
-    teacher: _Teacher,
-    weights: Tensor | None,
-    job: _Job,
-    entropy: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Values `(...)`, and the gradients of their weighted sum in hidden states, head and bias, where wanted."""
+    student: Tensors, teacher: Tensors, weights: Tensor | None, job: _Job, entropy: Tensor | None = None
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Values `(...)`, and the gradients of their weighted sum in the student's tensors, where wanted."""
+    hidden, head = student.hidden, student.head
     evaluator = Evaluator.of(job.divergence, arguments.sum_dtype(head, teacher.head), 1.0 / job.temperature)
-    form, other_form = job.forms
+    form = job.forms[0]
     values = torch.zeros(hidden.shape[:-1], dtype=torch.float64, device=hidden.device)
-    by_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if job.wanted[0] else None
-    wide = torch.float64 if job.dtype == torch.float64 else torch.float32
-    by_head = torch.zeros(head.shape, dtype=wide, device=head.device) if job.wanted[1] else None
-    by_bias = torch.zeros(len(head), dtype=wide, device=head.device) if job.wanted[2] else None
+    wide = wide_dtype(job.cast or head.dtype)
+    sums = Sums(student, job.wanted, wide)
     looked = (
         torch.arange(values.numel(), device=hidden.device) if weights is None else weights.flatten().nonzero()[:, 0]
     )
-    rows = job.chunk_size or max(1, _ELEMENTS // head.shape[0])
-    # The casts of autocast, once for all chunks.
-    ours_head, theirs_head = head.to(job.dtype), teacher.head.to(job.dtype)
+    rows = job.chunk_size or chunk_rows(len(head), wide)
+    ours, theirs = (
+        Layer.of(*each, job.cast, wide) for each in zip((student, teacher), job.forms, job.scalings, strict=True)
+    )
     logits = [torch.empty(min(rows, len(looked)), len(head), dtype=wide, device=head.device) for _ in range(2)]
-    flat, other_flat = hidden.reshape(-1, hidden.shape[-1]), teacher.hidden.reshape(-1, teacher.hidden.shape[-1])
     entropies = None if entropy is None else torch.zeros_like(values)
     with torch.autocast(hidden.device.type, enabled=False):
         for part in looked.split(rows):
-            states = flat[part].to(job.dtype)
-            ours = products_of(states, ours_head, logits[0][: len(part)])
-            theirs = products_of(other_flat[part].to(job.dtype), theirs_head, logits[1][: len(part)])
-            form.shape(ours, bias)
-            other_form.shape(theirs, teacher.bias)
+            z = ours.logits(part, logits[0][: len(part)])
+            other = theirs.logits(part, logits[1][: len(part)])
             if entropies is not None:
-                entropies.view(-1)[part] = _entropy(ours, job.temperature).double()
-            kept = form.keep(ours) if any(job.wanted) else None
+                entropies.view(-1)[part] = _entropy(z, job.temperature)
+            kept = form.keep(z) if any(job.wanted) else None
             weight = None if weights is None else weights.flatten()[part]
             found = torch.empty(len(part), dtype=torch.float64, device=hidden.device)
             # The gradient takes the place of the logits.
-            sweep(evaluator, ours, theirs, weight, None, found, ours if any(job.wanted) else None)
+            sweep(evaluator, z, other, weight, None, found, z if any(job.wanted) else None)
             values.view(-1)[part] = found
             if any(job.wanted):
-                form.pull_back(ours, kept)
-            if by_hidden is not None:
-                by_hidden.view(-1, hidden.shape[-1])[part] = product(ours, ours_head).to(hidden.dtype)
-            if by_head is not None:
-                add_product(by_head, ours.T, states)
-            if by_bias is not None:
-                by_bias += ours.sum(0)
+                form.pull_back(z, kept)
+                sums.add(ours, part, z)
     if entropy is not None and entropies is not None:
         entropy.copy_(entropies)
-    by_bias = by_bias if by_bias is None or bias is None else by_bias.to(bias.dtype)
-    return values, by_hidden, None if by_head is None else by_head.to(head.dtype), by_bias
+    return values, list(sums.rounded())
 
 
 def _entropy(logits: Tensor, temperature: float) -> Tensor:
-    r"""$-\sum_a p_a \log p_a$ of each row."""
-    scaled = logits / temperature
-    total = scaled.logsumexp(-1)
-    # A token of probability zero counts nothing.
-    return total - (scaled - total.unsqueeze(-1)).exp_().mul_(scaled.nan_to_num_(neginf=0.0)).sum(-1)
+    r"""$-\sum_a p_a \log p_a$ of each row, with a few rows in buffers at a time."""
+    found = torch.empty(len(logits), dtype=torch.float64, device=logits.device)
+    rows = default_rows(logits.shape[-1], logits.device)
+    for some, out in zip(logits.split(rows), found.split(rows), strict=True):
+        scaled = some / temperature
+        total = scaled.logsumexp(-1)
+        # A token of probability zero counts nothing.
+        out.copy_(total - (scaled - total.unsqueeze(-1)).exp_().mul_(scaled.nan_to_num_(neginf=0.0)).sum(-1))
+    return found
 
 
 def _check(hidden: object, head: object, whose: str) -> None:

@@ -7,10 +7,27 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["add_product", "product", "product_dtype", "products_of"]
+__all__ = [
+    *("CHUNK_BYTES", "add_product", "autocast_dtype", "chunk_rows", "product", "product_dtype", "products_of"),
+    "wide_dtype",
+]
+
+# Memory for two tensors of logits of a chunk of positions: with 151,936 words, 220 rows in float32. With fewer, a CPU
+# waits for the output layer to be read, and casts it more often.
+CHUNK_BYTES = 2**28
 
 # Entries of an output layer of low precision that are held in float32 at a time.
 _UPCAST = 2**22
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of logits and of sums of gradients, given that of the factors."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def chunk_rows(words: int, dtype: torch.dtype) -> int:
+    """The default number of positions in a chunk, given the dtype of logits."""
+    return max(1, CHUNK_BYTES // (2 * words * dtype.itemsize))
 
 
 def products_of(states: Tensor, head: Tensor, out: Tensor) -> Tensor:
@@ -21,7 +38,7 @@ def products_of(states: Tensor, head: Tensor, out: Tensor) -> Tensor:
         return out.copy_(_wide_product(states, head.T))
     states = states.to(out.dtype)
     for place, block in _upcast(head, out.dtype):
-        out[:, place] = torch.mm(states, block.T)
+        torch.mm(states, block.T, out=out[:, place])
     return out
 
 
@@ -66,7 +83,11 @@ def _accumulates_wide(matrix: Tensor) -> bool:
     return matrix.is_cuda and matrix.dtype == torch.bfloat16 and "dtype" in torch.ops.aten.mm.overloads()
 
 
+def autocast_dtype(kind: str) -> torch.dtype | None:
+    """The dtype of autocast on a kind of device, None where it is off."""
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
 def product_dtype(head: Tensor) -> torch.dtype:
     """The dtype in which a head is multiplied: that of autocast where it is on, else its own."""
-    kind = head.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.dtype
+    return autocast_dtype(head.device.type) or head.dtype

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from opdtheory.kernels import chosen
+from opdtheory.kernels import products
 from opdtheory.kernels.chosen import OutputLayer, chosen_log_probs, likeliest
 from opdtheory.kernels.heads import HeadForm
 from tests.tolerances import ALGEBRA
@@ -38,7 +38,7 @@ def worst(mine: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> float:
 @pytest.mark.parametrize("form", FORMS, ids=["plain", "scaled", "capped"])
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_values_and_gradients(form: HeadForm, with_bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chosen, "_ELEMENTS", 14)  # two positions at a time
+    monkeypatch.setattr(products, "CHUNK_BYTES", 2 * 14 * 8)  # two positions at a time
     hidden, weight, bias, ids, upstream = case()
     leaves = [hidden, weight, bias] if with_bias else [hidden, weight]
     given = bias if with_bias else None
@@ -53,7 +53,7 @@ def test_values_and_gradients(form: HeadForm, with_bias: bool, monkeypatch: pyte
 
 
 def test_a_weight_of_low_precision_is_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chosen, "_ELEMENTS", 7)
+    monkeypatch.setattr(products, "CHUNK_BYTES", 2 * 7 * 4)
     hidden, weight, bias, ids, upstream = case(torch.bfloat16)
     exact = [each.detach().double().requires_grad_() for each in (hidden, weight, bias)]
     found = chosen_log_probs(hidden, OutputLayer(weight, bias, dtype=torch.bfloat16), ids)
@@ -79,7 +79,7 @@ def test_what_is_frozen_gets_no_gradient_and_there_is_no_second_one() -> None:
 
 
 def test_the_likeliest_of_a_smaller_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chosen, "_ELEMENTS", 14)
+    monkeypatch.setattr(products, "CHUNK_BYTES", 2 * 14 * 8)
     hidden, weight, bias, ids, _ = case()
     logs = by_autograd(hidden, weight, bias, HeadForm(), 0.8).detach()
     found, scores, of_tokens = likeliest(

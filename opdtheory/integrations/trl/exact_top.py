@@ -158,9 +158,8 @@ def output_layer(model: Any, temperature: float, dtype: torch.dtype | None, *, a
     model = _inner(model)
     layer = model.get_output_embeddings()
     if not isinstance(layer, nn.Linear):
-        raise InvalidArgumentError(
-            argument, f"needs models whose output layer is a torch.nn.Linear, got {type(layer).__name__}"
-        )
+        kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
+        raise InvalidArgumentError(argument, f"needs models whose output layer is a torch.nn.Linear, got {kind}")
     settings = model.config.get_text_config()
     form = head_form("student", _scale(settings), getattr(settings, "final_logit_softcapping", None))
     return OutputLayer(layer.weight, layer.bias, form, temperature, dtype or layer.weight.dtype)

@@ -44,7 +44,8 @@ class OPDTrainer(DistillationTrainer):
 
     Raises:
         IntegrationError: TRL's own loss takes other arguments than in the supported versions.
-        InvalidArgumentError: `per` is neither, or the configuration asks for TRL's Liger loss.
+        InvalidArgumentError: `per` is neither, the configuration asks for TRL's Liger loss, or the output layer of a
+            model has an adapter of PEFT.
 
     References: T11, T12, T16c of the theory.
     """
@@ -60,6 +61,8 @@ class OPDTrainer(DistillationTrainer):
         super().__init__(*args, **kwargs)
         if hasattr(self, "liger_loss"):
             raise InvalidArgumentError("use_liger_kernel", "must be False: TRL's Liger loss has no other divergences")
+        for name in ("model", "teacher_model"):
+            _check_head(name, self.accelerator.unwrap_model(getattr(self, name)))
         for words in other_laws(self.args):
             warnings.warn(f"the expected gradient is that at histories of another law: {words}", stacklevel=2)
 
@@ -74,6 +77,15 @@ class OPDTrainer(DistillationTrainer):
         with in_place_of_trl_loss(functools.partial(_loss, divergence=self.divergence)):
             found: tuple[Tensor, Tensor, Tensor] = super()._compute_loss(unwrapped_student, inputs, num_items_in_batch)
         return found
+
+
+def _check_head(name: str, model: Any) -> None:
+    """Raise if the output layer has an adapter: TRL hands over the weight of the layer below it."""
+    # What adapts a layer in PEFT keeps it under this name.
+    if hasattr(model.get_output_embeddings(), "base_layer"):
+        raise InvalidArgumentError(
+            name, "must have no adapter on its output layer, since the loss would be that without it; merge it first"
+        )
 
 
 def _loss(

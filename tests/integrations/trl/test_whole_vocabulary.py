@@ -111,6 +111,25 @@ def test_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         OPDTrainer()
 
 
+class Adapted(torch.nn.Module):
+    """A layer with an adapter, as PEFT makes it: its weight is that of the layer below."""
+
+    def __init__(self, base_layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.weight, self.bias = base_layer.weight, base_layer.bias
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(("whose", "name"), [("student", "model"), ("teacher", "teacher_model")])
+def test_an_adapter_on_the_output_layer_is_refused(whose: str, name: str) -> None:
+    pair = trainer_pair()
+    model = getattr(pair, whose)
+    model.set_output_embeddings(Adapted(model.get_output_embeddings()))
+    with pytest.raises(InvalidArgumentError, match=f"^{name}: must have no adapter on its output layer"):
+        whole(divergence="jsd")(pair)
+
+
 def test_the_function_of_trl_is_put_back() -> None:
     before = substitution.distillation_trainer._chunked_divergence_loss
     with pytest.raises(ZeroDivisionError), substitution.in_place_of_trl_loss(lambda **_: 1 / 0):
