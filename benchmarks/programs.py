@@ -32,7 +32,7 @@ from opdtheory.divergences import names as catalogue  # noqa: E402
 PROCESSORS, CYCLES, SCHEDULERS, COPY = 132, 1.98e9, 4, 4.238e12
 TOKENS, WORDS = 4_096, 151_936
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
-NUMBERS = ("scale", "a", "b", "at_zero", "slope_at_infinity")
+NUMBERS = ("empty", "scale", "a", "b", "at_zero", "slope_at_infinity")
 FAMILIES = {
     "alpha": ("alpha(alpha=0.3)", "alpha(alpha=1.5)"),
     "skew_jsd": ("skew_jsd(beta=0.1)",),
@@ -178,7 +178,7 @@ def others(architecture: int) -> Iterator[str]:
         "in two halves": {"SPLIT": True},
         "without a gradient": {"WANTED": False},
         "without weights": {"WEIGHED": False},
-        "in a graph": {"SPOILT": True},
+        "in a graph": {"FILLED": True},
     }
     for way, changes in ways.items():
         found = resident("jsd", torch.float32, architecture, **changes)

@@ -92,7 +92,7 @@ def _chunks(hidden: Tensor, layer: OutputLayer) -> Iterator[tuple[slice, Tensor,
     r"""The place of each chunk, its hidden states, its $z / \tau$, and the logarithm of their summed exponentials."""
     weight = layer.weight.detach().to(layer.dtype)
     bias = None if layer.bias is None else layer.bias.detach()
-    rows = chunk_rows(len(weight), layer.wide)
+    rows = chunk_rows(len(weight), layer.wide, weight.device)
     with torch.autocast(hidden.device.type, enabled=False):
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
@@ -135,7 +135,7 @@ class _Chosen(torch.autograd.Function):
                 if by_hidden is not None:
                     by_hidden[part] = product(found, factor).to(hidden.dtype)
                 if by_weight is not None:
-                    add_product(by_weight, found.T, states)
+                    add_product(by_weight, found, states)
                 by_bias += found.sum(0)
         sources = [each for each in (upstream, hidden, weight, bias) if each is not None]
         found_all = (

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.kernels import arguments
-from opdtheory.kernels.heads import HeadForm
-from opdtheory.kernels.products import add_product, product, products_of
+from opdtheory.kernels.heads import PLAIN_HEAD, HeadForm
+from opdtheory.kernels.products import Halves, accumulates_wide, add_product, product, products_of
 
 __all__ = ["Layer", "Sums", "Tensors", "check_lora"]
 
@@ -51,6 +51,10 @@ class Layer(NamedTuple):
             low_rank = down.to(cast or down.dtype).to(wide), up.to(cast or up.dtype).to(wide)
         return cls(hidden.reshape(-1, hidden.shape[-1]), head.to(cast or head.dtype), bias, low_rank, form, scaling)
 
+    def takes_halves(self) -> bool:
+        """Whether the gradient in the products may come as two numbers of bfloat16, as it is the one in the logits."""
+        return accumulates_wide(self.head) and self.low_rank is None and self.form == PLAIN_HEAD
+
     def chunk(self, part: Tensor) -> Tensor:
         """The hidden states of some positions."""
         return self.states[part].to(self.head.dtype)
@@ -80,16 +84,20 @@ class Sums:
         whole = None if kept.hidden is None else torch.zeros_like(kept.hidden, memory_format=torch.contiguous_format)
         self._found = Tensors(whole, *sums)  # type: ignore[arg-type]
 
-    def add(self, layer: Layer, part: Tensor, gradient: Tensor) -> None:
+    def add(self, layer: Layer, part: Tensor, gradient: Tensor | Halves) -> None:
         """Add what some positions contribute, given the gradient in their products with the layer."""
         hidden, head, bias, down, up = self._found
         states = layer.chunk(part)
-        slope = None if hidden is None else product(gradient, layer.head)
+        factor = gradient
+        if isinstance(gradient, Tensor) and accumulates_wide(layer.head) and not (hidden is None and head is None):
+            factor = Halves.split(gradient)
+        slope = None if hidden is None else product(factor, layer.head)
         if head is not None:
-            add_product(head, gradient.T, states)
+            add_product(head, factor, states)
         if bias is not None:
-            bias += gradient.sum(0)
+            bias += gradient.sum(0) if isinstance(gradient, Tensor) else gradient.column_sums()
         if layer.low_rank is not None:
+            assert isinstance(gradient, Tensor)
             if up is not None:
                 up.addmm_(gradient.T, layer.inner(states, layer.low_rank))
             if slope is not None or down is not None:

@@ -16,8 +16,8 @@ from opdtheory.kernels.attached import graph_is_kept, last, outside_graphs
 from opdtheory.kernels.distributions import default_rows
 from opdtheory.kernels.heads import HeadForm, check_bias, head_form
 from opdtheory.kernels.layers import Layer, Sums, Tensors, check_lora
-from opdtheory.kernels.products import autocast_dtype, chunk_rows, wide_dtype
-from opdtheory.kernels.sweep import Evaluator, sweep
+from opdtheory.kernels.products import Halves, autocast_dtype, chunk_rows, wide_dtype
+from opdtheory.kernels.sweep import Evaluator, can_split, sweep, sweep_once
 
 __all__ = ["fused_linear_divergence"]
 
@@ -51,9 +51,9 @@ def fused_linear_divergence(
     g_n = -\frac{m_n}{\tau}\, p_n (w_f(u_n) - E_{p_n} w_f)$$
 
     In nats, to be minimised; the teacher is detached. The forward pass computes the gradients in the hidden states and
-    the head together with the values, and holds these gradients and two chunks of logits of at most 268 MB together
-    (unless `chunk_size` says otherwise, or one position has more), half as much again with a soft-cap, and a few
-    buffers; the backward pass copies the gradients if the graph is kept (`retain_graph`). They assume that the upstream
+    the head together with the values, and holds these gradients and two chunks of logits of at most 268 MB together,
+    671 MB on a GPU (unless `chunk_size` says otherwise, or one position has more), half as much again with a soft-cap,
+    and a few buffers; the backward pass copies the gradients if the graph is kept (`retain_graph`). They assume that the upstream
     gradient is the same at all positions of non-zero weight, as for a sum or a mean; for others the backward pass
     repeats the work. What does not require a gradient costs none: a frozen head is only multiplied.
 
@@ -182,39 +182,76 @@ def _work(
     student: Tensors, teacher: Tensors, weights: Tensor | None, job: _Job, entropy: Tensor | None = None
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Values `(...)`, and the gradients of their weighted sum in the student's tensors, where wanted."""
-    hidden, head = student.hidden, student.head
-    evaluator = Evaluator.of(job.divergence, arguments.sum_dtype(head, teacher.head), 1.0 / job.temperature)
-    form = job.forms[0]
-    values = torch.zeros(hidden.shape[:-1], dtype=torch.float64, device=hidden.device)
-    wide = wide_dtype(job.cast or head.dtype)
-    sums = Sums(student, job.wanted, wide)
-    looked = (
-        torch.arange(values.numel(), device=hidden.device) if weights is None else weights.flatten().nonzero()[:, 0]
-    )
-    rows = job.chunk_size or chunk_rows(len(head), wide)
-    ours, theirs = (
-        Layer.of(*each, job.cast, wide) for each in zip((student, teacher), job.forms, job.scalings, strict=True)
-    )
-    logits = [torch.empty(min(rows, len(looked)), len(head), dtype=wide, device=head.device) for _ in range(2)]
-    entropies = None if entropy is None else torch.zeros_like(values)
-    with torch.autocast(hidden.device.type, enabled=False):
-        for part in looked.split(rows):
-            z = ours.logits(part, logits[0][: len(part)])
-            other = theirs.logits(part, logits[1][: len(part)])
-            if entropies is not None:
-                entropies.view(-1)[part] = _entropy(z, job.temperature)
-            kept = form.keep(z) if any(job.wanted) else None
-            weight = None if weights is None else weights.flatten()[part]
-            found = torch.empty(len(part), dtype=torch.float64, device=hidden.device)
-            # The gradient takes the place of the logits.
-            sweep(evaluator, z, other, weight, None, found, z if any(job.wanted) else None)
-            values.view(-1)[part] = found
-            if any(job.wanted):
-                form.pull_back(z, kept)
-                sums.add(ours, part, z)
-    if entropy is not None and entropies is not None:
-        entropy.copy_(entropies)
-    return values, list(sums.rounded())
+    evaluator = Evaluator.of(job.divergence, arguments.sum_dtype(student.head, teacher.head), 1.0 / job.temperature)
+    with torch.autocast(student.hidden.device.type, enabled=False):
+        run = _Run(student, teacher, weights, job, entropy is not None)
+        count = student.hidden[..., 0].numel()
+        looked = (
+            torch.arange(count, device=student.hidden.device) if weights is None else weights.flatten().nonzero()[:, 0]
+        )
+        left = run.over(looked, evaluator)
+        if len(left):
+            run.over(left, evaluator.exact())
+        if entropy is not None:
+            entropy.copy_(run.entropies.view(entropy.shape))
+        return run.values.view(student.hidden.shape[:-1]), list(run.sums.rounded())
+
+
+class _Run:
+    """The values and the sums of gradients of a call."""
+
+    def __init__(self, student: Tensors, teacher: Tensors, weights: Tensor | None, job: _Job, entropies: bool) -> None:
+        hidden, head = student.hidden, student.head
+        self._job, self._wide = job, wide_dtype(job.cast or head.dtype)
+        self._ours, self._theirs = (
+            Layer.of(*each, job.cast, self._wide)
+            for each in zip((student, teacher), job.forms, job.scalings, strict=True)
+        )
+        self._weights = None if weights is None else weights.flatten()
+        self._rows = job.chunk_size or chunk_rows(len(head), self._wide, head.device)
+        self.values = torch.zeros(hidden[..., 0].numel(), dtype=torch.float64, device=hidden.device)
+        self.entropies = torch.zeros_like(self.values) if entropies else self.values[:0]
+        self.sums = Sums(student, job.wanted, self._wide)
+
+    def over(self, looked: Tensor, evaluator: Evaluator) -> Tensor:
+        """Some positions, a chunk at a time; returns those that are left to do, after one wait for the device."""
+        if not len(looked):
+            return looked
+        shape = min(self._rows, len(looked)), len(self._ours.head)
+        logits = [torch.empty(*shape, dtype=self._wide, device=looked.device) for _ in range(2)]
+        parts = looked.split(self._rows)
+        # The gradient takes the place of the logits.
+        found = [self._chunk(part, evaluator, *(each[: len(part)] for each in logits)) for part in parts]
+        asked = [each for each in found if each is not None]
+        if not asked or not bool(torch.cat([some for some, _ in asked]).any()):
+            return looked[:0]
+        return looked[torch.cat([left for _, left in asked])]
+
+    def _chunk(self, part: Tensor, evaluator: Evaluator, z: Tensor, other: Tensor) -> tuple[Tensor, Tensor] | None:
+        ours, form, wanted = self._ours, self._ours.form, any(self._job.wanted)
+        ours.logits(part, z)
+        self._theirs.logits(part, other)
+        if len(self.entropies):
+            self.entropies[part] = _entropy(z, self._job.temperature)
+        kept = form.keep(z) if wanted else None
+        weight = None if self._weights is None else self._weights[part]
+        found = torch.empty(len(part), dtype=torch.float64, device=z.device)
+        gradient: Tensor | Halves = z
+        left = None
+        if not evaluator.has_programs(z.device):
+            sweep(evaluator, z, other, weight, None, found, z if wanted else None)
+        elif wanted and ours.takes_halves() and can_split(z):
+            gradient = Halves.of(z)
+            high = gradient.rows.unflatten(0, (-1, 2))[:, 0]
+            left = sweep_once(evaluator, z, other, weight, found, high, rest=z.shape[1])
+        else:
+            left = sweep_once(evaluator, z, other, weight, found, z if wanted else None)
+        self.values[part] = found
+        if wanted:
+            if isinstance(gradient, Tensor):
+                form.pull_back(gradient, kept)
+            self.sums.add(ours, part, gradient)
+        return left
 
 
 def _entropy(logits: Tensor, temperature: float) -> Tensor:

@@ -2,6 +2,7 @@ r"""Values and gradients of many positions, chunk by chunk."""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from opdtheory.kernels.distributions import Buffers, Distributions, Row, affine,
 from opdtheory.kernels.forms import Filled, Form, fast_form
 from opdtheory.kernels.reference import reference_form
 
-__all__ = ["Evaluator", "finish", "matrices", "runs", "sweep"]
+__all__ = ["Evaluator", "can_split", "finish", "has_programs", "matrices", "runs", "sweep", "sweep_once"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,10 @@ class Evaluator:
         if fast is None:
             return cls(divergence, reference, torch.float64, reference, scale)
         return cls(divergence, fast, torch.float32, reference, scale)
+
+    def has_programs(self, device: torch.device) -> bool:
+        """Whether programs evaluate whole rows on a device; they look at weights themselves."""
+        return self.dtype == torch.float32 and has_programs(device)
 
     def exact(self) -> Evaluator:
         """The evaluator with the reference form."""
@@ -67,10 +72,6 @@ def sweep(
     Raises:
         InvalidArgumentError: a weight is not finite, or a row of non-zero weight holds NaN, +inf or only -inf.
     """
-    programs = evaluator.dtype == torch.float32 and has_programs(student.device)
-    if not programs:
-        # The programs look at weights themselves.
-        check_weights(weights)
     rows = chunk or default_rows(student.shape[-1], student.device)
     # The gradient serves as a buffer, unless it takes the place of logits that are still needed.
     spare = gradient is not student and gradient is not None and gradient.dtype == evaluator.dtype
@@ -78,7 +79,7 @@ def sweep(
     wide = [student, teacher] + ([] if gradient is None else [gradient])
     narrow = [values] + ([] if weights is None else [weights.contiguous()])
     for wides, narrows in matrices(wide, narrow):
-        if programs:
+        if evaluator.has_programs(student.device):
             _by_programs(evaluator, wides, narrows, rows)
         elif rows == 1 and student.device.type == "cpu":
             found, *weight = narrows
@@ -87,9 +88,52 @@ def sweep(
             _by_chunks(chunks, wides, narrows, rows)
 
 
+def sweep_once(
+    evaluator: Evaluator,
+    student: Tensor,
+    teacher: Tensor,
+    weights: Tensor | None,
+    values: Tensor,
+    gradient: Tensor | None,
+    rest: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`sweep` by programs of matrices, without waiting for the device.
+
+    Args:
+        evaluator: what to compute.
+        student: logits, `(N, V)`.
+        teacher: logits of the same shape.
+        weights: `(N,)`, or None for ones.
+        values: `(N,)`, overwritten.
+        gradient: like `student`, overwritten, or None; it may be `student` itself.
+        rest: if not None, the gradient is of bfloat16, and followed at this distance by what its rounding took.
+
+    Returns:
+        Whether any position is left to do, `(1,)`, and which, `(N,)`: its value and gradient are zero so far.
+    """
+    from opdtheory.kernels.programs.launch import run_program
+
+    return run_program(
+        evaluator.divergence, student, teacher, evaluator.scale, weights, values, gradient, rest=rest, fill=0.0
+    )
+
+
+def can_split(student: Tensor) -> bool:
+    """Whether `sweep_once` can write a gradient as two numbers."""
+    from opdtheory.kernels.programs.launch import splits
+
+    rows, words = student.shape
+    return splits(rows, words, student.device)
+
+
 def has_programs(device: torch.device) -> bool:
     """Whether those of `opdtheory.kernels.programs` can process whole rows."""
-    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    return device.type == "cuda" and _has_triton()
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _by_programs(evaluator: Evaluator, wides: list[Tensor], narrows: list[Tensor], rows: int) -> None:
@@ -106,7 +150,7 @@ def _by_programs(evaluator: Evaluator, wides: list[Tensor], narrows: list[Tensor
         weight[0] if weight else None,
         found,
         grad[0] if grad else None,
-        spoilt=captured,
+        fill=math.nan if captured else None,
     )
     # The one time that the host waits; in a graph of the device's it cannot.
     if not captured and bool(any_left):

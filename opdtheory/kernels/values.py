@@ -41,6 +41,8 @@ def values_and_gradient(
     gradient = torch.empty(student.shape if wanted else (0,), dtype=student.dtype, device=student.device)
     if values.numel():
         evaluator = Evaluator.of(settings.divergence, dtype, 1.0 / settings.temperature)
+        if not evaluator.has_programs(student.device):
+            arguments.check_weights(weights)
         sweep(evaluator, student, teacher, weights, settings.chunk_size, values, gradient if wanted else None)
     return values, gradient
 

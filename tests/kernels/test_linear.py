@@ -10,7 +10,7 @@ from torch import Tensor
 
 import opdtheory as opd
 from opdtheory.errors import InvalidArgumentError
-from opdtheory.kernels import products
+from opdtheory.kernels import layers, products
 from tests.conftest import CHECKED
 from tests.tolerances import ALGEBRA
 
@@ -151,26 +151,50 @@ def test_a_wide_head_goes_through_in_parts(monkeypatch: pytest.MonkeyPatch) -> N
     assert all(worst(a.float(), b.float()) <= 2**-8 * float(b.abs().max()) for a, b in zip(parts, whole, strict=True))
 
 
+def of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products as on a GPU, which sums those of bfloat16 in float32, done here in float64."""
+
+    def written(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+        assert left.dtype == right.dtype == torch.bfloat16 and out.dtype == torch.float32
+        return out.copy_(left.double() @ right.double())
+
+    def added(total: Tensor, left: Tensor, right: Tensor) -> None:
+        assert left.dtype == right.dtype == torch.bfloat16 and total.dtype == torch.float32
+        total += (left.double() @ right.double()).float()
+
+    monkeypatch.setattr(products, "_wide_product", written)
+    monkeypatch.setattr(products, "_add_wide_product", added)
+    for module in (products, layers):
+        monkeypatch.setattr(module, "accumulates_wide", lambda matrix: matrix.dtype == torch.bfloat16)
+
+
 def test_products_of_a_gpu_keep_sixteen_bits_of_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two bfloat16 factors stand for the float32 one; the product of a GPU is done here in float64 of these factors."""
-
-    def product(left: Tensor, right: Tensor) -> Tensor:
-        assert left.dtype == right.dtype == torch.bfloat16
-        return (left.double() @ right.double()).float()
-
-    left, right = torch.randn(30, 50), torch.randn(50, 8).bfloat16()
-    exact = left.double() @ right.double()
-    monkeypatch.setattr(products, "_accumulates_wide", lambda matrix: matrix.dtype == torch.bfloat16)
-    monkeypatch.setattr(products, "_wide_product", product)
-    found = products.product(left, right)
-    assert found.dtype == torch.float32
-    assert float((found - exact).norm() / exact.norm()) < 1e-5
-    assert float((product(left.bfloat16(), right) - exact).norm() / exact.norm()) > 1e-3
+    """Two bfloat16 factors stand for the float32 one."""
+    left, right, states = torch.randn(30, 50), torch.randn(50, 8).bfloat16(), torch.randn(30, 8).bfloat16()
+    of_a_gpu(monkeypatch)
+    total = torch.ones(50, 8)
+    products.add_product(total, left, states)
+    for found, exact in (
+        (products.product(left, right), left.double() @ right.double()),
+        (total, 1 + left.double().T @ states.double()),
+    ):
+        assert found.dtype == torch.float32
+        assert float((found - exact).norm() / exact.norm()) < 1e-5
+    halves = products.Halves.split(left)
+    assert float((halves.column_sums() - left.sum(0)).abs().max()) < 1e-3
+    alone = left.bfloat16().double() @ right.double()
+    assert float((alone - left.double() @ right.double()).norm() / alone.norm()) > 1e-3
     tensors = case(9, dtype=torch.bfloat16, vocabulary=50)
     exact_tensors = [each.detach().double().requires_grad_(each.requires_grad) for each in tensors]
     mine = torch.autograd.grad(opd.fused_linear_divergence(*tensors, "jsd").sum(), tensors[:2])
     theirs = torch.autograd.grad(by_logits(*exact_tensors, "jsd").sum(), exact_tensors[:2])
     assert all(worst(a.double(), b) <= 2**-8 * float(b.abs().max()) for a, b in zip(mine, theirs, strict=True))
+
+
+def test_halves_share_the_memory_of_a_matrix() -> None:
+    matrix = torch.randn(5, 8)
+    halves = products.Halves.of(matrix)
+    assert halves.rows.shape == (10, 8) and halves.rows.data_ptr() == matrix.data_ptr()
 
 
 # A hook may write into the gradient that it is handed, and the graph may be used again.

@@ -249,7 +249,7 @@ def test_chunks_of_the_default_size_keep_to_the_budget(monkeypatch: pytest.Monke
         fused(case(12, dtype=dtype))
         assert max(seen) == rows
     monkeypatch.setattr(products, "CHUNK_BYTES", 1)
-    assert products.chunk_rows(WORDS, torch.float32) == 1
+    assert products.chunk_rows(WORDS, torch.float32, torch.device("cpu")) == 1
     monkeypatch.undo()
     assert products.chunk_rows(151_936, torch.float32) == 220
 

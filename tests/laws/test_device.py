@@ -6,6 +6,7 @@ which the programs of the GPU are interpreted on the CPU.
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from opdtheory.errors import InvalidArgumentError
 from opdtheory.kernels import sweep
 from opdtheory.training.trainer import train
 from tests.conftest import CHECKED
+from tests.kernels.test_linear import of_a_gpu
 from tests.training.runs import CASES, GROUPED, TASK, config, model
 
 DEVICE = os.environ.get("OPDTHEORY_TEST_DEVICE") or ("cuda" if torch.cuda.is_available() else None)
@@ -288,7 +290,14 @@ def test_rows_that_a_graph_cannot_do_are_spoilt(words: int) -> None:
     for spoilt in (False, True):
         values.fill_(5.0), gradient.fill_(5.0)
         some, left = run_program(
-            opd.divergence("reverse_kl"), student, teacher, 1.0, None, values, gradient, spoilt=spoilt
+            opd.divergence("reverse_kl"),
+            student,
+            teacher,
+            1.0,
+            None,
+            values,
+            gradient,
+            fill=math.nan if spoilt else None,
         )
         assert bool(some) and left.tolist() == [False, True, True, False]
         untouched = values.isnan() if spoilt else values == 5.0
@@ -333,21 +342,69 @@ def test_autocast_and_inference_mode_change_nothing() -> None:
         assert torch.equal(opd.fused_divergence(z, t, "jsd"), plain)
 
 
+FORMS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "scaled and capped": {"student_scale": 0.7, "student_softcap": 3.0, "teacher_softcap": 4.0},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("near", (None, 0.03))
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("name", SOME)
-def test_from_hidden_states(name: str, dtype: torch.dtype) -> None:
+def test_from_hidden_states(
+    name: str, dtype: torch.dtype, near: float | None, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against float64 on the same rounded inputs, also near the teacher, where distillation ends."""
+    if INTERPRETED:
+        of_a_gpu(monkeypatch)
     generator = torch.Generator().manual_seed(0)
-    shapes = ((4, 5, 16), (90, 16), (4, 5, 8), (90, 8))
-    tensors = [torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+    shapes = ((4, 5, 16), (90, 16), (4, 5, 8), (90, 8), (90,))
+    tensors = [torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    if near is not None:
+        tensors[2:4] = tensors[0] + near * torch.randn(4, 5, 16, generator=generator), tensors[1].clone()
+    tensors = [each.to(dtype) for each in tensors]
+    mask = torch.ones(4, 5)
+    mask[1, 2:] = 0.0
     slopes = []
     for device, width in ((DEVICE, dtype), ("cpu", torch.float64)):
-        moved = [each.to(device, width).requires_grad_(i < 2) for i, each in enumerate(tensors)]
-        loss = opd.fused_linear_divergence(*moved, name, mask=torch.ones(4, 5, device=device), chunk_size=3)
-        slopes.append((loss, *by_autograd(loss, *moved[:2])))
-    # Logits in bfloat16 are rounded before anything is computed of them.
-    bound = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2}[dtype]
+        *moved, bias = (each.to(device, width).requires_grad_(i in (0, 1, 4)) for i, each in enumerate(tensors))
+        biases = {"student_bias": bias, "teacher_bias": bias.detach()}
+        loss = opd.fused_linear_divergence(*moved, name, mask=mask.to(device), chunk_size=3, **biases, **FORMS[form])
+        slopes.append((loss, *by_autograd(loss, moved[0], moved[1], bias)))
+    # The last rounding, to the dtype of the input, is all that is left of that of bfloat16.
+    bound = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-3}[dtype]
     for found, wanted in zip(*slopes, strict=True):
-        assert worst(found, wanted) < bound
+        gap = (found.detach().cpu().double() - wanted.detach()).norm()
+        assert float(gap) <= bound * float(wanted.detach().norm()) + 1e-6 * (dtype != torch.float64)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_positions_that_programs_leave_are_done_once_more(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An infinite bias makes one token impossible for the teacher: its reverse KL is infinite, and has no gradient."""
+    if INTERPRETED:
+        of_a_gpu(monkeypatch)
+    generator = torch.Generator().manual_seed(0)
+    hidden, head, other, other_head = (torch.randn(*s, generator=generator).to(dtype) for s in ((6, 4), (9, 4)) * 2)
+    never = torch.zeros(9, dtype=dtype)
+    never[3] = -torch.inf
+    found = []
+    for device, width in ((DEVICE, dtype), ("cpu", torch.float64)):
+        moved = [
+            each.to(device, width).requires_grad_(i < 2) for i, each in enumerate((hidden, head, other, other_head))
+        ]
+        for name in ("reverse_kl", "skew_reverse_kl(lam=0.1)"):
+            loss = opd.fused_linear_divergence(*moved, name, chunk_size=2, teacher_bias=never.to(device, width))
+            found.append((loss.detach().cpu().double(), *(x.cpu().double() for x in by_autograd(loss, *moved[:2]))))
+    for mine, theirs in zip(found[:2], found[2:], strict=True):
+        assert torch.equal(mine[0].isinf(), theirs[0].isinf())
+        for each, wanted in zip(mine[1:], theirs[1:], strict=True):
+            assert float((each - wanted).norm()) <= 3e-3 * float(wanted.norm()) + 1e-6
+    assert found[0][0].isinf().all() and not found[1][0].isinf().any()
+    unusable = hidden.to(DEVICE).clone()
+    unusable[2] = torch.nan
+    with pytest.raises(InvalidArgumentError, match="1 of"):
+        opd.fused_linear_divergence(unusable, *(x.to(DEVICE) for x in (head, other, other_head)), "jsd")
 
 
 @pytest.mark.parametrize("name", SOME)

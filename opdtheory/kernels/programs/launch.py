@@ -62,7 +62,7 @@ def constants(label: str, narrow: bool, interpreted: bool = False) -> dict[str, 
         "COARSE": narrow and not interpreted,
         "WEIGHED": True,
         "WANTED": True,
-        "SPOILT": False,
+        "FILLED": False,
     }
 
 
@@ -101,7 +101,7 @@ def run_program(
     values: Tensor,
     gradient: Tensor | None,
     rest: int | None = None,
-    spoilt: bool = False,
+    fill: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Fill in values and gradients as `sweep` does, for matrices and vectors.
 
@@ -114,7 +114,7 @@ def run_program(
         values: `(N,)`, overwritten, of float32 or float64.
         gradient: `(N, V)`, or None; it may be `student` itself.
         rest: if not None, the gradient is bfloat16 and is followed at this distance by what its rounding took.
-        spoilt: whether rows that are left to do get NaN; else nothing is written to them.
+        fill: what rows get that are left to do, as value and gradient; if None, nothing is written to them.
 
     Returns:
         Whether any row is left to do, `(1,)`, not zero if so, and which, `(N,)`.
@@ -130,10 +130,11 @@ def run_program(
     slopes, factors = student if gradient is None else gradient, values if weights is None else weights
     tensors = (student, teacher, slopes, factors, values, left, state)
     strides = (*student.stride(), *teacher.stride(), *slopes.stride())
-    numbers = (scale, program.parameter, 1.0 - program.parameter, program.at_zero, program.slope_at_infinity)
+    empty = 0.0 if fill is None else fill
+    numbers = (empty, scale, program.parameter, 1.0 - program.parameter, program.at_zero, program.slope_at_infinity)
     interpreted = student.device.type == "cpu"
     options = constants(divergence.label, student.itemsize == teacher.itemsize == 2, interpreted)
-    options |= {"WEIGHED": weights is not None, "WANTED": gradient is not None, "SPOILT": spoilt}
+    options |= {"WEIGHED": weights is not None, "WANTED": gradient is not None, "FILLED": fill is not None}
     # Products and sums are fused only where the programs say so: at the teacher, q - p must be exactly zero.
     options |= {} if interpreted else {"enable_fp_fusion": False}
     narrow = options.pop("NARROW")

@@ -99,6 +99,7 @@ def resident_program(
     gradient_rest,
     rows,
     words,
+    empty,
     scale,
     a,
     b,
@@ -113,7 +114,7 @@ def resident_program(
     WEIGHED: tl.constexpr,
     WANTED: tl.constexpr,
     SPLIT: tl.constexpr,
-    SPOILT: tl.constexpr,
+    FILLED: tl.constexpr,
     ALONE: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -279,8 +280,8 @@ def resident_program(
                     tl.store(values + line, weight * value)
                 else:
                     tl.store(state, 1)
-                    if SPOILT:
-                        tl.store(values + line, float("nan"))
+                    if FILLED:
+                        tl.store(values + line, empty)
             if WANTED:
                 slope = slope * (-weight * scale * mass_unit * inverse).to(tl.float32)
                 if finite:
@@ -290,7 +291,9 @@ def resident_program(
                         tl.store(slopes + gradient_rest, slope - high.to(tl.float32), mask=inside)
                     else:
                         tl.store(slopes, slope, mask=inside)
-                elif SPOILT:
-                    tl.store(slopes, tl.full((BLOCK,), float("nan"), tl.float32), mask=inside)
+                elif FILLED:
+                    tl.store(slopes, tl.zeros((BLOCK,), tl.float32) + empty, mask=inside)
+                    if SPLIT:
+                        tl.store(slopes + gradient_rest, tl.zeros((BLOCK,), tl.float32) + empty, mask=inside)
         row = after
         weight = weight_after

@@ -71,6 +71,7 @@ def whole_row_program(
     gradient_row,
     gradient_word,
     words,
+    empty,
     scale,
     a,
     b,
@@ -81,7 +82,7 @@ def whole_row_program(
     COARSE: tl.constexpr,
     WEIGHED: tl.constexpr,
     WANTED: tl.constexpr,
-    SPOILT: tl.constexpr,
+    FILLED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """A row: `left` says whether it is left to do, and the first state if any is."""
@@ -172,8 +173,8 @@ def whole_row_program(
             tl.store(values + row, weight * value)
         else:
             tl.store(state, 1)
-            if SPOILT:
-                tl.store(values + row, float("nan"))
+            if FILLED:
+                tl.store(values + row, empty)
         if WANTED:
             slope_factor, centre = (-weight * scale * mass_unit * inverse).to(tl.float32), mean.to(tl.float32)
             if finite:
@@ -195,9 +196,7 @@ def whole_row_program(
                         slope = tl.fma(p, -centre, mass)
                     at = start + every
                     tl.store(gradient + at * gradient_word, slope * slope_factor, mask=at < words)
-            elif SPOILT:
+            elif FILLED:
                 for start in range(0, words, BLOCK):
                     at = start + every
-                    tl.store(
-                        gradient + at * gradient_word, tl.full((BLOCK,), float("nan"), tl.float32), mask=at < words
-                    )
+                    tl.store(gradient + at * gradient_word, tl.zeros((BLOCK,), tl.float32) + empty, mask=at < words)
