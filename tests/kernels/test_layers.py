@@ -254,19 +254,27 @@ def test_chunks_of_the_default_size_keep_to_the_budget(monkeypatch: pytest.Monke
     assert products.chunk_rows(151_936, torch.float32) == 220
 
 
-def hooked_gradients(c: dict[str, Tensor], times: int) -> None:
+def test_a_kept_graph_accumulates() -> None:
+    """Also where what lies in .grad is overwritten."""
+    c = case(5)
     values = fused(c).sum()
-    for _ in range(times):
+    for _ in range(3):
         values.backward(retain_graph=True)
         for each in LEAVES:
             c[each].grad.add_(0.0)
-
-
-def test_a_kept_graph_accumulates() -> None:
-    c = case(5)
-    hooked_gradients(c, 3)
     exact = slopes(merged(c), c, torch.ones(5, dtype=torch.float64))
     assert gap(tuple(c[each].grad / 3 for each in LEAVES), exact) < ALGEBRA
+
+
+def test_a_wider_teacher_keeps_its_digits() -> None:
+    """The twin has the teacher in the student's dtype."""
+    c = case(9, dtype=torch.bfloat16)
+    fine = case(9, dtype=torch.float32)
+    c |= {name: each.detach() for name, each in fine.items() if name.startswith("other")}
+    exact = {name: each.detach().double() for name, each in c.items()}
+    assert worst(fused(c), merged(exact)) < 2e-6
+    coarse = {name: each.detach().bfloat16() for name, each in c.items()}
+    assert worst(fused(coarse), merged(exact)) > 1e-4
 
 
 @pytest.mark.bad_input
