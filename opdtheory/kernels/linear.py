@@ -53,9 +53,9 @@ def fused_linear_divergence(
     In nats, to be minimised; the teacher is detached. The forward pass computes the gradients in the hidden states and
     the head together with the values, and holds these gradients and two chunks of logits of at most 268 MB together,
     671 MB on a GPU (unless `chunk_size` says otherwise, or one position has more), half as much again with a soft-cap,
-    and a few buffers; the backward pass copies the gradients if the graph is kept (`retain_graph`). They assume that the upstream
-    gradient is the same at all positions of non-zero weight, as for a sum or a mean; for others the backward pass
-    repeats the work. What does not require a gradient costs none: a frozen head is only multiplied.
+    and a few buffers; the backward pass copies the gradients if the graph is kept (`retain_graph`). They assume that
+    the upstream gradient is the same at all positions of non-zero weight, as for a sum or a mean; for others the
+    backward pass repeats the work. What does not require a gradient costs none: a frozen head is only multiplied.
 
     Hidden states and heads enter in their own dtype (under autocast, that of autocast). Logits, $g$ and sums are
     float32 where that is bfloat16 or float16, with up to 4 million entries of a head in float32 at a time, so that a

@@ -251,7 +251,10 @@ def test_chunks_of_the_default_size_keep_to_the_budget(monkeypatch: pytest.Monke
     monkeypatch.setattr(products, "CHUNK_BYTES", 1)
     assert products.chunk_rows(WORDS, torch.float32, torch.device("cpu")) == 1
     monkeypatch.undo()
-    assert products.chunk_rows(151_936, torch.float32) == 220
+    assert products.chunk_rows(151_936, torch.float32, torch.device("cpu")) == 220
+    # Whole tiles of rows, where a GPU has memory for one.
+    assert products.chunk_rows(151_936, torch.float32, torch.device("cuda")) == 512
+    assert products.chunk_rows(10**6, torch.float32, torch.device("cuda")) == 83
 
 
 def test_a_kept_graph_accumulates() -> None:
