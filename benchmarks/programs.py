@@ -4,7 +4,7 @@
 its assembler made. It prints, for each divergence and dtype, the registers of a thread, what it spills, and the
 instructions for a logit, without those that only rows with a token of probability zero take. From these follow three
 times that no run of a program can beat on a GPU: its bytes at the speed of a copy, its instructions at one for each
-scheduler and cycle, and its exponentials and logarithms at four cycles for a warp. `--write docs/gpu.md` puts
+scheduler and cycle, and its exponentials and logarithms at eight cycles for a warp. `--write docs/gpu.md` puts
 the table into that page.
 """
 
@@ -133,16 +133,19 @@ def _usual(listing: str, program: Any) -> Iterator[str]:
 
 
 def _seldom(program: Any) -> Iterator[tuple[str, int]]:
-    """The lines of a program's branches for tokens of probability zero."""
+    """The lines for tokens of probability zero, for rows of weight zero, and before the loop over rows."""
     file = Path(program.fn.__code__.co_filename)
+    lines = file.read_text(encoding="utf-8").splitlines()
+    begins = next(number for number, line in enumerate(lines) if line.startswith(f"def {program.fn.__name__}("))
+    loop = next((number for number, line in enumerate(lines) if line.startswith("    while row < rows:")), begins)
     depth = None
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(lines):
         indent = len(line) - len(line.lstrip())
         if depth is not None and line.strip() and indent <= depth:
             depth = None
-        if depth is not None:
-            yield file.name, number
-        if line.strip() == "if holes:":
+        if depth is not None or begins <= number < loop:
+            yield file.name, number + 1
+        if line.strip() in ("if holes:", "while weight == 0.0:"):
             depth = indent
 
 
@@ -158,7 +161,7 @@ def rows(architecture: int) -> Iterator[str]:
             special = found.instructions["MUFU"] / each
             logits = TOKENS * WORDS
             lanes = PROCESSORS * CYCLES * SCHEDULERS
-            times = (3 * logits * dtype.itemsize / COPY, logits * total / 32 / lanes, logits * special / 8 / lanes)
+            times = (3 * logits * dtype.itemsize / COPY, logits * total / 32 / lanes, logits * special / 4 / lanes)
             cells = [f"{1e3 * time:.2f}" for time in times]
             yield (
                 f"| `{label}` | {str(dtype)[6:]} | {found.registers} | {found.spilled} | {total:.0f} | {special:.1f} | "

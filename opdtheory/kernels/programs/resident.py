@@ -71,13 +71,42 @@ def _taken(logits, row, step, word, start, words, factor, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _weight(weights, row, rows, WEIGHED: tl.constexpr):
-    """The weight of a row, float64, zero beyond the last one."""
+def _wanted(
+    row,
+    rows,
+    groups,
+    weights,
+    values,
+    left,
+    gradient,
+    gradient_row,
+    gradient_word,
+    gradient_rest,
+    at,
+    words,
+    member,
+    WEIGHED: tl.constexpr,
+    WANTED: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The next row of the group that has a weight, from this one on, and its weight; zeros for those before it."""
+    weight = tl.full((), 1.0, tl.float64)
     if WEIGHED:
-        weight = tl.load(weights + row, mask=row < rows, other=0.0).to(tl.float64)
-    else:
-        weight = (row < rows).to(tl.float64)
-    return weight
+        weight = tl.load(weights + row, mask=row < rows, other=1.0).to(tl.float64)
+        while weight == 0.0:
+            line = row.to(tl.int64)
+            if member == 0:
+                tl.store(values + line, weight)
+                tl.store(left + line, False)
+            if WANTED:
+                slopes = gradient + line * gradient_row + at * gradient_word
+                tl.store(slopes, tl.zeros((BLOCK,), tl.float32), mask=at < words)
+                if SPLIT:
+                    tl.store(slopes + gradient_rest, tl.zeros((BLOCK,), tl.float32), mask=at < words)
+            row += groups
+            weight = tl.load(weights + row, mask=row < rows, other=1.0).to(tl.float64)
+    return row, weight
 
 
 @triton.jit
@@ -133,167 +162,154 @@ def resident_program(
     boards += group.to(tl.int64) * (2 * _COLUMNS * SLOTS)
     factor = in_bits(scale)
     number = 0
-    row = group
-    weight = _weight(weights, row, rows, WEIGHED)
-    # Of a row that is skipped, nothing is read.
-    wanted = tl.where(weight == 0.0, 0, words)
+    # fmt: off
+    row, weight = _wanted(
+        group, rows, groups, weights, values, left, gradient, gradient_row, gradient_word, gradient_rest,
+        at, words, member, WEIGHED, WANTED, SPLIT, BLOCK,
+    )
+    # fmt: on
     if NARROW:
         # The next row is read while this one waits for its sums; wider logits would not find room.
-        held, top = _taken(student, row, student_row, student_word, start, wanted, factor, BLOCK)
-        other_held, other_top = _taken(teacher, row, teacher_row, teacher_word, start, wanted, factor, BLOCK)
+        some = tl.where(row < rows, words, 0)
+        held, top = _taken(student, row, student_row, student_word, start, some, factor, BLOCK)
+        other_held, other_top = _taken(teacher, row, teacher_row, teacher_word, start, some, factor, BLOCK)
     while row < rows:
         line = row.to(tl.int64)
-        after = row + groups
-        weight_after = _weight(weights, after, rows, WEIGHED)
-        wanted_after = tl.where(weight_after == 0.0, 0, words)
+        # fmt: off
+        after, weight_after = _wanted(
+            row + groups, rows, groups, weights, values, left, gradient, gradient_row, gradient_word, gradient_rest,
+            at, words, member, WEIGHED, WANTED, SPLIT, BLOCK,
+        )
+        # fmt: on
+        some = tl.where(after < rows, words, 0)
         slopes = gradient + line * gradient_row + at * gradient_word
-        if weight == 0.0:
-            if member == 0:
-                tl.store(values + line, weight)
-                tl.store(left + line, False)
-            if WANTED:
-                tl.store(slopes, tl.zeros((BLOCK,), tl.float32), mask=inside)
-                if SPLIT:
-                    tl.store(slopes + gradient_rest, tl.zeros((BLOCK,), tl.float32), mask=inside)
-            if NARROW:
-                held, top = _taken(student, after, student_row, student_word, start, wanted_after, factor, BLOCK)
-                other_held, other_top = _taken(
-                    teacher, after, teacher_row, teacher_word, start, wanted_after, factor, BLOCK
-                )
-        else:
-            if not NARROW:
-                held, top = _taken(student, row, student_row, student_word, start, words, factor, BLOCK)
-                other_held, other_top = _taken(teacher, row, teacher_row, teacher_word, start, words, factor, BLOCK)
-            ours = held.to(tl.float32)
-            theirs = other_held.to(tl.float32)
-            its_top = other_top
-            distance = apart(top, other_top)
-            whole = together(distance, scale)
-            p = powers(ours, factor, top)
-            q = powers(theirs, factor, other_top)
-            d = gap(ours, theirs, whole)
-            zero = 0.0
-            total = tl.sum(p, 0)
-            other_total = tl.sum(q, 0)
-            holes = False
-            if CROSS:
+        if not NARROW:
+            held, top = _taken(student, row, student_row, student_word, start, words, factor, BLOCK)
+            other_held, other_top = _taken(teacher, row, teacher_row, teacher_word, start, words, factor, BLOCK)
+        ours = held.to(tl.float32)
+        theirs = other_held.to(tl.float32)
+        its_top = other_top
+        distance = apart(top, other_top)
+        whole = together(distance, scale)
+        p = powers(ours, factor, top)
+        q = powers(theirs, factor, other_top)
+        d = gap(ours, theirs, whole)
+        zero = 0.0
+        total = tl.sum(p, 0)
+        other_total = tl.sum(q, 0)
+        holes = False
+        if CROSS:
+            under_student, under_teacher = cross_terms(p, q, d, KIND)
+            first = tl.sum(under_student, 0)
+            second = tl.sum(under_teacher, 0)
+            holes = (tl.abs(first) + tl.abs(second) < _INF) == 0
+            if holes:
+                # T10: a token that the distribution of the mean lacks counts nothing.
                 under_student, under_teacher = cross_terms(p, q, d, KIND)
-                first = tl.sum(under_student, 0)
-                second = tl.sum(under_teacher, 0)
-                holes = (tl.abs(first) + tl.abs(second) < _INF) == 0
-                if holes:
-                    # T10: a token that the distribution of the mean lacks counts nothing.
-                    under_student, under_teacher = cross_terms(p, q, d, KIND)
-                    first = tl.sum(tl.where(d < _INF, under_student, 0.0), 0)
-                    second = tl.sum(tl.where(d > -_INF, under_teacher, 0.0), 0)
+                first = tl.sum(tl.where(d < _INF, under_student, 0.0), 0)
+                second = tl.sum(tl.where(d > -_INF, under_teacher, 0.0), 0)
+        if CROSS:
+            if NARROW:
+                held, top = _taken(student, after, student_row, student_word, start, some, factor, BLOCK)
+                other_held, other_top = _taken(teacher, after, teacher_row, teacher_word, start, some, factor, BLOCK)
+        if ALONE:
+            total = total.to(tl.float64)
+            other_total = other_total.to(tl.float64)
             if CROSS:
-                if NARROW:
-                    held, top = _taken(student, after, student_row, student_word, start, wanted_after, factor, BLOCK)
-                    other_held, other_top = _taken(
-                        teacher, after, teacher_row, teacher_word, start, wanted_after, factor, BLOCK
-                    )
+                first = first.to(tl.float64)
+                second = second.to(tl.float64)
+        else:
+            number += 1
+            board = boards + (number & 1) * (_COLUMNS * SLOTS)
+            _sent(board + member, number, total)
+            _sent(board + SLOTS + member, number, other_total)
+            if CROSS:
+                if KIND != "forward_kl":
+                    _sent(board + 2 * SLOTS + member, number, first)
+                    first, zero = _received(board + 2 * SLOTS, number, members, SLOTS)
+                if KIND != "reverse_kl":
+                    _sent(board + 3 * SLOTS + member, number, second)
+                    second, zero = _received(board + 3 * SLOTS, number, members, SLOTS)
+            total, zero = _received(board, number, members, SLOTS)
+            other_total, zero = _received(board + SLOTS, number, members, SLOTS)
+        inverse = 1.0 / total
+        ratio = total / other_total
+        quotient = rounded(ratio)
+        constant = distance - whole.to(tl.float64) * scale + tl.log(ratio)
+        if NARROW:
+            # By a zero that nobody knows before, so that numbers are computed again rather than kept.
+            q = powers(theirs, factor, its_top + zero)
+        mass_unit = 1.0
+        if CROSS:
+            mean = first.to(tl.float64) * inverse
+            value = cross_value(mean * scale, second.to(tl.float64) / other_total * scale, constant, KIND)
+            if KIND == "jeffreys":
+                slope = cross_slope(p, q * quotient, d * scale, (mean * scale).to(tl.float32), KIND)
+            else:
+                slope = cross_slope(p, q * quotient, d, mean.to(tl.float32), KIND)
+            if KIND == "reverse_kl":
+                mass_unit = scale
+            if holes:
+                slope = tl.where(d < _INF, slope, 0.0)
+        else:
+            # fmt: off
+            (
+                step, shift, teacher_unit, first_unit, second_unit, mass_unit,
+                value_at_zero, mass_at_zero, slope_end,
+            ) = units(a, b, scale, constant, quotient, at_zero, slope_at_infinity, KIND)
+            # fmt: on
+            q = q * teacher_unit
+            value_part, mass = parts(p, q, tl.fma(d, step, shift), a, b, KIND, COARSE)
+            first = tl.sum(value_part, 0)
+            second = tl.sum(mass, 0)
+            holes = (tl.abs(first) + tl.abs(second) < _INF) == 0
+            if holes:
+                # Read again, so that the logits need not be held for this.
+                ours = loaded(student + line * student_row, student_word, start, words, BLOCK).to(tl.float32)
+                theirs = loaded(teacher + line * teacher_row, teacher_word, start, words, BLOCK).to(tl.float32)
+                q = powers(theirs, factor, its_top) * teacher_unit
+                value_part, mass = parts(p, q, tl.fma(gap(ours, theirs, whole), step, shift), a, b, KIND, COARSE)
+                value_part, mass = bounded(value_part, mass, p, q, ours, theirs, value_at_zero, mass_at_zero, slope_end)
+                first = tl.sum(value_part, 0)
+                second = tl.sum(mass, 0)
+            if NARROW:
+                held, top = _taken(student, after, student_row, student_word, start, some, factor, BLOCK)
+                other_held, other_top = _taken(teacher, after, teacher_row, teacher_word, start, some, factor, BLOCK)
             if ALONE:
-                total = total.to(tl.float64)
-                other_total = other_total.to(tl.float64)
-                if CROSS:
-                    first = first.to(tl.float64)
-                    second = second.to(tl.float64)
+                first = first.to(tl.float64)
+                second = second.to(tl.float64)
             else:
                 number += 1
                 board = boards + (number & 1) * (_COLUMNS * SLOTS)
-                _sent(board + member, number, total)
-                _sent(board + SLOTS + member, number, other_total)
-                if CROSS:
-                    if KIND != "forward_kl":
-                        _sent(board + 2 * SLOTS + member, number, first)
-                        first, zero = _received(board + 2 * SLOTS, number, members, SLOTS)
-                    if KIND != "reverse_kl":
-                        _sent(board + 3 * SLOTS + member, number, second)
-                        second, zero = _received(board + 3 * SLOTS, number, members, SLOTS)
-                total, zero = _received(board, number, members, SLOTS)
-                other_total, zero = _received(board + SLOTS, number, members, SLOTS)
-            inverse = 1.0 / total
-            ratio = total / other_total
-            quotient = rounded(ratio)
-            constant = distance - whole.to(tl.float64) * scale + tl.log(ratio)
-            if NARROW:
-                # By a zero that nobody knows before, so that numbers are computed again rather than kept.
-                q = powers(theirs, factor, its_top + zero)
-            mass_unit = 1.0
-            if CROSS:
-                mean = first.to(tl.float64) * inverse
-                value = cross_value(mean * scale, second.to(tl.float64) / other_total * scale, constant, KIND)
-                if KIND == "jeffreys":
-                    slope = cross_slope(p, q * quotient, d * scale, (mean * scale).to(tl.float32), KIND)
-                else:
-                    slope = cross_slope(p, q * quotient, d, mean.to(tl.float32), KIND)
-                if KIND == "reverse_kl":
-                    mass_unit = scale
-                if holes:
-                    slope = tl.where(d < _INF, slope, 0.0)
+                _sent(board + member, number, first)
+                _sent(board + SLOTS + member, number, second)
+                first, zero = _received(board, number, members, SLOTS)
+                second, zero = _received(board + SLOTS, number, members, SLOTS)
+            value = (first * first_unit + second * second_unit) * inverse
+            mean = second * inverse
+            slope = tl.fma(p, -mean.to(tl.float32), mass)
+        # Every NaN and infinity has entered a sum. A distribution without tokens has no total.
+        finite = (tl.abs(value) + tl.abs(mean) + tl.abs(weight) < _INF) & (total > 0.0) & (other_total > 0.0)
+        if member == 0:
+            tl.store(left + line, finite == 0)
+            if finite:
+                tl.store(values + line, weight * value)
             else:
-                # fmt: off
-                (
-                    step, shift, teacher_unit, first_unit, second_unit, mass_unit,
-                    value_at_zero, mass_at_zero, slope_end,
-                ) = units(a, b, scale, constant, quotient, at_zero, slope_at_infinity, KIND)
-                # fmt: on
-                q = q * teacher_unit
-                value_part, mass = parts(p, q, tl.fma(d, step, shift), a, b, KIND, COARSE)
-                first = tl.sum(value_part, 0)
-                second = tl.sum(mass, 0)
-                holes = (tl.abs(first) + tl.abs(second) < _INF) == 0
-                if holes:
-                    # Read again, so that the logits need not be held for this.
-                    ours = loaded(student + line * student_row, student_word, start, words, BLOCK).to(tl.float32)
-                    theirs = loaded(teacher + line * teacher_row, teacher_word, start, words, BLOCK).to(tl.float32)
-                    q = powers(theirs, factor, its_top) * teacher_unit
-                    value_part, mass = parts(p, q, tl.fma(gap(ours, theirs, whole), step, shift), a, b, KIND, COARSE)
-                    value_part, mass = bounded(
-                        value_part, mass, p, q, ours, theirs, value_at_zero, mass_at_zero, slope_end
-                    )
-                    first = tl.sum(value_part, 0)
-                    second = tl.sum(mass, 0)
-                if NARROW:
-                    held, top = _taken(student, after, student_row, student_word, start, wanted_after, factor, BLOCK)
-                    other_held, other_top = _taken(
-                        teacher, after, teacher_row, teacher_word, start, wanted_after, factor, BLOCK
-                    )
-                if ALONE:
-                    first = first.to(tl.float64)
-                    second = second.to(tl.float64)
+                tl.store(state, 1)
+                if FILLED:
+                    tl.store(values + line, empty)
+        if WANTED:
+            slope = slope * (-weight * scale * mass_unit * inverse).to(tl.float32)
+            if finite:
+                if SPLIT:
+                    high = slope.to(tl.bfloat16)
+                    tl.store(slopes, high, mask=inside)
+                    tl.store(slopes + gradient_rest, slope - high.to(tl.float32), mask=inside)
                 else:
-                    number += 1
-                    board = boards + (number & 1) * (_COLUMNS * SLOTS)
-                    _sent(board + member, number, first)
-                    _sent(board + SLOTS + member, number, second)
-                    first, zero = _received(board, number, members, SLOTS)
-                    second, zero = _received(board + SLOTS, number, members, SLOTS)
-                value = (first * first_unit + second * second_unit) * inverse
-                mean = second * inverse
-                slope = tl.fma(p, -mean.to(tl.float32), mass)
-            # Every NaN and infinity has entered a sum. A distribution without tokens has no total.
-            finite = (tl.abs(value) + tl.abs(mean) + tl.abs(weight) < _INF) & (total > 0.0) & (other_total > 0.0)
-            if member == 0:
-                tl.store(left + line, finite == 0)
-                if finite:
-                    tl.store(values + line, weight * value)
-                else:
-                    tl.store(state, 1)
-                    if FILLED:
-                        tl.store(values + line, empty)
-            if WANTED:
-                slope = slope * (-weight * scale * mass_unit * inverse).to(tl.float32)
-                if finite:
-                    if SPLIT:
-                        high = slope.to(tl.bfloat16)
-                        tl.store(slopes, high, mask=inside)
-                        tl.store(slopes + gradient_rest, slope - high.to(tl.float32), mask=inside)
-                    else:
-                        tl.store(slopes, slope, mask=inside)
-                elif FILLED:
-                    tl.store(slopes, tl.zeros((BLOCK,), tl.float32) + empty, mask=inside)
-                    if SPLIT:
-                        tl.store(slopes + gradient_rest, tl.zeros((BLOCK,), tl.float32) + empty, mask=inside)
+                    tl.store(slopes, slope, mask=inside)
+            elif FILLED:
+                tl.store(slopes, tl.zeros((BLOCK,), tl.float32) + empty, mask=inside)
+                if SPLIT:
+                    tl.store(slopes + gradient_rest, tl.zeros((BLOCK,), tl.float32) + empty, mask=inside)
         row = after
         weight = weight_after
