@@ -37,8 +37,9 @@ def fused_divergence(
     evaluated in float32, if the divergence has a form with fewer passes, and else in float64 too. Entries of the
     catalogue have one, with `beta` and `lam` at 0 or in [1/16, 15/16] and `alpha` between -4 and 4, except within 1/16
     of 0 and 1; a `Divergence` of your own has none. The form's values are off by a few $10^{-7}$ of the largest term,
-    its gradients by a few $10^{-7}\,p_a$ of the largest weight, as measured in `docs/performance.md`. The gradient is
-    rounded once to the dtype of the student, in float16 to 0 below $3 \cdot 10^{-8}$.
+    its gradients by a few $10^{-7}\,p_a$ of the largest weight, as measured in `docs/performance.md`; on a GPU $p_a$
+    itself is off by about $10^{-7}$ for each nat between its logit and the largest. The gradient is rounded once to the
+    dtype of the student, in float16 to 0 below $3 \cdot 10^{-8}$.
 
     Logits may be `-inf`, for a token of probability zero (T10): $p = 0 < q$ costs $f'(\infty)\,q$ and has no gradient,
     $p > 0 = q$ costs $p f(0)$. An infinite cost makes the value inf and has no gradient.
