@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -81,6 +82,33 @@ def grouped(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr(launch, "resident_program", Processes(program, started))
 
     return group
+
+
+@pytest.mark.parametrize(
+    ("rows", "words", "wanted"),
+    (
+        (4096, 151_936, (19, 8192, 13)),
+        (8, 151_936, (19, 8192, 8)),
+        (4096, 32_000, (4, 8192, 66)),
+        (4096, 8192, (1, 8192, 264)),
+        (4096, 700, (1, 1024, 2112)),
+        (4096, 270_336, (33, 8192, 8)),
+        (4096, 270_337, None),
+    ),
+)
+def test_groups_of_a_gpu(
+    rows: int, words: int, wanted: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 132 processors, each with registers for two blocks: a row takes at most an eighth of them."""
+    from opdtheory.kernels.programs.launch import group_of
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
+    group = group_of(rows, words, torch.device("cuda"))
+    assert (None if group is None else tuple(group)) == wanted
+    if group is not None:
+        assert group.members * group.held >= words and group.members <= group.groups * group.members <= 16 * 132
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    assert group_of(rows, words, torch.device("cuda")) is None
 
 
 def found(student: Tensor, teacher: Tensor, name: str, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from opdtheory.divergences import Divergence
 from opdtheory.divergences import divergence as as_divergence
-from opdtheory.kernels.programs.resident import COLUMNS, resident_program
+from opdtheory.kernels.programs.resident import COLUMNS, PEEK, resident_program
 from opdtheory.kernels.programs.whole_row import whole_row_program
 
 __all__ = ["Group", "Program", "group_of", "program_of", "run_program", "splits"]
@@ -58,8 +58,8 @@ def constants(label: str, narrow: bool, interpreted: bool = False) -> dict[str, 
         "KIND": kind,
         "CROSS": kind in _CROSS,
         "NARROW": narrow,
-        # Interpreted, a program has no instructions of a GPU.
-        "COARSE": narrow and not interpreted,
+        # Interpreted, and on other makers' GPUs, a program has no instructions of NVIDIA's.
+        "COARSE": narrow and not interpreted and torch.version.hip is None,
         "WEIGHED": True,
         "WANTED": True,
         "FILLED": False,
@@ -82,8 +82,10 @@ def group_of(rows: int, words: int, device: torch.device) -> Group | None:
     if torch.version.hip is not None:
         return None
     members = -(-words // HELD)
-    held = HELD if members > 1 else max(1024, triton.next_power_of_2(words))
-    capacity = _PER_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
+    held = HELD if members > 1 else max(PEEK, triton.next_power_of_2(words))
+    # Shorter blocks need fewer registers; more than 16 programs on a processor have no use.
+    at_once = min(16, _PER_PROCESSOR * HELD // held)
+    capacity = at_once * torch.cuda.get_device_properties(device).multi_processor_count
     return None if members * _SHARE > capacity else Group(members, held, min(rows, capacity // members))
 
 
