@@ -149,7 +149,8 @@ def terms(p, q, log_u, a, b, KIND: tl.constexpr, COARSE: tl.constexpr):
         mass = root * difference
     elif KIND == "total_variation":
         value = 0.5 * tl.abs(d)
-        mass = tl.where(d == 0.0, 0.0 * d, tl.where(d > 0.0, 0.5 * p, -0.5 * p))
+        # By the logits, as the rounding of p and q would turn signs near the teacher.
+        mass = tl.where(log_u == 0.0, 0.0 * d, tl.where(log_u > 0.0, 0.5 * p, -0.5 * p))
     elif KIND == "le_cam":
         # Tokens whose probabilities both underflow weigh nothing.
         r = tl.where(p + q == 0.0, 0.0, d / (p + q))
