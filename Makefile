@@ -92,14 +92,15 @@ mutation: $(VENV)/.installed-dev ## break the library term by term; writes docs/
 fuzz: $(VENV)/.installed-dev ## make 100,000 generated calls of the public API: each is right or raises a clear error
 	$(BIN)/python -m tests.fuzz --calls 100000
 
+DEVICE_TESTS := tests/laws/test_device.py tests/kernels/programs tests/kernels/test_few.py
 # Triton comes with torch for GPUs. Without a GPU it is installed for this target only and interprets the programs.
 device: $(VENV)/.installed-dev ## run the tests for a GPU; without one, interpret them on the CPU
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
-	  $(BIN)/python -m pytest -n auto --maxprocesses 8 tests/laws/test_device.py tests/kernels/test_programs.py; \
+	  $(BIN)/python -m pytest -n auto --maxprocesses 8 $(DEVICE_TESTS); \
 	else \
 	  $(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target build/device "triton>=3.9" && \
 	  PYTHONPATH=build/device OPDTHEORY_TEST_DEVICE=cpu TRITON_INTERPRET=1 \
-	    $(BIN)/python -m pytest -n auto --maxprocesses 8 tests/laws/test_device.py tests/kernels/test_programs.py; \
+	    $(BIN)/python -m pytest -n auto --maxprocesses 8 $(DEVICE_TESTS); \
 	fi
 
 bench: $(VENV)/.installed-dev ## compare time and memory with TRL (medians of alternated repeats); writes docs/performance.md

@@ -33,6 +33,21 @@ PROCESSORS, CYCLES, SCHEDULERS, COPY = 132, 1.98e9, 4, 4.238e12
 TOKENS, WORDS = 4_096, 151_936
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 NUMBERS = ("empty", "scale", "a", "b", "at_zero", "slope_at_infinity")
+# What programs point to, but logits.
+POINTERS = {
+    "weights": "*fp32",
+    "values": "*fp32",
+    "left": "*i1",
+    "state": "*i32",
+    "boards": "*i64",
+    "ids": "*i64",
+    "tops": "*fp32",
+    "sums": "*fp64",
+    "factors": "*fp32",
+    "found": "*fp64",
+    "numbers": "*fp32",
+    "results": "*fp64",
+}
 FAMILIES = {
     "alpha": ("alpha(alpha=0.3)", "alpha(alpha=1.5)"),
     "skew_jsd": ("skew_jsd(beta=0.1)",),
@@ -76,7 +91,6 @@ def whole_row(label: str, dtype: torch.dtype, architecture: int, **changes: Any)
     from opdtheory.kernels.programs.whole_row import whole_row_program
 
     fixed = {**constants(label, dtype.itemsize == 2), "BLOCK": BLOCK, **changes}
-    fixed.pop("NARROW")
     return compiled(whole_row_program, fixed, dtype, architecture, BLOCK_WARPS)
 
 
@@ -86,18 +100,18 @@ def compiled(program: Any, fixed: dict[str, Any], dtype: torch.dtype, architectu
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    pointers = {"weights": "*fp32", "values": "*fp32", "left": "*i1", "state": "*i32", "boards": "*i64"}
-    pointers |= {name: f"*{DTYPES[dtype]}" for name in ("student", "teacher", "gradient")}
-    if fixed.get("SPLIT"):
-        pointers["gradient"] = "*bf16"
-    fixed = {**fixed, **dict.fromkeys(("student_word", "teacher_word", "gradient_word"), 1)}
-    types = dict.fromkeys(program.arg_names, "i32") | {name: each for name, each in pointers.items()}
-    types |= dict.fromkeys(NUMBERS, "fp32") | dict.fromkeys(fixed, "constexpr")
-    aligned = {*pointers, "student_row", "teacher_row", "gradient_row", "gradient_rest", "words"}
+    logits = dict.fromkeys(("student", "teacher", "logits", "gradient"), f"*{DTYPES[dtype]}")
+    pointers = POINTERS | logits | ({"gradient": "*bf16"} if fixed.get("SPLIT") else {})
+    fixed = fixed | {name: 1 for name in program.arg_names if name.endswith("_word")}
+    fixed = {name: each for name, each in fixed.items() if name in program.arg_names}
+    types = pointers | dict.fromkeys(NUMBERS, "fp32") | dict.fromkeys(fixed, "constexpr")
+    aligned = {*pointers, "words", "span", "gradient_rest"}
     attributes = {
-        (place,): [["tt.divisibility", 16]] for place, name in enumerate(program.arg_names) if name in aligned
+        (place,): [["tt.divisibility", 16]]
+        for place, name in enumerate(program.arg_names)
+        if name in aligned or name.endswith("_row")
     }
-    source = ASTSource(program, {name: types[name] for name in program.arg_names}, fixed, attributes)
+    source = ASTSource(program, {name: types.get(name, "i32") for name in program.arg_names}, fixed, attributes)
     made = triton.compile(
         source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": warps, "enable_fp_fusion": False}
     )
@@ -188,6 +202,29 @@ def others(architecture: int) -> Iterator[str]:
         yield f"resident, jsd, float32, {way}: {found.registers} registers, {found.spilled} bytes spilled"
 
 
+def of_few(architecture: int) -> Iterator[str]:
+    """The programs for a few tokens of each row, and for a vocabulary in parts."""
+    from opdtheory.kernels.programs.few_tokens import shares_program, sums_program
+    from opdtheory.kernels.programs.launch import constants
+    from opdtheory.kernels.programs.launch_few import BLOCK, WARPS
+    from opdtheory.kernels.programs.parts import part_slopes_program, part_sums_program, part_terms_program
+
+    for dtype, name in DTYPES.items():
+        cases = [("", program) for program in (sums_program, shares_program)]
+        cases += [
+            (label, program)
+            for label in labels()
+            for program in (part_sums_program, part_terms_program, part_slopes_program)
+        ]
+        for label, program in cases:
+            fixed = constants(label or "jsd", dtype.itemsize == 2)
+            if program is part_terms_program and fixed["CROSS"]:
+                # The first pass finds all.
+                continue
+            found = compiled(program, {**fixed, "SLOTS": 64, "BLOCK": BLOCK}, dtype, architecture, WARPS)
+            yield f"{program.__name__} {label} {name}: {found.registers} registers, {found.spilled} bytes spilled"
+
+
 def main(arguments: list[str] | None = None) -> int:
     assert __doc__
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -211,8 +248,9 @@ def main(arguments: list[str] | None = None) -> int:
         lines.append(row)
     text = "\n".join(lines)
     print(text)
-    for line in others(options.architecture) if options.all else ():
-        print(line)
+    for kind in (others, of_few) if options.all else ():
+        for line in kind(options.architecture):
+            print(line)
     if options.write:
         from benchmarks.measure import write
 

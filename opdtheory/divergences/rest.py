@@ -7,7 +7,7 @@ from torch import Tensor
 
 from opdtheory.divergences.divergence import Divergence
 
-__all__ = ["LEAST_REST", "rest_weight"]
+__all__ = ["LEAST_REST", "rest_log_ratio", "rest_weight"]
 
 # What rounding leaves of a smaller mass says nothing.
 LEAST_REST = 1e-9
@@ -26,5 +26,10 @@ def rest_weight(
         log_p: the student's log-probabilities on S, in nats.
         log_q: the teacher's.
     """
+    return divergence.weight(rest_log_ratio(log_p, log_q))
+
+
+def rest_log_ratio(log_p: Float[Tensor, "*rows k"], log_q: Float[Tensor, "*rows k"]) -> Float[Tensor, "*rows"]:
+    r"""The $\log u_T$ of `rest_weight`."""
     ours, theirs = ((1.0 - kept.exp().sum(-1)).clamp_min(LEAST_REST).log() for kept in (log_p, log_q))
-    return divergence.weight(theirs - ours)
+    return theirs - ours

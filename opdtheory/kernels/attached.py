@@ -11,7 +11,7 @@ from torch import Tensor
 
 from opdtheory.kernels import sweep
 from opdtheory.kernels.distributions import default_rows
-from opdtheory.kernels.sweep import matrices
+from opdtheory.kernels.pieces import matrices
 
 __all__ = ["attached", "graph_is_kept", "last", "outside_graphs", "scaled"]
 

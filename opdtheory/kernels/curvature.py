@@ -14,8 +14,9 @@ from torch import Tensor
 
 from opdtheory.divergences import Divergence
 from opdtheory.kernels.distributions import Buffers, default_rows, distributions_of
+from opdtheory.kernels.pieces import matrices
 from opdtheory.kernels.reference import log_distributions, under_student, weight_masses
-from opdtheory.kernels.sweep import matrices, runs
+from opdtheory.kernels.sweep import runs
 
 __all__ = ["hessian_product"]
 

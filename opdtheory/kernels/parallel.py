@@ -14,11 +14,12 @@ from torch import Tensor
 from opdtheory.divergences import Divergence
 from opdtheory.divergences import divergence as as_divergence
 from opdtheory.errors import InvalidArgumentError
-from opdtheory.kernels import arguments
+from opdtheory.kernels import arguments, sweep
 from opdtheory.kernels.attached import attached, outside_graphs
 from opdtheory.kernels.distributions import Buffers, Distributions, default_rows, distributions_within, scaled_exp
 from opdtheory.kernels.forms import Filled
-from opdtheory.kernels.sweep import Evaluator, finish, matrices, runs
+from opdtheory.kernels.pieces import matrices
+from opdtheory.kernels.sweep import Evaluator, finish, runs
 
 __all__ = ["fused_parallel_divergence"]
 
@@ -38,7 +39,9 @@ def fused_parallel_divergence(
     $$\ell_n = m_n \sum_{\text{ranks}} \sum_{a \in V_{\text{rank}}} p_n(a)\, f\!\left(\frac{q_n(a)}{p_n(a)}\right)$$
 
     There are three all-reduces of two numbers per position: the maxima, the sums of exponentials, and the value with
-    the mean weight (T1), each a sum over the vocabulary; the last is repeated where terms are infinite or overflow.
+    the mean weight (T1), each a sum over the vocabulary; the last is repeated where terms are infinite or overflow. On
+    GPUs with programs, the KLs and their sum need two all-reduces, the second of four numbers per position; all ranks
+    must have programs, or none.
     Logits are never gathered. Each rank gets the same values and the gradient of its own part; all must call the
     function together, with the same mask, and pass the same upstream gradient. The parts may differ in size, but
     student and teacher must be split alike. Accuracy, `-inf`, `mask` and dtypes are as in `fused_divergence`; first
@@ -73,12 +76,17 @@ def fused_parallel_divergence(
         raise InvalidArgumentError(
             "group", "must be a process group, got none; call torch.distributed.init_process_group"
         )
-    arguments.check_weights(weights)
     scale, wanted = 1.0 / temperature, student_logits.requires_grad and torch.is_grad_enabled()
     evaluator = Evaluator.of(as_divergence(divergence), dtype, scale)
+    # As on all ranks, whatever the size of their parts.
+    programs = evaluator.dtype == torch.float32 and sweep.has_programs(student_logits.device)
+    kind = _Programs if programs and student_logits.shape[:-1].numel() else _Part
+    if kind is _Part:
+        # The programs look at weights themselves.
+        arguments.check_weights(weights)
     with torch.no_grad():
-        part = _Part(student_logits, teacher_logits, weights, group, chunk_size, scale)
-        values, gradient = part.evaluated(evaluator, wanted)
+        part = kind(evaluator, student_logits, teacher_logits, weights, group, chunk_size)
+        values, gradient = part.evaluated(wanted)
     return attached("fused_parallel_divergence", student_logits, values.to(dtype), gradient)
 
 
@@ -87,26 +95,33 @@ class _Part:
 
     def __init__(
         self,
+        evaluator: Evaluator,
         student: Tensor,
         teacher: Tensor,
         weights: Tensor | None,
         group: dist.ProcessGroup | None,
         chunk: int | None,
-        scale: float,
     ) -> None:
-        self._student, self._teacher, self._group, self._scale = student, teacher, group, scale
+        self._evaluator, self._student, self._teacher, self._group = evaluator, student, teacher, group
+        self._scale = evaluator.scale
         self._rows = chunk or default_rows(student.shape[-1], student.device)
         batch = student.shape[:-1]
         self._weights = student.new_ones(batch, dtype=torch.float64) if weights is None else weights.double()
+        self._normalise()
+
+    def _normalise(self) -> None:
+        """Find the peaks of the scaled logits and the sums of exponentials less them, of all ranks, `(2, ...)` each."""
+        student, teacher = self._student, self._teacher
         peaks = torch.stack([student.amax(-1).double(), teacher.amax(-1).double()])
         # The maximum over ranks is undefined for NaN, but keeps an infinity.
         self._peaks = self._reduced(torch.where(torch.isnan(peaks), math.inf, peaks), dist.ReduceOp.MAX)
         self._refuse_unusable()
-        self._peaks = scale * self._peaks
+        self._peaks = self._scale * self._peaks
         self._totals = self._reduced(self._exponentials(arguments.sum_dtype(student, teacher)), dist.ReduceOp.SUM)
 
-    def evaluated(self, evaluator: Evaluator, wanted: bool) -> tuple[Tensor, Tensor | None]:
+    def evaluated(self, wanted: bool) -> tuple[Tensor, Tensor | None]:
         """The values times the weights, and their gradient in this rank's logits if wanted."""
+        evaluator = self._evaluator
         sums = self._sums(evaluator, self._weights)
         plans = [(evaluator, self._weights)]
         exact = ~torch.isfinite(sums.sum(0))
@@ -122,13 +137,15 @@ class _Part:
             return values, None
         gradient = torch.zeros_like(self._student, memory_format=torch.contiguous_format)
         for evaluator, weights in plans:
-            for distributions, grad, (weight, mean) in self._chunks(
-                evaluator.dtype, weights, [weights, sums[1]], gradient
-            ):
-                filled = evaluator.form.fill(distributions)
-                whole = Filled(filled.h, filled.value, distributions.total * mean)
-                finish(distributions, evaluator.form, whole, weight, grad)
+            self._write(evaluator, weights, sums[1], gradient)
         return values, gradient
+
+    def _write(self, evaluator: Evaluator, weights: Tensor, means: Tensor, gradient: Tensor) -> None:
+        """Fill in the gradient of the positions with a weight."""
+        for distributions, grad, (weight, mean) in self._chunks(evaluator.dtype, weights, [weights, means], gradient):
+            filled = evaluator.form.fill(distributions)
+            whole = Filled(filled.h, filled.value, distributions.total * mean)
+            finish(distributions, evaluator.form, whole, weight, grad)
 
     def _sums(self, evaluator: Evaluator, weights: Tensor) -> Tensor:
         """The value and the mean of each position over all ranks, `(2, ...)`."""
@@ -179,3 +196,44 @@ class _Part:
                 raise InvalidArgumentError(
                     name, f"{bad} of {peaks.numel()} rows hold NaN or +inf on some rank, or only -inf on every rank"
                 )
+
+
+class _Programs(_Part):
+    """The same by programs, which read this rank's logits three times, and twice for the KLs and their sum."""
+
+    def _normalise(self) -> None:
+        from opdtheory.kernels.programs.launch_parts import Part
+
+        self._weights = self._weights.contiguous()
+        self._part = Part(self._evaluator.divergence, self._student, self._teacher, self._weights, self._scale)
+        self._logits = self._reduced(self._part.peaks(), dist.ReduceOp.MAX)
+        self._row_sums = self._reduced(self._part.sums(self._logits), dist.ReduceOp.SUM)
+        self._peaks, self._totals = self._scale * self._logits, self._row_sums[:2]
+
+    def evaluated(self, wanted: bool) -> tuple[Tensor, Tensor | None]:
+        """As above; the host waits once, in the end, and again only if some positions need the exact form."""
+        if self._part.crosses:
+            value, mean = self._part.crossed(self._logits, self._row_sums)
+        else:
+            value, mean = self._reduced(self._part.terms(self._logits, self._row_sums), dist.ReduceOp.SUM)
+        weighed = self._weights != 0
+        exact = ~torch.isfinite(value + mean + self._weights) & weighed
+        captured = self._student.is_cuda and torch.cuda.is_current_stream_capturing()
+        gradient = None
+        if wanted:
+            gradient = torch.empty(self._student.shape, dtype=self._student.dtype, device=self._student.device)
+            # In a graph of the device's nobody can wait, and what is left becomes NaN.
+            weights = self._weights.masked_fill(exact, math.nan if captured else 0.0)
+            self._part.write_slopes(self._logits, self._row_sums, mean, weights, gradient)
+        if captured:
+            value = value.masked_fill(exact, math.nan)
+        elif bool(exact.any()):
+            # All ranks have the same sums, so they agree on this.
+            arguments.check_weights(self._weights)
+            self._refuse_unusable()
+            evaluator, weights = self._evaluator.exact(), self._weights.masked_fill(~exact, 0.0)
+            sums = self._sums(evaluator, weights)
+            value = torch.where(exact, sums[0], value)
+            if gradient is not None:
+                self._write(evaluator, weights, sums[1], gradient)
+        return torch.where(weighed, self._weights * value, 0.0), gradient

@@ -15,12 +15,17 @@ from torch import Tensor
 
 from opdtheory.divergences import Divergence
 from opdtheory.divergences import divergence as as_divergence
-from opdtheory.divergences.rest import rest_weight
 from opdtheory.errors import InvalidArgumentError
 from opdtheory.kernels import arguments
 from opdtheory.kernels.attached import attached, outside_graphs
-from opdtheory.kernels.reference import LogDistributions, terms, weight_masses
-from opdtheory.kernels.top_k import check_payload, highest_logits, row_by_row
+from opdtheory.kernels.few import Split, runs_as_program, sampled_tail_by_programs
+from opdtheory.kernels.payload import (
+    check_payload_entries,
+    check_payload_shapes,
+    check_sampled_entries,
+    check_sampled_shapes,
+)
+from opdtheory.kernels.top_k import highest_logits, row_by_row
 
 __all__ = ["fused_sampled_tail"]
 
@@ -80,16 +85,28 @@ def fused_sampled_tail(
     """
     arguments.check_logits("student_logits", student_logits)
     dtype, weights = arguments.shared(student_logits, mask, temperature, chunk_size, student_logits)
-    check_payload(student_logits, teacher_ids, teacher_logprobs)
-    _check_sampled(student_logits, tokens, token_logprobs)
+    check_payload_shapes(student_logits, teacher_ids, teacher_logprobs)
+    programs = runs_as_program(student_logits, teacher_ids.shape[-1])
+    if not programs:
+        check_payload_entries(student_logits, teacher_ids, teacher_logprobs)
+    check_sampled_shapes(student_logits, tokens, token_logprobs)
+    if not programs:
+        check_sampled_entries(student_logits.shape[-1], tokens, token_logprobs)
     if constant != "rest" and not (isinstance(constant, int | float) and math.isfinite(constant)):
         raise InvalidArgumentError("constant", f"must be a finite number or 'rest', got {constant!r}")
     chosen = as_divergence(divergence)
-    arguments.check_weights(weights)
     wanted = student_logits.requires_grad and torch.is_grad_enabled()
+    if programs:
+        payload = teacher_ids, teacher_logprobs, tokens, token_logprobs
+        with torch.no_grad():
+            values, gradient = sampled_tail_by_programs(
+                student_logits, payload, chosen, constant, weights, 1.0 / temperature, wanted
+            )
+        return attached("fused_sampled_tail", student_logits, values, gradient)
+    arguments.check_weights(weights)
 
     def evaluate(logits: Tensor, drawn: Tensor, log_q: Tensor, factor: Tensor | float, out: Tensor | None) -> Tensor:
-        split = _Split(logits, drawn, log_q, dtype, 1.0 / temperature)
+        split = _Rows(logits, drawn, log_q, dtype, 1.0 / temperature)
         c = split.rest_weight(chosen) if constant == "rest" else constant
         masses = split.masses(chosen, c)
         value = factor * split.value(chosen, c, masses)
@@ -104,42 +121,18 @@ def fused_sampled_tail(
     return attached("fused_sampled_tail", student_logits, values.to(dtype), gradient)
 
 
-class _Split:
-    """The student's distribution on a chunk of rows, and both log-probabilities of S and of the sampled token."""
+class _Rows(Split):
+    """That of a chunk of rows, with the student's distribution."""
 
     def __init__(self, logits: Tensor, drawn: Tensor, log_q: Tensor, dtype: torch.dtype, scale: float) -> None:
         scaled = logits.to(dtype) * scale
         peak = highest_logits(scaled)
-        chosen, token = drawn[:, :-1], drawn[:, -1:]
-        # The sampled token counts where it is one, outside S, and possible for the student.
-        outside = (token >= 0) & ~(chosen == token).any(-1, keepdim=True)
         self._ids = torch.where(drawn >= 0, drawn, 0)
         kept = (scaled.gather(-1, self._ids) - peak).double()
         self._rows = scaled.sub_(peak).exp_()
         total = self._rows.sum(-1, keepdim=True)
         self._rows.div_(total)
-        log_p = kept - total.double().log()
-        self.outside = (outside & torch.isfinite(log_p[:, -1:])).double()
-        log_q = torch.cat([log_q[:, :-1], torch.where(self.outside > 0, log_q[:, -1:], log_p[:, -1:])], -1)
-        both = (log_p > -math.inf) & (log_q > -math.inf)
-        self._logs = LogDistributions(log_p, log_q, torch.where(both, log_q - log_p, 0.0), both)
-
-    def rest_weight(self, divergence: Divergence) -> Tensor:
-        r"""$w_f(q(T)/p(T))$ of each row, with $T$ all tokens outside $S$."""
-        return rest_weight(divergence, self._logs.log_p[:, :-1], self._logs.log_q[:, :-1]).unsqueeze(-1)
-
-    def masses(self, divergence: Divergence, constant: float | Tensor) -> Tensor:
-        r"""$p_a (w_a - c)$ on S, and the sampled token's $w_y - c$ or zero."""
-        on_set = weight_masses(divergence, LogDistributions(*(x[:, :-1] for x in self._logs)))
-        on_set = on_set - constant * self._logs.log_p[:, :-1].exp()
-        log_u = torch.where(self.outside > 0, self._logs.log_q[:, -1:] - self._logs.log_p[:, -1:], 0.0)
-        drawn = self.outside * (divergence.weight(log_u) - constant)
-        return torch.cat([on_set, torch.where(self.outside > 0, drawn, 0.0)], -1)
-
-    def value(self, divergence: Divergence, constant: float | Tensor, masses: Tensor) -> Tensor:
-        on_set = LogDistributions(*(x[:, :-1] for x in self._logs))
-        exact = terms(divergence, on_set).sum(-1, keepdim=True) + constant * on_set.log_p.exp().sum(-1, keepdim=True)
-        return exact - torch.where(self.outside > 0, masses[:, -1:] * self._logs.log_p[:, -1:], 0.0)
+        super().__init__(kept - total.double().log(), log_q, drawn)
 
     def write_gradient(self, masses: Tensor, out: Tensor) -> None:
         """Write the gradient from the masses, times whatever they were multiplied by."""
@@ -148,24 +141,3 @@ class _Split:
         # The sampled token may be one of S, where its mass is zero, so that the sums do not collide.
         full.scatter_add_(-1, self._ids, -masses.to(narrow))
         out.copy_(full)
-
-
-def _check_sampled(logits: Tensor, tokens: object, logprobs: object) -> None:
-    shape, vocabulary = tuple(logits.shape[:-1]), logits.shape[-1]
-    if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64 or tuple(tokens.shape) != shape:
-        found = f"{tokens.dtype}, {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
-        raise InvalidArgumentError("tokens", f"must be an int64 tensor of shape {shape}, got {found}")
-    if not isinstance(logprobs, Tensor) or not logprobs.is_floating_point() or tuple(logprobs.shape) != shape:
-        found = (
-            f"{logprobs.dtype}, {tuple(logprobs.shape)}" if isinstance(logprobs, Tensor) else type(logprobs).__name__
-        )
-        raise InvalidArgumentError("token_logprobs", f"must be a floating-point tensor of shape {shape}, got {found}")
-    for name, tensor in (("tokens", tokens), ("token_logprobs", logprobs)):
-        arguments.check_device(name, tensor, "student_logits", logits.device)
-    if not tokens.numel():
-        return
-    if bool(((tokens >= vocabulary) | ((tokens < 0) & (tokens != -100))).any()):
-        low, high = int(tokens.min()), int(tokens.max())
-        raise InvalidArgumentError("tokens", f"must hold tokens in [0, {vocabulary}) or -100, got {low} to {high}")
-    if bool((torch.isnan(logprobs) & (tokens >= 0)).any()):
-        raise InvalidArgumentError("token_logprobs", "must not hold NaN")

@@ -16,9 +16,10 @@ from opdtheory.errors import InvalidArgumentError
 from opdtheory.kernels.arguments import check_weights
 from opdtheory.kernels.distributions import Buffers, Distributions, Row, affine, default_rows, distributions_of, narrow
 from opdtheory.kernels.forms import Filled, Form, fast_form
+from opdtheory.kernels.pieces import matrices
 from opdtheory.kernels.reference import reference_form
 
-__all__ = ["Evaluator", "can_split", "finish", "has_programs", "matrices", "runs", "sweep", "sweep_once"]
+__all__ = ["Evaluator", "can_split", "finish", "has_programs", "runs", "sweep", "sweep_once"]
 
 
 @dataclass(frozen=True)
@@ -277,17 +278,6 @@ def _refuse_unusable(distributions: Distributions) -> None:
                 name,
                 f"must be finite or -inf, and not all -inf; {int(unusable.sum())} of {unusable.numel()} rows are not",
             )
-
-
-def matrices(wide: list[Tensor], narrow: list[Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Views of tensors `(..., V)` and `(...)` as matrices and vectors, in as few pieces as possible without a copy."""
-    try:
-        pieces = [each.view(-1, each.shape[-1]) for each in wide], [each.view(-1) for each in narrow]
-    except RuntimeError:
-        for index in range(wide[0].shape[0]):
-            yield from matrices([each[index] for each in wide], [each[index] for each in narrow])
-    else:
-        yield pieces
 
 
 def runs(weights: Tensor | None, count: int, rows: int) -> Iterator[tuple[slice, bool]]:

@@ -15,12 +15,13 @@ from opdtheory.errors import InvalidArgumentError
 from opdtheory.kernels import arguments
 from opdtheory.kernels.attached import attached, outside_graphs
 from opdtheory.kernels.distributions import default_rows
-from opdtheory.kernels.reference import LogDistributions, terms, weight_masses
-from opdtheory.kernels.sweep import matrices, runs
+from opdtheory.kernels.few import coarse_slopes, runs_as_program, top_k_by_programs
+from opdtheory.kernels.payload import check_payload_entries, check_payload_shapes, check_probabilities, with_tail
+from opdtheory.kernels.pieces import matrices
+from opdtheory.kernels.reference import paired, terms
+from opdtheory.kernels.sweep import runs
 
-__all__ = ["check_payload", "fused_top_k_divergence", "highest_logits", "row_by_row"]
-
-_EXCESS = 1e-3  # rounding of log-probabilities in bfloat16 may take their sum this far above one
+__all__ = ["fused_top_k_divergence", "highest_logits", "row_by_row"]
 
 
 @outside_graphs
@@ -71,10 +72,18 @@ def fused_top_k_divergence(
     """
     arguments.check_logits("student_logits", student_logits)
     dtype, weights = arguments.shared(student_logits, mask, temperature, chunk_size, student_logits)
-    check_payload(student_logits, teacher_ids, teacher_logprobs)
+    check_payload_shapes(student_logits, teacher_ids, teacher_logprobs)
+    wanted = student_logits.requires_grad and torch.is_grad_enabled()
+    if runs_as_program(student_logits, teacher_ids.shape[-1]):
+        chosen = as_divergence(divergence)
+        with torch.no_grad():
+            values, gradient = top_k_by_programs(
+                student_logits, teacher_ids, teacher_logprobs, chosen, weights, 1.0 / temperature, wanted
+            )
+        return attached("fused_top_k_divergence", student_logits, values, gradient)
+    check_payload_entries(student_logits, teacher_ids, teacher_logprobs)
     chosen = as_divergence(divergence)
     arguments.check_weights(weights)
-    wanted = student_logits.requires_grad and torch.is_grad_enabled()
 
     def evaluate(logits: Tensor, ids: Tensor, log_q: Tensor, factor: Tensor | float, out: Tensor | None) -> Tensor:
         distribution = _Coarse(logits, ids, log_q, dtype, 1.0 / temperature)
@@ -84,7 +93,8 @@ def fused_top_k_divergence(
         return value
 
     with torch.no_grad():
-        log_q = _with_tail(teacher_logprobs, student_logits.shape[-1])
+        check_probabilities(teacher_logprobs)
+        log_q = with_tail(teacher_logprobs, student_logits.shape[-1])
         values, gradient = row_by_row(evaluate, student_logits, teacher_ids, log_q, weights, chunk_size, wanted)
     return attached("fused_top_k_divergence", student_logits, values.to(dtype), gradient)
 
@@ -148,59 +158,13 @@ class _Coarse:
         rest = mass.double().log() + (highest - peak).double()
         self._ids = ids
         self._share = torch.where(mass > 0, 1 / mass, 0.0).double()
-        log_p = torch.log_softmax(torch.cat([kept, rest], dim=-1), dim=-1)
-        both = (log_p > -math.inf) & (log_q > -math.inf)
-        self._distributions = LogDistributions(log_p, log_q, torch.where(both, log_q - log_p, 0.0), both)
+        self._distributions = paired(torch.log_softmax(torch.cat([kept, rest], dim=-1), dim=-1), log_q)
 
     def value(self, divergence: Divergence) -> Tensor:
         return terms(divergence, self._distributions).sum(-1, keepdim=True)
 
     def write_gradient(self, divergence: Divergence, factor: Tensor | float, out: Tensor) -> None:
         """Write the gradient, of which a token in the bucket has its share of the bucket's."""
-        mass = weight_masses(divergence, self._distributions)
-        coarse = factor * (self._distributions.log_p.exp() * mass.sum(-1, keepdim=True) - mass)
+        coarse = factor * coarse_slopes(divergence, self._distributions)
         out.copy_(self._within.mul_((coarse[:, -1:] * self._share).to(self._within.dtype)))
         out.scatter_(-1, self._ids, coarse[:, :-1].to(out.dtype))
-
-
-def _with_tail(logprobs: Tensor, vocabulary: int) -> Tensor:
-    """Log-probabilities in float64, `(..., k + 1)`, the last being that of all other tokens."""
-    log_q = logprobs.detach().double()
-    total = log_q.exp().sum(-1, keepdim=True)
-    if bool((total > 1 + _EXCESS).any()):
-        raise InvalidArgumentError(
-            "teacher_logprobs",
-            f"must sum to a probability of at most 1, got {float(total.max()):.6g}; use nats",
-        )
-    tail = (1 - total).clamp(min=0.0) if logprobs.shape[-1] < vocabulary else torch.zeros_like(total)
-    return torch.cat([log_q, tail.log()], dim=-1)
-
-
-def check_payload(logits: Tensor, ids: object, logprobs: object) -> None:
-    """Raise unless tokens and log-probabilities are what a teacher server sends for rows of logits.
-
-    Raises:
-        InvalidArgumentError: a shape or dtype does not fit, a token is repeated or outside the vocabulary, or NaN.
-    """
-    shape, vocabulary = tuple(logits.shape[:-1]), logits.shape[-1]
-    if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
-        found = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
-        raise InvalidArgumentError("teacher_ids", f"must be an int64 tensor of shape {(*shape, 'k')}, got {found}")
-    if ids.ndim != logits.ndim or tuple(ids.shape[:-1]) != shape or ids.shape[-1] == 0:
-        raise InvalidArgumentError("teacher_ids", f"must have shape {(*shape, 'k')}, got {tuple(ids.shape)}")
-    arguments.check_logits("teacher_logprobs", logprobs)
-    assert isinstance(logprobs, Tensor)
-    arguments.check_matching("teacher_logprobs", logprobs, "teacher_ids", ids)
-    arguments.check_device("teacher_ids", ids, "student_logits", logits.device)
-    if not ids.numel():
-        return
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= vocabulary:
-        raise InvalidArgumentError("teacher_ids", f"must hold tokens in [0, {vocabulary}), got {low} to {high}")
-    ordered = ids.sort(-1).values
-    if bool((ordered[..., 1:] == ordered[..., :-1]).any()):
-        raise InvalidArgumentError(
-            "teacher_ids", "must be distinct at each position, as a repeated one would count twice"
-        )
-    if bool(torch.isnan(logprobs).any()):
-        raise InvalidArgumentError("teacher_logprobs", "must not hold NaN")

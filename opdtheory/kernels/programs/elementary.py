@@ -15,20 +15,18 @@ import triton.language as tl
 
 __all__ = [
     "apart",
-    "boundary",
     "bounded",
     "cross_slope",
     "cross_terms",
     "cross_value",
-    "difference",
     "gap",
     "in_bits",
     "loaded",
-    "parts",
     "powers",
     "reference",
     "rounded",
     "terms",
+    "terms_in_units",
     "together",
     "units",
 ]
@@ -117,12 +115,6 @@ def together(distance, scale):
 
 
 @triton.jit
-def difference(ours, theirs, scale, whole):
-    """The log-ratio up to a constant, from the logits, so that it is exact where student and teacher are close."""
-    return ((theirs + whole) - ours) * scale
-
-
-@triton.jit
 def rounded(ratio):
     """What brings the teacher's exponentials to the student's total, in float32."""
     quotient = ratio.to(tl.float32)
@@ -185,14 +177,8 @@ def terms(p, q, log_u, a, b, KIND: tl.constexpr, COARSE: tl.constexpr):
 
 
 @triton.jit
-def boundary(value, mass, p, q, ours, theirs, at_zero, slope_at_infinity):
-    """The same for all tokens, with what those cost that one distribution lacks (T10)."""
-    return bounded(value, mass, p, q, ours, theirs, at_zero, at_zero, slope_at_infinity)
-
-
-@triton.jit
 def bounded(value, mass, p, q, ours, theirs, value_at_zero, mass_at_zero, slope_at_infinity):
-    """As `boundary`, with the costs in the units of value and mass."""
+    """The same for all tokens, with what those cost that one distribution lacks (T10), in units of value and mass."""
     absent, lacking = ours == -_INF, theirs == -_INF
     value = tl.where(lacking, p * value_at_zero, value)
     mass = tl.where(absent, 0.0, tl.where(lacking, -p * mass_at_zero, mass))
@@ -202,7 +188,7 @@ def bounded(value, mass, p, q, ours, theirs, value_at_zero, mass_at_zero, slope_
 
 @triton.jit
 def units(a, b, scale, constant, quotient, at_zero, slope_at_infinity, KIND: tl.constexpr):
-    """What `parts` are counted in, so that factors that all tokens share are multiplied once.
+    """What `terms_in_units` counts in, so that factors that all tokens share are multiplied once.
 
     Returns:
         For the log-ratio, the factor of the difference of logits and the constant; for the teacher's exponentials, a
@@ -227,7 +213,7 @@ def units(a, b, scale, constant, quotient, at_zero, slope_at_infinity, KIND: tl.
 
 
 @triton.jit
-def parts(p, q, log_u, a, b, KIND: tl.constexpr, COARSE: tl.constexpr):
+def terms_in_units(p, q, log_u, a, b, KIND: tl.constexpr, COARSE: tl.constexpr):
     """A part of the value and the mass of each token, in units of their own: the JSD's in bits, per share, unscaled."""
     if KIND == "skew_jsd":
         ratio = tl.exp2(-tl.abs(log_u))

@@ -25,10 +25,10 @@ from opdtheory.kernels.programs.elementary import (
     gap,
     in_bits,
     loaded,
-    parts,
     powers,
     reference,
     rounded,
+    terms_in_units,
     together,
     units,
 )
@@ -259,7 +259,7 @@ def resident_program(
             ) = units(a, b, scale, constant, quotient, at_zero, slope_at_infinity, KIND)
             # fmt: on
             q = q * teacher_unit
-            value_part, mass = parts(p, q, tl.fma(d, step, shift), a, b, KIND, COARSE)
+            value_part, mass = terms_in_units(p, q, tl.fma(d, step, shift), a, b, KIND, COARSE)
             first = tl.sum(value_part, 0)
             second = tl.sum(mass, 0)
             holes = (tl.abs(first) + tl.abs(second) < _INF) == 0
@@ -268,7 +268,9 @@ def resident_program(
                 ours = loaded(student + line * student_row, student_word, start, words, BLOCK).to(tl.float32)
                 theirs = loaded(teacher + line * teacher_row, teacher_word, start, words, BLOCK).to(tl.float32)
                 q = powers(theirs, factor, its_top) * teacher_unit
-                value_part, mass = parts(p, q, tl.fma(gap(ours, theirs, whole), step, shift), a, b, KIND, COARSE)
+                value_part, mass = terms_in_units(
+                    p, q, tl.fma(gap(ours, theirs, whole), step, shift), a, b, KIND, COARSE
+                )
                 value_part, mass = bounded(value_part, mass, p, q, ours, theirs, value_at_zero, mass_at_zero, slope_end)
                 first = tl.sum(value_part, 0)
                 second = tl.sum(mass, 0)

@@ -18,10 +18,10 @@ from opdtheory.kernels.programs.elementary import (
     gap,
     in_bits,
     loaded,
-    parts,
     powers,
     reference,
     rounded,
+    terms_in_units,
     together,
     units,
 )
@@ -154,7 +154,7 @@ def whole_row_program(
                     student, teacher, student_word, teacher_word, start, words, scale, factor, top, other_top, whole,
                     teacher_unit, BLOCK,
                 )  # fmt: skip
-                value_part, mass = parts(p, q, tl.fma(d, step, shift), a, b, KIND, COARSE)
+                value_part, mass = terms_in_units(p, q, tl.fma(d, step, shift), a, b, KIND, COARSE)
                 if holes:
                     value_part, mass = bounded(
                         value_part, mass, p, q, ours, theirs, value_at_zero, mass_at_zero, slope_end
@@ -188,7 +188,7 @@ def whole_row_program(
                             d = d * scale
                         slope = tl.where(d < _INF, cross_slope(p, q, d, centre, KIND), 0.0)
                     else:
-                        value_part, mass = parts(p, q, tl.fma(d, step, shift), a, b, KIND, COARSE)
+                        value_part, mass = terms_in_units(p, q, tl.fma(d, step, shift), a, b, KIND, COARSE)
                         if holes:
                             value_part, mass = bounded(
                                 value_part, mass, p, q, ours, theirs, value_at_zero, mass_at_zero, slope_end
