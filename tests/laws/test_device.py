@@ -231,6 +231,26 @@ def test_transforms_and_second_derivatives(name: str) -> None:
     assert torch.autograd.gradgradcheck(lambda x: loss(x, t), (z.clone().requires_grad_(),))
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("name", SOME)
+def test_second_derivatives_of_narrow_logits(name: str, dtype: torch.dtype) -> None:
+    """The gradient of a program is differentiated once more, with weights, a temperature and strides."""
+    student, teacher = pair(4, 3, 60, dtype=dtype)
+    vectors = pair(4, 3, 60, dtype=dtype, seed=1)[0].detach()
+    mask = torch.tensor([[1.0, 0.0, 2.0]] * 4)
+    products = []
+    for device, width in ((DEVICE, dtype), ("cpu", torch.float64)):
+        z = student.detach().to(device, width).transpose(0, 1).requires_grad_()
+        values = opd.fused_divergence(
+            z.transpose(0, 1), teacher.to(device, width), name, mask=mask.to(device), temperature=1.3
+        )
+        (slope,) = torch.autograd.grad(values.sum(), z, create_graph=True)
+        (product,) = torch.autograd.grad(slope, z, vectors.to(device, width).transpose(0, 1))
+        products.append(product.detach().cpu().double())
+    assert float((products[0] - products[1]).norm()) < 2 * BOUND[dtype] * float(products[1].norm())
+    assert not products[0][1].any() and products[0][0].any()
+
+
 @compiles
 @pytest.mark.parametrize("name", SOME[:2])
 def test_compiled(name: str) -> None:
