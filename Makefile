@@ -92,8 +92,8 @@ mutation: $(VENV)/.installed-dev ## break the library term by term; writes docs/
 fuzz: $(VENV)/.installed-dev ## make 100,000 generated calls of the public API: each is right or raises a clear error
 	$(BIN)/python -m tests.fuzz --calls 100000
 
-DEVICE_TESTS := tests/laws/test_device.py tests/kernels/programs tests/kernels/test_few.py
 # Triton comes with torch for GPUs. Without a GPU it is installed for this target only and interprets the programs.
+DEVICE_TESTS := tests/laws/test_device.py tests/kernels/programs tests/kernels/test_few.py tests/kernels/test_device_costs.py
 device: $(VENV)/.installed-dev ## run the tests for a GPU; without one, interpret them on the CPU
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 	  $(BIN)/python -m pytest -n auto --maxprocesses 8 $(DEVICE_TESTS); \
@@ -105,6 +105,7 @@ device: $(VENV)/.installed-dev ## run the tests for a GPU; without one, interpre
 
 bench: $(VENV)/.installed-dev ## compare time and memory with TRL (medians of alternated repeats); writes docs/performance.md
 	$(BIN)/python benchmarks/fused.py --write docs/performance.md
+	$(BIN)/python benchmarks/hidden.py --write docs/performance.md
 	$(BIN)/python benchmarks/oracle.py --write docs/performance.md
 	$(BIN)/python benchmarks/growth.py --write docs/performance.md
 

@@ -59,13 +59,15 @@ def _settle() -> None:
 Name = TypeVar("Name", bound=Hashable)
 
 
-def in_turn(subjects: Mapping[Name, Run], repeats: int, before: Run = lambda: None) -> dict[Name, float]:
+def in_turn(
+    subjects: Mapping[Name, Run], repeats: int, before: Run = lambda: None, timer: Callable[[Run], float] = seconds
+) -> dict[Name, float]:
     """The median time of each subject over alternating repeats, the first not counted; `before` is not timed."""
     taken: dict[Name, list[float]] = {name: [] for name in subjects}
     for repeat in range(repeats + 1):
         for name, call in subjects.items():
             before()
-            spent = seconds(call)
+            spent = timer(call)
             if repeat:
                 taken[name].append(spent)
     return {name: statistics.median(times) for name, times in taken.items()}

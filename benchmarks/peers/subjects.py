@@ -114,10 +114,15 @@ def _payload(kind: str, logits: dict[str, Tensor], generator: torch.Generator) -
 def subjects(inputs: Inputs) -> dict[Key, Callable[[], Loss]]:
     """By divergence and by who computes it, what makes the loss; that raises where a package is missing."""
     return {
-        (divergence, by): partial(_MAKERS[by], inputs, divergence)
+        (divergence, by): subject(inputs, divergence, by)
         for divergence, names in PLAN[inputs.kind].items()
         for by in names
     }
+
+
+def subject(inputs: Inputs, divergence: str, by: str) -> Callable[[], Loss]:
+    """What makes one loss, whether or not it is in the plan."""
+    return partial(_MAKERS[by], inputs, divergence)
 
 
 def _of_logs(divergence: str, log_p: Tensor, log_q: Tensor) -> Tensor:

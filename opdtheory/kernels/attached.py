@@ -80,7 +80,9 @@ def scaled(gradient: Tensor, upstream: Tensor, in_place: bool) -> Tensor:
         from opdtheory.kernels.programs.rescale import rescale
 
         out = gradient if in_place else torch.empty_like(gradient)
-        for (source, target), (factors,) in matrices([gradient, out], [upstream.contiguous()]):
+        # A number for all, as from a sum, stays one.
+        upstream = upstream if not any(upstream.stride()) else upstream.contiguous()
+        for (source, target), (factors,) in matrices([gradient, out], [upstream]):
             rescale(source, factors, source if in_place else target)
         return out
     if bool((upstream == 1).all()):

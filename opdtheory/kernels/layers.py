@@ -84,13 +84,16 @@ class Sums:
         whole = None if kept.hidden is None else torch.zeros_like(kept.hidden, memory_format=torch.contiguous_format)
         self._found = Tensors(whole, *sums)  # type: ignore[arg-type]
 
-    def add(self, layer: Layer, part: Tensor, gradient: Tensor | Halves) -> None:
-        """Add what some positions contribute, given the gradient in their products with the layer."""
+    def add(self, layer: Layer, part: Tensor, gradient: Tensor | Halves, spare: Tensor) -> None:
+        """Add what some positions contribute, given the gradient in their products with the layer.
+
+        `spare`, of the shape and dtype of logits, is overwritten.
+        """
         hidden, head, bias, down, up = self._found
         states = layer.chunk(part)
         factor = gradient
         if isinstance(gradient, Tensor) and accumulates_wide(layer.head) and not (hidden is None and head is None):
-            factor = Halves.split(gradient)
+            factor = Halves.split(gradient, spare)
         slope = None if hidden is None else product(factor, layer.head)
         if head is not None:
             add_product(head, factor, states)

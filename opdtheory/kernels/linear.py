@@ -250,7 +250,7 @@ class _Run:
         if wanted:
             if isinstance(gradient, Tensor):
                 form.pull_back(gradient, kept)
-            self.sums.add(ours, part, gradient)
+            self.sums.add(ours, part, gradient, other)
         return left
 
 

@@ -54,10 +54,13 @@ class Halves(NamedTuple):
         return cls(matrix.view(torch.bfloat16).view(-1, matrix.shape[1]))
 
     @classmethod
-    def split(cls, matrix: Tensor) -> Halves:
-        """Of a matrix, in new memory."""
-        high = matrix.to(torch.bfloat16)
-        return cls(torch.stack([high, (matrix - high).to(torch.bfloat16)], 1).flatten(0, 1))
+    def split(cls, matrix: Tensor, spare: Tensor | None = None) -> Halves:
+        """Of a matrix, in the memory of a contiguous one of its shape and dtype, or in new memory."""
+        halves = cls.of(torch.empty(matrix.shape, dtype=matrix.dtype, device=matrix.device) if spare is None else spare)
+        high, low = halves.rows.unflatten(0, (-1, 2)).unbind(1)
+        high.copy_(matrix)
+        torch.sub(matrix, high, out=low)
+        return halves
 
     def column_sums(self) -> Tensor:
         """The sum of each column, in float32."""

@@ -195,6 +195,11 @@ def test_halves_share_the_memory_of_a_matrix() -> None:
     matrix = torch.randn(5, 8)
     halves = products.Halves.of(matrix)
     assert halves.rows.shape == (10, 8) and halves.rows.data_ptr() == matrix.data_ptr()
+    wanted, spare = torch.randn(5, 8), torch.empty(5, 8)
+    for split in (products.Halves.split(wanted), products.Halves.split(wanted, spare)):
+        high, low = split.rows[::2], split.rows[1::2]
+        assert torch.equal(high, wanted.bfloat16()) and torch.equal(low, (wanted - high.float()).bfloat16())
+    assert split.rows.data_ptr() == spare.data_ptr()
 
 
 # A hook may write into the gradient that it is handed, and the graph may be used again.

@@ -284,6 +284,16 @@ def test_factors_from_upstream(dtype: torch.dtype) -> None:
     assert worst(slopes[0], exact / upstream[:, None].clamp(0.5)) > 2 * BOUND[dtype]
 
 
+def test_one_factor_for_all_positions() -> None:
+    """As from a mean, it is one number that every row reads."""
+    student, teacher = (there(x) for x in pair(2, 3, 50, dtype=torch.float32))
+    values = opd.fused_divergence(student, teacher, "jsd")
+    plain = torch.autograd.grad(values, student, torch.ones_like(values), retain_graph=True)[0]
+    for kept in (True, False):
+        found = torch.autograd.grad(values.mean(), student, retain_graph=kept)[0]
+        assert worst(6 * found, plain) < 1e-6 < worst(found, plain)
+
+
 @pytest.mark.parametrize("name", SOME)
 @pytest.mark.parametrize("words", (700, 40_000))
 def test_two_runs_give_the_same_bits(name: str, words: int) -> None:

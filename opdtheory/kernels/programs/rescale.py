@@ -19,6 +19,7 @@ def rescale(source: Tensor, factors: Tensor, target: Tensor) -> None:
         source,
         factors,
         target,
+        *factors.stride(),
         *source.stride(),
         *target.stride(),
         words,
@@ -34,6 +35,7 @@ def _rescale_program(
     source,
     factors,
     target,
+    factors_row,
     source_row,
     source_word,
     target_row,
@@ -44,7 +46,7 @@ def _rescale_program(
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    factor = tl.load(factors + row).to(tl.float32)
+    factor = tl.load(factors + row * factors_row).to(tl.float32)
     wanted = True
     if INPLACE:
         wanted = factor != 1.0
