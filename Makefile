@@ -93,7 +93,7 @@ fuzz: $(VENV)/.installed-dev ## make 100,000 generated calls of the public API: 
 	$(BIN)/python -m tests.fuzz --calls 100000
 
 # Triton comes with torch for GPUs. Without a GPU it is installed for this target only and interprets the programs.
-DEVICE_TESTS := tests/laws/test_device.py tests/kernels/programs tests/kernels/test_few.py tests/kernels/test_device_costs.py
+DEVICE_TESTS := tests/laws/test_device.py tests/laws/test_device_costs.py tests/kernels/programs tests/kernels/test_few.py
 device: $(VENV)/.installed-dev ## run the tests for a GPU; without one, interpret them on the CPU
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 	  $(BIN)/python -m pytest -n auto --maxprocesses 8 $(DEVICE_TESTS); \
