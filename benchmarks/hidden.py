@@ -40,7 +40,7 @@ TIMED, DIVERGENCES = ("reverse_kl", "jsd"), ("reverse_kl", "forward_kl", "jsd")
 DTYPES = ("float32", "bfloat16")
 # How far the teacher's hidden states are from the student's, of unit variance, and the mark of the errors.
 DISTANCES, MARK = (1.0, 0.1, 0.03, 0.003), 1e-2
-# The dtypes of the errors, each with what the weights are multiplied by, as by a loss scale.
+# The dtypes of the errors, each with a loss scale.
 SCALED = (("float32", 1), ("bfloat16", 1), ("float16", 1), ("float16", 2**16))
 TWIN = "logits rounded"
 # What the model is printed for: tokens, width and words.
@@ -122,24 +122,24 @@ def errors_of(inputs: Inputs, divergence: str, scale: int) -> Iterator[tuple[str
     _, wanted = exact(inputs, divergence)
     for by, loss in ((OURS, _ours), (TWIN, _twin)):
         inputs.forget()
-        loss(inputs, divergence, scale).backward()
+        (scale * loss(inputs, divergence)).backward()
         yield by, [_unscaled(inputs.tensors[name].grad, scale, each) for name, each in wanted.items()]
     inputs.forget()
 
 
-def _ours(inputs: Inputs, divergence: str, scale: int) -> Tensor:
-    return opd.fused_linear_divergence(*inputs.tensors.values(), divergence, mask=_weights(inputs, scale)).sum()
+def _ours(inputs: Inputs, divergence: str) -> Tensor:
+    return opd.fused_linear_divergence(*inputs.tensors.values(), divergence, mask=_weights(inputs)).sum()
 
 
-def _twin(inputs: Inputs, divergence: str, scale: int) -> Tensor:
+def _twin(inputs: Inputs, divergence: str) -> Tensor:
     """The false twin: logits have the dtype of the hidden states."""
     student, head, teacher, teacher_head = inputs.tensors.values()
     z, other = student @ head.T, teacher @ teacher_head.T
-    return opd.fused_divergence(z, other, divergence, mask=_weights(inputs, scale)).sum()
+    return opd.fused_divergence(z, other, divergence, mask=_weights(inputs)).sum()
 
 
-def _weights(inputs: Inputs, scale: int) -> Tensor:
-    return torch.full((inputs.rows,), scale / inputs.rows, dtype=torch.float64)
+def _weights(inputs: Inputs) -> Tensor:
+    return torch.full((inputs.rows,), 1 / inputs.rows, dtype=torch.float64)
 
 
 def _unscaled(found: Tensor | None, scale: int, wanted: Tensor) -> float:
@@ -189,7 +189,7 @@ def _worst(found: dict[tuple[str, int, str, str], list[list[float]]], dtype: str
 
 
 def _named(dtype: str, scale: int) -> str:
-    return dtype if scale == 1 else f"{dtype}, weights times {scale:,}"
+    return dtype if scale == 1 else f"{dtype}, loss times {scale:,}"
 
 
 def model(shape: tuple[int, int, int] = LARGE, dtype: torch.dtype = torch.bfloat16) -> Iterator[str]:

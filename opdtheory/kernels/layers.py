@@ -80,8 +80,11 @@ class Sums:
         self._tensors = tensors
         kept = Tensors(*(each if want else None for each, want in zip(tensors, wanted, strict=True)))  # type: ignore[arg-type]
         sums = [None if each is None else torch.zeros(each.shape, dtype=wide, device=each.device) for each in kept[1:]]
-        # A position's gradient is complete within its chunk, and rounded there.
-        whole = None if kept.hidden is None else torch.zeros_like(kept.hidden, memory_format=torch.contiguous_format)
+        whole = None
+        if kept.hidden is not None:
+            # A position's gradient is complete within its chunk, and rounded there.
+            dtype = wide if kept.hidden.dtype == torch.float16 else kept.hidden.dtype
+            whole = torch.zeros(kept.hidden.shape, dtype=dtype, device=kept.hidden.device)
         self._found = Tensors(whole, *sums)  # type: ignore[arg-type]
 
     def add(self, layer: Layer, part: Tensor, gradient: Tensor | Halves, spare: Tensor) -> None:
@@ -113,9 +116,12 @@ class Sums:
             hidden.view(-1, hidden.shape[-1])[part] = slope.to(hidden.dtype)
 
     def rounded(self) -> Iterator[Tensor | None]:
-        """The gradients, in the dtypes of the tensors."""
+        """The gradients, in the dtypes of the tensors; those of float16 ones wide, as a loss scale is still to come."""
         for each, tensor in zip(self._found, self._tensors, strict=True):
-            yield None if each is None or tensor is None else each.to(tensor.dtype)
+            if each is None or tensor is None or tensor.dtype == torch.float16:
+                yield each
+            else:
+                yield each.to(tensor.dtype)
 
 
 def check_lora(whose: str, lora: object, hidden: Tensor, head: Tensor) -> tuple[Tensor | None, Tensor | None, float]:

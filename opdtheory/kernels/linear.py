@@ -59,8 +59,8 @@ def fused_linear_divergence(
 
     Hidden states and heads enter in their own dtype (under autocast, that of autocast). Logits, $g$ and sums are
     float32 where that is bfloat16 or float16, with up to 4 million entries of a head in float32 at a time, so that a
-    gradient is rounded once, at the end; with a float64 head everything is float64. First derivatives only; no
-    `torch.vmap`.
+    gradient is rounded once, at the end, and one of float16 after a loss scale from upstream; with a float64 head
+    everything is float64. First derivatives only; no `torch.vmap`.
 
     With `student_lora` and `teacher_lora`, $z = W h + \gamma B (A h)$, as in an adapter of PEFT without dropout;
     $W + \gamma B A$ is never made. $A$ and $B$ are held in the dtype of the logits, and the student's get gradients.
@@ -173,6 +173,10 @@ class _Linear(torch.autograd.Function):
                 found = [each if each is None else each * first for each in found]
             elif bool(first != 1):
                 found = [each if each is None else each.mul_(first) for each in found]
+            found = [
+                None if each is None or tensor is None else each.to(tensor.dtype)
+                for each, tensor in zip(found, student, strict=True)
+            ]
         sources = [each for each in (upstream, *student) if each is not None]
         slopes = [None if each is None else last("fused_linear_divergence", each, *sources) for each in found]
         return None, None, None, *slopes, *[None] * _COUNT

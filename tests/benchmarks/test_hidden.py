@@ -67,20 +67,19 @@ def test_a_loss_scale_divides_out() -> None:
             assert max(errors) < 1e-12
     (_, right), _ = hidden.errors_of(inputs, "jsd", 4)
     inputs.forget()
-    hidden._ours(inputs, "jsd", 4).backward()
+    (4 * hidden._ours(inputs, "jsd")).backward()
     wrong = inputs.tensors["head"].grad
     inputs.forget()
-    hidden._ours(inputs, "jsd", 1).backward()
+    hidden._ours(inputs, "jsd").backward()
     assert max(right) < 1e-12 < hidden.off(wrong, inputs.tensors["head"].grad)
 
 
-def test_in_float16_a_loss_scale_belongs_in_the_mask() -> None:
-    inputs, scale = hidden.near(SHAPE, torch.float16, 0.003), 2**16
-    (_, inside), _ = hidden.errors_of(inputs, "jsd", scale)
-    _, wanted = hidden.exact(inputs, "jsd")
-    (scale * hidden._ours(inputs, "jsd", 1)).backward()
-    head = inputs.tensors["head"].grad
-    assert max(inside) < 1e-3 and hidden.off(head.double() / scale, wanted["head"]) > 1e-2
+def test_in_float16_a_loss_scale_keeps_what_would_be_rounded_to_zero() -> None:
+    """The twin rounds the gradient in the logits before the scale comes."""
+    inputs = hidden.near(SHAPE, torch.float16, 0.003)
+    (_, scaled), (_, twin) = hidden.errors_of(inputs, "jsd", 2**16)
+    (_, plain), _ = hidden.errors_of(inputs, "jsd", 1)
+    assert max(scaled) < 1e-3 < 1e-2 < min(max(plain), max(twin))
 
 
 def test_the_worst_error_decides_and_nan_is_the_worst() -> None:

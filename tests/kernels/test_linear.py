@@ -143,6 +143,24 @@ def test_narrow_states_are_rounded_once(name: str, near: float, dtype: torch.dty
             assert float((coarse - right).norm() / right.norm()) > 4 * error
 
 
+@pytest.mark.parametrize("kept", (True, False))
+def test_a_loss_scale_keeps_small_gradients_of_float16(kept: bool) -> None:
+    """The false twin rounds before the scale comes: a tenth of what it finds is zero."""
+    tensors = case(9, dtype=torch.float16, vocabulary=50)
+    exact = [each.detach().double().requires_grad_(each.requires_grad) for each in tensors]
+    mask = torch.full((9,), 1e-6)
+    wanted = torch.autograd.grad(2**16 * by_logits(*exact, "jsd", mask=mask).sum(), exact[:2])
+    loss = 2**16 * opd.fused_linear_divergence(*tensors, "jsd", mask=mask).sum()
+    found = torch.autograd.grad(loss, tensors[:2], retain_graph=kept)
+    if kept:
+        assert all(map(torch.equal, found, torch.autograd.grad(loss, tensors[:2])))
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert mine.dtype == torch.float16
+        assert float((mine.double() - theirs).norm()) < 1e-3 * float(theirs.norm())
+        twin = (theirs / 2**16).half().double() * 2**16
+        assert float((twin - theirs).norm()) > 1e-2 * float(theirs.norm())
+
+
 def test_a_wide_head_goes_through_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = case(9, dtype=torch.bfloat16, vocabulary=50)
     whole = torch.autograd.grad(opd.fused_linear_divergence(*tensors, "jsd").sum(), tensors[:2])
