@@ -17,7 +17,7 @@ from opdtheory.kernels.distributions import default_rows
 from opdtheory.kernels.heads import HeadForm, check_bias, head_form
 from opdtheory.kernels.layers import Layer, Sums, Tensors, check_lora
 from opdtheory.kernels.products import Halves, autocast_dtype, chunk_rows, wide_dtype
-from opdtheory.kernels.sweep import Evaluator, can_split, sweep, sweep_once
+from opdtheory.kernels.sweep import Evaluator, any_left, can_split, sweep, sweep_once
 
 __all__ = ["fused_linear_divergence"]
 
@@ -227,7 +227,7 @@ class _Run:
         # The gradient takes the place of the logits.
         found = [self._chunk(part, evaluator, *(each[: len(part)] for each in logits)) for part in parts]
         asked = [each for each in found if each is not None]
-        if not asked or not bool(torch.cat([some for some, _ in asked]).any()):
+        if not asked or not any_left(*(state for state, _ in asked)):
             return looked[:0]
         return looked[torch.cat([left for _, left in asked])]
 

@@ -19,7 +19,7 @@ from opdtheory.kernels.forms import Filled, Form, fast_form
 from opdtheory.kernels.pieces import matrices
 from opdtheory.kernels.reference import reference_form
 
-__all__ = ["Evaluator", "can_split", "finish", "has_programs", "runs", "sweep", "sweep_once"]
+__all__ = ["Evaluator", "any_left", "can_split", "finish", "has_programs", "runs", "sweep", "sweep_once"]
 
 
 @dataclass(frozen=True)
@@ -110,13 +110,28 @@ def sweep_once(
         rest: if not None, the gradient is of bfloat16, and followed at this distance by what its rounding took.
 
     Returns:
-        Whether any position is left to do, `(1,)`, and which, `(N,)`: its value and gradient are zero so far.
+        A state for `any_left`, and which positions are left to do, `(N,)`: value and gradient are zero so far.
     """
     from opdtheory.kernels.programs.launch import run_program
 
     return run_program(
         evaluator.divergence, student, teacher, evaluator.scale, weights, values, gradient, rest=rest, fill=0.0
     )
+
+
+def any_left(*states: Tensor) -> bool:
+    """Whether any row of some calls is left to do; the one time that the host waits for them.
+
+    Raises:
+        RuntimeError: programs that hold a row together have not met.
+    """
+    found = int(states[0] if len(states) == 1 else torch.cat(states).amax())
+    if found > 1:
+        raise RuntimeError(
+            "the programs that hold a row of logits together have not met within half a minute, as if the GPU had not "
+            "run them at once; the gradient is not complete"
+        )
+    return found > 0
 
 
 def can_split(student: Tensor) -> bool:
@@ -143,7 +158,7 @@ def _by_programs(evaluator: Evaluator, wides: list[Tensor], narrows: list[Tensor
 
     (student, teacher, *grad), (found, *weight) = wides, narrows
     captured = student.is_cuda and torch.cuda.is_current_stream_capturing()
-    any_left, left = run_program(
+    state, left = run_program(
         evaluator.divergence,
         student,
         teacher,
@@ -154,7 +169,7 @@ def _by_programs(evaluator: Evaluator, wides: list[Tensor], narrows: list[Tensor
         fill=math.nan if captured else None,
     )
     # The one time that the host waits; in a graph of the device's it cannot.
-    if not captured and bool(any_left):
+    if not captured and any_left(state):
         check_weights(weight[0] if weight else None)
         some, few = [each[left] for each in wides], [each[left] for each in narrows]
         _by_chunks(_Chunks(evaluator, spare=False), some, few, rows)

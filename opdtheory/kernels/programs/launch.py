@@ -119,7 +119,7 @@ def run_program(
         fill: what rows get that are left to do, as value and gradient; if None, nothing is written to them.
 
     Returns:
-        Whether any row is left to do, `(1,)`, not zero if so, and which, `(N,)`.
+        A state, `(1,)`, for `any_left`, and which rows are left to do, `(N,)`.
     """
     rows, words = student.shape
     program = program_of(divergence.label)

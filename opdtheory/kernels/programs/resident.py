@@ -8,7 +8,8 @@ those of this one.
 
 A member waits only for members of its own group. Programs join groups in the order in which they start, so that at most
 one group of a launch is incomplete, whatever else runs on the GPU, and the others finish. An incomplete one holds less
-than an eighth of what the GPU runs at once (`launch.group_of`): up to eight launches cannot block each other.
+than an eighth of what the GPU runs at once (`launch.group_of`): up to eight launches cannot block each other. Should a
+member never come all the same, the others give up, and the call raises an error.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ __all__ = ["COLUMNS", "PEEK", "resident_program"]
 # Sums that an exchange has at most, and tokens that a reference logit is sought among.
 COLUMNS, PEEK = 4, 1024
 _COLUMNS, _PEEK = tl.constexpr(COLUMNS), tl.constexpr(PEEK)
+# Times that a member asks for a sum before it gives up: about half a minute.
+_PATIENCE = tl.constexpr(2**25)
 _INF = tl.constexpr(float("inf"))
 _LOW = tl.constexpr(0xFFFFFFFF)
 
@@ -50,17 +53,28 @@ def _sent(words, number, value):
 
 
 @triton.jit
-def _received(words, number, members, SLOTS: tl.constexpr):
-    """The sum of what all members publish, in float64, as soon as it is there; and a zero that comes with it."""
+def _received(words, number, members, state, patience, SLOTS: tl.constexpr):
+    """The sum of what all members publish, in float64, as soon as it is there; and a zero that comes with it.
+
+    Who has asked in vain as often as it has patience says so in the state, and takes NaN.
+    """
     at = tl.arange(0, SLOTS)
     mine = number.to(tl.int64) << 32
     found = tl.load(words + at, mask=at < members, other=mine, volatile=True)
     least = tl.min((found >> 32).to(tl.int32), 0)
-    while least < number:
+    asked = 0
+    while (least < number) & (asked < patience):
         found = tl.load(words + at, mask=at < members, other=mine, volatile=True)
         least = tl.min((found >> 32).to(tl.int32), 0)
+        asked += 1
     values = (found & _LOW).to(tl.int32).to(tl.float32, bitcast=True)
-    return tl.sum(values.to(tl.float64), 0), (least - number).to(tl.float32)
+    total = tl.sum(values.to(tl.float64), 0)
+    if least < number:
+        tl.atomic_or(state, 2, sem="relaxed")
+        total += float("nan")
+        # It has come in vain for this row, and asks once for each of the others.
+        patience = 0
+    return total, (least - number).to(tl.float32), patience
 
 
 @triton.jit
@@ -148,7 +162,10 @@ def resident_program(
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The rows of a group, one after another: `left` says which rows are left to do, and the first state if any is."""
+    """The rows of a group, one after another: `left` says which rows are left to do.
+
+    The first state is 1 if any row is, and 2 more if members of a group have not met.
+    """
     if ALONE:
         group = tl.program_id(0)
         member = 0
@@ -162,6 +179,7 @@ def resident_program(
     boards += group.to(tl.int64) * (2 * _COLUMNS * SLOTS)
     factor = in_bits(scale)
     number = 0
+    patience = tl.full((), _PATIENCE, tl.int32)
     # fmt: off
     row, weight = _wanted(
         group, rows, groups, weights, values, left, gradient, gradient_row, gradient_word, gradient_rest,
@@ -226,12 +244,12 @@ def resident_program(
             if CROSS:
                 if KIND != "forward_kl":
                     _sent(board + 2 * SLOTS + member, number, first)
-                    first, zero = _received(board + 2 * SLOTS, number, members, SLOTS)
+                    first, zero, patience = _received(board + 2 * SLOTS, number, members, state, patience, SLOTS)
                 if KIND != "reverse_kl":
                     _sent(board + 3 * SLOTS + member, number, second)
-                    second, zero = _received(board + 3 * SLOTS, number, members, SLOTS)
-            total, zero = _received(board, number, members, SLOTS)
-            other_total, zero = _received(board + SLOTS, number, members, SLOTS)
+                    second, zero, patience = _received(board + 3 * SLOTS, number, members, state, patience, SLOTS)
+            total, zero, patience = _received(board, number, members, state, patience, SLOTS)
+            other_total, zero, patience = _received(board + SLOTS, number, members, state, patience, SLOTS)
         inverse = 1.0 / total
         ratio = total / other_total
         quotient = rounded(ratio)
@@ -285,8 +303,8 @@ def resident_program(
                 board = boards + (number & 1) * (_COLUMNS * SLOTS)
                 _sent(board + member, number, first)
                 _sent(board + SLOTS + member, number, second)
-                first, zero = _received(board, number, members, SLOTS)
-                second, zero = _received(board + SLOTS, number, members, SLOTS)
+                first, zero, patience = _received(board, number, members, state, patience, SLOTS)
+                second, zero, patience = _received(board + SLOTS, number, members, state, patience, SLOTS)
             value = (first * first_unit + second * second_unit) * inverse
             mean = second * inverse
             slope = tl.fma(p, -mean.to(tl.float32), mass)
@@ -297,7 +315,7 @@ def resident_program(
             if finite:
                 tl.store(values + line, weight * value)
             else:
-                tl.store(state, 1)
+                tl.atomic_or(state, 1, sem="relaxed")
                 if FILLED:
                     tl.store(values + line, empty)
         if WANTED:

@@ -85,7 +85,7 @@ def whole_row_program(
     FILLED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A row: `left` says whether it is left to do, and the first state if any is."""
+    """A row: `left` says whether it is left to do, and the first state is 1 if any is."""
     row = tl.program_id(0).to(tl.int64)
     student += row * student_row
     teacher += row * teacher_row

@@ -128,6 +128,11 @@ def late(number: int) -> None:
         time.sleep(1.0)
 
 
+def never(number: int) -> None:
+    if number == 1:
+        os._exit(0)
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("name", KINDS)
 def test_a_group_finds_what_one_program_finds(name: str, dtype: torch.dtype, grouped: Callable[..., None]) -> None:
@@ -170,11 +175,23 @@ def test_a_member_that_does_not_wait_is_found_out(
 
 
 @triton.jit
-def at_once(words, number, members, SLOTS: tl.constexpr):
+def at_once(words, number, members, state, patience, SLOTS: tl.constexpr):
     at = tl.arange(0, SLOTS)
     there = tl.load(words + at, mask=at < members, other=0)
     values = (there & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)
-    return tl.sum(values.to(tl.float64), 0), 0.0
+    return tl.sum(values.to(tl.float64), 0), 0.0, patience
+
+
+def test_a_member_that_never_comes_is_an_error(grouped: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others give up, and nobody hangs; the patience of half a minute is cut short."""
+    from opdtheory.kernels.programs import resident
+
+    monkeypatch.setattr(resident, "_PATIENCE", tl.constexpr(50))
+    student, teacher = logits(6, 2900, torch.float32)
+    for name in ("jsd", "reverse_kl"):
+        grouped(3, 1024, 2, never)
+        with pytest.raises(RuntimeError, match="have not met"):
+            found(student, teacher, name, torch.ones(6))
 
 
 def test_rows_that_are_left(grouped: Callable[..., None]) -> None:
