@@ -78,10 +78,29 @@ def _received(words, number, members, state, patience, SLOTS: tl.constexpr):
 
 
 @triton.jit
-def _taken(logits, row, step, word, start, words, factor, BLOCK: tl.constexpr):
-    """A block of a row, and the row's reference."""
-    logits += row.to(tl.int64) * step
-    return loaded(logits, word, start, words, BLOCK), reference(logits, word, words, factor, _PEEK)
+def _taken(
+    student,
+    teacher,
+    row,
+    student_row,
+    student_word,
+    teacher_row,
+    teacher_word,
+    start,
+    words,
+    factor,
+    BLOCK: tl.constexpr,
+):
+    """A block of a row of both logits, and the row's references."""
+    line = row.to(tl.int64)
+    student += line * student_row
+    teacher += line * teacher_row
+    return (
+        loaded(student, student_word, start, words, BLOCK),
+        loaded(teacher, teacher_word, start, words, BLOCK),
+        reference(student, student_word, words, factor, _PEEK),
+        reference(teacher, teacher_word, words, factor, _PEEK),
+    )
 
 
 @triton.jit
@@ -189,8 +208,12 @@ def resident_program(
     if NARROW:
         # The next row is read while this one waits for its sums; wider logits would not find room.
         some = tl.where(row < rows, words, 0)
-        held, top = _taken(student, row, student_row, student_word, start, some, factor, BLOCK)
-        other_held, other_top = _taken(teacher, row, teacher_row, teacher_word, start, some, factor, BLOCK)
+        # fmt: off
+        held, other_held, top, other_top = _taken(
+            student, teacher, row, student_row, student_word, teacher_row, teacher_word,
+            start, some, factor, BLOCK,
+        )
+        # fmt: on
     while row < rows:
         line = row.to(tl.int64)
         # fmt: off
@@ -202,8 +225,12 @@ def resident_program(
         some = tl.where(after < rows, words, 0)
         slopes = gradient + line * gradient_row + at * gradient_word
         if not NARROW:
-            held, top = _taken(student, row, student_row, student_word, start, words, factor, BLOCK)
-            other_held, other_top = _taken(teacher, row, teacher_row, teacher_word, start, words, factor, BLOCK)
+            # fmt: off
+            held, other_held, top, other_top = _taken(
+                student, teacher, row, student_row, student_word, teacher_row, teacher_word,
+                start, words, factor, BLOCK,
+            )
+            # fmt: on
         ours = held.to(tl.float32)
         theirs = other_held.to(tl.float32)
         its_top = other_top
@@ -228,8 +255,12 @@ def resident_program(
                 second = tl.sum(tl.where(d > -_INF, under_teacher, 0.0), 0)
         if CROSS:
             if NARROW:
-                held, top = _taken(student, after, student_row, student_word, start, some, factor, BLOCK)
-                other_held, other_top = _taken(teacher, after, teacher_row, teacher_word, start, some, factor, BLOCK)
+                # fmt: off
+                held, other_held, top, other_top = _taken(
+                    student, teacher, after, student_row, student_word, teacher_row, teacher_word,
+                    start, some, factor, BLOCK,
+                )
+                # fmt: on
         if ALONE:
             total = total.to(tl.float64)
             other_total = other_total.to(tl.float64)
@@ -293,8 +324,12 @@ def resident_program(
                 first = tl.sum(value_part, 0)
                 second = tl.sum(mass, 0)
             if NARROW:
-                held, top = _taken(student, after, student_row, student_word, start, some, factor, BLOCK)
-                other_held, other_top = _taken(teacher, after, teacher_row, teacher_word, start, some, factor, BLOCK)
+                # fmt: off
+                held, other_held, top, other_top = _taken(
+                    student, teacher, after, student_row, student_word, teacher_row, teacher_word,
+                    start, some, factor, BLOCK,
+                )
+                # fmt: on
             if ALONE:
                 first = first.to(tl.float64)
                 second = second.to(tl.float64)
