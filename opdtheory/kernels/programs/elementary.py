@@ -196,7 +196,7 @@ def units(a, b, scale, constant, quotient, at_zero, slope_at_infinity, KIND: tl.
         distribution lacks, their costs.
     """
     if KIND == "skew_jsd":
-        found = (
+        return (
             scale * _LOG2E,
             (constant * _LOG2E_WIDE).to(tl.float32),
             1.0,
@@ -208,8 +208,7 @@ def units(a, b, scale, constant, quotient, at_zero, slope_at_infinity, KIND: tl.
             slope_at_infinity / (a * _LN2),
         )
     else:
-        found = scale, constant.to(tl.float32), quotient, 1.0, 0.0, 1.0, at_zero, at_zero, slope_at_infinity
-    return found
+        return scale, constant.to(tl.float32), quotient, 1.0, 0.0, 1.0, at_zero, at_zero, slope_at_infinity
 
 
 @triton.jit
