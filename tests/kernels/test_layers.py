@@ -298,7 +298,6 @@ def test_a_wider_teacher_keeps_its_digits() -> None:
         (lambda a, b, s: (a, b.float(), s), "have A and B of dtype torch.float64, got torch.float64 and torch.float32"),
         (lambda a, b, s: (a.to("meta"), b, s), "be on cpu"),
     ],
-    ids=str,
 )
 def test_what_does_not_fit_is_refused(whose: str, change: Any, words: str) -> None:
     c = case(6)
