@@ -82,6 +82,7 @@ def without_liger(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, f"liger_kernel{name}", None)
 
 
+@pytest.mark.slow
 def test_a_run_on_a_cpu_fills_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     pytest.importorskip("trl")
     stand_ins(monkeypatch)
@@ -138,6 +139,7 @@ def test_what_fails_is_named_and_stops_nothing(monkeypatch: pytest.MonkeyPatch) 
     assert "no room for 40 GB \\| at all | – |" in page._table(table, {})
 
 
+@pytest.mark.slow
 def test_inputs_that_do_not_fit_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def none(*_: Any) -> Any:
         raise torch.OutOfMemoryError("no room")
