@@ -24,15 +24,16 @@ def memory_of_hidden(
 
     Two chunks of logits, and a row of sums for the bias, are held while the gradients of the head and of the bias are
     summed, in the dtype of the logits. They are freed before these gradients are rounded. The gradient of the hidden
-    states is rounded chunk by chunk. Other matrices of a chunk with `width` columns, and numbers for each position,
-    are left out.
+    states is rounded chunk by chunk, of float16 in the backward pass, which rounds all. Other matrices of a chunk with
+    `width` columns, and numbers for each position, are left out.
     """
     wide = wide_dtype(dtype)
     rows = min(tokens, chunk_rows(words, wide, torch.device("cuda")))
     chunk = wide.itemsize * words * (2 * rows + bias)
     summed = words * (width * trained + bias)
     rounded = 0 if dtype == wide else dtype.itemsize * summed
-    return wide.itemsize * summed + max(chunk, rounded) + dtype.itemsize * tokens * width
+    states = (wide if dtype == torch.float16 else dtype).itemsize * tokens * width
+    return wide.itemsize * summed + max(chunk, rounded) + states
 
 
 class Allocations(TorchDispatchMode):

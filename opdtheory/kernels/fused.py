@@ -45,8 +45,8 @@ def fused_divergence(
     $p > 0 = q$ costs $p f(0)$. An infinite cost makes the value inf and has no gradient.
 
     Derivatives exist up to the second order, forward and reverse, with `torch.func` too. `torch.vmap`, `torch.compile`,
-    autocast (which changes nothing) and inference mode are supported. On a GPU, a CUDA graph captures the call; what is
-    infinite or refused outside a graph, or needs float64 there, has the value NaN and the gradient NaN in one.
+    autocast (which changes nothing) and inference mode are supported. On a GPU the call is made to be captured by a
+    CUDA graph; there, a row that would else be infinite, refused or evaluated in float64 has NaN as value and gradient.
 
     Args:
         student_logits: $z$, with any leading shape and strides.

@@ -14,7 +14,7 @@ from torch import Tensor
 from opdtheory.divergences import Divergence
 from opdtheory.divergences import divergence as as_divergence
 from opdtheory.errors import InvalidArgumentError
-from opdtheory.kernels import arguments, sweep
+from opdtheory.kernels import arguments
 from opdtheory.kernels.attached import attached, outside_graphs
 from opdtheory.kernels.distributions import Buffers, Distributions, default_rows, distributions_within, scaled_exp
 from opdtheory.kernels.forms import Filled
@@ -79,7 +79,7 @@ def fused_parallel_divergence(
     scale, wanted = 1.0 / temperature, student_logits.requires_grad and torch.is_grad_enabled()
     evaluator = Evaluator.of(as_divergence(divergence), dtype, scale)
     # As on all ranks, whatever the size of their parts.
-    programs = evaluator.dtype == torch.float32 and sweep.has_programs(student_logits.device)
+    programs = evaluator.has_programs(student_logits.device)
     kind = _Programs if programs and student_logits.shape[:-1].numel() else _Part
     if kind is _Part:
         # The programs look at weights themselves.

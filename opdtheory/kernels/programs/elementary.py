@@ -69,10 +69,23 @@ def _log2(x, COARSE: tl.constexpr):
 
 
 @triton.jit
-def _log_mixture(log_u, ratio, share, rest, COARSE: tl.constexpr):
-    """The logarithm of `rest + share * u` for u of any size, zero at u = 1, with `ratio = exp(-|log u|)`."""
+def _bits_above(log_u, ratio, share, rest, COARSE: tl.constexpr):
+    """The logarithm to base 2 of `rest + share * u` over the greater of u and one, with `ratio = exp(-|log u|)`."""
     lesser = tl.where(log_u > 0.0, rest, share)
-    return tl.fma(_log2(tl.fma(lesser, ratio - 1.0, 1.0), COARSE), _LN2, tl.maximum(log_u, 0.0))
+    return _log2(tl.fma(lesser, ratio - 1.0, 1.0), COARSE)
+
+
+@triton.jit
+def _log_mixture(log_u, ratio, share, rest, COARSE: tl.constexpr):
+    """The logarithm of `rest + share * u` for u of any size, zero at u = 1."""
+    return tl.fma(_bits_above(log_u, ratio, share, rest, COARSE), _LN2, tl.maximum(log_u, 0.0))
+
+
+@triton.jit
+def _jsd_in_bits(p, q, bits, a, b, COARSE: tl.constexpr):
+    """A part of the value and the mass of the skewed JSD, in bits and without its shares."""
+    weight = _bits_above(bits, tl.exp2(-tl.abs(bits)), a, b, COARSE) + tl.maximum(bits, 0.0)
+    return q * (bits - weight), p * weight
 
 
 @triton.jit
@@ -149,9 +162,9 @@ def terms(p, q, log_u, a, b, KIND: tl.constexpr, COARSE: tl.constexpr):
         value = d * r
         mass = p * r * (2.0 + r)
     elif KIND == "skew_jsd":
-        weight = _log_mixture(log_u, _below_one(log_u), a, b, COARSE)
-        mass = b * p * weight
-        value = tl.fma(a * q, log_u - weight, -mass)
+        part, mass = _jsd_in_bits(p, q, log_u * _LOG2E, a, b, COARSE)
+        mass *= b * _LN2
+        value = tl.fma(part, a * _LN2, -mass)
     elif KIND == "skew_forward_kl":
         mixture = p + a * d
         value = q * (log_u - _log_mixture(log_u, _below_one(log_u), a, b, COARSE)) - b * d
@@ -215,11 +228,7 @@ def units(a, b, scale, constant, quotient, at_zero, slope_at_infinity, KIND: tl.
 def terms_in_units(p, q, log_u, a, b, KIND: tl.constexpr, COARSE: tl.constexpr):
     """A part of the value and the mass of each token, in units of their own: the JSD's in bits, per share, unscaled."""
     if KIND == "skew_jsd":
-        ratio = tl.exp2(-tl.abs(log_u))
-        lesser = tl.where(log_u > 0.0, b, a)
-        weight = _log2(tl.fma(lesser, ratio - 1.0, 1.0), COARSE) + tl.maximum(log_u, 0.0)
-        value = q * (log_u - weight)
-        mass = p * weight
+        value, mass = _jsd_in_bits(p, q, log_u, a, b, COARSE)
     else:
         value, mass = terms(p, q, log_u, a, b, KIND, COARSE)
     return value, mass

@@ -14,7 +14,10 @@ from opdtheory.divergences import divergence as as_divergence
 from opdtheory.kernels.programs.resident import COLUMNS, PEEK, resident_program
 from opdtheory.kernels.programs.whole_row import whole_row_program
 
-__all__ = ["Group", "Program", "group_of", "program_of", "run_program", "splits"]
+__all__ = [
+    *("BLOCK", "BLOCK_WARPS", "HELD", "WARPS"),
+    *("Group", "Program", "constants", "group_of", "program_of", "run_program", "splits"),
+]
 
 # Tokens that a member of a group holds: two members of four warps fill the registers of a processor.
 HELD, WARPS, _PER_PROCESSOR = 8192, 4, 2

@@ -250,10 +250,8 @@ def resident_program(
             holes = (tl.abs(first) + tl.abs(second) < _INF) == 0
             if holes:
                 # T10: a token that the distribution of the mean lacks counts nothing.
-                under_student, under_teacher = cross_terms(p, q, d, KIND)
                 first = tl.sum(tl.where(d < _INF, under_student, 0.0), 0)
                 second = tl.sum(tl.where(d > -_INF, under_teacher, 0.0), 0)
-        if CROSS:
             if NARROW:
                 # fmt: off
                 held, other_held, top, other_top = _taken(
