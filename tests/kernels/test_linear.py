@@ -169,19 +169,28 @@ def test_a_wide_head_goes_through_in_parts(monkeypatch: pytest.MonkeyPatch) -> N
     assert all(worst(a.float(), b.float()) <= 2**-8 * float(b.abs().max()) for a, b in zip(parts, whole, strict=True))
 
 
-def of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products as on a GPU, which sums those of bfloat16 in float32, done here in float64."""
+class OnGPU:
+    """torch with the products of a GPU, which sums those of bfloat16 in float32; done here in float64."""
 
-    def written(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
-        assert left.dtype == right.dtype == torch.bfloat16 and out.dtype == torch.float32
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    @staticmethod
+    def mm(left: Tensor, right: Tensor, *, out_dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
+        if out_dtype is None:
+            return torch.mm(left, right, out=out)
+        assert left.dtype == right.dtype == torch.bfloat16 and out_dtype == torch.float32 and out is not None
         return out.copy_(left.double() @ right.double())
 
-    def added(total: Tensor, left: Tensor, right: Tensor) -> None:
-        assert left.dtype == right.dtype == torch.bfloat16 and total.dtype == torch.float32
-        total += (left.double() @ right.double()).float()
+    @staticmethod
+    def addmm(total: Tensor, left: Tensor, right: Tensor, *, out_dtype: torch.dtype, out: Tensor) -> Tensor:
+        assert left.dtype == right.dtype == torch.bfloat16 and out_dtype == total.dtype == torch.float32
+        return out.copy_(total + (left.double() @ right.double()).float())
 
-    monkeypatch.setattr(products, "_wide_product", written)
-    monkeypatch.setattr(products, "_add_wide_product", added)
+
+def of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products as on a GPU."""
+    monkeypatch.setattr(products, "torch", OnGPU())
     for module in (products, layers):
         monkeypatch.setattr(module, "accumulates_wide", lambda matrix: matrix.dtype == torch.bfloat16)
 
