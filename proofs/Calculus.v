@@ -16,33 +16,33 @@ Lemma derive_const c x : is_derive (fun _ : R => c : R) x 0.
 Proof. exact (is_derive_const (V := R_NormedModule) c x). Qed.
 
 Lemma derive_plus (f g : R -> R) (x df dg : R) :
-  is_derive f x df -> is_derive g x dg -> is_derive (fun t => f t + g t) x (df + dg).
+  is_derive f x df -> is_derive g x dg -> is_derive (fun t : R => f t + g t) x (df + dg).
 Proof. exact (is_derive_plus (V := R_NormedModule) f g x df dg). Qed.
 
 Lemma derive_minus (f g : R -> R) (x df dg : R) :
-  is_derive f x df -> is_derive g x dg -> is_derive (fun t => f t - g t) x (df - dg).
+  is_derive f x df -> is_derive g x dg -> is_derive (fun t : R => f t - g t) x (df - dg).
 Proof. exact (is_derive_minus (V := R_NormedModule) f g x df dg). Qed.
 
-Lemma derive_opp (f : R -> R) (x df : R) : is_derive f x df -> is_derive (fun t => - f t) x (- df).
+Lemma derive_opp (f : R -> R) (x df : R) : is_derive f x df -> is_derive (fun t : R => - f t) x (- df).
 Proof. exact (is_derive_opp (V := R_NormedModule) f x df). Qed.
 
-Lemma derive_scale (c : R) (f : R -> R) (x df : R) : is_derive f x df -> is_derive (fun t => c * f t) x (c * df).
+Lemma derive_scale (c : R) (f : R -> R) (x df : R) : is_derive f x df -> is_derive (fun t : R => c * f t) x (c * df).
 Proof. exact (is_derive_scal f x c df). Qed.
 
 Lemma derive_mult (f g : R -> R) (x df dg : R) :
-  is_derive f x df -> is_derive g x dg -> is_derive (fun t => f t * g t) x (df * g x + f x * dg).
+  is_derive f x df -> is_derive g x dg -> is_derive (fun t : R => f t * g t) x (df * g x + f x * dg).
 Proof. intros hf hg. exact (is_derive_mult f g x df dg hf hg Rmult_comm). Qed.
 
-Lemma derive_inv (f : R -> R) (x df : R) : is_derive f x df -> f x <> 0 -> is_derive (fun t => / f t) x (- df / f x ^ 2).
+Lemma derive_inv (f : R -> R) (x df : R) : is_derive f x df -> f x <> 0 -> is_derive (fun t : R => / f t) x (- df / f x ^ 2).
 Proof. exact (is_derive_inv f x df). Qed.
 
 Lemma derive_div (f g : R -> R) (x df dg : R) :
   is_derive f x df -> is_derive g x dg -> g x <> 0 ->
-  is_derive (fun t => f t / g t) x ((df * g x - f x * dg) / g x ^ 2).
+  is_derive (fun t : R => f t / g t) x ((df * g x - f x * dg) / g x ^ 2).
 Proof. exact (is_derive_div f g x df dg). Qed.
 
 Lemma derive_comp (f g : R -> R) (x df dg : R) :
-  is_derive f (g x) df -> is_derive g x dg -> is_derive (fun t => f (g t)) x (dg * df).
+  is_derive f (g x) df -> is_derive g x dg -> is_derive (fun t : R => f (g t)) x (dg * df).
 Proof. exact (is_derive_comp (V := R_NormedModule) f g x df dg). Qed.
 
 (** The derivative may be rewritten, and so may the function near the point. *)

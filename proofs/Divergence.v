@@ -36,7 +36,7 @@ Definition w (f : R -> R) (x : R) : R := x * Derive f x - f x.
     in θ is said of every entry of the gradient, and of the gradient in every direction. *)
 Definition student (n : nat) (p : R -> nat -> R) (θ : R) : Prop :=
   positive n (p θ) /\
-  (forall a, (a < n)%nat -> ex_derive (fun t => p t a) θ) /\
+  (forall a, (a < n)%nat -> ex_derive (fun t : R => p t a) θ) /\
   locally θ (fun t => (Σ a < n, p t a) = 1).
 
 (** The score s_a = ∂_θ log p_θ(a). *)
@@ -103,15 +103,15 @@ Proof. intros some. split; [apply softmax_positive | now apply softmax_normalise
 (** The Jacobian of a softmax row: ∂p_b/∂z_a = p_b (1[b = a] - p_a). *)
 Lemma softmax_derive n z a b :
   (a < n)%nat -> (b < n)%nat ->
-  is_derive (fun t => softmax_of_logit n z a t b) (z a)
+  is_derive (fun t : R => softmax_of_logit n z a t b) (z a)
     (softmax n z b * (indicator (Nat.eqb b a) - softmax n z a)).
 Proof.
   intros ha hb. unfold softmax_of_logit.
-  assert (each : forall c, is_derive (fun t => exp (moved z a t c)) (z a) (indicator (Nat.eqb c a) * exp (z c))).
+  assert (each : forall c, is_derive (fun t : R => exp (moved z a t c)) (z a) (indicator (Nat.eqb c a) * exp (z c))).
   { intros c. unfold moved, indicator. destruct (Nat.eqb_spec c a) as [-> | _].
     - eapply derive_value; [apply is_derive_exp | ring].
     - eapply derive_value; [apply derive_const | ring]. }
-  assert (total : is_derive (fun t => Σ c < n, exp (moved z a t c)) (z a) (exp (z a))).
+  assert (total : is_derive (fun t : R => Σ c < n, exp (moved z a t c)) (z a) (exp (z a))).
   { eapply derive_value; [apply sum_derive; intros; apply each |].
     unfold indicator. rewrite (sum_ext n _ (fun c => if Nat.eqb c a then exp (z c) else 0)).
     - now apply (sum_single n (fun c => exp (z c))).
@@ -145,7 +145,7 @@ Proof.
 Qed.
 
 Lemma probability_derive n p θ a :
-  student n p θ -> (a < n)%nat -> is_derive (fun t => p t a) θ (p θ a * score p θ a).
+  student n p θ -> (a < n)%nat -> is_derive (fun t : R => p t a) θ (p θ a * score p θ a).
 Proof.
   intros is_student lt. rewrite (score_value n) by assumption.
   destruct is_student as [positive_p [derive _]].

@@ -101,8 +101,8 @@ Qed.
 
 (** A finite sum is differentiated term by term. *)
 Lemma sum_derive n (g : R -> nat -> R) (dg : nat -> R) x :
-  (forall a, (a < n)%nat -> is_derive (fun t => g t a) x (dg a)) ->
-  is_derive (fun t => sum n (g t)) x (sum n dg).
+  (forall a, (a < n)%nat -> is_derive (fun t : R => g t a) x (dg a)) ->
+  is_derive (fun t : R => sum n (g t)) x (sum n dg).
 Proof.
   induction n as [| n IH]; intros each; simpl.
   - apply (is_derive_const (V := R_NormedModule) 0).
