@@ -130,3 +130,43 @@ Qed.
 
 Lemma inverse_continuous : continuous_above_zero (fun t => / t).
 Proof. intros x hx. eapply derive_continuous. apply (derive_inv (fun t => t)); [apply derive_id | lra]. Qed.
+
+(** A function that is zero with its derivative at θ, and differentiable twice there, is O((t - θ)²). *)
+Lemma second_order (F dF : R -> R) (θ l : R) :
+  locally θ (fun t => is_derive F t (dF t)) -> locally θ (fun t => continuous dF t) ->
+  F θ = 0 -> dF θ = 0 -> is_derive dF θ l ->
+  exists K, locally θ (fun t => Rabs (F t) <= K * (t - θ) ^ 2).
+Proof.
+  intros derive continuous_dF zero flat curve. exists (Rabs l + 1).
+  destruct curve as [_ curve]. specialize (curve θ (fun P near => near) (mkposreal 1 Rlt_0_1)).
+  assert (all := filter_and _ _ (filter_and _ _ derive continuous_dF) curve).
+  destruct all as [δ near]. exists δ. intros t close.
+  assert (inside : forall x, Rmin θ t <= x <= Rmax θ t ->
+            (is_derive F x (dF x) /\ continuous dF x) /\ Rabs (dF x) <= (Rabs l + 1) * Rabs (t - θ)).
+  { intros x between.
+    assert (nearer : Rabs (x - θ) <= Rabs (t - θ)).
+    { revert between. unfold Rmin, Rmax. destruct (Rle_dec θ t); intros; [rewrite !Rabs_pos_eq | rewrite !Rabs_left1]; lra. }
+    unfold ball in close; simpl in close; unfold AbsRing_ball, abs, minus, plus, opp in close; simpl in close.
+    destruct (near x) as [good slope].
+    { unfold ball; simpl; unfold AbsRing_ball, abs, minus, plus, opp; simpl. unfold Rminus in nearer. lra. }
+    split; [exact good |].
+    unfold norm, minus, plus, opp, scal, abs in slope; simpl in slope; unfold mult, abs in slope; simpl in slope.
+    rewrite flat in slope.
+    replace (dF x) with ((dF x + - 0 + - ((x + - θ) * l)) + (x - θ) * l) by ring.
+    eapply Rle_trans; [apply Rabs_triang |]. rewrite Rabs_mult.
+    assert (0 <= Rabs l) by apply Rabs_pos. unfold Rminus in *. nra. }
+  assert (integral : is_RInt dF θ t (minus (F t) (F θ))).
+  { apply (is_RInt_derive (V := R_CompleteNormedModule) F dF); intros x between; now apply inside. }
+  rewrite zero in integral. unfold minus, plus, opp in integral; simpl in integral. rewrite Ropp_0, Rplus_0_r in integral.
+  rewrite <- (pow2_abs (t - θ)).
+  destruct (Rle_dec θ t) as [right | left].
+  - assert (bound := norm_RInt_le_const dF θ t (F t) ((Rabs l + 1) * Rabs (t - θ)) right
+      (fun x between => proj2 (inside x ltac:(rewrite Rmin_left, Rmax_right by lra; exact between))) integral).
+    unfold norm, abs in bound; simpl in bound. unfold abs in bound; simpl in bound.
+    rewrite (Rabs_pos_eq (t - θ)) in * by lra. lra.
+  - apply is_RInt_swap in integral.
+    assert (bound := norm_RInt_le_const dF t θ (opp (F t)) ((Rabs l + 1) * Rabs (t - θ)) ltac:(lra)
+      (fun x between => proj2 (inside x ltac:(rewrite Rmin_right, Rmax_left by lra; exact between))) integral).
+    unfold norm, abs, opp in bound; simpl in bound. unfold abs in bound; simpl in bound.
+    rewrite Rabs_Ropp in bound. rewrite (Rabs_left1 (t - θ)) in * by lra. lra.
+Qed.

@@ -114,9 +114,9 @@ Definition chi2 (x : R) : R := (x - 1) * (x - 1).
 
 Lemma chi2_derive x : is_derive chi2 x (2 * (x - 1)).
 Proof.
-  eapply derive_value.
-  - apply derive_mult; apply derive_minus; apply derive_id || apply derive_const.
-  - simpl. ring.
+  assert (line : is_derive (fun y : R => y - 1) x (1 - 0)).
+  { apply derive_minus; [apply derive_id | apply derive_const]. }
+  eapply derive_value; [exact (derive_mult _ _ x _ _ line line) | simpl; ring].
 Qed.
 
 Lemma chi2_slope x : Derive chi2 x = 2 * (x - 1).

@@ -58,8 +58,14 @@ Definition T14_no_bias_for_every_weight : Prop :=
    = E n (softmax n z) (fun b => A b * s n z a b)) <->
   forall b, (b < n)%nat -> ρ (softmax n z) μ b <= C.
 
-(** Where the student is the teacher, p = q, every token has the weight w_f(1). The truncated direction is then zero for
-    every sampler exactly if w_f(1) = 0, on two tokens or more, whatever C > 0. *)
+(** Where the student is the teacher, p = q, every token has the weight w_f(1): E_p[F w s] = w_f(1) E_p[F s]. *)
+Definition T14_at_the_teacher : Prop :=
+  forall (n : nat) (z F : nat -> R) (f : R -> R) (a : nat),
+  let p := softmax n z in
+  E n p (fun b => F b * w f (u p p b) * s n z a b) = w f 1 * E n p (fun b => F b * s n z a b).
+
+(** So the truncated direction is zero there for every sampler exactly if w_f(1) = 0, on two tokens or more, whatever
+    C > 0. *)
 Definition T14_teacher_is_fixed : Prop :=
   forall (n : nat) (z : nat -> R) (f : R -> R) (C : R),
   (2 <= n)%nat -> 0 < C ->
@@ -198,6 +204,12 @@ Lemma weight_at_the_teacher n z f b : (b < n)%nat -> w f (u (softmax n z) (softm
 Proof.
   intros lt. assert (0 < softmax n z b) by now apply softmax_positive.
   f_equal. unfold u. field. lra.
+Qed.
+
+Theorem T14_at_the_teacher_holds : T14_at_the_teacher.
+Proof.
+  intros n z F f a p. rewrite <- E_scale. apply E_ext. intros b lt.
+  unfold p. rewrite weight_at_the_teacher by assumption. ring.
 Qed.
 
 (** Mass of the student's first token is moved to the token j, until ε is left. *)

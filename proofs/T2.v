@@ -4,7 +4,7 @@
 
 From Coq Require Import Reals Lra Lia.
 From Coquelicot Require Import Coquelicot.
-From OPD Require Import Divergence T1.
+From OPD Require Import Divergence Convex T1.
 Open Scope R_scope.
 
 (** * Statements *)
@@ -40,6 +40,17 @@ Definition T2_value : Prop :=
   is_derive (fun t : R => frozen n f q (p θ) (p t) - D n f q (p t)) θ
     (E n (p θ) (fun a => u q (p θ) a * Derive f (u q (p θ) a) * score p θ a)).
 
+(** For f and a student that are twice differentiable the remainder is O((t - θ)²). *)
+Definition T2_value_second_order : Prop :=
+  forall (n : nat) (f : R -> R) (q : nat -> R) (p : R -> nat -> R) (θ : R),
+  differentiable_above_zero f -> differentiable_above_zero (Derive f) ->
+  positive n q ->
+  locally θ (fun t => student n p t) ->
+  locally θ (fun t => forall a, (a < n)%nat -> ex_derive (Derive (fun r => p r a)) t) ->
+  let bias := E n (p θ) (fun a => u q (p θ) a * Derive f (u q (p θ) a) * score p θ a) in
+  exists K, locally θ (fun t =>
+    Rabs (frozen n f q (p θ) (p t) - D n f q (p t) - bias * (t - θ)) <= K * (t - θ) ^ 2).
+
 (** The "if" direction, for every student: where f(u) = - c log u + d, the bias is zero. *)
 Definition T2_reverse_KL_has_no_bias : Prop :=
   forall (n : nat) (f : R -> R) (c d : R) (q : nat -> R) (p : R -> nat -> R) (θ : R),
@@ -71,6 +82,17 @@ Definition T2_only_the_reverse_KL : Prop :=
 (** A false twin: stop-gradient has no bias, whatever f. *)
 Definition T2_twin_never_biased : Prop :=
   forall (n : nat) (f : R -> R), (2 <= n)%nat -> differentiable_above_zero f -> unbiased n f.
+
+(** A false twin: the remainder of the value is O((t - θ)²) for every f that is differentiable once. *)
+Definition T2_twin_remainder : Prop :=
+  forall (n : nat) (f : R -> R) (q : nat -> R) (p : R -> nat -> R) (θ : R),
+  convex f -> differentiable_above_zero f -> f 1 = 0 ->
+  positive n q ->
+  locally θ (fun t => student n p t) ->
+  locally θ (fun t => forall a, (a < n)%nat -> ex_derive (Derive (fun r => p r a)) t) ->
+  let bias := E n (p θ) (fun a => u q (p θ) a * Derive f (u q (p θ) a) * score p θ a) in
+  exists K, locally θ (fun t =>
+    Rabs (frozen n f q (p θ) (p t) - D n f q (p t) - bias * (t - θ)) <= K * (t - θ) ^ 2).
 
 (** A false twin: the sign of the bias flipped. *)
 Definition T2_twin_sign_flipped : Prop :=
@@ -115,6 +137,78 @@ Proof.
   eapply derive_value.
   - apply derive_minus; [now apply frozen_derive | now apply T1_any_student_holds].
   - rewrite weight_and_bias. ring.
+Qed.
+
+(** The slope of the remainder: Σ_a p_a'(t) (f(u_a(θ)) + w_f(u_a(t))), less a constant. *)
+Definition remainder_slope (n : nat) (f : R -> R) (q : nat -> R) (p : R -> nat -> R) (θ bias t : R) : R :=
+  (Σ a < n, Derive (fun r => p r a) t * (f (u q (p θ) a) + w f (u q (p t) a))) - bias.
+
+Lemma remainder_derive n f q p θ bias t :
+  differentiable_above_zero f -> positive n q -> student n p t ->
+  is_derive (fun r : R => frozen n f q (p θ) (p r) - D n f q (p r) - bias * (r - θ)) t
+    (remainder_slope n f q p θ bias t).
+Proof.
+  intros derive_f teacher is_student.
+  assert (value : is_derive (fun r : R => frozen n f q (p θ) (p r)) t
+                    (Σ a < n, Derive (fun r => p r a) t * f (u q (p θ) a))).
+  { apply (sum_derive n (fun r a => p r a * f (u q (p θ) a))). intros a lt.
+    apply (derive_value _ t (Derive (fun r => p r a) t * f (u q (p θ) a) + p t a * 0)); [| ring].
+    apply (derive_mult (fun r => p r a) (fun _ => f (u q (p θ) a))); [| apply derive_const].
+    apply Derive_correct. now apply is_student. }
+  assert (exact := T1_any_student_holds n f q p t derive_f (fun a lt => Rlt_le _ _ (teacher a lt)) is_student).
+  eapply derive_value.
+  - apply derive_minus; [exact (derive_minus _ _ _ _ _ value exact) |].
+    apply derive_scale, derive_minus; [apply derive_id | apply derive_const].
+  - unfold remainder_slope.
+    rewrite (sum_ext n (fun a => Derive (fun r => p r a) t * (f (u q (p θ) a) + w f (u q (p t) a)))
+      (fun a => Derive (fun r => p r a) t * f (u q (p θ) a) + p t a * (w f (u q (p t) a) * score p t a))).
+    + rewrite sum_plus. unfold E. ring.
+    + intros a lt. rewrite (score_value n) by assumption.
+      assert (0 < p t a) by now apply is_student. field. lra.
+Qed.
+
+Lemma weight_differentiable f x :
+  differentiable_above_zero f -> differentiable_above_zero (Derive f) -> 0 < x -> ex_derive (w f) x.
+Proof.
+  intros derive_f derive_slope hx. eexists. apply derive_minus; [apply derive_mult |].
+  - apply derive_id.
+  - apply Derive_correct. auto.
+  - apply Derive_correct. auto.
+Qed.
+
+Lemma remainder_slope_derive n f q p θ bias t :
+  differentiable_above_zero f -> differentiable_above_zero (Derive f) -> positive n q -> student n p t ->
+  (forall a, (a < n)%nat -> ex_derive (Derive (fun r => p r a)) t) ->
+  ex_derive (remainder_slope n f q p θ bias) t.
+Proof.
+  intros derive_f derive_slope teacher is_student twice. eexists. apply derive_minus; [| apply derive_const].
+  apply (sum_derive n (fun r a => Derive (fun y => p y a) r * (f (u q (p θ) a) + w f (u q (p r) a)))
+    (fun a => Derive (fun r => Derive (fun y => p y a) r * (f (u q (p θ) a) + w f (u q (p r) a))) t)).
+  intros a lt. apply Derive_correct. assert (positive_a : 0 < p t a) by now apply is_student.
+  eexists. apply derive_mult; [apply Derive_correct; auto |].
+  apply derive_plus; [apply derive_const |].
+  apply (derive_comp (w f) (fun r => q a / p r a)).
+  - apply Derive_correct, weight_differentiable; auto. now apply Rdiv_lt_0_compat; auto.
+  - apply (derive_div (fun _ => q a)); [apply derive_const | | lra]. apply Derive_correct. now apply is_student.
+Qed.
+
+Theorem T2_value_second_order_holds : T2_value_second_order.
+Proof.
+  intros n f q p θ derive_f derive_slope teacher students twice bias.
+  assert (is_student := locally_singleton _ _ students).
+  assert (curve := remainder_slope_derive n f q p θ bias θ derive_f derive_slope teacher is_student
+                     (locally_singleton _ _ twice)).
+  destruct curve as [l curve].
+  apply (second_order _ (remainder_slope n f q p θ bias) θ l).
+  - revert students. apply filter_imp. intros t here. now apply remainder_derive.
+  - assert (both := filter_and _ _ students twice). revert both. apply filter_imp. intros t [here slopes].
+    apply (ex_derive_continuous (V := R_NormedModule)). now apply remainder_slope_derive.
+  - unfold frozen, D. ring.
+  - unfold remainder_slope, bias, E.
+    rewrite (sum_ext n _ (fun a => p θ a * (u q (p θ) a * Derive f (u q (p θ) a) * score p θ a))); [ring |].
+    intros a lt. rewrite (score_value n) by assumption. unfold w.
+    assert (0 < p θ a) by now apply is_student. field. lra.
+  - exact curve.
 Qed.
 
 (** * Proofs: if *)

@@ -27,11 +27,12 @@ Definition T4_weight : Prop :=
   integrable W -> 0 < x -> continuous W x ->
   V W 1 = 0 /\ ex_derive (V W) x /\ w (V W) x = W x.
 
-(** So an estimator with the weight W on the score of each sampled token, for any student, follows the exact gradient of
-    the divergence with the generator V[W]. *)
+(** So an estimator with the weight W on the score of each sampled token follows the exact gradient of the divergence with
+    the generator V[W], for any student at which W is continuous at the ratios that occur. *)
 Definition T4_follows : Prop :=
   forall (n : nat) (W : R -> R) (q : nat -> R) (p : R -> nat -> R) (θ : R),
-  continuous_above_zero W -> positive n q -> student n p θ ->
+  integrable W -> positive n q -> student n p θ ->
+  (forall a, (a < n)%nat -> continuous W (u q (p θ) a)) ->
   is_derive (fun t : R => D n (V W) q (p t)) θ
     (- E n (p θ) (fun a => W (u q (p θ) a) * score p θ a)).
 
@@ -118,15 +119,14 @@ Qed.
 
 Theorem T4_follows_holds : T4_follows.
 Proof.
-  intros n W q p θ continuous_W teacher is_student.
-  assert (can : integrable W) by (apply T4_what_is_integrable_holds; now left).
+  intros n W q p θ can teacher is_student continuous_W.
+  assert (positive_u : forall a, (a < n)%nat -> 0 < u q (p θ) a).
+  { intros a lt. apply Rdiv_lt_0_compat; [now apply teacher | now apply is_student]. }
   eapply derive_value.
-  - apply T1_any_student_holds; [| | exact is_student].
-    + intros x hx. apply T4_weight_holds; auto.
+  - apply opd_plus; [| | exact is_student].
+    + intros a lt _. apply T4_weight_holds; auto.
     + intros a lt. apply Rlt_le. auto.
-  - f_equal. apply E_ext. intros a lt. f_equal.
-    assert (positive_u : 0 < u q (p θ) a) by (apply Rdiv_lt_0_compat; [auto | now apply is_student]).
-    apply T4_weight_holds; auto.
+  - f_equal. apply E_ext. intros a lt. f_equal. apply T4_weight_holds; auto.
 Qed.
 
 (** w_f(t)/t² is the derivative of f(t)/t. *)
