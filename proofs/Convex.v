@@ -95,3 +95,21 @@ Proof.
     assert (two := convex_tangent f y m x convex_f ltac:(lra) hx at_y). nra.
   - right. now apply (derive_unique f x).
 Qed.
+
+(** Tangents that turn continuously are those of a derivative. *)
+Lemma tangents_derive f slope x :
+  (forall x y, 0 < x -> 0 < y -> f x + slope x * (y - x) <= f y) ->
+  0 < x -> continuous slope x -> is_derive f x (slope x).
+Proof.
+  intros tangent hx continuous_slope. split; [apply is_linear_scal_l |].
+  intros y at_x. apply (is_filter_lim_locally_unique x y) in at_x. subst y. intros ε.
+  assert (close := proj1 (filterlim_locally slope (slope x)) continuous_slope ε).
+  assert (near := filter_and _ _ close (locally_positive x hx)). revert near.
+  apply filter_imp. intros y [small hy].
+  unfold ball in small; simpl in small; unfold AbsRing_ball, abs, minus, plus, opp in small; simpl in small.
+  unfold norm, minus, plus, opp, scal, abs; simpl; unfold mult, abs; simpl.
+  assert (below := tangent x y hx hy). assert (above := tangent y x hy hx).
+  rewrite Rabs_pos_eq by lra. apply Rabs_def2 in small.
+  apply Rle_trans with ((slope y - slope x) * (y - x)); [lra |].
+  unfold Rabs. destruct (Rcase_abs (y + - x)); nra.
+Qed.

@@ -451,3 +451,144 @@ Proof.
   revert bias. unfold E, u. simpl. rewrite !chi2_slope, !even_half.
   unfold quarter. simpl. lra.
 Qed.
+
+(** f(u) = |u - 1|^(3/2), with the slope 3/2 (√(u - 1)₊ - √(1 - u)₊), is differentiable once and no more. *)
+Definition three_halves (x : R) : R := Rabs (x - 1) * sqrt (Rabs (x - 1)).
+
+Definition three_halves_slope (x : R) : R :=
+  3 / 2 * (sqrt ((Rabs (x - 1) + (x - 1)) / 2) - sqrt ((Rabs (x - 1) - (x - 1)) / 2)).
+
+(** With a = |x - 1| and b = |y - 1|: a^(3/2) + 3/2 √a (b - a) ≤ b^(3/2). *)
+Lemma three_halves_roots a b : 0 <= a -> 0 <= b -> a * sqrt a + 3 / 2 * sqrt a * (b - a) <= b * sqrt b.
+Proof.
+  intros ha hb. assert (sa := sqrt_sqrt a ha). assert (sb := sqrt_sqrt b hb).
+  assert (pa := sqrt_pos a). assert (pb := sqrt_pos b).
+  set (r := sqrt a) in *. set (s := sqrt b) in *. rewrite <- sa, <- sb.
+  assert (0 <= (s - r) * (s - r) * (s + r / 2)) by (apply Rmult_le_pos; [apply Rle_0_sqr | lra]). lra.
+Qed.
+
+Lemma three_halves_tangent x y : three_halves x + three_halves_slope x * (y - x) <= three_halves y.
+Proof.
+  assert (roots := three_halves_roots (Rabs (x - 1)) (Rabs (y - 1)) (Rabs_pos _) (Rabs_pos _)).
+  apply Rle_trans with (2 := roots). unfold three_halves, three_halves_slope. apply Rplus_le_compat_l.
+  assert (root := sqrt_pos (Rabs (x - 1))).
+  assert (right := Rle_abs (y - 1)). assert (left := Rle_abs (- (y - 1))). rewrite Rabs_Ropp in left.
+  unfold Rabs at 1 2. destruct (Rcase_abs (x - 1)) as [below | above].
+  - rewrite Rabs_left in * by assumption.
+    replace ((- (x - 1) + (x - 1)) / 2) with 0 by field.
+    replace ((- (x - 1) - (x - 1)) / 2) with (- (x - 1)) by field. rewrite sqrt_0. nra.
+  - rewrite Rabs_right in * by assumption.
+    replace ((x - 1 + (x - 1)) / 2) with (x - 1) by field.
+    replace ((x - 1 - (x - 1)) / 2) with 0 by field. rewrite sqrt_0. nra.
+Qed.
+
+Lemma three_halves_slope_continuous x : continuous three_halves_slope x.
+Proof.
+  assert (line : continuous (fun y : R => y - 1) x).
+  { eapply derive_continuous. apply derive_minus; [apply derive_id | apply derive_const]. }
+  assert (size : continuous (fun y : R => Rabs (y - 1)) x) by exact (continuous_Rabs_comp (fun y => y - 1) x line).
+  assert (half : forall g : R -> R, continuous g x -> continuous (fun y => g y / 2) x).
+  { intros g here. exact (continuous_mult (K := R_AbsRing) g (fun _ => / 2) x here (continuous_const _ _)). }
+  unfold three_halves_slope.
+  apply (continuous_mult (K := R_AbsRing) (fun _ => 3 / 2)); [apply continuous_const |].
+  apply (continuous_minus (V := R_NormedModule)); apply continuous_sqrt_comp, half.
+  - exact (continuous_plus (V := R_NormedModule) _ _ x size line).
+  - exact (continuous_minus (V := R_NormedModule) _ _ x size line).
+Qed.
+
+Lemma three_halves_derive x : 0 < x -> is_derive three_halves x (three_halves_slope x).
+Proof.
+  intros hx. apply (tangents_derive three_halves three_halves_slope x); [| assumption |].
+  - intros y z _ _. apply three_halves_tangent.
+  - apply three_halves_slope_continuous.
+Qed.
+
+(** Two tokens with the probabilities 1/2 + t and 1/2 - t, and the teacher at t = 0. *)
+Definition tilted (t : R) (a : nat) : R := if Nat.eqb a 0 then 1 / 2 + t else 1 / 2 - t.
+
+Definition half (_ : nat) : R := 1 / 2.
+
+Definition tilt (a : nat) : R := if Nat.eqb a 0 then 1 else - (1).
+
+Lemma tilted_derive t a : is_derive (fun r : R => tilted r a) t (tilt a).
+Proof.
+  unfold tilted, tilt. destruct (Nat.eqb a 0); eapply derive_value.
+  - apply derive_plus; [apply derive_const | apply derive_id].
+  - ring.
+  - apply derive_minus; [apply derive_const | apply derive_id].
+  - ring.
+Qed.
+
+Lemma tilted_student t : - (1 / 2) < t < 1 / 2 -> student 2 tilted t.
+Proof.
+  intros inside. repeat split.
+  - intros a _. unfold tilted. destruct (Nat.eqb a 0); lra.
+  - intros a _. eexists. apply tilted_derive.
+  - apply filter_forall. intros r. unfold tilted. simpl. field.
+Qed.
+
+(** There the divergence is at least t^(3/2)/2, for t > 0. *)
+Lemma tilted_divergence t : 0 < t < 1 / 2 -> 1 / 2 * (t * sqrt t) <= D 2 three_halves half (tilted t).
+Proof.
+  intros inside. unfold D, E, u, tilted, half. simpl.
+  assert (nonneg : forall x, 0 <= three_halves x).
+  { intros x. apply Rmult_le_pos; [apply Rabs_pos | apply sqrt_pos]. }
+  assert (other : 0 <= (1 / 2 - t) * three_halves (1 / 2 / (1 / 2 - t))) by (apply Rmult_le_pos; [lra | apply nonneg]).
+  assert (first : t * sqrt t <= three_halves (1 / 2 / (1 / 2 + t))).
+  { unfold three_halves. replace (1 / 2 / (1 / 2 + t) - 1) with (- (t / (1 / 2 + t))) by (field; lra).
+    assert (above : t <= t / (1 / 2 + t)).
+    { apply (Rmult_le_reg_r (1 / 2 + t)); [lra |]. unfold Rdiv at 2. rewrite Rmult_assoc, Rinv_l; nra. }
+    rewrite Rabs_Ropp, Rabs_pos_eq by lra.
+    apply Rmult_le_compat; [lra | apply sqrt_pos | exact above | apply sqrt_le_1; lra]. }
+  assert (0 <= t * sqrt t) by (apply Rmult_le_pos; [lra | apply sqrt_pos]). nra.
+Qed.
+
+Theorem T2_twin_remainder_is_false : ~ T2_twin_remainder.
+Proof.
+  intros twin.
+  assert (near_zero := locally_between (- (1 / 2)) 0 (1 / 2) ltac:(lra)).
+  destruct (twin 2%nat three_halves half tilted 0) as [K bound].
+  - apply (tangents_convex _ three_halves_slope). intros x y _ _. apply three_halves_tangent.
+  - intros x hx. eexists. now apply three_halves_derive.
+  - unfold three_halves. rewrite Rminus_diag_eq, Rabs_R0 by reflexivity. ring.
+  - intros a _. unfold half. lra.
+  - revert near_zero. apply filter_imp. apply tilted_student.
+  - apply filter_forall. intros t a _. exists 0.
+    apply (derive_ext (fun _ => tilt a)); [| apply derive_const].
+    intros r. symmetry. apply derivative, tilted_derive.
+  - (* At the teacher the weight and the bias are zero, and so is the frozen value. *)
+    assert (ratio : forall a, u half (tilted 0) a = 1).
+    { intros a. unfold u, half, tilted. destruct (Nat.eqb a 0); field. }
+    assert (root : three_halves 1 = 0).
+    { unfold three_halves. rewrite Rminus_diag_eq, Rabs_R0 by reflexivity. ring. }
+    assert (flat : Derive three_halves 1 = 0).
+    { rewrite (derivative _ _ _ (three_halves_derive 1 ltac:(lra))). unfold three_halves_slope.
+      replace (Rabs (1 - 1)) with 0 by (rewrite Rminus_diag_eq, Rabs_R0; reflexivity).
+      replace ((0 + (1 - 1)) / 2) with 0 by field. replace ((0 - (1 - 1)) / 2) with 0 by field. ring. }
+    assert (no_bias : E 2 (tilted 0) (fun a => u half (tilted 0) a * Derive three_halves (u half (tilted 0) a)
+                                              * score tilted 0 a) = 0).
+    { unfold E. apply sum_zero. intros a _. rewrite ratio, flat. ring. }
+    assert (no_value : forall t, frozen 2 three_halves half (tilted 0) (tilted t) = 0).
+    { intros t. unfold frozen, E. apply sum_zero. intros a _. rewrite ratio, root. ring. }
+    cbv zeta in bound. rewrite no_bias in bound.
+    destruct (filter_and _ _ bound near_zero) as [δ near].
+    (* At t = x² the bound reads x³/2 ≤ K x⁴. *)
+    set (x := Rmin (1 / 2) (Rmin (δ / 2) (/ (4 * (Rabs K + 1))))).
+    assert (hδ : 0 < δ) by apply cond_pos. assert (hK := Rabs_pos K).
+    assert (hx : 0 < x).
+    { repeat apply Rmin_pos; [lra | lra | apply Rinv_0_lt_compat; lra]. }
+    assert (x <= 1 / 2) by apply Rmin_l.
+    assert (x <= δ / 2) by (eapply Rle_trans; [apply Rmin_r | apply Rmin_l]).
+    assert (small : x <= / (4 * (Rabs K + 1))) by (eapply Rle_trans; [apply Rmin_r | apply Rmin_r]).
+    destruct (near (x * x)) as [value inside].
+    { unfold ball; simpl; unfold AbsRing_ball, abs, minus, plus, opp; simpl.
+      rewrite Ropp_0, Rplus_0_r, Rabs_pos_eq by nra. nra. }
+    rewrite no_value in value.
+    assert (below := tilted_divergence (x * x) ltac:(nra)). rewrite sqrt_square in below by lra.
+    apply (Rmult_le_compat_r (4 * (Rabs K + 1))) in small; [| lra]. rewrite Rinv_l in small by lra.
+    assert (K <= Rabs K) by apply Rle_abs.
+    rewrite Rmult_0_l, Rminus_0_r, Rminus_0_l, Rabs_Ropp in value.
+    assert (D 2 three_halves half (tilted (x * x)) <= K * (x * x - 0) ^ 2) by (eapply Rle_trans; [apply Rle_abs | exact value]).
+    assert (cube : 0 < x * x * x) by (repeat apply Rmult_lt_0_compat; assumption).
+    assert (K * x <= 1 / 4) by nra. nra.
+Qed.
