@@ -6,9 +6,11 @@ import functools
 import operator
 from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
 import sympy
 import torch
+from mpmath import iv
 from torch import Tensor
 
 from opdtheory import divergences
@@ -61,6 +63,8 @@ def theorems() -> list[Theorem]:
             hypotheses=(
                 "$f$ is continuous, differentiable away from $u = 1$, and $f(1) = 0$",
                 "there are at least two tokens, and $p$ and $q$ are positive and otherwise free",
+                r"for the last line, $f$ and $p_\theta$ are twice differentiable; with one derivative the remainder is"
+                r" only $o(|\theta - \theta_0|)$",
             ),
             source="OPD+, arXiv 2606.01039; Tang & Munos, arXiv 2506.09477; the converse and the value derived here",
             advice=(
@@ -157,6 +161,15 @@ def theorems() -> list[Theorem]:
                         "no bias": lambda d, log_u: torch.zeros_like(log_u),
                         "sign flipped": lambda d, log_u: -d.log_slope(log_u),
                     },
+                ),
+                Identity(
+                    "the remainder needs a second derivative",
+                    r"f = |u - 1|^{3/2},\ q = (\tfrac12, \tfrac12),\ p_t = (\tfrac12 + t, \tfrac12 - t):\ D_f/t^2 \ge"
+                    r" t^{-1/2}, \text{ with no bias at } t = 0",
+                    _check_remainder,
+                    lambda t: 1 / iv.sqrt(t),
+                    {"bounded": lambda t: iv.mpf(4), "linear": lambda t: 1 / t},
+                    "rigorous",
                 ),
                 Identity(
                     "unbiased only for the reverse KL",
@@ -270,6 +283,19 @@ def _check_certified(biased: Callable[[sympy.Expr, sympy.Symbol], bool]) -> Case
             certified = certified or bool(bias.a > 0 or bias.b < 0)
             vanishing = vanishing and bool(abs(bias).b < 1e-40)
         yield holds(certified if biased(f, u) else vanishing, divergence)
+
+
+def _check_remainder(growth: Callable[[Any], Any]) -> Cases:
+    """The divergence over the square of the distance, enclosed, is within a factor of four of the growth claimed.
+
+    The frozen value and the bias are zero where the student is the teacher, so the divergence is the whole remainder.
+    """
+    for k in range(2, 14):
+        t = iv.mpf(1) / 4**k
+        ratios = [t / (iv.mpf(1) / 2 + t), t / (iv.mpf(1) / 2 - t)]
+        value = t * iv.sqrt(ratios[0]) + t * iv.sqrt(ratios[1])  # p |q/p - 1| is t for both tokens
+        multiple = value / t**2 / growth(t)
+        yield holds(bool(multiple.a >= 1 and multiple.b <= 4), f"t = 4^-{k}")
 
 
 def _first_logit_bias(divergence: Divergence, student: Distribution, teacher: Distribution) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -71,8 +72,9 @@ def _tokens() -> Theorem:
             r"An importance ratio $\rho = p/\mu$ that is truncated at $C$, or masked outside an interval, leaves a"
             " factor $F$ on the weight of each token, which is 1 where the ratio was left alone. The gradient is then"
             r" biased unless the dropped part of the weight, $(1 - F)\,w$, is the same for every token. Where the"
-            " student is the teacher, $w_f(1)$ times the mean of $F s$ remains, so the teacher is a fixed point for"
-            " every sampler only if $w_f(1) = 0$."
+            " student is the teacher, $w_f(1)$ times the mean of $F s$ remains. Under truncation the teacher is"
+            " therefore a fixed point for every sampler only if $w_f(1) = 0$; under a mask the same holds for three"
+            " tokens or more."
         ),
         statement=(
             r"E_\mu[\min(\rho, C)\,w s] = E_p[\min(1, C/\rho)\,w s],\ \rho = p/\mu;\quad"
@@ -107,8 +109,11 @@ def _tokens() -> Theorem:
             Step(
                 r"p = q:\quad w_f(u) = w_f(1) = f'(1)",
                 "where student and teacher agree, $u = 1$ for every token, so the weight is the constant $w_f(1)$ and"
-                r" the factor $F$ alone decides. Whatever the bounds, there is a $\mu$ whose ratio leaves them at some"
-                r" tokens, so that $F$ is not constant: the gradient vanishes for every $\mu$ only if $w_f(1) = 0$",
+                r" the factor $F$ alone decides. If some $\mu$ leaves $F$ different at two tokens, the gradient vanishes"
+                r" for every $\mu$ only if $w_f(1) = 0$. Under truncation let $\mu$ take almost all mass from one"
+                " token. Under a mask that keeps the ratio 1, give that mass to a second token and leave a third alone."
+                r" Two tokens are not enough there: at $p = (\frac12, \frac12)$ the mask $[\frac23, 2]$ keeps both or"
+                r" none, because $1/\rho_1 + 1/\rho_2 = 2$",
                 _weight_at_one,
                 in_words=True,
             ),
@@ -178,6 +183,19 @@ def _tokens() -> Theorem:
                 },
                 "rigorous",
                 1e-40,
+            ),
+            Identity(
+                "when some sampler splits the tokens",
+                r"p = (\tfrac1n, \dots, \tfrac1n):\ \exists\,\mu \text{ with } 1_{2/3\le\rho\le2} \text{ not"
+                r" constant} \iff n \ge 3,\quad \exists\,\mu \text{ with } \min(1, C/\rho) \text{ not constant}",
+                _check_split,
+                {"truncated": lambda n: True, "masked": lambda n: n >= 3},
+                {
+                    "under every mask": {"truncated": lambda n: True, "masked": lambda n: True},
+                    "under no mask": {"truncated": lambda n: True, "masked": lambda n: False},
+                    "two tokens alike": {"truncated": lambda n: n >= 3, "masked": lambda n: n >= 3},
+                },
+                "exact",
             ),
             Identity(
                 "what truncation buys",
@@ -289,6 +307,24 @@ def _check_at_teacher(value: Callable[[Any, Any, Any], list[Any]]) -> Cases:
             claimed = value(w[0], intervals(q), intervals([TRUNCATED.left(r) for r in rho]))
             for k, (left, right) in enumerate(zip(found, claimed, strict=True)):
                 yield overlap(left, right, name, q, mu, f"logit {k}")
+
+
+def _check_split(predicted: dict[str, Callable[[int], bool]]) -> Cases:
+    """Whether any sampler on a grid leaves different factors at two equally likely tokens, in fractions."""
+    left: dict[str, Factor] = {
+        "truncated": TRUNCATED.left,
+        "masked": lambda rho: Fraction(Fraction(2, 3) <= rho <= 2),
+    }
+    for n in (2, 3, 4):
+        for factor, claim in predicted.items():
+            splits = any(len({left[factor](1 / (n * m)) for m in mu}) > 1 for mu in _grid(n, 24))
+            yield holds(splits == claim(n), f"{n} tokens", factor)
+
+
+def _grid(n: int, parts: int) -> Iterator[Distribution]:
+    """Every distribution of n tokens in whole parts, each token with one part or more."""
+    for cuts in itertools.combinations(range(1, parts), n - 1):
+        yield distribution(*(Fraction(b - a) for a, b in itertools.pairwise((0, *cuts, parts))))
 
 
 def _check_second_moment(left: Factor) -> Cases:
