@@ -33,7 +33,8 @@ Lemma derive_mult (f g : R -> R) (x df dg : R) :
   is_derive f x df -> is_derive g x dg -> is_derive (fun t : R => f t * g t) x (df * g x + f x * dg).
 Proof. intros hf hg. exact (is_derive_mult f g x df dg hf hg Rmult_comm). Qed.
 
-Lemma derive_inv (f : R -> R) (x df : R) : is_derive f x df -> f x <> 0 -> is_derive (fun t : R => / f t) x (- df / f x ^ 2).
+Lemma derive_inv (f : R -> R) (x df : R) :
+  is_derive f x df -> f x <> 0 -> is_derive (fun t : R => / f t) x (- df / f x ^ 2).
 Proof. exact (is_derive_inv f x df). Qed.
 
 Lemma derive_div (f g : R -> R) (x df dg : R) :
@@ -145,7 +146,8 @@ Proof.
             (is_derive F x (dF x) /\ continuous dF x) /\ Rabs (dF x) <= (Rabs l + 1) * Rabs (t - θ)).
   { intros x between.
     assert (nearer : Rabs (x - θ) <= Rabs (t - θ)).
-    { revert between. unfold Rmin, Rmax. destruct (Rle_dec θ t); intros; [rewrite !Rabs_pos_eq | rewrite !Rabs_left1]; lra. }
+    { revert between. unfold Rmin, Rmax.
+      destruct (Rle_dec θ t); intros; [rewrite !Rabs_pos_eq | rewrite !Rabs_left1]; lra. }
     unfold ball in close; simpl in close; unfold AbsRing_ball, abs, minus, plus, opp in close; simpl in close.
     destruct (near x) as [good slope].
     { unfold ball; simpl; unfold AbsRing_ball, abs, minus, plus, opp; simpl. unfold Rminus in nearer. lra. }
@@ -157,7 +159,8 @@ Proof.
     assert (0 <= Rabs l) by apply Rabs_pos. unfold Rminus in *. nra. }
   assert (integral : is_RInt dF θ t (minus (F t) (F θ))).
   { apply (is_RInt_derive (V := R_CompleteNormedModule) F dF); intros x between; now apply inside. }
-  rewrite zero in integral. unfold minus, plus, opp in integral; simpl in integral. rewrite Ropp_0, Rplus_0_r in integral.
+  rewrite zero in integral. unfold minus, plus, opp in integral; simpl in integral.
+  rewrite Ropp_0, Rplus_0_r in integral.
   rewrite <- (pow2_abs (t - θ)).
   destruct (Rle_dec θ t) as [right | left].
   - assert (bound := norm_RInt_le_const dF θ t (F t) ((Rabs l + 1) * Rabs (t - θ)) right

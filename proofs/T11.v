@@ -55,8 +55,8 @@ Fixpoint batches (B : nat) : list rollouts :=
 Definition mean (g : rollouts -> Q) (all : list rollouts) : Q :=
   fold_right (fun x total => probability x * g x + total)%Q 0%Q all.
 
-(** In batches of one, two, three and four the mean of S/L is 1/8, 1/16, 13/320 and 67/2240, where the mean of S is zero and
-    the probabilities add up to one. *)
+(** In batches of one, two, three and four rollouts the mean of S/L is 1/8, 1/16, 13/320 and 67/2240, where the mean of
+    S is zero and the probabilities add up to one. *)
 Definition T11_counterexample : Prop :=
   map (fun B => Qred (mean (fun x => scores x / tokens x)%Q (batches B))) [1; 2; 3; 4]%nat
   = [1 # 8; 1 # 16; 13 # 320; 67 # 2240]%Q /\

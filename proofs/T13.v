@@ -36,8 +36,8 @@ Definition part (n : nat) (S : nat -> bool) (p A : nat -> R) (s : nat -> nat -> 
 
 Definition rest (S : nat -> bool) (a : nat) : bool := negb (S a).
 
-(** What the split saves, for any weights A and any scores s of d parameters, at c = 0. The sampled token alone gives the
-    estimate - A_y s_y. *)
+(** What the split saves, for any weights A and any scores s of d parameters, at c = 0: the variance of the estimate
+    - A_y s_y from the sampled token alone, less that of ĝ. *)
 Definition T13_variance : Prop :=
   forall (n d : nat) (S : nat -> bool) (p A : nat -> R) (s : nat -> nat -> R),
   distribution n p ->

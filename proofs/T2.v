@@ -17,8 +17,8 @@ Definition frozen (n : nat) (f : R -> R) (q p0 p : nat -> R) : R := E n p (fun a
 Definition g_sg (n : nat) (f : R -> R) (q : nat -> R) (p : R -> nat -> R) (θ : R) : R :=
   E n (p θ) (fun a => f (u q (p θ) a) * score p θ a).
 
-(** For every differentiable f, every teacher and every student, the frozen loss has the derivative g_sg, which is that of
-    the divergence plus the bias E_p[u f'(u) s]. *)
+(** For every differentiable f, every teacher and every student, the frozen loss has the derivative g_sg, which is that
+    of the divergence plus the bias E_p[u f'(u) s]. *)
 Definition T2_bias : Prop :=
   forall (n : nat) (f : R -> R) (q : nat -> R) (p : R -> nat -> R) (θ : R),
   differentiable_above_zero f ->
@@ -60,7 +60,7 @@ Definition T2_reverse_KL_has_no_bias : Prop :=
   E n (p θ) (fun a => u q (p θ) a * Derive f (u q (p θ) a) * score p θ a) = 0.
 
 (** Stop-gradient has no bias on n tokens: for every teacher and every softmax student, every entry of its gradient is
-    that of the divergence. Pairs with a token of ratio one are left out, because f need not be differentiable at one. *)
+    that of the divergence. Pairs with a token of ratio one are left out, as f need not be differentiable at one. *)
 Definition unbiased (n : nat) (f : R -> R) : Prop :=
   forall (q z : nat -> R) (a : nat),
   distribution n q ->
@@ -69,8 +69,8 @@ Definition unbiased (n : nat) (f : R -> R) : Prop :=
   Derive (fun t => frozen n f q (softmax n z) (softmax_of_logit n z a t)) (z a)
   = Derive (fun t => D n f q (softmax_of_logit n z a t)) (z a).
 
-(** Both directions, on any number n ≥ 2 of tokens, for f continuous, and differentiable away from one: stop-gradient has
-    no bias exactly if u f'(u) is constant, and exactly if f(u) = - c log u + d, a multiple of the reverse KL. *)
+(** Both directions, on any number n ≥ 2 of tokens, for f continuous, and differentiable away from one: stop-gradient
+    has no bias exactly if u f'(u) is constant, and exactly if f(u) = - c log u + d, a multiple of the reverse KL. *)
 Definition T2_only_the_reverse_KL : Prop :=
   forall (n : nat) (f : R -> R),
   (2 <= n)%nat ->
@@ -251,7 +251,8 @@ Proof.
   assert (one := frozen_derive n f q (softmax_of_logit n z a) (z a) is_student).
   assert (two := opd_plus n f q (softmax_of_logit n z a) (z a)).
   unfold g_sg in one. rewrite softmax_of_its_logit in *.
-  rewrite (derivative _ _ _ one). rewrite (derivative _ _ _ (two ltac:(auto) ltac:(intros; apply Rlt_le; auto) is_student)).
+  specialize (two ltac:(auto) ltac:(intros; apply Rlt_le; auto) is_student).
+  rewrite (derivative _ _ _ one), (derivative _ _ _ two).
   rewrite <- (softmax_direction n z a k lt), <- E_opp, <- E_minus. apply E_ext. intros. unfold w, k. ring.
 Qed.
 
@@ -588,7 +589,8 @@ Proof.
     apply (Rmult_le_compat_r (4 * (Rabs K + 1))) in small; [| lra]. rewrite Rinv_l in small by lra.
     assert (K <= Rabs K) by apply Rle_abs.
     rewrite Rmult_0_l, Rminus_0_r, Rminus_0_l, Rabs_Ropp in value.
-    assert (D 2 three_halves half (tilted (x * x)) <= K * (x * x - 0) ^ 2) by (eapply Rle_trans; [apply Rle_abs | exact value]).
+    assert (D 2 three_halves half (tilted (x * x)) <= K * (x * x - 0) ^ 2).
+    { eapply Rle_trans; [apply Rle_abs | exact value]. }
     assert (cube : 0 < x * x * x) by (repeat apply Rmult_lt_0_compat; assumption).
     assert (K * x <= 1 / 4) by nra. nra.
 Qed.

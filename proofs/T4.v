@@ -27,8 +27,8 @@ Definition T4_weight : Prop :=
   integrable W -> 0 < x -> continuous W x ->
   V W 1 = 0 /\ ex_derive (V W) x /\ w (V W) x = W x.
 
-(** So an estimator with the weight W on the score of each sampled token follows the exact gradient of the divergence with
-    the generator V[W], for any student at which W is continuous at the ratios that occur. *)
+(** So an estimator with the weight W on the score of each sampled token follows the exact gradient of the divergence
+    with the generator V[W], for any student at whose ratios W is continuous. *)
 Definition T4_follows : Prop :=
   forall (n : nat) (W : R -> R) (q : nat -> R) (p : R -> nat -> R) (θ : R),
   integrable W -> positive n q -> student n p θ ->
@@ -162,6 +162,12 @@ Qed.
 
 (** * Proofs: convex exactly if the weight is non-decreasing *)
 
+Lemma constant_integrable c a b : 0 < a -> 0 < b -> ex_RInt (fun t => c / t ^ 2) a b.
+Proof.
+  intros ha hb. apply integrable_above_zero; auto.
+  apply (integrand_continuous (fun _ => c)). intros t _. apply continuous_const.
+Qed.
+
 (** ∫_x^y c/t² dt = c/x - c/y. *)
 Lemma constant_integral c x y : 0 < x -> 0 < y -> c / x - c / y = RInt (fun t => c / t ^ 2) x y.
 Proof.
@@ -186,7 +192,7 @@ Proof.
   { rewrite (constant_integral (W x) x y) by assumption.
     apply (RInt_minus (V := R_CompleteNormedModule) g (fun t => W x / t ^ 2)).
     - now apply can.
-    - apply integrable_above_zero; auto. apply (integrand_continuous (fun _ => W x)). intros t _. apply continuous_const. }
+    - now apply constant_integrable. }
   unfold V. fold g. change (fun t => W t / t ^ 2 - W x / t ^ 2) with (fun t => g t - W x / t ^ 2).
   rewrite split, chasles. field. lra.
 Qed.
@@ -196,7 +202,7 @@ Lemma gap_integrable W x a b :
 Proof.
   intros can ha hb. apply (ex_RInt_minus (V := R_NormedModule) (fun t => W t / t ^ 2) (fun t => W x / t ^ 2)).
   - now apply can.
-  - apply integrable_above_zero; auto. apply (integrand_continuous (fun _ => W x)). intros t _. apply continuous_const.
+  - now apply constant_integrable.
 Qed.
 
 (** If W is non-decreasing the gap is nowhere negative, on either side of x. *)
