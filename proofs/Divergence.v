@@ -21,10 +21,6 @@ Definition u (q p : nat -> R) (a : nat) : R := q a / p a.
 
 Definition D (n : nat) (f : R -> R) (q p : nat -> R) : R := E n p (fun a => f (u q p a)).
 
-Definition reverse_KL (x : R) : R := - log x.
-
-Definition forward_KL (x : R) : R := x * log x.
-
 (** KL(p‖q) = Σ_a p_a log(p_a/q_a). *)
 Definition KL (n : nat) (p q : nat -> R) : R := Σ a < n, p a * log (p a / q a).
 

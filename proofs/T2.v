@@ -135,7 +135,8 @@ Theorem T2_value_holds : T2_value.
 Proof.
   intros n f q p θ derive_f teacher is_student. split; [unfold frozen, D; ring |].
   eapply derive_value.
-  - apply derive_minus; [now apply frozen_derive | now apply T1_any_student_holds].
+  - exact (derive_minus _ _ _ _ _ (frozen_derive n f q p θ is_student)
+             (T1_any_student_holds n f q p θ derive_f teacher is_student)).
   - rewrite weight_and_bias. ring.
 Qed.
 

@@ -21,17 +21,26 @@ Definition T9e_over_histories : Prop :=
   (forall h, (h < H)%nat -> student n (p h) θ) ->
   E H P (fun h => E n (p h θ) (fun a => A h * score (p h) θ a)) = 0.
 
-(** The top-k divergence of a set S of tokens that is chosen before the token is sampled is such an advantage: as a
-    detached reward it has the expected gradient zero. *)
+(** The truncated divergence Σ_{b ∈ S} p_b f(u_b) of a set S of tokens, such as the k likeliest. *)
 Definition top_k (n : nat) (S : nat -> bool) (f : R -> R) (q p : nat -> R) : R :=
   Σ b < n, indicator (S b) * (p b * f (u q p b)).
 
+(** If S is chosen before the token is sampled, the divergence is such an advantage: as a detached penalty, or with its
+    sign changed as a reward, it has the expected gradient zero. *)
 Definition T9e_top_k : Prop :=
   forall (n : nat) (S : nat -> bool) (f : R -> R) (q : nat -> R) (p : R -> nat -> R) (θ : R),
   student n p θ ->
-  E n (p θ) (fun a => - top_k n S f q (p θ) * score p θ a) = 0.
+  E n (p θ) (fun a => top_k n S f q (p θ) * score p θ a) = 0.
 
-(** A false twin: the same if the sampled token is put into the set. *)
+(** If the sampled token is put into the set, what remains of the reward is the sampled token's own term outside S:
+    - E_p[1[a ∉ S] p_a f(u_a) s_a]. *)
+Definition T9e_sampled_token_in_the_set : Prop :=
+  forall (n : nat) (S : nat -> bool) (f : R -> R) (q : nat -> R) (p : R -> nat -> R) (θ : R),
+  student n p θ ->
+  E n (p θ) (fun a => - top_k n (fun b => orb (S b) (Nat.eqb b a)) f q (p θ) * score p θ a)
+  = - E n (p θ) (fun a => indicator (negb (S a)) * (p θ a * f (u q (p θ) a)) * score p θ a).
+
+(** A false twin: nothing remains of it. *)
 Definition T9e_twin_sampled_token_in_the_set : Prop :=
   forall (n : nat) (S : nat -> bool) (f : R -> R) (q : nat -> R) (p : R -> nat -> R) (θ : R),
   distribution n q -> student n p θ ->
@@ -50,6 +59,24 @@ Qed.
 
 Theorem T9e_top_k_holds : T9e_top_k.
 Proof. intros n S f q p θ is_student. now apply T9e_given_the_history_holds. Qed.
+
+Lemma one_more_token n S f q p a :
+  (a < n)%nat ->
+  top_k n (fun b => orb (S b) (Nat.eqb b a)) f q p = top_k n S f q p + indicator (negb (S a)) * (p a * f (u q p a)).
+Proof.
+  intros lt. unfold top_k.
+  rewrite <- (sum_single n (fun b => indicator (negb (S b)) * (p b * f (u q p b))) a lt), <- sum_plus.
+  apply sum_ext. intros b _. unfold indicator. destruct (S b), (Nat.eqb b a); simpl; ring.
+Qed.
+
+Theorem T9e_sampled_token_in_the_set_holds : T9e_sampled_token_in_the_set.
+Proof.
+  intros n S f q p θ is_student.
+  rewrite (E_ext n _ _ (fun a => - (top_k n S f q (p θ) * score p θ a)
+             - indicator (negb (S a)) * (p θ a * f (u q (p θ) a)) * score p θ a)).
+  - rewrite E_minus, E_opp, T9e_top_k_holds by assumption. ring.
+  - intros a lt. rewrite one_more_token by assumption. ring.
+Qed.
 
 (** Of two equally likely tokens the first is in the set; only the other one changes the reward when it is sampled. *)
 Theorem T9e_twin_sampled_token_in_the_set_is_false : ~ T9e_twin_sampled_token_in_the_set.
