@@ -7,7 +7,7 @@ INPUTS := pyproject.toml constraints.txt opdtheory/version.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help verify test test-slow lint format typecheck-runtime gallery trainers verl runs mutation fuzz device bench accuracy coverage docs browser wheel release clean
+.PHONY: help verify test test-slow lint format typecheck-runtime gallery trainers verl runs mutation fuzz device bench accuracy coverage proofs docs browser wheel release clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -116,6 +116,10 @@ accuracy: $(VENV)/.installed-dev ## measure every function's error in units in t
 
 coverage: $(VENV)/.installed-dev ## measure how often sampled audits are wrong; writes docs/coverage.md
 	$(BIN)/python benchmarks/coverage.py --write docs/coverage.md
+
+# Neither .venv nor any package is needed.
+proofs: ## check the theorems in Coq; says what to install where coqc is missing
+	$(PYTHON) proofs/check.py
 
 docs: $(VENV)/.installed-dev ## build the documentation in site/
 	$(BIN)/mkdocs build --strict

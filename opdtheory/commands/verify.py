@@ -63,7 +63,8 @@ def _show_progress(status: Any, item: str) -> None:
     status.update(f"verified {item}")
 
 
-_THEOREM_HEADER = ("", "theorem", "check", "how", "error", "cases", "false twins", "s")
+# The numbers of the theorems stand under a short word, so that the table fits into 80 columns.
+_THEOREM_HEADER = ("", "no.", "check", "how", "error", "cases", "false twins", "s", "Coq")
 
 _ESTIMATOR_HEADER = ("", "estimator", "claimed for", "audit's verdict", "false twin")
 
@@ -73,12 +74,22 @@ def _theorem_rows(result: Verification) -> list[tuple[str, ...]]:
     for theorem in result.theorems:
         steps = f"{sum(step.holds for step in theorem.steps)} of {len(theorem.steps)} steps"
         seconds = f"{theorem.seconds:.1f}"
-        rows.append((_mark(theorem.passed), theorem.number, theorem.name, f"derived: {steps}", "", "", "", seconds))
+        own = (theorem.number, theorem.name, f"derived: {steps}", "", "", "", seconds, _proved(theorem.number))
+        rows.append((_mark(theorem.passed), *own))
         for r in theorem.identities:
             twins = f"{len(r.twins) - len(r.survivors)} of {len(r.twins)} refuted"
             name = f"{r.name} ({r.failure})" if r.failure else r.name
-            rows.append((_mark(r.passed), "", name, r.kind, _error(r.error), str(r.cases), twins, f"{r.seconds:.1f}"))
+            numbers = (_error(r.error), str(r.cases), twins, f"{r.seconds:.1f}")
+            rows.append((_mark(r.passed), "", name, r.kind, *numbers, ""))
     return rows
+
+
+def _proved(number: str) -> str:
+    """When a theorem was last checked in Coq, and from which sources; empty if never."""
+    from opdtheory.theorems.proofs import proof
+
+    found = proof(number)
+    return f"{found.checked} {found.digest[:8]}" if found else ""
 
 
 def _error(value: float) -> str:
@@ -104,6 +115,8 @@ def _mark(passed: bool) -> str:
 
 
 def _summary(result: Verification) -> str:
+    from opdtheory.verification.markdown import machine_checked
+
     steps = [step for theorem in result.theorems for step in theorem.steps]
     return (
         f"{sum(r.passed for r in result.theorems)} of {len(result.theorems)} theorems hold "
@@ -111,6 +124,7 @@ def _summary(result: Verification) -> str:
         f"{sum(r.passed for r in result.identities)} of {len(result.identities)} checks), "
         f"{sum(r.passed for r in result.estimators)} of {len(result.estimators)} estimators keep their claim, "
         f"{result.twins_refuted} false twins refuted, in {result.seconds:.0f} s"
+        + (f"; {machine_checked(len(result.proofs))}" if result.proofs else "")
     )
 
 
@@ -131,7 +145,7 @@ def _theorems(result: Verification) -> Table:
         (_marked(row[0]), *(Styled(cell, "bold") if row[1] else cell for cell in row[1:]))
         for row in _theorem_rows(result)
     ]
-    return Table([_THEOREM_HEADER, *rows], "llllrrlr", "Theorems")
+    return Table([_THEOREM_HEADER, *rows], "llllrrlrl", "Theorems")
 
 
 def _estimators(result: Verification) -> Table:

@@ -204,7 +204,8 @@ def prose(text: object) -> str:
         shown = shown.replace(plain, sign)
     shown = re.sub(r"(?<![\w)\]])-(?=[\du])", "−", shown)
     shown = re.sub(r"\bsum_\{([^{}]*)\}", r"Σ<sub>\1</sub>", shown).replace("gamma^", "γ^")
-    shown = re.sub(r"\b([A-Za-z])_(\w)\b", r"\1<sub>\2</sub>", shown)
+    shown = re.sub(r"(?<=\S)_\{([^{}]*)\}", r"<sub>\1</sub>", shown)
+    shown = re.sub(r"\b([A-Za-z0-9])_(\w)\b", r"\1<sub>\2</sub>", shown)
     shown = re.sub(r"\^\(([^()]*)\)", lambda power: f"<sup>{power[1].replace('-', '−')}</sup>", shown)
     shown = re.sub(r"(?:\^|\*\*)(−?\d+)", r"<sup>\1</sup>", shown)
     # A space that neither breaks nor is wide stands for a product.

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from html import escape
 
-from opdtheory.rendering.html import bullets, folded, number, table
+from opdtheory.rendering.html import bullets, folded, number, prose, table
 from opdtheory.rendering.mathematics import display, inline, typeset
 from opdtheory.theorems import IdentityResult, StepResult, Theorem, TheoremResult
-from opdtheory.verification.markdown import HOW, as_sentence, named
+from opdtheory.theorems.proofs import Proof, ProvedStatement, proof
+from opdtheory.verification.markdown import HOW, as_sentence, axioms_in_words, named
 
 __all__ = ["anchor", "article", "mark"]
 
@@ -42,7 +43,7 @@ def article(found: TheoremResult, stated: Theorem | None) -> str:
         parts.append(
             f"<p class='note'>Assumed: {typeset('; '.join(stated.hypotheses))}.</p>" if stated.hypotheses else ""
         )
-    parts += [_derivation(found.steps), *_checks(found.identities)]
+    parts += [_derivation(found.steps), *_checks(found.identities), _machine_checked(proof(found.number))]
     return "".join(parts) + "<p class='back'><a href='#contents'>Contents</a></p></article>"
 
 
@@ -133,6 +134,24 @@ def _checks(checks: list[IdentityResult]) -> list[str]:
         if twins
         else "",
     ]
+
+
+def _machine_checked(proved: Proof | None) -> str:
+    if proved is None:
+        return ""
+
+    def items(statements: tuple[ProvedStatement, ...]) -> str:
+        return bullets(prose(as_sentence(each.words)) for each in statements)
+
+    count = len(proved.statements)
+    return folded(
+        f"Machine-checked in Coq {proved.coq}: {count} statement{'' if count == 1 else 's'}",
+        f"<p>For every finite vocabulary, in exact real numbers:</p>{items(proved.statements)}"
+        f"<p>These false twins do not hold:</p>{items(proved.twins)}"
+        f"<p class='note'>{axioms_in_words(proved.axioms, '<code>{}</code>')} Last checked on {proved.checked}: "
+        f"<code>{escape(proved.file)}</code>, whose digest, with the files that it requires, begins with "
+        f"<code>{proved.digest[:12]}</code>.</p>",
+    )
 
 
 def _hold(holding: int, count: int, what: str) -> str:

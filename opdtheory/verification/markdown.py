@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import re
 
-from opdtheory.rendering.markdown import folded
+from opdtheory.rendering.markdown import folded, literal
 from opdtheory.rendering.mathematics import lines_of
+from opdtheory.theorems.proofs import Proof, ProvedStatement, proof
 from opdtheory.theorems.theorem import IdentityResult, Theorem, TheoremResult
 
-__all__ = ["HOW", "as_sentence", "index", "named", "page", "slug"]
+__all__ = [
+    "HOW",
+    "as_sentence",
+    "axioms_in_words",
+    "index",
+    "machine_checked",
+    "machine_checked_part",
+    "named",
+    "page",
+    "slug",
+]
 
 HOW = {
     "symbolic": "symbolic",
@@ -30,6 +41,8 @@ def index(theorems: tuple[Theorem, ...]) -> str:
     """The page that lists all theorems with what to do about each."""
     lines = ["# The theorems", "", "| | theorem | what to do |", "|---|---|---|"]
     lines += [f"| [{t.number}]({slug(t)}.md) | {t.name} | {_in_cell(t.advice)} |" for t in theorems]
+    proved = ", ".join(f"[{t.number}]({slug(t)}.md#machine-checked)" for t in theorems if proof(t.number))
+    lines += ["", f"[Machine-checked in Coq](../proofs.md): {proved}."] if proved else []
     return "\n".join(lines) + "\n"
 
 
@@ -44,7 +57,7 @@ def page(theorem: Theorem, result: TheoremResult) -> str:
     ]
     if result.steps:
         parts += ["## Derivation", _derivation(result)]
-    parts += ["## What to do", theorem.advice]
+    parts += ["## What to do", theorem.advice, machine_checked_part(theorem.number)]
     if result.identities:
         parts += ["## What was checked", _counted(result.identities)]
         parts += [folded("The checks", _checks(result.identities))]
@@ -59,6 +72,44 @@ def _derivation(result: TheoremResult) -> str:
         note = " *(Proved in words; the machine checks a lemma or an instance.)*" if step.in_words else ""
         lines += [f"**Step {number}.** {as_sentence(step.why)}{note}", *map(_displayed, lines_of(step.says))]
     return "\n\n".join(lines)
+
+
+def machine_checked_part(number: str) -> str:
+    """The part of a theorem's page that says what Coq checks; empty if that is nothing."""
+    proved = proof(number)
+    return f"## Machine-checked\n\n{_machine_checked(proved)}" if proved else ""
+
+
+def _machine_checked(proved: Proof) -> str:
+    text = f"[the statements in Coq](../proofs.md#{proved.number.lower()})"
+    return "\n\n".join(
+        [
+            f"Coq {proved.coq} checks the proofs of what follows, in exact real numbers and for every finite vocabulary"
+            f" ({text}).",
+            _items(proved.statements),
+            "It also checks that these false twins do not hold:",
+            _items(proved.twins),
+            f"{axioms_in_words(proved.axioms)} Last checked on {proved.checked}: `{proved.file}`, whose digest, with"
+            f" the files that it requires, begins with `{proved.digest[:12]}`.",
+        ]
+    )
+
+
+def _items(statements: tuple[ProvedStatement, ...]) -> str:
+    return "\n".join(f"- {literal(as_sentence(each.words))}" for each in statements)
+
+
+def axioms_in_words(axioms: tuple[str, ...], quote: str = "`{}`") -> str:
+    """What proofs in Coq rest on, as a sentence; `quote` puts a name into code."""
+    if not axioms:
+        return "The proofs use no axioms."
+    names = ", ".join(quote.format(name) for name in axioms)
+    return f"The proofs use no axioms beyond those of Coq's real numbers: {names}."
+
+
+def machine_checked(count: int) -> str:
+    """How many theorems are machine-checked, as a clause."""
+    return f"{count} theorem{' is' if count == 1 else 's are'} machine-checked in Coq"
 
 
 def _counted(identities: list[IdentityResult]) -> str:

@@ -15,7 +15,7 @@ from opdtheory.theorems import TheoremResult, theorems
 from opdtheory.verification.article import anchor, article, mark
 from opdtheory.verification.drawings import figures
 from opdtheory.verification.families import FAMILIES, by_family
-from opdtheory.verification.markdown import named
+from opdtheory.verification.markdown import machine_checked, named
 from opdtheory.verification.verify import EstimatorResult, Verification
 from opdtheory.version import __version__
 
@@ -71,6 +71,8 @@ def _lead(result: Verification) -> str:
         "Numeric checks are in float64, with errors relative to the larger of one and the numbers compared; "
         "exact ones compare fractions, rigorous ones enclose both sides.",
     ]
+    if result.proofs:
+        words.append(f"{machine_checked(len(result.proofs))}.")
     if not can_typeset():
         words.append("Formulas stand as LaTeX: the extra <code>opdtheory[plots]</code> typesets them.")
     return f"<p class='lead'>{said}</p>" + "".join(f"<p>{each}</p>" for each in words)

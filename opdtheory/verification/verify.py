@@ -19,6 +19,7 @@ from opdtheory.exact.modes import plain_modes
 from opdtheory.rollouts import Rollouts
 from opdtheory.testing.assertions import assert_claim, claim_settings
 from opdtheory.theorems import IdentityResult, TheoremResult, theorems
+from opdtheory.theorems.proofs import Proof, proof
 
 __all__ = ["EstimatorResult", "Verification", "check_estimator", "shipped_estimators", "verify"]
 
@@ -78,6 +79,11 @@ class Verification:
         return [result for theorem in self.theorems for result in theorem.identities]
 
     @property
+    def proofs(self) -> list[Proof]:
+        """The proofs in Coq that are recorded of these theorems; they are not checked again."""
+        return [found for theorem in self.theorems if (found := proof(theorem.number)) is not None]
+
+    @property
     def passed(self) -> bool:
         """Whether every step, identity and claim holds and every false twin is refuted."""
         return all(r.passed for r in self.theorems) and all(r.passed for r in self.estimators)
@@ -100,6 +106,7 @@ class Verification:
                     "name": theorem.name,
                     "passed": theorem.passed,
                     "seconds": theorem.seconds,
+                    "machine_checked": found.to_dict() if (found := proof(theorem.number)) else None,
                     "derivation": [vars(step) for step in theorem.steps],
                     "identities": [
                         {**vars(r), "error": _finite(r.error), "twins": {k: _finite(v) for k, v in r.twins.items()}}

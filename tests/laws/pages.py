@@ -7,6 +7,7 @@
 - `toml`, `yaml` and `json` blocks are read; with a title they are saved, and the commands in them are checked.
 - In a `console` block every command is run (`tests/laws/shell.py`) and must print what follows it. A line of dots
   stands for lines that are left out; a block that shows commands alone says nothing of what they print.
+- `coq` blocks must stand in `proofs/`.
 - The commands of `sh` and `bash` blocks are checked, not run; `py` blocks, which need other packages, are parsed.
 
 Numbers may differ in their last printed digit, and below 1e-9 freely; counts may not.
@@ -35,7 +36,7 @@ from tests.laws import shell
 from tests.laws.workflows import check_toml, check_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-LANGUAGES = ("python", "py", "text", "console", "sh", "bash", "toml", "yaml", "json")
+LANGUAGES = ("python", "py", "text", "console", "sh", "bash", "toml", "yaml", "json", "coq")
 
 _BLOCK = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _FENCE = re.compile(r"^([ \t]*)(`{3,}|~{3,})", re.MULTILINE)
@@ -224,6 +225,15 @@ def _read(language: str, text: str, title: str | None) -> None:
         check_yaml(text)
     elif language == "json":
         json.loads(text)
+    elif language == "coq":
+        _check_coq(text)
+
+
+def _check_coq(text: str) -> None:
+    """What a page shows of the proofs must stand there word for word, apart from what it leaves out between."""
+    known = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "proofs").glob("*.v"))]
+    for part in text.strip().split("\n\n"):
+        assert any(part in source for source in known), f"no file of proofs has {part!r}"
 
 
 def write(path: Path) -> int:

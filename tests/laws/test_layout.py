@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 # Tests that cut across the package mirror nothing.
-ACROSS = ("benchmarks", "browser", "fuzz", "laws", "mutation", "release")
+ACROSS = ("benchmarks", "browser", "fuzz", "laws", "mutation", "proofs", "release")
 LONGEST, LONG = 500, ("divergences/catalogue.py",)
 FULLEST, FULL = 15, ("theorems", "training")
 

@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 import pytest
 
 from opdtheory.theorems import IdentityResult, StepResult, theorems
+from opdtheory.theorems.proofs import proof
 from opdtheory.verification.families import FAMILIES, by_family, family
 from opdtheory.verification.page import render_page, write_page
 from opdtheory.verification.verify import Verification
@@ -153,6 +154,22 @@ def test_without_the_extra_the_page_says_so_and_shows_latex(monkeypatch) -> None
     assert Page(page).latex == [] and Page(page).unbalanced == [] and "<code>" in page
     monkeypatch.undo()
     assert said not in render_page(of())
+
+
+def test_what_coq_checked_is_folded_and_counted(undrawn, monkeypatch) -> None:
+    title = "Machine-checked in Coq"
+    assert title not in render_page(few()) and "machine-checked in Coq." not in render_page(few())
+    found = proof("T1")
+    renamed = [dataclasses.replace(few().theorems[0], number="T1"), few().theorems[1]]
+    page = render_page(Verification(renamed, [], 1.0))
+    part = page[page.index(f"<details><summary>{title} {found.coq}: ") : page.index("</article>")]
+    assert part.count("<li>") == len(found.statements) + len(found.twins)
+    assert found.checked in part and f"<code>{found.digest[:12]}</code>" in part and "<code>sig_not_dec</code>" in part
+    assert "<p>1 theorem is machine-checked in Coq.</p>" in page and Page(page).unbalanced == []
+    hostile = dataclasses.replace(found.statements[0], words="<b>x</b>")
+    changed = dataclasses.replace(found, statements=(hostile,))
+    monkeypatch.setattr("opdtheory.verification.article.proof", {"T1": changed}.get)
+    assert "<li>&lt;b&gt;x&lt;/b&gt;.</li>" in render_page(Verification(renamed, [], 1.0))
 
 
 def test_every_theorem_belongs_to_a_family() -> None:

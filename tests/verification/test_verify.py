@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 
 from opdtheory.theorems import IdentityResult
+from opdtheory.theorems.proofs import proof
 from opdtheory.verification.verify import Verification, shipped_estimators, verify
 from tests.verification.runs import of
 
@@ -46,6 +48,17 @@ def test_verification_as_json(verification: Verification) -> None:
     assert record["passed"] is True
     assert [theorem["number"] for theorem in record["theorems"]] == ["T1b", "T8c"]
     assert all(step["holds"] for theorem in record["theorems"] for step in theorem["derivation"])
+
+
+def test_the_record_names_the_proofs_in_coq(verification: Verification) -> None:
+    assert [theorem["machine_checked"] for theorem in verification.to_dict()["theorems"]] == [None, None]
+    assert verification.proofs == []
+    found, first = proof("T1"), verification.theorems[0]
+    assert found is not None
+    renamed = Verification([dataclasses.replace(first, number="T1")], [], 1.0)
+    (record,) = json.loads(json.dumps(renamed.to_dict()))["theorems"]
+    assert renamed.proofs == [found] and record["machine_checked"] == found.to_dict()
+    assert {"checked", "digest", "axioms", "file", "statements"} <= set(record["machine_checked"])
 
 
 def test_a_surviving_twin_or_a_large_error_fails() -> None:
