@@ -18,11 +18,10 @@ Definition T11_sum_over_tokens : Prop :=
   student m p θ ->
   E m (p θ) (fun i => c * score p θ i) = 0.
 
-(** Under a mean over tokens its mean is c times the gradient of E[1/L]. *)
+(** Under a mean over tokens its mean is c times the gradient of E[1/L]. (That lengths are positive is not needed.) *)
 Definition T11_mean_over_tokens : Prop :=
   forall (m : nat) (p : R -> nat -> R) (L : nat -> R) (θ c : R),
   student m p θ ->
-  (forall i, (i < m)%nat -> 0 < L i) ->
   exists g : R,
     is_derive (fun t : R => E m (p t) (fun i => / L i)) θ g /\
     E m (p θ) (fun i => c * score p θ i / L i) = c * g.
@@ -30,7 +29,7 @@ Definition T11_mean_over_tokens : Prop :=
 (** If all have the same number of tokens, that is zero. *)
 Definition T11_equal_lengths : Prop :=
   forall (m : nat) (p : R -> nat -> R) (l θ c : R),
-  student m p θ -> 0 < l ->
+  student m p θ ->
   E m (p θ) (fun i => c * score p θ i / l) = 0.
 
 (** The counterexample, by computation in fractions. A student ends a rollout after its first token with the probability
@@ -84,7 +83,7 @@ Proof. intros m p θ c is_student. rewrite E_scale, (score_mean m) by assumption
 
 Theorem T11_mean_over_tokens_holds : T11_mean_over_tokens.
 Proof.
-  intros m p L θ c is_student positive_L.
+  intros m p L θ c is_student.
   exists (Σ i < m, p θ i * score p θ i * / L i). split.
   - apply (sum_derive m (fun t i => p t i * / L i)). intros i lt.
     eapply derive_value.
@@ -95,7 +94,7 @@ Qed.
 
 Theorem T11_equal_lengths_holds : T11_equal_lengths.
 Proof.
-  intros m p l θ c is_student positive_l.
+  intros m p l θ c is_student.
   rewrite (E_ext m _ _ (fun i => c / l * score p θ i)) by (intros; unfold Rdiv; ring).
   now apply T11_sum_over_tokens_holds.
 Qed.

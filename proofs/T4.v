@@ -13,11 +13,11 @@ Open Scope R_scope.
 (** The generator that a weight W(u) implies. *)
 Definition V (W : R -> R) (x : R) : R := x * RInt (fun t => W t / t ^ 2) 1 x.
 
-(** A weight is admitted if its integral exists. Every continuous weight is, and every non-decreasing one, whether it
-    jumps or not. *)
+(** A weight is admitted if its integral exists. *)
 Definition integrable (W : R -> R) : Prop :=
   forall a b, 0 < a -> 0 < b -> ex_RInt (fun t => W t / t ^ 2) a b.
 
+(** Every continuous weight is admitted, and every non-decreasing one, whether it jumps or not. *)
 Definition T4_what_is_integrable : Prop :=
   forall W : R -> R, continuous_above_zero W \/ non_decreasing W -> integrable W.
 

@@ -47,11 +47,12 @@ Definition T9_only_minimiser : Prop :=
   forall p, may_put n S p -> truncated n S f q p <= truncated n S f q minimiser ->
   forall a, (a < n)%nat -> S a = true -> p a = minimiser a.
 
-(** T9 b. The truncated reverse KL, Σ_{a ∈ S} p_a log(p_a/q_a), is at least - q(S)/e for all p_a ≥ 0, and equal to it
-    exactly at p = q/e on S: the mass 1 - q(S)/e is pushed out of S. *)
+(** The truncated reverse KL, Σ_{a ∈ S} p_a log(p_a/q_a). *)
 Definition truncated_reverse_KL (n : nat) (S : nat -> bool) (q p : nat -> R) : R :=
   sum_on n S (fun a => p a * log (p a / q a)).
 
+(** T9 b. The truncated reverse KL is at least - q(S)/e for all p_a ≥ 0, and equal to it exactly at p = q/e on S: the
+    mass 1 - q(S)/e is pushed out of S. *)
 Definition T9_reverse_KL : Prop :=
   forall (n : nat) (S : nat -> bool) (q p : nat -> R),
   (forall a, (a < n)%nat -> S a = true -> 0 < q a) ->
