@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -80,14 +81,15 @@ def main() -> None:
 def page() -> str:
     """The page in Markdown."""
     sources, found = read(ROOT / "proofs"), proofs()
+    used = _used(sources)
     listed = ", ".join(f"[{number}](#{number.lower()})" for number in found)
     parts = [
         _INTRODUCTION.format(listed=listed),
         _axioms(found),
         _NOTATION,
         "## Shared definitions\n\nWhat the statements are made of.\n",
-        *(_definitions(sources[name]) for name in ordered(sources) if not sources[name].is_theorem),
-        *(_theorem(each, sources[number]) for number, each in found.items()),
+        *(_definitions(sources[name], used) for name in ordered(sources) if not sources[name].is_theorem),
+        *(_theorem(each, sources[number], used) for number, each in found.items()),
     ]
     return "\n".join(filter(None, parts))
 
@@ -98,19 +100,32 @@ def _axioms(found: Mapping[str, Proof]) -> str:
     return f"## The axioms\n\n{axioms_in_words(tuple(used))} In words:\n\n{items}\n"
 
 
-def _definitions(source: Source) -> str:
-    code = "\n\n".join(source.original(sentence) for _, sentence in source.definitions)
+def _used(sources: Mapping[str, Source]) -> set[str]:
+    """The names that stand in a statement or a twin, or in what one of these names."""
+    waiting = [each.sentence.code for source in sources.values() for each in source.statements]
+    defined = {name: sentence.code for source in sources.values() for name, sentence in source.definitions}
+    found = set[str]()
+    while waiting:
+        names = set(re.findall(r"[\w']+", waiting.pop())) & set(defined) - found
+        found |= names
+        waiting += [defined[name] for name in names]
+    return found
+
+
+def _definitions(source: Source, used: set[str]) -> str:
+    code = "\n\n".join(source.original(sentence) for name, sentence in source.definitions if name in used)
     return f"From `{source.path}`:\n\n{_fenced(code)}" if code else ""
 
 
-def _theorem(proved: Proof, source: Source) -> str:
+def _theorem(proved: Proof, source: Source, used: set[str]) -> str:
     number = proved.number.lower()
     parts = [
         f"## {proved.number}\n",
         f"[{literal(as_sentence(proved.title)[:-1])}](theory/{number}.md), from `{proved.file}`. Coq {proved.coq} last"
         f" checked it on {proved.checked}. The digest of it and of the files that it requires is `{proved.digest}`.\n",
-        _definitions(source),
+        _definitions(source, used),
         *map(_statement, proved.statements),
+        f"Not among them: {literal(proved.left_out)}.\n" if proved.left_out else "",
         *(_statement(twin, ", a false twin") for twin in proved.twins),
     ]
     return "\n".join(filter(None, parts))

@@ -1,6 +1,9 @@
-(** T11, sum over tokens and mean over tokens (docs/theory/t11.md): under a mean over tokens a constant is no baseline.
+(** T11, sum over tokens and mean over tokens (docs/theory/t11.md).
 
-      E[c S/L] = c ∇ E[1/L], which need not be zero; E[c S] = 0. *)
+      E[(1/B) Σ_b N_b] = N̄;   E[Σ_b N_b/Σ_b L_b] = N̄/L̄ - Cov(Σ_b N_b/Σ_b L_b, Σ_b L_b/B)/L̄;
+      under a mean over tokens a constant is no baseline: E[c S/L] = c ∇ E[1/L], where E[c S] = 0.
+
+    Not here: the expansion of the bias in powers of 1/B. *)
 
 From Coq Require Import Reals QArith Qreals Lra Lia List.
 From Coquelicot Require Import Coquelicot.
@@ -9,6 +12,35 @@ Import ListNotations.
 Open Scope R_scope.
 
 (** * Statements *)
+
+(** The mean over all batches of B independent rollouts. What a rollout may be is numbered 0, ..., m - 1, with the
+    probabilities p; a batch is a list of such numbers. *)
+Fixpoint E_batch (B m : nat) (p : nat -> R) (g : list nat -> R) : R :=
+  match B with
+  | O => g []
+  | S fewer => E m p (fun i => E_batch fewer m p (fun others => g (i :: others)))
+  end.
+
+(** The sum Σ_b x_b over the rollouts of a batch. *)
+Definition total (x : nat -> R) (batch : list nat) : R := fold_right (fun i rest => x i + rest) 0 batch.
+
+(** The batch's sum of N, such as an entry of the gradient, over the number of rollouts has the mean of one rollout. *)
+Definition T11_sum_over_rollouts : Prop :=
+  forall (B m : nat) (p N : nat -> R),
+  (1 <= B)%nat -> distribution m p ->
+  E_batch B m p (fun batch => total N batch / INR B) = E m p N.
+
+(** The same sum over the number of tokens is biased by minus the covariance of the quotient with the batch's mean length,
+    over the mean length. *)
+Definition T11_quotient : Prop :=
+  forall (B m : nat) (p N L : nat -> R),
+  (1 <= B)%nat -> distribution m p ->
+  (forall i, (i < m)%nat -> 0 < L i) ->
+  let quotient := fun batch => total N batch / total L batch in
+  let length := fun batch => total L batch / INR B in
+  let covariance := E_batch B m p (fun batch => quotient batch * length batch)
+                    - E_batch B m p quotient * E_batch B m p length in
+  E_batch B m p quotient - E m p N / E m p L = - covariance / E m p L.
 
 (** What the student may sample, one rollout or a batch of them, is numbered 0, ..., m - 1. Its probability under the
     student p_θ is p_θ(i), the sum S_i of its tokens' scores is the score of that probability, and L_i is its number of
@@ -76,7 +108,73 @@ Definition T11_twin_constants_are_baselines : Prop :=
   (forall i, (i < m)%nat -> 0 < L i) ->
   E m (p θ) (fun i => c * score p θ i / L i) = 0.
 
-(** * Proofs *)
+(** * Proofs: batches *)
+
+Lemma E_batch_ext B m p g h :
+  (forall batch, length batch = B -> List.Forall (fun i => (i < m)%nat) batch -> g batch = h batch) ->
+  E_batch B m p g = E_batch B m p h.
+Proof.
+  revert g h. induction B as [| B IH]; intros g h same; simpl; [now apply same |].
+  apply E_ext. intros i lt. apply IH. intros batch size all. apply same; [now simpl; f_equal | now constructor].
+Qed.
+
+Lemma E_batch_scale B m p c g : E_batch B m p (fun batch => c * g batch) = c * E_batch B m p g.
+Proof.
+  revert g. induction B as [| B IH]; intros g; simpl; [reflexivity |].
+  rewrite <- E_scale. apply E_ext. intros i _. apply (IH (fun batch => g (i :: batch))).
+Qed.
+
+(** Each rollout adds its own mean. *)
+Lemma E_batch_total B m p x : distribution m p -> E_batch B m p (total x) = INR B * E m p x.
+Proof.
+  intros [_ one].
+  assert (shifted : forall c, E_batch B m p (fun batch => c + total x batch) = c + INR B * E m p x).
+  { induction B as [| B IH]; intros c; [simpl; ring |]. rewrite S_INR. simpl E_batch.
+    rewrite (E_ext m p _ (fun i => (c + INR B * E m p x) + x i)).
+    - rewrite E_plus, E_const, one. change (E m p (fun i => x i)) with (E m p x). ring.
+    - intros i _. rewrite (E_batch_ext B m p _ (fun batch => (c + x i) + total x batch)); [rewrite IH; ring |].
+      intros batch _ _. simpl. ring. }
+  rewrite <- (Rplus_0_l (INR B * E m p x)), <- shifted.
+  apply E_batch_ext. intros. ring.
+Qed.
+
+Lemma E_batch_mean B m p x :
+  (1 <= B)%nat -> distribution m p -> E_batch B m p (fun batch => total x batch / INR B) = E m p x.
+Proof.
+  intros some is_p. assert (0 < INR B) by (apply lt_0_INR; lia).
+  rewrite (E_batch_ext B m p _ (fun batch => / INR B * total x batch)) by (intros; unfold Rdiv; ring).
+  rewrite E_batch_scale. change (E_batch B m p (fun batch => total x batch)) with (E_batch B m p (total x)).
+  rewrite E_batch_total by assumption. field. lra.
+Qed.
+
+Theorem T11_sum_over_rollouts_holds : T11_sum_over_rollouts.
+Proof. intros B m p N some is_p. now apply E_batch_mean. Qed.
+
+Lemma total_positive m L batch :
+  (forall i, (i < m)%nat -> 0 < L i) -> List.Forall (fun i => (i < m)%nat) batch -> (1 <= length batch)%nat ->
+  0 < total L batch.
+Proof.
+  intros positive_L all. induction all as [| i batch lt all IH]; simpl; [lia |]. intros _.
+  assert (0 < L i) by auto. destruct batch as [| j batch]; [simpl; lra |].
+  assert (0 < total L (j :: batch)) by (apply IH; simpl; lia). lra.
+Qed.
+
+Theorem T11_quotient_holds : T11_quotient.
+Proof.
+  intros B m p N L some is_p positive_L quotient length_B covariance.
+  assert (0 < INR B) by (apply lt_0_INR; lia).
+  assert (positive_mean : 0 < E m p L).
+  { apply sum_positive; [| intros i lt; apply Rmult_lt_0_compat; [now apply is_p | auto]].
+    destruct m; [| lia]. destruct is_p as [_ one]. simpl in one. lra. }
+  assert (product : E_batch B m p (fun batch => quotient batch * length_B batch) = E m p N).
+  { rewrite <- (E_batch_mean B m p N some is_p). apply E_batch_ext. intros batch size all.
+    assert (0 < total L batch) by (apply (total_positive m); [assumption | assumption | lia]).
+    unfold quotient, length_B. field. lra. }
+  unfold covariance. rewrite product. unfold length_B. rewrite E_batch_mean by assumption.
+  change (E_batch B m p (fun batch => quotient batch)) with (E_batch B m p quotient). field. lra.
+Qed.
+
+(** * Proofs: constants *)
 
 Theorem T11_sum_over_tokens_holds : T11_sum_over_tokens.
 Proof. intros m p θ c is_student. rewrite E_scale, (score_mean m) by assumption. ring. Qed.

@@ -1,7 +1,9 @@
 (** T13, exact on k tokens and sampled on the rest (docs/theory/t13.md).
 
       ĝ = - Σ_{a ∈ S} p_a (w_a - c) s_a - 1[y ∉ S] (w_y - c) s_y,   E_p[ĝ] = ∇ D_f;
-      tr Var[w_y s_y] - tr Var[ĝ] = E_p[1_S w² |s|²] - |g_S|² - 2 g_S·g_T at c = 0. *)
+      tr Var[w_y s_y] - tr Var[ĝ] = E_p[1_S w² |s|²] - |g_S|² - 2 g_S·g_T at c = 0.
+
+    Not here: the off-policy form. *)
 
 From Coq Require Import Reals Lra Lia.
 From Coquelicot Require Import Coquelicot.

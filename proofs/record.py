@@ -35,6 +35,7 @@ def made(sources: Mapping[str, Source], axioms: Mapping[str, Axioms], version: s
             "file": source.path,
             "digest": hashed,
             "checked": before.get("checked", today) if same else today,
+            "left_out": source.left_out,
             "statements": [_entry(each, found) for each in source.statements if not each.is_twin],
             "twins": [_entry(each, found) for each in source.statements if each.is_twin],
         }

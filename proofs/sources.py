@@ -23,6 +23,7 @@ _STATEMENT = re.compile(r"Definition\s+([\w']+)\s*:\s*Prop\s*:=")
 _THEOREM = re.compile(r"Theorem\s+([\w']+)_(holds|is_false)\s*:\s*(~?)\s*([\w']+)\s*")
 _REQUIRES = re.compile(r"From\s+OPD\s+Require\s+(?:(?:Import|Export)\s+)?([\w\s']+)")
 _TITLE = re.compile(r"(T\d+[a-z]?), (.+?) \((docs/theory/\w+\.md)\)[.:;]")
+_LEFT_OUT = re.compile(r"Not here: (.+?)\.\Z")
 _TWIN = "A false twin: "
 _COMMENT, _HEADING = "(**", "(** *"
 
@@ -155,10 +156,20 @@ class Source:
         return tuple(name for each in found if each for name in each[1].split())
 
     @functools.cached_property
+    def _head(self) -> str:
+        """The words of the comment that starts the file."""
+        return self._words(self._lexed[1][0]) if self._lexed[1] else ""
+
+    @functools.cached_property
+    def left_out(self) -> str:
+        """What of the theorem's page is not proved, as the comment that starts the file ends; empty if it names nothing."""
+        found = _LEFT_OUT.search(self._head)
+        return found[1] if found else ""
+
+    @functools.cached_property
     def title(self) -> str:
         """The theorem's name, from the comment that starts the file; empty if there is none of the right form."""
-        said = self._words(self._lexed[1][0]) if self._lexed[1] else ""
-        found = _TITLE.match(said)
+        found = _TITLE.match(self._head)
         return found[2] if found and (found[1], found[3]) == (self.name, f"docs/theory/{self.name.lower()}.md") else ""
 
     @functools.cached_property

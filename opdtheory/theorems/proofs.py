@@ -46,6 +46,7 @@ class Proof:
         digest: SHA-256 of that file and of all files of proofs that it requires.
         checked: the day, as in 2026-11-29.
         coq: the version of Coq.
+        left_out: what of the theorem's page is not proved; empty if the file names nothing.
         statements: what is proved.
         twins: what is refuted.
     """
@@ -56,6 +57,7 @@ class Proof:
     digest: str
     checked: str
     coq: str
+    left_out: str
     statements: tuple[ProvedStatement, ...]
     twins: tuple[ProvedStatement, ...]
 
@@ -73,6 +75,7 @@ class Proof:
             "digest": self.digest,
             "axioms": list(self.axioms),
             "file": self.file,
+            "left_out": self.left_out,
             "statements": [each.name for each in self.statements],
             "twins": [each.name for each in self.twins],
         }
@@ -129,7 +132,8 @@ def _proof(number: str, coq: str, found: Mapping[str, Any]) -> Proof:
         raise ValueError(f"the digest of {number} must be 64 hexadecimal digits, got {digest!r}")
     if not statements or not twins:
         raise ValueError(f"{number} has {len(statements)} statements and {len(twins)} false twins")
-    return Proof(number, title, file, digest, checked, coq, statements, twins)
+    left_out = _text(found, "left_out") if found["left_out"] != "" else ""
+    return Proof(number, title, file, digest, checked, coq, left_out, statements, twins)
 
 
 def _statement(found: Mapping[str, Any]) -> ProvedStatement:

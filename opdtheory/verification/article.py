@@ -147,6 +147,7 @@ def _machine_checked(proved: Proof | None) -> str:
     return folded(
         f"Machine-checked in Coq {proved.coq}: {count} statement{'' if count == 1 else 's'}",
         f"<p>For every finite vocabulary, in exact real numbers:</p>{items(proved.statements)}"
+        f"{f'<p>Not among them: {prose(proved.left_out)}.</p>' if proved.left_out else ''}"
         f"<p>These false twins do not hold:</p>{items(proved.twins)}"
         f"<p class='note'>{axioms_in_words(proved.axioms, '<code>{}</code>')} Last checked on {proved.checked}: "
         f"<code>{escape(proved.file)}</code>, whose digest, with the files that it requires, begins with "

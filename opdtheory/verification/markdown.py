@@ -87,6 +87,7 @@ def _machine_checked(proved: Proof) -> str:
             f"Coq {proved.coq} checks the proofs of what follows, in exact real numbers and for every finite vocabulary"
             f" ({text}).",
             _items(proved.statements),
+            *([f"Not among them: {literal(proved.left_out)}."] if proved.left_out else []),
             "It also checks that these false twins do not hold:",
             _items(proved.twins),
             f"{axioms_in_words(proved.axioms)} Last checked on {proved.checked}: `{proved.file}`, whose digest, with"

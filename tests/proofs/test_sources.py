@@ -52,6 +52,12 @@ def test_a_title_may_be_followed_by_more(after: str) -> None:
     assert source.title == "the tiny theorem" and list(source.problems()) == []
 
 
+def test_what_is_left_out_ends_the_comment_at_the_start() -> None:
+    assert Source("T1", T1).left_out == ""
+    source = Source("T1", T1.replace(". x < 2x. *)", ". x < 2x.\n\n    Not here: the case\n    x < 0. *)"))
+    assert source.left_out == "the case x < 0" and source.title == "the tiny theorem" and not list(source.problems())
+
+
 def test_records_and_fixpoints_are_definitions() -> None:
     text = (
         "Record pair : Set := { left : nat }.\nFixpoint zero (n : nat) : nat := 0.\nLemma no : True.\nProof. easy. Qed."

@@ -25,12 +25,12 @@ def outdated(found: dict[str, Proof], sources: dict[str, Source]) -> list[str]:
     def recorded(number: str) -> object:
         one = found[number]
         stated = [(each.name, each.words, each.text) for each in (*one.statements, *one.twins)]
-        return one.digest, one.title, one.file, sorted(stated)
+        return one.digest, one.title, one.file, one.left_out, sorted(stated)
 
     def written(number: str) -> object:
         source = sources[number]
         stated = [(each.name, each.words, each.text) for each in source.statements]
-        return digest(sources, number), source.title, source.path, sorted(stated)
+        return digest(sources, number), source.title, source.path, source.left_out, sorted(stated)
 
     numbers = {name for name, source in sources.items() if source.is_theorem}
     return sorted(n for n in numbers | set(found) if {n} - numbers or {n} - set(found) or recorded(n) != written(n))
@@ -94,12 +94,14 @@ def with_(name: str, value: object) -> Callable[[Any], None]:
         (with_("checked", "today"), "today"),
         (with_("title", ""), "'title' must be text, got ''"),
         (with_("file", 3), "'file' must be text, got 3"),
+        (without("left_out"), "it has no 'left_out'"),
+        (with_("left_out", None), "'left_out' must be text, got None"),
         (with_("statements", []), "T1 has 0 statements"),
         (with_("twins", []), "0 false twins"),
         (with_("statements", [{"name": "x"}]), "it has no 'words'"),
         (with_("twins", ["x"]), "it cannot be read"),
     ],
-    ids=range(12),
+    ids=range(14),
 )
 def test_a_damaged_record_is_refused(tmp_path: Path, damage: Callable[[Any], None], said: str) -> None:
     record = json.loads(RECORD.read_text(encoding="utf-8"))

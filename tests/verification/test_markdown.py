@@ -33,6 +33,14 @@ def test_the_page_says_what_coq_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert r"- &lt;b&gt;x&lt;/b&gt; of \[a\](b) and &#36;c&#36;." in shown and "The proofs use no axioms." in shown
 
 
+def test_the_page_says_what_is_not_proved(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = proof("T1")
+    assert found is not None and found.left_out == "" and "Not among them" not in page_of("T1")
+    partial = dataclasses.replace(found, left_out="the case u_a = 0")
+    monkeypatch.setattr("opdtheory.verification.markdown.proof", lambda _: partial)
+    assert "\n\nNot among them: the case u<sub>a</sub> = 0.\n\n" in page_of("T1")
+
+
 def test_a_theorem_without_a_proof_says_nothing_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "[T1](t1.md#machine-checked)" in index(theorems()).splitlines()[-1]
     monkeypatch.setattr("opdtheory.verification.markdown.proof", lambda _: None)
