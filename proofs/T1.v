@@ -9,8 +9,8 @@ Open Scope R_scope.
 
 (** * Statements *)
 
-(** For every differentiable f, every teacher q and every student p_θ, the derivative of the divergence in θ is minus
-    the mean of weight times score. The teacher may leave tokens out (q = 0): there u = 0, and f(0) is any number. *)
+(** For every differentiable f, every teacher q and every student p_θ: ∇_θ D_f(q‖p_θ) = - E_p[w_f(u) s]. The teacher
+    may leave tokens out (q = 0); there u = 0, and f(0) is any number. *)
 Definition T1_any_student : Prop :=
   forall (n : nat) (f : R -> R) (q : nat -> R) (p : R -> nat -> R) (θ : R),
   differentiable_above_zero f ->

@@ -24,14 +24,15 @@ Fixpoint E_batch (B m : nat) (p : nat -> R) (g : list nat -> R) : R :=
 (** The sum Σ_b x_b over the rollouts of a batch. *)
 Definition total (x : nat -> R) (batch : list nat) : R := fold_right (fun i rest => x i + rest) 0 batch.
 
-(** The batch's sum of N, such as an entry of the gradient, over the number of rollouts has the mean of one rollout. *)
+(** Let N_b be an entry of the gradient from rollout b, with the mean N̄. Divided by the number of rollouts, the sum
+    over a batch has the mean E[(1/B) Σ_b N_b] = N̄. *)
 Definition T11_sum_over_rollouts : Prop :=
   forall (B m : nat) (p N : nat -> R),
   (1 <= B)%nat -> distribution m p ->
   E_batch B m p (fun batch => total N batch / INR B) = E m p N.
 
-(** The same sum over the number of tokens is biased by minus the covariance of the quotient with the batch's mean length,
-    over the mean length. *)
+(** Divided by the number of tokens, Σ_b L_b, it is biased: E[Σ_b N_b/Σ_b L_b] - N̄/L̄ is minus the covariance of the
+    quotient and the batch's mean length, divided by the mean length L̄. *)
 Definition T11_quotient : Prop :=
   forall (B m : nat) (p N L : nat -> R),
   (1 <= B)%nat -> distribution m p ->
@@ -42,15 +43,15 @@ Definition T11_quotient : Prop :=
                     - E_batch B m p quotient * E_batch B m p length in
   E_batch B m p quotient - E m p N / E m p L = - covariance / E m p L.
 
-(** What the student may sample, one rollout or a batch of them, is numbered 0, ..., m - 1. Its probability under the
-    student p_θ is p_θ(i), the sum S_i of its tokens' scores is the score of that probability, and L_i is its number of
-    tokens. Under a sum over tokens a constant weight c is a baseline: E[c S] = 0. *)
+(** Let p_θ(i) be the probability of what the student may sample, one rollout or a batch of them. The sum S_i of its
+    tokens' scores is the score of that probability, and L_i is its number of tokens. Under a sum over tokens a constant
+    weight c is a baseline: E[c S] = 0. *)
 Definition T11_sum_over_tokens : Prop :=
   forall (m : nat) (p : R -> nat -> R) (θ c : R),
   student m p θ ->
   E m (p θ) (fun i => c * score p θ i) = 0.
 
-(** Under a mean over tokens its mean is c times the gradient of E[1/L]. (That lengths are positive is not needed.) *)
+(** Under a mean over tokens it is none: E[c S/L] is c times the gradient of E[1/L]. *)
 Definition T11_mean_over_tokens : Prop :=
   forall (m : nat) (p : R -> nat -> R) (L : nat -> R) (θ c : R),
   student m p θ ->
@@ -58,7 +59,7 @@ Definition T11_mean_over_tokens : Prop :=
     is_derive (fun t : R => E m (p t) (fun i => / L i)) θ g /\
     E m (p θ) (fun i => c * score p θ i / L i) = c * g.
 
-(** If all have the same number of tokens, that is zero. *)
+(** If all have the same number l of tokens, it is one: E[c S/l] = 0. *)
 Definition T11_equal_lengths : Prop :=
   forall (m : nat) (p : R -> nat -> R) (l θ c : R),
   student m p θ ->

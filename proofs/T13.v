@@ -1,9 +1,7 @@
 (** T13, exact on k tokens and sampled on the rest (docs/theory/t13.md).
 
       ĝ = - Σ_{a ∈ S} p_a (w_a - c) s_a - 1[y ∉ S] (w_y - c) s_y,   E_p[ĝ] = ∇ D_f;
-      tr Var[w_y s_y] - tr Var[ĝ] = E_p[1_S w² |s|²] - |g_S|² - 2 g_S·g_T at c = 0.
-
-    Not here: the off-policy form. *)
+      tr Var[w_y s_y] - tr Var[ĝ] = E_p[1_S w² |s|²] - |g_S|² - 2 g_S·g_T at c = 0. *)
 
 From Coq Require Import Reals Lra Lia.
 From Coquelicot Require Import Coquelicot.
@@ -16,8 +14,8 @@ Open Scope R_scope.
 Definition estimate (n : nat) (S : nat -> bool) (p A s : nat -> R) (c : R) (y : nat) : R :=
   - (Σ a < n, indicator (S a) * (p a * (A a - c) * s a)) - indicator (negb (S y)) * ((A y - c) * s y).
 
-(** For every differentiable f, every set S that does not depend on the sampled token, and every constant c, the mean of
-    ĝ is the derivative of the divergence. *)
+(** For every differentiable f, every set S that does not depend on the sampled token, and every constant c: E_p[ĝ]
+    = ∇ D_f. *)
 Definition T13_unbiased : Prop :=
   forall (n : nat) (f : R -> R) (S : nat -> bool) (c : R) (q : nat -> R) (p : R -> nat -> R) (θ : R),
   differentiable_above_zero f ->
@@ -25,6 +23,22 @@ Definition T13_unbiased : Prop :=
   student n p θ ->
   is_derive (fun t : R => D n f q (p t)) θ
     (E n (p θ) (estimate n S (p θ) (fun a => w f (u q (p θ) a)) (score p θ) c)).
+
+(** The same from a token that another policy μ sampled: the sampled part carries the token's ratio p/μ, the exact part
+    does not. *)
+Definition estimate_off_policy (n : nat) (S : nat -> bool) (p μ A s : nat -> R) (c : R) (y : nat) : R :=
+  - (Σ a < n, indicator (S a) * (p a * (A a - c) * s a))
+  - indicator (negb (S y)) * (p y / μ y * ((A y - c) * s y)).
+
+(** Off-policy, with the ratio P/M of the histories on both parts, the mean under the sampler is that of ĝ under the
+    student, for any finite set of histories h with the probabilities P_h under the student and M_h under the sampler,
+    any weights, any scores and any constants c_h. *)
+Definition T13_off_policy : Prop :=
+  forall (H n : nat) (S : nat -> nat -> bool) (P M c : nat -> R) (p μ A s : nat -> nat -> R),
+  positive H M ->
+  (forall h, (h < H)%nat -> distribution n (p h) /\ distribution n (μ h)) ->
+  E H M (fun h => P h / M h * E n (μ h) (estimate_off_policy n (S h) (p h) (μ h) (A h) (s h) (c h)))
+  = E H P (fun h => E n (p h) (estimate n (S h) (p h) (A h) (s h) (c h))).
 
 (** The variance of a vector with d entries, such as a gradient: tr Var[g] = Σ_k E[(g_k - E[g_k])²]. *)
 Definition tr_Var (n d : nat) (p : nat -> R) (g : nat -> nat -> R) : R :=
@@ -38,8 +52,8 @@ Definition part (n : nat) (S : nat -> bool) (p A : nat -> R) (s : nat -> nat -> 
 
 Definition rest (S : nat -> bool) (a : nat) : bool := negb (S a).
 
-(** What the split saves, for any weights A and any scores s of d parameters, at c = 0: the variance of the estimate
-    - A_y s_y from the sampled token alone, less that of ĝ. *)
+(** What the split saves, for any weights A and any scores s of d parameters: tr Var[A_y s_y] - tr Var[ĝ] = E_p[1_S
+    A² |s|²] - |g_S|² - 2 g_S·g_T at c = 0. *)
 Definition T13_variance : Prop :=
   forall (n d : nat) (S : nat -> bool) (p A : nat -> R) (s : nat -> nat -> R),
   distribution n p ->
@@ -66,7 +80,7 @@ Definition T13_best_constant : Prop :=
    tr_Var n d p (split c) = tr_Var n d p (split best) + (c - best) ^ 2 * denominator /\
    tr_Var n d p (split best) <= tr_Var n d p (split c)).
 
-(** A false twin: the same if the sampled token is always put into the set. *)
+(** A false twin: the mean is the same if the sampled token is always put into the set. *)
 Definition T13_twin_sampled_token_in_the_set : Prop :=
   forall (n : nat) (f : R -> R) (S : nat -> bool) (q : nat -> R) (p : R -> nat -> R) (θ : R),
   differentiable_above_zero f -> distribution n q -> student n p θ ->
@@ -111,6 +125,22 @@ Proof.
   rewrite estimate_mean by now apply student_normalised.
   rewrite (baseline n p θ (fun a => w f (u q (p θ) a)) c) by assumption.
   now apply T1_any_student_holds.
+Qed.
+
+Lemma off_policy_mean n S p μ A s c :
+  distribution n p -> distribution n μ ->
+  E n μ (estimate_off_policy n S p μ A s c) = E n p (estimate n S p A s c).
+Proof.
+  intros [_ one_p] [positive_μ one_μ]. unfold estimate_off_policy, estimate.
+  rewrite !E_minus, !E_const, one_p, one_μ. f_equal.
+  apply sum_ext. intros y lt. assert (0 < μ y) by auto. field. lra.
+Qed.
+
+Theorem T13_off_policy_holds : T13_off_policy.
+Proof.
+  intros H n S P M c p μ A s positive_M rows. apply sum_ext. intros h lt.
+  destruct (rows h lt) as [is_p is_μ]. rewrite off_policy_mean by assumption.
+  assert (0 < M h) by auto. field. lra.
 Qed.
 
 (** * Proofs: the variance *)

@@ -21,28 +21,27 @@ Definition kept (α β x : R) : R :=
 (** The score of each token in the logit a of a softmax row. *)
 Definition s (n : nat) (z : nat -> R) (a : nat) : nat -> R := score (softmax_of_logit n z a) (z a).
 
-(** Under the sampler a truncated ratio has the mean of the factor min(1, C/ρ) under the student, for any weights A and
-    any scores s. *)
+(** For any weights A and any scores s: E_μ[min(ρ, C) A s] = E_p[min(1, C/ρ) A s]. *)
 Definition T14_truncation : Prop :=
   forall (n : nat) (p μ A s : nat -> R) (C : R),
   positive n p -> positive n μ ->
   E n μ (fun a => Rmin (ρ p μ a) C * A a * s a) = E n p (fun a => Rmin 1 (C / ρ p μ a) * A a * s a).
 
-(** Its distance from the mean without truncation is - E_p[(1 - C/ρ)₊ A s]. *)
+(** Its distance from the mean without truncation is E_μ[min(ρ, C) A s] - E_p[A s] = - E_p[(1 - C/ρ)₊ A s]. *)
 Definition T14_truncation_bias : Prop :=
   forall (n : nat) (p μ A s : nat -> R) (C : R),
   positive n p -> positive n μ ->
   E n μ (fun a => Rmin (ρ p μ a) C * A a * s a) - E n p (fun a => A a * s a)
   = - E n p (fun a => Rmax 0 (1 - C / ρ p μ a) * A a * s a).
 
-(** A mask on the ratio has the mean of its indicator under the student. *)
+(** For a mask on the ratio: E_μ[1[α ≤ ρ ≤ β] ρ A s] = E_p[1[α ≤ ρ ≤ β] A s]. *)
 Definition T14_mask : Prop :=
   forall (n : nat) (p μ A s : nat -> R) (α β : R),
   positive n p -> positive n μ ->
   E n μ (fun a => kept α β (ρ p μ a) * ρ p μ a * A a * s a) = E n p (fun a => kept α β (ρ p μ a) * A a * s a).
 
-(** In the logits of a softmax row a factor F on the weight does no harm exactly if (1 - F) A is the same for every
-    token. *)
+(** In the logits of a softmax row a factor F on the weight does no harm, E_p[F A s] = E_p[A s], exactly if (1 - F)
+    A is the same for every token. *)
 Definition T14_no_bias : Prop :=
   forall (n : nat) (z F A : nat -> R),
   (forall a, (a < n)%nat ->

@@ -1,6 +1,6 @@
 (** T2, the bias of stop-gradient (docs/theory/t2.md).
 
-      g_sg = ∇ D_f + E_p[u f'(u) s];   the bias vanishes for all p and q exactly if f = - c log u + d. *)
+      g_{sg} = ∇ D_f + E_p[u f'(u) s];   the bias vanishes for all p and q exactly if f = - c log u + d. *)
 
 From Coq Require Import Reals Lra Lia.
 From Coquelicot Require Import Coquelicot.
@@ -13,12 +13,12 @@ Open Scope R_scope.
     descends it, at p₀ = p. *)
 Definition frozen (n : nat) (f : R -> R) (q p0 p : nat -> R) : R := E n p (fun a => f (u q p0 a)).
 
-(** The direction of stop-gradient, g_sg = E_p[f(u) s]. *)
+(** The direction of stop-gradient, g_{sg} = E_p[f(u) s]. *)
 Definition g_sg (n : nat) (f : R -> R) (q : nat -> R) (p : R -> nat -> R) (θ : R) : R :=
   E n (p θ) (fun a => f (u q (p θ) a) * score p θ a).
 
-(** For every differentiable f, every teacher and every student, the frozen loss has the derivative g_sg, which is that
-    of the divergence plus the bias E_p[u f'(u) s]. *)
+(** For every differentiable f, every teacher and every student: the loss with frozen ratios has the gradient g_{sg} =
+    E_p[f(u) s] = ∇ D_f + E_p[u f'(u) s]. *)
 Definition T2_bias : Prop :=
   forall (n : nat) (f : R -> R) (q : nat -> R) (p : R -> nat -> R) (θ : R),
   differentiable_above_zero f ->
@@ -29,8 +29,8 @@ Definition T2_bias : Prop :=
     is_derive (fun t : R => D n f q (p t)) θ g /\
     g_sg n f q p θ = g + E n (p θ) (fun a => u q (p θ) a * Derive f (u q (p θ) a) * score p θ a).
 
-(** The frozen value E_{p_t}[f(u_θ)] agrees with the divergence at t = θ, and leaves it at first order by the same
-    vector: their difference is E_p[u f'(u) s] (t - θ) + o(t - θ). *)
+(** The frozen value E_{p_t}[f(u_θ)] equals the divergence at t = θ and leaves it at first order: their difference
+    is E_p[u f'(u) s] (t - θ) + o(t - θ). *)
 Definition T2_value : Prop :=
   forall (n : nat) (f : R -> R) (q : nat -> R) (p : R -> nat -> R) (θ : R),
   differentiable_above_zero f ->
@@ -40,7 +40,7 @@ Definition T2_value : Prop :=
   is_derive (fun t : R => frozen n f q (p θ) (p t) - D n f q (p t)) θ
     (E n (p θ) (fun a => u q (p θ) a * Derive f (u q (p θ) a) * score p θ a)).
 
-(** For f and a student that are twice differentiable the remainder is O((t - θ)²). *)
+(** If f and the student are twice differentiable, the remainder is O((t - θ)²). *)
 Definition T2_value_second_order : Prop :=
   forall (n : nat) (f : R -> R) (q : nat -> R) (p : R -> nat -> R) (θ : R),
   differentiable_above_zero f -> differentiable_above_zero (Derive f) ->
@@ -51,7 +51,7 @@ Definition T2_value_second_order : Prop :=
   exists K, locally θ (fun t =>
     Rabs (frozen n f q (p θ) (p t) - D n f q (p t) - bias * (t - θ)) <= K * (t - θ) ^ 2).
 
-(** The "if" direction, for every student: where f(u) = - c log u + d, the bias is zero. *)
+(** The "if" direction: if f(u) = - c log u + d, the bias is zero for every student. *)
 Definition T2_reverse_KL_has_no_bias : Prop :=
   forall (n : nat) (f : R -> R) (c d : R) (q : nat -> R) (p : R -> nat -> R) (θ : R),
   (forall x, 0 < x -> f x = - c * log x + d) ->
@@ -69,8 +69,9 @@ Definition unbiased (n : nat) (f : R -> R) : Prop :=
   Derive (fun t => frozen n f q (softmax n z) (softmax_of_logit n z a t)) (z a)
   = Derive (fun t => D n f q (softmax_of_logit n z a t)) (z a).
 
-(** Both directions, on any number n ≥ 2 of tokens, for f continuous, and differentiable away from one: stop-gradient
-    has no bias exactly if u f'(u) is constant, and exactly if f(u) = - c log u + d, a multiple of the reverse KL. *)
+(** Both directions, on any number n ≥ 2 of tokens, for every f that is continuous, and differentiable away from
+    one: stop-gradient has no bias for all p and q exactly if u f'(u) is constant, and exactly if f(u) = - c log u + d.
+    *)
 Definition T2_only_the_reverse_KL : Prop :=
   forall (n : nat) (f : R -> R),
   (2 <= n)%nat ->
@@ -83,7 +84,8 @@ Definition T2_only_the_reverse_KL : Prop :=
 Definition T2_twin_never_biased : Prop :=
   forall (n : nat) (f : R -> R), (2 <= n)%nat -> differentiable_above_zero f -> unbiased n f.
 
-(** A false twin: the remainder of the value is O((t - θ)²) for every f that is differentiable once. *)
+(** A false twin: the remainder of the value is O((t - θ)²) for every convex f that is differentiable once. For f(u)
+    = |u - 1|^(3/2) it is not. *)
 Definition T2_twin_remainder : Prop :=
   forall (n : nat) (f : R -> R) (q : nat -> R) (p : R -> nat -> R) (θ : R),
   convex f -> differentiable_above_zero f -> f 1 = 0 ->

@@ -1,6 +1,6 @@
 (** T3, the gauge (docs/theory/t3.md).
 
-      D_{f + c(u-1)} = D_f;   w_{f + c(u-1)} = w_f + c;   g_sg[f + c(u-1)] = g_sg[f] - c ∇ KL(q‖p). *)
+      D_{f + c(u-1)} = D_f;   w_{f + c(u-1)} = w_f + c;   g_{sg}[f + c(u-1)] = g_{sg}[f] - c ∇ KL(q‖p). *)
 
 From Coq Require Import Reals Lra Lia.
 From Coquelicot Require Import Coquelicot.
@@ -12,14 +12,14 @@ Open Scope R_scope.
 (** A change of gauge: f(u) + c (u - 1). *)
 Definition gauge (f : R -> R) (c : R) (x : R) : R := f x + c * (x - 1).
 
-(** The value of the divergence does not depend on the gauge. *)
+(** The value of the divergence does not depend on the gauge: D_{f + c(u-1)} = D_f. *)
 Definition T3_value : Prop :=
   forall (n : nat) (f : R -> R) (c : R) (q p : nat -> R),
   distribution n p ->
   (Σ a < n, q a) = 1 ->
   D n (gauge f c) q p = D n f q p.
 
-(** The weight gains the constant c. *)
+(** The weight gains a constant: w_{f + c(u-1)} = w_f + c. *)
 Definition T3_weight : Prop :=
   forall (f : R -> R) (c x : R),
   ex_derive f x ->
@@ -34,7 +34,8 @@ Definition T3_exact_direction : Prop :=
   E n (p θ) (fun a => w (gauge f c) (u q (p θ) a) * score p θ a)
   = E n (p θ) (fun a => w f (u q (p θ) a) * score p θ a).
 
-(** The direction of stop-gradient does: it moves by - c times the gradient of the forward KL, for every f. *)
+(** The direction of stop-gradient does: g_{sg}[f + c(u-1)] = g_{sg}[f] - c ∇ KL(q‖p), for every f, differentiable or
+    not. *)
 Definition T3_stop_gradient_direction : Prop :=
   forall (n : nat) (f : R -> R) (c : R) (q : nat -> R) (p : R -> nat -> R) (θ : R),
   (forall a, (a < n)%nat -> 0 <= q a) ->

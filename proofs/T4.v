@@ -17,7 +17,8 @@ Definition V (W : R -> R) (x : R) : R := x * RInt (fun t => W t / t ^ 2) 1 x.
 Definition integrable (W : R -> R) : Prop :=
   forall a b, 0 < a -> 0 < b -> ex_RInt (fun t => W t / t ^ 2) a b.
 
-(** Every continuous weight is admitted, and every non-decreasing one, whether it jumps or not. *)
+(** A weight is admitted if ∫ W(t)/t² dt exists between any two positive numbers. Every continuous weight is, and
+    every non-decreasing one, whether it jumps or not. *)
 Definition T4_what_is_integrable : Prop :=
   forall W : R -> R, continuous_above_zero W \/ non_decreasing W -> integrable W.
 
@@ -27,8 +28,8 @@ Definition T4_weight : Prop :=
   integrable W -> 0 < x -> continuous W x ->
   V W 1 = 0 /\ ex_derive (V W) x /\ w (V W) x = W x.
 
-(** So an estimator with the weight W on the score of each sampled token follows the exact gradient of the divergence
-    with the generator V[W], for any student at whose ratios W is continuous. *)
+(** So an estimator with the weight W on the score of each sampled token follows the exact gradient of the
+    divergence with the generator V[W]: ∇ D_{V[W]} = - E_p[W(u) s], for any student at whose ratios W is continuous. *)
 Definition T4_follows : Prop :=
   forall (n : nat) (W : R -> R) (q : nat -> R) (p : R -> nat -> R) (θ : R),
   integrable W -> positive n q -> student n p θ ->
@@ -54,7 +55,7 @@ Definition T4_convex : Prop :=
   forall W : R -> R, continuous_above_zero W -> (convex (V W) <-> non_decreasing W).
 
 (** For any W whose integral exists, jumps included: if W is non-decreasing, V[W] is convex; and if V[W] is convex, W
-    does not fall from one point of continuity to a later one. (At a jump V[W] does not see which value W takes.) *)
+    does not fall from one point of continuity to a later one. At a jump V[W] does not see which value W takes. *)
 Definition T4_convex_with_jumps : Prop :=
   forall W : R -> R,
   (non_decreasing W -> convex (V W)) /\

@@ -40,7 +40,7 @@ Definition T9e_sampled_token_in_the_set : Prop :=
   E n (p θ) (fun a => - top_k n (fun b => orb (S b) (Nat.eqb b a)) f q (p θ) * score p θ a)
   = - E n (p θ) (fun a => indicator (negb (S a)) * (p θ a * f (u q (p θ) a)) * score p θ a).
 
-(** A false twin: nothing remains of it. *)
+(** A false twin: nothing remains of the reward if the sampled token is put into the set. *)
 Definition T9e_twin_sampled_token_in_the_set : Prop :=
   forall (n : nat) (S : nat -> bool) (f : R -> R) (q : nat -> R) (p : R -> nat -> R) (θ : R),
   distribution n q -> student n p θ ->
