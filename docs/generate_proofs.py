@@ -43,6 +43,7 @@ Ubuntu, `apt-get install coq libcoq-coquelicot` installs Coq; elsewhere, `opam i
 
 `python3 proofs/check.py --signs` goes further: it changes every sign of the statements and of the definitions that they
 rest on, one at a time, and Coq must refuse each change. What is proved would otherwise say less than it seems to.
+`--recheck` lets `coqchk`, Coq's second checker, read the compiled files again, and those of the libraries.
 """
 
 _AXIOMS = {

@@ -2,6 +2,7 @@
 
     python3 proofs/check.py                     # compile all, ask for the axioms, compare with the record
     python3 proofs/check.py --write             # the same, and write the record, opdtheory/theorems/proofs.json
+    python3 proofs/check.py --recheck           # the same, and let Coq's second checker read what was compiled
     python3 proofs/check.py --signs [FILE ...]  # change every sign of the statements, which coqc must refuse
     python3 proofs/check.py --list-signs        # only list these changes, without Coq
 
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import record
 import signs
-from coq import Coq, Missing, axioms, compile_all
+from coq import Coq, Missing, axioms, compile_all, recheck
 from sources import Problem, Source, affected, closure, problems, read
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=int, default=cores, metavar="N", help="processes (default: one per core)")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--write", action="store_true", help=f"write the record, {RECORD.as_posix()}")
+    what.add_argument("--recheck", action="store_true", help="let coqchk read the compiled files, too")
     what.add_argument("--signs", nargs="*", metavar="FILE", help="change every sign, of all files or of these")
     what.add_argument("--list-signs", nargs="*", metavar="FILE", help="only list these changes")
     return parser
@@ -87,6 +89,9 @@ def _check(coq: Coq, build: Path, sources: Mapping[str, Source], options: argpar
         if source.is_theorem:
             found[name] = axioms(coq, build, source)
             _print_theorem(source, found[name])
+    if options.recheck:
+        recheck(coq, build, sources)
+        print("coqchk accepts all of them, and the libraries that they require", flush=True)
     old = record.stored(path)
     new = record.made(sources, found, coq.version, old)
     if options.write:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from sources import Problem, Source
 
-__all__ = ["AXIOMS", "Compiled", "Coq", "Missing", "axioms", "compile_all", "questions", "read_axioms"]
+__all__ = ["AXIOMS", "Compiled", "Coq", "Missing", "axioms", "compile_all", "questions", "read_axioms", "recheck"]
 
 # Those of Coq's real numbers.
 AXIOMS = (
@@ -26,6 +26,8 @@ INSTALL = (
     "On Debian or Ubuntu:  apt-get install coq libcoq-coquelicot\n"
     "Elsewhere, with opam: opam install coq.8.16.1 coq-coquelicot"
 )
+# What coqchk must have found none of.
+_SWITCHES = ("relying on type-in-type", "relying on unsafe (co)fixpoints", "whose positivity is assumed")
 _NAMED = re.compile(r"([\w.']+)(?:$| :)")
 
 
@@ -127,6 +129,24 @@ def compile_all(
                     raise Problem(f"coqc refuses {sources[name].path}:\n{result.output}")
                 waiting.done(name)
                 done(name, result.seconds)
+
+
+def recheck(coq: Coq, folder: Path, names: Iterable[str]) -> None:
+    """Let coqchk, Coq's second checker, read the compiled files again, with all of the libraries that they require.
+
+    It lists the axioms of these libraries whether they are used or not, so `axioms` alone asks for those.
+
+    Raises:
+        Missing: there is no coqchk beside coqc.
+        Problem: coqchk refuses a file, or says that a check was switched off.
+    """
+    program = shutil.which("coqchk", path=str(Path(coq.program).parent))
+    if program is None:
+        raise Missing(f"there is no coqchk beside {coq.program}.\n{INSTALL}")
+    command = [program, "-silent", "-o", "-Q", ".", "OPD", *(f"OPD.{name}" for name in names)]
+    done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")
+    if done.returncode or any(f"{switch}: <none>" not in done.stdout for switch in _SWITCHES):
+        raise Problem(f"coqchk refuses the compiled files:\n{done.stdout}")
 
 
 def questions(source: Source) -> str:

@@ -162,7 +162,7 @@ class Source:
 
     @functools.cached_property
     def left_out(self) -> str:
-        """What of the theorem's page is not proved, as the comment that starts the file ends; empty if it names nothing."""
+        """What of the theorem's page is not proved, as the first comment ends; empty if it names nothing."""
         found = _LEFT_OUT.search(self._head)
         return found[1] if found else ""
 

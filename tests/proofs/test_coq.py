@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from coq import AXIOMS, Coq, axioms, compile_all, questions, read_axioms
+from coq import AXIOMS, Coq, Missing, axioms, compile_all, questions, read_axioms, recheck
 from sources import Problem, Source
 
 from tests.proofs.theory import T1, theory
@@ -102,3 +102,24 @@ def test_a_notation_of_the_file_does_not_change_what_is_asked(coq: Coq, tmp_path
 def test_a_file_that_is_refused_is_named_with_coqs_words(coq: Coq, tmp_path: Path) -> None:
     with pytest.raises(Problem, match=r'coqc refuses proofs/T1\.v:\nFile "proofs/T1\.v", line 22.*\n(.*\n)*Error'):
         answered(coq, tmp_path, T1=T1.replace("rewrite double. lra. Qed.", "lra. Qed."))
+
+
+UNSAFE = "Unset Guard Checking.\nFixpoint absurd (n : nat) : False := absurd n.\n"
+
+
+@pytest.mark.parametrize(("text", "found"), [("Definition one := 1.\n", ""), (UNSAFE, "unsafe (co)fixpoints: OPD.A")])
+def test_the_second_checker_finds_a_check_that_was_switched_off(
+    coq: Coq, tmp_path: Path, text: str, found: str
+) -> None:
+    compile_all(coq, tmp_path, {"A": Source("A", text)}, 1, lambda *_: None)
+    if found:
+        with pytest.raises(Problem, match="coqchk refuses") as raised:
+            recheck(coq, tmp_path, ["A"])
+        assert found in " ".join(str(raised.value).split())
+    else:
+        recheck(coq, tmp_path, ["A"])
+
+
+def test_the_second_checker_must_be_there(tmp_path: Path) -> None:
+    with pytest.raises(Missing, match="no coqchk beside .*coqc"):
+        recheck(Coq(str(tmp_path / "coqc"), "8.16.1"), tmp_path, ["A"])
