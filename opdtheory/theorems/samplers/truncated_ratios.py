@@ -112,8 +112,8 @@ def _tokens() -> Theorem:
                 r" the factor $F$ alone decides. If some $\mu$ leaves $F$ different at two tokens, the gradient"
                 r" vanishes for every $\mu$ only if $w_f(1) = 0$. Under truncation let $\mu$ take almost all mass from"
                 " one token. Under a mask that keeps the ratio 1, give that mass to a second token and leave a third"
-                r" alone. Two tokens are not enough there: at $p = (\frac12, \frac12)$ the mask $[\frac23, 2]$ keeps both"
-                r" or none, because $1/\rho_1 + 1/\rho_2 = 2$",
+                r" alone. Two tokens are not enough there: at $p = (\frac12, \frac12)$ the mask $[\frac23, 2]$ keeps"
+                r" both or none, because $1/\rho_1 + 1/\rho_2 = 2$",
                 _weight_at_one,
                 in_words=True,
             ),
