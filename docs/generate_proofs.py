@@ -60,8 +60,9 @@ _NOTATION = """## How to read the Coq
   `a`. Only its first `n` values matter. `R -> R` is a function of a real number, such as the generator f.
 - `forall` is “for every”, `exists` “there is”; `A -> B` between statements is “if A, then B”, and several in a row are
   the hypotheses before the conclusion; `/\\` is “and”, `\\/` is “or”, `~` is “not”; `fun a => e` is the function that
-  takes `a` to `e`.
+  takes `a` to `e`; `let x := e in` names `e`.
 - `(a < n)%nat` compares natural numbers; without `%nat` numbers are real.
+- `1 # 2` is the fraction 1/2, of type `Q`; `[x; y]` is a list, and `x :: l` the list `l` with `x` in front.
 - `Σ a < n, e` is the sum of `e` over the tokens `a`.
 - `is_derive g x l` says that the function `g` has the derivative `l` at `x`: it includes that there is one.
   `Derive g x` is the derivative where there is one, and `ex_derive g x` says that there is. `RInt g a b` is the
