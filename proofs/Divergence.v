@@ -8,7 +8,7 @@ From Coquelicot Require Import Coquelicot.
 From OPD Require Export Sums Calculus Logarithm.
 Open Scope R_scope.
 
-(** A distribution in which every token has some probability. *)
+(** A distribution in which every token has some probability; tokens that have none are left out of the n. *)
 Definition positive (n : nat) (p : nat -> R) : Prop := forall a, (a < n)%nat -> 0 < p a.
 
 Definition distribution (n : nat) (p : nat -> R) : Prop := positive n p /\ (Σ a < n, p a) = 1.
