@@ -124,17 +124,17 @@ def test_by_event_and_the_floor_are_those_of_losses(name: str, k: int) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_bounds_what(name: str) -> None:
+    def no_more(least: Estimate, most: Estimate) -> bool:
+        # Equal ones may differ by rounding, which grows with them: some variances are above 1e4.
+        return bool((least.variance <= most.variance * (1 + ALGEBRA) + ALGEBRA).all())
+
     generator = torch.Generator().manual_seed(1)
     student, teacher = torch.randn(2, 300, 6, generator=generator, dtype=torch.float64)
     by_k = [least_variance(student, teacher, name, k) for k in range(7)]
     for found in by_k:
-        below = found.floor.variance * (1 - ALGEBRA) - ALGEBRA
-        for other in (found.split, found.event, found.sampled):
-            assert bool((below <= other.variance).all())
-        assert bool((found.event.variance <= found.sampled.variance + ALGEBRA).all())
-        assert bool((found.split.variance <= found.split_level.variance + ALGEBRA).all())
-    for fewer, more in itertools.pairwise(by_k):
-        assert bool((more.event.variance <= fewer.event.variance + ALGEBRA).all())
+        assert all(no_more(found.floor, other) for other in (found.split, found.event, found.sampled))
+        assert no_more(found.event, found.sampled) and no_more(found.split, found.split_level)
+    assert all(no_more(more.event, fewer.event) for fewer, more in itertools.pairwise(by_k))
     for known in (5, 6):  # a single token that is left to chance is known too
         for estimate in (by_k[known].split_level, by_k[known].split, by_k[known].floor):
             assert float(estimate.variance.max()) < 1e-10

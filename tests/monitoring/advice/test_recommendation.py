@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from opdtheory.monitoring.sums import Sums, group_of
 from opdtheory.monitoring.tokens import SampledTokens
 from opdtheory.rollouts import Payload
 from tests.monitoring.advice import brute
-from tests.tolerances import ENUMERATION
+from tests.tolerances import ALGEBRA, ENUMERATION
 
 
 def rollouts(batch: int = 4, length: int = 5, size: int = 6, seed: int = 0, scale: float = 1.5) -> Rollouts:
@@ -57,7 +58,8 @@ def test_the_numbers_are_those_of_every_next_token(name: str) -> None:
         noise = float(spread.sum()) / unit
         assert choice.variance == pytest.approx(noise, rel=1e-10, abs=ENUMERATION), choice.loss.label
     errors = [choice.error for choice in advice.choices]
-    assert errors == sorted(errors) and errors[0] == 0.0
+    # Choices that are equal up to rounding stand in the order of their cost.
+    assert errors[0] == 0.0 and all(a * (1 - ALGEBRA) <= b for a, b in itertools.pairwise(errors))
 
 
 def test_the_bias_decides_in_large_batches() -> None:
