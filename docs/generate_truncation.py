@@ -114,9 +114,9 @@ def page() -> str:
     parts = [
         "# Truncated ratios need a centred weight",
         "<!-- Written by docs/generate_truncation.py. -->",
-        "A truncated importance ratio leaves the teacher a fixed point only if the weight is centred,\n"
-        "$w_f(u) - w_f(1)$ (T14). The tables show what that means for training. A student that is already near its\n"
-        "teacher descends the exact expected gradient of `opd.estimator(name, divergence, importance='tis',\n"
+        "A truncated importance ratio leaves the teacher a fixed point for every sampler only if the weight is\n"
+        "centred, $w_f(u) - w_f(1)$ (T14). The tables show what that means for training. A student that is already\n"
+        "near its teacher descends the exact expected gradient of `opd.estimator(name, divergence, importance='tis',\n"
         f"clip_range={CAP})`, with `opd_plus_centred` and with `opd_plus`, until it rests, for\n"
         f"{STEPS:,} steps at most. There is no noise of sampling and no optimizer's state: what is left is the bias.",
         f"Each number is a total variation distance to the teacher, over {SEEDS} seeds: a row of {WORDS} words each,\n"

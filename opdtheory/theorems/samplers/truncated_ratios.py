@@ -73,8 +73,8 @@ def _tokens() -> Theorem:
             " factor $F$ on the weight of each token, which is 1 where the ratio was left alone. The gradient is then"
             r" biased unless the dropped part of the weight, $(1 - F)\,w$, is the same for every token. Where the"
             " student is the teacher, $w_f(1)$ times the mean of $F s$ remains. Under truncation the teacher is"
-            " therefore a fixed point for every sampler only if $w_f(1) = 0$; under a mask the same holds for three"
-            " tokens or more."
+            " therefore a fixed point for every sampler only if $w_f(1) = 0$; under a mask that keeps the ratio 1 the"
+            " same holds for three tokens or more."
         ),
         statement=(
             r"E_\mu[\min(\rho, C)\,w s] = E_p[\min(1, C/\rho)\,w s],\ \rho = p/\mu;\quad"
@@ -88,8 +88,9 @@ def _tokens() -> Theorem:
         ),
         source="IcePop, TIS and MIS as trainers document them; the algebra derived here",
         advice=(
-            "Truncate and mask ratios only with a centred weight, $w_f(u) - w_f(1)$: with any other the teacher is no"
-            " fixed point. The bias that remains is the weight of the tokens whose ratio leaves the interval."
+            "Truncate and mask ratios only with a centred weight, $w_f(u) - w_f(1)$: with any other there are samplers"
+            " for which the teacher is no fixed point. The bias that remains is the weight of the tokens whose ratio"
+            " leaves the interval."
         ),
         derivation=(
             Step(
