@@ -73,14 +73,18 @@ Definition T14_teacher_is_fixed : Prop :=
    E n μ (fun b => Rmin (ρ p μ b) C * w f (u p p b) * s n z a b) = 0) <->
   w f 1 = 0.
 
-(** The same holds for a mask that keeps the ratio one and drops large ones, on three tokens or more. *)
-Definition T14_teacher_is_fixed_under_a_mask : Prop :=
+(** On so many tokens or more, a mask α ≤ ρ ≤ β that keeps the ratio one leaves the direction zero for every sampler
+    exactly if w_f(1) = 0. *)
+Definition teacher_is_fixed_under_a_mask (fewest : nat) : Prop :=
   forall (n : nat) (z : nat -> R) (f : R -> R) (α β : R),
-  (3 <= n)%nat -> α <= 1 <= β ->
+  (fewest <= n)%nat -> α <= 1 <= β ->
   let p := softmax n z in
   (forall (μ : nat -> R) (a : nat), distribution n μ -> (a < n)%nat ->
    E n μ (fun b => kept α β (ρ p μ b) * ρ p μ b * w f (u p p b) * s n z a b) = 0) <->
   w f 1 = 0.
+
+(** The same holds for a mask that keeps the ratio one and drops large ones, on three tokens or more. *)
+Definition T14_teacher_is_fixed_under_a_mask : Prop := teacher_is_fixed_under_a_mask 3.
 
 (** A false twin: truncation does no harm. *)
 Definition T14_twin_unbiased : Prop :=
@@ -90,13 +94,7 @@ Definition T14_twin_unbiased : Prop :=
 
 (** A false twin: two tokens are enough for the statement on masks. With p = (1/2, 1/2) and the mask 2/3 ≤ ρ ≤ 2, either
     both tokens are kept or none is, because 1/ρ₀ + 1/ρ₁ = 2; so the teacher stays fixed for every weight. *)
-Definition T14_twin_mask_on_two_tokens : Prop :=
-  forall (n : nat) (z : nat -> R) (f : R -> R) (α β : R),
-  (2 <= n)%nat -> α <= 1 <= β ->
-  let p := softmax n z in
-  (forall (μ : nat -> R) (a : nat), distribution n μ -> (a < n)%nat ->
-   E n μ (fun b => kept α β (ρ p μ b) * ρ p μ b * w f (u p p b) * s n z a b) = 0) <->
-  w f 1 = 0.
+Definition T14_twin_mask_on_two_tokens : Prop := teacher_is_fixed_under_a_mask 2.
 
 (** * Proofs: the means *)
 

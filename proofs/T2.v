@@ -40,16 +40,20 @@ Definition T2_value : Prop :=
   is_derive (fun t : R => frozen n f q (p θ) (p t) - D n f q (p t)) θ
     (E n (p θ) (fun a => u q (p θ) a * Derive f (u q (p θ) a) * score p θ a)).
 
-(** If f and the student are twice differentiable, the remainder is O((t - θ)²). *)
-Definition T2_value_second_order : Prop :=
-  forall (n : nat) (f : R -> R) (q : nat -> R) (p : R -> nat -> R) (θ : R),
-  differentiable_above_zero f -> differentiable_above_zero (Derive f) ->
+(** The remainder is O((t - θ)²), for every teacher and every student that is twice differentiable. *)
+Definition second_order_remainder (n : nat) (f : R -> R) : Prop :=
+  forall (q : nat -> R) (p : R -> nat -> R) (θ : R),
   positive n q ->
   locally θ (fun t => student n p t) ->
   locally θ (fun t => forall a, (a < n)%nat -> ex_derive (Derive (fun r => p r a)) t) ->
   let bias := E n (p θ) (fun a => u q (p θ) a * Derive f (u q (p θ) a) * score p θ a) in
   exists K, locally θ (fun t =>
     Rabs (frozen n f q (p θ) (p t) - D n f q (p t) - bias * (t - θ)) <= K * (t - θ) ^ 2).
+
+(** If f and the student are twice differentiable, the remainder is O((t - θ)²). *)
+Definition T2_value_second_order : Prop :=
+  forall (n : nat) (f : R -> R),
+  differentiable_above_zero f -> differentiable_above_zero (Derive f) -> second_order_remainder n f.
 
 (** The "if" direction: if f(u) = - c log u + d, the bias is zero for every student. *)
 Definition T2_reverse_KL_has_no_bias : Prop :=
@@ -87,14 +91,8 @@ Definition T2_twin_never_biased : Prop :=
 (** A false twin: the remainder of the value is O((t - θ)²) for every convex f that is differentiable once. For f(u)
     = |u - 1|^(3/2) it is not. *)
 Definition T2_twin_remainder : Prop :=
-  forall (n : nat) (f : R -> R) (q : nat -> R) (p : R -> nat -> R) (θ : R),
-  convex f -> differentiable_above_zero f -> f 1 = 0 ->
-  positive n q ->
-  locally θ (fun t => student n p t) ->
-  locally θ (fun t => forall a, (a < n)%nat -> ex_derive (Derive (fun r => p r a)) t) ->
-  let bias := E n (p θ) (fun a => u q (p θ) a * Derive f (u q (p θ) a) * score p θ a) in
-  exists K, locally θ (fun t =>
-    Rabs (frozen n f q (p θ) (p t) - D n f q (p t) - bias * (t - θ)) <= K * (t - θ) ^ 2).
+  forall (n : nat) (f : R -> R),
+  convex f -> differentiable_above_zero f -> f 1 = 0 -> second_order_remainder n f.
 
 (** A false twin: the sign of the bias flipped. *)
 Definition T2_twin_sign_flipped : Prop :=
@@ -197,7 +195,7 @@ Qed.
 
 Theorem T2_value_second_order_holds : T2_value_second_order.
 Proof.
-  intros n f q p θ derive_f derive_slope teacher students twice bias.
+  intros n f derive_f derive_slope q p θ teacher students twice bias.
   assert (is_student := locally_singleton _ _ students).
   assert (curve := remainder_slope_derive n f q p θ bias θ derive_f derive_slope teacher is_student
                      (locally_singleton _ _ twice)).
@@ -551,16 +549,17 @@ Theorem T2_twin_remainder_is_false : ~ T2_twin_remainder.
 Proof.
   intros twin.
   assert (near_zero := locally_between (- (1 / 2)) 0 (1 / 2) ltac:(lra)).
-  destruct (twin 2%nat three_halves half tilted 0) as [K bound].
+  assert (claim : second_order_remainder 2 three_halves); [apply twin |].
   - apply (tangents_convex _ three_halves_slope). intros x y _ _. apply three_halves_tangent.
   - intros x hx. eexists. now apply three_halves_derive.
   - unfold three_halves. rewrite Rminus_diag_eq, Rabs_R0 by reflexivity. ring.
-  - intros a _. unfold half. lra.
-  - revert near_zero. apply filter_imp. apply tilted_student.
-  - apply filter_forall. intros t a _. exists 0.
-    apply (derive_ext (fun _ => tilt a)); [| apply derive_const].
-    intros r. symmetry. apply derivative, tilted_derive.
-  - (* At the teacher the weight and the bias are zero, and so is the frozen value. *)
+  - destruct (claim half tilted 0) as [K bound].
+    { intros a _. unfold half. lra. }
+    { revert near_zero. apply filter_imp. apply tilted_student. }
+    { apply filter_forall. intros t a _. exists 0.
+      apply (derive_ext (fun _ => tilt a)); [| apply derive_const].
+      intros r. symmetry. apply derivative, tilted_derive. }
+    (* At the teacher the weight and the bias are zero, and so is the frozen value. *)
     assert (ratio : forall a, u half (tilted 0) a = 1).
     { intros a. unfold u, half, tilted. destruct (Nat.eqb a 0); field. }
     assert (root : three_halves 1 = 0).
